@@ -1,0 +1,50 @@
+"""epsim: Monte-Carlo simulation of expert-parallel load imbalance.
+
+>>> import sim
+>>> model = sim.load_model("deepseek-v3")
+>>> model.n_experts, model.top_k, model.n_group, model.topk_group
+(256, 8, 8, 4)
+>>> sim.place("round_robin", model, 8).rank_of_expert[:10].tolist()
+[0, 1, 2, 3, 4, 5, 6, 7, 0, 1]
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sim.errors import InputError
+    from sim.model import ModelSpec, load_model, model_names
+    from sim.placement import Placement, place
+    from sim.results import SweepResult, read_result, write_result
+    from sim.router import route
+    from sim.sweeps import sweep
+    from sim.workload import GumbelTraffic, RecordedTraffic, Workload, load_workload, workload_names
+
+_ROOM_OF = {
+    "InputError": "errors",
+    "ModelSpec": "model",
+    "load_model": "model",
+    "model_names": "model",
+    "Workload": "workload",
+    "GumbelTraffic": "workload",
+    "RecordedTraffic": "workload",
+    "load_workload": "workload",
+    "workload_names": "workload",
+    "route": "router",
+    "Placement": "placement",
+    "place": "placement",
+    "SweepResult": "results",
+    "read_result": "results",
+    "write_result": "results",
+    "sweep": "sweeps",
+}
+__all__ = list(_ROOM_OF)
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used, so that `epsim --help` does not wait for numba."""
+    if name not in _ROOM_OF:
+        raise AttributeError(f"module 'sim' has no attribute '{name}'")
+    value = getattr(import_module(f"sim.{_ROOM_OF[name]}"), name)
+    globals()[name] = value
+    return value

@@ -1,0 +1,74 @@
+"""The `epsim` command: one short file per verb, imported only when the verb is asked for."""
+
+import os
+import sys
+from argparse import ArgumentParser
+from importlib import import_module
+from importlib.metadata import version
+from typing import NoReturn
+
+from sim.errors import InputError, unknown
+
+VERBS = {
+    "sweep": "sample routed tokens and score placements on every EP size and step size",
+    "plot": "draw the figures of a sweep",
+    "models": "list the model presets",
+    "workloads": "list the traffic presets",
+    "placements": "list the placements",
+}
+
+
+class _Parser(ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(message)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; returns the exit status: 0, 2 for bad usage or input, 1 for a failed write, 130 when interrupted."""
+    words = sys.argv[1:] if arguments is None else arguments
+    prog = "epsim"
+    try:
+        if not words or words[0] in ("-h", "--help"):
+            print(_help())
+            return 0 if words else 2
+        if words[0] == "--version":
+            print(f"epsim {version('epsim')}")
+            return 0
+        if words[0] not in VERBS:
+            raise unknown("command", words[0], VERBS)
+        prog = f"epsim {words[0]}"
+        verb = import_module(f"sim.cli.{words[0]}")
+        parser = _Parser(prog=prog, description=verb.__doc__, allow_abbrev=False)
+        verb.add_arguments(parser)
+        verb.run(parser.parse_args(words[1:]))
+        sys.stdout.flush()
+    except InputError as error:
+        return _fail(prog, str(error), 2)
+    except BrokenPipeError:  # the reader of a pipe has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        name = f" {error.filename}" if error.filename else ""
+        return _fail(prog, f"cannot write{name}: {error.strerror or error}", 1)
+    except MemoryError:
+        return _fail(prog, "out of memory; take fewer cells or fewer --tokens", 1)
+    except KeyboardInterrupt:
+        return _fail(prog, "interrupted; nothing was written", 130)
+    except SystemExit as stop:  # argparse leaves so after --help
+        return stop.code if isinstance(stop.code, int) else 0
+    return 0
+
+
+def _fail(prog: str, message: str, status: int) -> int:
+    print(f"{prog}: error: {' '.join(message.split())}", file=sys.stderr)
+    return status
+
+
+def _help() -> str:
+    verbs = "\n".join(f"  {name:<12}{text}" for name, text in VERBS.items())
+    return (
+        "usage: epsim VERB [options]\n\nMonte-Carlo simulation of expert-parallel load imbalance.\n\n"
+        f"verbs:\n{verbs}\n\nepsim VERB --help shows the options of a verb; epsim --version the version."
+    )

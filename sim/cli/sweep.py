@@ -1,0 +1,250 @@
+"""Sample token routings once and score them under every placement, EP size and number of tokens per step.
+
+Lists take commas and ranges: 1,8,64; 8..64 doubles; 2..12:2 counts up by 2.
+"""
+
+import re
+import sys
+import time
+import tomllib
+from argparse import SUPPRESS, ArgumentParser, Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sim.cli.text import names, note, numbers, table, whole_number, whole_numbers
+from sim.errors import InputError, unknown
+
+_DEFAULTS: dict[str, Any] = {
+    "model": "deepseek-v3",
+    "workload": "chat",
+    "ep": [8, 16, 32, 64],
+    "tokens": [1, 8, 64, 512, 4096],
+    "placement": ["linear", "round_robin"],
+    "trials": 10_000,
+    "draws": None,
+    "seed": 0,
+    "phase": None,
+    "tokens_per_rank": None,
+    "ranks_per_node": 8,
+    "thresholds": None,
+    "threads": None,
+    "out": None,
+}
+_PARSERS: dict[str, Callable[[str], Any]] = {
+    "ep": whole_numbers("--ep"),
+    "tokens": whole_numbers("--tokens"),
+    "tokens_per_rank": whole_numbers("--tokens-per-rank"),
+    "placement": names,
+    "trials": whole_number("--trials"),
+    "draws": whole_number("--draws"),
+    "seed": whole_number("--seed"),
+    "ranks_per_node": whole_number("--ranks-per-node"),
+    "threads": whole_number("--threads"),
+    "thresholds": numbers("--thresholds"),
+}
+_HELP = {
+    "model": "preset (epsim models) or path of a Hugging Face config.json",
+    "workload": "preset (epsim workloads), file:TRACE.npz of recorded routing, or a .toml file with a preset's keys",
+    "ep": "EP sizes, each from 1 to the number of experts",
+    "tokens": "tokens per step over the whole EP group",
+    "tokens_per_rank": "instead of --tokens: tokens per step and rank",
+    "placement": "placements (epsim placements); changes are given against the first",
+    "trials": "steps scored in each cell",
+    "draws": "independent layer draws behind the trials (default: a fresh layer for every step; a record's layers)",
+    "seed": "same seed, same rows, on any number of threads",
+    "phase": "of recorded routing: decode (default) or prefill",
+    "ranks_per_node": "ranks joined by NVLink, for node_aware and for nodes per token",
+    "thresholds": "imbalance thresholds of tail.csv",
+    "threads": "default: all processors of this process",
+    "out": "folder of the result (default: results/MODEL-WORKLOAD)",
+}
+_MAX_ROWS = 28
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Add the options of `epsim sweep`; their defaults are filled in after the config file."""
+    parser.add_argument("--config", metavar="FILE.toml", help="the same options as keys of a TOML file; the command line wins")
+    for key, text in _HELP.items():
+        default = _DEFAULTS[key]
+        shown = ",".join(map(str, default)) if isinstance(default, list) else default
+        parser.add_argument(
+            f"--{key.replace('_', '-')}",
+            type=_PARSERS.get(key, str),
+            default=SUPPRESS,
+            metavar="LIST" if isinstance(default, list) else key.split("_")[-1].upper(),
+            help=text + (f" (default: {shown})" if shown is not None else ""),
+        )
+
+
+def read_config(path: str) -> dict[str, Any]:
+    """Options from a TOML file; keys are the option names, with - or _."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        values = tomllib.loads(text)
+    except OSError as error:
+        raise InputError(f"--config {path} cannot be read: {error.strerror or error}") from None
+    except ValueError as error:
+        raise InputError(f"--config {path} is not TOML: {str(error).splitlines()[0]}") from None
+    options = {}
+    for key, value in values.items():
+        name = key.replace("-", "_")
+        if name not in _DEFAULTS:
+            raise unknown(f"--config {path}: key", key, [option.replace("_", "-") for option in _DEFAULTS])
+        items = value if isinstance(value, list) else [value]
+        if not items or not all(isinstance(item, str | int | float) and not isinstance(item, bool) for item in items):
+            raise InputError(f"--config {path}: {key} must be a number, a string or a list of them")
+        text = ",".join(str(item) for item in items)
+        options[name] = _PARSERS.get(name, str)(text)
+    return options
+
+
+def run(arguments: Namespace) -> None:
+    """Run `epsim sweep`."""
+    given = vars(arguments)
+    config = given.pop("config")
+    options = (read_config(config) if config else {}) | given
+    if "tokens" in options and "tokens_per_rank" in options:
+        raise InputError("--tokens-per-rank is the alternative to --tokens: give one of them")
+    options = _DEFAULTS | options
+
+    from sim.model import load_model
+    from sim.results import read_identity, read_result, write_result
+    from sim.sweeps import make_plan, run_plan
+    from sim.sweeps.plan import THRESHOLDS
+    from sim.workload import load_workload
+
+    per_rank = options["tokens_per_rank"] is not None
+    plan = make_plan(
+        load_model(options["model"]),
+        load_workload(options["workload"], phase=options["phase"]),
+        ep_sizes=options["ep"],
+        tokens=options["tokens_per_rank"] if per_rank else options["tokens"],
+        placements=options["placement"],
+        trials=options["trials"],
+        draws=options["draws"],
+        seed=options["seed"],
+        tokens_per_rank=per_rank,
+        ranks_per_node=options["ranks_per_node"],
+        thresholds=options["thresholds"] or THRESHOLDS,
+    )
+    threads = options["threads"]
+    if threads is not None and threads < 1:
+        raise InputError(f"--threads {threads}: must be a whole number of at least 1")
+    folder = Path(options["out"] or f"results/{_slug(plan.model.name)}-{_slug(plan.workload.name)}")
+    held = read_identity(folder)
+    if held is not None and held != plan.identity:
+        raise InputError(f"--out {folder} holds another sweep ({_difference(held, plan.identity)}); choose another folder")
+    _say_notes(plan)
+    if held is not None:
+        result = read_result(folder)
+        print(f"{folder} holds this sweep already; nothing was computed.\n")
+    else:
+        started = time.monotonic()
+        result = run_plan(plan, threads, _progress(started) if sys.stderr.isatty() else None)
+        write_result(result, folder)
+        seconds = time.monotonic() - started
+        if sys.stderr.isatty():
+            print("\r\033[K", end="", file=sys.stderr)
+        note(f"{plan.trials} trials of up to {plan.steps[-1]} tokens, {len(plan.cells)} cells, in {seconds:.1f} s")
+    _print_result(plan, result)
+    print(f"\nwritten to {folder}: summary.csv, tail.csv, counts.parquet, provenance.json; figures: epsim plot {folder}")
+
+
+def _slug(name: str) -> str:
+    """Name for a folder: a path is cut to its last part."""
+    last = Path(name.removeprefix("file:")).stem if "/" in name or name.startswith("file:") else name
+    return re.sub(r"[^A-Za-z0-9.]+", "-", last).strip("-").lower() or "model"
+
+
+def _difference(held: dict[str, Any], wanted: dict[str, Any]) -> str:
+    key = next(key for key in [*wanted, *held] if held.get(key) != wanted.get(key))
+    return f"{key} {held.get(key)!r}, not {wanted.get(key)!r}"[:200]
+
+
+def _say_notes(plan: Any) -> None:
+    from sim.placement import fallback_notes
+
+    model, workload = plan.model, plan.workload
+    if model.unverified:
+        note(f"{model.name}: not read from the checkpoint itself: {'; '.join(model.unverified)}")
+    if model.note:
+        note(f"{model.name}: {model.note}")
+    if workload.fitted_to and not model.name.startswith("deepseek-r1") and not model.name.startswith("deepseek-v3"):
+        note(f"{workload.name} traffic is fitted to {workload.fitted_to}; on {model.name} it is an assumption")
+    if "round_robin" in plan.placements:
+        for text in fallback_notes(model, list(plan.ep_sizes)):
+            note(text)
+
+
+def _progress(started: float) -> Callable[[int, int], None]:
+    def show(done: int, total: int) -> None:
+        seconds = time.monotonic() - started
+        left = seconds * (total - done) / done
+        rate = done / seconds / 1e6
+        print(f"\r\033[K{done / total:4.0%}  {rate:.1f} M tokens/s  {left:.0f} s left", end="", file=sys.stderr, flush=True)
+
+    return show
+
+
+def _print_result(plan: Any, result: Any) -> None:
+    """The answer on one screen: per EP size and step the first placement against another."""
+    summary, tail = result.summary, result.tail
+    base = plan.placements[0]
+    other = next((name for name in ("round_robin", *plan.placements) if name in plan.placements and name != base), base)
+    columns = list(dict.fromkeys([base, other]))
+    keys = ["placement", "ep_size", "tokens"]
+    cells = summary.set_index(keys)
+    tails = tail[tail.metric == "imbalance"].set_index([*keys, "threshold"]).probability
+    steps = _shown_steps(plan)
+    rows = []
+    for ep_size in plan.ep_sizes:
+        for tokens in sorted({n * ep_size if plan.per_rank else n for n in steps}):
+            of = [cells.loc[(name, ep_size, tokens)] for name in columns]
+            rows.append(
+                [str(ep_size), str(tokens)]
+                + [f"{cell.imbalance_mean:.3f}" for cell in of]
+                + ([_change(of[-1])] if len(of) > 1 else [])
+                + [f"{cell.imbalance_p99:.2f}" for cell in of]
+                + [
+                    _probability(tails.get((name, ep_size, tokens, level)))
+                    for level in (1.5, 2.0)
+                    for name in columns
+                ]
+                + [f"{cell.idle_ranks_mean:.1f}" for cell in of]
+            )
+    short = {name: name[:7] for name in columns} | {"linear": "linear", "round_robin": "r_robin"}
+    heads = ["EP", "tokens"] + [f"mean {short[n]}" for n in columns] + (["change (95 %)"] if len(columns) > 1 else [])
+    for what in ("p99", "P>=1.5", "P>=2", "idle"):
+        heads += [f"{what} {short[n]}" for n in columns]
+    print(f"{plan.model.name}, {plan.workload.name} traffic: imbalance = max / mean rank load of a layer; {' against '.join(columns)}\n")
+    print(_two_line_table(heads, rows))
+    if len(steps) < len(plan.tokens):
+        print(f"(steps of {', '.join(map(str, steps))} of {len(plan.tokens)} step sizes, {len(plan.placements)} placements: all in summary.csv)")
+
+
+def _shown_steps(plan: Any) -> list[int]:
+    room = max(1, _MAX_ROWS // len(plan.ep_sizes))
+    tokens = sorted(plan.tokens)
+    if len(tokens) <= room:
+        return tokens
+    places = {round((i + 1) * (len(tokens) - 1) / room) for i in range(room)}
+    return [tokens[i] for i in sorted(places)]
+
+
+def _two_line_table(heads: list[str], rows: list[list[str]]) -> str:
+    """A table whose column heads are split at the first blank into two lines."""
+    first = [head.partition(" ")[0] for head in heads]
+    second = [head.partition(" ")[2] for head in heads]
+    top, rule, *body = table(second, [first, *rows], left=0).splitlines()
+    return "\n".join([body[0], top, rule, *body[1:]])
+
+
+def _change(cell: Any) -> str:
+    low = cell.imbalance_change_mean_low
+    half = cell.imbalance_change_mean - low
+    return f"{cell.imbalance_change_mean:+.3f} ± {half:.3f}"
+
+
+def _probability(p: float | None) -> str:
+    return "-" if p is None else f"{p:.3f}" if p == 0 or p >= 0.001 else f"{p:.0e}"

@@ -1,0 +1,91 @@
+"""Plain tables and lists for the terminal."""
+
+import sys
+from collections.abc import Callable, Sequence
+
+from sim.errors import InputError
+
+_MAX_VALUES = 10_000
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """Columns aligned, the first `left` to the left and the others to the right; never cut to the terminal's width."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+
+    def line(row: Sequence[str]) -> str:
+        cells = [c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+        return "  ".join(cells).rstrip()
+
+    return "\n".join([line(header), line(["-" * w for w in widths]), *(line(row) for row in rows)])
+
+
+def note(message: str) -> None:
+    """A remark for the user, on stderr, apart from the result."""
+    print(f"note: {message}", file=sys.stderr)
+
+
+def whole_numbers(option: str) -> Callable[[str], list[int]]:
+    """Parser of a list of whole numbers and ranges: `1,8,64`; `8..64` doubles; `2..12:2` counts up by 2."""
+
+    def parse(text: str) -> list[int]:
+        values: list[int] = []
+        for part in text.split(","):
+            values += _range(option, part.strip())
+            if len(values) > _MAX_VALUES:
+                raise InputError(f"{option} {text}: more than {_MAX_VALUES} values")
+        return values
+
+    return parse
+
+
+def _range(option: str, part: str) -> list[int]:
+    ends, _, step = part.partition(":")
+    first, dots, last = ends.partition("..")
+    try:
+        start, stop = int(first), int(last) if dots else int(first)
+        width = int(step) if step else 0
+    except ValueError:
+        raise InputError(
+            f"{option} '{part}': expected whole numbers as in 1,8,64, or a range as in 8..64 (doubling) or 2..12:2"
+        ) from None
+    if not dots:
+        if step:
+            raise InputError(f"{option} '{part}': a step goes with a range, as in 2..12:2")
+        return [start]
+    if start < 1 or stop < start or width < 0 or (step and width == 0):
+        raise InputError(f"{option} '{part}': a range goes up from at least 1, by a step of at least 1")
+    if width:
+        return list(range(start, stop + 1, width))[: _MAX_VALUES + 1]
+    values = [start]
+    while values[-1] * 2 <= stop:
+        values.append(values[-1] * 2)
+    return values
+
+
+def whole_number(option: str) -> Callable[[str], int]:
+    """Parser of one whole number."""
+
+    def parse(text: str) -> int:
+        try:
+            return int(text)
+        except ValueError:
+            raise InputError(f"{option} '{text}': expected a whole number") from None
+
+    return parse
+
+
+def numbers(option: str) -> Callable[[str], list[float]]:
+    """Parser of a list of numbers."""
+
+    def parse(text: str) -> list[float]:
+        try:
+            return [float(part) for part in text.split(",")]
+        except ValueError:
+            raise InputError(f"{option} '{text}': expected numbers as in 1.5,2") from None
+
+    return parse
+
+
+def names(text: str) -> list[str]:
+    """Parser of a list of names."""
+    return [part.strip() for part in text.split(",") if part.strip()]

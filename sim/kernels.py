@@ -1,0 +1,27 @@
+"""Settings that every numba kernel of the package shares."""
+
+import hashlib
+import os
+from functools import partial
+from pathlib import Path
+
+import numba
+
+
+def _source_digest() -> str:
+    """Digest of the package's Python sources, in a fixed order."""
+    digest = hashlib.sha256()
+    package = Path(__file__).parent
+    for path in sorted(package.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+# numba checks a cached kernel against its own file only, so an edited callee in another file would be missed.
+# A folder per state of the sources makes a stale kernel impossible.
+if "NUMBA_CACHE_DIR" not in os.environ:
+    _base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    numba.config.CACHE_DIR = str(_base / "epsim" / _source_digest())
+
+kernel = partial(numba.njit, cache=True, nogil=True, error_model="numpy")
+"""Decorator of a compiled kernel: arrays in, preallocated output last, no validation."""

@@ -1,0 +1,86 @@
+"""Routed tokens of any workload: the one way from traffic to expert counts."""
+
+import json
+
+import numpy as np
+
+from sim.errors import InputError
+from sim.model import ModelSpec
+from sim.model.spec import ROUTED_SCORINGS
+from sim.router.sampler import sample_trials
+from sim.streams import stream_key
+from sim.workload import RecordedTraffic, Workload
+from sim.workload.gumbel import X0
+
+_ONE_REQUEST = 2**62  # tokens per request where requests have no effect
+
+
+def routing_law(model: ModelSpec, workload: Workload) -> dict[str, object]:
+    """Everything that changes the law of the experts that tokens take, and nothing else."""
+    law: dict[str, object] = {"n_experts": model.n_experts, "top_k": model.top_k, "traffic": workload.law}
+    if model.is_grouped and not isinstance(workload, RecordedTraffic):
+        law |= {"n_group": model.n_group, "topk_group": model.topk_group}
+        law |= {"scoring": model.scoring, "group_score": model.group_score}
+    return law
+
+
+def check_pair(model: ModelSpec, workload: Workload) -> None:
+    """Refuse a model and a workload that do not go together.
+
+    Raises
+    ------
+    InputError
+        A record of another model, or a grouped router whose scoring is not known.
+    """
+    if isinstance(workload, RecordedTraffic):
+        workload.check_model(model.n_experts, model.top_k, model.name)
+    elif model.is_grouped and model.scoring not in ROUTED_SCORINGS:
+        raise InputError(
+            f"model {model.name}: grouped routing with scoring '{model.scoring}' is not known; known: softmax, sigmoid"
+        )
+
+
+def _score_law(model: ModelSpec) -> np.ndarray:
+    """(b, a, both): an expert that arrives at time t has the score 1 / (b + a t), up to a factor that a token shares."""
+    sigmoid = model.scoring == "sigmoid"
+    return np.array([1.0 if sigmoid else 0.0, np.exp(-X0) if sigmoid else 1.0, model.group_score == "top2_sum"])
+
+
+def draw_trials(
+    model: ModelSpec, workload: Workload, seed: int, trials: range, n_draws: int, tokens: np.ndarray, n_ids: int = 1
+) -> tuple[np.ndarray, np.ndarray]:
+    """Route the tokens of consecutive trials; trial t belongs to layer draw t % n_draws.
+
+    A trial is a stream of tokens, and its step of T tokens is the first T of them, whatever other steps are asked for.
+    The correction bias is taken as zero: its work, evening out the load in training, is in the popularity already.
+
+    Parameters
+    ----------
+    trials : range
+        Consecutive trials of consecutive draws (they do not wrap around n_draws).
+    tokens : int64 [steps], ascending
+        Tokens per step.
+    n_ids : int
+        Single tokens to return of each trial (recorded prefill: at most 1).
+
+    Returns
+    -------
+    counts : int32 [trials, steps, n_experts]
+        Tokens that take each expert.
+    ids : int16 [trials, n_ids, top_k]
+        Experts of the first tokens.
+    """
+    key = stream_key(seed, json.dumps(routing_law(model, workload), sort_keys=True))
+    counts = np.empty((len(trials), len(tokens), model.n_experts), np.int32)
+    ids = np.empty((len(trials), n_ids, model.top_k), np.int16)
+    if isinstance(workload, RecordedTraffic):
+        workload.sample(key, trials.start, tokens, counts, ids)
+        return counts, ids
+    mu = workload.draw_popularity(key, trials.start % n_draws, len(trials), model.n_experts)
+    logits = workload.draw_logits(key, mu, trials.start, int(tokens[-1]))
+    per_request = workload.tokens_per_request if workload.request_sigma else _ONE_REQUEST
+    sample_trials(
+        trials.start, key, logits, per_request, tokens, model.n_group, model.topk_group, workload.group_sigma,
+        _score_law(model), counts, ids,
+    )  # fmt: skip
+    return counts, ids

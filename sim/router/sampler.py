@@ -1,0 +1,396 @@
+"""Routed tokens of Gumbel traffic, drawn without drawing every logit: the law of `route` at a small part of its cost.
+
+A logit is log(w_e) + log(f_g) + Gumbel noise, so exp(-logit) is an exponential time of rate w_e * f_g: the experts of a
+group arrive like a Poisson process of rate W_g * f_g whose marks have probability w_e / W_g (a repeated mark is
+ignored), and the k largest logits are the k first arrivals. With a = exp(-x0) an expert that arrives at time t has the
+sigmoid score 1 / (1 + a t). Per token the first two distinct arrivals of each group give the group scores; only the
+kept groups go on, merged in order of time, until top_k experts have arrived. Ungrouped, times do not matter: top_k
+distinct marks. (Exponential clocks for the Gumbel maximum: Yellott 1977; Efraimidis and Spirakis 2006.)
+
+Every random word is addressed by (trial, token, index): a token's experts do not depend on how many tokens follow it,
+nor on the batches that tokens are worked in. A batch takes its k-th experts together, so that loops run over tokens;
+they are short and touch few arrays each, because only then does the compiler vectorise them.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from sim.kernels import kernel
+from sim.router.tables import SMALL, TINY, Layer, draw_mark, fill_layer, new_layer
+from sim.streams import TOKEN, exp32, exponential, fill_words, normal_pair, word_at
+
+_BATCH = 512  # tokens that are worked together
+_TRIES = 16  # repeated marks before the exact scan; each try is an independent draw, so stopping does not bias
+_LATE = np.float32(3e38)  # the latest arrival, before infinity: nobody left to arrive
+
+
+class _Batch(NamedTuple):
+    """Working arrays of up to _BATCH tokens. Kept groups are numbered by place, 0 .. topk_group - 1."""
+
+    words: np.ndarray  # uint32 [words per token, tokens]
+    factor: np.ndarray  # float32 [n_group, tokens], the group effect (a row more when n_group is odd)
+    mark: np.ndarray  # int32 [n_group, tokens], first expert to arrive
+    time_1: np.ndarray  # float32 [n_group, tokens], its time
+    time_2: np.ndarray  # float32 [n_group, tokens], time of the second distinct expert
+    score: np.ndarray  # float32 [n_group, tokens]
+    rank: np.ndarray  # int32 [n_group, tokens]
+    kept: np.ndarray  # int32 [topk_group + 1, tokens], the kept groups (the last place is scratch)
+    next_time: np.ndarray  # float32 [topk_group, tokens], next arrival of each kept group
+    left: np.ndarray  # float32 [topk_group, tokens], weight that has not arrived; negative before the first arrival
+    chosen: np.ndarray  # int32 [top_k, tokens], experts, best first
+    # of the kept group whose arrival is next, all [tokens]
+    place: np.ndarray  # int32
+    group: np.ndarray  # int32
+    now: np.ndarray  # float32, time of that arrival
+    before: np.ndarray  # float32, weight left before it, negative if it is the group's first
+    rest: np.ndarray  # float32, weight left after it
+    repeated: np.ndarray  # bool, whether its mark is an expert that the token has already
+    mark_now: np.ndarray  # int32, the group's first mark
+    others: np.ndarray  # float32, of the expert that arrives
+    weight: np.ndarray  # float32, of the expert that arrives
+    factor_now: np.ndarray  # float32
+    second: np.ndarray  # float32, time of the group's second arrival
+
+
+@kernel
+def _new_batch(n_words, n_group, topk_group, top_k):
+    return _Batch(
+        np.empty((n_words, _BATCH), np.uint32),
+        np.empty((n_group + n_group % 2, _BATCH), np.float32),
+        np.empty((n_group, _BATCH), np.int32),
+        np.empty((n_group, _BATCH), np.float32),
+        np.empty((n_group, _BATCH), np.float32),
+        np.empty((n_group, _BATCH), np.float32),
+        np.empty((n_group, _BATCH), np.int32),
+        np.zeros((topk_group + 1, _BATCH), np.int32),
+        np.empty((topk_group, _BATCH), np.float32),
+        np.empty((topk_group, _BATCH), np.float32),
+        np.empty((top_k, _BATCH), np.int32),
+        np.empty(_BATCH, np.int32),
+        np.zeros(_BATCH, np.int32),
+        np.empty(_BATCH, np.float32),
+        np.empty(_BATCH, np.float32),
+        np.empty(_BATCH, np.float32),
+        np.empty(_BATCH, np.bool_),
+        np.empty(_BATCH, np.int32),
+        np.empty(_BATCH, np.float32),
+        np.empty(_BATCH, np.float32),
+        np.empty(_BATCH, np.float32),
+        np.empty(_BATCH, np.float32),
+    )
+
+
+@kernel
+def _gather(n, table, index, out):
+    """out[i] = table[index[i]]: apart from arithmetic, since a gather keeps the compiler from vectorising a loop."""
+    for i in range(n):
+        out[i] = table[np.uint32(index[i])]
+
+
+@kernel
+def _gather_group(n, table, group, out):
+    """out[i] = table[group[i], i]."""
+    for i in range(n):
+        out[i] = table[np.uint32(group[i]), i]
+
+
+# ---- group scores ------------------------------------------------------------------------------------------------
+
+
+@kernel
+def _fill_factors(words, n, sigma, out):
+    """Group effects exp(sigma * normal) of two groups: words uint32 [2, n], out float32 [2, n]."""
+    word_0, word_1, out_0, out_1 = words[0], words[1], out[0], out[1]
+    for i in range(n):
+        z_0, z_1 = normal_pair(word_0[i], word_1[i])
+        out_0[i] = exp32(sigma * z_0)
+        out_1[i] = exp32(sigma * z_1)
+
+
+@kernel
+def _fill_times(words, n, rate, factor, mark, others, time_1, time_2):
+    """First two distinct arrivals of one group: words uint32 [2, n]."""
+    word_1, word_2 = words[0], words[1]
+    _gather(n, others, mark, time_2)
+    for i in range(n):
+        time_1[i] = exponential(word_1[i]) / (rate * factor[i])
+    for i in range(n):
+        rest = time_2[i]
+        t = min(time_1[i] + exponential(word_2[i]) / (rest * factor[i]), _LATE)
+        time_2[i] = t if rest > 0 else np.float32(np.inf)
+
+
+@kernel
+def _fill_scores(time_1, time_2, n, score_law, out):
+    """Group scores: an arrival at t scores 1 / (b + a t); `score_law` (b, a, both) sums the first, or the first two."""
+    b, a, one = np.float32(score_law[0]), np.float32(score_law[1]), np.float32(1)
+    if score_law[2] > 0:
+        for i in range(n):
+            out[i] = one / (b + a * time_1[i]) + one / (b + a * time_2[i])
+    else:
+        for i in range(n):
+            out[i] = one / (b + a * time_1[i])
+
+
+@kernel
+def _score_groups(n, layer, group_sigma, score_law, batch):
+    """Group effects, first arrivals and group scores of n tokens; returns the number of words used per token."""
+    words, alias = batch.words, layer.alias
+    n_group = layer.group_weight.size
+    size = alias.size // n_group
+    row = 0
+    for g in range(0, n_group, 2):
+        _fill_factors(words[row : row + 2], n, np.float32(group_sigma), batch.factor[g : g + 2])
+        row += 2
+    for g in range(n_group):
+        mark, word = batch.mark[g], words[row]
+        for i in range(n):
+            mark[i] = draw_mark(word[i], g, size, alias)
+        time_1, time_2 = batch.time_1[g], batch.time_2[g]
+        rate = layer.group_weight[g]
+        _fill_times(words[row + 1 : row + 3], n, rate, batch.factor[g], mark, layer.others, time_1, time_2)
+        _fill_scores(time_1, time_2, n, score_law, batch.score[g])
+        row += 3
+    return row
+
+
+@kernel
+def _keep_groups(n, topk_group, batch):
+    """The topk_group best groups of n tokens, ties to the lowest, with their first arrivals."""
+    n_group = batch.score.shape[0]
+    for g in range(n_group):
+        rank, mine = batch.rank[g], batch.score[g]
+        rank[:n] = 0
+        for h in range(n_group):
+            theirs = batch.score[h]
+            if h < g:
+                for i in range(n):
+                    rank[i] += np.int32(theirs[i] >= mine[i])
+            elif h > g:
+                for i in range(n):
+                    rank[i] += np.int32(theirs[i] > mine[i])
+    kept, rank = batch.kept, batch.rank
+    for i in range(n):
+        place = 0
+        for g in range(n_group):
+            kept[place, i] = g
+            place += rank[g, i] < topk_group
+    batch.left[:, :n] = -1
+    for j in range(topk_group):
+        next_time, group, time_1 = batch.next_time[j], kept[j], batch.time_1
+        for i in range(n):
+            next_time[i] = time_1[np.uint32(group[i]), i]
+
+
+# ---- experts -----------------------------------------------------------------------------------------------------
+
+
+@kernel
+def _is_taken(e, chosen, k, i):
+    """Whether e is one of the first k experts of token i."""
+    taken = False
+    for j in range(k):
+        taken |= chosen[j, i] == e
+    return taken
+
+
+@kernel
+def _untaken_weight(lo, size, weight, chosen, k, i):
+    """Weight of the experts of a group that are not among the first k of token i; 0 only if there are none."""
+    total, n_left = 0.0, 0
+    for e in range(lo, lo + size):
+        if not _is_taken(e, chosen, k, i):
+            total += weight[e]
+            n_left += 1
+    return max(total, np.float64(TINY)) if n_left else 0.0
+
+
+@kernel
+def _scan_untaken(word, lo, size, weight, chosen, k, i):
+    """Expert drawn among those of a group that token i has not taken, by inverting their cumulated weights."""
+    target = (np.float64(word) + 0.5) * 2.0**-32 * _untaken_weight(lo, size, weight, chosen, k, i)
+    last = -1  # the lowest expert that is left, should all their weights be 0
+    for e in range(lo, lo + size):
+        if not _is_taken(e, chosen, k, i) and (last < 0 or weight[e] > 0.0):
+            last = e
+            target -= weight[e]
+            if target < 0.0:
+                break
+    return last
+
+
+@kernel
+def _redraw(n, start, trial, key, layer, batch, k):
+    """Draw the k-th experts of the flagged tokens again until they repeat none; their words are made one by one."""
+    alias, chosen, repeated, group = layer.alias, batch.chosen, batch.repeated, batch.group
+    k0, k1 = key[0], key[1]
+    size = alias.size // layer.group_weight.size
+    first_word = batch.words.shape[0] + k * (_TRIES + 1)
+    for i in range(n):
+        if repeated[i]:
+            tries, taken = 0, True
+            while taken and tries < _TRIES:
+                word = word_at(first_word + tries, start + i, trial, TOKEN, k0, k1)
+                e = draw_mark(word, group[i], size, alias)
+                taken = False
+                for j in range(k):
+                    taken |= chosen[j, i] == e
+                tries += 1
+            if taken:
+                word = word_at(first_word + tries, start + i, trial, TOKEN, k0, k1)
+                e = _scan_untaken(word, np.int64(group[i]) * size, size, layer.weight, chosen, k, i)
+            chosen[k, i] = e
+
+
+@kernel
+def _draw_experts(n, word, start, trial, key, layer, batch, k):
+    """The k-th experts of n tokens, each from batch.group: a mark, drawn again while it repeats an earlier one."""
+    alias, chosen, group, repeated, mine = layer.alias, batch.chosen, batch.group, batch.repeated, batch.chosen[k]
+    size = alias.size // layer.group_weight.size
+    for i in range(n):
+        mine[i] = draw_mark(word[i], group[i], size, alias)
+    repeated[:n] = False
+    for j in range(k):
+        earlier = chosen[j]
+        for i in range(n):
+            repeated[i] |= earlier[i] == mine[i]
+    _redraw(n, start, trial, key, layer, batch, k)
+
+
+@kernel
+def _find_next(n, batch):
+    """The kept group whose arrival is next, of n tokens: its place, group, time and weight left."""
+    place, group, now, before = batch.place, batch.group, batch.now, batch.before
+    place[:n] = 0
+    now[:n] = batch.next_time[0, :n]
+    for j in range(1, batch.next_time.shape[0]):
+        time = batch.next_time[j]
+        for i in range(n):
+            sooner = time[i] < now[i]
+            now[i] = time[i] if sooner else now[i]
+            place[i] = j if sooner else place[i]
+    for j in range(batch.next_time.shape[0]):
+        group_j, left_j = batch.kept[j], batch.left[j]
+        for i in range(n):
+            here = place[i] == j
+            group[i] = group_j[i] if here else group[i]
+            before[i] = left_j[i] if here else before[i]
+
+
+@kernel
+def _take_first_marks(n, batch, k):
+    """Where the group's first arrival is next, its expert is the mark that gave the group score."""
+    before, mark, chosen = batch.before, batch.mark_now, batch.chosen[k]
+    _gather_group(n, batch.mark, batch.group, mark)
+    for i in range(n):
+        chosen[i] = mark[i] if before[i] < 0 else chosen[i]
+
+
+@kernel
+def _take_weight(n, layer, batch, k):
+    """Weight that is left in the groups that have just given the k-th experts of n tokens."""
+    before, rest, others, weight, chosen = batch.before, batch.rest, batch.others, batch.weight, batch.chosen[k]
+    _gather(n, layer.others, chosen, others)
+    _gather(n, layer.weight, chosen, weight)
+    n_small = 0
+    for i in range(n):
+        fewer = before[i] - weight[i]
+        rest[i] = others[i] if before[i] < 0 else fewer
+        n_small += rest[i] < SMALL * before[i]
+    if n_small == 0:
+        return
+    size = layer.weight.size // layer.group_weight.size
+    for i in range(n):
+        if rest[i] < SMALL * before[i]:
+            rest[i] = _untaken_weight(np.int64(batch.group[i]) * size, size, layer.weight, batch.chosen, k + 1, i)
+
+
+@kernel
+def _advance(n, word, batch):
+    """Next arrival of the groups that have just given an expert."""
+    before, rest, now, factor, second = batch.before, batch.rest, batch.now, batch.factor_now, batch.second
+    _gather_group(n, batch.factor, batch.group, factor)
+    _gather_group(n, batch.time_2, batch.group, second)
+    for i in range(n):
+        factor[i] = exponential(word[i]) / (rest[i] * factor[i])
+    for i in range(n):
+        later = min(now[i] + factor[i], _LATE) if rest[i] > 0 else np.float32(np.inf)
+        now[i] = second[i] if before[i] < 0 else later
+    place = batch.place
+    for j in range(batch.left.shape[0]):
+        left_j, next_j = batch.left[j], batch.next_time[j]
+        for i in range(n):
+            here = place[i] == j
+            left_j[i] = rest[i] if here else left_j[i]
+            next_j[i] = now[i] if here else next_j[i]
+
+
+@kernel
+def _route_batch(n, start, trial, key, topk_group, group_sigma, score_law, layer, batch):
+    """Experts of the n tokens from `start` on, into batch.chosen."""
+    fill_words(key, TOKEN, trial, start, n, batch.words)
+    top_k = batch.chosen.shape[0]
+    if layer.group_weight.size == 1:
+        for k in range(top_k):
+            _draw_experts(n, batch.words[k], start, trial, key, layer, batch, k)
+        return
+    row = _score_groups(n, layer, group_sigma, score_law, batch)
+    _keep_groups(n, topk_group, batch)
+    for k in range(top_k):
+        _find_next(n, batch)
+        _draw_experts(n, batch.words[row + k], start, trial, key, layer, batch, k)
+        _take_first_marks(n, batch, k)
+        if k + 1 < top_k:
+            _take_weight(n, layer, batch, k)
+            _advance(n, batch.words[row + top_k + k], batch)
+
+
+@kernel
+def _count_experts(chosen, start, stop, counts):
+    """Add the experts of tokens start .. stop - 1 of a batch to counts [n_experts]."""
+    for k in range(chosen.shape[0]):
+        for i in range(start, stop):
+            counts[chosen[k, i]] += 1
+
+
+@kernel
+def _sample_trial(trial, key, mu, tokens_per_request, tokens, topk_group, group_sigma, score_law, layer, batch, counts, ids):
+    """One trial: mu [requests, n_experts]; counts int32 [len(tokens), n_experts]; ids int16 [n, top_k]."""
+    chosen = batch.chosen
+    running = np.zeros(mu.shape[1], np.int32)
+    start, snapshot = 0, 0
+    while start < tokens[-1]:
+        request = start // tokens_per_request
+        if start == request * tokens_per_request:
+            fill_layer(mu[request], layer)
+        n = min(_BATCH, tokens[-1] - start, (request + 1) * tokens_per_request - start)
+        _route_batch(n, start, trial, key, topk_group, group_sigma, score_law, layer, batch)
+        done = 0
+        while snapshot < tokens.size and tokens[snapshot] <= start + n:
+            _count_experts(chosen, done, tokens[snapshot] - start, running)
+            done = tokens[snapshot] - start
+            counts[snapshot] = running
+            snapshot += 1
+        _count_experts(chosen, done, n, running)
+        for i in range(start, min(start + n, ids.shape[0])):
+            ids[i] = chosen[:, i - start]
+        start += n
+
+
+@kernel
+def sample_trials(first_trial, key, mu, tokens_per_request, tokens, n_group, topk_group, group_sigma, score_law, counts, ids):
+    """Route the trials first_trial .. first_trial + len(mu) - 1.
+
+    mu float64 [trials, requests, n_experts]; tokens int64, ascending; counts int32 [trials, len(tokens), n_experts],
+    of the first tokens[j] tokens of each trial; ids int16 [trials, n, top_k], of its first n tokens, best first.
+    """
+    top_k = ids.shape[2]
+    n_words = (n_group + n_group % 2) + 3 * n_group + 2 * top_k if n_group > 1 else top_k
+    layer = new_layer(mu.shape[2], n_group)
+    batch = _new_batch((n_words + 3) // 4 * 4, n_group, topk_group, top_k)
+    for t in range(mu.shape[0]):
+        _sample_trial(
+            first_trial + t, key, mu[t], tokens_per_request, tokens, topk_group, group_sigma, score_law, layer, batch,
+            counts[t], ids[t],
+        )

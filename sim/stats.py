@@ -1,0 +1,115 @@
+"""Intervals and exceedance curves from integer counts.
+
+The unit of replication is an independent layer draw. A draw d gives n_d blocks (n_d = 1 where every step has a fresh
+layer); its sum of a quantity is Y_d. Sums over draws of Y_d, Y_d**2 and n_d * Y_d are all that intervals need.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from scipy.special import bdtri, betaincinv, stdtrit  # noqa: F401
+
+CONFIDENCE = 0.95
+_TAIL = (1 - CONFIDENCE) / 2
+
+
+class Moments(NamedTuple):
+    """Sums over draws, arrays of one shape: of Y_d, of Y_d squared, and of n_d * Y_d."""
+
+    total: np.ndarray
+    square: np.ndarray
+    weighted: np.ndarray
+
+
+class Design(NamedTuple):
+    """How blocks come from draws."""
+
+    blocks: int  # sum of n_d
+    draws: int
+    blocks_square: int  # sum of n_d squared
+
+    @classmethod
+    def of(cls, trials: int, draws: int) -> "Design":
+        """`trials` blocks dealt evenly to `draws` draws."""
+        q, m = divmod(trials, draws)
+        return cls(trials, draws, m * (q + 1) ** 2 + (draws - m) * q**2)
+
+
+def _variance_of_mean(moments: Moments, design: Design) -> np.ndarray:
+    """Variance of the mean of all blocks, from the variation between draws (ratio estimator); nan with one draw."""
+    mean = moments.total / design.blocks
+    square = moments.square - 2 * mean * moments.weighted + mean**2 * design.blocks_square
+    if design.draws < 2:
+        return np.full(np.shape(mean), np.nan)
+    return np.maximum(square, 0) * design.draws / (design.draws - 1) / design.blocks**2
+
+
+def mean_interval(moments: Moments, design: Design) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean over blocks with its 95 % Student interval over draws: (mean, low, high)."""
+    mean = moments.total / design.blocks
+    half = -stdtrit(max(design.draws - 1, 1), _TAIL) * np.sqrt(_variance_of_mean(moments, design))
+    return mean, mean - half, mean + half
+
+
+def effective_blocks(moments: Moments, design: Design) -> np.ndarray:
+    """Independent blocks that are worth as much as the clustered ones, for the probability of an event.
+
+    `moments` count the event. The design effect is the between-draw variance over the binomial one, corrected for its
+    own degrees of freedom (Korn and Graubard 1998). Where the event never or always happened nothing shows how it
+    clusters, and a draw counts once.
+    """
+    if design.draws == design.blocks:
+        return np.full(np.shape(moments.total), float(design.blocks))
+    p = moments.total / design.blocks
+    variance = _variance_of_mean(moments, design)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        blocks = p * (1 - p) / variance
+    degrees = (stdtrit(design.blocks - 1, _TAIL) / stdtrit(max(design.draws - 1, 1), _TAIL)) ** 2
+    known = (p > 0) & (p < 1) & (variance > 0)
+    return np.where(known, np.clip(blocks * degrees, 1, design.blocks), float(design.draws))
+
+
+def probability_interval(p: np.ndarray, blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """95 % Clopper-Pearson interval of a probability seen as `p` in `blocks` effective blocks: (low, high)."""
+    hits = p * blocks
+    with np.errstate(invalid="ignore"):
+        low = np.where(p > 0, betaincinv(hits, blocks - hits + 1, _TAIL), 0.0)
+        high = np.where(p < 1, betaincinv(hits + 1, blocks - hits, 1 - _TAIL), 1.0)
+    return low, high
+
+
+class Histogram(NamedTuple):
+    """Counts of the distinct values of an integer quantity."""
+
+    values: np.ndarray  # int64, ascending
+    counts: np.ndarray  # int64
+
+    @property
+    def mean(self) -> float:
+        """Mean value."""
+        return float(np.dot(self.values, self.counts) / self.counts.sum())
+
+    def at_least(self, value: float) -> int:
+        """How many are at least `value`."""
+        return int(self.counts[np.searchsorted(self.values, value) :].sum())
+
+    def quantile(self, q: np.ndarray | float) -> np.ndarray:
+        """Smallest value with a share of at least q at or below it."""
+        cumulated = np.cumsum(self.counts)
+        rank = np.ceil(np.asarray(q) * cumulated[-1] - 1e-9)
+        return self.values[np.minimum(np.searchsorted(cumulated, np.maximum(rank, 1)), len(self.values) - 1)]
+
+    def exceedance(self) -> tuple[np.ndarray, np.ndarray]:
+        """Distinct values and how many are at least each."""
+        return self.values, np.cumsum(self.counts[::-1])[::-1]
+
+
+def quantile_interval(histogram: Histogram, q: float, blocks: float) -> tuple[int, int, int]:
+    """Quantile with its 95 % order-statistic interval (the shares that a binomial count of `blocks` can take):
+    (value, low, high)."""
+    from scipy.stats import binom
+
+    low = max(binom.ppf(_TAIL, blocks, q), 1) / blocks
+    high = min(binom.ppf(1 - _TAIL, blocks, q) + 1, blocks) / blocks
+    value, low, high = histogram.quantile(np.array([q, low, high]))
+    return int(value), int(low), int(high)

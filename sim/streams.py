@@ -1,0 +1,177 @@
+"""Counter-based random streams: any word of any stream, addressed and not advanced.
+
+A stream is keyed by (seed, what is sampled); a word in it by (purpose, trial or draw, token or row, index). No state is
+carried, so the same words come out on any number of threads, processes and machines, in any order.
+
+The generator is Philox4x32 with 7 rounds, the fewest that pass BigCrush (Salmon, Moraes, Dror, Shaw, "Parallel random
+numbers: as easy as 1, 2, 3", SC 2011, table 2). The transforms to exponentials and normals are float32 polynomials
+without calls into a maths library: they vectorise, and give the same bits on every machine.
+"""
+
+import hashlib
+
+import numpy as np
+
+from sim.kernels import kernel
+
+# What a word is drawn for: the last counter word, so that no two purposes share a word.
+POPULARITY, REQUEST, TOKEN, PERMUTATION, REPLAY = (np.uint64(purpose) for purpose in range(5))
+
+_MUL_0, _MUL_1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
+_WEYL_0, _WEYL_1 = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)
+_LOW, _32 = np.uint64(0xFFFFFFFF), np.uint64(32)
+_ROUNDS = 7
+
+
+def stream_key(seed: int, what: str) -> np.ndarray:
+    """Key of the stream of `what` under `seed`: uint64 [2], each below 2**32."""
+    digest = hashlib.sha256(f"{seed}|{what}".encode()).digest()
+    return np.frombuffer(digest[:8], dtype="<u4").astype(np.uint64)
+
+
+@kernel(inline="always")
+def philox(c0, c1, c2, c3, k0, k1):
+    """Four random 32-bit words (as uint64) of the counter (c0, c1, c2, c3) under the key (k0, k1)."""
+    for _ in range(_ROUNDS):
+        p0 = _MUL_0 * c0
+        p1 = _MUL_1 * c2
+        c0 = (p1 >> _32) ^ c1 ^ k0
+        c1 = p1 & _LOW
+        c2 = (p0 >> _32) ^ c3 ^ k1
+        c3 = p0 & _LOW
+        k0 = (k0 + _WEYL_0) & _LOW
+        k1 = (k1 + _WEYL_1) & _LOW
+    return c0, c1, c2, c3
+
+
+@kernel
+def word_at(index, row, sequence, purpose, k0, k1):
+    """One 32-bit word of a stream, addressed directly: word `index` of row `row` of `sequence`."""
+    index = np.uint64(index)
+    a, b, c, d = philox(index >> np.uint64(2), np.uint64(row), np.uint64(sequence), purpose, k0, k1)
+    lane = index & np.uint64(3)
+    if lane < 2:
+        return np.uint32(a if lane == 0 else b)
+    return np.uint32(c if lane == 2 else d)
+
+
+@kernel
+def fill_words(key, purpose, sequence, first_row, n_rows, out):
+    """Words of `n_rows` consecutive rows: out[j, i] = word j of row first_row + i; out uint32 [4 * blocks, >= n_rows]."""
+    k0, k1 = key[0], key[1]  # read once: a store to `out` might alias them, and the loop would not vectorise
+    for block in range(out.shape[0] // 4):
+        for i in range(n_rows):
+            a, b, c, d = philox(
+                np.uint64(block), np.uint64(first_row + i), np.uint64(sequence), purpose, k0, k1
+            )
+            out[4 * block, i] = np.uint32(a)
+            out[4 * block + 1, i] = np.uint32(b)
+            out[4 * block + 2, i] = np.uint32(c)
+            out[4 * block + 3, i] = np.uint32(d)
+
+
+def words(key: np.ndarray, purpose: np.uint64, sequence: int, shape: tuple[int, int], first_row: int = 0) -> np.ndarray:
+    """Random words, uint32 `shape` [rows, words]: word j of row first_row + i of (`purpose`, `sequence`)."""
+    n_rows, n_words = shape
+    out = np.empty((-(-n_words // 4) * 4, n_rows), np.uint32)
+    fill_words(key, purpose, sequence, first_row, n_rows, out)
+    return out[:n_words].T
+
+
+def uniforms(
+    key: np.ndarray, purpose: np.uint64, sequence: int, shape: tuple[int, int], first_row: int = 0
+) -> np.ndarray:
+    """Uniforms in (0, 1), float64 `shape` [rows, words], from `words`."""
+    return (words(key, purpose, sequence, shape, first_row) + 0.5) * 2.0**-32
+
+
+# log1p(f) / f on [-1/4, 1/2]: the interpolant at 10 Chebyshev nodes, relative error 5e-9 before rounding to float32.
+# Written out, not computed at import, so that every machine has the same bits; a test computes them again.
+LOG1P = (
+    1.0,
+    -0.5,
+    0.3333350121974945,
+    -0.24999916553497314,
+    0.19989043474197388,
+    -0.16650031507015228,
+    0.1450427770614624,
+    -0.13161523640155792,
+    0.1032947301864624,
+    -0.043615926057100296,
+)
+_L0, _L1, _L2, _L3, _L4, _L5, _L6, _L7, _L8, _L9 = (np.float32(c) for c in LOG1P)
+_HALF, _ONE, _ZERO = np.float32(0.5), np.float32(1), np.float32(0)
+_SCALE = np.float32(2.0**-32)
+_LN2 = np.float32(np.log(2))
+_QUARTER = np.uint32(1 << 30)
+_ALL = np.uint32(0xFFFFFFFF)
+_THREE_QUARTERS_BITS, _MANTISSA_BITS = np.int32(0x3F400000), np.int32(23)
+
+
+@kernel(inline="always")
+def exponential(word):
+    """Standard exponential, float32, of a uint32 word: -log1p(-(word + 1/2) / 2**32), to 3e-7 relative over its whole range.
+
+    1 - x = m * 2**e with m in [3/4, 3/2); below x = 1/4 the series takes x itself, so that the small times (the winners)
+    keep their relative accuracy.
+    """
+    x = (np.float32(word) + _HALF) * _SCALE
+    y = np.float32((np.float32(word ^ _ALL) + _HALF) * _SCALE)
+    bits = y.view(np.int32)
+    exponent = (bits - _THREE_QUARTERS_BITS) >> _MANTISSA_BITS
+    mantissa = np.int32(bits - np.int32(exponent << _MANTISSA_BITS)).view(np.float32)
+    small = word < _QUARTER
+    f = -x if small else mantissa - _ONE
+    e = _ZERO if small else np.float32(exponent)
+    p = _L9
+    p = p * f + _L8
+    p = p * f + _L7
+    p = p * f + _L6
+    p = p * f + _L5
+    p = p * f + _L4
+    p = p * f + _L3
+    p = p * f + _L2
+    p = p * f + _L1
+    p = p * f + _L0
+    return -(e * _LN2 + p * f)
+
+
+_TURN = np.float32(2 * np.pi * 2.0**-32)
+_S = tuple(np.float32(c) for c in (-1 / 6, 1 / 120, -1 / 5040, 1 / 362880))
+_C = tuple(np.float32(c) for c in (-1 / 2, 1 / 24, -1 / 720, 1 / 40320))
+_S1, _S2, _S3, _S4 = _S
+_C1, _C2, _C3, _C4 = _C
+_EIGHTH, _30 = np.uint32(1 << 29), np.uint32(30)
+
+
+@kernel(inline="always")
+def normal_pair(word_radius, word_angle):
+    """Two independent standard normals, float32, of two uint32 words (Box and Muller, 1958)."""
+    radius = np.sqrt(np.float32(2) * exponential(word_radius))
+    quadrant = np.uint32(np.uint32(word_angle + _EIGHTH) >> _30)
+    angle = np.float32(np.int32(np.uint32(word_angle - np.uint32(quadrant << _30)))) * _TURN
+    q = angle * angle
+    sine = angle + angle * q * (_S1 + q * (_S2 + q * (_S3 + q * _S4)))
+    cosine = _ONE + q * (_C1 + q * (_C2 + q * (_C3 + q * _C4)))
+    swap = (quadrant & np.uint32(1)) == 1
+    u = sine if swap else cosine
+    v = cosine if swap else sine
+    first = -u if quadrant == 1 or quadrant == 2 else u
+    second = -v if quadrant >= 2 else v
+    return radius * first, radius * second
+
+
+_LOG2E = np.float32(1 / np.log(2))
+_LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
+_E = tuple(np.float32(c) for c in (1 / 2, 1 / 6, 1 / 24, 1 / 120, 1 / 720, 1 / 5040))
+_E2, _E3, _E4, _E5, _E6, _E7 = _E
+
+
+@kernel(inline="always")
+def exp32(x):
+    """exp(x), float32, for |x| < 80, to 2e-7 relative."""
+    k = np.floor(x * _LOG2E + _HALF)
+    r = x - k * _LN2_HIGH - k * _LN2_LOW
+    p = _ONE + r * (_ONE + r * (_E2 + r * (_E3 + r * (_E4 + r * (_E5 + r * (_E6 + r * _E7))))))
+    power = np.int32((np.int32(k) + np.int32(127)) << _MANTISSA_BITS).view(np.float32)
+    return p * power

@@ -1,0 +1,101 @@
+"""One chunk of a sweep: some layer draws, with all of their trials, sampled, scored and summed."""
+
+import numpy as np
+
+from sim.placement import random_ranks
+from sim.router import draw_trials
+from sim.score import METRICS, Layouts, fan_out, lay_out, rank_loads, score_blocks
+from sim.sweeps.plan import Plan
+from sim.sweeps.tables import Events
+from sim.sweeps.tally import Tally, histogram_keys, merge_counts
+
+_CHUNK_TOKENS = 2**20
+_CHUNK_DRAWS = 256
+_LEAST_CHUNKS = 16
+
+
+def chunk_draws(plan: Plan) -> list[range]:
+    """The draws of each chunk: about a million tokens, a bounded number of draws, and enough chunks to share out."""
+    tokens_of_draw = -(-plan.trials // plan.draws) * int(plan.steps[-1])
+    size = max(1, min(_CHUNK_TOKENS // tokens_of_draw, _CHUNK_DRAWS, -(-plan.draws // _LEAST_CHUNKS)))
+    return [range(start, min(start + size, plan.draws)) for start in range(0, plan.draws, size)]
+
+
+def _chunk_layouts(plan: Plan, draws: range) -> tuple[Layouts, np.ndarray]:
+    """Layouts that the chunk needs, and int64 [draws, pairs] with the row of each draw and pair."""
+    rows, sizes, first = [], [], 0
+    layout_of_pair = np.empty((len(draws), len(plan.pairs)), np.int64)
+    for p, (_, ep_size) in enumerate(plan.pairs):
+        fixed = plan.layer_ranks[p]
+        if fixed is None:
+            ranks = random_ranks(plan.model.n_experts, ep_size, plan.seed, draws.start, len(draws))
+            layout_of_pair[:, p] = first + np.arange(len(draws))
+        else:
+            ranks = fixed
+            layout_of_pair[:, p] = first + np.arange(draws.start, draws.stop) % len(fixed)
+        rows.append(ranks)
+        sizes += [ep_size] * len(ranks)
+        first += len(ranks)
+    return lay_out(np.concatenate(rows), np.array(sizes)), layout_of_pair
+
+
+def run_chunk(plan: Plan, draws: range) -> Tally:
+    """Sample and score all trials of some consecutive draws: round i holds trials i * plan.draws + draw."""
+    layouts, layout_of_pair = _chunk_layouts(plan, draws)
+    pair_of_cell, step_of_cell = (np.array(column) for column in zip(*plan.cells, strict=True))
+    sizes = np.array([ep_size for _, ep_size in plan.pairs])
+    first_rank = np.cumsum(sizes) - sizes
+    events = Events.of(plan)
+    n_draws, n_cells = len(draws), len(plan.cells)
+
+    blocks = np.zeros(n_draws, np.int64)
+    metric = np.zeros((n_draws, n_cells, len(METRICS)), np.int64)
+    event = np.zeros((n_draws, len(events.cell)), np.int64)
+    reached = np.zeros((n_draws, len(plan.pairs), 2), np.int64)
+    load = np.zeros((n_draws, int(sizes.sum())), np.int64)
+    keys, counts = np.empty(0, np.int64), np.empty(0, np.int64)
+    for start in range(0, plan.trials, plan.draws):
+        n = min(n_draws, plan.trials - start - draws.start)
+        if n <= 0:
+            break
+        first_trial = start + draws.start
+        trials = range(first_trial, first_trial + n)
+        expert_counts, ids = draw_trials(plan.model, plan.workload, plan.seed, trials, plan.draws, plan.steps)
+        scores = np.empty((n, n_cells, len(METRICS)), np.int32)
+        score_blocks(expert_counts, step_of_cell, pair_of_cell, layout_of_pair, layouts, scores)
+        new_keys, new_counts = np.unique(histogram_keys(scores), return_counts=True)
+        keys, counts = np.concatenate([keys, new_keys]), np.concatenate([counts, new_counts])
+        if len(keys) > 4 * len(new_keys):
+            keys, counts = merge_counts(keys, counts)
+        blocks[:n] += 1
+        metric[:n] += scores
+        if plan.draws < plan.trials:
+            event[:n] += events.happen(scores)
+        of_round = np.empty((n, len(plan.pairs), 2), np.int64)
+        fan_out(ids[:, 0], layout_of_pair, layouts, plan.ranks_per_node, of_round)
+        reached[:n] += of_round
+        loads = np.empty((n, load.shape[1]), np.int64)
+        rank_loads(expert_counts[:, -1], layout_of_pair, layouts, first_rank, loads)
+        load[:n] += loads
+    keys, counts = merge_counts(keys, counts)
+    base = metric[:, _baseline_cells(plan)]
+    return Tally(
+        keys,
+        counts,
+        *_sums(metric, blocks),
+        (metric * base).sum(axis=0),
+        *_sums(event, blocks)[1:],
+        *_sums(reached, blocks),
+        *_sums(load, blocks),
+    )
+
+
+def _sums(of_draw: np.ndarray, blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Sums over draws of Y, Y**2 and n * Y; of_draw int64 [draws, ...], blocks int64 [draws]."""
+    weight = blocks.reshape(-1, *[1] * (of_draw.ndim - 1))
+    return of_draw.sum(axis=0), (of_draw * of_draw).sum(axis=0), (of_draw * weight).sum(axis=0)
+
+
+def _baseline_cells(plan: Plan) -> np.ndarray:
+    """For each cell the cell of the first placement on the same EP size and step."""
+    return np.arange(len(plan.cells)) % (len(plan.ep_sizes) * len(plan.tokens))

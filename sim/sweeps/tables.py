@@ -1,0 +1,179 @@
+"""From raw integers to the tidy tables: summary, tail and counts."""
+
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+import pandas as pd
+
+from sim.score import METRICS
+from sim.stats import (
+    Design,
+    Histogram,
+    Moments,
+    effective_blocks,
+    mean_interval,
+    probability_interval,
+    quantile_interval,
+)
+from sim.sweeps.plan import Plan
+from sim.sweeps.tally import Tally, split_keys
+
+_MAX_LOAD, _IDLE = METRICS.index("max_load"), METRICS.index("idle_ranks")
+KEYS = ["model", "workload", "placement", "ep_size", "tokens", "trials", "draws"]
+
+
+@dataclass(frozen=True)
+class Events:
+    """The events of tail.csv, one row each: a metric of a cell is at least a whole number."""
+
+    cell: np.ndarray  # int64
+    metric: np.ndarray  # int64, index in METRICS
+    least: np.ndarray  # int64
+    name: list[str]
+    threshold: list[float]
+
+    @classmethod
+    def of(cls, plan: Plan) -> "Events":
+        """All events of a plan, by cell."""
+        rows = []
+        for cell, (pair, _) in enumerate(plan.cells):
+            ep_size, mean = plan.pairs[pair][1], plan.mean_load(cell)
+            for x in plan.thresholds:
+                rows.append((cell, _MAX_LOAD, math.ceil(Fraction(str(x)) * mean), "imbalance", x))
+            idle = {2**i for i in range(ep_size.bit_length()) if 2**i < ep_size} | {ep_size - 1}
+            rows += [(cell, _IDLE, m, "idle_ranks", float(m)) for m in sorted(idle - {0})]
+            rows.append((cell, _IDLE, ep_size - 1, "one_rank", 1.0))
+        cells, metric, least, name, threshold = zip(*rows, strict=True)
+        return cls(np.array(cells), np.array(metric), np.array(least), list(name), list(threshold))
+
+    def happen(self, scores: np.ndarray) -> np.ndarray:
+        """Whether each event happened in each block: bool [trials, events], from scores int32 [trials, cells, METRICS]."""
+        return scores[:, self.cell, self.metric] >= self.least
+
+
+def _histograms(plan: Plan, tally: Tally) -> list[list[Histogram]]:
+    """Histogram of each [cell][metric]."""
+    cell, metric, values = split_keys(tally.keys)
+    edges = np.searchsorted(cell * len(METRICS) + metric, np.arange(len(plan.cells) * len(METRICS) + 1))
+    flat = [Histogram(values[a:b], tally.counts[a:b]) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    return [flat[i : i + len(METRICS)] for i in range(0, len(flat), len(METRICS))]
+
+
+def _event_moments(events: Events, histograms: list[list[Histogram]], tally: Tally, design: Design) -> Moments:
+    total = np.array(
+        [histograms[c][m].at_least(v) for c, m, v in zip(events.cell, events.metric, events.least, strict=True)], float
+    )
+    if design.draws == design.blocks:  # one block per draw: the sum of squares of 0 and 1
+        return Moments(total, total, total)
+    return Moments(total, tally.event_square.astype(float), tally.event_weighted.astype(float))
+
+
+def _keys(plan: Plan, cell: int) -> list[object]:
+    pair, step = plan.cells[cell]
+    placement, ep_size = plan.pairs[pair]
+    tokens = int(plan.steps[step])
+    return [plan.model.name, plan.workload.name, placement, ep_size, tokens, plan.trials, plan.draws]
+
+
+def build_tail(plan: Plan, tally: Tally) -> pd.DataFrame:
+    """One row per cell and event, with its probability and 95 % interval."""
+    design, events = Design.of(plan.trials, plan.draws), Events.of(plan)
+    moments = _event_moments(events, _histograms(plan, tally), tally, design)
+    p = moments.total / design.blocks
+    low, high = probability_interval(p, effective_blocks(moments, design))
+    most = np.array([plan.pairs[plan.cells[c][0]][1] for c in events.cell])
+    # No load can exceed all of it, so beyond `ep_size` times the mean there is nothing to estimate.
+    impossible = (np.array(events.name) == "imbalance") & (np.array(events.threshold) > most)
+    certain = events.least <= np.where(events.metric == _IDLE, 0, 1)
+    keys = [_keys(plan, cell) for cell in range(len(plan.cells))]
+    table = pd.DataFrame([keys[c] for c in events.cell], columns=KEYS)
+    return table.assign(
+        metric=events.name,
+        threshold=events.threshold,
+        probability=p,
+        low=np.where(impossible, 0.0, np.where(certain, 1.0, low)),
+        high=np.where(impossible, 0.0, high),
+        method=np.where(impossible | certain, "exact", "sampled"),
+    )
+
+
+def build_summary(plan: Plan, tally: Tally) -> pd.DataFrame:
+    """One row per cell."""
+    design, histograms, events = Design.of(plan.trials, plan.draws), _histograms(plan, tally), Events.of(plan)
+    blocks = effective_blocks(_event_moments(events, histograms, tally, design), design)
+    metric = mean_interval(tally.moments("metric"), design)
+    change = _change_from_baseline(plan, tally, design)
+    reached = mean_interval(tally.moments("reached"), design)
+    rows = []
+    for cell, (pair, _) in enumerate(plan.cells):
+        mean_load = float(plan.mean_load(cell))
+        row: dict[str, object] = dict(zip(KEYS, _keys(plan, cell), strict=True))
+        max_load, idle = histograms[cell][_MAX_LOAD], histograms[cell][_IDLE]
+        row |= {"mean_load": mean_load, "max_load_mean": metric[0][cell, _MAX_LOAD]}
+        for part, value in zip(("", "_low", "_high"), metric, strict=True):
+            row[f"imbalance_mean{part}"] = value[cell, _MAX_LOAD] / mean_load
+        of_cell = (events.cell == cell) & (events.metric == _MAX_LOAD)
+        for q, column in ((0.5, "p50"), (0.95, "p95"), (0.99, "p99")):
+            value, low, high = quantile_interval(max_load, q, _blocks_near(max_load, q, events, blocks, of_cell))
+            for part, bound in (("", value), ("_low", low), ("_high", high)):
+                row[f"imbalance_{column}{part}"] = bound / mean_load
+        row["balancedness_mean"] = float(np.dot(mean_load / max_load.values, max_load.counts) / plan.trials)
+        for part, value in zip(("", "_low", "_high"), metric, strict=True):
+            row[f"idle_ranks_mean{part}"] = value[cell, _IDLE]
+        row["idle_ranks_p99"] = int(idle.quantile(0.99))
+        row["distinct_experts_busiest_mean"] = metric[0][cell, METRICS.index("distinct_experts_busiest")]
+        row["distinct_experts_max_mean"] = metric[0][cell, METRICS.index("distinct_experts_max")]
+        for j, what in enumerate(("ranks", "nodes")):
+            for part, value in zip(("", "_low", "_high"), reached, strict=True):
+                row[f"{what}_per_token_mean{part}"] = value[pair, j]
+        row["baseline"] = plan.placements[0]
+        for part, value in zip(("", "_low", "_high"), change, strict=True):
+            row[f"imbalance_change_mean{part}"] = value[cell] / mean_load
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _blocks_near(
+    histogram: Histogram, q: float, events: Events, blocks: np.ndarray, of_cell: np.ndarray
+) -> float:
+    """Effective blocks at a quantile: those of the event of the cell whose probability is nearest to the quantile's."""
+    total = histogram.counts.sum()
+    chosen = np.flatnonzero(of_cell)
+    if not len(chosen):
+        return float(total)
+    distance = [abs(histogram.at_least(v) / total - (1 - q)) for v in events.least[chosen]]
+    return float(np.floor(blocks[chosen[int(np.argmin(distance))]]))
+
+
+def _change_from_baseline(plan: Plan, tally: Tally, design: Design) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Paired change of the mean max load from the first placement's, with its interval: arrays [cells]."""
+    base = np.arange(len(plan.cells)) % (len(plan.ep_sizes) * len(plan.tokens))
+    total, square, weighted = (part[:, _MAX_LOAD] for part in tally.moments("metric"))
+    cross = tally.metric_cross[:, _MAX_LOAD].astype(float)
+    moments = Moments(total - total[base], square - 2 * cross + square[base], weighted - weighted[base])
+    return mean_interval(moments, design)
+
+
+def build_counts(plan: Plan, tally: Tally) -> pd.DataFrame:
+    """Raw histograms: blocks of each cell with each value of each metric, and the pairs of each rank (metric 'rank_load',
+    value = rank, at the largest step)."""
+    cell, metric, values = split_keys(tally.keys)
+    pair, step = (np.array(column) for column in zip(*plan.cells, strict=True))
+    sizes = [ep_size for _, ep_size in plan.pairs]
+    pair_of_rank = np.repeat(np.arange(len(sizes)), sizes)
+    pair = np.concatenate([pair[cell], pair_of_rank])
+    names = [*METRICS, "rank_load"]
+    return pd.DataFrame(
+        {
+            "placement": pd.Categorical.from_codes(pair // len(plan.ep_sizes), list(plan.placements)),
+            "ep_size": np.array(sizes)[pair],
+            "tokens": np.concatenate([plan.steps[step[cell]], np.full(len(pair_of_rank), plan.steps[-1])]),
+            "metric": pd.Categorical.from_codes(
+                np.concatenate([metric, np.full(len(pair_of_rank), len(METRICS))]), names
+            ),
+            "value": np.concatenate([values, *(np.arange(size) for size in sizes)]),
+            "count": np.concatenate([tally.counts, tally.load]),
+        }
+    )

@@ -1,0 +1,110 @@
+"""Traffic by law: layer popularity, request and group effects, Gumbel noise."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.special import ndtri
+
+from sim.errors import InputError
+from sim.streams import POPULARITY, REQUEST, uniforms
+
+X0 = -4.0
+"""Offset of the logits before the sigmoid."""
+POPULARITIES = ("none", "lognormal", "tilted")
+
+# The tilted law, fitted to DeepSeek-R1 on GPQA: see `_tilted`.
+_STEEP_TILT, _STEEP_SHARE = 1.485, 8 / 58
+_TILT_MEAN, _TILT_SD = 0.566, 0.264
+_SPREAD_MEAN, _SPREAD_SD, _SPREAD_RANGE = 0.58, 0.10, (0.40, 0.95)
+_STUDENT_DF = 6
+
+
+@dataclass(frozen=True)
+class GumbelTraffic:
+    """Traffic whose logits are mu[e] + request_sigma * B[request, e] + group_sigma * A[token, group] + Gumbel noise.
+
+    Attributes
+    ----------
+    name, about, source, fitted_to : str
+        Preset name, a line on what it stands for, where its figures come from, and the model that they were taken on.
+    popularity : str
+        How mu is drawn per layer: 'none' (0), 'lognormal' (normal with sd `sigma`) or 'tilted' (falls with the index).
+    sigma, group_sigma, request_sigma : float
+        Standard deviations of mu, of the group effect of a token and of the expert effect of a request.
+    tokens_per_request : int
+        Consecutive tokens that share a request; without a request effect every token is a request of its own (decode).
+    """
+
+    name: str
+    about: str = ""
+    source: str = ""
+    fitted_to: str = ""
+    popularity: str = "none"
+    sigma: float = 0.0
+    group_sigma: float = 0.0
+    request_sigma: float = 0.0
+    tokens_per_request: int = 1024
+
+    def __post_init__(self) -> None:
+        where = f"workload {self.name}: "
+        if self.popularity not in POPULARITIES:
+            raise InputError(f"{where}popularity must be one of {', '.join(POPULARITIES)}, not {self.popularity!r}")
+        for field in ("sigma", "group_sigma", "request_sigma"):
+            value = getattr(self, field)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 5:
+                raise InputError(f"{where}{field} must be a number from 0 to 5, not {value!r}")
+        per_request = self.tokens_per_request
+        if isinstance(per_request, bool) or not isinstance(per_request, int) or per_request < 1:
+            raise InputError(f"{where}tokens_per_request must be a whole number of at least 1, not {per_request!r}")
+
+    @property
+    def n_layers(self) -> None:
+        """Layers to draw from: None, a law has no end of them."""
+        return None
+
+    @property
+    def law(self) -> dict[str, str | float | int]:
+        """Everything that changes the distribution, and nothing else."""
+        law: dict[str, str | float | int] = {"popularity": self.popularity, "group_sigma": self.group_sigma, "x0": X0}
+        if self.popularity == "lognormal":
+            law["sigma"] = self.sigma
+        if self.request_sigma > 0:
+            law |= {"request_sigma": self.request_sigma, "tokens_per_request": self.tokens_per_request}
+        return law
+
+    def draw_popularity(self, key: np.ndarray, first_draw: int, n_draws: int, n_experts: int) -> np.ndarray:
+        """mu of consecutive layer draws, float64 [n_draws, n_experts]."""
+        if self.popularity == "none":
+            return np.zeros((n_draws, n_experts))
+        if self.popularity == "lognormal":
+            return self.sigma * ndtri(uniforms(key, POPULARITY, 0, (n_draws, n_experts), first_draw))
+        return _tilted(uniforms(key, POPULARITY, 0, (n_draws, 3 + 4 * n_experts), first_draw), n_experts)
+
+    def draw_logits(self, key: np.ndarray, mu: np.ndarray, first_trial: int, n_tokens: int) -> np.ndarray:
+        """Mean logits of the requests of consecutive trials, float64 [trials, requests, n_experts], from mu [trials, n_experts]."""
+        if self.request_sigma == 0:
+            return mu[:, None, :]
+        requests = [
+            ndtri(uniforms(key, REQUEST, request, mu.shape, first_trial))
+            for request in range(-(-n_tokens // self.tokens_per_request))
+        ]
+        return mu[:, None, :] + self.request_sigma * np.stack(requests, axis=1)
+
+
+def _tilted(u: np.ndarray, n_experts: int) -> np.ndarray:
+    """mu = tilt * f + spread * t6 / sqrt(1.5), from uniforms u [draws, 3 + 4 * n_experts].
+
+    f is the centred -ln(v + 0.3), v = (e + 1/2) / n_experts, over its OLS slope on v; the tilt is steep in 8 of 58
+    layers and else normal, at least 0; the spread is normal, clipped; t6 is Student's t, of variance 1.5.
+    """
+    v = (np.arange(n_experts) + 0.5) / n_experts
+    f = -np.log(v + 0.3)
+    f -= f.mean()
+    slope = np.dot(v - v.mean(), f) / np.dot(v - v.mean(), v - v.mean()) if n_experts > 1 else 1.0
+    f /= abs(slope)
+    tilt = np.where(u[:, 0] < _STEEP_SHARE, _STEEP_TILT, np.maximum(0.0, _TILT_MEAN + _TILT_SD * ndtri(u[:, 1])))
+    spread = np.clip(_SPREAD_MEAN + _SPREAD_SD * ndtri(u[:, 2]), *_SPREAD_RANGE)
+    z, *chi = np.split(u[:, 3:], 4, axis=1)
+    chi_square = -2.0 * np.log(chi[0] * chi[1] * chi[2])  # 6 degrees of freedom: three exponentials
+    student = ndtri(z) / np.sqrt(chi_square / _STUDENT_DF)
+    return tilt[:, None] * f + spread[:, None] * student / np.sqrt(1.5)

@@ -1,0 +1,205 @@
+"""Recorded traffic: the experts of real tokens, replayed in steps."""
+
+import hashlib
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sim.errors import InputError
+from sim.kernels import kernel
+from sim.streams import REPLAY, word_at
+
+PHASES = ("decode", "prefill")
+_MAX_BYTES = 8 << 30
+
+
+@dataclass(frozen=True, eq=False)
+class RecordedTraffic:
+    """Routing that was recorded from a model; each layer of the record is a draw.
+
+    Attributes
+    ----------
+    name : str
+        'file:' and the file's name.
+    phase : str
+        'decode': each token of a step comes from another sequence, sequences reused once all have given one.
+        'prefill': consecutive tokens of one sequence, from a random place where it is longer than the step; a step longer
+        than the sequence takes all of it and goes on with another.
+    topk_ids : int16 [layers, tokens, top_k]
+    starts : int64 [sequences + 1]
+        First token of each sequence, and the number of tokens.
+    digest : str
+        Digest of the recorded ids and lengths.
+    """
+
+    name: str
+    phase: str
+    topk_ids: np.ndarray = field(repr=False)
+    starts: np.ndarray = field(repr=False)
+    digest: str
+    about: str = "recorded routing"
+    source: str = ""
+    fitted_to: str = ""
+
+    @property
+    def n_layers(self) -> int:
+        """Layers to draw from."""
+        return len(self.topk_ids)
+
+    @property
+    def law(self) -> dict[str, str]:
+        """Everything that changes the distribution, and nothing else."""
+        return {"recorded": self.digest, "phase": self.phase}
+
+    def check_model(self, n_experts: int, top_k: int, model_name: str) -> None:
+        """Refuse a model that cannot have made this record."""
+        if self.topk_ids.shape[2] != top_k:
+            raise InputError(
+                f"workload {self.name} has {self.topk_ids.shape[2]} experts per token, model {model_name} has top_k {top_k}"
+            )
+        largest = int(self.topk_ids.max())
+        if largest >= n_experts:
+            raise InputError(f"workload {self.name} has expert id {largest}, model {model_name} has ids 0 to {n_experts - 1}")
+
+    def sample(self, key: np.ndarray, first_trial: int, tokens: np.ndarray, counts: np.ndarray, ids: np.ndarray) -> None:
+        """Replay consecutive trials; trial t runs layer t % n_layers. Output as `router.sampler.sample_trials`."""
+        replay = _replay_decode if self.phase == "decode" else _replay_prefill
+        replay(first_trial, key, self.topk_ids, self.starts, tokens, counts, ids)
+
+
+def read_recorded(path: Path, phase: str = "decode") -> RecordedTraffic:
+    """Read an .npz with `topk_ids` [tokens, layers, top_k] and `sequence_lengths` [sequences].
+
+    Layers whose ids are all 0 are dense layers and are dropped (vLLM and SGLang write them so). Object arrays are
+    refused, never unpickled.
+
+    Raises
+    ------
+    InputError
+        The file or one of its arrays is missing, damaged, too large, or not what it should be.
+    """
+    if phase not in PHASES:
+        raise InputError(f"--phase must be one of {', '.join(PHASES)}, not '{phase}'")
+    where = f"workload file {path}"
+    arrays = _load_npz(path, where)
+    ids, lengths = arrays["topk_ids"], arrays["sequence_lengths"]
+    if ids.ndim != 3 or 0 in ids.shape:
+        raise InputError(f"{where}: topk_ids must have shape [tokens, layers, top_k], not {list(ids.shape)}")
+    if lengths.ndim != 1 or lengths.size == 0 or lengths.min() < 1:
+        raise InputError(f"{where}: sequence_lengths must be a list of whole numbers of at least 1")
+    if int(lengths.max()) > len(ids) or int(lengths.sum(dtype=np.int64)) != len(ids):
+        raise InputError(f"{where}: sequence_lengths must add up to the {len(ids)} tokens of topk_ids")
+    if ids.min() < 0 or ids.max() > 2**15 - 1:
+        raise InputError(f"{where}: expert ids must lie from 0 to 32767, found {ids.min()} to {ids.max()}")
+    by_layer = np.ascontiguousarray(ids.transpose(1, 0, 2).astype(np.int16, copy=False))
+    if ids.shape[2] > 1:
+        by_layer = by_layer[[bool(layer.any()) for layer in by_layer]]
+    if len(by_layer) == 0:
+        raise InputError(f"{where}: every layer is all zeros")
+    for layer in by_layer:
+        ordered = np.sort(layer, axis=1)
+        repeated = (ordered[:, 1:] == ordered[:, :-1]).any(axis=1)
+        if repeated.any():
+            raise InputError(f"{where}: token {int(repeated.argmax())} has the same expert id twice in one layer")
+    starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+    digest = hashlib.sha256(by_layer.tobytes() + starts.tobytes()).hexdigest()[:32]
+    return RecordedTraffic(f"file:{path.name}", phase, by_layer, starts, digest, source=str(path))
+
+
+def _load_npz(path: Path, where: str) -> dict[str, np.ndarray]:
+    """The two arrays of the file, after a look at their headers: no pickle, integers only, bounded."""
+    arrays: dict[str, Any] = {}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for name in ("topk_ids", "sequence_lengths"):
+                if f"{name}.npy" not in archive.namelist():
+                    raise InputError(f"{where} has no array '{name}'; it needs topk_ids and sequence_lengths")
+                with archive.open(f"{name}.npy") as member:
+                    version = np.lib.format.read_magic(member)
+                    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+                    shape, _, dtype = read(member)
+                if dtype.kind not in "iu":
+                    raise InputError(f"{where}: {name} must be an array of whole numbers, not {dtype}")
+                if np.prod(shape, dtype=float) * dtype.itemsize > _MAX_BYTES:
+                    raise InputError(f"{where}: {name} is larger than {_MAX_BYTES >> 30} GiB")
+                with archive.open(f"{name}.npy") as member:
+                    arrays[name] = np.lib.format.read_array(member, allow_pickle=False)
+    except FileNotFoundError:
+        raise InputError(f"{where} does not exist") from None
+    except OSError as error:
+        raise InputError(f"{where} cannot be read: {error.strerror or error}") from None
+    except (zipfile.BadZipFile, ValueError, EOFError, NotImplementedError, RuntimeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{where} is not a sound .npz file: {str(error).splitlines()[0] if str(error) else 'damaged'}") from None
+    return arrays
+
+
+@kernel
+def _below(n, index, trial, key):
+    """Whole number from 0 to n - 1, from word `index` of the trial's replay stream."""
+    return np.int64(np.uint64(word_at(index, 0, trial, REPLAY, key[0], key[1])) * np.uint64(n) >> np.uint64(32))
+
+
+@kernel
+def _next_sequence(place, trial, key, order):
+    """Sequence at `place` of an endless series of shuffles: within a shuffle each comes once; `order` is its state."""
+    n = order.size
+    i = place % n
+    j = i + _below(n - i, 2 * place, trial, key)
+    order[i], order[j] = order[j], order[i]
+    return order[i]
+
+
+@kernel
+def _replay_decode(first_trial, key, topk_ids, starts, tokens, counts, ids):
+    order = np.arange(starts.size - 1)
+    running = np.empty(counts.shape[2], np.int32)
+    for t in range(counts.shape[0]):
+        trial = first_trial + t
+        layer = topk_ids[trial % topk_ids.shape[0]]
+        running[:] = 0
+        snapshot = 0
+        for i in range(order.size):
+            order[i] = i
+        for i in range(tokens[-1]):
+            s = _next_sequence(i, trial, key, order)
+            token = starts[s] + _below(starts[s + 1] - starts[s], 2 * i + 1, trial, key)
+            for k in range(layer.shape[1]):
+                running[layer[token, k]] += 1
+            if i < ids.shape[1]:
+                ids[t, i] = layer[token]
+            if i + 1 == tokens[snapshot]:
+                counts[t, snapshot] = running
+                snapshot += 1
+
+
+@kernel
+def _replay_prefill(first_trial, key, topk_ids, starts, tokens, counts, ids):
+    order = np.arange(starts.size - 1)
+    counts[:] = 0
+    for t in range(counts.shape[0]):
+        trial = first_trial + t
+        layer = topk_ids[trial % topk_ids.shape[0]]
+        for j in range(tokens.size):
+            for i in range(order.size):
+                order[i] = i
+            missing, place = tokens[j], 0
+            while missing > 0:
+                s = _next_sequence(place, trial, key, order)
+                length = starts[s + 1] - starts[s]
+                n = min(length, missing)
+                first = starts[s] + _below(length - n + 1, 2 * place + 1, trial, key)
+                for token in range(first, first + n):
+                    for k in range(layer.shape[1]):
+                        counts[t, j, layer[token, k]] += 1
+                missing -= n
+                place += 1
+        for i in range(ids.shape[1]):  # single tokens, for the fan-out: the step of one token, `ids.shape[1]` = 1
+            for q in range(order.size):
+                order[q] = q
+            s = _next_sequence(0, trial, key, order)
+            ids[t, i] = layer[starts[s] + _below(starts[s + 1] - starts[s], 1, trial, key)]
