@@ -4,6 +4,7 @@ import hashlib
 import os
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numba
 
@@ -21,7 +22,7 @@ def _source_digest() -> str:
 # A folder per state of the sources makes a stale kernel impossible.
 if "NUMBA_CACHE_DIR" not in os.environ:
     _base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    numba.config.CACHE_DIR = str(_base / "epsim" / _source_digest())
+    vars(numba.config)["CACHE_DIR"] = str(_base / "epsim" / _source_digest())
 
-kernel = partial(numba.njit, cache=True, nogil=True, error_model="numpy")
+kernel: Any = partial(numba.njit, cache=True, nogil=True, error_model="numpy")
 """Decorator of a compiled kernel: arrays in, preallocated output last, no validation."""

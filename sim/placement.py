@@ -57,7 +57,7 @@ def check_ep_size(model: ModelSpec, ep_size: int) -> None:
 def strategy_name(strategy: str) -> str:
     """The strategy's own name, for a name or an alias; a misspelt one is refused."""
     strategy = ALIASES.get(strategy, strategy)
-    if strategy not in STRATEGIES and not strategy.startswith("file:") or strategy == "file:PATH":
+    if (strategy not in STRATEGIES and not strategy.startswith("file:")) or strategy == "file:PATH":
         raise unknown("placement", strategy, [*STRATEGIES, *ALIASES])
     return strategy
 

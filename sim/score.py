@@ -33,7 +33,9 @@ class Layouts(NamedTuple):
 
     ranks: np.ndarray  # int32 [layouts, n_experts], the rank of each expert
     experts: np.ndarray  # int16 [layouts, n_experts], the experts rank by rank
-    bounds: np.ndarray  # int32 [layouts, largest EP size + 2]: EP size, begin of each rank in `experts`, end of the last
+    bounds: (
+        np.ndarray
+    )  # int32 [layouts, largest EP size + 2]: EP size, begin of each rank in `experts`, end of the last
 
 
 def lay_out(ranks: np.ndarray, ep_sizes: np.ndarray) -> Layouts:
@@ -91,7 +93,8 @@ def score_blocks(counts, step_of_cell, pair_of_cell, layout_of_pair, layouts, sc
 @kernel
 def rank_loads(counts, layout_of_pair, layouts, first_rank, loads):
     """Load of each rank of each pair: counts int32 [trials, n_experts]; first_rank int64 [pairs], where a pair's ranks
-    begin in loads int64 [trials, ranks of all pairs]."""
+    begin in loads int64 [trials, ranks of all pairs].
+    """
     loads[:] = 0
     for t in range(counts.shape[0]):
         for p in range(first_rank.size):

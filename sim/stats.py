@@ -7,7 +7,7 @@ layer); its sum of a quantity is Y_d. Sums over draws of Y_d, Y_d**2 and n_d * Y
 from typing import NamedTuple
 
 import numpy as np
-from scipy.special import bdtri, betaincinv, stdtrit  # noqa: F401
+from scipy.special import bdtrik, betaincinv, stdtrit
 
 CONFIDENCE = 0.95
 _TAIL = (1 - CONFIDENCE) / 2
@@ -106,10 +106,9 @@ class Histogram(NamedTuple):
 
 def quantile_interval(histogram: Histogram, q: float, blocks: float) -> tuple[int, int, int]:
     """Quantile with its 95 % order-statistic interval (the shares that a binomial count of `blocks` can take):
-    (value, low, high)."""
-    from scipy.stats import binom
-
-    low = max(binom.ppf(_TAIL, blocks, q), 1) / blocks
-    high = min(binom.ppf(1 - _TAIL, blocks, q) + 1, blocks) / blocks
-    value, low, high = histogram.quantile(np.array([q, low, high]))
-    return int(value), int(low), int(high)
+    (value, low, high).
+    """
+    first, last = np.ceil(bdtrik(np.array([_TAIL, 1 - _TAIL]), blocks, q) - 1e-9)  # the binomial's quantiles
+    low, high = max(first, 1) / blocks, min(last + 1, blocks) / blocks
+    found = histogram.quantile(np.array([q, low, high]))
+    return int(found[0]), int(found[1]), int(found[2])

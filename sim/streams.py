@@ -29,7 +29,7 @@ def stream_key(seed: int, what: str) -> np.ndarray:
     return np.frombuffer(digest[:8], dtype="<u4").astype(np.uint64)
 
 
-@kernel(inline="always")
+@kernel(forceinline=True)
 def philox(c0, c1, c2, c3, k0, k1):
     """Four random 32-bit words (as uint64) of the counter (c0, c1, c2, c3) under the key (k0, k1)."""
     for _ in range(_ROUNDS):
@@ -61,9 +61,7 @@ def fill_words(key, purpose, sequence, first_row, n_rows, out):
     k0, k1 = key[0], key[1]  # read once: a store to `out` might alias them, and the loop would not vectorise
     for block in range(out.shape[0] // 4):
         for i in range(n_rows):
-            a, b, c, d = philox(
-                np.uint64(block), np.uint64(first_row + i), np.uint64(sequence), purpose, k0, k1
-            )
+            a, b, c, d = philox(np.uint64(block), np.uint64(first_row + i), np.uint64(sequence), purpose, k0, k1)
             out[4 * block, i] = np.uint32(a)
             out[4 * block + 1, i] = np.uint32(b)
             out[4 * block + 2, i] = np.uint32(c)
@@ -75,7 +73,7 @@ def words(key: np.ndarray, purpose: np.uint64, sequence: int, shape: tuple[int, 
     n_rows, n_words = shape
     out = np.empty((-(-n_words // 4) * 4, n_rows), np.uint32)
     fill_words(key, purpose, sequence, first_row, n_rows, out)
-    return out[:n_words].T
+    return np.ascontiguousarray(out[:n_words].T)
 
 
 def uniforms(
@@ -108,7 +106,7 @@ _ALL = np.uint32(0xFFFFFFFF)
 _THREE_QUARTERS_BITS, _MANTISSA_BITS = np.int32(0x3F400000), np.int32(23)
 
 
-@kernel(inline="always")
+@kernel(forceinline=True)
 def exponential(word):
     """Standard exponential, float32, of a uint32 word: -log1p(-(word + 1/2) / 2**32), to 3e-7 relative over its whole range.
 
@@ -144,7 +142,7 @@ _C1, _C2, _C3, _C4 = _C
 _EIGHTH, _30 = np.uint32(1 << 29), np.uint32(30)
 
 
-@kernel(inline="always")
+@kernel(forceinline=True)
 def normal_pair(word_radius, word_angle):
     """Two independent standard normals, float32, of two uint32 words (Box and Muller, 1958)."""
     radius = np.sqrt(np.float32(2) * exponential(word_radius))
@@ -167,7 +165,7 @@ _E = tuple(np.float32(c) for c in (1 / 2, 1 / 6, 1 / 24, 1 / 120, 1 / 720, 1 / 5
 _E2, _E3, _E4, _E5, _E6, _E7 = _E
 
 
-@kernel(inline="always")
+@kernel(forceinline=True)
 def exp32(x):
     """exp(x), float32, for |x| < 80, to 2e-7 relative."""
     k = np.floor(x * _LOG2E + _HALF)

@@ -16,9 +16,17 @@ def run(arguments: Namespace) -> None:
     for model in map(load_model, model_names()):
         groups = f"{model.topk_group} of {model.n_group}" if model.is_grouped else "no"
         rows.append(
-            [model.name, groups, model.group_score if model.is_grouped else "-", model.scoring]
-            + ["yes" if model.has_bias else "no", "; ".join(model.unverified) or "all verified"]
-            + [str(model.n_experts), str(model.top_k), str(model.n_moe_layers)]
+            [
+                model.name,
+                groups,
+                model.group_score if model.is_grouped else "-",
+                model.scoring,
+                "yes" if model.has_bias else "no",
+                str(model.n_experts),
+                str(model.top_k),
+                str(model.n_moe_layers),
+                "; ".join(model.unverified) or "-",
+            ]
         )
     heads = ["model", "groups kept", "group score", "scoring", "bias", "experts", "top_k", "MoE layers", "not verified"]
-    print(table(heads, [row[:5] + row[6:] + [row[5]] for row in rows], left=5))
+    print(table(heads, rows, align="<<<<<>>><"))

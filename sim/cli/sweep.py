@@ -64,7 +64,9 @@ _MAX_ROWS = 28
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Add the options of `epsim sweep`; their defaults are filled in after the config file."""
-    parser.add_argument("--config", metavar="FILE.toml", help="the same options as keys of a TOML file; the command line wins")
+    parser.add_argument(
+        "--config", metavar="FILE.toml", help="the same options as keys of a TOML file; the command line wins"
+    )
     for key, text in _HELP.items():
         default = _DEFAULTS[key]
         shown = ",".join(map(str, default)) if isinstance(default, list) else default
@@ -134,7 +136,9 @@ def run(arguments: Namespace) -> None:
     folder = Path(options["out"] or f"results/{_slug(plan.model.name)}-{_slug(plan.workload.name)}")
     held = read_identity(folder)
     if held is not None and held != plan.identity:
-        raise InputError(f"--out {folder} holds another sweep ({_difference(held, plan.identity)}); choose another folder")
+        raise InputError(
+            f"--out {folder} holds another sweep ({_difference(held, plan.identity)}); choose another folder"
+        )
     _say_notes(plan)
     if held is not None:
         result = read_result(folder)
@@ -148,7 +152,9 @@ def run(arguments: Namespace) -> None:
             print("\r\033[K", end="", file=sys.stderr)
         note(f"{plan.trials} trials of up to {plan.steps[-1]} tokens, {len(plan.cells)} cells, in {seconds:.1f} s")
     _print_result(plan, result)
-    print(f"\nwritten to {folder}: summary.csv, tail.csv, counts.parquet, provenance.json; figures: epsim plot {folder}")
+    print(
+        f"\nwritten to {folder}: summary.csv, tail.csv, counts.parquet, provenance.json; figures: epsim plot {folder}"
+    )
 
 
 def _slug(name: str) -> str:
@@ -182,7 +188,12 @@ def _progress(started: float) -> Callable[[int, int], None]:
         seconds = time.monotonic() - started
         left = seconds * (total - done) / done
         rate = done / seconds / 1e6
-        print(f"\r\033[K{done / total:4.0%}  {rate:.1f} M tokens/s  {left:.0f} s left", end="", file=sys.stderr, flush=True)
+        print(
+            f"\r\033[K{done / total:4.0%}  {rate:.1f} M tokens/s  {left:.0f} s left",
+            end="",
+            file=sys.stderr,
+            flush=True,
+        )
 
     return show
 
@@ -206,21 +217,21 @@ def _print_result(plan: Any, result: Any) -> None:
                 + [f"{cell.imbalance_mean:.3f}" for cell in of]
                 + ([_change(of[-1])] if len(of) > 1 else [])
                 + [f"{cell.imbalance_p99:.2f}" for cell in of]
-                + [
-                    _probability(tails.get((name, ep_size, tokens, level)))
-                    for level in (1.5, 2.0)
-                    for name in columns
-                ]
+                + [_probability(tails.get((name, ep_size, tokens, level))) for level in (1.5, 2.0) for name in columns]
                 + [f"{cell.idle_ranks_mean:.1f}" for cell in of]
             )
     short = {name: name[:7] for name in columns} | {"linear": "linear", "round_robin": "r_robin"}
     heads = ["EP", "tokens"] + [f"mean {short[n]}" for n in columns] + (["change (95 %)"] if len(columns) > 1 else [])
     for what in ("p99", "P>=1.5", "P>=2", "idle"):
         heads += [f"{what} {short[n]}" for n in columns]
-    print(f"{plan.model.name}, {plan.workload.name} traffic: imbalance = max / mean rank load of a layer; {' against '.join(columns)}\n")
+    title = f"{plan.model.name}, {plan.workload.name} traffic: {' against '.join(columns)}"
+    print(f"{title}; imbalance = max / mean rank load of a layer in a step\n")
     print(_two_line_table(heads, rows))
     if len(steps) < len(plan.tokens):
-        print(f"(steps of {', '.join(map(str, steps))} of {len(plan.tokens)} step sizes, {len(plan.placements)} placements: all in summary.csv)")
+        shown = ", ".join(map(str, steps))
+        print(
+            f"(shown: steps of {shown}; all {len(plan.tokens)} step sizes and {len(plan.placements)} placements: summary.csv)"
+        )
 
 
 def _shown_steps(plan: Any) -> list[int]:
@@ -236,7 +247,7 @@ def _two_line_table(heads: list[str], rows: list[list[str]]) -> str:
     """A table whose column heads are split at the first blank into two lines."""
     first = [head.partition(" ")[0] for head in heads]
     second = [head.partition(" ")[2] for head in heads]
-    top, rule, *body = table(second, [first, *rows], left=0).splitlines()
+    top, rule, *body = table(second, [first, *rows], ">" * len(heads)).splitlines()
     return "\n".join([body[0], top, rule, *body[1:]])
 
 

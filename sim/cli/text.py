@@ -8,12 +8,12 @@ from sim.errors import InputError
 _MAX_VALUES = 10_000
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """Columns aligned, the first `left` to the left and the others to the right; never cut to the terminal's width."""
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], align: str) -> str:
+    """Columns aligned by the signs < and > of `align`, one each; never cut to the terminal's width."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
 
     def line(row: Sequence[str]) -> str:
-        cells = [c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+        cells = [f"{cell:{side}{width}}" for cell, side, width in zip(row, align, widths, strict=True)]
         return "  ".join(cells).rstrip()
 
     return "\n".join([line(header), line(["-" * w for w in widths]), *(line(row) for row in rows)])

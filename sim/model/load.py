@@ -68,7 +68,9 @@ def _from_preset(name: str, row: dict[str, Any]) -> ModelSpec:
     if row.get("zero_expert_num"):
         note += " Zero-compute experts are not modelled: a token is taken to use top_k real experts."
     if row.get("num_hash_layers"):
-        note += f" Hash routing is not modelled: all layers, not all but {row['num_hash_layers']}, are taken to be learned."
+        note += (
+            f" Hash routing is not modelled: all layers, not all but {row['num_hash_layers']}, are taken to be learned."
+        )
     return ModelSpec(
         name=name,
         n_experts=row["n_routed_experts"],

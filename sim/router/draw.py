@@ -77,7 +77,7 @@ def draw_trials(
         workload.sample(key, trials.start, tokens, counts, ids)
         return counts, ids
     mu = workload.draw_popularity(key, trials.start % n_draws, len(trials), model.n_experts)
-    logits = workload.draw_logits(key, mu, trials.start, int(tokens[-1]))
+    logits = np.ascontiguousarray(workload.draw_logits(key, mu, trials.start, int(tokens[-1])))
     per_request = workload.tokens_per_request if workload.request_sigma else _ONE_REQUEST
     sample_trials(
         trials.start, key, logits, per_request, tokens, model.n_group, model.topk_group, workload.group_sigma,

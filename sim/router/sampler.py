@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from sim.kernels import kernel
-from sim.router.tables import SMALL, TINY, Layer, draw_mark, fill_layer, new_layer
+from sim.router.tables import SMALL, TINY, draw_mark, fill_layer, new_layer
 from sim.streams import TOKEN, exp32, exponential, fill_words, normal_pair, word_at
 
 _BATCH = 512  # tokens that are worked together
@@ -355,11 +355,13 @@ def _count_experts(chosen, start, stop, counts):
 
 
 @kernel
-def _sample_trial(trial, key, mu, tokens_per_request, tokens, topk_group, group_sigma, score_law, layer, batch, counts, ids):
+def _sample_trial(
+    trial, key, mu, tokens_per_request, tokens, topk_group, group_sigma, score_law, layer, batch, counts, ids
+):
     """One trial: mu [requests, n_experts]; counts int32 [len(tokens), n_experts]; ids int16 [n, top_k]."""
     chosen = batch.chosen
     running = np.zeros(mu.shape[1], np.int32)
-    start, snapshot = 0, 0
+    start, snapshot = np.int64(0), 0  # typed: a literal would compile everything below twice
     while start < tokens[-1]:
         request = start // tokens_per_request
         if start == request * tokens_per_request:
@@ -379,7 +381,9 @@ def _sample_trial(trial, key, mu, tokens_per_request, tokens, topk_group, group_
 
 
 @kernel
-def sample_trials(first_trial, key, mu, tokens_per_request, tokens, n_group, topk_group, group_sigma, score_law, counts, ids):
+def sample_trials(
+    first_trial, key, mu, tokens_per_request, tokens, n_group, topk_group, group_sigma, score_law, counts, ids
+):
     """Route the trials first_trial .. first_trial + len(mu) - 1.
 
     mu float64 [trials, requests, n_experts]; tokens int64, ascending; counts int32 [trials, len(tokens), n_experts],
@@ -391,6 +395,16 @@ def sample_trials(first_trial, key, mu, tokens_per_request, tokens, n_group, top
     batch = _new_batch((n_words + 3) // 4 * 4, n_group, topk_group, top_k)
     for t in range(mu.shape[0]):
         _sample_trial(
-            first_trial + t, key, mu[t], tokens_per_request, tokens, topk_group, group_sigma, score_law, layer, batch,
-            counts[t], ids[t],
+            first_trial + t,
+            key,
+            mu[t],
+            tokens_per_request,
+            tokens,
+            topk_group,
+            group_sigma,
+            score_law,
+            layer,
+            batch,
+            counts[t],
+            ids[t],
         )

@@ -1,5 +1,6 @@
 """Grouped top-k, the exact upstream rule (vLLM 0.33 `grouped_topk`, SGLang 0.5 `biased_grouped_topk_impl`,
-transformers 5.23 `DeepseekV3TopkRouter`)."""
+transformers 5.23 `DeepseekV3TopkRouter`).
+"""
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -35,7 +36,9 @@ def route(logits: ArrayLike, model: ModelSpec, bias: ArrayLike | None = None) ->
         such as top_k beyond the kept groups, cannot be described: ModelSpec refuses it.)
     """
     if model.scoring not in ROUTED_SCORINGS:
-        raise InputError(f"route does not know the scoring '{model.scoring}' of {model.name}; it knows softmax, sigmoid")
+        raise InputError(
+            f"route does not know the scoring '{model.scoring}' of {model.name}; it knows softmax, sigmoid"
+        )
     logits = np.ascontiguousarray(logits, np.float32)
     if logits.ndim != 2 or logits.shape[1] != model.n_experts:
         raise InputError(f"logits must have shape [tokens, {model.n_experts}], not {list(logits.shape)}")

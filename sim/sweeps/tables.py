@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import pairwise
 
 import numpy as np
 import pandas as pd
@@ -57,7 +58,7 @@ def _histograms(plan: Plan, tally: Tally) -> list[list[Histogram]]:
     """Histogram of each [cell][metric]."""
     cell, metric, values = split_keys(tally.keys)
     edges = np.searchsorted(cell * len(METRICS) + metric, np.arange(len(plan.cells) * len(METRICS) + 1))
-    flat = [Histogram(values[a:b], tally.counts[a:b]) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    flat = [Histogram(values[a:b], tally.counts[a:b]) for a, b in pairwise(edges)]
     return [flat[i : i + len(METRICS)] for i in range(0, len(flat), len(METRICS))]
 
 
@@ -112,32 +113,30 @@ def build_summary(plan: Plan, tally: Tally) -> pd.DataFrame:
         row: dict[str, object] = dict(zip(KEYS, _keys(plan, cell), strict=True))
         max_load, idle = histograms[cell][_MAX_LOAD], histograms[cell][_IDLE]
         row |= {"mean_load": mean_load, "max_load_mean": metric[0][cell, _MAX_LOAD]}
-        for part, value in zip(("", "_low", "_high"), metric, strict=True):
-            row[f"imbalance_mean{part}"] = value[cell, _MAX_LOAD] / mean_load
+        for part, values in zip(("", "_low", "_high"), metric, strict=True):
+            row[f"imbalance_mean{part}"] = values[cell, _MAX_LOAD] / mean_load
         of_cell = (events.cell == cell) & (events.metric == _MAX_LOAD)
         for q, column in ((0.5, "p50"), (0.95, "p95"), (0.99, "p99")):
             value, low, high = quantile_interval(max_load, q, _blocks_near(max_load, q, events, blocks, of_cell))
             for part, bound in (("", value), ("_low", low), ("_high", high)):
                 row[f"imbalance_{column}{part}"] = bound / mean_load
         row["balancedness_mean"] = float(np.dot(mean_load / max_load.values, max_load.counts) / plan.trials)
-        for part, value in zip(("", "_low", "_high"), metric, strict=True):
-            row[f"idle_ranks_mean{part}"] = value[cell, _IDLE]
+        for part, values in zip(("", "_low", "_high"), metric, strict=True):
+            row[f"idle_ranks_mean{part}"] = values[cell, _IDLE]
         row["idle_ranks_p99"] = int(idle.quantile(0.99))
         row["distinct_experts_busiest_mean"] = metric[0][cell, METRICS.index("distinct_experts_busiest")]
         row["distinct_experts_max_mean"] = metric[0][cell, METRICS.index("distinct_experts_max")]
         for j, what in enumerate(("ranks", "nodes")):
-            for part, value in zip(("", "_low", "_high"), reached, strict=True):
-                row[f"{what}_per_token_mean{part}"] = value[pair, j]
+            for part, values in zip(("", "_low", "_high"), reached, strict=True):
+                row[f"{what}_per_token_mean{part}"] = values[pair, j]
         row["baseline"] = plan.placements[0]
-        for part, value in zip(("", "_low", "_high"), change, strict=True):
-            row[f"imbalance_change_mean{part}"] = value[cell] / mean_load
+        for part, values in zip(("", "_low", "_high"), change, strict=True):
+            row[f"imbalance_change_mean{part}"] = values[cell] / mean_load
         rows.append(row)
     return pd.DataFrame(rows)
 
 
-def _blocks_near(
-    histogram: Histogram, q: float, events: Events, blocks: np.ndarray, of_cell: np.ndarray
-) -> float:
+def _blocks_near(histogram: Histogram, q: float, events: Events, blocks: np.ndarray, of_cell: np.ndarray) -> float:
     """Effective blocks at a quantile: those of the event of the cell whose probability is nearest to the quantile's."""
     total = histogram.counts.sum()
     chosen = np.flatnonzero(of_cell)
@@ -157,23 +156,29 @@ def _change_from_baseline(plan: Plan, tally: Tally, design: Design) -> tuple[np.
 
 
 def build_counts(plan: Plan, tally: Tally) -> pd.DataFrame:
-    """Raw histograms: blocks of each cell with each value of each metric, and the pairs of each rank (metric 'rank_load',
-    value = rank, at the largest step)."""
+    """Raw counts: how many blocks of each cell have each value of each metric; and for each rank (value = rank, at the
+    largest step) the sums over draws of its load Y, of Y**2 and of n * Y.
+    """
     cell, metric, values = split_keys(tally.keys)
     pair, step = (np.array(column) for column in zip(*plan.cells, strict=True))
     sizes = [ep_size for _, ep_size in plan.pairs]
     pair_of_rank = np.repeat(np.arange(len(sizes)), sizes)
-    pair = np.concatenate([pair[cell], pair_of_rank])
-    names = [*METRICS, "rank_load"]
+    pair = np.concatenate([pair[cell], pair_of_rank, pair_of_rank, pair_of_rank])
+    of_ranks = {
+        "rank_load": tally.load,
+        "rank_load_square": tally.load_square,
+        "rank_load_weighted": tally.load_weighted,
+    }
+    n_ranks = len(pair_of_rank)
     return pd.DataFrame(
         {
             "placement": pd.Categorical.from_codes(pair // len(plan.ep_sizes), list(plan.placements)),
             "ep_size": np.array(sizes)[pair],
-            "tokens": np.concatenate([plan.steps[step[cell]], np.full(len(pair_of_rank), plan.steps[-1])]),
+            "tokens": np.concatenate([plan.steps[step[cell]], np.full(3 * n_ranks, plan.steps[-1])]),
             "metric": pd.Categorical.from_codes(
-                np.concatenate([metric, np.full(len(pair_of_rank), len(METRICS))]), names
+                np.concatenate([metric, np.repeat(len(METRICS) + np.arange(3), n_ranks)]), [*METRICS, *of_ranks]
             ),
-            "value": np.concatenate([values, *(np.arange(size) for size in sizes)]),
-            "count": np.concatenate([tally.counts, tally.load]),
+            "value": np.concatenate([values, *(np.arange(size) for size in sizes * 3)]),
+            "count": np.concatenate([tally.counts, *of_ranks.values()]),
         }
     )

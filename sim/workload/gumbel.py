@@ -81,7 +81,7 @@ class GumbelTraffic:
         return _tilted(uniforms(key, POPULARITY, 0, (n_draws, 3 + 4 * n_experts), first_draw), n_experts)
 
     def draw_logits(self, key: np.ndarray, mu: np.ndarray, first_trial: int, n_tokens: int) -> np.ndarray:
-        """Mean logits of the requests of consecutive trials, float64 [trials, requests, n_experts], from mu [trials, n_experts]."""
+        """Mean logits of the requests of consecutive trials, float64 [trials, requests, n_experts]; mu [trials, n_experts]."""
         if self.request_sigma == 0:
             return mu[:, None, :]
         requests = [

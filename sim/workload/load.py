@@ -52,7 +52,9 @@ def load_workload(name_or_path: str | Path, **overrides: Any) -> GumbelTraffic |
     elif name in _presets():
         fields = {"name": name, **_presets()[name]}
     else:
-        raise unknown("workload", name, _presets(), " (or file:TRACE.npz, or a .toml file; `epsim workloads` lists them)")
+        raise unknown(
+            "workload", name, _presets(), " (or file:TRACE.npz, or a .toml file; `epsim workloads` lists them)"
+        )
     known = [field.name for field in dataclasses.fields(GumbelTraffic)]
     for key in (*fields, *overrides):
         if key not in known:

@@ -62,9 +62,13 @@ class RecordedTraffic:
             )
         largest = int(self.topk_ids.max())
         if largest >= n_experts:
-            raise InputError(f"workload {self.name} has expert id {largest}, model {model_name} has ids 0 to {n_experts - 1}")
+            raise InputError(
+                f"workload {self.name} has expert id {largest}, model {model_name} has ids 0 to {n_experts - 1}"
+            )
 
-    def sample(self, key: np.ndarray, first_trial: int, tokens: np.ndarray, counts: np.ndarray, ids: np.ndarray) -> None:
+    def sample(
+        self, key: np.ndarray, first_trial: int, tokens: np.ndarray, counts: np.ndarray, ids: np.ndarray
+    ) -> None:
         """Replay consecutive trials; trial t runs layer t % n_layers. Output as `router.sampler.sample_trials`."""
         replay = _replay_decode if self.phase == "decode" else _replay_prefill
         replay(first_trial, key, self.topk_ids, self.starts, tokens, counts, ids)
@@ -119,7 +123,11 @@ def _load_npz(path: Path, where: str) -> dict[str, np.ndarray]:
                     raise InputError(f"{where} has no array '{name}'; it needs topk_ids and sequence_lengths")
                 with archive.open(f"{name}.npy") as member:
                     version = np.lib.format.read_magic(member)
-                    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+                    read = (
+                        np.lib.format.read_array_header_1_0
+                        if version == (1, 0)
+                        else np.lib.format.read_array_header_2_0
+                    )
                     shape, _, dtype = read(member)
                 if dtype.kind not in "iu":
                     raise InputError(f"{where}: {name} must be an array of whole numbers, not {dtype}")
@@ -134,7 +142,9 @@ def _load_npz(path: Path, where: str) -> dict[str, np.ndarray]:
     except (zipfile.BadZipFile, ValueError, EOFError, NotImplementedError, RuntimeError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{where} is not a sound .npz file: {str(error).splitlines()[0] if str(error) else 'damaged'}") from None
+        raise InputError(
+            f"{where} is not a sound .npz file: {str(error).splitlines()[0] if str(error) else 'damaged'}"
+        ) from None
     return arrays
 
 

@@ -1,0 +1,34 @@
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export MPLBACKEND := Agg
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(BIN)/epsim: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "epsim needs Python 3.11 or newer; use make PYTHON=python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable . --group dev
+	touch $@
+
+install: $(BIN)/epsim  ## create .venv and install epsim with its development tools
+
+sweep: $(BIN)/epsim  ## the main job: DeepSeek-V3, four kinds of traffic, tables and figures under results/
+	$(BIN)/python results/make_sweep.py
+
+test: $(BIN)/epsim  ## lint, types and tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	NUMBA_CACHE_DIR=$$(mktemp -d) $(BIN)/python -m pytest
+
+quick: $(BIN)/epsim  ## the quick loop, without the slow tests
+	$(BIN)/python -m pytest -q -x -m 'not slow'
+
+bench: $(BIN)/epsim  ## speed against a plain numpy pipeline, in one run
+	$(BIN)/python tests/bench.py
+
+.PHONY: help install sweep test quick bench

@@ -1,0 +1,181 @@
+"""What the figures share: palette, panels, legend, and files that come out the same every time."""
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import wraps
+from pathlib import Path
+from typing import Any, ParamSpec
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import NullLocator
+
+from sim.results import SweepResult, whole_file
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart; dashes and markers do it in greyscale.
+_LOOKS = {
+    "linear": ("#000000", "-", "o"),
+    "round_robin": ("#0072B2", "-", "^"),
+    "linear_legacy": ("#D55E00", "--", "s"),
+    "random": ("#E69F00", ":", "D"),
+    "node_aware": ("#009E73", "-.", "v"),
+}
+_OTHER = ("#CC79A7", (0, (5, 1, 1, 1, 1, 1)), "P")
+_LABELS = {"round_robin": "round_robin (group-aware)"}
+_BASE_WIDTH = 9.0
+P = ParamSpec("P")
+
+_RC: Any = {
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.grid": True,
+    "grid.color": "#dddddd",
+    "grid.linewidth": 0.6,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "lines.linewidth": 1.4,
+    "lines.markersize": 4,
+    "svg.hashsalt": "epsim",
+    "figure.dpi": 100,
+}
+
+
+def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
+    """Draw a figure under the shared settings."""
+
+    @wraps(draw)
+    def inner(*args: P.args, **kwargs: P.kwargs) -> Figure:
+        with mpl.rc_context(_RC):
+            return draw(*args, **kwargs)
+
+    return inner
+
+
+def look(placement: str) -> dict[str, Any]:
+    """Colour, dashes and marker of a placement."""
+    color, dashes, marker = _LOOKS.get(placement, _OTHER)
+    return {"color": color, "linestyle": dashes, "marker": marker}
+
+
+def label(placement: str) -> str:
+    """Name of a placement in a legend."""
+    return _LABELS.get(placement, placement)
+
+
+def placements_of(result: SweepResult) -> list[str]:
+    """Placements in the order of the sweep."""
+    return list(dict.fromkeys(result.summary.placement))
+
+
+def distinct_placements(result: SweepResult, ep_size: int) -> tuple[list[str], str]:
+    """Placements that differ on an EP size, and a text that names those that equal one of them (to the last digit)."""
+    of_size = result.summary[result.summary.ep_size == ep_size]
+    columns = ["tokens", "max_load_mean", "idle_ranks_mean", "distinct_experts_max_mean", "ranks_per_token_mean"]
+    rows = {str(name): cells[columns].to_numpy() for name, cells in of_size.groupby("placement", sort=False)}
+    shown: dict[str, list[str]] = {}
+    for name, values in rows.items():
+        twin = next((other for other in shown if np.array_equal(rows[other], values)), name)
+        shown.setdefault(twin, []).append(name)
+    if len(shown) == 1 and len(rows) > 2:
+        return list(shown), "all placements equal"
+    return list(shown), "\n".join(" = ".join([*names[1:], names[0]]) for names in shown.values() if len(names) > 1)
+
+
+def title_panel(ax: Axes, text: str, twins: str = "") -> None:
+    """Panel title, and small at its right the placements that coincide."""
+    ax.set_title(text, loc="left", fontweight="bold")
+    if twins:
+        ax.set_title(twins, loc="right", fontsize=5.5, color="#555555")
+
+
+def nearest(values: Iterable[int], wanted: int) -> int:
+    """The value nearest to `wanted` in ratio."""
+    return min(values, key=lambda value: abs(np.log(value / wanted)))
+
+
+def tokens_near(result: SweepResult, wanted: int) -> dict[int, int]:
+    """For each EP size its number of tokens per step nearest to `wanted`."""
+    cells = result.summary.groupby("ep_size").tokens.unique()
+    return {int(ep_size): int(nearest(values, wanted)) for ep_size, values in cells.items()}
+
+
+def tokens_text(tokens: dict[int, int]) -> str:
+    """'64 tokens per step', or the range."""
+    low, high = min(tokens.values()), max(tokens.values())
+    return f"{low} token{'s' if low > 1 else ''} per step" if low == high else f"{low} to {high} tokens per step"
+
+
+def pick_ep_sizes(result: SweepResult, wanted: Sequence[int], most: int) -> list[int]:
+    """Up to `most` EP sizes: the wanted ones that are there, filled up in order."""
+    there = [int(size) for size in sorted(result.summary.ep_size.unique()) if size > 1] or [1]
+    chosen = [size for size in wanted if size in there][:most]
+    chosen += [size for size in there if size not in chosen][: most - len(chosen)]
+    return sorted(chosen)
+
+
+def panels(n: int, columns: int, height: float, *, sharey: bool = True) -> tuple[Figure, list[Axes]]:
+    """A figure of README width with `n` panels in rows of `columns`, each row `height` inches high."""
+    columns = min(columns, n)
+    rows = -(-n // columns)
+    figure = Figure(figsize=(_BASE_WIDTH, 0.9 + height * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, sharey=sharey, squeeze=False)
+    flat = [ax for row in axes for ax in row]
+    for ax in flat[n:]:
+        ax.remove()
+    return figure, flat[:n]
+
+
+def label_outer(axes: Sequence[Axes], x: str, y: str) -> None:
+    """Axis labels where no panel stands below, or to the left."""
+    for i, ax in enumerate(axes):
+        place = ax.get_subplotspec()
+        assert place is not None
+        if place.is_first_col():
+            ax.set_ylabel(y)
+        if i + place.get_gridspec().ncols >= len(axes):
+            ax.set_xlabel(x)
+
+
+def add_legend(figure: Figure, placements: Sequence[str], *, lines: bool = True) -> None:
+    """One legend below all panels, off the data."""
+    handles = []
+    for placement in placements:
+        style = look(placement) | ({} if lines else {"linestyle": ""})
+        handles.append(Line2D([], [], label=label(placement), **style))
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(6, len(handles)), frameon=False)
+
+
+def set_title(figure: Figure, result: SweepResult, text: str, ranges: str = "bands") -> None:
+    """Title with the model, the traffic, and what shows the 95 % intervals."""
+    row = result.summary.iloc[0]
+    draws = f"{row.trials} trials" if row.trials == row.draws else f"{row.trials} trials of {row.draws} layer draws"
+    figure.suptitle(
+        f"{text}\n{Path(row.model).name}, {row.workload} traffic, {draws}, {ranges}: 95 %",
+        fontsize=10,
+        x=0.01,
+        ha="left",
+    )
+
+
+def log2_ticks(ax: Axes, values: Sequence[int], apart: float = 1.3) -> None:
+    """A base-2 axis whose ticks are the values, less those nearer than the ratio `apart` to the one before."""
+    ax.set_xscale("log", base=2)
+    ticks: list[int] = []
+    for value in sorted(set(values)):
+        if not ticks or value >= apart * ticks[-1]:
+            ticks.append(int(value))
+    ax.set_xticks(ticks, [str(tick) for tick in ticks])
+    ax.xaxis.set_minor_locator(NullLocator())
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG or SVG, by the suffix; the same figure gives the same bytes."""
+    engine = figure.get_layout_engine()
+    if engine is not None:  # once is enough, and it is most of the time
+        engine.execute(figure)
+        figure.set_layout_engine("none")
+    with mpl.rc_context(_RC), whole_file(path) as temporary:
+        metadata = {"Date": None} if path.suffix == ".svg" else {"Software": None}
+        figure.savefig(temporary, dpi=130, metadata=metadata)

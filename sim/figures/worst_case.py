@@ -1,0 +1,156 @@
+"""How often it gets how bad: exceedance, probability against EP size, idle ranks."""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
+
+from sim.errors import InputError
+from sim.figures.style import (
+    add_legend,
+    distinct_placements,
+    label_outer,
+    log2_ticks,
+    look,
+    panels,
+    pick_ep_sizes,
+    placements_of,
+    set_title,
+    styled,
+    title_panel,
+    tokens_near,
+    tokens_text,
+)
+from sim.results import SweepResult
+from sim.stats import Histogram, probability_interval
+
+_CELL = ["placement", "ep_size", "tokens"]
+
+
+def _histograms(result: SweepResult, metric: str) -> dict[tuple[Any, ...], Histogram]:
+    """Histogram of a metric in each (placement, EP size, tokens)."""
+    if result.counts.empty:
+        raise InputError(
+            "this figure needs the raw counts (counts.parquet), which the folder does not hold; sweep again"
+        )
+    rows = result.counts[result.counts.metric == metric].sort_values("value", kind="stable")
+    groups = rows.groupby(_CELL, observed=True)
+    return {key: Histogram(cell["value"].to_numpy(), cell["count"].to_numpy()) for key, cell in groups}
+
+
+def _tails(result: SweepResult, metric: str) -> dict[tuple[Any, ...], pd.DataFrame]:
+    """Rows of the tail of a metric in each (placement, EP size, tokens)."""
+    return dict(list(result.tail[result.tail.metric == metric].groupby(_CELL)))
+
+
+def _effective_blocks(rows: pd.DataFrame, at: np.ndarray) -> np.ndarray:
+    """Effective blocks at thresholds `at`: the trials, or, where draws are fewer, read back from the tail's intervals."""
+    trials, draws = int(rows.trials.iloc[0]), int(rows.draws.iloc[0])
+    seen = rows[(rows.probability > 0) & (rows.probability < 1)].sort_values("threshold")
+    if trials == draws or seen.empty:
+        return np.full(len(at), float(draws))
+    half = ((seen.high - seen.low) / 2).to_numpy()
+    p = seen.probability.to_numpy()
+    return np.interp(at, seen.threshold, np.clip(p * (1 - p) * (1.96 / half) ** 2, 1, trials))
+
+
+def _draw_staircase(
+    ax: Axes, histogram: Histogram, unit: float, start: float, tail: pd.DataFrame, placement: str
+) -> None:
+    """P(at least x), x = value / unit, with its band, from `start`, where it is 1."""
+    values, counts = histogram.exceedance()
+    x = np.concatenate([[start], values / unit])
+    p = np.concatenate([[1.0], counts / counts[0]])
+    low, high = probability_interval(p, _effective_blocks(tail, x))
+    style = look(placement)
+    # "At least x" holds from the value before up to the value itself: hence steps before the points.
+    ax.step(x, p, where="pre", color=style["color"], linestyle=style["linestyle"])
+    ax.fill_between(x, np.maximum(low, 1e-12), high, step="pre", color=style["color"], alpha=0.15, linewidth=0)
+
+
+@styled
+def exceedance(result: SweepResult, tokens: int = 64) -> Figure:
+    """P(imbalance >= x) on a log axis, a panel per EP size, placements as lines."""
+    steps = tokens_near(result, tokens)
+    sizes = [size for size in steps if size > 1] or list(steps)
+    figure, axes = panels(len(sizes), 5 if len(sizes) > 8 else 4, 1.9)
+    histograms, tails = _histograms(result, "max_load"), _tails(result, "imbalance")
+    mean_load = result.summary.set_index(_CELL).mean_load
+    for ax, ep_size in zip(axes, sizes, strict=True):
+        names, twins = distinct_placements(result, ep_size)
+        for name in names:
+            cell = (name, ep_size, steps[ep_size])
+            _draw_staircase(ax, histograms[cell], mean_load[cell], 1.0, tails[cell], name)
+        _set_probability_axis(ax, result)
+        ax.set_xlim(left=1)
+        if ax.get_xlim()[1] > 8:  # one bad placement must not hide how the others differ
+            ax.set_xscale("log", base=2)
+            ticks = [2**i for i in range(9) if 2**i <= ax.get_xlim()[1]]
+            ax.set_xticks(ticks, [str(tick) for tick in ticks])
+            ax.xaxis.set_minor_locator(NullLocator())
+        title_panel(ax, f"EP {ep_size}", twins)
+    label_outer(axes, "imbalance x (max / mean)", "P(imbalance ≥ x)")
+    set_title(figure, result, f"Worst cases: how often the imbalance reaches x, {tokens_text(steps)}")
+    add_legend(figure, placements_of(result))
+    return figure
+
+
+@styled
+def worst_case_by_ep(result: SweepResult, tokens: int = 64) -> Figure:
+    """P(imbalance >= 1.5) and P(imbalance >= 2) against EP size; a count of zero is shown by its upper bound alone."""
+    steps = tokens_near(result, tokens)
+    tail = result.tail[(result.tail.metric == "imbalance") & (result.tail.tokens == result.tail.ep_size.map(steps))]
+    levels = [x for x in (1.5, 2.0) if x in set(tail.threshold)] or sorted(set(tail.threshold))[:2]
+    figure, axes = panels(len(levels), 2, 3.0)
+    names = placements_of(result)
+    for ax, level in zip(axes, levels, strict=True):
+        for i, name in enumerate(names):
+            rows = tail[(tail.placement == name) & (tail.threshold == level) & (tail.ep_size > level)]
+            rows = rows.sort_values("ep_size")
+            shift = 2 ** (0.05 * (i - (len(names) - 1) / 2))  # side by side, so that equal values stay visible
+            x, style = rows.ep_size * shift, look(name)
+            seen = rows.probability > 0
+            ax.plot(x, rows.probability.where(seen), **style)
+            ax.vlines(x[seen], rows.low[seen].clip(lower=1e-12), rows.high[seen], color=style["color"], linewidth=1)
+            ax.plot(
+                x[~seen], rows.high[~seen], linestyle="", marker=r"$\downarrow$", color=style["color"], markersize=7
+            )
+        _set_probability_axis(ax, result)
+        log2_ticks(ax, sorted(tail.ep_size.unique()))
+        ax.set_xlabel("EP size (ranks)")
+        title_panel(ax, f"P(imbalance ≥ {level:g})")
+    axes[0].set_ylabel("probability per layer and step")
+    text = f"Worst cases against EP size, {tokens_text(steps)} (arrow: never seen, upper bound)"
+    set_title(figure, result, text, "bars")
+    add_legend(figure, names)
+    return figure
+
+
+@styled
+def idle_ranks(result: SweepResult, tokens: int = 8) -> Figure:
+    """P(at least m idle ranks), a panel per EP size, placements as lines."""
+    steps = tokens_near(result, tokens)
+    sizes = pick_ep_sizes(result, (8, 16, 24, 32, 48, 64, 128, 256), 8)
+    figure, axes = panels(len(sizes), 4, 1.9)
+    histograms, tails = _histograms(result, "idle_ranks"), _tails(result, "idle_ranks")
+    for ax, ep_size in zip(axes, sizes, strict=True):
+        names, twins = distinct_placements(result, ep_size)
+        for name in names:
+            cell = (name, ep_size, steps[ep_size])
+            _draw_staircase(ax, histograms[cell], 1.0, 0.0, tails[cell], name)
+        _set_probability_axis(ax, result)
+        ax.set_xlim(0, ep_size)
+        title_panel(ax, f"EP {ep_size}", twins)
+    label_outer(axes, "idle ranks m", "P(at least m idle)")
+    set_title(figure, result, f"Idle ranks: how often at least m ranks of a layer have no token, {tokens_text(steps)}")
+    add_legend(figure, placements_of(result))
+    return figure
+
+
+def _set_probability_axis(ax: Axes, result: SweepResult) -> None:
+    """Log axis down to half a trial."""
+    ax.set_yscale("log")
+    ax.set_ylim(0.5 / int(result.summary.trials.iloc[0]), 1.5)
