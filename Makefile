@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+TRAFFIC := uniform chat gpqa-tilted prefill
 export MPLBACKEND := Agg
 
 help:  ## list the targets
@@ -17,7 +18,10 @@ $(BIN)/epsim: pyproject.toml
 install: $(BIN)/epsim  ## create .venv and install epsim with its development tools
 
 sweep: $(BIN)/epsim  ## the main job: DeepSeek-V3, four kinds of traffic, tables and figures under results/
-	$(BIN)/python results/make_sweep.py
+	@for traffic in $(TRAFFIC); do \
+	  $(BIN)/epsim sweep --config results/sweep.toml --workload $$traffic --out results/deepseek-v3-$$traffic && \
+	  $(BIN)/epsim plot results/deepseek-v3-$$traffic || exit $$?; \
+	done
 
 test: $(BIN)/epsim  ## lint, types and tests
 	$(BIN)/ruff check .

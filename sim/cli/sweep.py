@@ -12,7 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sim.cli.text import names, note, numbers, table, whole_number, whole_numbers
+from sim.cli.show import print_result
+from sim.cli.text import names, note, numbers, whole_number, whole_numbers
 from sim.errors import InputError, unknown
 
 _DEFAULTS: dict[str, Any] = {
@@ -59,7 +60,6 @@ _HELP = {
     "threads": "default: all processors of this process",
     "out": "folder of the result (default: results/MODEL-WORKLOAD)",
 }
-_MAX_ROWS = 28
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -111,7 +111,7 @@ def run(arguments: Namespace) -> None:
     options = _DEFAULTS | options
 
     from sim.model import load_model
-    from sim.results import read_identity, read_result, write_result
+    from sim.results import COUNTS, read_identity, read_result, write_result
     from sim.sweeps import make_plan, run_plan
     from sim.sweeps.plan import THRESHOLDS
     from sim.workload import load_workload
@@ -140,7 +140,7 @@ def run(arguments: Namespace) -> None:
             f"--out {folder} holds another sweep ({_difference(held, plan.identity)}); choose another folder"
         )
     _say_notes(plan)
-    if held is not None:
+    if held is not None and (folder / COUNTS).exists():
         result = read_result(folder)
         print(f"{folder} holds this sweep already; nothing was computed.\n")
     else:
@@ -151,7 +151,7 @@ def run(arguments: Namespace) -> None:
         if sys.stderr.isatty():
             print("\r\033[K", end="", file=sys.stderr)
         note(f"{plan.trials} trials of up to {plan.steps[-1]} tokens, {len(plan.cells)} cells, in {seconds:.1f} s")
-    _print_result(plan, result)
+    print_result(result)
     print(
         f"\nwritten to {folder}: summary.csv, tail.csv, counts.parquet, provenance.json; figures: epsim plot {folder}"
     )
@@ -174,8 +174,8 @@ def _say_notes(plan: Any) -> None:
     model, workload = plan.model, plan.workload
     if model.unverified:
         note(f"{model.name}: not read from the checkpoint itself: {'; '.join(model.unverified)}")
-    if model.note:
-        note(f"{model.name}: {model.note}")
+    if model.caveat:
+        note(f"{model.name}: {model.caveat}")
     if workload.fitted_to and not model.name.startswith("deepseek-r1") and not model.name.startswith("deepseek-v3"):
         note(f"{workload.name} traffic is fitted to {workload.fitted_to}; on {model.name} it is an assumption")
     if "round_robin" in plan.placements:
@@ -196,66 +196,3 @@ def _progress(started: float) -> Callable[[int, int], None]:
         )
 
     return show
-
-
-def _print_result(plan: Any, result: Any) -> None:
-    """The answer on one screen: per EP size and step the first placement against another."""
-    summary, tail = result.summary, result.tail
-    base = plan.placements[0]
-    other = next((name for name in ("round_robin", *plan.placements) if name in plan.placements and name != base), base)
-    columns = list(dict.fromkeys([base, other]))
-    keys = ["placement", "ep_size", "tokens"]
-    cells = summary.set_index(keys)
-    tails = tail[tail.metric == "imbalance"].set_index([*keys, "threshold"]).probability
-    steps = _shown_steps(plan)
-    rows = []
-    for ep_size in plan.ep_sizes:
-        for tokens in sorted({n * ep_size if plan.per_rank else n for n in steps}):
-            of = [cells.loc[(name, ep_size, tokens)] for name in columns]
-            rows.append(
-                [str(ep_size), str(tokens)]
-                + [f"{cell.imbalance_mean:.3f}" for cell in of]
-                + ([_change(of[-1])] if len(of) > 1 else [])
-                + [f"{cell.imbalance_p99:.2f}" for cell in of]
-                + [_probability(tails.get((name, ep_size, tokens, level))) for level in (1.5, 2.0) for name in columns]
-                + [f"{cell.idle_ranks_mean:.1f}" for cell in of]
-            )
-    short = {name: name[:7] for name in columns} | {"linear": "linear", "round_robin": "r_robin"}
-    heads = ["EP", "tokens"] + [f"mean {short[n]}" for n in columns] + (["change (95 %)"] if len(columns) > 1 else [])
-    for what in ("p99", "P>=1.5", "P>=2", "idle"):
-        heads += [f"{what} {short[n]}" for n in columns]
-    title = f"{plan.model.name}, {plan.workload.name} traffic: {' against '.join(columns)}"
-    print(f"{title}; imbalance = max / mean rank load of a layer in a step\n")
-    print(_two_line_table(heads, rows))
-    if len(steps) < len(plan.tokens):
-        shown = ", ".join(map(str, steps))
-        print(
-            f"(shown: steps of {shown}; all {len(plan.tokens)} step sizes and {len(plan.placements)} placements: summary.csv)"
-        )
-
-
-def _shown_steps(plan: Any) -> list[int]:
-    room = max(1, _MAX_ROWS // len(plan.ep_sizes))
-    tokens = sorted(plan.tokens)
-    if len(tokens) <= room:
-        return tokens
-    places = {round((i + 1) * (len(tokens) - 1) / room) for i in range(room)}
-    return [tokens[i] for i in sorted(places)]
-
-
-def _two_line_table(heads: list[str], rows: list[list[str]]) -> str:
-    """A table whose column heads are split at the first blank into two lines."""
-    first = [head.partition(" ")[0] for head in heads]
-    second = [head.partition(" ")[2] for head in heads]
-    top, rule, *body = table(second, [first, *rows], ">" * len(heads)).splitlines()
-    return "\n".join([body[0], top, rule, *body[1:]])
-
-
-def _change(cell: Any) -> str:
-    low = cell.imbalance_change_mean_low
-    half = cell.imbalance_change_mean - low
-    return f"{cell.imbalance_change_mean:+.3f} ± {half:.3f}"
-
-
-def _probability(p: float | None) -> str:
-    return "-" if p is None else f"{p:.3f}" if p == 0 or p >= 0.001 else f"{p:.0e}"

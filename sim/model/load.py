@@ -64,13 +64,14 @@ def load_model(name_or_path: str | Path) -> ModelSpec:
 
 
 def _from_preset(name: str, row: dict[str, Any]) -> ModelSpec:
-    note = row.get("note", "")
+    caveat = ""
     if row.get("zero_expert_num"):
-        note += " Zero-compute experts are not modelled: a token is taken to use top_k real experts."
-    if row.get("num_hash_layers"):
-        note += (
-            f" Hash routing is not modelled: all layers, not all but {row['num_hash_layers']}, are taken to be learned."
+        caveat = (
+            f"its {row['zero_expert_num']} zero-compute experts are not modelled; each token is taken to use {row['num_experts_per_tok']} "
+            "real experts, which overstates the load"
         )
+    if row.get("num_hash_layers"):
+        caveat = f"its first {row['num_hash_layers']} MoE layers route by a hash of the token, which is not modelled"
     return ModelSpec(
         name=name,
         n_experts=row["n_routed_experts"],
@@ -88,7 +89,7 @@ def _from_preset(name: str, row: dict[str, Any]) -> ModelSpec:
         routed_dtype=row["routed_dtype"],
         unverified=tuple(row["unverified"]),
         source=tuple(row["source"]),
-        note=note.strip(),
+        caveat=caveat,
     )
 
 

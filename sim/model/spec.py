@@ -37,8 +37,8 @@ class ModelSpec:
         Fields that were not read from the checkpoint itself.
     source : tuple of str
         Where the fields were read.
-    note : str
-        What the fields do not say.
+    caveat : str
+        What a simulation leaves out of this model.
     """
 
     name: str
@@ -57,7 +57,7 @@ class ModelSpec:
     routed_dtype: str = "unknown"
     unverified: tuple[str, ...] = ()
     source: tuple[str, ...] = ()
-    note: str = ""
+    caveat: str = ""
 
     def __post_init__(self) -> None:
         where = f"model {self.name}: "

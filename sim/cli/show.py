@@ -1,0 +1,120 @@
+"""Print the answer of a sweep: per EP size and step one placement against another."""
+
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import Any
+
+from sim.cli.text import names, table, whole_numbers
+from sim.errors import InputError
+
+_MAX_ROWS = 28
+_KEYS = ["placement", "ep_size", "tokens"]
+_SHORT = {"round_robin": "r_robin", "linear_legacy": "legacy", "node_aware": "node_aw"}
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Add the options of `epsim show`."""
+    parser.add_argument("folder", type=Path, metavar="DIR", help="folder that epsim sweep wrote")
+    parser.add_argument("--ep", type=whole_numbers("--ep"), metavar="LIST", help="some of the EP sizes")
+    parser.add_argument("--tokens", type=whole_numbers("--tokens"), metavar="LIST", help="some of the step sizes")
+    parser.add_argument(
+        "--placement", type=names, metavar="A,B", help="the two placements (default: the baseline and round_robin)"
+    )
+    parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
+
+
+def run(arguments: Namespace) -> None:
+    """Run `epsim show`."""
+    from sim.results import read_result
+
+    result = read_result(arguments.folder)
+    print_result(result, arguments.ep, arguments.tokens, arguments.placement, arguments.markdown)
+
+
+def print_result(
+    result: Any,
+    ep_sizes: list[int] | None = None,
+    tokens: list[int] | None = None,
+    pair: list[str] | None = None,
+    markdown: bool = False,
+) -> None:
+    """Print mean and p99 imbalance, P(>= 1.5), P(>= 2) and idle ranks of two placements, the change with its interval."""
+    summary = result.summary
+    there = list(dict.fromkeys(summary.placement))
+    _check("--ep", ep_sizes, summary.ep_size)
+    _check("--tokens", tokens, summary.tokens)
+    _check("--placement", pair, there)
+    if pair is None:
+        pair = [there[0], *[name for name in ("round_robin", *there[1:]) if name in there[1:]][:1]]
+    rows = summary[summary.placement == pair[0]]
+    rows = rows[rows.ep_size.isin(ep_sizes or rows.ep_size) & rows.tokens.isin(tokens or rows.tokens)]
+    shown = rows if tokens else _fewer_steps(rows)
+    heads, cells = _columns(result, pair[:2], list(zip(shown.ep_size, shown.tokens, strict=True)))
+    first = summary.iloc[0]
+    title = f"{first.model}, {first.workload} traffic: {' against '.join(pair[:2])}"
+    if markdown:
+        print("| " + " | ".join(heads) + " |\n|" + "---:|" * len(heads))
+        print("\n".join("| " + " | ".join(row) + " |" for row in cells))
+        return
+    print(f"{title}; imbalance = max / mean rank load of a layer in a step\n\n{_two_line_table(heads, cells)}")
+    if len(shown) < len(rows):
+        steps = ", ".join(map(str, sorted(set(shown.tokens))))
+        print(f"(shown: steps of {steps} tokens; all step sizes and placements are in summary.csv)")
+
+
+def _check(option: str, wanted: list[Any] | None, there: Any) -> None:
+    for value in wanted or []:
+        if value not in set(there):
+            raise InputError(f"{option} {value}: the sweep has {', '.join(map(str, dict.fromkeys(there)))}")
+
+
+def _fewer_steps(rows: Any) -> Any:
+    """Rows of so many steps that the table fits one screen."""
+    steps = sorted(rows.tokens.unique())
+    room = max(1, _MAX_ROWS // rows.ep_size.nunique())
+    if len(rows) <= _MAX_ROWS:
+        return rows
+    return rows[rows.tokens.isin([steps[round((i + 1) * (len(steps) - 1) / room)] for i in range(room)])]
+
+
+def _columns(result: Any, pair: list[str], where: list[tuple[int, int]]) -> tuple[list[str], list[list[str]]]:
+    cells = result.summary.set_index(_KEYS).sort_index()
+    tail = result.tail[result.tail.metric == "imbalance"].set_index([*_KEYS, "threshold"]).probability
+    rows = []
+    for ep_size, tokens in where:
+        of = [cells.loc[(name, ep_size, tokens)] for name in pair]
+        rows.append(
+            [
+                str(ep_size),
+                str(tokens),
+                *[f"{cell.imbalance_mean:.3f}" for cell in of],
+                *([_change(*of)] if len(of) > 1 else []),
+                *[f"{cell.imbalance_p99:.2f}" for cell in of],
+                *[_probability(tail.get((name, ep_size, tokens, x))) for x in (1.5, 2.0) for name in pair],
+                *[f"{cell.idle_ranks_mean:.1f}" for cell in of],
+            ]
+        )
+    short = [_SHORT.get(name, name) for name in pair]
+    heads = ["EP", "tokens", *[f"mean {name}" for name in short], *(["change (95 %)"] if len(pair) > 1 else [])]
+    heads += [f"{what} {name}" for what in ("p99", "P≥1.5", "P≥2", "idle") for name in short]
+    return heads, rows
+
+
+def _change(first: Any, second: Any) -> str:
+    """Change of the mean imbalance, with its paired interval where the first is the sweep's baseline."""
+    change = second.imbalance_mean - first.imbalance_mean
+    if second.baseline != first.name[0]:
+        return f"{change:+.3f}"
+    return f"{change:+.3f} ± {second.imbalance_change_mean_high - second.imbalance_change_mean:.3f}"
+
+
+def _probability(p: float | None) -> str:
+    return "-" if p is None else f"{p:.3f}" if p == 0 or p >= 0.001 else f"{p:.0e}"
+
+
+def _two_line_table(heads: list[str], rows: list[list[str]]) -> str:
+    """A table whose column heads are split at the first blank into two lines."""
+    first = [head.partition(" ")[0] for head in heads]
+    second = [head.partition(" ")[2] for head in heads]
+    top, rule, *body = table(second, [first, *rows], ">" * len(heads)).splitlines()
+    return "\n".join([body[0], top, rule, *body[1:]])
