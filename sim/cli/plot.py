@@ -10,40 +10,37 @@ from sim.errors import InputError, unknown
 def add_arguments(parser: ArgumentParser) -> None:
     """Add the options of `epsim plot`."""
     parser.add_argument("folder", type=Path, metavar="DIR", help="folder that epsim sweep wrote")
-    parser.add_argument("--figures", type=names, metavar="LIST", help="some of the figures by name (default: all)")
+    parser.add_argument("--figures", metavar="LIST", help="some of the figures by name (default: all)")
     parser.add_argument(
         "--tokens",
-        type=whole_number("--tokens"),
         metavar="N",
         help="tokens per step of the worst-case figures (default: nearest to 64)",
     )
-    parser.add_argument(
-        "--format", type=names, default=["png", "svg"], metavar="LIST", help="png, svg or both (default)"
-    )
+    parser.add_argument("--format", default="png,svg", metavar="LIST", help="png, svg or both (default)")
 
 
 def run(arguments: Namespace) -> None:
     """Run `epsim plot`."""
-    for suffix in arguments.format:
+    suffixes = names(arguments.format)
+    for suffix in suffixes:
         if suffix not in ("png", "svg"):
             raise InputError(f"--format {suffix}: must be png, svg or both")
     from sim.figures import FIGURES, save
     from sim.results import read_result
 
-    chosen = arguments.figures or list(FIGURES)
+    chosen = names(arguments.figures or "") or list(FIGURES)
     for name in chosen:
         if name not in FIGURES:
             raise unknown("figure", name, FIGURES)
     result = read_result(arguments.folder)
-    if arguments.tokens is not None and arguments.tokens not in set(result.summary.tokens):
+    tokens = None if arguments.tokens is None else whole_number("--tokens")(arguments.tokens)
+    if tokens is not None and tokens not in set(result.summary.tokens):
         have = ", ".join(map(str, sorted(result.summary.tokens.unique())))
-        raise InputError(f"--tokens {arguments.tokens}: the sweep has {have}")
+        raise InputError(f"--tokens {tokens}: the sweep has {have}")
     for name in chosen:
-        options = (
-            {"tokens": arguments.tokens} if arguments.tokens and name in ("exceedance", "worst_case_by_ep") else {}
-        )
+        options = {"tokens": tokens} if tokens and name in ("exceedance", "worst_case_by_ep") else {}
         figure = FIGURES[name](result, **options)
-        for suffix in arguments.format:
+        for suffix in suffixes:
             path = arguments.folder / f"{name}.{suffix}"
             save(figure, path)
             print(path)

@@ -15,20 +15,26 @@ _SHORT = {"round_robin": "r_robin", "linear_legacy": "legacy", "node_aware": "no
 def add_arguments(parser: ArgumentParser) -> None:
     """Add the options of `epsim show`."""
     parser.add_argument("folder", type=Path, metavar="DIR", help="folder that epsim sweep wrote")
-    parser.add_argument("--ep", type=whole_numbers("--ep"), metavar="LIST", help="some of the EP sizes")
-    parser.add_argument("--tokens", type=whole_numbers("--tokens"), metavar="LIST", help="some of the step sizes")
-    parser.add_argument(
-        "--placement", type=names, metavar="A,B", help="the two placements (default: the baseline and round_robin)"
-    )
+    parser.add_argument("--ep", metavar="LIST", help="some of the EP sizes")
+    parser.add_argument("--tokens", metavar="LIST", help="some of the step sizes")
+    parser.add_argument("--placement", metavar="A,B", help="the two placements (default: the baseline and round_robin)")
     parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
 
 
 def run(arguments: Namespace) -> None:
     """Run `epsim show`."""
+    from sim.placement import ALIASES
     from sim.results import read_result
 
     result = read_result(arguments.folder)
-    print_result(result, arguments.ep, arguments.tokens, arguments.placement, arguments.markdown)
+    ep_sizes, tokens, pair = arguments.ep, arguments.tokens, arguments.placement
+    print_result(
+        result,
+        whole_numbers("--ep")(ep_sizes) if ep_sizes else None,
+        whole_numbers("--tokens")(tokens) if tokens else None,
+        [ALIASES.get(name, name) for name in names(pair)] if pair else None,
+        arguments.markdown,
+    )
 
 
 def print_result(

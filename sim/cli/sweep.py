@@ -72,7 +72,6 @@ def add_arguments(parser: ArgumentParser) -> None:
         shown = ",".join(map(str, default)) if isinstance(default, list) else default
         parser.add_argument(
             f"--{key.replace('_', '-')}",
-            type=_PARSERS.get(key, str),
             default=SUPPRESS,
             metavar="LIST" if isinstance(default, list) else key.split("_")[-1].upper(),
             help=text + (f" (default: {shown})" if shown is not None else ""),
@@ -105,6 +104,7 @@ def run(arguments: Namespace) -> None:
     """Run `epsim sweep`."""
     given = vars(arguments)
     config = given.pop("config")
+    given = {key: _PARSERS.get(key, str)(value) for key, value in given.items()}
     options = (read_config(config) if config else {}) | given
     if "tokens" in options and "tokens_per_rank" in options:
         raise InputError("--tokens-per-rank is the alternative to --tokens: give one of them")

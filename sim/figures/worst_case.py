@@ -92,7 +92,7 @@ def exceedance(result: SweepResult, tokens: int = 64) -> Figure:
             ax.set_xticks(ticks, [str(tick) for tick in ticks])
             ax.xaxis.set_minor_locator(NullLocator())
         title_panel(ax, f"EP {ep_size}", twins)
-    label_outer(axes, "imbalance x (max / mean)", "P(imbalance ≥ x)")
+    label_outer(axes, "imbalance x", "P(imbalance ≥ x)")
     set_title(figure, result, f"Worst cases: how often the imbalance reaches x, {tokens_text(steps)}")
     add_legend(figure, placements_of(result))
     return figure
@@ -142,7 +142,9 @@ def idle_ranks(result: SweepResult, tokens: int = 8) -> Figure:
             cell = (name, ep_size, steps[ep_size])
             _draw_staircase(ax, histograms[cell], 1.0, 0.0, tails[cell], name)
         _set_probability_axis(ax, result)
-        ax.set_xlim(0, ep_size)
+        ax.set_xlim(
+            0, min(ep_size, 1.2 * max(histograms[(name, ep_size, steps[ep_size])].values[-1] for name in names) + 1)
+        )
         title_panel(ax, f"EP {ep_size}", twins)
     label_outer(axes, "idle ranks m", "P(at least m idle)")
     set_title(figure, result, f"Idle ranks: how often at least m ranks of a layer have no token, {tokens_text(steps)}")

@@ -66,10 +66,8 @@ def load_model(name_or_path: str | Path) -> ModelSpec:
 def _from_preset(name: str, row: dict[str, Any]) -> ModelSpec:
     caveat = ""
     if row.get("zero_expert_num"):
-        caveat = (
-            f"its {row['zero_expert_num']} zero-compute experts are not modelled; each token is taken to use {row['num_experts_per_tok']} "
-            "real experts, which overstates the load"
-        )
+        n_zero, top_k = row["zero_expert_num"], row["num_experts_per_tok"]
+        caveat = f"its {n_zero} zero-compute experts are not modelled: a token is taken to use {top_k} real ones, which is more"
     if row.get("num_hash_layers"):
         caveat = f"its first {row['num_hash_layers']} MoE layers route by a hash of the token, which is not modelled"
     return ModelSpec(

@@ -12,178 +12,15 @@ nor on the batches that tokens are worked in. A batch takes its k-th experts tog
 they are short and touch few arrays each, because only then does the compiler vectorise them.
 """
 
-from typing import NamedTuple
-
 import numpy as np
 
 from sim.kernels import kernel
+from sim.router.batch import BATCH, LATE, gather, gather_group, new_batch
+from sim.router.groups import keep_groups, score_groups
 from sim.router.tables import SMALL, TINY, draw_mark, fill_layer, new_layer
-from sim.streams import TOKEN, exp32, exponential, fill_words, normal_pair, word_at
+from sim.streams import TOKEN, exponential, fill_words, word_at
 
-_BATCH = 512  # tokens that are worked together
 _TRIES = 16  # repeated marks before the exact scan; each try is an independent draw, so stopping does not bias
-_LATE = np.float32(3e38)  # the latest arrival, before infinity: nobody left to arrive
-
-
-class _Batch(NamedTuple):
-    """Working arrays of up to _BATCH tokens. Kept groups are numbered by place, 0 .. topk_group - 1."""
-
-    words: np.ndarray  # uint32 [words per token, tokens]
-    factor: np.ndarray  # float32 [n_group, tokens], the group effect (a row more when n_group is odd)
-    mark: np.ndarray  # int32 [n_group, tokens], first expert to arrive
-    time_1: np.ndarray  # float32 [n_group, tokens], its time
-    time_2: np.ndarray  # float32 [n_group, tokens], time of the second distinct expert
-    score: np.ndarray  # float32 [n_group, tokens]
-    rank: np.ndarray  # int32 [n_group, tokens]
-    kept: np.ndarray  # int32 [topk_group + 1, tokens], the kept groups (the last place is scratch)
-    next_time: np.ndarray  # float32 [topk_group, tokens], next arrival of each kept group
-    left: np.ndarray  # float32 [topk_group, tokens], weight that has not arrived; negative before the first arrival
-    chosen: np.ndarray  # int32 [top_k, tokens], experts, best first
-    # of the kept group whose arrival is next, all [tokens]
-    place: np.ndarray  # int32
-    group: np.ndarray  # int32
-    now: np.ndarray  # float32, time of that arrival
-    before: np.ndarray  # float32, weight left before it, negative if it is the group's first
-    rest: np.ndarray  # float32, weight left after it
-    repeated: np.ndarray  # bool, whether its mark is an expert that the token has already
-    mark_now: np.ndarray  # int32, the group's first mark
-    others: np.ndarray  # float32, of the expert that arrives
-    weight: np.ndarray  # float32, of the expert that arrives
-    factor_now: np.ndarray  # float32
-    second: np.ndarray  # float32, time of the group's second arrival
-
-
-@kernel
-def _new_batch(n_words, n_group, topk_group, top_k):
-    return _Batch(
-        np.empty((n_words, _BATCH), np.uint32),
-        np.empty((n_group + n_group % 2, _BATCH), np.float32),
-        np.empty((n_group, _BATCH), np.int32),
-        np.empty((n_group, _BATCH), np.float32),
-        np.empty((n_group, _BATCH), np.float32),
-        np.empty((n_group, _BATCH), np.float32),
-        np.empty((n_group, _BATCH), np.int32),
-        np.zeros((topk_group + 1, _BATCH), np.int32),
-        np.empty((topk_group, _BATCH), np.float32),
-        np.empty((topk_group, _BATCH), np.float32),
-        np.empty((top_k, _BATCH), np.int32),
-        np.empty(_BATCH, np.int32),
-        np.zeros(_BATCH, np.int32),
-        np.empty(_BATCH, np.float32),
-        np.empty(_BATCH, np.float32),
-        np.empty(_BATCH, np.float32),
-        np.empty(_BATCH, np.bool_),
-        np.empty(_BATCH, np.int32),
-        np.empty(_BATCH, np.float32),
-        np.empty(_BATCH, np.float32),
-        np.empty(_BATCH, np.float32),
-        np.empty(_BATCH, np.float32),
-    )
-
-
-@kernel
-def _gather(n, table, index, out):
-    """out[i] = table[index[i]]: apart from arithmetic, since a gather keeps the compiler from vectorising a loop."""
-    for i in range(n):
-        out[i] = table[np.uint32(index[i])]
-
-
-@kernel
-def _gather_group(n, table, group, out):
-    """out[i] = table[group[i], i]."""
-    for i in range(n):
-        out[i] = table[np.uint32(group[i]), i]
-
-
-# ---- group scores ------------------------------------------------------------------------------------------------
-
-
-@kernel
-def _fill_factors(words, n, sigma, out):
-    """Group effects exp(sigma * normal) of two groups: words uint32 [2, n], out float32 [2, n]."""
-    word_0, word_1, out_0, out_1 = words[0], words[1], out[0], out[1]
-    for i in range(n):
-        z_0, z_1 = normal_pair(word_0[i], word_1[i])
-        out_0[i] = exp32(sigma * z_0)
-        out_1[i] = exp32(sigma * z_1)
-
-
-@kernel
-def _fill_times(words, n, rate, factor, mark, others, time_1, time_2):
-    """First two distinct arrivals of one group: words uint32 [2, n]."""
-    word_1, word_2 = words[0], words[1]
-    _gather(n, others, mark, time_2)
-    for i in range(n):
-        time_1[i] = exponential(word_1[i]) / (rate * factor[i])
-    for i in range(n):
-        rest = time_2[i]
-        t = min(time_1[i] + exponential(word_2[i]) / (rest * factor[i]), _LATE)
-        time_2[i] = t if rest > 0 else np.float32(np.inf)
-
-
-@kernel
-def _fill_scores(time_1, time_2, n, score_law, out):
-    """Group scores: an arrival at t scores 1 / (b + a t); `score_law` (b, a, both) sums the first, or the first two."""
-    b, a, one = np.float32(score_law[0]), np.float32(score_law[1]), np.float32(1)
-    if score_law[2] > 0:
-        for i in range(n):
-            out[i] = one / (b + a * time_1[i]) + one / (b + a * time_2[i])
-    else:
-        for i in range(n):
-            out[i] = one / (b + a * time_1[i])
-
-
-@kernel
-def _score_groups(n, layer, group_sigma, score_law, batch):
-    """Group effects, first arrivals and group scores of n tokens; returns the number of words used per token."""
-    words, alias = batch.words, layer.alias
-    n_group = layer.group_weight.size
-    size = alias.size // n_group
-    row = 0
-    for g in range(0, n_group, 2):
-        _fill_factors(words[row : row + 2], n, np.float32(group_sigma), batch.factor[g : g + 2])
-        row += 2
-    for g in range(n_group):
-        mark, word = batch.mark[g], words[row]
-        for i in range(n):
-            mark[i] = draw_mark(word[i], g, size, alias)
-        time_1, time_2 = batch.time_1[g], batch.time_2[g]
-        rate = layer.group_weight[g]
-        _fill_times(words[row + 1 : row + 3], n, rate, batch.factor[g], mark, layer.others, time_1, time_2)
-        _fill_scores(time_1, time_2, n, score_law, batch.score[g])
-        row += 3
-    return row
-
-
-@kernel
-def _keep_groups(n, topk_group, batch):
-    """The topk_group best groups of n tokens, ties to the lowest, with their first arrivals."""
-    n_group = batch.score.shape[0]
-    for g in range(n_group):
-        rank, mine = batch.rank[g], batch.score[g]
-        rank[:n] = 0
-        for h in range(n_group):
-            theirs = batch.score[h]
-            if h < g:
-                for i in range(n):
-                    rank[i] += np.int32(theirs[i] >= mine[i])
-            elif h > g:
-                for i in range(n):
-                    rank[i] += np.int32(theirs[i] > mine[i])
-    kept, rank = batch.kept, batch.rank
-    for i in range(n):
-        place = 0
-        for g in range(n_group):
-            kept[place, i] = g
-            place += rank[g, i] < topk_group
-    batch.left[:, :n] = -1
-    for j in range(topk_group):
-        next_time, group, time_1 = batch.next_time[j], kept[j], batch.time_1
-        for i in range(n):
-            next_time[i] = time_1[np.uint32(group[i]), i]
-
-
-# ---- experts -----------------------------------------------------------------------------------------------------
 
 
 @kernel
@@ -282,7 +119,7 @@ def _find_next(n, batch):
 def _take_first_marks(n, batch, k):
     """Where the group's first arrival is next, its expert is the mark that gave the group score."""
     before, mark, chosen = batch.before, batch.mark_now, batch.chosen[k]
-    _gather_group(n, batch.mark, batch.group, mark)
+    gather_group(n, batch.mark, batch.group, mark)
     for i in range(n):
         chosen[i] = mark[i] if before[i] < 0 else chosen[i]
 
@@ -291,8 +128,8 @@ def _take_first_marks(n, batch, k):
 def _take_weight(n, layer, batch, k):
     """Weight that is left in the groups that have just given the k-th experts of n tokens."""
     before, rest, others, weight, chosen = batch.before, batch.rest, batch.others, batch.weight, batch.chosen[k]
-    _gather(n, layer.others, chosen, others)
-    _gather(n, layer.weight, chosen, weight)
+    gather(n, layer.others, chosen, others)
+    gather(n, layer.weight, chosen, weight)
     n_small = 0
     for i in range(n):
         fewer = before[i] - weight[i]
@@ -310,12 +147,12 @@ def _take_weight(n, layer, batch, k):
 def _advance(n, word, batch):
     """Next arrival of the groups that have just given an expert."""
     before, rest, now, factor, second = batch.before, batch.rest, batch.now, batch.factor_now, batch.second
-    _gather_group(n, batch.factor, batch.group, factor)
-    _gather_group(n, batch.time_2, batch.group, second)
+    gather_group(n, batch.factor, batch.group, factor)
+    gather_group(n, batch.time_2, batch.group, second)
     for i in range(n):
         factor[i] = exponential(word[i]) / (rest[i] * factor[i])
     for i in range(n):
-        later = min(now[i] + factor[i], _LATE) if rest[i] > 0 else np.float32(np.inf)
+        later = min(now[i] + factor[i], LATE) if rest[i] > 0 else np.float32(np.inf)
         now[i] = second[i] if before[i] < 0 else later
     place = batch.place
     for j in range(batch.left.shape[0]):
@@ -335,8 +172,8 @@ def _route_batch(n, start, trial, key, topk_group, group_sigma, score_law, layer
         for k in range(top_k):
             _draw_experts(n, batch.words[k], start, trial, key, layer, batch, k)
         return
-    row = _score_groups(n, layer, group_sigma, score_law, batch)
-    _keep_groups(n, topk_group, batch)
+    row = score_groups(n, layer, group_sigma, score_law, batch)
+    keep_groups(n, topk_group, batch)
     for k in range(top_k):
         _find_next(n, batch)
         _draw_experts(n, batch.words[row + k], start, trial, key, layer, batch, k)
@@ -366,7 +203,7 @@ def _sample_trial(
         request = start // tokens_per_request
         if start == request * tokens_per_request:
             fill_layer(mu[request], layer)
-        n = min(_BATCH, tokens[-1] - start, (request + 1) * tokens_per_request - start)
+        n = min(BATCH, tokens[-1] - start, (request + 1) * tokens_per_request - start)
         _route_batch(n, start, trial, key, topk_group, group_sigma, score_law, layer, batch)
         done = 0
         while snapshot < tokens.size and tokens[snapshot] <= start + n:
@@ -392,7 +229,7 @@ def sample_trials(
     top_k = ids.shape[2]
     n_words = (n_group + n_group % 2) + 3 * n_group + 2 * top_k if n_group > 1 else top_k
     layer = new_layer(mu.shape[2], n_group)
-    batch = _new_batch((n_words + 3) // 4 * 4, n_group, topk_group, top_k)
+    batch = new_batch((n_words + 3) // 4 * 4, n_group, topk_group, top_k)
     for t in range(mu.shape[0]):
         _sample_trial(
             first_trial + t,

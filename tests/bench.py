@@ -1,0 +1,111 @@
+"""Speed, measured against a plain numpy pipeline in the same run (`make bench`). Not a test: machines are noisy.
+
+The plain pipeline does the same work on the same law in float32: draws every logit, routes by grouped top-k, counts
+experts and scores rank loads. Both run on one core; ratios of pairs that were timed in turn are reported.
+"""
+
+import os
+import platform
+import resource
+import statistics
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from sim import ModelSpec, load_model, load_workload, sweep
+from sim.router import draw_trials
+from sim.workload.gumbel import X0
+
+V3, CHAT = load_model("deepseek-v3"), load_workload("chat")
+STEP = 4096
+ALL = ["linear", "linear_legacy", "round_robin", "random", "node_aware"]
+
+
+def plain_pipeline(rng: np.random.Generator, mu: np.ndarray) -> float:
+    """Mean imbalance of one step of STEP tokens at EP 32 under linear placement: vectorised numpy, float32."""
+    effect = np.repeat(rng.standard_normal((STEP, V3.n_group), np.float32) * np.float32(0.4), V3.group_size, axis=1)
+    logits = mu + effect - np.log(rng.standard_exponential((STEP, V3.n_experts), np.float32))
+    choice = 1 / (1 + np.exp(-(logits + np.float32(X0))))
+    by_group = choice.reshape(STEP, V3.n_group, V3.group_size)
+    score = np.partition(by_group, V3.group_size - 2, axis=2)[:, :, -2:].sum(axis=2)
+    kept = np.argpartition(-score, V3.topk_group - 1, axis=1)[:, : V3.topk_group]
+    mask = np.zeros((STEP, V3.n_group), bool)
+    np.put_along_axis(mask, kept, True, axis=1)
+    masked = np.where(mask[:, :, None], by_group, -np.inf).reshape(STEP, V3.n_experts)
+    ids = np.argpartition(-masked, V3.top_k - 1, axis=1)[:, : V3.top_k]
+    loads = np.bincount(ids.ravel(), minlength=V3.n_experts).reshape(32, -1).sum(axis=1)
+    return float(loads.max() / loads.mean())
+
+
+def our_pipeline(trials: range) -> float:
+    """The same figure by the sampler."""
+    counts, _ = draw_trials(V3, CHAT, 0, trials, 10**6, np.array([STEP]))
+    loads = counts[:, 0].reshape(len(trials), 32, -1).sum(axis=2)
+    return float((loads.max(axis=1) / loads.mean(axis=1)).mean())
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """Wall time of one call."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def best(work: Callable[[], object], n: int = 3) -> float:
+    """Least wall time of n calls."""
+    return min(seconds(work) for _ in range(n))
+
+
+def run(
+    n_tokens: int, ep_sizes: list[int], steps: list[int], placements: list[str], model: ModelSpec = V3
+) -> Callable[[], object]:
+    """A sweep on one thread that samples `n_tokens` tokens."""
+    trials = n_tokens // steps[-1]
+    return lambda: sweep(model, CHAT, ep_sizes=ep_sizes, tokens=steps, placements=placements, trials=trials, threads=1)
+
+
+def main() -> None:
+    """Print the figures that README quotes."""
+    print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, numpy {np.__version__}")
+    rng = np.random.default_rng(0)
+    mu = (0.65 * rng.standard_normal(V3.n_experts)).astype(np.float32)
+    our_pipeline(range(2))
+    pairs = []
+    for i in range(7):
+        plain = seconds(lambda: [plain_pipeline(rng, mu) for _ in range(8)]) / 8
+        ours = seconds(lambda i=i: our_pipeline(range(64 * i, 64 * (i + 1)))) / 64
+        pairs.append((STEP / plain / 1e6, STEP / ours / 1e6, plain / ours))
+    plain, ours, ratio = (statistics.median(column) for column in zip(*pairs, strict=True))
+    print("\nsampled, routed, counted and scored, DeepSeek-V3, chat, one core:")
+    print(f"  plain numpy {plain:.3f} M tokens/s, epsim {ours:.2f} M tokens/s: {ratio:.0f} times (median of 7 pairs)")
+
+    eps, steps = [8, 16, 32, 64, 72, 128, 144, 256], [2**i for i in range(1, 13)]
+    sample = best(
+        lambda: [draw_trials(V3, CHAT, 0, range(i, i + 64), 10**6, np.array(steps)) for i in range(0, 512, 64)]
+    )
+    whole = best(run(512 * STEP, eps, steps, ALL[1:]))
+    print(
+        f"\na sweep of 8 EP sizes x 4 placements x 12 step sizes: {whole / sample:.2f} times the time of its sampling"
+    )
+
+    two = best(lambda: sweep(V3, CHAT, ep_sizes=eps, tokens=steps, placements=ALL[1:], trials=1024, threads=2))
+    one = best(lambda: sweep(V3, CHAT, ep_sizes=eps, tokens=steps, placements=ALL[1:], trials=1024, threads=1))
+    print(f"the same on two threads: {1024 * STEP / two / 1e6:.1f} M tokens/s in all, {one / two:.2f} times one thread")
+
+    print("\ntime grows with tokens (one cell, EP 32):")
+    for tokens in (2**20, 2**21, 2**22):
+        print(f"  {tokens / 1e6:5.2f} M tokens  {best(run(tokens, [32], [STEP], ['linear'])):6.2f} s")
+    print("with cells (2 M tokens):")
+    for n in (1, 4, 8):
+        cells = n * 12 * len(ALL)
+        print(f"  {cells:5d} cells     {best(run(2**21, eps[:n], steps, ALL)):6.2f} s")
+    print("with experts (2 M tokens, 8 groups, 4 kept, top-8):")
+    for n_experts in (64, 256, 1024):
+        model = ModelSpec("bench", n_experts, 8, 8, 4, "sigmoid", "top2_sum", True)
+        print(f"  {n_experts:5d} experts   {best(run(2**21, [32], [STEP], ['linear'], model)):6.2f} s")
+    print(f"\npeak memory of this whole run: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""Slow, plain references for every kernel."""
+
+import math
+
+import numpy as np
+
+
+def philox(counter, key, rounds):
+    """Philox4x32 in Python integers, after Salmon et al. 2011."""
+    c, k = list(counter), list(key)
+    for _ in range(rounds):
+        a, b = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
+        c = [(b >> 32) ^ c[1] ^ k[0], b & 0xFFFFFFFF, (a >> 32) ^ c[3] ^ k[1], a & 0xFFFFFFFF]
+        k = [(k[0] + 0x9E3779B9) & 0xFFFFFFFF, (k[1] + 0xBB67AE85) & 0xFFFFFFFF]
+    return c
+
+
+def best(values, n):
+    """Indices of the n largest values, best first, lowest index on ties."""
+    return sorted(range(len(values)), key=lambda i: (-values[i], i))[:n]
+
+
+def choose(choice, n_group, topk_group, top_k, group_score):
+    """Experts of one token from its choice scores."""
+    size = len(choice) // n_group
+    groups = [list(choice[g * size : (g + 1) * size]) for g in range(n_group)]
+    if group_score == "max":
+        scores = [max(group) for group in groups]
+    else:
+        scores = [sum(sorted(group, reverse=True)[:2], np.float32(0)) for group in groups]
+    kept = set(best(scores, topk_group)) if n_group > 1 else {0}
+    masked = [value if e // size in kept else -math.inf for e, value in enumerate(choice)]
+    return best(masked, top_k)
+
+
+def route(logits, n_group, topk_group, top_k, scoring, group_score, bias=None):
+    """Grouped top-k of float32 logits [tokens, experts], one token at a time."""
+    ids = []
+    for row in np.asarray(logits, np.float32):
+        if scoring == "sigmoid":
+            score = np.float32(1) / (np.float32(1) + np.exp(-row))
+        else:
+            weights = np.exp(row - row.max())
+            score = weights / weights.sum()
+        choice = score if bias is None else score + bias
+        ids.append(choose(choice, n_group, topk_group, top_k, group_score))
+    return np.array(ids)
+
+
+def linear(n_experts, ep_size):
+    """vLLM 0.33, as FIELD states it."""
+    q, m = divmod(n_experts, ep_size)
+    return [e // (q + 1) if e < m * (q + 1) else m + (e - m * (q + 1)) // q for e in range(n_experts)]
+
+
+def scores(counts, rank_of_expert, ep_size):
+    """(max load, idle ranks, distinct experts on the busiest rank, most distinct experts) of one block."""
+    loads, distinct = [0] * ep_size, [0] * ep_size
+    for e, count in enumerate(counts):
+        loads[rank_of_expert[e]] += count
+        distinct[rank_of_expert[e]] += count > 0
+    return max(loads), loads.count(0), distinct[loads.index(max(loads))], max(distinct)
+
+
+def draw_logits(rng, mu, n_tokens, n_group, group_sigma):
+    """Fully drawn logits of Gumbel traffic, float64 [tokens, experts]."""
+    size = len(mu) // n_group
+    effect = np.repeat(group_sigma * rng.standard_normal((n_tokens, n_group)), size, axis=1)
+    return mu + effect + rng.gumbel(size=(n_tokens, len(mu)))

@@ -1,0 +1,238 @@
+"""The commands, called in process in temporary folders."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import ROOT
+
+from sim.cli import VERBS, main
+
+RUN = ["sweep", "--ep", "2,12", "--tokens", "1,16", "--trials", "40", "--placement", "linear,linear_legacy,group_aware"]
+SUMMARY = ["model", "workload", "placement", "ep_size", "tokens", "trials", "draws", "mean_load", "max_load_mean",
+           "imbalance_mean", "imbalance_mean_low", "imbalance_mean_high", "imbalance_p50", "imbalance_p95", "imbalance_p99",
+           "balancedness_mean", "idle_ranks_mean", "idle_ranks_p99", "distinct_experts_max_mean", "ranks_per_token_mean",
+           "nodes_per_token_mean"]  # fmt: skip
+TAIL = ["model", "workload", "placement", "ep_size", "tokens", "trials", "draws",
+        "metric", "threshold", "probability", "low", "high", "method"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("sweep") / "out"
+    assert main([*RUN, "--out", str(path)]) == 0
+    return path
+
+
+def fails(capsys, words, *parts, status=2):
+    """The command fails with one line that has the parts, and no traceback."""
+    assert main([str(word) for word in words]) == status
+    lines = capsys.readouterr().err.strip().splitlines()
+    errors = [line for line in lines if not line.startswith("note:")]
+    assert len(errors) == 1, lines
+    assert errors[0].startswith("epsim")
+    for part in parts:
+        assert str(part) in errors[0]
+
+
+def test_sweep_writes_the_named_columns(folder):
+    assert sorted(p.name for p in folder.iterdir()) == ["counts.parquet", "provenance.json", "summary.csv", "tail.csv"]
+    summary, tail = pd.read_csv(folder / "summary.csv"), pd.read_csv(folder / "tail.csv")
+    assert set(SUMMARY) <= set(summary.columns)
+    assert list(tail.columns) == TAIL
+    assert set(summary.placement) == {"linear", "linear_legacy", "round_robin"}
+    assert {1.1, 1.25, 1.5, 2, 3} <= set(tail[tail.metric == "imbalance"].threshold)
+    assert set(tail[(tail.metric == "idle_ranks") & (tail.ep_size == 12)].threshold) == {1, 2, 4, 8, 11}
+    assert set(tail[tail.metric == "one_rank"].threshold) == {1}
+    provenance = json.loads((folder / "provenance.json").read_text())
+    assert provenance["sweep"]["seed"] == 0
+    assert {"epsim", "numpy", "numba", "python"} <= set(provenance["versions"])
+
+
+def test_the_same_sweep_is_reused_and_another_is_refused(folder, capsys):
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    assert main([*RUN, "--out", str(folder)]) == 0
+    assert "nothing was computed" in capsys.readouterr().out
+    fails(capsys, [*RUN, "--seed", "1", "--out", folder], "holds another sweep", "seed 0, not 1")
+    assert before == {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+def test_the_answer_is_printed(folder, capsys):
+    assert main(["show", str(folder), "--ep", "12"]) == 0
+    out = capsys.readouterr().out
+    assert "deepseek-v3, chat traffic: linear against round_robin" in out
+    row = pd.read_csv(folder / "summary.csv").query("placement == 'linear' and ep_size == 12 and tokens == 16").iloc[0]
+    line = next(line.split() for line in out.splitlines() if line.split()[:2] == ["12", "16"])
+    assert line[2] == f"{row.imbalance_mean:.3f}"
+    assert line[-2] == f"{row.idle_ranks_mean:.1f}"
+    assert main(["show", str(folder), "--placement", "linear,linear_legacy", "--tokens", "16", "--markdown"]) == 0
+    assert capsys.readouterr().out.count("\n| ") == 2
+    fails(capsys, ["show", folder, "--ep", "13"], "--ep 13", "2, 12")
+    fails(capsys, ["show", folder, "--placement", "random"], "--placement random", "linear_legacy")
+
+
+def test_a_config_file_holds_the_same_options(folder, tmp_path, capsys):
+    config = tmp_path / "sweep.toml"
+    config.write_text(
+        'ep = [2, 12]\ntokens = "1,16"\ntrials = 40\nplacement = ["linear", "linear_legacy", "group_aware"]\n'
+    )
+    assert main(["sweep", "--config", str(config), "--out", str(tmp_path / "a")]) == 0
+    assert (tmp_path / "a" / "summary.csv").read_bytes() == (folder / "summary.csv").read_bytes()
+    assert main(["sweep", "--config", str(config), "--trials", "41", "--out", str(tmp_path / "b")]) == 0
+    assert pd.read_csv(tmp_path / "b" / "summary.csv").trials.unique().tolist() == [41]
+    capsys.readouterr()
+    for text, parts in {
+        "trails = 5": ["key 'trails'", "did you mean trials"],
+        "trials = [": ["not TOML"],
+        "trials = true": ["trials must be a number"],
+        "[trials]\nx = 1": ["trials must be"],
+        "ep = []": ["ep must be"],
+    }.items():
+        config.write_text(text)
+        fails(capsys, ["sweep", "--config", config, "--out", tmp_path / "c"], "--config", *parts)
+    fails(capsys, ["sweep", "--config", tmp_path / "absent.toml"], "absent.toml", "cannot be read")
+    assert not (tmp_path / "c").exists()
+
+
+def test_plot_draws_every_figure_and_the_same_bytes_twice(folder, capsys):
+    assert main(["plot", str(folder)]) == 0
+    written = [line for line in capsys.readouterr().out.splitlines()]
+    first = {name: (folder / name).read_bytes() for name in (path.rsplit("/", 1)[1] for path in written)}
+    assert len(first) == 12
+    assert all(data.startswith((b"\x89PNG", b"<?xml")) for data in first.values())
+    assert main(["plot", str(folder), "--format", "svg"]) == 0
+    for name in first:
+        assert (folder / name).read_bytes() == first[name]
+        (folder / name).unlink()
+    capsys.readouterr()
+    fails(capsys, ["plot", folder, "--figures", "exceedence"], "figure 'exceedence'", "did you mean exceedance")
+    fails(capsys, ["plot", folder, "--tokens", "5"], "--tokens 5", "1, 16")
+    fails(capsys, ["plot", folder, "--format", "pdf"], "--format pdf")
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["--model", "deepsek-v3"], ["model 'deepsek-v3'", "did you mean deepseek-v3"]),
+        (["--workload", "chta"], ["workload 'chta'", "did you mean chat"]),
+        (["--placement", "liner"], ["placement 'liner'", "did you mean linear"]),
+        (["--ep", "0"], ["--ep 0", "from 1 to the 256"]),
+        (["--ep", "-4"], ["--ep -4", "from 1"]),
+        (["--ep", "300"], ["--ep 300", "256 experts"]),
+        (["--ep", "8,x"], ["--ep 'x'", "whole numbers"]),
+        (["--ep", "64..8"], ["--ep '64..8'", "goes up"]),
+        (["--tokens", "0"], ["--tokens 0", "from 1"]),
+        (["--trials", "0"], ["--trials 0", "from 1"]),
+        (["--trials", "many"], ["--trials 'many'"]),
+        (["--draws", "50000"], ["--draws 50000"]),
+        (["--threads", "0"], ["--threads 0"]),
+        (["--thresholds", "0.5"], ["--thresholds"]),
+        (["--thresholds", "nan"], ["--thresholds"]),
+        (["--phase", "prefill"], ["--phase", "chat"]),
+        (["--tokens-per-rank", "4", "--tokens", "4"], ["--tokens-per-rank", "--tokens"]),
+        (["--workload", "file:absent.npz"], ["absent.npz", "does not exist"]),
+        (["--placement", "file:absent.json"], ["absent.json", "cannot be read"]),
+        (["--model", "absent/config.json"], ["absent/config.json", "cannot be read"]),
+        (["--nonsense"], ["--nonsense"]),
+        (["--out", "pyproject.toml"], ["pyproject.toml", "not a folder"]),
+    ],
+)
+def test_bad_usage_is_one_line_and_status_2(capsys, monkeypatch, words, parts):
+    monkeypatch.chdir(ROOT)
+    words = words if "--out" in words else [*words, "--out", "/nonexistent/epsim"]
+    fails(capsys, ["sweep", *words], *parts)
+
+
+def test_a_failed_write_is_status_1_and_leaves_nothing(tmp_path, capsys, monkeypatch):
+    fails(capsys, [*RUN, "--out", "/proc/epsim"], "cannot write", status=1)
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pd.DataFrame, "to_parquet", full)
+    fails(capsys, [*RUN, "--out", tmp_path / "full"], "No space left on device", status=1)
+    assert not (tmp_path / "full" / "provenance.json").exists()
+    assert not list((tmp_path / "full").glob(".*"))
+
+
+def test_damaged_folders_are_refused(tmp_path, capsys):
+    fails(capsys, ["plot", tmp_path / "absent"], "holds no finished sweep")
+    (tmp_path / "provenance.json").write_text("{}")
+    fails(capsys, ["show", tmp_path], "provenance.json")
+    (tmp_path / "provenance.json").write_text('{"sweep": {}}')
+    fails(capsys, ["show", tmp_path], "damaged or incomplete")
+    (tmp_path / "summary.csv").write_text("a,b\n1,2\n")
+    (tmp_path / "tail.csv").write_text("a,b\n1,2\n")
+    fails(capsys, ["show", tmp_path], "no column")
+
+
+def test_notes_tell_what_is_assumed(tmp_path, capsys):
+    run = ["sweep", "--ep", "4", "--tokens", "4", "--trials", "5"]
+    assert main([*run, "--model", "glm-4.6", "--out", str(tmp_path / "a")]) == 0
+    err = capsys.readouterr().err
+    assert "glm-4.6: not read from the checkpoint itself: every field" in err
+    assert "fitted to deepseek-r1; on glm-4.6 it is an assumption" in err
+    assert "vLLM silently runs linear" in err
+    assert main([*run, "--model", "deepseek-r1", "--out", str(tmp_path / "b")]) == 0
+    assert "assumption" not in capsys.readouterr().err
+
+
+def test_recorded_routing_from_the_command_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ids = np.array([np.random.default_rng(s).permutation(32)[:4] for s in range(300)], np.int16)
+    np.savez("my.npz", topk_ids=ids.reshape(100, 3, 4), sequence_lengths=np.full(20, 5))
+    run = [
+        "sweep",
+        "--model",
+        "gpt-oss-20b",
+        "--workload",
+        "file:my.npz",
+        "--ep",
+        "4",
+        "--tokens",
+        "4,64",
+        "--trials",
+        "30",
+    ]
+    assert main([*run, "--phase", "prefill"]) == 0
+    summary = pd.read_csv("results/gpt-oss-20b-my/summary.csv")
+    assert summary.draws.unique().tolist() == [3]
+    assert summary.imbalance_mean_low.notna().all()
+    capsys.readouterr()
+    fails(capsys, [*run, "--draws", "7", "--out", "x"], "--draws 7", "3 layers")
+    fails(capsys, [*run, "--model", "mixtral-8x7b", "--out", "x"], "top_k 2")
+
+
+def test_lists_and_help(capsys):
+    for verb in ("models", "workloads", "placements"):
+        assert main([verb]) == 0
+    out = capsys.readouterr().out
+    assert out.count("\n") > 53
+    assert "deepseek-v3" in out
+    assert "gpqa-tilted" in out
+    assert "silently runs linear" in out
+    assert main(["--help"]) == 0
+    assert all(verb in capsys.readouterr().out for verb in ("sweep",))
+    for verb in VERBS:
+        assert main([verb, "--help"]) == 0
+    capsys.readouterr()
+    fails(capsys, ["sweeep"], "did you mean sweep")
+
+
+def test_ranges(tmp_path):
+    assert main(["sweep", "--ep", "2..8,12", "--tokens", "2..6:2", "--trials", "3", "--out", str(tmp_path / "r")]) == 0
+    summary = pd.read_csv(tmp_path / "r" / "summary.csv")
+    assert sorted(set(summary.ep_size)) == [2, 4, 8, 12]
+    assert sorted(set(summary.tokens)) == [2, 4, 6]
+
+
+@pytest.mark.slow
+def test_python_m_sim_is_the_same_program_and_help_does_not_load_numba():
+    code = "import sys; from sim.cli import main; main(['--help']); assert not {'numba', 'pandas'} & set(sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
+    run = subprocess.run([sys.executable, "-m", "sim", "placements"], capture_output=True, text=True, check=False)
+    assert run.returncode == 0
+    assert "round_robin" in run.stdout

@@ -1,0 +1,191 @@
+"""The fast sampler has the law of `route` on fully drawn logits.
+
+Every statistical test has a fixed seed. A family of z-scores is held against the bound that all of them together exceed
+with probability 1e-4 if the laws are equal (Bonferroni).
+"""
+
+import itertools
+
+import numpy as np
+import pytest
+from naive import draw_logits as ref_logits
+from scipy.stats import chi2, norm
+
+from sim import ModelSpec, load_model, route
+from sim.router import draw_trials
+from sim.router.sampler import sample_trials
+from sim.streams import stream_key
+from sim.workload import GumbelTraffic
+from sim.workload.gumbel import X0
+
+FALSE_ALARM = 1e-4
+
+
+def z_bound(n_scores):
+    return norm.isf(FALSE_ALARM / (2 * n_scores))
+
+
+def sample(mu, model, group_sigma=0.0, n_tokens=200_000, seed=0, tokens=None):
+    """Expert ids of the sampler's tokens in one layer: int16 [n_tokens, top_k], and the counts."""
+    sigmoid = model.scoring == "sigmoid"
+    law = np.array([1.0 if sigmoid else 0.0, np.exp(-X0) if sigmoid else 1.0, model.group_score == "top2_sum"])
+    tokens = np.array([n_tokens] if tokens is None else tokens)
+    counts = np.empty((1, len(tokens), len(mu)), np.int32)
+    ids = np.empty((1, tokens[-1], model.top_k), np.int16)
+    logits = np.ascontiguousarray(mu, float)[None, None]
+    key = stream_key(seed, "test")
+    sample_trials(0, key, logits, 2**62, tokens, model.n_group, model.topk_group, group_sigma, law, counts, ids)
+    return ids[0], counts[0]
+
+
+def full(mu, model, group_sigma, n_tokens, seed):
+    """Expert ids by `route` on fully drawn logits."""
+    logits = ref_logits(np.random.default_rng(seed), mu, n_tokens, model.n_group, group_sigma)
+    return route(logits + (X0 if model.scoring == "sigmoid" else 0.0), model)
+
+
+def features(ids, n_experts, n_group):
+    """Per token: which experts, how many in each group, and the number of ranks reached of 8 (linear and round robin)."""
+    hot = np.zeros((len(ids), n_experts))
+    np.put_along_axis(hot, ids.astype(int), 1, axis=1)
+    groups = hot.reshape(len(ids), n_group, -1).sum(axis=2)
+    ranks = hot.reshape(len(ids), 8, -1).sum(axis=2)
+    dealt = hot.reshape(len(ids), -1, 8).sum(axis=1)
+    per_rank = np.stack([x.var(axis=1) for x in (ranks, dealt)] + [(x > 0).sum(axis=1) for x in (ranks, dealt)], axis=1)
+    return np.concatenate([hot, groups, groups**2, per_rank], axis=1)
+
+
+def z_scores(a, b):
+    """Difference of the means of two samples of features in standard errors (0 where neither varies)."""
+    se = np.sqrt(a.var(axis=0) / len(a) + b.var(axis=0) / len(b))
+    difference = a.mean(axis=0) - b.mean(axis=0)
+    return np.divide(difference, se, out=np.where(difference == 0, 0.0, np.inf), where=se > 0)
+
+
+MODELS = {
+    "v3": load_model("deepseek-v3"),
+    "v2": load_model("deepseek-v2"),
+    "ungrouped": ModelSpec("u", 64, 6, 1, 1, "softmax", "max"),
+    "softmax-top2": ModelSpec("s", 32, 4, 4, 2, "softmax", "top2_sum"),
+    "odd groups": ModelSpec("o", 24, 4, 3, 2, "sigmoid", "top2_sum"),
+    "exact fit": ModelSpec("e", 32, 8, 8, 2, "sigmoid", "top2_sum"),
+    "groups of one": ModelSpec("g", 16, 3, 16, 5, "sigmoid", "max"),
+    "all groups": ModelSpec("a", 32, 5, 4, 4, "sigmoid", "top2_sum"),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("sigma", "group_sigma"), [(0.0, 0.0), (0.65, 0.4), (2.0, 1.0)])
+def test_same_law_as_route_on_fully_drawn_logits(name, sigma, group_sigma):
+    model, n = MODELS[name], 40_000
+    mu = sigma * np.random.default_rng(11).standard_normal(model.n_experts)
+    comp = features(sample(mu, model, group_sigma, n)[0], model.n_experts, model.n_group)
+    ref = features(full(mu, model, group_sigma, n, seed=12), model.n_experts, model.n_group)
+    z = np.abs(z_scores(comp, ref))
+    assert z.max() < z_bound(z.size), f"feature {z.argmax()}: z = {z.max():.1f}"
+
+
+@pytest.mark.parametrize("group_score", ["max", "top2_sum"])
+def test_sets_of_experts_have_the_enumerated_frequencies(group_score):
+    """A small grouped shape without popularity: all sets allowed by symmetry are compared by chi-square with `route`."""
+    model = ModelSpec("small", 6, 2, 3, 2, "sigmoid", group_score)
+    n = 200_000
+    sets = [s for s in itertools.combinations(range(6), 2)]
+    index = {s: i for i, s in enumerate(sets)}
+    comp, ref = np.zeros(len(sets)), np.zeros(len(sets))
+    for found, ids in ((comp, sample(np.zeros(6), model, 0.0, n)[0]), (ref, full(np.zeros(6), model, 0.0, n, 5))):
+        values, counts = np.unique(np.sort(ids, axis=1), axis=0, return_counts=True)
+        for s, c in zip(values, counts, strict=True):
+            found[index[tuple(s.tolist())]] = c
+    statistic = ((comp - ref) ** 2 / (comp + ref)).sum()
+    assert statistic < chi2.isf(FALSE_ALARM, len(sets) - 1)
+    # By symmetry a set is either inside a group or across two; each kind is equally likely within itself.
+    inside = np.array([a // 2 == b // 2 for a, b in sets])
+    for kind in (inside, ~inside):
+        mean = comp[kind].mean()
+        assert ((comp[kind] - mean) ** 2 / mean).sum() < chi2.isf(FALSE_ALARM, kind.sum() - 1)
+
+
+def test_ungrouped_order_is_plackett_luce():
+    """First choices have probability w / sum w, seconds w / (sum of the others): exact, from the definition."""
+    weights = np.array([8.0, 4.0, 2.0, 1.0, 0.5, 0.5])
+    n = 400_000
+    ids = sample(np.log(weights), ModelSpec("pl", 6, 2, 1, 1, "softmax", "max"), 0.0, n)[0]
+    share = weights / weights.sum()
+    exact = {(i, j): share[i] * share[j] / (1 - share[i]) for i in range(6) for j in range(6) if i != j}
+    seen = {pair: 0 for pair in exact}
+    values, counts = np.unique(ids, axis=0, return_counts=True)
+    seen |= {tuple(v.tolist()): c for v, c in zip(values, counts, strict=True)}
+    statistic = sum((seen[pair] - n * p) ** 2 / (n * p) for pair, p in exact.items())
+    assert statistic < chi2.isf(FALSE_ALARM, len(exact) - 1)
+
+
+@pytest.mark.parametrize("n_group", [1, 4])
+def test_a_share_near_one_and_weights_of_zero_are_drawn_exactly(n_group):
+    """One expert with nearly all weight of its group sends the sampler through its exact scans."""
+    mu = np.zeros(16)
+    mu[[0, 5, 9, 14]] = 16.0
+    mu[[3, 7]] = -np.inf
+    model = ModelSpec("peaked", 16, 3, n_group, min(2, n_group), "softmax", "max")
+    n = 40_000
+    ids = sample(mu, model, 0.0, n)[0]
+    assert not np.isin(ids, [3, 7]).any()
+    ref = full(np.where(np.isinf(mu), -80, mu), model, 0.0, n, 7)
+    z = np.abs(z_scores(features(ids, 16, n_group), features(ref, 16, n_group)))
+    assert z.max() < z_bound(z.size)
+
+
+@pytest.mark.parametrize("n_group", [1, 2])
+def test_experts_of_weight_zero_are_taken_when_nothing_else_is_left(n_group):
+    mu = np.full(8, -np.inf)
+    mu[[1, 6]] = 0.0
+    ids = sample(mu, ModelSpec("few", 8, 4, n_group, n_group, "softmax", "max"), 0.0, 1000)[0]
+    assert (np.sort(ids, axis=1)[:, 1:] > np.sort(ids, axis=1)[:, :-1]).all()
+    assert (np.isin(ids, [1, 6]).sum(axis=1) == 2).all()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_tokens_take_top_k_distinct_experts_of_few_enough_groups(name):
+    model = MODELS[name]
+    ids, counts = sample(np.random.default_rng(1).normal(size=model.n_experts), model, 0.4, 3000)
+    assert (np.diff(np.sort(ids, axis=1), axis=1) > 0).all()
+    assert ids.min() >= 0
+    assert ids.max() < model.n_experts
+    if model.is_grouped:
+        assert max(len(set(row)) for row in (ids // model.group_size).tolist()) <= model.topk_group
+    np.testing.assert_array_equal(counts[0], np.bincount(ids.ravel(), minlength=model.n_experts))
+
+
+def test_a_step_is_the_prefix_of_its_trial_whatever_else_is_asked():
+    model = load_model("deepseek-v3")
+    mu = np.random.default_rng(3).normal(size=256)
+    ids, _ = sample(mu, model, 0.4, 2000)
+    for tokens in ([1], [7, 511, 512, 513], [1, 2, 1500]):
+        shorter, counts = sample(mu, model, 0.4, tokens=tokens)
+        np.testing.assert_array_equal(shorter, ids[: tokens[-1]])
+        for step, count in zip(tokens, counts, strict=True):
+            np.testing.assert_array_equal(count, np.bincount(ids[:step].ravel(), minlength=256))
+
+
+def test_tokens_of_a_request_share_its_taste():
+    """Variance of an expert's count over multinomial: about 1 for decode, above it within one request."""
+    model = load_model("deepseek-v3")
+    over = {}
+    for name, request_sigma in (("decode", 0.0), ("prefill", 1.0)):
+        traffic = GumbelTraffic(name, request_sigma=request_sigma, tokens_per_request=64)
+        counts, _ = draw_trials(model, traffic, 0, range(1500), 1500, np.array([64]))
+        share = counts[:, 0].mean(axis=0) / 64
+        over[name] = (counts[:, 0].var(axis=0) / (64 * share * (1 - share))).mean()
+    assert abs(over["decode"] - 1) < 0.02
+    assert over["prefill"] > 2
+
+
+def test_requests_change_where_they_should():
+    """With one token per request, and with requests longer than the trial, prefix and length agree with the definition."""
+    model = load_model("olmoe-1b-7b")
+    short = GumbelTraffic("short", request_sigma=1.0, tokens_per_request=100)
+    counts, _ = draw_trials(model, short, 0, range(40), 40, np.array([100, 200, 250]))
+    longer, _ = draw_trials(model, short, 0, range(40), 40, np.array([50, 100, 200]))
+    np.testing.assert_array_equal(counts[:, 0], longer[:, 1])
+    np.testing.assert_array_equal(counts[:, 1], longer[:, 2])
+    assert (counts.sum(axis=2) == 8 * np.array([100, 200, 250])).all()

@@ -1,0 +1,199 @@
+import zipfile
+
+import numpy as np
+import pytest
+
+from sim import InputError, load_model, load_workload, sweep, workload_names
+from sim.router import check_pair, draw_trials
+from sim.streams import stream_key
+from sim.workload.recorded import read_recorded
+
+KEY = stream_key(0, "popularity")
+
+
+def test_presets_are_the_stated_six():
+    assert workload_names() == ["uniform", "chat", "mixed", "gpqa-tilted", "prefill", "prefill-strong"]
+    chat, prefill = load_workload("chat"), load_workload("prefill-strong")
+    assert (chat.sigma, chat.group_sigma, chat.request_sigma) == (0.65, 0.4, 0.0)
+    assert (prefill.sigma, prefill.request_sigma, prefill.tokens_per_request) == (0.65, 1.05, 1024)
+    assert all(load_workload(name).source for name in workload_names())
+
+
+def test_overrides_files_and_misspellings(tmp_path):
+    assert load_workload("chat", sigma=0.9).sigma == 0.9
+    path = tmp_path / "mine.toml"
+    path.write_text('popularity = "lognormal"\nsigma = 0.3\n')
+    assert load_workload(path).law == {"popularity": "lognormal", "group_sigma": 0.0, "x0": -4.0, "sigma": 0.3}
+    with pytest.raises(InputError, match="did you mean chat"):
+        load_workload("chta")
+    with pytest.raises(InputError, match="did you mean sigma"):
+        load_workload("chat", sgma=1.0)
+    with pytest.raises(InputError, match="--phase goes with"):
+        load_workload("chat", phase="prefill")
+    for bad in (
+        'popularity = "zipf"',
+        "sigma = -1",
+        "sigma = nan",
+        "tokens_per_request = 0",
+        "sigma = true",
+        "nonsense",
+    ):
+        path.write_text(bad)
+        with pytest.raises(InputError, match="mine"):
+            load_workload(path)
+
+
+def test_popularity_laws_have_their_moments():
+    """False-alarm rate below 1e-5: five standard errors, fixed seed."""
+    n = 4000
+    mu = load_workload("chat").draw_popularity(KEY, 0, n, 256)
+    assert abs(mu.mean()) < 5 * 0.65 / np.sqrt(mu.size)
+    assert abs(mu.std() - 0.65) < 5 * 0.65 / np.sqrt(2 * mu.size)
+    assert not load_workload("uniform").draw_popularity(KEY, 0, 3, 256).any()
+    tilted = load_workload("gpqa-tilted").draw_popularity(KEY, 0, n, 256)
+    u = (np.arange(256) + 0.5) / 256
+    slope = (tilted - tilted.mean(axis=1, keepdims=True)) @ (u - u.mean()) / ((u - u.mean()) ** 2).sum()
+    # mean tilt: 8/58 of 1.485, else a normal cut at 0 (which adds less than 0.003 to 0.566)
+    assert abs(-slope.mean() - (8 / 58 * 1.485 + 50 / 58 * 0.568)) < 5 * slope.std() / np.sqrt(n)
+
+
+def test_draws_do_not_depend_on_how_they_are_grouped():
+    for name in ("chat", "gpqa-tilted"):
+        workload = load_workload(name)
+        np.testing.assert_array_equal(
+            workload.draw_popularity(KEY, 5, 3, 64), workload.draw_popularity(KEY, 0, 8, 64)[5:]
+        )
+
+
+@pytest.mark.parametrize(
+    ("name", "targets", "within"),
+    [("chat", {32: 1.65, 64: 2.13, 128: 3.01, 256: 4.75}, 0.02), ("chat", {32: 1.644, 64: 2.164, 128: 3.118, 256: 5.028}, 0.06),
+     ("chat", {32: 1.592, 64: 2.060, 128: 2.946, 256: 4.696}, 0.06), ("chat", {32: 1.630, 64: 2.120, 128: 3.054, 256: 4.903}, 0.06),
+     ("mixed", {32: 2.095, 64: 2.927, 128: 4.516, 256: 7.456}, 0.05)],
+)  # fmt: skip
+def test_presets_reproduce_published_imbalance(name, targets, within):
+    """Mean max/mean of DeepSeek-R1 under linear placement (the design states 6 % and 4 %; 1 % more covers sampling)."""
+    result = sweep("deepseek-r1", name, ep_sizes=list(targets), tokens=16384, placements="linear", trials=600)
+    found = result.summary.set_index("ep_size").imbalance_mean
+    for ep_size, target in targets.items():
+        assert abs(found[ep_size] / target - 1) < within, f"EP{ep_size}: {found[ep_size]:.3f} for {target}"
+
+
+def write_trace(path, ids, lengths, **more):
+    np.savez(path, topk_ids=ids, sequence_lengths=lengths, **more)
+    return path
+
+
+@pytest.fixture
+def trace(tmp_path):
+    """Ten sequences of 20 tokens; sequence s takes experts s and s + 1, and 16 more in layer 1."""
+    ids = np.array(
+        [[[s % 16, (s + 1) % 16], [s % 16 + 16, (s + 1) % 16 + 16]] for s in range(10) for _ in range(20)], np.int16
+    )
+    return write_trace(tmp_path / "trace.npz", ids, np.full(10, 20))
+
+
+def _replay(path, phase, tokens, trials=8):
+    workload = read_recorded(path, phase)
+    counts, ids = np.empty((trials, len(tokens), 32), np.int32), np.empty((trials, 1, 2), np.int16)
+    workload.sample(KEY, 0, np.array(tokens), counts, ids)
+    return counts, ids
+
+
+def test_decode_takes_each_token_from_another_sequence(trace):
+    counts, ids = _replay(trace, "decode", [1, 10, 20, 25])
+    for t in range(len(counts)):
+        own = counts[t, :, 16 * (t % 2) : 16 * (t % 2) + 16]  # layers alternate with trials
+        assert (counts[t].sum(axis=1) == own.sum(axis=1)).all()
+        once = np.bincount(np.arange(10), minlength=16) + np.bincount(np.arange(1, 11), minlength=16)
+        np.testing.assert_array_equal(own[1], once)
+        np.testing.assert_array_equal(own[2], 2 * once)
+        assert own[3].sum() == 50
+        assert set(np.flatnonzero(own[0]) + 16 * (t % 2)) == set(ids[t, 0].tolist())
+    assert len({tuple(row) for row in counts[:, 0].tolist()}) > 2
+
+
+def test_prefill_takes_consecutive_tokens_of_one_sequence(trace):
+    counts, _ = _replay(trace, "prefill", [8, 20, 30])
+    for t in range(len(counts)):
+        own = counts[t, :, 16 * (t % 2) : 16 * (t % 2) + 16]
+        assert sorted(own[0][own[0] > 0].tolist()) == [8, 8]
+        assert sorted(own[1][own[1] > 0].tolist()) == [20, 20]
+        assert own[2].sum() == 60
+
+
+def test_layers_of_zeros_are_dense_and_dropped(tmp_path):
+    ids = np.stack([np.zeros((6, 2), int), np.tile([0, 1], (6, 1))], axis=1)
+    assert read_recorded(write_trace(tmp_path / "t.npz", ids, [6])).n_layers == 1
+
+
+GOOD = np.tile([0, 1], (6, 1, 1))
+
+
+@pytest.mark.parametrize(
+    ("ids", "lengths", "message"),
+    [
+        (GOOD - 1, [6], "from 0 to 32767"),
+        (GOOD + 40000, [6], "from 0 to 32767"),
+        (np.zeros((6, 1, 2), int) + 3, [6], "same expert id twice"),
+        (GOOD[:, 0], [6], "shape"),
+        (GOOD.astype(float), [6], "whole numbers"),
+        (GOOD.astype(object), [6], "whole numbers"),
+        (GOOD[:0], [6], "shape"),
+        (GOOD, [5], "add up to the 6 tokens"),
+        (GOOD, [7, -1], "at least 1"),
+        (GOOD, [[6]], "at least 1"),
+        (GOOD, [], "whole numbers"),
+        (GOOD, [2**62, 2**62, 2**62, 2**62, 6], "add up"),
+        (np.zeros((6, 1, 2), int), [6], "all zeros"),
+    ],
+)
+def test_bad_records_are_refused(tmp_path, ids, lengths, message):
+    path = tmp_path / "bad.npz"
+    np.savez(path, topk_ids=ids, sequence_lengths=np.array(lengths))
+    with pytest.raises(InputError, match=message):
+        read_recorded(path)
+
+
+def test_unsound_files_are_refused(tmp_path, trace):
+    with pytest.raises(InputError, match="does not exist"):
+        read_recorded(tmp_path / "absent.npz")
+    torn = tmp_path / "torn.npz"
+    torn.write_bytes(trace.read_bytes()[:200])
+    with pytest.raises(InputError, match=r"not a sound \.npz"):
+        read_recorded(torn)
+    np.savez(torn, topk_ids=GOOD)
+    with pytest.raises(InputError, match="no array 'sequence_lengths'"):
+        read_recorded(torn)
+    with zipfile.ZipFile(torn, "w") as archive, archive.open("topk_ids.npy", "w") as member:
+        np.lib.format.write_array_header_1_0(member, {"descr": "<i2", "fortran_order": False, "shape": (2**40, 60, 8)})
+    with pytest.raises(InputError, match="larger than 8 GiB"):
+        read_recorded(torn)
+    with pytest.raises(InputError, match="--phase must be"):
+        read_recorded(trace, "train")
+
+
+def test_a_record_goes_with_its_model_only(trace):
+    with pytest.raises(InputError, match="2 experts per token"):
+        check_pair(load_model("olmoe-1b-7b"), read_recorded(trace))
+    with pytest.raises(InputError, match="expert id 26"):
+        check_pair(load_model("phi-3.5-moe"), read_recorded(trace))
+
+
+def test_real_routing_is_replayed_in_its_own_proportions(shared):
+    """Decode over the gpt-oss record: per layer, shares of the experts agree with the record's, sequences weighing alike."""
+    workload = load_workload(f"file:{shared / 'traces' / 'gpt-oss-20b-tokens.npz'}")
+    n = 24 * 40
+    counts, _ = draw_trials(load_model("gpt-oss-20b"), workload, 0, range(24), 24, np.array([494]))
+    total = np.zeros((24, 32))
+    for start in range(0, n, 24):
+        counts, _ = draw_trials(load_model("gpt-oss-20b"), workload, 0, range(start, start + 24), 24, np.array([494]))
+        total += counts[:, 0]
+    record = np.zeros((24, 32))
+    for layer in range(24):
+        for s in range(494):
+            ids = workload.topk_ids[layer, workload.starts[s] : workload.starts[s + 1]]
+            record[layer] += np.bincount(ids.ravel(), minlength=32) / len(ids)
+    p = record / 494
+    z = (total / (40 * 494) - p) / np.sqrt(np.maximum(p * (1 - p), 1e-9) / (40 * 494))
+    assert np.abs(z).max() < 5.5  # 768 shares; a share's tokens are independent given the sequence: z is below normal
