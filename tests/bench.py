@@ -25,7 +25,9 @@ ALL = ["linear", "linear_legacy", "round_robin", "random", "node_aware"]
 def plain_pipeline(rng: np.random.Generator, mu: np.ndarray) -> float:
     """Mean imbalance of one step of STEP tokens at EP 32 under linear placement: vectorised numpy, float32."""
     effect = np.repeat(rng.standard_normal((STEP, V3.n_group), np.float32) * np.float32(0.4), V3.group_size, axis=1)
-    logits = mu + effect - np.log(rng.standard_exponential((STEP, V3.n_experts), np.float32))
+    logits = (
+        mu + effect - np.log(np.maximum(rng.standard_exponential((STEP, V3.n_experts), np.float32), np.float32(1e-30)))
+    )
     choice = 1 / (1 + np.exp(-(logits + np.float32(X0))))
     by_group = choice.reshape(STEP, V3.n_group, V3.group_size)
     score = np.partition(by_group, V3.group_size - 2, axis=2)[:, :, -2:].sum(axis=2)

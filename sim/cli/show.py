@@ -85,7 +85,7 @@ def _fewer_steps(rows: Any) -> Any:
 
 def _columns(result: Any, pair: list[str], where: list[tuple[int, int]]) -> tuple[list[str], list[list[str]]]:
     cells = result.summary.set_index(_KEYS).sort_index()
-    tail = result.tail[result.tail.metric == "imbalance"].set_index([*_KEYS, "threshold"]).probability
+    tail = result.tail[result.tail.metric == "imbalance"].set_index([*_KEYS, "threshold"])[["probability", "high"]]
     rows = []
     for ep_size, tokens in where:
         of = [cells.loc[(name, ep_size, tokens)] for name in pair]
@@ -96,7 +96,7 @@ def _columns(result: Any, pair: list[str], where: list[tuple[int, int]]) -> tupl
                 *[f"{cell.imbalance_mean:.3f}" for cell in of],
                 *([_change(*of)] if len(of) > 1 else []),
                 *[f"{cell.imbalance_p99:.2f}" for cell in of],
-                *[_probability(tail.get((name, ep_size, tokens, x))) for x in (1.5, 2.0) for name in pair],
+                *[_probability(tail, (name, ep_size, tokens, x)) for x in (1.5, 2.0) for name in pair],
                 *[f"{cell.idle_ranks_mean:.1f}" for cell in of],
             ]
         )
@@ -114,8 +114,14 @@ def _change(first: Any, second: Any) -> str:
     return f"{change:+.3f} ± {second.imbalance_change_mean_high - second.imbalance_change_mean:.3f}"
 
 
-def _probability(p: float | None) -> str:
-    return "-" if p is None else f"{p:.3f}" if p == 0 or p >= 0.001 else f"{p:.0e}"
+def _probability(tail: Any, key: tuple[str, int, int, float]) -> str:
+    """A probability; what was never seen is below its upper bound; - where the sweep has no such threshold."""
+    if key not in tail.index:
+        return "-"
+    p, high = tail.loc[key]
+    if p >= 0.001 or high == 0:
+        return f"{p:.3f}" if p else "0"
+    return f"{p:.0e}" if p else f"<{high:.0e}"
 
 
 def _two_line_table(heads: list[str], rows: list[list[str]]) -> str:

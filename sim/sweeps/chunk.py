@@ -5,8 +5,8 @@ import numpy as np
 from sim.placement import random_ranks
 from sim.router import draw_trials
 from sim.score import METRICS, Layouts, fan_out, lay_out, rank_loads, score_blocks
+from sim.sweeps.events import events_of
 from sim.sweeps.plan import Plan
-from sim.sweeps.tables import Events
 from sim.sweeps.tally import Tally, histogram_keys, merge_counts
 
 _CHUNK_TOKENS = 2**20
@@ -45,7 +45,7 @@ def run_chunk(plan: Plan, draws: range) -> Tally:
     pair_of_cell, step_of_cell = (np.array(column) for column in zip(*plan.cells, strict=True))
     sizes = np.array([ep_size for _, ep_size in plan.pairs])
     first_rank = np.cumsum(sizes) - sizes
-    events = Events.of(plan)
+    events = events_of(plan)
     n_draws, n_cells = len(draws), len(plan.cells)
 
     blocks = np.zeros(n_draws, np.int64)

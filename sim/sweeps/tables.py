@@ -1,8 +1,5 @@
 """From raw integers to the tidy tables: summary, tail and counts."""
 
-import math
-from dataclasses import dataclass
-from fractions import Fraction
 from itertools import pairwise
 
 import numpy as np
@@ -18,40 +15,12 @@ from sim.stats import (
     probability_interval,
     quantile_interval,
 )
+from sim.sweeps.events import Events, events_of
 from sim.sweeps.plan import Plan
 from sim.sweeps.tally import Tally, split_keys
 
 _MAX_LOAD, _IDLE = METRICS.index("max_load"), METRICS.index("idle_ranks")
 KEYS = ["model", "workload", "placement", "ep_size", "tokens", "trials", "draws"]
-
-
-@dataclass(frozen=True)
-class Events:
-    """The events of tail.csv, one row each: a metric of a cell is at least a whole number."""
-
-    cell: np.ndarray  # int64
-    metric: np.ndarray  # int64, index in METRICS
-    least: np.ndarray  # int64
-    name: list[str]
-    threshold: list[float]
-
-    @classmethod
-    def of(cls, plan: Plan) -> "Events":
-        """All events of a plan, by cell."""
-        rows = []
-        for cell, (pair, _) in enumerate(plan.cells):
-            ep_size, mean = plan.pairs[pair][1], plan.mean_load(cell)
-            for x in plan.thresholds:
-                rows.append((cell, _MAX_LOAD, math.ceil(Fraction(str(x)) * mean), "imbalance", x))
-            idle = {2**i for i in range(ep_size.bit_length()) if 2**i < ep_size} | {ep_size - 1}
-            rows += [(cell, _IDLE, m, "idle_ranks", float(m)) for m in sorted(idle - {0})]
-            rows.append((cell, _IDLE, ep_size - 1, "one_rank", 1.0))
-        cells, metric, least, name, threshold = zip(*rows, strict=True)
-        return cls(np.array(cells), np.array(metric), np.array(least), list(name), list(threshold))
-
-    def happen(self, scores: np.ndarray) -> np.ndarray:
-        """Whether each event happened in each block: bool [trials, events], from scores int32 [trials, cells, METRICS]."""
-        return scores[:, self.cell, self.metric] >= self.least
 
 
 def _histograms(plan: Plan, tally: Tally) -> list[list[Histogram]]:
@@ -80,7 +49,7 @@ def _keys(plan: Plan, cell: int) -> list[object]:
 
 def build_tail(plan: Plan, tally: Tally) -> pd.DataFrame:
     """One row per cell and event, with its probability and 95 % interval."""
-    design, events = Design.of(plan.trials, plan.draws), Events.of(plan)
+    design, events = Design.of(plan.trials, plan.draws), events_of(plan)
     moments = _event_moments(events, _histograms(plan, tally), tally, design)
     p = moments.total / design.blocks
     low, high = probability_interval(p, effective_blocks(moments, design))
@@ -102,7 +71,7 @@ def build_tail(plan: Plan, tally: Tally) -> pd.DataFrame:
 
 def build_summary(plan: Plan, tally: Tally) -> pd.DataFrame:
     """One row per cell."""
-    design, histograms, events = Design.of(plan.trials, plan.draws), _histograms(plan, tally), Events.of(plan)
+    design, histograms, events = Design.of(plan.trials, plan.draws), _histograms(plan, tally), events_of(plan)
     blocks = effective_blocks(_event_moments(events, histograms, tally, design), design)
     metric = mean_interval(tally.moments("metric"), design)
     change = _change_from_baseline(plan, tally, design)
