@@ -1,7 +1,9 @@
-"""The error that a user can mend, and the hints that come with it."""
+"""The error that a user can mend, the hints that come with it, and the checks that raise it."""
 
 import difflib
 from collections.abc import Iterable
+from numbers import Integral
+from typing import Any
 
 
 class InputError(ValueError):
@@ -14,3 +16,20 @@ def unknown(what: str, name: str, known: Iterable[str], more: str = "") -> Input
     near = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.4)
     hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known)}"
     return InputError(f"{what} '{name}' is not known; {hint}{more}")
+
+
+def whole_number(option: str, value: Any, least: int, most: int) -> int:
+    """The value as an int, or an error that names the option and what is allowed."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or not least <= int(value) <= most:
+        raise InputError(f"{option} {shown(value)}: must be a whole number from {least} to {most}")
+    return int(value)
+
+
+def shown(value: Any) -> str:
+    """A value as a message shows it: a string as it is, others by their repr, cut to a readable length."""
+    text = value if isinstance(value, str) else f"(of type {type(value).__name__})" if _is_long(value) else repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _is_long(value: Any) -> bool:
+    return isinstance(value, int) and value.bit_length() > 10_000  # beyond what Python turns into digits

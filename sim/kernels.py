@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import tempfile
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,23 @@ def _source_digest() -> str:
     return digest.hexdigest()[:16]
 
 
+def _cache_folder() -> Path:
+    """Folder for this state of the sources, under the user's cache, or a temporary one where that cannot be written."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
+    folder = Path(home) / "epsim" / _source_digest()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return folder
+    except (OSError, RuntimeError):
+        pass
+    return Path(tempfile.mkdtemp(prefix="epsim-"))
+
+
 # numba checks a cached kernel against its own file only, so an edited callee in another file would be missed.
 # A folder per state of the sources makes a stale kernel impossible.
 if "NUMBA_CACHE_DIR" not in os.environ:
-    _base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    vars(numba.config)["CACHE_DIR"] = str(_base / "epsim" / _source_digest())
+    vars(numba.config)["CACHE_DIR"] = str(_cache_folder())
 
 kernel: Any = partial(numba.njit, cache=True, nogil=True, error_model="numpy")
 """Decorator of a compiled kernel: arrays in, preallocated output last, no validation."""

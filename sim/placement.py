@@ -1,12 +1,13 @@
 """Which rank holds which expert: the static rules of serving engines, random and node-aware placement, and files."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from sim.errors import InputError, unknown
+from sim.errors import InputError, shown, unknown, whole_number
+from sim.files import read_json
 from sim.model import ModelSpec
 from sim.streams import PERMUTATION, stream_key, words
 
@@ -19,7 +20,6 @@ STRATEGIES = {
     "file:PATH": "JSON with the rank of each expert: one row, or one row per layer",
 }
 ALIASES = {"group_aware": "round_robin"}
-_MAX_FILE_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,17 +48,21 @@ class Placement:
         return np.sort(self.rank_of_expert)
 
 
-def check_ep_size(model: ModelSpec, ep_size: int) -> None:
+def check_ep_size(model: ModelSpec, ep_size: Any) -> None:
     """Refuse an EP size that leaves ranks without experts."""
-    if not 1 <= ep_size <= model.n_experts:
-        raise InputError(f"--ep {ep_size}: EP size must lie from 1 to the {model.n_experts} experts of {model.name}")
+    if isinstance(ep_size, bool) or not isinstance(ep_size, int | np.integer) or not 1 <= ep_size <= model.n_experts:
+        raise InputError(
+            f"--ep {shown(ep_size)}: EP size must lie from 1 to the {model.n_experts} experts of {model.name}"
+        )
 
 
 def strategy_name(strategy: str) -> str:
     """The strategy's own name, for a name or an alias; a misspelt one is refused."""
+    if not isinstance(strategy, str):
+        raise InputError(f"--placement {shown(strategy)}: must be a name")
     strategy = ALIASES.get(strategy, strategy)
-    if (strategy not in STRATEGIES and not strategy.startswith("file:")) or strategy == "file:PATH":
-        raise unknown("placement", strategy, [*STRATEGIES, *ALIASES])
+    if not strategy.startswith("file:") and strategy not in STRATEGIES:
+        raise unknown("placement", strategy, [*(STRATEGIES.keys() - {"file:PATH"}), *ALIASES], " (or file:PATH)")
     return strategy
 
 
@@ -90,6 +94,8 @@ def place(strategy: str, model: ModelSpec, ep_size: int, *, ranks_per_node: int 
     """
     strategy = strategy_name(strategy)
     check_ep_size(model, ep_size)
+    whole_number("--ranks-per-node", ranks_per_node, 1, 2**15)
+    whole_number("--seed", seed, 0, 2**63 - 1)
     if strategy == "random":
         ranks = random_ranks(model.n_experts, ep_size, seed, 0, 1)[0]
     else:
@@ -147,16 +153,7 @@ def _node_aware(n_experts: int, ep_size: int, ranks_per_node: int) -> np.ndarray
 
 def _read_ranks(path: Path, n_experts: int, ep_size: int) -> np.ndarray:
     where = f"placement file {path}"
-    try:
-        if path.stat().st_size > _MAX_FILE_BYTES:
-            raise InputError(f"{where} is larger than {_MAX_FILE_BYTES >> 20} MiB")
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{where} cannot be read: {error.strerror or error}") from None
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{where} is not JSON: {str(error).splitlines()[0]}") from None
+    rows = read_json(path, where)
     if not isinstance(rows, list) or not rows:
         raise InputError(f"{where} must be a list with the rank of each expert, or a list of such lists, one per layer")
     rows = rows if isinstance(rows[0], list) else [rows]
@@ -167,7 +164,7 @@ def _read_ranks(path: Path, n_experts: int, ep_size: int) -> np.ndarray:
         for expert, rank in enumerate(row):
             if isinstance(rank, bool) or not isinstance(rank, int) or not 0 <= rank < ep_size:
                 raise InputError(
-                    f"{where}, layer {layer}: expert {expert} must have a rank from 0 to {ep_size - 1}, not {rank!r}"
+                    f"{where}, layer {layer}: expert {expert} must have a rank from 0 to {ep_size - 1}, not {shown(rank)}"
                 )
         if len(set(row)) < ep_size:
             empty = min(set(range(ep_size)) - set(row))

@@ -1,11 +1,13 @@
 """The tidy tables of a sweep, on disk with their provenance."""
 
 import contextlib
+import hashlib
+import io
 import json
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -15,6 +17,7 @@ from typing import Any
 import pandas as pd
 
 from sim.errors import InputError
+from sim.files import is_there, read_json
 
 SUMMARY, TAIL, COUNTS, PROVENANCE = "summary.csv", "tail.csv", "counts.parquet", "provenance.json"
 _FLOAT = "%.10g"
@@ -43,76 +46,105 @@ class SweepResult:
 
 
 @contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path` that takes its place when the block ends well, and vanishes when it does not."""
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+def whole_files(*paths: Path) -> Iterator[list[Path]]:
+    """Temporary names beside `paths` that take their places when the block ends well, and vanish when it does not.
+
+    Raises OSError with the name of the file that could not be written.
+    """
+    temporary = [path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}") for path in paths]
     try:
         yield temporary
-        temporary.replace(path)
+        for path, target in zip(temporary, paths, strict=True):
+            path.replace(target)
+    except OSError as error:
+        name = error.filename or paths[0].parent
+        raise OSError(error.errno or 5, error.strerror or str(error).splitlines()[0], str(name)) from None
     finally:
-        temporary.unlink(missing_ok=True)
+        for path in temporary:
+            path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def writable_folder(folder: Path) -> Iterator[None]:
+    """Make a folder before the work whose result it shall hold; if that fails, an empty folder is taken away again."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+        raise
 
 
 def write_result(result: SweepResult, folder: Path) -> None:
-    """Write the tables, and last the provenance, which marks the folder as complete. Raises OSError."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / PROVENANCE).unlink(missing_ok=True)
-    writers: dict[str, Callable[[Path], object]] = {
-        SUMMARY: lambda path: result.summary.to_csv(path, index=False, float_format=_FLOAT),
-        TAIL: lambda path: result.tail.to_csv(path, index=False, float_format=_FLOAT),
-        COUNTS: lambda path: result.counts.to_parquet(path, index=False, compression="zstd"),
-        PROVENANCE: lambda path: path.write_text(json.dumps(provenance(result.identity), indent=1) + "\n"),
+    """Write the tables and their provenance, all or nothing. Raises OSError."""
+    buffer = io.BytesIO()
+    result.counts.to_parquet(buffer, index=False, compression="zstd")
+    tables = {
+        SUMMARY: result.summary.to_csv(index=False, float_format=_FLOAT).encode(),
+        TAIL: result.tail.to_csv(index=False, float_format=_FLOAT).encode(),
+        COUNTS: buffer.getvalue(),
     }
-    for name, write in writers.items():
-        with whole_file(folder / name) as path:
-            write(path)
+    digests = {name: hashlib.sha256(data).hexdigest() for name, data in tables.items()}
+    about = json.dumps(provenance(result.identity, digests), indent=1) + "\n"
+    folder.mkdir(parents=True, exist_ok=True)
+    with whole_files(*(folder / name for name in (*tables, PROVENANCE))) as names:
+        for path, data in zip(names, (*tables.values(), about.encode()), strict=True):
+            path.write_bytes(data)
 
 
-def provenance(identity: dict[str, Any]) -> dict[str, Any]:
-    """What made a result: the sweep, versions, command and time."""
+def provenance(identity: dict[str, Any], digests: dict[str, str]) -> dict[str, Any]:
+    """What made a result: the sweep, versions, command and time; and the digests of its files."""
     packages = ("epsim", "numpy", "numba", "pandas", "scipy")
     return {
         "sweep": identity,
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
+        "sha256": digests,
         "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}},
     }
 
 
-def read_identity(folder: Path) -> dict[str, Any] | None:
-    """Identity of the sweep that a folder holds, None if it holds none."""
+def _read_provenance(folder: Path) -> dict[str, Any] | None:
     path = folder / PROVENANCE
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"--out {folder} is a file, not a folder")
-    if not path.exists():
+    if is_there(folder) and not folder.is_dir():
+        raise InputError(f"{folder} is a file, not a folder")
+    if not is_there(path):
         return None
-    try:
-        identity = json.loads(path.read_text())["sweep"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from None
-    if not isinstance(identity, dict):
-        raise InputError(f"{path} does not describe a sweep")
-    return identity
+    about = read_json(path, str(path))
+    if not isinstance(about, dict) or not all(isinstance(about.get(key), dict) for key in ("sweep", "sha256")):
+        raise InputError(f"{path} does not describe a sweep of this version of epsim")
+    return about
 
 
-def read_result(folder: Path) -> SweepResult:
+def read_identity(folder: Path) -> dict[str, Any] | None:
+    """Identity of the sweep that a folder holds, None if it holds none. Raises InputError for a damaged file."""
+    about = _read_provenance(folder)
+    return None if about is None else about["sweep"]
+
+
+def read_result(folder: Path | str) -> SweepResult:
     """Read what `write_result` wrote; the counts may be absent.
 
     Raises
     ------
     InputError
-        The folder holds no complete sweep, or a damaged file.
+        The folder holds no finished sweep, or a file that is not as it was written.
     """
-    identity = read_identity(folder)
-    if identity is None:
+    folder = Path(folder)
+    about = _read_provenance(folder)
+    if about is None:
         raise InputError(f"{folder} holds no finished sweep ({PROVENANCE} is missing)")
-    try:
-        summary, tail = pd.read_csv(folder / SUMMARY), pd.read_csv(folder / TAIL)
-        path = folder / COUNTS
-        counts = pd.read_parquet(path) if path.exists() else pd.DataFrame()
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder} holds a damaged or incomplete sweep: {str(error).splitlines()[0]}") from None
-    missing = {"placement", "ep_size", "tokens", "imbalance_mean"} - set(summary.columns)
-    if missing:
-        raise InputError(f"{folder / SUMMARY} has no column '{min(missing)}'")
-    return SweepResult(summary, tail, counts, identity)
+    data = {}
+    for name in (SUMMARY, TAIL, COUNTS):
+        try:
+            data[name] = (folder / name).read_bytes()
+        except OSError as error:
+            if name == COUNTS and isinstance(error, FileNotFoundError):
+                continue
+            raise InputError(f"{folder / name} cannot be read: {error.strerror or error}") from None
+        if hashlib.sha256(data[name]).hexdigest() != about["sha256"].get(name):
+            raise InputError(f"{folder / name} is damaged or was changed: it is not what the sweep wrote")
+    counts = pd.read_parquet(io.BytesIO(data[COUNTS])) if COUNTS in data else pd.DataFrame()
+    summary, tail = (pd.read_csv(io.BytesIO(data[name])) for name in (SUMMARY, TAIL))
+    return SweepResult(summary, tail, counts, about["sweep"])

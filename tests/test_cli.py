@@ -1,6 +1,7 @@
 """The commands, called in process in temporary folders."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -154,8 +155,7 @@ def test_a_failed_write_is_status_1_and_leaves_nothing(tmp_path, capsys, monkeyp
 
     monkeypatch.setattr(pd.DataFrame, "to_parquet", full)
     fails(capsys, [*RUN, "--out", tmp_path / "full"], "No space left on device", status=1)
-    assert not (tmp_path / "full" / "provenance.json").exists()
-    assert not list((tmp_path / "full").glob(".*"))
+    assert not (tmp_path / "full").exists()
 
 
 def test_damaged_folders_are_refused(tmp_path, capsys):
@@ -163,10 +163,28 @@ def test_damaged_folders_are_refused(tmp_path, capsys):
     (tmp_path / "provenance.json").write_text("{}")
     fails(capsys, ["show", tmp_path], "provenance.json")
     (tmp_path / "provenance.json").write_text('{"sweep": {}}')
-    fails(capsys, ["show", tmp_path], "damaged or incomplete")
-    (tmp_path / "summary.csv").write_text("a,b\n1,2\n")
-    (tmp_path / "tail.csv").write_text("a,b\n1,2\n")
-    fails(capsys, ["show", tmp_path], "no column")
+    fails(capsys, ["show", tmp_path], "does not describe a sweep")
+    (tmp_path / "provenance.json").write_text("[" * 100_000)
+    fails(capsys, ["show", tmp_path], "is not JSON")
+
+
+@pytest.mark.parametrize("name", ["summary.csv", "tail.csv", "counts.parquet"])
+def test_tables_that_changed_since_are_refused(folder, tmp_path, capsys, name):
+    """A table cut off at a line would still parse; digests tell."""
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    data = (copy / name).read_bytes()
+    (copy / name).write_bytes(data[: data.rfind(b"\n", 0, len(data) // 2) + 1])
+    for verb in (["show", copy], ["plot", copy], [*RUN, "--out", copy]):
+        fails(capsys, verb, name, "damaged or was changed")
+    (copy / name).unlink()
+    if name != "counts.parquet":
+        fails(capsys, ["show", copy], name, "cannot be read")
+    else:
+        assert main(["show", str(copy)]) == 0
+        fails(capsys, ["plot", copy], "counts.parquet", "run the sweep again")
+        assert main([*RUN, "--out", str(copy)]) == 0
+        assert (copy / name).read_bytes() == data
 
 
 def test_notes_tell_what_is_assumed(tmp_path, capsys):

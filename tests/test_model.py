@@ -120,7 +120,7 @@ def test_unreadable_configs_are_refused(tmp_path):
         load_model(tmp_path / "absent.json")
     path = tmp_path / "config.json"
     path.write_bytes(b"\xff\xfe not json")
-    with pytest.raises(InputError, match="not JSON"):
+    with pytest.raises(InputError, match="UTF-8"):
         load_model(path)
 
 

@@ -6,6 +6,7 @@ from conftest import ROOT
 
 ROOMS = [
     "errors",
+    "files",
     "kernels",
     "streams",
     "model",

@@ -218,8 +218,13 @@ def test_committed_results_are_as_precise_as_promised(workload):
         ({"draws": 61}, "--draws 61"),
         ({"seed": -1}, "--seed -1"),
         ({"ranks_per_node": 0}, "--ranks-per-node 0"),
-        ({"thresholds": [0.5]}, "--thresholds"),
-        ({"trials": 10**9, "draws": 1, "tokens": 2**20}, "too many blocks per draw"),
+        ({"thresholds": [0.5]}, "--thresholds 0.5"),
+        ({"ep_sizes": 8.0}, "--ep 8.0"),
+        ({"tokens": None}, "--tokens None"),
+        ({"trials": [5]}, r"--trials \[5\]"),
+        ({"placements": 5}, "--placement 5"),
+        ({"thresholds": "12"}, "--thresholds 12"),
+        ({"trials": 10**9, "draws": 1, "tokens": 2**20}, "would not fit 64-bit integers"),
     ],
 )
 def test_bad_arguments_are_refused(change, message):

@@ -1,10 +1,13 @@
 """The `epsim` command: one short file per verb, imported only when the verb is asked for."""
 
+import contextlib
+import io
 import os
 import sys
 from argparse import ArgumentParser
 from importlib import import_module
 from importlib.metadata import version
+from pathlib import Path
 from typing import NoReturn
 
 from sim.errors import InputError, unknown
@@ -29,8 +32,12 @@ class _Parser(ArgumentParser):
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit status: 0, 2 for bad usage or input, 1 for a failed write, 130 when interrupted."""
     words = sys.argv[1:] if arguments is None else arguments
+    _open_streams()
     prog = "epsim"
     try:
+        for word in words:
+            if any(0xD800 <= ord(letter) < 0xE000 for letter in word):
+                raise InputError(f"argument {word!r} is not UTF-8")
         if not words or words[0] in ("-h", "--help"):
             print(_help())
             return 0 if words else 2
@@ -51,19 +58,28 @@ def main(arguments: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        name = f" {error.filename}" if error.filename else ""
-        return _fail(prog, f"cannot write{name}: {error.strerror or error}", 1)
+        return _fail(prog, f"cannot write {error.filename or 'the output'}: {error.strerror or error}", 1)
     except MemoryError:
         return _fail(prog, "out of memory; take fewer cells or fewer --tokens", 1)
     except KeyboardInterrupt:
-        return _fail(prog, "interrupted; nothing was written", 130)
+        return _fail(prog, "interrupted", 130)
     except SystemExit as stop:  # argparse leaves so after --help
         return stop.code if isinstance(stop.code, int) else 0
     return 0
 
 
+def _open_streams() -> None:
+    """Standard streams that can be written: a closed one goes nowhere, a terminal without ± or ≥ shows a ? for them."""
+    sys.stdout = sys.stdout or Path(os.devnull).open("w")  # noqa: SIM115
+    sys.stderr = sys.stderr or Path(os.devnull).open("w")  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
 def _fail(prog: str, message: str, status: int) -> int:
-    print(f"{prog}: error: {' '.join(message.split())}", file=sys.stderr)
+    with contextlib.suppress(OSError):
+        print(f"{prog}: error: {' '.join(message.split())[:1000]}", file=sys.stderr)
     return status
 
 

@@ -21,18 +21,22 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(arguments: Namespace) -> None:
     """Run `epsim plot`."""
-    suffixes = names(arguments.format)
+    suffixes = names("--format")(arguments.format)
     for suffix in suffixes:
         if suffix not in ("png", "svg"):
             raise InputError(f"--format {suffix}: must be png, svg or both")
     from sim.figures import FIGURES, save
     from sim.results import read_result
 
-    chosen = names(arguments.figures or "") or list(FIGURES)
+    chosen = list(FIGURES) if arguments.figures is None else names("--figures")(arguments.figures)
     for name in chosen:
         if name not in FIGURES:
             raise unknown("figure", name, FIGURES)
     result = read_result(arguments.folder)
+    if result.counts.empty:
+        raise InputError(
+            f"{arguments.folder} lacks counts.parquet, which the figures are drawn from; run the sweep again"
+        )
     tokens = None if arguments.tokens is None else whole_number("--tokens")(arguments.tokens)
     if tokens is not None and tokens not in set(result.summary.tokens):
         have = ", ".join(map(str, sorted(result.summary.tokens.unique())))

@@ -30,9 +30,9 @@ def run(arguments: Namespace) -> None:
     ep_sizes, tokens, pair = arguments.ep, arguments.tokens, arguments.placement
     print_result(
         result,
-        whole_numbers("--ep")(ep_sizes) if ep_sizes else None,
-        whole_numbers("--tokens")(tokens) if tokens else None,
-        [ALIASES.get(name, name) for name in names(pair)] if pair else None,
+        whole_numbers("--ep")(ep_sizes) if ep_sizes is not None else None,
+        whole_numbers("--tokens")(tokens) if tokens is not None else None,
+        [ALIASES.get(name, name) for name in names("--placement")(pair)] if pair is not None else None,
         arguments.markdown,
     )
 
@@ -50,14 +50,16 @@ def print_result(
     _check("--ep", ep_sizes, summary.ep_size)
     _check("--tokens", tokens, summary.tokens)
     _check("--placement", pair, there)
+    if pair is not None and len(pair) > 2:
+        raise InputError(f"--placement {','.join(pair)}: one or two placements are compared")
     if pair is None:
         pair = [there[0], *[name for name in ("round_robin", *there[1:]) if name in there[1:]][:1]]
     rows = summary[summary.placement == pair[0]]
     rows = rows[rows.ep_size.isin(ep_sizes or rows.ep_size) & rows.tokens.isin(tokens or rows.tokens)]
     shown = rows if tokens else _fewer_steps(rows)
-    heads, cells = _columns(result, pair[:2], list(zip(shown.ep_size, shown.tokens, strict=True)))
+    heads, cells = _columns(result, pair, list(zip(shown.ep_size, shown.tokens, strict=True)))
     first = summary.iloc[0]
-    title = f"{first.model}, {first.workload} traffic: {' against '.join(pair[:2])}"
+    title = f"{first.model}, {first.workload} traffic: {' against '.join(pair)}"
     if markdown:
         print("| " + " | ".join(heads) + " |\n|" + "---:|" * len(heads))
         print("\n".join("| " + " | ".join(row) + " |" for row in cells))

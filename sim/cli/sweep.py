@@ -6,7 +6,6 @@ Lists take commas and ranges: 1,8,64; 8..64 doubles; 2..12:2 counts up by 2.
 import re
 import sys
 import time
-import tomllib
 from argparse import SUPPRESS, ArgumentParser, Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,8 @@ from typing import Any
 from sim.cli.show import print_result
 from sim.cli.text import names, note, numbers, whole_number, whole_numbers
 from sim.errors import InputError, unknown
+from sim.errors import whole_number as check_whole_number
+from sim.files import read_toml
 
 _DEFAULTS: dict[str, Any] = {
     "model": "deepseek-v3",
@@ -36,7 +37,7 @@ _PARSERS: dict[str, Callable[[str], Any]] = {
     "ep": whole_numbers("--ep"),
     "tokens": whole_numbers("--tokens"),
     "tokens_per_rank": whole_numbers("--tokens-per-rank"),
-    "placement": names,
+    "placement": names("--placement"),
     "trials": whole_number("--trials"),
     "draws": whole_number("--draws"),
     "seed": whole_number("--seed"),
@@ -80,13 +81,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def read_config(path: str) -> dict[str, Any]:
     """Options from a TOML file; keys are the option names, with - or _."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-        values = tomllib.loads(text)
-    except OSError as error:
-        raise InputError(f"--config {path} cannot be read: {error.strerror or error}") from None
-    except ValueError as error:
-        raise InputError(f"--config {path} is not TOML: {str(error).splitlines()[0]}") from None
+    values = read_toml(Path(path), f"--config {path}")
     options = {}
     for key, value in values.items():
         name = key.replace("-", "_")
@@ -105,13 +100,13 @@ def run(arguments: Namespace) -> None:
     given = vars(arguments)
     config = given.pop("config")
     given = {key: _PARSERS.get(key, str)(value) for key, value in given.items()}
-    options = (read_config(config) if config else {}) | given
+    options = (read_config(config) if config is not None else {}) | given
     if "tokens" in options and "tokens_per_rank" in options:
         raise InputError("--tokens-per-rank is the alternative to --tokens: give one of them")
     options = _DEFAULTS | options
 
     from sim.model import load_model
-    from sim.results import COUNTS, read_identity, read_result, write_result
+    from sim.results import COUNTS, read_identity, read_result, writable_folder, write_result
     from sim.sweeps import make_plan, run_plan
     from sim.sweeps.plan import THRESHOLDS
     from sim.workload import load_workload
@@ -131,9 +126,12 @@ def run(arguments: Namespace) -> None:
         thresholds=options["thresholds"] or THRESHOLDS,
     )
     threads = options["threads"]
-    if threads is not None and threads < 1:
-        raise InputError(f"--threads {threads}: must be a whole number of at least 1")
-    folder = Path(options["out"] or f"results/{_slug(plan.model.name)}-{_slug(plan.workload.name)}")
+    if threads is not None:
+        check_whole_number("--threads", threads, 1, 4096)
+    out = options["out"]
+    if out is not None and (not out.strip() or "\0" in out):
+        raise InputError("--out must be the name of a folder")
+    folder = Path(out or f"results/{_slug(plan.model.name)}-{_slug(plan.workload.name)}")
     held = read_identity(folder)
     if held is not None and held != plan.identity:
         raise InputError(
@@ -145,8 +143,9 @@ def run(arguments: Namespace) -> None:
         print(f"{folder} holds this sweep already; nothing was computed.\n")
     else:
         started = time.monotonic()
-        result = run_plan(plan, threads, _progress(started) if sys.stderr.isatty() else None)
-        write_result(result, folder)
+        with writable_folder(folder):
+            result = run_plan(plan, threads, _progress(started) if sys.stderr.isatty() else None)
+            write_result(result, folder)
         seconds = time.monotonic() - started
         if sys.stderr.isatty():
             print("\r\033[K", end="", file=sys.stderr)

@@ -21,7 +21,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], align: str) -> s
 
 def note(message: str) -> None:
     """A remark for the user, on stderr, apart from the result."""
-    print(f"note: {message}", file=sys.stderr)
+    print(f"note: {' '.join(message.split())}", file=sys.stderr)
 
 
 def whole_numbers(option: str) -> Callable[[str], list[int]]:
@@ -54,8 +54,10 @@ def _range(option: str, part: str) -> list[int]:
         return [start]
     if start < 1 or stop < start or width < 0 or (step and width == 0):
         raise InputError(f"{option} '{part}': a range goes up from at least 1, by a step of at least 1")
+    if width and (stop - start) // width >= _MAX_VALUES:
+        raise InputError(f"{option} '{part}': more than {_MAX_VALUES} values")
     if width:
-        return list(range(start, stop + 1, width))[: _MAX_VALUES + 1]
+        return list(range(start, stop + 1, width))
     values = [start]
     while values[-1] * 2 <= stop:
         values.append(values[-1] * 2)
@@ -86,6 +88,13 @@ def numbers(option: str) -> Callable[[str], list[float]]:
     return parse
 
 
-def names(text: str) -> list[str]:
+def names(option: str) -> Callable[[str], list[str]]:
     """Parser of a list of names."""
-    return [part.strip() for part in text.split(",") if part.strip()]
+
+    def parse(text: str) -> list[str]:
+        parts = [part.strip() for part in text.split(",")]
+        if not all(parts):
+            raise InputError(f"{option} '{text}': expected names with commas between them")
+        return parts
+
+    return parse

@@ -4,7 +4,6 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from sim.errors import InputError
 from sim.figures.style import (
     add_legend,
     distinct_placements,
@@ -68,10 +67,6 @@ def load_by_rank(result: SweepResult) -> Figure:
     """Mean load of each rank over the mean load, a panel per EP size: who is hot."""
     sizes = pick_ep_sizes(result, (8, 12, 24, 48, 32, 64), 6)
     counts = result.counts
-    if counts.empty:
-        raise InputError(
-            "this figure needs the raw counts (counts.parquet), which the folder does not hold; run the sweep again"
-        )
     figure, axes = panels(len(sizes), 3, 2.1)
     row = result.summary.iloc[0]
     design = Design.of(int(row.trials), int(row.draws))

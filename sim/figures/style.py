@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
-from sim.results import SweepResult, whole_file
+from sim.results import SweepResult, whole_files
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; dashes and markers do it in greyscale.
 _LOOKS = {
@@ -176,6 +176,6 @@ def save(figure: Figure, path: Path) -> None:
     if engine is not None:  # once is enough, and it is most of the time
         engine.execute(figure)
         figure.set_layout_engine("none")
-    with mpl.rc_context(_RC), whole_file(path) as temporary:
+    with mpl.rc_context(_RC), whole_files(path) as (temporary,):
         metadata = {"Date": None} if path.suffix == ".svg" else {"Software": None}
         figure.savefig(temporary, dpi=130, metadata=metadata)

@@ -8,7 +8,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from sim.errors import InputError
 from sim.figures.style import (
     add_legend,
     distinct_placements,
@@ -32,10 +31,6 @@ _CELL = ["placement", "ep_size", "tokens"]
 
 def _histograms(result: SweepResult, metric: str) -> dict[tuple[Any, ...], Histogram]:
     """Histogram of a metric in each (placement, EP size, tokens)."""
-    if result.counts.empty:
-        raise InputError(
-            "this figure needs the raw counts (counts.parquet), which the folder does not hold; sweep again"
-        )
     rows = result.counts[result.counts.metric == metric].sort_values("value", kind="stable")
     groups = rows.groupby(_CELL, observed=True)
     return {key: Histogram(cell["value"].to_numpy(), cell["count"].to_numpy()) for key, cell in groups}

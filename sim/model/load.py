@@ -1,6 +1,5 @@
 """Models by preset name or from a Hugging Face config.json."""
 
-import json
 import tomllib
 from functools import cache
 from importlib import resources
@@ -8,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from sim.errors import InputError, unknown
+from sim.files import is_there, read_json
 from sim.model.spec import ModelSpec
 
-_MAX_CONFIG_BYTES = 4 << 20
+_MAX_LAYERS = 10_000
 
 # Key variants of the published configs, in order of preference.
 _KEYS = {
@@ -45,7 +45,7 @@ def model_names() -> list[str]:
 
 
 def load_model(name_or_path: str | Path) -> ModelSpec:
-    """Describe a model by preset name or by the path of a Hugging Face config.json.
+    """Describe a model by preset name, Hugging Face name, or the path of a Hugging Face config.json.
 
     Raises
     ------
@@ -53,14 +53,20 @@ def load_model(name_or_path: str | Path) -> ModelSpec:
         The name is no preset and no file, or the file does not describe a mixture-of-experts model.
     """
     name = str(name_or_path)
-    if name.lower() in _presets():
-        return _from_preset(name.lower(), _presets()[name.lower()])
+    preset = next((key for key, row in _presets().items() if name.lower() in (key, row["hf_id"].lower())), None)
+    if preset:
+        return _from_preset(preset, _presets()[preset])
     path = Path(name)
-    if path.is_dir():
+    if is_there(path / "config.json"):
         path = path / "config.json"
-    if path.suffix == ".json" or path.is_file() or "/" in name:
+    if name and (path.suffix == ".json" or is_there(path)):
         return _from_config(path)
-    raise unknown("model", name, _presets(), " (or the path of a config.json; `epsim models` lists the presets)")
+    raise unknown(
+        "model",
+        name.rpartition("/")[2],
+        _presets(),
+        " (or the path of a config.json; `epsim models` lists the presets)",
+    )
 
 
 def _from_preset(name: str, row: dict[str, Any]) -> ModelSpec:
@@ -91,24 +97,10 @@ def _from_preset(name: str, row: dict[str, Any]) -> ModelSpec:
     )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        if path.stat().st_size > _MAX_CONFIG_BYTES:
-            raise InputError(f"model config {path} is larger than {_MAX_CONFIG_BYTES >> 20} MiB")
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"model config {path} cannot be read: {error.strerror or error}") from None
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"model config {path} is not JSON: {str(error).splitlines()[0]}") from None
+def _from_config(path: Path) -> ModelSpec:
+    config = read_json(path, f"model config {path}")
     if not isinstance(config, dict):
         raise InputError(f"model config {path} is not a JSON object")
-    return config
-
-
-def _from_config(path: Path) -> ModelSpec:
-    config = _read_json(path)
     # Multimodal configs keep the language model's keys one level down.
     for key in ("text_config", "language_config", "llm_config"):
         if isinstance(config.get(key), dict) and _find(config, "n_experts") is None:
@@ -172,6 +164,8 @@ def _count_moe_layers(config: dict[str, Any]) -> int:
     layers = _whole(config, "num_hidden_layers") or _whole(config, "num_layers")
     step = _whole(config, "interleave_moe_layer_step") or _whole(config, "decoder_sparse_step")
     step = step or _whole(config, "moe_layer_freq") or 1
+    if layers > _MAX_LAYERS:
+        raise InputError(f"model config: {layers} layers, more than {_MAX_LAYERS}")
     dense = config.get("mlp_only_layers")
     dense = set(dense) if isinstance(dense, list) and all(isinstance(i, int) for i in dense) else set()
     first = _whole(config, "first_k_dense_replace")

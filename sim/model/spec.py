@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from sim.errors import InputError
+from sim.errors import InputError, shown, whole_number
 
 ROUTED_SCORINGS = ("softmax", "sigmoid")
 """Scorings that `route` knows. Others are kept by name: ungrouped, any scoring that rises with the logit selects alike."""
@@ -64,11 +64,15 @@ class ModelSpec:
         for field in ("n_experts", "top_k", "n_group", "topk_group"):
             value = getattr(self, field)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise InputError(f"{where}{field} must be a whole number of at least 1, not {value!r}")
+                raise InputError(f"{where}{field} must be a whole number of at least 1, not {shown(value)}")
+        for field in ("n_moe_layers", "hidden_size", "expert_hidden_size", "moe_intermediate_size", "expert_matrices"):
+            whole_number(f"{where}{field}", getattr(self, field), 0, 2**40)
+        if not isinstance(self.name, str) or not isinstance(self.scoring, str) or not isinstance(self.has_bias, bool):
+            raise InputError(f"{where}name and scoring must be strings, has_bias True or False")
         if self.n_experts > 2**15 - 1:
-            raise InputError(f"{where}n_experts {self.n_experts} is above 32767, the largest int16 expert id")
+            raise InputError(f"{where}n_experts {shown(self.n_experts)} is above 32767, the largest int16 expert id")
         if self.group_score not in ("max", "top2_sum"):
-            raise InputError(f"{where}group_score must be 'max' or 'top2_sum', not {self.group_score!r}")
+            raise InputError(f"{where}group_score must be 'max' or 'top2_sum', not {shown(self.group_score)}")
         if self.n_experts % self.n_group:
             raise InputError(f"{where}n_experts {self.n_experts} is not divisible by n_group {self.n_group}")
         if self.topk_group > self.n_group:

@@ -39,10 +39,10 @@ def route(logits: ArrayLike, model: ModelSpec, bias: ArrayLike | None = None) ->
         raise InputError(
             f"route does not know the scoring '{model.scoring}' of {model.name}; it knows softmax, sigmoid"
         )
-    logits = np.ascontiguousarray(logits, np.float32)
+    logits = _as_float32("logits", logits)
     if logits.ndim != 2 or logits.shape[1] != model.n_experts:
         raise InputError(f"logits must have shape [tokens, {model.n_experts}], not {list(logits.shape)}")
-    bias = np.zeros(model.n_experts, np.float32) if bias is None else np.ascontiguousarray(bias, np.float32)
+    bias = np.zeros(model.n_experts, np.float32) if bias is None else _as_float32("bias", bias)
     if bias.shape != (model.n_experts,):
         raise InputError(f"bias must have shape [{model.n_experts}], not {list(bias.shape)}")
     if np.isnan(logits).any() or np.isposinf(logits).any() or not np.isfinite(bias).all():
@@ -53,6 +53,17 @@ def route(logits: ArrayLike, model: ModelSpec, bias: ArrayLike | None = None) ->
     is_sigmoid, two = model.scoring == "sigmoid", model.group_score == "top2_sum"
     _route_tokens(logits, bias, is_sigmoid, two, model.n_group, model.topk_group, ids)
     return ids
+
+
+def _as_float32(name: str, values: ArrayLike) -> np.ndarray:
+    try:
+        array = np.asarray(values)
+    except ValueError:
+        array = np.empty(0, object)
+    if array.dtype.kind not in "fiub":
+        raise InputError(f"{name} must be an array of numbers")
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes an infinity, and is refused as one
+        return np.ascontiguousarray(array, np.float32)
 
 
 @kernel

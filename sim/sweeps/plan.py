@@ -5,10 +5,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
+from numbers import Real
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from sim.errors import InputError
+from sim.errors import InputError, shown, whole_number
 from sim.model import ModelSpec, load_model
 from sim.placement import check_ep_size, layer_ranks, strategy_name
 from sim.router import check_pair, routing_law
@@ -104,19 +107,18 @@ class Plan:
         return Fraction(int(self.steps[step]) * self.model.top_k, self.pairs[pair][1])
 
 
-def _whole_numbers(option: str, values: int | Iterable[int], least: int, most: int) -> tuple[int, ...]:
-    values = [values] if isinstance(values, int | np.integer) else list(values)
-    if not values:
+def _listed(option: str, values: Any) -> list[Any]:
+    """One value or several, as a list of at least one without repetitions."""
+    several = isinstance(values, Iterable) and not isinstance(values, str) and getattr(values, "ndim", 1) > 0
+    listed = list(dict.fromkeys(values)) if several else [values]
+    if not listed:
         raise InputError(f"{option} needs at least one value")
-    for value in values:
-        if isinstance(value, bool) or not isinstance(value, int | np.integer) or not least <= value <= most:
-            raise InputError(f"{option} {value}: must be a whole number from {least} to {most}")
-    return tuple(dict.fromkeys(int(value) for value in values))
+    return listed
 
 
 def make_plan(
-    model: str | ModelSpec,
-    workload: str | Workload,
+    model: str | Path | ModelSpec,
+    workload: str | Path | Workload,
     *,
     ep_sizes: int | Iterable[int],
     tokens: int | Iterable[int],
@@ -129,35 +131,34 @@ def make_plan(
     thresholds: Iterable[float] = THRESHOLDS,
 ) -> Plan:
     """Check the arguments of `sim.sweep`. Raises InputError for whatever is wrong."""
-    model = load_model(model) if isinstance(model, str) else model
-    workload = load_workload(workload) if isinstance(workload, str) else workload
+    if not isinstance(model, ModelSpec):
+        model = load_model(model)
+    if not isinstance(workload, Workload):
+        workload = load_workload(workload)
     check_pair(model, workload)
-    sizes = [ep_sizes] if isinstance(ep_sizes, int | np.integer) else list(ep_sizes)
+    sizes = _listed("--ep", ep_sizes)
     for size in sizes:
-        if isinstance(size, bool) or not isinstance(size, int | np.integer):
-            raise InputError(f"--ep {size}: EP size must be a whole number from 1 to {model.n_experts}")
-        check_ep_size(model, int(size))
-    names = [placements] if isinstance(placements, str) else list(placements)
-    if not names or not sizes:
-        raise InputError(f"--{'ep' if names else 'placement'} needs at least one value")
-    (trials,) = _whole_numbers("--trials", trials, 1, 10**9)
-    (seed,) = _whole_numbers("--seed", seed, 0, 2**63 - 1)
-    (ranks_per_node,) = _whole_numbers("--ranks-per-node", ranks_per_node, 1, 2**15)
-    levels = tuple(sorted({float(x) for x in thresholds}))
-    if any(not 1 <= x <= 2**15 for x in levels):
-        raise InputError("--thresholds must lie from 1 (balance) to 32768")
+        check_ep_size(model, size)
+    step_option = "--tokens-per-rank" if tokens_per_rank else "--tokens"
+    steps = [whole_number(step_option, step, 1, MAX_TOKENS) for step in _listed(step_option, tokens)]
+    names = [strategy_name(name) for name in _listed("--placement", placements)]
+    trials = whole_number("--trials", trials, 1, 10**9)
+    levels = _listed("--thresholds", thresholds)
+    for level in levels:
+        if isinstance(level, bool) or not isinstance(level, Real) or not 1 <= float(level) <= 2**15:
+            raise InputError(f"--thresholds {shown(level)}: must be a number from 1 (balance) to 32768")
     plan = Plan(
         model=model,
         workload=workload,
-        placements=tuple(dict.fromkeys(strategy_name(name) for name in names)),
-        ep_sizes=tuple(dict.fromkeys(int(size) for size in sizes)),
-        tokens=_whole_numbers("--tokens-per-rank" if tokens_per_rank else "--tokens", tokens, 1, MAX_TOKENS),
-        per_rank=tokens_per_rank,
+        placements=tuple(dict.fromkeys(names)),
+        ep_sizes=tuple(int(size) for size in sizes),
+        tokens=tuple(dict.fromkeys(steps)),
+        per_rank=bool(tokens_per_rank),
         trials=trials,
         draws=_choose_draws(workload, trials, draws),
-        seed=seed,
-        ranks_per_node=ranks_per_node,
-        thresholds=levels,
+        seed=whole_number("--seed", seed, 0, 2**63 - 1),
+        ranks_per_node=whole_number("--ranks-per-node", ranks_per_node, 1, 2**15),
+        thresholds=tuple(sorted({float(level) for level in levels})),
     )
     _check_sums_fit(plan)
     if plan.layer_ranks and any(ranks is not None and len(ranks) > 1 for ranks in plan.layer_ranks):
@@ -169,10 +170,11 @@ def _choose_draws(workload: Workload, trials: int, draws: int | None) -> int:
     """Layer draws: by default as many as can be, every step a fresh layer of a law, every layer of a record."""
     if isinstance(workload, RecordedTraffic):
         if draws not in (None, workload.n_layers):
-            raise InputError(f"--draws {draws}: {workload.name} has {workload.n_layers} layers, and each is a draw")
+            raise InputError(
+                f"--draws {shown(draws)}: {workload.name} has {workload.n_layers} layers, and each is a draw"
+            )
         return min(workload.n_layers, trials)
-    (draws,) = _whole_numbers("--draws", trials if draws is None else draws, 1, trials)
-    return draws
+    return trials if draws is None else whole_number("--draws", draws, 1, trials)
 
 
 def _check_sums_fit(plan: Plan) -> None:
@@ -180,8 +182,8 @@ def _check_sums_fit(plan: Plan) -> None:
     of_draw = -(-plan.trials // plan.draws) * int(plan.steps[-1]) * plan.model.top_k
     if plan.draws * of_draw**2 >= 2**63:
         raise InputError(
-            f"--trials {plan.trials} from {plan.draws} draws is too many blocks per draw to add up exactly; "
-            "take fewer trials or more draws"
+            f"--trials {plan.trials} from {plan.draws} draws at --tokens {plan.steps[-1]}: sums over draws would not fit "
+            "64-bit integers; take fewer trials or fewer tokens"
         )
 
 

@@ -3,8 +3,10 @@
 import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from pathlib import Path
 from typing import Any
 
+from sim.errors import whole_number
 from sim.model import ModelSpec
 from sim.results import SweepResult
 from sim.sweeps.chunk import chunk_draws, run_chunk
@@ -17,8 +19,8 @@ Progress = Callable[[int, int], None]
 
 
 def sweep(
-    model: str | ModelSpec,
-    workload: str | Workload,
+    model: str | Path | ModelSpec,
+    workload: str | Path | Workload,
     *,
     ep_sizes: int | Iterable[int],
     tokens: int | Iterable[int],
@@ -74,8 +76,14 @@ def sweep(
 
 def run_plan(plan: Plan, threads: int | None = None, progress: Progress | None = None) -> SweepResult:
     """Run a checked plan; `progress(tokens done, tokens in all)` is called after every chunk."""
-    tally = _tally(plan, threads or len(os.sched_getaffinity(0)), progress)
+    if threads is not None:
+        whole_number("--threads", threads, 1, 4096)
+    tally = _tally(plan, threads or _usable_processors(), progress)
     return SweepResult(build_summary(plan, tally), build_tail(plan, tally), build_counts(plan, tally), plan.identity)
+
+
+def _usable_processors() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _tally(plan: Plan, threads: int, progress: Progress | None) -> Tally:

@@ -1,11 +1,12 @@
 """Traffic by law: layer popularity, request and group effects, Gumbel noise."""
 
 from dataclasses import dataclass
+from numbers import Real
 
 import numpy as np
 from scipy.special import ndtri
 
-from sim.errors import InputError
+from sim.errors import InputError, shown, whole_number
 from sim.streams import POPULARITY, REQUEST, uniforms
 
 X0 = -4.0
@@ -46,16 +47,20 @@ class GumbelTraffic:
     tokens_per_request: int = 1024
 
     def __post_init__(self) -> None:
-        where = f"workload {self.name}: "
+        where = f"workload {shown(self.name)}: "
+        for field in ("name", "about", "source", "fitted_to"):
+            value = getattr(self, field)
+            if not isinstance(value, str) or (field == "name" and not value):
+                raise InputError(f"{where}{field} must be a string, not {shown(value)}")
         if self.popularity not in POPULARITIES:
-            raise InputError(f"{where}popularity must be one of {', '.join(POPULARITIES)}, not {self.popularity!r}")
+            raise InputError(
+                f"{where}popularity must be one of {', '.join(POPULARITIES)}, not {shown(self.popularity)}"
+            )
         for field in ("sigma", "group_sigma", "request_sigma"):
             value = getattr(self, field)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 5:
-                raise InputError(f"{where}{field} must be a number from 0 to 5, not {value!r}")
-        per_request = self.tokens_per_request
-        if isinstance(per_request, bool) or not isinstance(per_request, int) or per_request < 1:
-            raise InputError(f"{where}tokens_per_request must be a whole number of at least 1, not {per_request!r}")
+            if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) <= 5:
+                raise InputError(f"{where}{field} must be a number from 0 to 5, not {shown(value)}")
+        whole_number(f"{where}tokens_per_request", self.tokens_per_request, 1, 2**31)
 
     @property
     def n_layers(self) -> None:

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from sim.errors import InputError, unknown
+from sim.files import read_toml
 from sim.workload.gumbel import GumbelTraffic
 from sim.workload.recorded import RecordedTraffic, read_recorded
-
-_MAX_TOML_BYTES = 16 << 20
 
 
 @cache
@@ -48,7 +47,7 @@ def load_workload(name_or_path: str | Path, **overrides: Any) -> GumbelTraffic |
     if "phase" in overrides:
         raise InputError(f"--phase goes with a recorded workload (file:TRACE.npz), not with '{name}'")
     if name.endswith(".toml"):
-        fields = {"name": Path(name).stem, **_read_toml(Path(name))}
+        fields = {"name": Path(name).stem, **read_toml(Path(name), f"workload file {name}")}
     elif name in _presets():
         fields = {"name": name, **_presets()[name]}
     else:
@@ -60,16 +59,3 @@ def load_workload(name_or_path: str | Path, **overrides: Any) -> GumbelTraffic |
         if key not in known:
             raise unknown(f"field of workload {name}", key, known)
     return GumbelTraffic(**(fields | overrides))
-
-
-def _read_toml(path: Path) -> dict[str, Any]:
-    try:
-        if path.stat().st_size > _MAX_TOML_BYTES:
-            raise InputError(f"workload file {path} is larger than {_MAX_TOML_BYTES >> 20} MiB")
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"workload file {path} cannot be read: {error.strerror or error}") from None
-    except ValueError as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"workload file {path} is not TOML: {str(error).splitlines()[0]}") from None

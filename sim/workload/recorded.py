@@ -1,10 +1,11 @@
 """Recorded traffic: the experts of real tokens, replayed in steps."""
 
 import hashlib
+import math
+import warnings
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -114,38 +115,41 @@ def read_recorded(path: Path, phase: str = "decode") -> RecordedTraffic:
 
 
 def _load_npz(path: Path, where: str) -> dict[str, np.ndarray]:
-    """The two arrays of the file, after a look at their headers: no pickle, integers only, bounded."""
-    arrays: dict[str, Any] = {}
+    """The two arrays of the file: no pickle, whole numbers only, bounded by what the archive says it holds."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            for name in ("topk_ids", "sequence_lengths"):
-                if f"{name}.npy" not in archive.namelist():
-                    raise InputError(f"{where} has no array '{name}'; it needs topk_ids and sequence_lengths")
-                with archive.open(f"{name}.npy") as member:
-                    version = np.lib.format.read_magic(member)
-                    read = (
-                        np.lib.format.read_array_header_1_0
-                        if version == (1, 0)
-                        else np.lib.format.read_array_header_2_0
-                    )
-                    shape, _, dtype = read(member)
-                if dtype.kind not in "iu":
-                    raise InputError(f"{where}: {name} must be an array of whole numbers, not {dtype}")
-                if np.prod(shape, dtype=float) * dtype.itemsize > _MAX_BYTES:
-                    raise InputError(f"{where}: {name} is larger than {_MAX_BYTES >> 30} GiB")
-                with archive.open(f"{name}.npy") as member:
-                    arrays[name] = np.lib.format.read_array(member, allow_pickle=False)
+        with warnings.catch_warnings(), zipfile.ZipFile(path) as archive:
+            warnings.simplefilter("error")
+            return {name: _load_member(archive, name, where) for name in ("topk_ids", "sequence_lengths")}
+    except InputError:
+        raise
     except FileNotFoundError:
         raise InputError(f"{where} does not exist") from None
     except OSError as error:
         raise InputError(f"{where} cannot be read: {error.strerror or error}") from None
-    except (zipfile.BadZipFile, ValueError, EOFError, NotImplementedError, RuntimeError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(
-            f"{where} is not a sound .npz file: {str(error).splitlines()[0] if str(error) else 'damaged'}"
-        ) from None
-    return arrays
+    except (
+        Exception
+    ) as error:  # a damaged header or stream raises almost anything: zlib.error, TokenError, TypeError ...
+        raise InputError(f"{where} is not a sound .npz file ({type(error).__name__})") from None
+
+
+def _load_member(archive: zipfile.ZipFile, name: str, where: str) -> np.ndarray:
+    """One array, after a look at its header."""
+    if f"{name}.npy" not in archive.namelist():
+        raise InputError(f"{where} has no array '{name}'; it needs topk_ids and sequence_lengths")
+    held_bytes = archive.getinfo(f"{name}.npy").file_size
+    with archive.open(f"{name}.npy") as member:
+        version = np.lib.format.read_magic(member)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(member)
+    if dtype.kind not in "iu":
+        raise InputError(f"{where}: {name} must be an array of whole numbers, not {dtype}")
+    wanted_bytes = math.prod(int(n) for n in shape) * dtype.itemsize
+    if wanted_bytes > _MAX_BYTES:
+        raise InputError(f"{where}: {name} is larger than {_MAX_BYTES >> 30} GiB")
+    if wanted_bytes > held_bytes:
+        raise InputError(f"{where}: {name} is cut off")
+    with archive.open(f"{name}.npy") as member:
+        return np.lib.format.read_array(member, allow_pickle=False)
 
 
 @kernel

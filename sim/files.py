@@ -1,0 +1,58 @@
+"""Text files from outside, read with bounds: a regular file of a bounded size, UTF-8, JSON or TOML without surprises."""
+
+import json
+import os
+import stat
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from sim.errors import InputError
+
+MAX_BYTES = 64 << 20
+
+
+def read_json(path: Path, where: str) -> Any:
+    """Parsed JSON; `where` begins the message of an error, such as 'model config FILE'."""
+    text = _read_text(path, where)
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where} is not JSON: {_first_line(error)}") from None
+
+
+def read_toml(path: Path, where: str) -> dict[str, Any]:
+    """Parsed TOML; `where` begins the message of an error."""
+    text = _read_text(path, where)
+    try:
+        return tomllib.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where} is not TOML: {_first_line(error)}") from None
+
+
+def is_there(path: Path) -> bool:
+    """Whether something lies at a path; a name that no file can have is not there."""
+    return os.path.exists(path)  # noqa: PTH110  (Path.exists raises for names that are too long)
+
+
+def _read_text(path: Path, where: str) -> str:
+    try:
+        with path.open("rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise InputError(f"{where} cannot be read: it is not a regular file")
+            data = file.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            raise InputError(f"{where} is larger than {MAX_BYTES >> 20} MiB")
+        return data.decode("utf-8-sig")
+    except InputError:
+        raise
+    except OSError as error:
+        raise InputError(f"{where} cannot be read: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{where} is not text in UTF-8") from None
+    except ValueError as error:  # a NUL in the name
+        raise InputError(f"{where} cannot be read: {_first_line(error)}") from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
