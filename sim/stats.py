@@ -89,10 +89,6 @@ class Histogram(NamedTuple):
         """Mean value."""
         return float(np.dot(self.values, self.counts) / self.counts.sum())
 
-    def at_least(self, value: float) -> int:
-        """How many are at least `value`."""
-        return int(self.counts[np.searchsorted(self.values, value) :].sum())
-
     def quantile(self, q: np.ndarray | float) -> np.ndarray:
         """Smallest value with a share of at least q at or below it."""
         cumulated = np.cumsum(self.counts)

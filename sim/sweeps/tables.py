@@ -17,7 +17,7 @@ from sim.stats import (
 )
 from sim.sweeps.events import Events, events_of
 from sim.sweeps.plan import Plan
-from sim.sweeps.tally import Tally, split_keys
+from sim.sweeps.tally import VALUE_BITS, Tally, split_keys
 
 _MAX_LOAD, _IDLE = METRICS.index("max_load"), METRICS.index("idle_ranks")
 KEYS = ["model", "workload", "placement", "ep_size", "tokens", "trials", "draws"]
@@ -31,10 +31,13 @@ def _histograms(plan: Plan, tally: Tally) -> list[list[Histogram]]:
     return [flat[i : i + len(METRICS)] for i in range(0, len(flat), len(METRICS))]
 
 
-def _event_moments(events: Events, histograms: list[list[Histogram]], tally: Tally, design: Design) -> Moments:
-    total = np.array(
-        [histograms[c][m].at_least(v) for c, m, v in zip(events.cell, events.metric, events.least, strict=True)], float
-    )
+def _event_moments(events: Events, tally: Tally, design: Design) -> Moments:
+    """Moments of the number of blocks in which each event happened; all totals from one search in the sorted keys."""
+    of_metric = (events.cell * len(METRICS) + events.metric) << VALUE_BITS
+    below = np.concatenate([[0], np.cumsum(tally.counts)])
+    first = np.searchsorted(tally.keys, of_metric + events.least)
+    last = np.searchsorted(tally.keys, of_metric + (1 << VALUE_BITS))
+    total = (below[last] - below[first]).astype(float)
     if design.draws == design.blocks:  # one block per draw: the sum of squares of 0 and 1
         return Moments(total, total, total)
     return Moments(total, tally.event_square.astype(float), tally.event_weighted.astype(float))
@@ -50,7 +53,7 @@ def _keys(plan: Plan, cell: int) -> list[object]:
 def build_tail(plan: Plan, tally: Tally) -> pd.DataFrame:
     """One row per cell and event, with its probability and 95 % interval."""
     design, events = Design.of(plan.trials, plan.draws), events_of(plan)
-    moments = _event_moments(events, _histograms(plan, tally), tally, design)
+    moments = _event_moments(events, tally, design)
     p = moments.total / design.blocks
     low, high = probability_interval(p, effective_blocks(moments, design))
     most = np.array([plan.pairs[plan.cells[c][0]][1] for c in events.cell])
@@ -72,7 +75,9 @@ def build_tail(plan: Plan, tally: Tally) -> pd.DataFrame:
 def build_summary(plan: Plan, tally: Tally) -> pd.DataFrame:
     """One row per cell."""
     design, histograms, events = Design.of(plan.trials, plan.draws), _histograms(plan, tally), events_of(plan)
-    blocks = effective_blocks(_event_moments(events, histograms, tally, design), design)
+    moments = _event_moments(events, tally, design)
+    probability, blocks = moments.total / design.blocks, effective_blocks(moments, design)
+    imbalance = np.flatnonzero(events.metric == _MAX_LOAD).reshape(len(plan.cells), -1)
     metric = mean_interval(tally.moments("metric"), design)
     change = _change_from_baseline(plan, tally, design)
     reached = mean_interval(tally.moments("reached"), design)
@@ -84,9 +89,10 @@ def build_summary(plan: Plan, tally: Tally) -> pd.DataFrame:
         row |= {"mean_load": mean_load, "max_load_mean": metric[0][cell, _MAX_LOAD]}
         for part, values in zip(("", "_low", "_high"), metric, strict=True):
             row[f"imbalance_mean{part}"] = values[cell, _MAX_LOAD] / mean_load
-        of_cell = (events.cell == cell) & (events.metric == _MAX_LOAD)
         for q, column in ((0.5, "p50"), (0.95, "p95"), (0.99, "p99")):
-            value, low, high = quantile_interval(max_load, q, _blocks_near(max_load, q, events, blocks, of_cell))
+            # The effective blocks of the event whose probability is nearest to the quantile's.
+            nearest = imbalance[cell, np.abs(probability[imbalance[cell]] - (1 - q)).argmin()]
+            value, low, high = quantile_interval(max_load, q, float(np.floor(blocks[nearest])))
             for part, bound in (("", value), ("_low", low), ("_high", high)):
                 row[f"imbalance_{column}{part}"] = bound / mean_load
         row["balancedness_mean"] = float(np.dot(mean_load / max_load.values, max_load.counts) / plan.trials)
@@ -103,16 +109,6 @@ def build_summary(plan: Plan, tally: Tally) -> pd.DataFrame:
             row[f"imbalance_change_mean{part}"] = values[cell] / mean_load
         rows.append(row)
     return pd.DataFrame(rows)
-
-
-def _blocks_near(histogram: Histogram, q: float, events: Events, blocks: np.ndarray, of_cell: np.ndarray) -> float:
-    """Effective blocks at a quantile: those of the event of the cell whose probability is nearest to the quantile's."""
-    total = histogram.counts.sum()
-    chosen = np.flatnonzero(of_cell)
-    if not len(chosen):
-        return float(total)
-    distance = [abs(histogram.at_least(v) / total - (1 - q)) for v in events.least[chosen]]
-    return float(np.floor(blocks[chosen[int(np.argmin(distance))]]))
 
 
 def _change_from_baseline(plan: Plan, tally: Tally, design: Design) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -7,7 +7,7 @@ import numpy as np
 from sim.score import METRICS
 from sim.stats import Moments
 
-_VALUE_BITS = 32
+VALUE_BITS = 32
 _COMPACT_AT = 4_000_000
 
 
@@ -75,11 +75,11 @@ def merge_counts(keys: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.n
 def histogram_keys(scores: np.ndarray) -> np.ndarray:
     """Keys of scores int32 [trials, cells, METRICS], flat."""
     n_cells = scores.shape[1]
-    base = np.arange(n_cells * len(METRICS), dtype=np.int64).reshape(n_cells, len(METRICS)) << _VALUE_BITS
+    base = np.arange(n_cells * len(METRICS), dtype=np.int64).reshape(n_cells, len(METRICS)) << VALUE_BITS
     return (base + scores).reshape(-1)
 
 
 def split_keys(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Cell, metric and value of each key."""
-    cell, metric = np.divmod(keys >> _VALUE_BITS, len(METRICS))
-    return cell, metric, keys & ((1 << _VALUE_BITS) - 1)
+    cell, metric = np.divmod(keys >> VALUE_BITS, len(METRICS))
+    return cell, metric, keys & ((1 << VALUE_BITS) - 1)
