@@ -85,7 +85,8 @@ def main() -> None:
     plain, ours, ratio = (statistics.median(column) for column in zip(*pairs, strict=True))
     print("\nsampled, routed, counted and scored, DeepSeek-V3, chat, one core:")
     print(
-        f"  plain numpy, its best batch of {batch}: {plain:.3f} M tokens/s; epsim {ours:.2f} M tokens/s: {ratio:.0f} times (median of 7 pairs)"
+        f"  plain numpy, in its best batch of {batch}: {plain:.3f} M tokens/s;"
+        f" epsim: {ours:.2f} M tokens/s, {ratio:.0f} times (median of 7 pairs)"
     )
 
     eps, steps = [8, 16, 32, 64, 72, 128, 144, 256], [2**i for i in range(1, 13)]

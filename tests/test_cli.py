@@ -155,7 +155,10 @@ def test_a_failed_write_is_status_1_and_leaves_nothing(tmp_path, capsys, monkeyp
 
     monkeypatch.setattr(pd.DataFrame, "to_parquet", full)
     fails(capsys, [*RUN, "--out", tmp_path / "full"], "No space left on device", status=1)
-    assert not (tmp_path / "full").exists()
+    assert [path.name for path in (tmp_path / "full").iterdir()] == [".partial"]  # finished chunks, for the next try
+    monkeypatch.undo()
+    assert main([*RUN, "--out", str(tmp_path / "full")]) == 0
+    assert not (tmp_path / "full" / ".partial").exists()
 
 
 def test_damaged_folders_are_refused(tmp_path, capsys):

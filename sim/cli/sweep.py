@@ -107,7 +107,7 @@ def run(arguments: Namespace) -> None:
 
     from sim.model import load_model
     from sim.results import COUNTS, read_identity, read_result, writable_folder, write_result
-    from sim.sweeps import make_plan, run_plan
+    from sim.sweeps import Journal, make_plan, run_plan
     from sim.sweeps.plan import THRESHOLDS
     from sim.workload import load_workload
 
@@ -144,8 +144,10 @@ def run(arguments: Namespace) -> None:
     else:
         started = time.monotonic()
         with writable_folder(folder):
-            result = run_plan(plan, threads, _progress(started) if sys.stderr.isatty() else None)
+            journal = Journal(folder, plan)
+            result = run_plan(plan, threads, _progress(started) if sys.stderr.isatty() else None, journal)
             write_result(result, folder)
+            journal.clear()
         seconds = time.monotonic() - started
         if sys.stderr.isatty():
             print("\r\033[K", end="", file=sys.stderr)

@@ -4,12 +4,12 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any
 
 from sim.errors import whole_number
 from sim.model import ModelSpec
 from sim.results import SweepResult
 from sim.sweeps.chunk import chunk_draws, run_chunk
+from sim.sweeps.journal import Journal
 from sim.sweeps.plan import DEFAULT_TRIALS, THRESHOLDS, Plan, make_plan
 from sim.sweeps.tables import build_counts, build_summary, build_tail
 from sim.sweeps.tally import Tally
@@ -74,11 +74,16 @@ def sweep(
     return run_plan(plan, threads)
 
 
-def run_plan(plan: Plan, threads: int | None = None, progress: Progress | None = None) -> SweepResult:
-    """Run a checked plan; `progress(tokens done, tokens in all)` is called after every chunk."""
+def run_plan(
+    plan: Plan, threads: int | None = None, progress: Progress | None = None, journal: Journal | None = None
+) -> SweepResult:
+    """Run a checked plan.
+
+    `progress(tokens done, tokens in all)` is called after every chunk; chunks that the journal holds are not computed.
+    """
     if threads is not None:
         whole_number("--threads", threads, 1, 4096)
-    tally = _tally(plan, threads or _usable_processors(), progress)
+    tally = _tally(plan, threads or _usable_processors(), progress, journal)
     return SweepResult(build_summary(plan, tally), build_tail(plan, tally), build_counts(plan, tally), plan.identity)
 
 
@@ -86,33 +91,54 @@ def _usable_processors() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _tally(plan: Plan, threads: int, progress: Progress | None) -> Tally:
-    chunks = chunk_draws(plan)
-    total = run_chunk(plan, chunks[0])  # alone, so that kernels are compiled once
-    tokens_of_trial, done = int(plan.steps[-1]), 0
+def _tally(plan: Plan, threads: int, progress: Progress | None, journal: Journal | None) -> Tally:
+    """Sums over all chunks; the first to be computed runs alone, so that kernels are compiled once."""
+    total: Tally | None = None
+    done = 0
 
-    def report(draws: range) -> None:
-        nonlocal done
-        done += sum(-(-(plan.trials - d) // plan.draws) for d in draws) * tokens_of_trial
+    def take(draws: range, tally: Tally) -> None:
+        nonlocal total, done
+        if total is None:
+            total = tally
+        else:
+            total.add(tally)
+        done += sum(-(-(plan.trials - d) // plan.draws) for d in draws) * int(plan.steps[-1])
         if progress:
-            progress(done, plan.trials * tokens_of_trial)
+            progress(done, plan.trials * int(plan.steps[-1]))
 
-    report(chunks[0])
+    def finish(draws: range, tally: Tally) -> None:
+        if journal:
+            journal.add(draws, tally)
+        take(draws, tally)
+
+    missing = []
+    for draws in chunk_draws(plan):
+        kept = journal.read(draws) if journal else None
+        if kept is None:
+            missing.append(draws)
+        else:
+            take(draws, kept)
+    if missing:
+        finish(missing[0], run_chunk(plan, missing[0]))
+        _run_parallel(plan, missing[1:], threads, finish)
+    assert total is not None
+    total.compact()
+    return total
+
+
+def _run_parallel(plan: Plan, chunks: list[range], threads: int, finish: Callable[[range, Tally], None]) -> None:
+    """Compute chunks over threads, a few ahead at a time so that finished sums do not pile up."""
+    waiting = iter(chunks)
+    running: dict[Future[Tally], range] = {}
     with ThreadPoolExecutor(threads) as pool:
-        waiting = iter(chunks[1:])
-        running: dict[Future[Tally], range] = {}
         try:
             while True:
                 while len(running) < 2 * threads and (draws := next(waiting, None)) is not None:
                     running[pool.submit(run_chunk, plan, draws)] = draws
                 if not running:
-                    break
-                finished: Any = wait(running, return_when=FIRST_COMPLETED).done
-                for future in finished:
-                    total.add(future.result())
-                    report(running.pop(future))
+                    return
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    finish(running.pop(future), future.result())
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    total.compact()
-    return total
