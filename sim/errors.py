@@ -6,6 +6,9 @@ from numbers import Integral
 from typing import Any
 
 
+_MOST_NAMES = 20  # more names than these are not listed in a message
+
+
 class InputError(ValueError):
     """A wrong argument or an input file that is missing, unreadable or invalid. Its message is one line for the user."""
 
@@ -14,8 +17,11 @@ def unknown(what: str, name: str, known: Iterable[str], more: str = "") -> Input
     """Error for a name that is not known, with the nearest known ones."""
     known = sorted(known)
     near = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.4)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known)}"
-    return InputError(f"{what} '{name}' is not known; {hint}{more}")
+    if near:
+        hint = f"; did you mean {' or '.join(near)}?"
+    else:
+        hint = f"; known: {', '.join(known)}" if len(known) <= _MOST_NAMES else ""
+    return InputError(f"{what} '{name}' is not known{hint}{more}")
 
 
 def whole_number(option: str, value: Any, least: int, most: int) -> int:
