@@ -5,7 +5,6 @@ from collections.abc import Iterable
 from numbers import Integral
 from typing import Any
 
-
 _MOST_NAMES = 20  # more names than these are not listed in a message
 
 

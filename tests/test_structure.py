@@ -15,6 +15,7 @@ ROOMS = [
     "placement",
     "score",
     "stats",
+    "theory",
     "results",
     "sweeps",
     "figures",
