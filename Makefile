@@ -19,9 +19,9 @@ install: $(BIN)/epsim  ## create .venv and install epsim with its development to
 
 sweep: $(BIN)/epsim  ## the main job: DeepSeek-V3, four kinds of traffic, tables and figures under results/
 	@for traffic in $(TRAFFIC); do \
-	  $(BIN)/epsim sweep --config results/sweep.toml --workload $$traffic --out results/deepseek-v3-$$traffic && \
-	  $(BIN)/epsim plot results/deepseek-v3-$$traffic || exit $$?; \
+	  $(BIN)/epsim sweep --config results/sweep.toml --workload $$traffic --out results/deepseek-v3-$$traffic || exit $$?; \
 	done
+	@printf '%s\n' $(TRAFFIC) | xargs -P 2 -I{} $(BIN)/epsim plot results/deepseek-v3-{}
 
 test: $(BIN)/epsim  ## lint, types and tests
 	$(BIN)/ruff check .

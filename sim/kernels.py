@@ -37,5 +37,11 @@ def _cache_folder() -> Path:
 if "NUMBA_CACHE_DIR" not in os.environ:
     vars(numba.config)["CACHE_DIR"] = str(_cache_folder())
 
+
+def is_cold() -> bool:
+    """Whether no kernel was compiled yet in the cache folder, so that the first run takes longer."""
+    return not any(Path(vars(numba.config)["CACHE_DIR"]).rglob("*.nbi"))
+
+
 kernel: Any = partial(numba.njit, cache=True, nogil=True, error_model="numpy")
 """Decorator of a compiled kernel: arrays in, preallocated output last, no validation."""

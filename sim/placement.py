@@ -17,7 +17,7 @@ STRATEGIES = {
     "round_robin": "expert e on rank e % ep_size (vLLM); alias group_aware",
     "random": "one random permutation per layer draw, keyed by the seed, dealt in blocks like linear",
     "node_aware": "each node holds linear's block, dealt round robin over the node's ranks",
-    "file:PATH": "JSON with the rank of each expert: one row, or one row per layer",
+    "file:PATH": "JSON with the rank of each expert: one row, or one per layer (layer draws take the rows in turn)",
 }
 ALIASES = {"group_aware": "round_robin"}
 
@@ -62,7 +62,7 @@ def strategy_name(strategy: str) -> str:
         raise InputError(f"--placement {shown(strategy)}: must be a name")
     strategy = ALIASES.get(strategy, strategy)
     if not strategy.startswith("file:") and strategy not in STRATEGIES:
-        raise unknown("placement", strategy, [*(STRATEGIES.keys() - {"file:PATH"}), *ALIASES], " (or file:PATH)")
+        raise unknown("--placement", strategy, [*(STRATEGIES.keys() - {"file:PATH"}), *ALIASES], " (or file:PATH)")
     return strategy
 
 
@@ -72,7 +72,7 @@ def place(strategy: str, model: ModelSpec, ep_size: int, *, ranks_per_node: int 
     Parameters
     ----------
     strategy : str
-        A name of `STRATEGIES`, 'group_aware' for round_robin, or 'file:PATH'.
+        A name of `STRATEGIES`, 'group_aware' for round_robin, or 'file:PATH' (of several layers: the first).
     model : ModelSpec
     ep_size : int
         1 to n_experts, divisible or not.

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import platform
+import shlex
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -98,7 +99,7 @@ def provenance(identity: dict[str, Any], digests: dict[str, str]) -> dict[str, A
     packages = ("epsim", "numpy", "numba", "pandas", "scipy")
     return {
         "sweep": identity,
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
         "sha256": digests,
         "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}},

@@ -100,11 +100,13 @@ class Histogram(NamedTuple):
         return self.values, np.cumsum(self.counts[::-1])[::-1]
 
 
-def quantile_interval(histogram: Histogram, q: float, blocks: float) -> tuple[int, int, int]:
-    """Quantile with its 95 % order-statistic interval (the shares that a binomial count of `blocks` can take):
-    (value, low, high).
+def quantile_interval(histogram: Histogram, q: float, blocks: float) -> tuple[float, float, float]:
+    """Quantile with its 95 % order-statistic interval, at the ranks that a binomial count of `blocks` takes.
+
+    Returns (value, low, high); a bound is nan where so few blocks cannot give one: an upper bound of the 99th
+    percentile needs 368 of them.
     """
     first, last = np.ceil(bdtrik(np.array([_TAIL, 1 - _TAIL]), blocks, q) - 1e-9)  # the binomial's quantiles
-    low, high = max(first, 1) / blocks, min(last + 1, blocks) / blocks
-    found = histogram.quantile(np.array([q, low, high]))
-    return int(found[0]), int(found[1]), int(found[2])
+    low = float(histogram.quantile(first / blocks)) if first >= 1 else np.nan
+    high = float(histogram.quantile((last + 1) / blocks)) if last + 1 <= blocks else np.nan
+    return float(histogram.quantile(q)), low, high

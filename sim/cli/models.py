@@ -10,6 +10,10 @@ def add_arguments(parser: ArgumentParser) -> None:
     """`epsim models` takes no options."""
 
 
+def _short(text: str) -> str:
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
 def run(arguments: Namespace) -> None:
     """Run `epsim models`."""
     rows = []
@@ -25,7 +29,7 @@ def run(arguments: Namespace) -> None:
                 str(model.n_experts),
                 str(model.top_k),
                 str(model.n_moe_layers),
-                "; ".join(model.unverified) or "-",
+                _short("; ".join(model.unverified) or "-"),
             ]
         )
     heads = ["model", "groups kept", "group score", "scoring", "bias", "experts", "top_k", "MoE layers", "not verified"]

@@ -1,5 +1,6 @@
 """Print the answer of a sweep: per EP size and step one placement against another."""
 
+import math
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
@@ -66,8 +67,7 @@ def print_result(
         return
     print(f"{title}; imbalance = max / mean rank load of a layer in a step\n\n{_two_line_table(heads, cells)}")
     if len(shown) < len(rows):
-        steps = ", ".join(map(str, sorted(set(shown.tokens))))
-        print(f"(shown: steps of {steps} tokens; all step sizes and placements are in summary.csv)")
+        print("(some of the step sizes; all of them, and all placements, are in summary.csv)")
 
 
 def _check(option: str, wanted: list[Any] | None, there: Any) -> None:
@@ -77,12 +77,13 @@ def _check(option: str, wanted: list[Any] | None, there: Any) -> None:
 
 
 def _fewer_steps(rows: Any) -> Any:
-    """Rows of so many steps that the table fits one screen."""
-    steps = sorted(rows.tokens.unique())
+    """Rows of so many steps of each EP size that the table fits one screen."""
     room = max(1, _MAX_ROWS // rows.ep_size.nunique())
     if len(rows) <= _MAX_ROWS:
         return rows
-    return rows[rows.tokens.isin([steps[round((i + 1) * (len(steps) - 1) / room)] for i in range(room)])]
+    place = rows.groupby("ep_size").tokens.rank(method="dense").astype(int) - 1
+    last = int(place.max())
+    return rows[place.isin([round((i + 1) * last / room) for i in range(room)])]
 
 
 def _columns(result: Any, pair: list[str], where: list[tuple[int, int]]) -> tuple[list[str], list[list[str]]]:
@@ -121,9 +122,16 @@ def _probability(tail: Any, key: tuple[str, int, int, float]) -> str:
     if key not in tail.index:
         return "-"
     p, high = tail.loc[key]
-    if p >= 0.001 or high == 0:
-        return f"{p:.3f}" if p else "0"
-    return f"{p:.0e}" if p else f"<{high:.0e}"
+    if p == 0:
+        return f"<{_rounded_up(high)}" if high else "0"
+    return f"{p:.3f}" if p >= 0.001 else f"{p:.0e}"
+
+
+def _rounded_up(bound: float) -> str:
+    """A bound with two digits that is not below it."""
+    unit = 10.0 ** (math.floor(math.log10(bound)) - 1)
+    up = math.ceil(bound / unit - 1e-9) * unit
+    return f"{up:.2g}" if up >= 0.001 else f"{up:.1e}"
 
 
 def _two_line_table(heads: list[str], rows: list[list[str]]) -> str:

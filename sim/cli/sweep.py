@@ -57,9 +57,20 @@ _HELP = {
     "seed": "same seed, same rows, on any number of threads",
     "phase": "of recorded routing: decode (default) or prefill",
     "ranks_per_node": "ranks joined by NVLink, for node_aware and for nodes per token",
-    "thresholds": "imbalance thresholds of tail.csv",
+    "thresholds": "imbalance thresholds of tail.csv (default: 1.1,1.25,1.5,1.75,2,2.5,3,4,6,8)",
     "threads": "default: all processors of this process",
     "out": "folder of the result (default: results/MODEL-WORKLOAD)",
+}
+
+
+_METAVARS = {
+    "tokens_per_rank": "LIST",
+    "thresholds": "LIST",
+    "ranks_per_node": "N",
+    "trials": "N",
+    "draws": "N",
+    "seed": "N",
+    "threads": "N",
 }
 
 
@@ -74,7 +85,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         parser.add_argument(
             f"--{key.replace('_', '-')}",
             default=SUPPRESS,
-            metavar="LIST" if isinstance(default, list) else key.split("_")[-1].upper(),
+            metavar=_METAVARS.get(key, "LIST" if isinstance(default, list) else key.upper()),
             help=text + (f" (default: {shown})" if shown is not None else ""),
         )
 
@@ -105,6 +116,7 @@ def run(arguments: Namespace) -> None:
         raise InputError("--tokens-per-rank is the alternative to --tokens: give one of them")
     options = _DEFAULTS | options
 
+    from sim.kernels import is_cold
     from sim.model import load_model
     from sim.results import COUNTS, read_identity, read_result, writable_folder, write_result
     from sim.sweeps import Journal, make_plan, run_plan
@@ -142,6 +154,8 @@ def run(arguments: Namespace) -> None:
         result = read_result(folder)
         print(f"{folder} holds this sweep already; nothing was computed.\n")
     else:
+        if is_cold():
+            note("compiling the kernels, once for this version: about 20 seconds")
         started = time.monotonic()
         with writable_folder(folder):
             journal = Journal(folder, plan)

@@ -28,9 +28,11 @@ def imbalance_by_tokens(result: SweepResult) -> Figure:
     """Mean (above) and p99 (below) imbalance against tokens per step, a column per EP size."""
     sizes = pick_ep_sizes(result, (8, 16, 32, 64), 4)
     figure, axes = panels(2 * len(sizes), len(sizes), 2.2, sharey=False)
+    drawn: list[str] = []
     for i, ax in enumerate(axes):
         statistic, ep_size = ("imbalance_mean", "imbalance_p99")[i // len(sizes)], sizes[i % len(sizes)]
         names, twins = distinct_placements(result, ep_size)
+        drawn += names
         for placement in names:
             of_pair = (result.summary.placement == placement) & (result.summary.ep_size == ep_size)
             rows = result.summary[of_pair].sort_values("tokens")
@@ -48,7 +50,11 @@ def imbalance_by_tokens(result: SweepResult) -> Figure:
         ax.set_ylim(bottom=1)
         ax.set_yscale("log")
         low, high = ax.get_ylim()
-        ticks = [t for t in (1, 1.2, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128, 256) if low <= t <= high]
+        ticks = [
+            t
+            for t in (1, *((1.2,) if high < 6 else ()), 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128, 256)
+            if low <= t <= high
+        ]
         ax.set_yticks(ticks, [f"{t:g}" for t in ticks])
         ax.minorticks_off()
         if i < len(sizes):
@@ -57,8 +63,8 @@ def imbalance_by_tokens(result: SweepResult) -> Figure:
             ax.set_xlabel("tokens per step")
         if i % len(sizes) == 0:
             ax.set_ylabel(("mean" if i < len(sizes) else "p99") + " imbalance (max / mean)")
-    set_title(figure, result, "Imbalance against tokens per step: mean above, p99 below")
-    add_legend(figure, placements_of(result))
+    set_title(figure, result, "Imbalance against tokens per step: mean above, p99 below (log axes)")
+    add_legend(figure, [name for name in placements_of(result) if name in drawn])
     return figure
 
 
@@ -99,9 +105,11 @@ def fan_out_trade(result: SweepResult, tokens: int = 512) -> Figure:
     sizes = pick_ep_sizes(result, (16, 32, 64, 128), 4)
     figure, axes = panels(2 * len(sizes), len(sizes), 2.2, sharey=False)
     cells = result.summary.set_index(["placement", "ep_size", "tokens"]).sort_index()
+    drawn: list[str] = []
     for i, ax in enumerate(axes):
         what, ep_size = ("ranks", "nodes")[i // len(sizes)], sizes[i % len(sizes)]
         names, twins = distinct_placements(result, ep_size)
+        drawn += names
         for placement in names:
             cell = cells.loc[(placement, ep_size, steps[ep_size])]
             x, y, style = cell[f"{what}_per_token_mean"], cell.imbalance_mean, look(placement)
@@ -121,5 +129,5 @@ def fan_out_trade(result: SweepResult, tokens: int = 512) -> Figure:
         if i % len(sizes) == 0:
             ax.set_ylabel("mean imbalance")
     set_title(figure, result, f"Balance against fan-out (both: lower is better), {tokens_text(steps)}", "bars")
-    add_legend(figure, placements_of(result), lines=False)
+    add_legend(figure, [name for name in placements_of(result) if name in drawn], lines=False)
     return figure

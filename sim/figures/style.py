@@ -138,11 +138,11 @@ def label_outer(axes: Sequence[Axes], x: str, y: str) -> None:
             ax.set_xlabel(x)
 
 
-def add_legend(figure: Figure, placements: Sequence[str], *, lines: bool = True) -> None:
+def add_legend(figure: Figure, placements: Sequence[str], *, lines: bool = True, markers: bool = True) -> None:
     """One legend below all panels, off the data."""
     handles = []
     for placement in placements:
-        style = look(placement) | ({} if lines else {"linestyle": ""})
+        style = look(placement) | ({} if lines else {"linestyle": ""}) | ({} if markers else {"marker": ""})
         handles.append(Line2D([], [], label=label(placement), **style))
     figure.legend(handles=handles, loc="outside lower center", ncols=min(6, len(handles)), frameon=False)
 
@@ -167,6 +167,22 @@ def log2_ticks(ax: Axes, values: Sequence[int], apart: float = 1.3) -> None:
         if not ticks or value >= apart * ticks[-1]:
             ticks.append(int(value))
     ax.set_xticks(ticks, [str(tick) for tick in ticks])
+    ax.xaxis.set_minor_locator(NullLocator())
+
+
+_NICE = (1, 1.1, 1.2, 1.3, 1.4, 1.5, 1.75, 2, 2.5, 3, 4, 5, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+
+
+def log_ticks(ax: Axes) -> None:
+    """A log axis of imbalances from 1 on, with round numbers far enough apart to be read."""
+    ax.set_xscale("log", base=2)
+    ax.set_xlim(left=1)
+    span = np.log(max(ax.get_xlim()[1], 1.05))
+    ticks: list[float] = []
+    for value in _NICE:
+        if np.log(value) < span and (not ticks or np.log(value / ticks[-1]) > 0.2 * span):
+            ticks.append(value)
+    ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     ax.xaxis.set_minor_locator(NullLocator())
 
 

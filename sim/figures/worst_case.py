@@ -6,13 +6,14 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
+from matplotlib.ticker import MaxNLocator
 
 from sim.figures.style import (
     add_legend,
     distinct_placements,
     label_outer,
     log2_ticks,
+    log_ticks,
     look,
     panels,
     pick_ep_sizes,
@@ -52,18 +53,27 @@ def _effective_blocks(rows: pd.DataFrame, at: np.ndarray) -> np.ndarray:
     return np.interp(at, seen.threshold, np.clip(p * (1 - p) * (1.96 / half) ** 2, 1, trials))
 
 
-def _draw_staircase(
-    ax: Axes, histogram: Histogram, unit: float, start: float, tail: pd.DataFrame, placement: str
-) -> None:
-    """P(at least x), x = value / unit, with its band, from `start`, where it is 1."""
+def _draw_staircase(ax: Axes, histogram: Histogram, mean_load: float, tail: pd.DataFrame, placement: str) -> None:
+    """P(imbalance at least x) with its band, from balance (x = 1), where it is 1."""
     values, counts = histogram.exceedance()
-    x = np.concatenate([[start], values / unit])
+    x = np.concatenate([[1.0], values / mean_load])
     p = np.concatenate([[1.0], counts / counts[0]])
     low, high = probability_interval(p, _effective_blocks(tail, x))
     style = look(placement)
     # "At least x" holds from the value before up to the value itself: hence steps before the points.
     ax.step(x, p, where="pre", color=style["color"], linestyle=style["linestyle"])
     ax.fill_between(x, np.maximum(low, 1e-12), high, step="pre", color=style["color"], alpha=0.15, linewidth=0)
+
+
+def _draw_points(ax: Axes, histogram: Histogram, tail: pd.DataFrame, placement: str) -> None:
+    """P(at least m) at each whole number m, with its band."""
+    values, counts = histogram.exceedance()
+    m = np.arange(values[-1] + 1)
+    p = (counts / counts[0])[np.searchsorted(values, m)]
+    low, high = probability_interval(p, _effective_blocks(tail, m))
+    style = look(placement)
+    ax.plot(m, p, **style | {"markersize": 3 if len(m) < 40 else 1})
+    ax.fill_between(m, np.maximum(low, 1e-12), high, color=style["color"], alpha=0.15, linewidth=0)
 
 
 @styled
@@ -74,22 +84,19 @@ def exceedance(result: SweepResult, tokens: int = 64) -> Figure:
     figure, axes = panels(len(sizes), 5 if len(sizes) > 8 else 4, 1.9)
     histograms, tails = _histograms(result, "max_load"), _tails(result, "imbalance")
     mean_load = result.summary.set_index(_CELL).mean_load
+    drawn: list[str] = []
     for ax, ep_size in zip(axes, sizes, strict=True):
         names, twins = distinct_placements(result, ep_size)
         for name in names:
             cell = (name, ep_size, steps[ep_size])
-            _draw_staircase(ax, histograms[cell], mean_load[cell], 1.0, tails[cell], name)
+            _draw_staircase(ax, histograms[cell], mean_load[cell], tails[cell], name)
         _set_probability_axis(ax, result)
-        ax.set_xlim(left=1)
-        if ax.get_xlim()[1] > 8:  # one bad placement must not hide how the others differ
-            ax.set_xscale("log", base=2)
-            ticks = [2**i for i in range(9) if 2**i <= ax.get_xlim()[1]]
-            ax.set_xticks(ticks, [str(tick) for tick in ticks])
-            ax.xaxis.set_minor_locator(NullLocator())
+        log_ticks(ax)  # so that one bad placement does not hide how the others differ
+        drawn += names
         title_panel(ax, f"EP {ep_size}", twins)
     label_outer(axes, "imbalance x", "P(imbalance ≥ x)")
-    set_title(figure, result, f"Worst cases: how often the imbalance reaches x, {tokens_text(steps)}")
-    add_legend(figure, placements_of(result))
+    set_title(figure, result, f"Worst cases: how often the imbalance reaches x, {tokens_text(steps)} (log axes)")
+    add_legend(figure, [name for name in placements_of(result) if name in drawn], markers=False)
     return figure
 
 
@@ -103,9 +110,9 @@ def worst_case_by_ep(result: SweepResult, tokens: int = 64) -> Figure:
     names = placements_of(result)
     for ax, level in zip(axes, levels, strict=True):
         for i, name in enumerate(names):
-            rows = tail[(tail.placement == name) & (tail.threshold == level) & (tail.ep_size > level)]
+            rows = tail[(tail.placement == name) & (tail.threshold == level) & (tail.ep_size >= level)]
             rows = rows.sort_values("ep_size")
-            shift = 2 ** (0.05 * (i - (len(names) - 1) / 2))  # side by side, so that equal values stay visible
+            shift = 2 ** (0.03 * (i - (len(names) - 1) / 2))  # side by side, so that equal values stay visible
             x, style = rows.ep_size * shift, look(name)
             seen = rows.probability > 0
             ax.plot(x, rows.probability.where(seen), **style)
@@ -118,7 +125,7 @@ def worst_case_by_ep(result: SweepResult, tokens: int = 64) -> Figure:
         ax.set_xlabel("EP size (ranks)")
         title_panel(ax, f"P(imbalance ≥ {level:g})")
     axes[0].set_ylabel("probability per layer and step")
-    text = f"Worst cases against EP size, {tokens_text(steps)} (arrow: never seen, upper bound)"
+    text = f"Worst cases against EP size, {tokens_text(steps)} (shifted sideways; arrow: never seen, upper bound)"
     set_title(figure, result, text, "bars")
     add_legend(figure, names)
     return figure
@@ -131,19 +138,22 @@ def idle_ranks(result: SweepResult, tokens: int = 8) -> Figure:
     sizes = pick_ep_sizes(result, (8, 16, 24, 32, 48, 64, 128, 256), 8)
     figure, axes = panels(len(sizes), 4, 1.9)
     histograms, tails = _histograms(result, "idle_ranks"), _tails(result, "idle_ranks")
+    drawn: list[str] = []
     for ax, ep_size in zip(axes, sizes, strict=True):
         names, twins = distinct_placements(result, ep_size)
         for name in names:
             cell = (name, ep_size, steps[ep_size])
-            _draw_staircase(ax, histograms[cell], 1.0, 0.0, tails[cell], name)
+            _draw_points(ax, histograms[cell], tails[cell], name)
+        drawn += names
         _set_probability_axis(ax, result)
         ax.set_xlim(
             0, min(ep_size, 1.2 * max(histograms[(name, ep_size, steps[ep_size])].values[-1] for name in names) + 1)
         )
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
         title_panel(ax, f"EP {ep_size}", twins)
     label_outer(axes, "idle ranks m", "P(at least m idle)")
     set_title(figure, result, f"Idle ranks: how often at least m ranks of a layer have no token, {tokens_text(steps)}")
-    add_legend(figure, placements_of(result))
+    add_legend(figure, [name for name in placements_of(result) if name in drawn])
     return figure
 
 

@@ -62,7 +62,7 @@ def load_model(name_or_path: str | Path) -> ModelSpec:
     if name and (path.suffix == ".json" or is_there(path)):
         return _from_config(path)
     raise unknown(
-        "model",
+        "--model",
         name.rpartition("/")[2],
         _presets(),
         " (or the path of a config.json; `epsim models` lists the presets)",
@@ -120,6 +120,8 @@ def _from_config(path: Path) -> ModelSpec:
         scoring = "softmax"
         unverified.append("scoring (no scoring_func in config.json; softmax assumed)")
     n_group, topk_group = _find(config, "n_group") or 1, _find(config, "topk_group") or 1
+    if n_group > 1 and _find(config, "topk_group") is None:
+        unverified.append("topk_group (not in config.json; 1 assumed)")
     if method == "greedy":  # DeepSeek-V2's name for plain top-k, whatever n_group says
         n_group = topk_group = 1
     if not isinstance(scoring, str):

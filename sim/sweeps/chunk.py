@@ -8,17 +8,33 @@ from sim.score import METRICS, Layouts, fan_out, lay_out, rank_loads, score_bloc
 from sim.sweeps.events import events_of
 from sim.sweeps.plan import Plan
 from sim.sweeps.tally import Tally, histogram_keys, merge_counts
+from sim.workload import RecordedTraffic
 
 _CHUNK_TOKENS = 2**20
 _CHUNK_DRAWS = 256
+_CHUNK_NUMBERS = 2**21  # bounds the memory of a chunk
 _LEAST_CHUNKS = 16
 
 
 def chunk_draws(plan: Plan) -> list[range]:
-    """The draws of each chunk: about a million tokens, a bounded number of draws, and enough chunks to share out."""
+    """The draws of each chunk: about a million tokens, bounded memory, and enough chunks to share out."""
     tokens_of_draw = -(-plan.trials // plan.draws) * int(plan.steps[-1])
-    size = max(1, min(_CHUNK_TOKENS // tokens_of_draw, _CHUNK_DRAWS, -(-plan.draws // _LEAST_CHUNKS)))
+    numbers_of_draw = len(plan.cells) + plan.model.n_experts * (len(plan.steps) + _requests(plan))
+    size = min(
+        _CHUNK_TOKENS // tokens_of_draw,
+        _CHUNK_NUMBERS // numbers_of_draw,
+        _CHUNK_DRAWS,
+        -(-plan.draws // _LEAST_CHUNKS),
+    )
+    size = max(1, size)
     return [range(start, min(start + size, plan.draws)) for start in range(0, plan.draws, size)]
+
+
+def _requests(plan: Plan) -> int:
+    """Requests of a trial whose logits are held at a time."""
+    if isinstance(plan.workload, RecordedTraffic) or not plan.workload.request_sigma:
+        return 1
+    return -(-int(plan.steps[-1]) // plan.workload.tokens_per_request)
 
 
 def _chunk_layouts(plan: Plan, draws: range) -> tuple[Layouts, np.ndarray]:
@@ -78,7 +94,7 @@ def run_chunk(plan: Plan, draws: range) -> Tally:
         rank_loads(expert_counts[:, -1], layout_of_pair, layouts, first_rank, loads)
         load[:n] += loads
     keys, counts = merge_counts(keys, counts)
-    base = metric[:, _baseline_cells(plan)]
+    base = metric[:, plan.baseline_cells]
     return Tally(
         keys,
         counts,
@@ -94,8 +110,3 @@ def _sums(of_draw: np.ndarray, blocks: np.ndarray) -> tuple[np.ndarray, np.ndarr
     """Sums over draws of Y, Y**2 and n * Y; of_draw int64 [draws, ...], blocks int64 [draws]."""
     weight = blocks.reshape(-1, *[1] * (of_draw.ndim - 1))
     return of_draw.sum(axis=0), (of_draw * of_draw).sum(axis=0), (of_draw * weight).sum(axis=0)
-
-
-def _baseline_cells(plan: Plan) -> np.ndarray:
-    """For each cell the cell of the first placement on the same EP size and step."""
-    return np.arange(len(plan.cells)) % (len(plan.ep_sizes) * len(plan.tokens))

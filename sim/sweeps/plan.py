@@ -70,6 +70,11 @@ class Plan:
         ]
 
     @cached_property
+    def baseline_cells(self) -> np.ndarray:
+        """For each cell the cell of the first placement on the same EP size and step, int64."""
+        return np.arange(len(self.cells)) % (len(self.ep_sizes) * len(self.tokens))
+
+    @cached_property
     def layer_ranks(self) -> list[np.ndarray | None]:
         """Of each pair the rank of each expert, int32 [1 or layers, n_experts]; None for random placement."""
         return [
@@ -179,7 +184,8 @@ def _choose_draws(workload: Workload, trials: int, draws: int | None) -> int:
 
 def _check_sums_fit(plan: Plan) -> None:
     """The sums of squares over draws must fit 64-bit integers."""
-    of_draw = -(-plan.trials // plan.draws) * int(plan.steps[-1]) * plan.model.top_k
+    of_block = max(int(plan.steps[-1]) * plan.model.top_k, *plan.ep_sizes)  # largest load, or number of idle ranks
+    of_draw = -(-plan.trials // plan.draws) * of_block
     if plan.draws * of_draw**2 >= 2**63:
         raise InputError(
             f"--trials {plan.trials} from {plan.draws} draws at --tokens {plan.steps[-1]}: sums over draws would not fit "

@@ -1,4 +1,4 @@
-"""Run a plan: chunks over threads, sums in the order of the chunks."""
+"""Run a plan: chunks over threads. Their sums are integers, so the order in which they end does not matter."""
 
 import os
 from collections.abc import Callable, Iterable, Sequence

@@ -1,5 +1,6 @@
 """From raw integers to the tidy tables: summary, tail and counts."""
 
+from functools import lru_cache
 from itertools import pairwise
 
 import numpy as np
@@ -57,8 +58,14 @@ def build_tail(plan: Plan, tally: Tally) -> pd.DataFrame:
     p = moments.total / design.blocks
     low, high = probability_interval(p, effective_blocks(moments, design))
     most = np.array([plan.pairs[plan.cells[c][0]][1] for c in events.cell])
-    # No load can exceed all of it, so beyond `ep_size` times the mean there is nothing to estimate.
-    impossible = (np.array(events.name) == "imbalance") & (np.array(events.threshold) > most)
+    # No load can exceed all of it, so beyond `ep_size` times the mean there is nothing to estimate; and top_k experts
+    # of one token need at least top_k / (experts of the largest rank) ranks.
+    largest = np.array([_largest_rank(plan, plan.cells[c][0]) for c in events.cell])
+    impossible = np.where(
+        events.metric == _IDLE,
+        events.least > most - -(-plan.model.top_k // largest),
+        (np.array(events.name) == "imbalance") & (np.array(events.threshold) > most),
+    )
     certain = events.least <= np.where(events.metric == _IDLE, 0, 1)
     keys = [_keys(plan, cell) for cell in range(len(plan.cells))]
     table = pd.DataFrame([keys[c] for c in events.cell], columns=KEYS)
@@ -70,6 +77,15 @@ def build_tail(plan: Plan, tally: Tally) -> pd.DataFrame:
         high=np.where(impossible, 0.0, high),
         method=np.where(impossible | certain, "exact", "sampled"),
     )
+
+
+@lru_cache(maxsize=1024)
+def _largest_rank(plan: Plan, pair: int) -> int:
+    """Most experts that a rank of a pair holds in any layer."""
+    ranks, ep_size = plan.layer_ranks[pair], plan.pairs[pair][1]
+    if ranks is None:  # random: the sizes of linear
+        return -(-plan.model.n_experts // ep_size)
+    return max(int(np.bincount(row).max()) for row in ranks)
 
 
 def build_summary(plan: Plan, tally: Tally) -> pd.DataFrame:
@@ -96,8 +112,7 @@ def build_summary(plan: Plan, tally: Tally) -> pd.DataFrame:
             for part, bound in (("", value), ("_low", low), ("_high", high)):
                 row[f"imbalance_{column}{part}"] = bound / mean_load
         row["balancedness_mean"] = float(np.dot(mean_load / max_load.values, max_load.counts) / plan.trials)
-        for part, values in zip(("", "_low", "_high"), metric, strict=True):
-            row[f"idle_ranks_mean{part}"] = values[cell, _IDLE]
+        row |= _idle_mean(metric, cell, plan.pairs[pair][1], design)
         row["idle_ranks_p99"] = int(idle.quantile(0.99))
         row["distinct_experts_busiest_mean"] = metric[0][cell, METRICS.index("distinct_experts_busiest")]
         row["distinct_experts_max_mean"] = metric[0][cell, METRICS.index("distinct_experts_max")]
@@ -111,9 +126,19 @@ def build_summary(plan: Plan, tally: Tally) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def _idle_mean(metric: tuple[np.ndarray, ...], cell: int, ep_size: int, design: Design) -> dict[str, float]:
+    """Mean idle ranks with its interval: not below 0, and where none was ever seen, bounded by ep_size - 1 times the
+    upper bound of the probability of any.
+    """
+    mean, low, high = (float(values[cell, _IDLE]) for values in metric)
+    if mean == 0:
+        high = (ep_size - 1) * float(probability_interval(np.zeros(1), np.array([float(design.draws)]))[1][0])
+    return {"idle_ranks_mean": mean, "idle_ranks_mean_low": max(low, 0.0), "idle_ranks_mean_high": high}
+
+
 def _change_from_baseline(plan: Plan, tally: Tally, design: Design) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Paired change of the mean max load from the first placement's, with its interval: arrays [cells]."""
-    base = np.arange(len(plan.cells)) % (len(plan.ep_sizes) * len(plan.tokens))
+    base = plan.baseline_cells
     total, square, weighted = (part[:, _MAX_LOAD] for part in tally.moments("metric"))
     cross = tally.metric_cross[:, _MAX_LOAD].astype(float)
     moments = Moments(total - total[base], square - 2 * cross + square[base], weighted - weighted[base])

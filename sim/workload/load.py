@@ -52,7 +52,7 @@ def load_workload(name_or_path: str | Path, **overrides: Any) -> GumbelTraffic |
         fields = {"name": name, **_presets()[name]}
     else:
         raise unknown(
-            "workload", name, _presets(), " (or file:TRACE.npz, or a .toml file; `epsim workloads` lists them)"
+            "--workload", name, _presets(), " (or file:TRACE.npz, or a .toml file; `epsim workloads` lists them)"
         )
     known = [field.name for field in dataclasses.fields(GumbelTraffic)]
     for key in (*fields, *overrides):

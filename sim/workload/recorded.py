@@ -212,8 +212,7 @@ def _replay_prefill(first_trial, key, topk_ids, starts, tokens, counts, ids):
                         counts[t, j, layer[token, k]] += 1
                 missing -= n
                 place += 1
-        for i in range(ids.shape[1]):  # single tokens, for the fan-out: the step of one token, `ids.shape[1]` = 1
-            for q in range(order.size):
-                order[q] = q
-            s = _next_sequence(0, trial, key, order)
-            ids[t, i] = layer[starts[s] + _below(starts[s + 1] - starts[s], 1, trial, key)]
+        for q in range(order.size):
+            order[q] = q
+        s = _next_sequence(0, trial, key, order)  # the token of the step of one token, for the fan-out
+        ids[t, 0] = layer[starts[s] + _below(starts[s + 1] - starts[s], 1, trial, key)]
