@@ -55,51 +55,54 @@ def _chunk_layouts(plan: Plan, draws: range) -> tuple[Layouts, np.ndarray]:
     return lay_out(np.concatenate(rows), np.array(sizes)), layout_of_pair
 
 
+def _score_trials(
+    plan: Plan, trials: range, layouts: Layouts, layout_of_pair: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Sample and score consecutive trials.
+
+    Returns scores int32 [trials, cells, METRICS], ranks and nodes of the first token int64 [trials, pairs, 2], and the
+    load of each rank of each pair at the largest step, int64 [trials, ranks].
+    """
+    pair_of_cell, step_of_cell = (np.array(column) for column in zip(*plan.cells, strict=True))
+    sizes = np.array([ep_size for _, ep_size in plan.pairs])
+    counts, ids = draw_trials(plan.model, plan.workload, plan.seed, trials, plan.draws, plan.steps)
+    scores = np.empty((len(trials), len(plan.cells), len(METRICS)), np.int32)
+    reached = np.empty((len(trials), len(plan.pairs), 2), np.int64)
+    loads = np.empty((len(trials), int(sizes.sum())), np.int64)
+    score_blocks(counts, step_of_cell, pair_of_cell, layout_of_pair, layouts, scores)
+    fan_out(ids[:, 0], layout_of_pair, layouts, plan.ranks_per_node, reached)
+    rank_loads(counts[:, -1], layout_of_pair, layouts, np.cumsum(sizes) - sizes, loads)
+    return scores, reached, loads
+
+
 def run_chunk(plan: Plan, draws: range) -> Tally:
     """Sample and score all trials of some consecutive draws: round i holds trials i * plan.draws + draw."""
     layouts, layout_of_pair = _chunk_layouts(plan, draws)
-    pair_of_cell, step_of_cell = (np.array(column) for column in zip(*plan.cells, strict=True))
-    sizes = np.array([ep_size for _, ep_size in plan.pairs])
-    first_rank = np.cumsum(sizes) - sizes
     events = events_of(plan)
-    n_draws, n_cells = len(draws), len(plan.cells)
-
-    blocks = np.zeros(n_draws, np.int64)
-    metric = np.zeros((n_draws, n_cells, len(METRICS)), np.int64)
-    event = np.zeros((n_draws, len(events.cell)), np.int64)
-    reached = np.zeros((n_draws, len(plan.pairs), 2), np.int64)
-    load = np.zeros((n_draws, int(sizes.sum())), np.int64)
+    clustered = plan.draws < plan.trials
+    blocks = np.zeros(len(draws), np.int64)
+    metric = np.zeros((len(draws), len(plan.cells), len(METRICS)), np.int64)
+    event = np.zeros((len(draws), len(events.cell)), np.int64)
+    reached = np.zeros((len(draws), len(plan.pairs), 2), np.int64)
+    load = np.zeros((len(draws), sum(ep_size for _, ep_size in plan.pairs)), np.int64)
     keys, counts = np.empty(0, np.int64), np.empty(0, np.int64)
-    for start in range(0, plan.trials, plan.draws):
-        n = min(n_draws, plan.trials - start - draws.start)
-        if n <= 0:
-            break
-        first_trial = start + draws.start
-        trials = range(first_trial, first_trial + n)
-        expert_counts, ids = draw_trials(plan.model, plan.workload, plan.seed, trials, plan.draws, plan.steps)
-        scores = np.empty((n, n_cells, len(METRICS)), np.int32)
-        score_blocks(expert_counts, step_of_cell, pair_of_cell, layout_of_pair, layouts, scores)
+    for first in range(draws.start, plan.trials, plan.draws):
+        n = min(len(draws), plan.trials - first)
+        scores, reached_now, load_now = _score_trials(plan, range(first, first + n), layouts, layout_of_pair)
         new_keys, new_counts = np.unique(histogram_keys(scores), return_counts=True)
         keys, counts = np.concatenate([keys, new_keys]), np.concatenate([counts, new_counts])
         if len(keys) > 4 * len(new_keys):
             keys, counts = merge_counts(keys, counts)
         blocks[:n] += 1
         metric[:n] += scores
-        if plan.draws < plan.trials:
+        reached[:n] += reached_now
+        load[:n] += load_now
+        if clustered:
             event[:n] += events.happen(scores)
-        of_round = np.empty((n, len(plan.pairs), 2), np.int64)
-        fan_out(ids[:, 0], layout_of_pair, layouts, plan.ranks_per_node, of_round)
-        reached[:n] += of_round
-        loads = np.empty((n, load.shape[1]), np.int64)
-        rank_loads(expert_counts[:, -1], layout_of_pair, layouts, first_rank, loads)
-        load[:n] += loads
-    keys, counts = merge_counts(keys, counts)
-    base = metric[:, plan.baseline_cells]
     return Tally(
-        keys,
-        counts,
+        *merge_counts(keys, counts),
         *_sums(metric, blocks),
-        (metric * base).sum(axis=0),
+        (metric * metric[:, plan.baseline_cells]).sum(axis=0),
         *_sums(event, blocks)[1:],
         *_sums(reached, blocks),
         *_sums(load, blocks),
