@@ -7,6 +7,7 @@ from matplotlib.ticker import MaxNLocator
 from sim.figures.style import (
     add_legend,
     distinct_placements,
+    imbalance_axis,
     label_outer,
     log2_ticks,
     look,
@@ -47,16 +48,7 @@ def imbalance_by_tokens(result: SweepResult) -> Figure:
                 linewidth=0,
             )
         log2_ticks(ax, sorted(rows.tokens), apart=7)
-        ax.set_ylim(bottom=1)
-        ax.set_yscale("log")
-        low, high = ax.get_ylim()
-        ticks = [
-            t
-            for t in (1, *((1.2,) if high < 6 else ()), 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128, 256)
-            if low <= t <= high
-        ]
-        ax.set_yticks(ticks, [f"{t:g}" for t in ticks])
-        ax.minorticks_off()
+        imbalance_axis(ax, "y")
         if i < len(sizes):
             title_panel(ax, f"EP {ep_size}", twins)
         else:
@@ -64,7 +56,7 @@ def imbalance_by_tokens(result: SweepResult) -> Figure:
         if i % len(sizes) == 0:
             ax.set_ylabel(("mean" if i < len(sizes) else "p99") + " imbalance (max / mean)")
     set_title(figure, result, "Imbalance against tokens per step: mean above, p99 below (log axes)")
-    add_legend(figure, [name for name in placements_of(result) if name in drawn])
+    add_legend(figure, result, drawn)
     return figure
 
 
@@ -94,7 +86,7 @@ def load_by_rank(result: SweepResult) -> Figure:
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
     label_outer(axes, "rank", "mean load / average")
     set_title(figure, result, f"Who is hot: mean load of each rank, {int(result.summary.tokens.max())} tokens per step")
-    add_legend(figure, studied)
+    add_legend(figure, result, studied)
     return figure
 
 
@@ -129,5 +121,5 @@ def fan_out_trade(result: SweepResult, tokens: int = 512) -> Figure:
         if i % len(sizes) == 0:
             ax.set_ylabel("mean imbalance")
     set_title(figure, result, f"Balance against fan-out (both: lower is better), {tokens_text(steps)}", "bars")
-    add_legend(figure, [name for name in placements_of(result) if name in drawn], lines=False)
+    add_legend(figure, result, drawn, lines=False)
     return figure

@@ -1,6 +1,6 @@
 """What the figures share: palette, panels, legend, and files that come out the same every time."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import Any, ParamSpec
@@ -138,8 +138,11 @@ def label_outer(axes: Sequence[Axes], x: str, y: str) -> None:
             ax.set_xlabel(x)
 
 
-def add_legend(figure: Figure, placements: Sequence[str], *, lines: bool = True, markers: bool = True) -> None:
-    """One legend below all panels, off the data."""
+def add_legend(
+    figure: Figure, result: SweepResult, drawn: Collection[str], *, lines: bool = True, markers: bool = True
+) -> None:
+    """One legend below all panels, off the data, of the placements that are drawn, in the order of the sweep."""
+    placements = [name for name in placements_of(result) if name in drawn]
     handles = []
     for placement in placements:
         style = look(placement) | ({} if lines else {"linestyle": ""}) | ({} if markers else {"marker": ""})
@@ -173,17 +176,18 @@ def log2_ticks(ax: Axes, values: Sequence[int], apart: float = 1.3) -> None:
 _NICE = (1, 1.1, 1.2, 1.3, 1.4, 1.5, 1.75, 2, 2.5, 3, 4, 5, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 
 
-def log_ticks(ax: Axes) -> None:
-    """A log axis of imbalances from 1 on, with round numbers far enough apart to be read."""
-    ax.set_xscale("log", base=2)
-    ax.set_xlim(left=1)
-    span = np.log(max(ax.get_xlim()[1], 1.05))
+def imbalance_axis(ax: Axes, which: str) -> None:
+    """Make the 'x' or 'y' axis a log axis of imbalances from 1 on, with round numbers far enough apart to be read."""
+    getattr(ax, f"set_{which}scale")("log", base=2)
+    getattr(ax, f"set_{which}lim")(1, None)
+    span = np.log(max(getattr(ax, f"get_{which}lim")()[1], 1.05))
+    apart = 0.2 if which == "x" else 0.1  # labels are wider than they are high
     ticks: list[float] = []
     for value in _NICE:
-        if np.log(value) < span and (not ticks or np.log(value / ticks[-1]) > 0.2 * span):
+        if np.log(value) < span and (not ticks or np.log(value / ticks[-1]) > apart * span):
             ticks.append(value)
-    ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-    ax.xaxis.set_minor_locator(NullLocator())
+    getattr(ax, f"set_{which}ticks")(ticks, [f"{tick:g}" for tick in ticks])
+    getattr(ax, f"{which}axis").set_minor_locator(NullLocator())
 
 
 def save(figure: Figure, path: Path) -> None:

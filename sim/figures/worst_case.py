@@ -11,9 +11,9 @@ from matplotlib.ticker import MaxNLocator
 from sim.figures.style import (
     add_legend,
     distinct_placements,
+    imbalance_axis,
     label_outer,
     log2_ticks,
-    log_ticks,
     look,
     panels,
     pick_ep_sizes,
@@ -91,12 +91,12 @@ def exceedance(result: SweepResult, tokens: int = 64) -> Figure:
             cell = (name, ep_size, steps[ep_size])
             _draw_staircase(ax, histograms[cell], mean_load[cell], tails[cell], name)
         _set_probability_axis(ax, result)
-        log_ticks(ax)  # so that one bad placement does not hide how the others differ
+        imbalance_axis(ax, "x")  # so that one bad placement does not hide how the others differ
         drawn += names
         title_panel(ax, f"EP {ep_size}", twins)
     label_outer(axes, "imbalance x", "P(imbalance ≥ x)")
     set_title(figure, result, f"Worst cases: how often the imbalance reaches x, {tokens_text(steps)} (log axes)")
-    add_legend(figure, [name for name in placements_of(result) if name in drawn], markers=False)
+    add_legend(figure, result, drawn, markers=False)
     return figure
 
 
@@ -127,7 +127,7 @@ def worst_case_by_ep(result: SweepResult, tokens: int = 64) -> Figure:
     axes[0].set_ylabel("probability per layer and step")
     text = f"Worst cases against EP size, {tokens_text(steps)} (shifted sideways; arrow: never seen, upper bound)"
     set_title(figure, result, text, "bars")
-    add_legend(figure, names)
+    add_legend(figure, result, names)
     return figure
 
 
@@ -153,7 +153,7 @@ def idle_ranks(result: SweepResult, tokens: int = 8) -> Figure:
         title_panel(ax, f"EP {ep_size}", twins)
     label_outer(axes, "idle ranks m", "P(at least m idle)")
     set_title(figure, result, f"Idle ranks: how often at least m ranks of a layer have no token, {tokens_text(steps)}")
-    add_legend(figure, [name for name in placements_of(result) if name in drawn])
+    add_legend(figure, result, drawn)
     return figure
 
 
