@@ -10,7 +10,7 @@ from typing import Any
 import numba
 
 
-def _source_digest() -> str:
+def source_digest() -> str:
     """Digest of the package's Python sources, in a fixed order."""
     digest = hashlib.sha256()
     package = Path(__file__).parent
@@ -22,7 +22,7 @@ def _source_digest() -> str:
 def _cache_folder() -> Path:
     """Folder for this state of the sources, under the user's cache, or a temporary one where that cannot be written."""
     home = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
-    folder = Path(home) / "epsim" / _source_digest()
+    folder = Path(home) / "epsim" / source_digest()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if os.access(folder, os.W_OK):

@@ -147,5 +147,5 @@ def read_result(folder: Path | str) -> SweepResult:
         if hashlib.sha256(data[name]).hexdigest() != about["sha256"].get(name):
             raise InputError(f"{folder / name} is damaged or was changed: it is not what the sweep wrote")
     counts = pd.read_parquet(io.BytesIO(data[COUNTS])) if COUNTS in data else pd.DataFrame()
-    summary, tail = (pd.read_csv(io.BytesIO(data[name])) for name in (SUMMARY, TAIL))
+    summary, tail = (pd.read_csv(io.BytesIO(data[name]), keep_default_na=name == SUMMARY) for name in (SUMMARY, TAIL))
     return SweepResult(summary, tail, counts, about["sweep"])

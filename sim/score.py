@@ -91,16 +91,16 @@ def score_blocks(counts, step_of_cell, pair_of_cell, layout_of_pair, layouts, sc
 
 
 @kernel
-def rank_loads(counts, layout_of_pair, layouts, first_rank, loads):
-    """Load of each rank of each pair: counts int32 [trials, n_experts]; first_rank int64 [pairs], where a pair's ranks
-    begin in loads int64 [trials, ranks of all pairs].
+def rank_loads(counts, step_of_pair, layout_of_pair, layouts, first_rank, loads):
+    """Load of each rank of each pair at one of the steps: counts int32 [trials, steps, n_experts]; first_rank int64
+    [pairs], where a pair's ranks begin in loads int64 [trials, ranks of all pairs].
     """
     loads[:] = 0
     for t in range(counts.shape[0]):
         for p in range(first_rank.size):
-            rank = layouts.ranks[layout_of_pair[t, p]]
+            rank, count = layouts.ranks[layout_of_pair[t, p]], counts[t, step_of_pair[p]]
             for e in range(rank.size):
-                loads[t, first_rank[p] + rank[e]] += counts[t, e]
+                loads[t, first_rank[p] + rank[e]] += count[e]
 
 
 @kernel

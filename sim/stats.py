@@ -4,7 +4,7 @@ The unit of replication is an independent layer draw. A draw d gives n_d blocks 
 layer); its sum of a quantity is Y_d. Sums over draws of Y_d, Y_d**2 and n_d * Y_d are all that intervals need.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.special import bdtrik, betaincinv, stdtrit
@@ -22,11 +22,11 @@ class Moments(NamedTuple):
 
 
 class Design(NamedTuple):
-    """How blocks come from draws."""
+    """How blocks come from draws: numbers, or arrays that broadcast against moments."""
 
-    blocks: int  # sum of n_d
-    draws: int
-    blocks_square: int  # sum of n_d squared
+    blocks: Any  # sum of n_d
+    draws: Any
+    blocks_square: Any  # sum of n_d squared
 
     @classmethod
     def of(cls, trials: int, draws: int) -> "Design":
@@ -37,17 +37,17 @@ class Design(NamedTuple):
 
 def _variance_of_mean(moments: Moments, design: Design) -> np.ndarray:
     """Variance of the mean of all blocks, from the variation between draws (ratio estimator); nan with one draw."""
-    mean = moments.total / design.blocks
+    draws, blocks = np.asarray(design.draws, float), np.asarray(design.blocks, float)
+    mean = moments.total / blocks
     square = moments.square - 2 * mean * moments.weighted + mean**2 * design.blocks_square
-    if design.draws < 2:
-        return np.full(np.shape(mean), np.nan)
-    return np.maximum(square, 0) * design.draws / (design.draws - 1) / design.blocks**2
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.maximum(square, 0) * (draws / (draws - 1)) / blocks**2 * np.where(draws > 1, 1.0, np.nan)
 
 
 def mean_interval(moments: Moments, design: Design) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Mean over blocks with its 95 % Student interval over draws: (mean, low, high)."""
     mean = moments.total / design.blocks
-    half = -stdtrit(max(design.draws - 1, 1), _TAIL) * np.sqrt(_variance_of_mean(moments, design))
+    half = -stdtrit(np.maximum(design.draws - 1, 1), _TAIL) * np.sqrt(_variance_of_mean(moments, design))
     return mean, mean - half, mean + half
 
 
@@ -58,15 +58,15 @@ def effective_blocks(moments: Moments, design: Design) -> np.ndarray:
     own degrees of freedom (Korn and Graubard 1998). Where the event never or always happened nothing shows how it
     clusters, and a draw counts once.
     """
-    if design.draws == design.blocks:
-        return np.full(np.shape(moments.total), float(design.blocks))
-    p = moments.total / design.blocks
+    draws, all_blocks = np.asarray(design.draws, float), np.asarray(design.blocks, float)
+    p = moments.total / all_blocks
     variance = _variance_of_mean(moments, design)
     with np.errstate(divide="ignore", invalid="ignore"):
         blocks = p * (1 - p) / variance
-    degrees = (stdtrit(design.blocks - 1, _TAIL) / stdtrit(max(design.draws - 1, 1), _TAIL)) ** 2
+    degrees = (stdtrit(np.maximum(all_blocks - 1, 1), _TAIL) / stdtrit(np.maximum(draws - 1, 1), _TAIL)) ** 2
     known = (p > 0) & (p < 1) & (variance > 0)
-    return np.where(known, np.clip(blocks * degrees, 1, design.blocks), float(design.draws))
+    clustered = np.where(known, np.clip(blocks * degrees, 1, all_blocks), draws)
+    return np.where(draws == all_blocks, all_blocks, clustered)
 
 
 def probability_interval(p: np.ndarray, blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -83,11 +83,6 @@ class Histogram(NamedTuple):
 
     values: np.ndarray  # int64, ascending
     counts: np.ndarray  # int64
-
-    @property
-    def mean(self) -> float:
-        """Mean value."""
-        return float(np.dot(self.values, self.counts) / self.counts.sum())
 
     def quantile(self, q: np.ndarray | float) -> np.ndarray:
         """Smallest value with a share of at least q at or below it."""

@@ -18,7 +18,7 @@ SUMMARY = ["model", "workload", "placement", "ep_size", "tokens", "trials", "dra
            "balancedness_mean", "idle_ranks_mean", "idle_ranks_p99", "distinct_experts_max_mean", "ranks_per_token_mean",
            "nodes_per_token_mean"]  # fmt: skip
 TAIL = ["model", "workload", "placement", "ep_size", "tokens", "trials", "draws",
-        "metric", "threshold", "probability", "low", "high", "method"]  # fmt: skip
+        "metric", "threshold", "probability", "low", "high", "method", "given"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def test_sweep_writes_the_named_columns(folder):
     assert list(tail.columns) == TAIL
     assert set(summary.placement) == {"linear", "linear_legacy", "round_robin"}
     assert {1.1, 1.25, 1.5, 2, 3} <= set(tail[tail.metric == "imbalance"].threshold)
-    assert set(tail[(tail.metric == "idle_ranks") & (tail.ep_size == 12)].threshold) == {1, 2, 4, 8, 11}
+    assert set(tail[(tail.metric == "idle_ranks") & (tail.ep_size == 12)].threshold) == {1, 2, 4, 6, 8, 11}
     assert set(tail[tail.metric == "one_rank"].threshold) == {1}
     provenance = json.loads((folder / "provenance.json").read_text())
     assert provenance["sweep"]["seed"] == 0

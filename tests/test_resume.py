@@ -11,8 +11,11 @@ import pytest
 
 from sim import InputError
 from sim.sweeps import Journal, make_plan, run_plan
-from sim.sweeps import run as run_module
-from sim.sweeps.chunk import chunk_draws
+from sim.sweeps import executors
+from sim.sweeps.chunk import stage_chunks
+from sim.sweeps.precision import first_stage
+
+ONE_THREAD = executors.threads(1)
 
 ARGUMENTS = {"ep_sizes": [8, 12], "tokens": [1, 64], "placements": ["linear", "random"], "trials": 400}
 
@@ -29,30 +32,30 @@ class Stopped(Exception):  # noqa: N818
 def _count_chunks(monkeypatch, stop_after=None):
     """Count the chunks that are computed; raise Stopped after some."""
     monkeypatch.undo()
-    computed, original = [], run_module.run_chunk
+    computed, original = [], executors.run_chunk
 
-    def counted(plan, draws):
+    def counted(plan, stage, draws):
         if len(computed) == stop_after:
             raise Stopped
         computed.append(draws)
-        return original(plan, draws)
+        return original(plan, stage, draws)
 
-    monkeypatch.setattr(run_module, "run_chunk", counted)
+    monkeypatch.setattr(executors, "run_chunk", counted)
     return computed
 
 
 def test_finished_chunks_are_not_computed_again(plan, tmp_path, monkeypatch):
-    whole = run_plan(plan)
-    n_chunks = len(chunk_draws(plan))
+    whole = run_plan(plan, ONE_THREAD)
+    n_chunks = len(stage_chunks(plan, first_stage(plan)))
     first = _count_chunks(monkeypatch, stop_after=5)
     with pytest.raises(Stopped):
-        run_plan(plan, 1, journal=Journal(tmp_path, plan))
+        run_plan(plan, ONE_THREAD, journal=Journal(tmp_path, plan))
     second = _count_chunks(monkeypatch)
-    resumed = run_plan(plan, 1, journal=Journal(tmp_path, plan))
+    resumed = run_plan(plan, ONE_THREAD, journal=Journal(tmp_path, plan))
     assert len(first) == 5
     assert n_chunks - 5 <= len(second) <= n_chunks - 3  # what was in flight may be lost
     third = _count_chunks(monkeypatch)
-    again = run_plan(plan, journal=Journal(tmp_path, plan))
+    again = run_plan(plan, ONE_THREAD, journal=Journal(tmp_path, plan))
     assert third == []
     for result in (resumed, again):
         for name in ("summary", "tail", "counts"):
@@ -60,17 +63,17 @@ def test_finished_chunks_are_not_computed_again(plan, tmp_path, monkeypatch):
 
 
 def test_a_damaged_chunk_is_computed_again(plan, tmp_path, monkeypatch):
-    whole = run_plan(plan, journal=Journal(tmp_path, plan))
+    whole = run_plan(plan, ONE_THREAD, journal=Journal(tmp_path, plan))
     files = sorted((tmp_path / ".partial").glob("*.npz"))
     files[0].write_bytes(files[0].read_bytes()[:-100])
     files[1].write_bytes(b"")
     computed = _count_chunks(monkeypatch)
-    assert run_plan(plan, journal=Journal(tmp_path, plan)).summary.equals(whole.summary)
+    assert run_plan(plan, ONE_THREAD, journal=Journal(tmp_path, plan)).summary.equals(whole.summary)
     assert len(computed) == 2
 
 
 def test_a_journal_of_another_sweep_is_refused(plan, tmp_path):
-    run_plan(plan, journal=Journal(tmp_path, plan))
+    run_plan(plan, ONE_THREAD, journal=Journal(tmp_path, plan))
     other = make_plan("deepseek-v3", "chat", **ARGUMENTS, seed=1)
     with pytest.raises(InputError, match="another unfinished sweep"):
         Journal(tmp_path, other)

@@ -50,7 +50,8 @@ def test_loads_conserve_pairs(case):
     ranks, ep_size, counts = case
     loads = np.empty((3, ep_size), np.int64)
     rank_loads(
-        counts[:, 0],
+        counts,
+        np.zeros(1, np.int64),
         np.zeros((3, 1), np.int64),
         lay_out(ranks[None], np.array([ep_size])),
         np.zeros(1, np.int64),

@@ -88,7 +88,7 @@ def _fewer_steps(rows: Any) -> Any:
 
 def _columns(result: Any, pair: list[str], where: list[tuple[int, int]]) -> tuple[list[str], list[list[str]]]:
     cells = result.summary.set_index(_KEYS).sort_index()
-    tail = result.tail[result.tail.metric == "imbalance"].set_index([*_KEYS, "threshold"])[["probability", "high"]]
+    tail = _best_rows(result.tail[result.tail.metric == "imbalance"])
     rows = []
     for ep_size, tokens in where:
         of = [cells.loc[(name, ep_size, tokens)] for name in pair]
@@ -117,14 +117,27 @@ def _change(first: Any, second: Any) -> str:
     return f"{change:+.3f} ± {second.imbalance_change_mean_high - second.imbalance_change_mean:.3f}"
 
 
-def _probability(tail: Any, key: tuple[str, int, int, float]) -> str:
+def _best_rows(tail: Any) -> dict[tuple[Any, ...], Any]:
+    """Of each cell and threshold the row that says most: exact, else sampled; a bound for what was never seen, unless it
+    holds for some layers only.
+    """
+    best: dict[tuple[Any, ...], Any] = {}
+    for row in tail.itertuples():
+        key = (row.placement, row.ep_size, row.tokens, row.threshold)
+        held = best.get(key)
+        if held is None or (not row.given and (row.method == "exact" or held.probability == 0)):
+            best[key] = row
+    return best
+
+
+def _probability(tail: dict[tuple[Any, ...], Any], key: tuple[str, int, int, float]) -> str:
     """A probability; what was never seen is below its upper bound; - where the sweep has no such threshold."""
-    if key not in tail.index:
+    row = tail.get(key)
+    if row is None:
         return "-"
-    p, high = tail.loc[key]
-    if p == 0:
-        return f"<{_rounded_up(high)}" if high else "0"
-    return f"{p:.3f}" if p >= 0.001 else f"{p:.0e}"
+    if row.low == 0 and row.high > 0 and (row.probability == 0 or row.method == "bound"):
+        return f"<{_rounded_up(row.high)}"
+    return f"{row.probability:.3f}" if row.probability >= 0.001 or row.high == 0 else f"{row.probability:.0e}"
 
 
 def _rounded_up(bound: float) -> str:

@@ -98,3 +98,34 @@ def names(option: str) -> Callable[[str], list[str]]:
         return parts
 
     return parse
+
+
+def share(option: str) -> Callable[[str], float]:
+    """Parser of a share: 1% or 0.01."""
+
+    def parse(text: str) -> float:
+        try:
+            return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+        except ValueError:
+            raise InputError(f"{option} '{text}': expected a share as in 1% or 0.01") from None
+
+    return parse
+
+
+_UNITS_S = {"s": 1, "m": 60, "h": 3600}
+
+
+def seconds(option: str) -> Callable[[str], float]:
+    """Parser of a time: 90s, 10m, 2h or a number of seconds."""
+
+    def parse(text: str) -> float:
+        number, unit = (text[:-1], text[-1]) if text[-1:] in _UNITS_S else (text, "s")
+        try:
+            value = float(number) * _UNITS_S[unit]
+        except ValueError:
+            value = 0.0
+        if not 0 < value < float("inf"):
+            raise InputError(f"{option} '{text}': expected a time as in 90s, 10m or 2h")
+        return value
+
+    return parse

@@ -8,7 +8,7 @@ from functools import lru_cache
 import numpy as np
 
 from sim.score import METRICS
-from sim.sweeps.plan import Plan
+from sim.sweeps.grid import Grid
 
 _MAX_LOAD, _IDLE = METRICS.index("max_load"), METRICS.index("idle_ranks")
 
@@ -23,20 +23,16 @@ class Events:
     name: list[str]
     threshold: list[float]
 
-    def happen(self, scores: np.ndarray) -> np.ndarray:
-        """Whether each event happened in each block: bool [trials, events], from scores int32 [trials, cells, METRICS]."""
-        return scores[:, self.cell, self.metric] >= self.least
-
 
 @lru_cache(maxsize=4)  # chunks ask for the same events again and again
-def events_of(plan: Plan) -> Events:
-    """All events of a plan, by cell."""
+def events_of(grid: Grid) -> Events:
+    """All events of a grid, by cell."""
     rows = []
-    for cell, (pair, _) in enumerate(plan.cells):
-        ep_size, mean = plan.pairs[pair][1], plan.mean_load(cell)
-        for x in plan.thresholds:
+    for cell in range(len(grid.cells)):
+        ep_size, mean = int(grid.ep_size_of_cell[cell]), grid.mean_load(cell)
+        for x in grid.thresholds:
             rows.append((cell, _MAX_LOAD, math.ceil(Fraction(str(x)) * mean), "imbalance", x))
-        idle = {2**i for i in range(ep_size.bit_length()) if 2**i < ep_size} | {ep_size - 1}
+        idle = {2**i for i in range(ep_size.bit_length()) if 2**i < ep_size} | {-(-ep_size // 2), ep_size - 1}
         rows += [(cell, _IDLE, m, "idle_ranks", float(m)) for m in sorted(idle - {0})]
         rows.append((cell, _IDLE, ep_size - 1, "one_rank", 1.0))
     cells, metric, least, name, threshold = zip(*rows, strict=True)

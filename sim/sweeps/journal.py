@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import shutil
 import zipfile
 from dataclasses import fields
@@ -10,8 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from sim.errors import InputError
-from sim.files import is_there, read_json
+from sim.files import read_json
 from sim.results import whole_files
+from sim.sweeps.chunk import Stage
 from sim.sweeps.plan import Plan
 from sim.sweeps.tally import Tally
 
@@ -26,29 +28,46 @@ class Journal:
     """
 
     def __init__(self, folder: Path, plan: Plan) -> None:
-        """Open the journal of a plan in a result folder. Raises InputError if it belongs to another sweep."""
-        self._folder, self._identity = folder / ".partial", plan.identity
+        """Open the journal of a plan in a result folder.
+
+        Raises InputError if another unfinished sweep is in it, be it running or stopped; OSError.
+        """
+        self._folder, self._about = folder / ".partial", json.dumps(plan.identity)
+        self._claim()
         held = self._folder / _IDENTITY
-        if is_there(held) and read_json(held, str(held)) != self._identity:
+        if read_json(held, str(held)) != plan.identity:
             raise InputError(
                 f"--out {folder} holds another unfinished sweep; choose another folder, or delete {self._folder}"
             )
 
-    def add(self, draws: range, tally: Tally) -> None:
-        """Keep the sums of a finished chunk. Raises OSError."""
+    def _claim(self) -> None:
+        """Write the identity, unless one is there: of two processes one is first, and the other sees it whole."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        identity = self._folder / _IDENTITY
-        if not identity.exists():
-            with whole_files(identity) as (path,):
-                path.write_text(json.dumps(self._identity))
-        with whole_files(self._path(draws)) as (path,), path.open("wb") as file:
+        mine = self._folder / f".{_IDENTITY}.{os.getpid()}.tmp"
+        mine.write_text(self._about)
+        with contextlib.suppress(FileExistsError):
+            os.link(mine, self._folder / _IDENTITY)
+        mine.unlink()
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        if error is not None and not any(self._folder.glob("*.npz")):
+            self.clear()  # nothing was done: leave nothing
+
+    def add(self, stage: Stage, draws: range, tally: Tally) -> None:
+        """Keep the sums of a finished chunk. Raises OSError."""
+        if not self._folder.exists():  # another process has finished this sweep
+            self._claim()
+        with whole_files(self._path(stage, draws)) as (path,), path.open("wb") as file:
             np.savez(file, **vars(tally))
 
-    def read(self, draws: range) -> Tally | None:
+    def read(self, stage: Stage, draws: range) -> Tally | None:
         """Sums of a chunk, None if it was not finished (or its file is damaged: it is computed again)."""
         names = {field.name for field in fields(Tally)}
         try:
-            with self._path(draws).open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            with self._path(stage, draws).open("rb") as file, np.load(file, allow_pickle=False) as arrays:
                 if set(arrays.files) == names and all(arrays[name].dtype == np.int64 for name in names):
                     return Tally(**{name: arrays[name] for name in names})
         except (OSError, ValueError, EOFError, zipfile.BadZipFile):
@@ -60,5 +79,5 @@ class Journal:
         with contextlib.suppress(FileNotFoundError):
             shutil.rmtree(self._folder)
 
-    def _path(self, draws: range) -> Path:
-        return self._folder / f"draws-{draws.start}-{draws.stop}.npz"
+    def _path(self, stage: Stage, draws: range) -> Path:
+        return self._folder / f"trials-{stage.trials.start}-{stage.trials.stop}-draws-{draws.start}-{draws.stop}.npz"

@@ -1,17 +1,28 @@
-"""Run a plan: chunks over threads. Their sums are integers, so the order in which they end does not matter."""
+"""Run a plan: its chunks on an executor, in stages where a precision decides. Sums are integers, so order does not matter."""
 
-import os
+import hashlib
+import json
+import math
+import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
+
+import numpy as np
+import pandas as pd
 
 from sim.errors import whole_number
 from sim.model import ModelSpec
 from sim.results import SweepResult
-from sim.sweeps.chunk import chunk_draws, run_chunk
+from sim.router import routing_law
+from sim.sweeps import executors
+from sim.sweeps.bounds import build_bounds
+from sim.sweeps.chunk import Stage, stage_chunks
+from sim.sweeps.events import events_of
 from sim.sweeps.journal import Journal
-from sim.sweeps.plan import DEFAULT_TRIALS, THRESHOLDS, Plan, make_plan
-from sim.sweeps.tables import build_counts, build_summary, build_tail
+from sim.sweeps.plan import THRESHOLDS, Plan, make_plan
+from sim.sweeps.precision import first_stage, next_stage
+from sim.sweeps.raw import build_counts, only_cells
+from sim.sweeps.tables import build_summary, build_tail
 from sim.sweeps.tally import Tally
 from sim.workload import Workload
 
@@ -25,12 +36,16 @@ def sweep(
     ep_sizes: int | Iterable[int],
     tokens: int | Iterable[int],
     placements: str | Sequence[str],
-    trials: int = DEFAULT_TRIALS,
+    trials: int | None = None,
     draws: int | None = None,
     seed: int = 0,
     tokens_per_rank: bool = False,
     ranks_per_node: int = 8,
     thresholds: Iterable[float] = THRESHOLDS,
+    precision: float | None = None,
+    precision_tail: float | None = None,
+    max_trials: int | None = None,
+    bound_layers: int | None = None,
     threads: int | None = None,
 ) -> SweepResult:
     """Sample token routings once and score them under every placement, EP size and number of tokens per step.
@@ -43,8 +58,8 @@ def sweep(
         EP sizes, and tokens per step over the whole EP group (per rank with `tokens_per_rank`).
     placements : str or list of str
         Strategies of `sim.place`; changes are given against the first.
-    trials : int
-        Steps scored in each cell.
+    trials : int, optional
+        Steps scored in each cell; default 10,000. Not with a precision.
     draws : int, optional
         Independent layer draws that the trials come from; by default a fresh layer for every step of a law, and every
         layer of recorded traffic. Intervals rest on the variation between draws.
@@ -54,6 +69,14 @@ def sweep(
         For node_aware placement and for nodes per token.
     thresholds : list of float
         Imbalance thresholds of the tail.
+    precision, precision_tail : float, optional
+        Stop a cell when the relative half-width of the interval of its mean imbalance (of each P(imbalance >= x) that is
+        not shown to be below 1e-3) is at most this, at 1024, 2048, 4096, ... trials.
+    max_trials : int, optional
+        The most trials under a precision; default 1,000,000.
+    bound_layers : int, optional
+        Layer draws that the bounds past sampling are taken over where popularity is drawn; default: the model's MoE
+        layers. 0 for no bounds.
     threads : int, optional
         Default: the processors that this process may use.
 
@@ -69,76 +92,129 @@ def sweep(
     """
     plan = make_plan(
         model, workload, ep_sizes=ep_sizes, tokens=tokens, placements=placements, trials=trials, draws=draws, seed=seed,
-        tokens_per_rank=tokens_per_rank, ranks_per_node=ranks_per_node, thresholds=thresholds,
+        tokens_per_rank=tokens_per_rank, ranks_per_node=ranks_per_node, thresholds=thresholds, precision=precision,
+        precision_tail=precision_tail, max_trials=max_trials, bound_layers=bound_layers,
     )  # fmt: skip
-    return run_plan(plan, threads)
+    n_threads = executors.usable_processors() if threads is None else whole_number("--threads", threads, 1, 4096)
+    return run_plan(plan, executors.threads(n_threads), n_threads=n_threads)
 
 
 def run_plan(
-    plan: Plan, threads: int | None = None, progress: Progress | None = None, journal: Journal | None = None
+    plan: Plan,
+    executor: executors.Executor,
+    *,
+    n_threads: int = 1,
+    progress: Progress | None = None,
+    journal: Journal | None = None,
+    time_limit_s: float | None = None,
 ) -> SweepResult:
     """Run a checked plan.
 
-    `progress(tokens done, tokens in all)` is called after every chunk; chunks that the journal holds are not computed.
+    Chunks run on `executor`, the bounds past sampling on `n_threads` threads. `progress(tokens done, tokens of the stage)`
+    is called after every chunk; chunks that the journal holds are not computed.
     """
-    if threads is not None:
-        whole_number("--threads", threads, 1, 4096)
-    tally = _tally(plan, threads or _usable_processors(), progress, journal)
-    return SweepResult(build_summary(plan, tally), build_tail(plan, tally), build_counts(plan, tally), plan.identity)
+    tally, stopped = _run_stages(plan, executor, progress, journal, time_limit_s)
+    tail = [build_tail(plan.grid, tally), build_bounds(plan, tally, n_threads)]
+    return SweepResult(
+        build_summary(plan.grid, tally, stopped, cell_ids(plan)),
+        pd.concat([part for part in tail if len(part)], ignore_index=True),
+        build_counts(plan.grid, tally),
+        plan.identity,
+    )
 
 
-def _usable_processors() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def cell_ids(plan: Plan) -> list[str]:
+    """Of each cell a digest of everything that changes the distribution of its blocks, and of nothing else."""
+    law, grid = routing_law(plan.model, plan.workload), plan.grid
+    about = [
+        [law, grid.layouts[pair], int(grid.ep_size_of_cell[cell]), int(grid.tokens_of_cell[cell]), plan.ranks_per_node]
+        for cell, (pair, _) in enumerate(grid.cells)
+    ]
+    return [hashlib.sha256(json.dumps(cell, sort_keys=True).encode()).hexdigest()[:16] for cell in about]
 
 
-def _tally(plan: Plan, threads: int, progress: Progress | None, journal: Journal | None) -> Tally:
-    """Sums over all chunks; the first to be computed runs alone, so that kernels are compiled once."""
+class _OutOfTime(Exception):  # noqa: N818
+    pass
+
+
+def _run_stages(
+    plan: Plan,
+    executor: executors.Executor,
+    progress: Progress | None,
+    journal: Journal | None,
+    time_limit_s: float | None,
+) -> tuple[Tally, np.ndarray]:
+    """Sums over all stages, and why each cell stopped, str [cells]."""
+    stopped = np.full(len(plan.grid.cells), "", dtype=object)
+    stage: Stage | None = first_stage(plan)
     total: Tally | None = None
+    started_s, end_s = time.monotonic(), math.inf
+    while stage is not None:
+        try:
+            new = _run_stage(plan, stage, executor, progress, journal, end_s)
+        except _OutOfTime:
+            stopped[list(stage.cells)] = "time_limit"
+            break
+        if time_limit_s is not None:
+            end_s = started_s + time_limit_s  # the first stage is run in any case
+        before, total = total, _with_stage(plan, total, new, stage)
+        stage = next_stage(plan, stage, total, before, stopped)
+    assert total is not None
+    total.compact()
+    return total, stopped
+
+
+def _run_stage(
+    plan: Plan,
+    stage: Stage,
+    executor: executors.Executor,
+    progress: Progress | None,
+    journal: Journal | None,
+    end_s: float,
+) -> Tally:
+    """Sums over the chunks of a stage. Raises _OutOfTime when the clock has passed `end_s`."""
+    total = _nothing(plan)
+    of_trial = int(plan.grid.tokens_of_cell[list(stage.cells)].max())
     done = 0
 
     def take(draws: range, tally: Tally) -> None:
-        nonlocal total, done
-        if total is None:
-            total = tally
-        else:
-            total.add(tally)
-        done += sum(-(-(plan.trials - d) // plan.draws) for d in draws) * int(plan.steps[-1])
+        nonlocal done
+        total.add(tally)
+        done += sum(len(stage.trials_of(draw)) for draw in draws) * of_trial
         if progress:
-            progress(done, plan.trials * int(plan.steps[-1]))
-
-    def finish(draws: range, tally: Tally) -> None:
-        if journal:
-            journal.add(draws, tally)
-        take(draws, tally)
+            progress(done, len(stage.trials) * of_trial)
 
     missing = []
-    for draws in chunk_draws(plan):
-        kept = journal.read(draws) if journal else None
+    for draws in stage_chunks(plan, stage):
+        kept = journal.read(stage, draws) if journal else None
         if kept is None:
             missing.append(draws)
         else:
             take(draws, kept)
-    if missing:
-        finish(missing[0], run_chunk(plan, missing[0]))
-        _run_parallel(plan, missing[1:], threads, finish)
-    assert total is not None
+    if missing and time.monotonic() > end_s:
+        raise _OutOfTime
+    for n_computed, (draws, tally) in enumerate(executor(plan, stage, missing), 1):
+        if journal:
+            journal.add(stage, draws, tally)
+        take(draws, tally)
+        if n_computed < len(missing) and time.monotonic() > end_s:
+            raise _OutOfTime
     total.compact()
     return total
 
 
-def _run_parallel(plan: Plan, chunks: list[range], threads: int, finish: Callable[[range, Tally], None]) -> None:
-    """Compute chunks over threads, a few ahead at a time so that finished sums do not pile up."""
-    waiting = iter(chunks)
-    running: dict[Future[Tally], range] = {}
-    with ThreadPoolExecutor(threads) as pool:
-        try:
-            while True:
-                while len(running) < 2 * threads and (draws := next(waiting, None)) is not None:
-                    running[pool.submit(run_chunk, plan, draws)] = draws
-                if not running:
-                    return
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    finish(running.pop(future), future.result())
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+def _nothing(plan: Plan) -> Tally:
+    return Tally.zero(len(plan.grid.cells), len(events_of(plan.grid).cell), len(plan.grid.pair_of_rank))
+
+
+def _with_stage(plan: Plan, total: Tally | None, new: Tally, stage: Stage) -> Tally:
+    """Sums with those of a further stage: added, or, where it went through its draws from the start, in their place."""
+    if total is None:
+        return new
+    if stage.trials.start == 0:
+        total = only_cells(plan.grid, total, np.setdiff1d(np.arange(len(plan.grid.cells)), stage.cells))
+    both = _nothing(plan)
+    both.add(total)
+    both.add(new)
+    both.compact()
+    return both

@@ -1,0 +1,125 @@
+"""Rows of tail.csv that sampling cannot give: exact answers, and bounds without a floor.
+
+Tokens must be independent given the layer: traffic by law without request effects. Under uniform traffic the rows hold
+as they stand. Where popularity is drawn, the far tail belongs to layers that nobody drew; the rows are then conditional
+on the first layer draws of the sweep, and say so.
+"""
+
+import math
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
+
+import numpy as np
+import pandas as pd
+
+from sim.sweeps.events import Events, events_of
+from sim.sweeps.laws import DrawnLayers, sample_laws
+from sim.sweeps.plan import Plan
+from sim.sweeps.tables import KEYS, cell_keys, certain_events, impossible_events
+from sim.sweeps.tally import Tally
+from sim.theory import TINY, UniformLayer, UniformRouter
+from sim.workload import GumbelTraffic
+from sim.workload.gumbel import X0
+
+_NEAR_1 = (1.01, 1.02, 1.03, 1.04, 1.05, 1.06, 1.08, 1.1, 1.15, 1.2, 1.25, 1.3, 1.4, 1.5, 1.6, 1.75)
+LADDER = (*_NEAR_1, *(x * 2.0**i for i in range(14) for x in (1, 1.125, 1.25, 1.375, 1.5, 1.75) if x * 2**i >= 2))
+"""Imbalance thresholds of bounds, besides those of the sweep."""
+_DEEPEST = 1e-18  # below this, only the sweep's own thresholds
+
+_NEAR_TINY = 1e6 * TINY
+
+Source = UniformLayer | DrawnLayers
+Row = tuple[str, float, float, float]  # metric, threshold, lower and upper bound
+
+
+def no_bounds_because(plan: Plan) -> str | None:
+    """Why a sweep stays with sampling; None if it does not."""
+    if plan.bound_layers == 0:
+        return "--bound-layers is 0"
+    if not isinstance(plan.workload, GumbelTraffic):
+        return (
+            "a recorded step takes its tokens from different sequences, without replacement: they are not independent"
+        )
+    if plan.workload.request_sigma > 0:
+        return "the tokens of a request are not independent"
+    return None
+
+
+def build_bounds(plan: Plan, tally: Tally, n_threads: int) -> pd.DataFrame:
+    """Rows of tail.csv with method 'exact' (both bounds agree) or 'bound' (probability and high are the upper bound)."""
+    if no_bounds_because(plan):
+        return pd.DataFrame()
+    grid, n_layers = plan.grid, min(plan.bound_layers, plan.draws or plan.trials)
+    assert isinstance(plan.workload, GumbelTraffic)
+    layouts = [(layout, ep_size) for layout, (_, ep_size) in zip(grid.layouts, grid.pairs, strict=True)]
+    first = {layout: p for p, layout in reversed(list(enumerate(layouts)))}  # equal placements have equal rows
+    router = _uniform_router(plan, plan.workload)
+    sources: dict[int, Source] = {}
+    for p in first.values():
+        table = plan.layer_ranks[p]
+        if router is not None and table is not None and len(table) == 1:
+            sources[p] = UniformLayer(router, table[0])
+    drawn = [p for p in first.values() if p not in sources]
+    sources |= dict(zip(drawn, sample_laws(plan, drawn, n_layers, n_threads), strict=True))
+    with ThreadPoolExecutor(n_threads) as pool:
+        rows = dict(zip(sources, pool.map(lambda p: _rows_of_pair(plan, p, sources[p]), sources), strict=True))
+    keys, rows_out = cell_keys(grid, tally), []
+    for cell, (pair, step) in enumerate(grid.cells):
+        source = first[layouts[pair]]
+        conditional = source in drawn and (plan.workload.popularity != "none" or plan.layer_ranks[pair] is None)
+        given = f"{n_layers} drawn layers" if conditional else ""
+        for metric, threshold, low, high in rows[source][step]:
+            low = low if high > _NEAR_TINY else 0.0
+            method = "exact" if low == high else "bound"
+            rows_out.append((*keys[cell], metric, threshold, high, low, high, method, given))
+    return pd.DataFrame(
+        rows_out, columns=[*KEYS, "metric", "threshold", "probability", "low", "high", "method", "given"]
+    )
+
+
+def _uniform_router(plan: Plan, workload: GumbelTraffic) -> UniformRouter | None:
+    """The router under uniform traffic; None where experts or tokens are not alike."""
+    model = plan.model
+    if workload.popularity != "none" or (model.is_grouped and workload.group_sigma > 0):
+        return None
+    return UniformRouter.of(model, X0)
+
+
+def _rows_of_pair(plan: Plan, pair: int, source: Source) -> dict[int, list[Row]]:
+    """Rows of each step of a pair."""
+    grid, events = plan.grid, events_of(plan.grid)
+    known = impossible_events(grid, events) | certain_events(grid, events)
+    rows: dict[int, list[Row]] = {}
+    for cell in range(len(grid.cells)):
+        if grid.cells[cell][0] == pair:
+            rows[grid.cells[cell][1]] = [
+                *_imbalance_rows(plan, cell, source),
+                *_other_rows(events, known, int(grid.tokens_of_cell[cell]), cell, source),
+            ]
+    return rows
+
+
+def _imbalance_rows(plan: Plan, cell: int, source: Source) -> Iterator[Row]:
+    grid = plan.grid
+    tokens, mean = int(grid.tokens_of_cell[cell]), grid.mean_load(cell)
+    last = math.inf
+    for x in sorted({*grid.thresholds, *LADDER}):
+        if x > grid.ep_size_of_cell[cell] or (last < _DEEPEST and x not in grid.thresholds):
+            continue
+        least = math.ceil(Fraction(str(x)) * mean)
+        if least <= 1:
+            continue
+        low, last = source.max_load(tokens, least)
+        if last < 1:
+            yield "imbalance", x, low, last
+
+
+def _other_rows(events: Events, known: np.ndarray, tokens: int, cell: int, source: Source) -> Iterator[Row]:
+    for i in (events.cell == cell).nonzero()[0]:
+        name, least = events.name[i], int(events.least[i])
+        if name == "imbalance" or known[i]:
+            continue
+        bounds = source.one_rank(tokens) if name == "one_rank" else source.idle_ranks(tokens, least)
+        if bounds is not None and bounds[1] < 1:
+            yield name, events.threshold[i], *bounds

@@ -1,0 +1,130 @@
+"""Where chunks are computed: on threads, or on a Dask cluster. An executor takes chunks and yields tallies, in any order."""
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from typing import Any
+
+from sim.errors import InputError
+from sim.kernels import source_digest
+from sim.sweeps.chunk import Stage, run_chunk
+from sim.sweeps.plan import Plan
+from sim.sweeps.tally import Tally
+
+Executor = Callable[[Plan, Stage, list[range]], Iterator[tuple[range, Tally]]]
+_ANSWER_S = 10
+_RETRIES = 5
+_AHEAD = 2  # chunks per worker that wait for it
+
+
+def usable_processors() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def threads(n_threads: int) -> Executor:
+    """Compute chunks over threads, a few ahead at a time so that finished sums do not pile up."""
+
+    def compute(plan: Plan, stage: Stage, chunks: list[range]) -> Iterator[tuple[range, Tally]]:
+        if chunks:  # alone, so that kernels are compiled once
+            yield chunks[0], run_chunk(plan, stage, chunks[0])
+        waiting = iter(chunks[1:])
+        running: dict[Future[Tally], range] = {}
+        with ThreadPoolExecutor(n_threads) as pool:
+            try:
+                while True:
+                    while len(running) < _AHEAD * n_threads and (draws := next(waiting, None)) is not None:
+                        running[pool.submit(run_chunk, plan, stage, draws)] = draws
+                    if not running:
+                        return
+                    for future in wait(running, return_when=FIRST_COMPLETED).done:
+                        yield running.pop(future), future.result()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    return compute
+
+
+@contextmanager
+def dask_cluster(scheduler: str | None, n_workers: int) -> Iterator[Executor]:
+    """Compute chunks on the workers of a Dask scheduler; without an address on a local cluster of `n_workers` processes.
+
+    A chunk whose worker dies is computed again by another; its sums are taken once, when its future ends.
+
+    Raises
+    ------
+    InputError
+        The `cluster` extra is not installed; the scheduler does not answer, has no workers, or workers that run another
+        version of epsim (whose rows would differ).
+    """
+    try:
+        from distributed import Client, LocalCluster
+    except ImportError:
+        raise InputError("--executor dask needs the extra 'cluster': pip install 'epsim[cluster]'") from None
+    with tempfile.TemporaryDirectory(prefix="epsim-dask-") as folder:
+        local = None
+        if scheduler is None:
+            local = LocalCluster(
+                n_workers=n_workers, threads_per_worker=1, dashboard_address=None, local_directory=folder
+            )
+        try:
+            client = _connect(Client, local or scheduler)
+            with client:
+                _check_workers(client, scheduler)
+                yield _submit_to(client)
+        finally:
+            if local is not None:
+                local.close()
+
+
+def _connect(client: Any, address: Any) -> Any:
+    try:
+        return client(address, timeout=_ANSWER_S, set_as_default=False)
+    except (OSError, TimeoutError, ValueError, ImportError):
+        raise InputError(
+            f"--scheduler {address}: no Dask scheduler answers there within {_ANSWER_S} s; an address looks like "
+            "tcp://HOST:8786"
+        ) from None
+
+
+def _check_workers(client: Any, scheduler: str | None) -> None:
+    try:
+        client.wait_for_workers(1, timeout=_ANSWER_S)
+        found = client.run(source_digest)
+    except TimeoutError:
+        raise InputError(
+            f"--scheduler {scheduler} has no workers; start one or more with: dask worker {scheduler}"
+        ) from None
+    except ImportError as error:
+        raise InputError(f"--scheduler {scheduler}: a worker has no epsim of this version ({error})") from None
+    strangers = sorted(worker for worker, digest in found.items() if digest != source_digest())
+    if strangers:
+        raise InputError(f"--scheduler {scheduler}: worker {strangers[0]} runs another version of epsim")
+
+
+def _submit_to(client: Any) -> Executor:
+    from distributed import as_completed
+
+    def compute(plan: Plan, stage: Stage, chunks: list[range]) -> Iterator[tuple[range, Tally]]:
+        n_ahead = _AHEAD * max(sum(client.nthreads().values()), 1)
+        waiting = iter(chunks)
+        running: dict[str, range] = {}
+
+        def submit() -> Any:
+            draws = next(waiting, None)
+            if draws is None:
+                return None
+            future = client.submit(run_chunk, plan, stage, draws, pure=False, retries=_RETRIES)
+            running[future.key] = draws
+            return future
+
+        done = as_completed([future for _ in range(n_ahead) if (future := submit()) is not None])
+        for future in done:
+            yield running.pop(future.key), future.result()
+            if (more := submit()) is not None:
+                done.add(more)
+
+    return compute

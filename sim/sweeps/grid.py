@@ -1,0 +1,112 @@
+"""The cells of a sweep, and all that its tables need to know of model and placements."""
+
+from dataclasses import asdict, dataclass, fields
+from fractions import Fraction
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Grid:
+    """All pairs (placement, EP size) at each number of tokens per step.
+
+    Attributes
+    ----------
+    model, workload : str
+        Names.
+    top_k : int
+    placements, ep_sizes, tokens, thresholds
+        As in `sim.sweep`; tokens per step over the whole EP group, or, with `per_rank`, per step and rank.
+    layouts : tuple of str
+        Digest of the rank of each expert, of each pair.
+    largest_rank : tuple of int
+        Most experts that a rank of each pair holds in any layer.
+    """
+
+    model: str
+    workload: str
+    top_k: int
+    placements: tuple[str, ...]
+    ep_sizes: tuple[int, ...]
+    tokens: tuple[int, ...]
+    per_rank: bool
+    thresholds: tuple[float, ...]
+    layouts: tuple[str, ...]
+    largest_rank: tuple[int, ...]
+
+    @classmethod
+    def of(cls, identity: dict[str, Any]) -> "Grid":
+        """The grid of a sweep that was written. Raises KeyError or TypeError if the identity is not one."""
+        values: dict[str, Any] = {field.name: identity[field.name] for field in fields(cls)}
+        for name, value in values.items():
+            values[name] = tuple(value) if isinstance(value, list) else value
+        return cls(**values)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+    @cached_property
+    def steps(self) -> np.ndarray:
+        """Distinct tokens per step over the EP group, int64, ascending."""
+        scale = self.ep_sizes if self.per_rank else (1,)
+        return np.unique([n * r for n in self.tokens for r in scale]).astype(np.int64)
+
+    @cached_property
+    def pairs(self) -> list[tuple[str, int]]:
+        """(placement, EP size), placements slowest."""
+        return [(placement, ep_size) for placement in self.placements for ep_size in self.ep_sizes]
+
+    @cached_property
+    def cells(self) -> list[tuple[int, int]]:
+        """(index of the pair, index of the step), pairs slowest; the cells of the first placement come first."""
+        step_of = {int(step): i for i, step in enumerate(self.steps)}
+        return [
+            (p, step_of[n * ep_size if self.per_rank else n])
+            for p, (_, ep_size) in enumerate(self.pairs)
+            for n in self.tokens
+        ]
+
+    @cached_property
+    def baseline_cells(self) -> np.ndarray:
+        """For each cell the cell of the first placement on the same EP size and step, int64."""
+        return np.arange(len(self.cells)) % (len(self.ep_sizes) * len(self.tokens))
+
+    @cached_property
+    def pair_of_cell(self) -> np.ndarray:
+        """int64 [cells]."""
+        return np.array([pair for pair, _ in self.cells])
+
+    @cached_property
+    def tokens_of_cell(self) -> np.ndarray:
+        """Tokens per step over the EP group, int64 [cells]."""
+        return self.steps[[step for _, step in self.cells]]
+
+    @cached_property
+    def ep_size_of_cell(self) -> np.ndarray:
+        """int64 [cells]."""
+        return np.array([self.pairs[pair][1] for pair, _ in self.cells])
+
+    @cached_property
+    def largest_cells(self) -> np.ndarray:
+        """The cell of each pair with the most tokens per step, int64 [pairs]: where loads of single ranks are kept."""
+        last = int(np.argmax(self.tokens))
+        return np.arange(len(self.pairs)) * len(self.tokens) + last
+
+    @cached_property
+    def pair_of_rank(self) -> np.ndarray:
+        """Pair of each rank, the ranks of all pairs in a row, int64 [ranks]."""
+        sizes = [ep_size for _, ep_size in self.pairs]
+        return np.repeat(np.arange(len(sizes)), sizes)
+
+    def mean_load(self, cell: int) -> Fraction:
+        """Mean load over ranks of a block of a cell: the same for every block."""
+        return Fraction(int(self.tokens_of_cell[cell]) * self.top_k, int(self.ep_size_of_cell[cell]))
+
+    def keys(self, cell: int) -> list[object]:
+        """Model, workload, placement, EP size and tokens per step of a cell."""
+        placement, ep_size = self.pairs[self.cells[cell][0]]
+        return [self.model, self.workload, placement, ep_size, int(self.tokens_of_cell[cell])]
