@@ -15,6 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from sim.errors import InputError
@@ -149,3 +150,16 @@ def read_result(folder: Path | str) -> SweepResult:
     counts = pd.read_parquet(io.BytesIO(data[COUNTS])) if COUNTS in data else pd.DataFrame()
     summary, tail = (pd.read_csv(io.BytesIO(data[name]), keep_default_na=name == SUMMARY) for name in (SUMMARY, TAIL))
     return SweepResult(summary, tail, counts, about["sweep"])
+
+
+CELL = ["placement", "ep_size", "tokens"]
+
+
+def best_rows(tail: pd.DataFrame) -> pd.DataFrame:
+    """Of each cell, metric and threshold the row of the tail with the narrowest interval in ratio, of those that hold for
+    all layers; of equally wide ones that with the lowest upper bound.
+    """
+    rows = tail[tail.given == ""]
+    width = np.where(rows.low > 0, rows.high / rows.low.where(rows.low > 0, 1.0), np.where(rows.high > 0, np.inf, 1.0))
+    order = rows.assign(width=width).sort_values(["width", "high"], kind="stable")
+    return order.drop_duplicates([*CELL, "metric", "threshold"]).sort_index().drop(columns="width")

@@ -10,8 +10,7 @@ import time
 import pytest
 
 from sim import InputError
-from sim.sweeps import Journal, make_plan, run_plan
-from sim.sweeps import executors
+from sim.sweeps import Journal, executors, make_plan, run_plan
 from sim.sweeps.chunk import stage_chunks
 from sim.sweeps.precision import first_stage
 

@@ -15,6 +15,7 @@ from sim.errors import InputError, unknown
 VERBS = {
     "sweep": "sample routed tokens and score placements on every EP size and step size",
     "show": "print the answer of a sweep again, or another part of it",
+    "combine": "add sweeps of different seeds or machines",
     "plot": "draw the figures of a sweep",
     "models": "list the model presets",
     "workloads": "list the traffic presets",

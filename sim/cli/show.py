@@ -19,6 +19,16 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--ep", metavar="LIST", help="some of the EP sizes")
     parser.add_argument("--tokens", metavar="LIST", help="some of the step sizes")
     parser.add_argument("--placement", metavar="A,B", help="the two placements (default: the baseline and round_robin)")
+    parser.add_argument(
+        "--worst",
+        action="store_true",
+        help="print the worst cases instead: all load on one rank, and at least half of the ranks idle (all placements)",
+    )
+    parser.add_argument(
+        "--tail",
+        action="store_true",
+        help="print P(imbalance >= x) instead: sampled, exact and between bounds (all placements)",
+    )
     parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
 
 
@@ -29,7 +39,8 @@ def run(arguments: Namespace) -> None:
 
     result = read_result(arguments.folder)
     ep_sizes, tokens, pair = arguments.ep, arguments.tokens, arguments.placement
-    print_result(
+    printer = print_worst_cases if arguments.worst else print_tail if arguments.tail else print_result
+    printer(
         result,
         whole_numbers("--ep")(ep_sizes) if ep_sizes is not None else None,
         whole_numbers("--tokens")(tokens) if tokens is not None else None,
@@ -61,13 +72,93 @@ def print_result(
     heads, cells = _columns(result, pair, list(zip(shown.ep_size, shown.tokens, strict=True)))
     first = summary.iloc[0]
     title = f"{first.model}, {first.workload} traffic: {' against '.join(pair)}"
+    _print_table(title + "; imbalance = max / mean rank load of a layer in a step", heads, cells, markdown)
+    if markdown:
+        return
+    if len(shown) < len(rows):
+        print("(some of the step sizes; all of them, and all placements, are in summary.csv)")
+
+
+def _print_table(title: str, heads: list[str], cells: list[list[str]], markdown: bool) -> None:
     if markdown:
         print("| " + " | ".join(heads) + " |\n|" + "---:|" * len(heads))
         print("\n".join("| " + " | ".join(row) + " |" for row in cells))
-        return
-    print(f"{title}; imbalance = max / mean rank load of a layer in a step\n\n{_two_line_table(heads, cells)}")
-    if len(shown) < len(rows):
-        print("(some of the step sizes; all of them, and all placements, are in summary.csv)")
+    else:
+        print(f"{title}\n\n{_two_line_table(heads, cells)}")
+
+
+def print_worst_cases(
+    result: Any,
+    ep_sizes: list[int] | None = None,
+    tokens: list[int] | None = None,
+    placements: list[str] | None = None,
+    markdown: bool = False,
+) -> None:
+    """Print P(all of a step's load on one rank) and P(at least half of the ranks idle), to their true size where it is
+    known.
+    """
+    from sim.results import best_rows
+
+    summary = result.summary
+    _check("--ep", ep_sizes, summary.ep_size)
+    _check("--tokens", tokens, summary.tokens)
+    _check("--placement", placements, list(dict.fromkeys(summary.placement)))
+    names = placements or list(dict.fromkeys(summary.placement))
+    steps = tokens or sorted(summary.tokens.unique())[:4]
+    tail = best_rows(result.tail[result.tail.metric.isin(["one_rank", "idle_ranks"])])
+    rows = {(row.placement, row.ep_size, row.tokens, row.metric, row.threshold): row for row in tail.itertuples()}
+    cells = []
+    for ep_size in ep_sizes or sorted(summary.ep_size.unique()):
+        for step in steps:
+            if ep_size > 1 and (names[0], ep_size, step, "one_rank", 1.0) in rows:
+                at = [
+                    rows.get((name, ep_size, step, metric, threshold))
+                    for metric, threshold in (("one_rank", 1.0), ("idle_ranks", float(-(-ep_size // 2))))
+                    for name in names
+                ]
+                cells.append([str(ep_size), str(step), *(_probability(row) for row in at)])
+    short = [_SHORT.get(name, name) for name in names]
+    heads = ["EP", "tokens", *[f"{what} {name}" for what in ("one-rank", "half-idle") for name in short]]
+    first = summary.iloc[0]
+    title = (
+        f"{first.model}, {first.workload} traffic: probability that all of a step's load is on one rank, and that at least "
+        "half of the ranks are idle"
+    )
+    _print_table(title, heads, cells, markdown)
+
+
+def print_tail(
+    result: Any,
+    ep_sizes: list[int] | None = None,
+    tokens: list[int] | None = None,
+    placements: list[str] | None = None,
+    markdown: bool = False,
+) -> None:
+    """Print P(imbalance >= x) of some cells: what was sampled beside what is exact or between bounds."""
+    summary, tail = result.summary, result.tail[result.tail.metric == "imbalance"]
+    _check("--ep", ep_sizes, summary.ep_size)
+    _check("--tokens", tokens, summary.tokens)
+    _check("--placement", placements, list(dict.fromkeys(summary.placement)))
+    tail = tail[tail.ep_size.isin(ep_sizes or tail.ep_size) & tail.tokens.isin(tokens or tail.tokens)]
+    tail = tail[tail.placement.isin(placements or tail.placement) & (tail.threshold <= tail.ep_size)]
+    cells = []
+    for key, rows in tail.groupby([*_KEYS, "threshold"], sort=False):
+        of = {bool(row.method == "sampled"): row for row in rows.itertuples()}
+        sampled, theory = of.get(True), of.get(False)
+        seen = [_probability(sampled), _interval(sampled)]
+        known = ["-", "-", ""] if theory is None else [theory.method, _interval(theory), theory.given or "all layers"]
+        cells.append([*map(str, key[:3]), f"{key[3]:g}", *seen, *known])
+    cells.sort(key=lambda row: (row[0], int(row[1]), int(row[2]), float(row[3])))
+    heads = ["placement", "EP", "tokens", "x", "sampled P", "sampled 95 %", "method", "method's P", "method holds for"]
+    first = summary.iloc[0]
+    _print_table(f"{first.model}, {first.workload} traffic: P(imbalance >= x)", heads, cells, markdown)
+
+
+def _interval(row: Any) -> str:
+    """Lower and upper bound, or the answer where they agree."""
+    if row is None:
+        return "-"
+    return f"{row.low:.3g}" if row.low == row.high else f"{row.low:.2g} to {row.high:.2g}"
 
 
 def _check(option: str, wanted: list[Any] | None, there: Any) -> None:
@@ -87,8 +178,11 @@ def _fewer_steps(rows: Any) -> Any:
 
 
 def _columns(result: Any, pair: list[str], where: list[tuple[int, int]]) -> tuple[list[str], list[list[str]]]:
+    from sim.results import best_rows
+
     cells = result.summary.set_index(_KEYS).sort_index()
-    tail = _best_rows(result.tail[result.tail.metric == "imbalance"])
+    imbalance = best_rows(result.tail[result.tail.metric == "imbalance"])
+    tail = {(row.placement, row.ep_size, row.tokens, row.threshold): row for row in imbalance.itertuples()}
     rows = []
     for ep_size, tokens in where:
         of = [cells.loc[(name, ep_size, tokens)] for name in pair]
@@ -99,7 +193,7 @@ def _columns(result: Any, pair: list[str], where: list[tuple[int, int]]) -> tupl
                 *[f"{cell.imbalance_mean:.3f}" for cell in of],
                 *([_change(*of)] if len(of) > 1 else []),
                 *[f"{cell.imbalance_p99:.2f}" for cell in of],
-                *[_probability(tail, (name, ep_size, tokens, x)) for x in (1.5, 2.0) for name in pair],
+                *[_probability(tail.get((name, ep_size, tokens, x))) for x in (1.5, 2.0) for name in pair],
                 *[f"{cell.idle_ranks_mean:.1f}" for cell in of],
             ]
         )
@@ -117,27 +211,15 @@ def _change(first: Any, second: Any) -> str:
     return f"{change:+.3f} ± {second.imbalance_change_mean_high - second.imbalance_change_mean:.3f}"
 
 
-def _best_rows(tail: Any) -> dict[tuple[Any, ...], Any]:
-    """Of each cell and threshold the row that says most: exact, else sampled; a bound for what was never seen, unless it
-    holds for some layers only.
-    """
-    best: dict[tuple[Any, ...], Any] = {}
-    for row in tail.itertuples():
-        key = (row.placement, row.ep_size, row.tokens, row.threshold)
-        held = best.get(key)
-        if held is None or (not row.given and (row.method == "exact" or held.probability == 0)):
-            best[key] = row
-    return best
-
-
-def _probability(tail: dict[tuple[Any, ...], Any], key: tuple[str, int, int, float]) -> str:
-    """A probability; what was never seen is below its upper bound; - where the sweep has no such threshold."""
-    row = tail.get(key)
+def _probability(row: Any) -> str:
+    """A probability; what is only known to be below a bound shows the bound; - where the sweep has no such row."""
     if row is None:
         return "-"
-    if row.low == 0 and row.high > 0 and (row.probability == 0 or row.method == "bound"):
+    if row.low == 0 and row.high > 0:
         return f"<{_rounded_up(row.high)}"
-    return f"{row.probability:.3f}" if row.probability >= 0.001 or row.high == 0 else f"{row.probability:.0e}"
+    if row.low == row.high and row.low in (0.0, 1.0):
+        return f"{row.low:.0f}"
+    return f"{row.probability:.3f}" if row.probability >= 0.001 else f"{row.probability:.0e}"
 
 
 def _rounded_up(bound: float) -> str:

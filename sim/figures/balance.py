@@ -66,19 +66,19 @@ def load_by_rank(result: SweepResult) -> Figure:
     sizes = pick_ep_sizes(result, (8, 12, 24, 48, 32, 64), 6)
     counts = result.counts
     figure, axes = panels(len(sizes), 3, 2.1)
-    row = result.summary.iloc[0]
-    design = Design.of(int(row.trials), int(row.draws))
+    summary = result.summary.sort_values("tokens").groupby(["placement", "ep_size"]).last()
     studied = [name for name in placements_of(result) if name in ("linear", "linear_legacy", "round_robin")]
     studied = studied or placements_of(result)
     for ax, ep_size in zip(axes, sizes, strict=True):
         names, twins = distinct_placements(result, ep_size)
         for placement in [name for name in names if name in studied]:
+            cell = summary.loc[(placement, ep_size)]
             of_pair = counts[(counts.placement == placement) & (counts.ep_size == ep_size)]
             loads = [
                 of_pair[of_pair.metric == f"rank_load{part}"].sort_values("value")["count"].to_numpy(float)
                 for part in ("", "_square", "_weighted")
             ]
-            mean, low, high = mean_interval(Moments(*loads), design)
+            mean, low, high = mean_interval(Moments(*loads), Design.of(int(cell.trials), int(cell.draws)))
             ranks, scale, style = np.arange(ep_size), mean.mean(), look(placement)
             ax.plot(ranks, mean / scale, **style | {"markersize": 3, "linewidth": 0.8})
             ax.fill_between(ranks, low / scale, high / scale, color=style["color"], alpha=0.15, linewidth=0)

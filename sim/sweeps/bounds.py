@@ -121,5 +121,5 @@ def _other_rows(events: Events, known: np.ndarray, tokens: int, cell: int, sourc
         if name == "imbalance" or known[i]:
             continue
         bounds = source.one_rank(tokens) if name == "one_rank" else source.idle_ranks(tokens, least)
-        if bounds is not None and bounds[1] < 1:
+        if bounds is not None and (bounds[1] < 1 or bounds[0] == bounds[1]):
             yield name, events.threshold[i], *bounds

@@ -20,7 +20,7 @@ from sim.theory import fill_layer_bounds
 
 _BATCH_TOKENS = 2**13
 _MOST_BATCHES = 16  # per layer
-_TRIALS_PER_BATCH = 1250  # a larger sweep has more precise laws
+_LEAST_BATCHES, _TRIALS_PER_BATCH = 4, 625  # a larger sweep has more precise laws
 _HOT = 8  # ranks of a layer whose pairs are looked at
 _FIRST_TRIAL = 3072 * 2**20  # beyond any trial of a sweep; trial t runs layer t % 2**20
 
@@ -61,7 +61,7 @@ def sample_laws(plan: Plan, pairs: list[int], n_layers: int, n_threads: int) -> 
     if not pairs:
         return []
     layouts, layout_of_pair = chunk_layouts(plan, range(n_layers))
-    n_batches = min(max(plan.trials // _TRIALS_PER_BATCH, 1), _MOST_BATCHES)
+    n_batches = min(max(plan.trials // _TRIALS_PER_BATCH, _LEAST_BATCHES), _MOST_BATCHES)
     with ThreadPoolExecutor(n_threads) as pool:
         layers = list(
             pool.map(lambda i: _count(plan, pairs, i, n_batches, layouts, layout_of_pair[i]), range(n_layers))
