@@ -23,7 +23,7 @@ from sim.workload import GumbelTraffic
 from sim.workload.gumbel import X0
 
 _NEAR_1 = (1.01, 1.02, 1.03, 1.04, 1.05, 1.06, 1.08, 1.1, 1.15, 1.2, 1.25, 1.3, 1.4, 1.5, 1.6, 1.75)
-LADDER = (*_NEAR_1, *(x * 2.0**i for i in range(14) for x in (1, 1.125, 1.25, 1.375, 1.5, 1.75) if x * 2**i >= 2))
+LADDER = (*_NEAR_1, *(x * 2.0**i for i in range(1, 14) for x in (1, 1.25, 1.5, 1.75)))
 """Imbalance thresholds of bounds, besides those of the sweep."""
 _DEEPEST = 1e-18  # below this, only the sweep's own thresholds
 
@@ -60,13 +60,17 @@ def build_bounds(plan: Plan, tally: Tally, n_threads: int) -> pd.DataFrame:
         table = plan.layer_ranks[p]
         if router is not None and table is not None and len(table) == 1:
             sources[p] = UniformLayer(router, table[0])
-    drawn = [p for p in first.values() if p not in sources]
+    # Random placements of uniform traffic are as many layouts as layers: they are left to sampling.
+    drawn = [p for p in first.values() if router is None or plan.layer_ranks[p] is not None]
+    drawn = [p for p in drawn if p not in sources]
     sources |= dict(zip(drawn, sample_laws(plan, drawn, n_layers, n_threads), strict=True))
     with ThreadPoolExecutor(n_threads) as pool:
         rows = dict(zip(sources, pool.map(lambda p: _rows_of_pair(plan, p, sources[p]), sources), strict=True))
     keys, rows_out = cell_keys(grid, tally), []
     for cell, (pair, step) in enumerate(grid.cells):
         source = first[layouts[pair]]
+        if source not in sources:
+            continue
         conditional = source in drawn and (plan.workload.popularity != "none" or plan.layer_ranks[pair] is None)
         given = f"{n_layers} drawn layers" if conditional else ""
         for metric, threshold, low, high in rows[source][step]:
@@ -103,14 +107,15 @@ def _rows_of_pair(plan: Plan, pair: int, source: Source) -> dict[int, list[Row]]
 def _imbalance_rows(plan: Plan, cell: int, source: Source) -> Iterator[Row]:
     grid = plan.grid
     tokens, mean = int(grid.tokens_of_cell[cell]), grid.mean_load(cell)
-    last = math.inf
+    bounds = {1: (1.0, 1.0)}  # of small steps many thresholds ask for the same load
+    last = 1.0
     for x in sorted({*grid.thresholds, *LADDER}):
         if x > grid.ep_size_of_cell[cell] or (last < _DEEPEST and x not in grid.thresholds):
             continue
         least = math.ceil(Fraction(str(x)) * mean)
-        if least <= 1:
-            continue
-        low, last = source.max_load(tokens, least)
+        if least not in bounds:
+            bounds[least] = source.max_load(tokens, least)
+        low, last = bounds[least]
         if last < 1:
             yield "imbalance", x, low, last
 

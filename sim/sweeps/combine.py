@@ -92,6 +92,8 @@ def _add(total: Tally, tally: Tally, name: str) -> None:
 
 def _mean_bounds(tails: list[pd.DataFrame], total: Tally, grid: Grid) -> pd.DataFrame:
     """Rows beyond sampling, which follow those of the events: for all layers as they are, for drawn layers averaged."""
+    if all(len(tail) == len(events_of(grid).cell) for tail in tails):
+        return pd.DataFrame()
     rows = pd.concat([tail.iloc[len(events_of(grid).cell) :] for tail in tails])
     layers = rows.given.str.partition(" ")[0].replace("", "1").astype(int)
     rows = rows.assign(weight=layers, conditional=rows.given != "")

@@ -1,5 +1,6 @@
 """Where chunks are computed: on threads, or on a Dask cluster. An executor takes chunks and yields tallies, in any order."""
 
+import asyncio
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -61,7 +62,7 @@ def dask_cluster(scheduler: str | None, n_workers: int) -> Iterator[Executor]:
         version of epsim (whose rows would differ).
     """
     try:
-        from distributed import Client, LocalCluster
+        from distributed import LocalCluster
     except ImportError:
         raise InputError("--executor dask needs the extra 'cluster': pip install 'epsim[cluster]'") from None
     with tempfile.TemporaryDirectory(prefix="epsim-dask-") as folder:
@@ -71,26 +72,35 @@ def dask_cluster(scheduler: str | None, n_workers: int) -> Iterator[Executor]:
                 n_workers=n_workers, threads_per_worker=1, dashboard_address=None, local_directory=folder
             )
         try:
-            client = _connect(Client, local or scheduler)
-            with client:
-                _check_workers(client, scheduler)
+            address = scheduler if local is None else local.scheduler_address
+            with _connect(address) as client:
+                _check_workers(client, address)
                 yield _submit_to(client)
         finally:
             if local is not None:
                 local.close()
 
 
-def _connect(client: Any, address: Any) -> Any:
+def _connect(scheduler: str) -> Any:
+    """A client of a scheduler that answers; the knock comes first, since a client that fails is slow to go away."""
+    from distributed import Client
+    from distributed.comm import connect
+
+    async def knock() -> None:
+        comm = await connect(scheduler, timeout=_ANSWER_S)
+        await comm.close()
+
     try:
-        return client(address, timeout=_ANSWER_S, set_as_default=False)
+        asyncio.run(knock())
+        return Client(scheduler, timeout=_ANSWER_S, set_as_default=False)
     except (OSError, TimeoutError, ValueError, ImportError):
         raise InputError(
-            f"--scheduler {address}: no Dask scheduler answers there within {_ANSWER_S} s; an address looks like "
+            f"--scheduler {scheduler}: no Dask scheduler answers there within {_ANSWER_S} s; an address looks like "
             "tcp://HOST:8786"
         ) from None
 
 
-def _check_workers(client: Any, scheduler: str | None) -> None:
+def _check_workers(client: Any, scheduler: str) -> None:
     try:
         client.wait_for_workers(1, timeout=_ANSWER_S)
         found = client.run(source_digest)
@@ -121,7 +131,7 @@ def _submit_to(client: Any) -> Executor:
             running[future.key] = draws
             return future
 
-        done = as_completed([future for _ in range(n_ahead) if (future := submit()) is not None])
+        done = as_completed([future for _ in range(n_ahead) if (future := submit()) is not None], loop=client.loop)
         for future in done:
             yield running.pop(future.key), future.result()
             if (more := submit()) is not None:

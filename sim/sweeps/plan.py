@@ -24,7 +24,8 @@ MAX_TOKENS = 2**24
 RARE = 1e-3
 """Probabilities that are shown to be below this do not hold up a cell under a precision of the tail."""
 SCHEMA = 2
-_BOUND_LAYERS = 32  # of a model whose number of layers is not known
+_BOUND_LAYERS = (4, 32)  # by default at least and at most ...
+_BOUND_WORK = 80_000  # ... so many as keep layers x ranks x cells at about this
 
 
 class Precision(NamedTuple):
@@ -135,7 +136,6 @@ def make_plan(
             for (_, size), table in zip(pairs, ranks, strict=True)
         ),
     )
-    most = model.n_moe_layers or _BOUND_LAYERS
     plan = Plan(
         grid=grid,
         model=model,
@@ -146,10 +146,17 @@ def make_plan(
         seed=whole_number("--seed", seed, 0, 2**63 - 1),
         ranks_per_node=ranks_per_node,
         precision=target,
-        bound_layers=most if bound_layers is None else whole_number("--bound-layers", bound_layers, 0, 4096),
+        bound_layers=_default_bound_layers(grid)
+        if bound_layers is None
+        else whole_number("--bound-layers", bound_layers, 0, 4096),
     )
     _check_sums_fit(plan)
     return plan
+
+
+def _default_bound_layers(grid: Grid) -> int:
+    least, most = _BOUND_LAYERS
+    return int(np.clip(_BOUND_WORK // int(grid.ep_size_of_cell.sum()), least, most))
 
 
 def _digest(table: np.ndarray) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 from sim.theory.sums import TINY
 from sim.theory.uniform import UniformRouter
 
-_MOST_CLASSES = 20_000  # of sets of ranks, that bounds are added up over
+_MOST_CLASSES = 3_000  # of sets of ranks, that bounds are added up over
 _MOST_EXACT = 50  # classes for inclusion and exclusion, in long integers
 _BITS = 1536  # of these: what cancels is some 2**256, what is left is above 1e-300
 
@@ -89,8 +89,8 @@ def probability_of_idle(
 
 def _all_miss(router: UniformRouter, sets: dict[tuple[int, ...], int], n_tokens: int) -> float:
     """Sum over sets of P(all tokens miss the set)."""
-    misses = ((router.misses(experts), n) for experts, n in sets.items())
-    return float(sum(n * max(p**n_tokens, TINY) for p, n in misses if p > 0))
+    missed = ((router.misses(experts), n) for experts, n in sets.items())
+    return float(sum(n * max(p**n_tokens, TINY) for p, n in missed if p > 0))
 
 
 def _all_miss_exactly(router: UniformRouter, sets: dict[tuple[int, ...], int], n_tokens: int) -> int:

@@ -37,6 +37,7 @@ class UniformRouter:
             probability += [p / len(orders)] * len(orders)
         self.counts, self.probability = np.array(rows), np.array(probability)
         self._laws: dict[tuple[int, ...], np.ndarray] = {}
+        self._misses: dict[tuple[int, ...], float] = {}
 
     @classmethod
     def of(cls, model: ModelSpec, x0: float) -> "UniformRouter | None":
@@ -83,6 +84,11 @@ class UniformRouter:
 
     def misses(self, held: tuple[int, ...]) -> float:
         """P(a token has no expert among `held` experts of each group)."""
+        if held not in self._misses:
+            self._misses[held] = self._sum_of_misses(held)
+        return self._misses[held]
+
+    def _sum_of_misses(self, held: tuple[int, ...]) -> float:
         counts, probability = self.marginal(len(held))
         none = self._hypergeometric[:, 0]
         missed = probability

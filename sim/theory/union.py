@@ -5,7 +5,7 @@ import numpy as np
 from sim.kernels import kernel
 from sim.theory.sums import tail, tilt, tilted_moments
 
-_NEGLIGIBLE = 1e-3  # of a sum, that a term's own bound may replace the term
+_NEGLIGIBLE = 0.02  # of a sum, that a term's own bound may replace the term
 
 
 @kernel

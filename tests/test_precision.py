@@ -1,0 +1,171 @@
+"""Precision on demand, and sums of sweeps."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from sim import InputError, sweep
+from sim.cli import main
+from sim.results import read_result
+from sim.sweeps import combine, executors, make_plan, run_plan
+from sim.sweeps.raw import build_counts, read_counts
+
+GRID = {"ep_sizes": [8, 64], "tokens": [1, 64], "placements": ["linear", "random"], "bound_layers": 0}
+ONE_THREAD = executors.threads(1)
+
+
+def half_widths(summary):
+    return (summary.imbalance_mean_high - summary.imbalance_mean) / summary.imbalance_mean
+
+
+def test_each_cell_stops_when_it_is_precise_enough():
+    result = sweep("deepseek-v3", "chat", **GRID, precision=0.015, max_trials=20_000)
+    summary = result.summary
+    assert (half_widths(summary) <= 0.015).all()
+    assert set(summary.stopped) == {"precision"}
+    assert set(summary.trials) <= {1024 * 2**i for i in range(5)}
+    assert summary.trials.nunique() > 1
+    assert (summary.groupby(["ep_size", "tokens"]).trials.nunique() == 1).all()  # changes are paired
+
+
+def test_a_precise_row_is_the_row_of_a_plain_sweep_of_as_many_trials():
+    """Stages and the company of other cells change nothing."""
+    result = sweep("deepseek-v3", "chat", **GRID, precision=0.015)
+    for trials, rows in result.summary.groupby("trials"):
+        plain = sweep("deepseek-v3", "chat", **GRID, trials=int(trials)).summary.drop(columns="stopped")
+        same = plain.merge(rows.drop(columns="stopped"))
+        assert len(same) == len(rows)
+
+
+def test_clustered_cells_are_gone_through_from_the_start():
+    result = sweep("deepseek-v3", "chat", **GRID, draws=1500, precision=0.01, max_trials=5000)
+    for (trials, stopped), rows in result.summary.groupby(["trials", "stopped"]):
+        assert stopped in ("precision", "draws", "max_trials")
+        plain = sweep("deepseek-v3", "chat", **GRID, draws=min(1500, int(trials)), trials=int(trials)).summary
+        assert len(plain.drop(columns="stopped").merge(rows.drop(columns="stopped"))) == len(rows)
+
+
+def test_a_tail_precision_holds_for_all_that_is_not_rare():
+    result = sweep(
+        "deepseek-v3", "chat", ep_sizes=8, tokens=64, placements="linear", precision_tail=0.2, max_trials=200_000,
+        thresholds=[1.25, 1.5, 2.5], bound_layers=0,
+    )  # fmt: skip
+    tail = result.tail[(result.tail.metric == "imbalance") & (result.tail.method == "sampled")]
+    wide = (tail.high - tail.low) / 2 > 0.2 * tail.probability
+    assert (tail[wide].high <= 1e-3).all()
+    assert wide.any()
+    assert not wide.all()
+    assert set(result.summary.stopped) == {"precision"}
+
+
+def test_what_cannot_be_met_is_said(capsys, tmp_path):
+    """12 layers differ too much: it stops early. And a limit on trials is reached."""
+    arguments = ["sweep", "--ep", "8", "--tokens", "4096", "--precision", "0.1%", "--bound-layers", "0"]
+    assert main([*arguments, "--draws", "12", "--max-trials", "100000", "--out", str(tmp_path / "a")]) == 0
+    assert "more trials would not help" in capsys.readouterr().err
+    summary = pd.read_csv(tmp_path / "a/summary.csv")
+    assert set(summary.stopped) == {"draws"}
+    assert summary.trials.max() < 100_000
+    assert main([*arguments, "--max-trials", "1500", "--out", str(tmp_path / "b")]) == 0
+    assert "--max-trials is reached" in capsys.readouterr().err
+    assert set(pd.read_csv(tmp_path / "b/summary.csv").stopped) == {"max_trials"}
+
+
+def test_out_of_time_the_same_command_goes_on(tmp_path, capsys):
+    command = [
+        "sweep",
+        "--ep",
+        "8",
+        "--tokens",
+        "1024",
+        "--precision",
+        "1%",
+        "--max-trials",
+        "4096",
+        "--bound-layers",
+        "0",
+    ]
+    limited = [*command, "--precision", "0.01%", "--out", str(tmp_path / "a")]
+    assert main([*limited, "--time-limit", "0.001s"]) == 0
+    assert "--time-limit is reached" in capsys.readouterr().err
+    assert set(pd.read_csv(tmp_path / "a/summary.csv").stopped) == {"time_limit"}
+    assert main(limited) == 0
+    assert main([*command, "--precision", "0.01%", "--out", str(tmp_path / "b")]) == 0
+    for name in ("summary.csv", "tail.csv", "counts.parquet"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    assert not (tmp_path / "a/.partial").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"trials": 100}, "--trials and a precision exclude each other"),
+        ({"precision": 0}, "--precision 0"),
+        ({"precision": 1.5}, "--precision 1.5"),
+        ({"precision": None, "precision_tail": float("nan")}, "--precision-tail nan"),
+        ({"max_trials": 0}, "--max-trials 0"),
+        ({"precision": None, "max_trials": 5}, "--max-trials goes with"),
+        ({"bound_layers": -1}, "--bound-layers -1"),
+    ],
+)
+def test_bad_precisions(change, message):
+    with pytest.raises(InputError, match=message):
+        make_plan("deepseek-v3", "chat", **GRID | {"precision": 0.01} | change)
+
+
+def test_raw_counts_are_the_tally():
+    plan = make_plan("deepseek-v3", "gpqa-tilted", **GRID, trials=50, draws=9)
+    result = run_plan(plan, ONE_THREAD)
+    tally = read_counts(plan.grid, result.counts.sample(frac=1, random_state=0), "here")
+    pd.testing.assert_frame_equal(build_counts(plan.grid, tally), result.counts)
+
+
+@pytest.mark.parametrize("draws", [None, 40])
+def test_a_sum_of_sweeps_is_the_sweep_of_both(draws):
+    """Means and probabilities of the sum are the weighted ones; intervals shrink; the order does not matter."""
+    parts = [
+        (name, sweep("deepseek-v3", "chat", **GRID | {"bound_layers": 3}, trials=trials, draws=draws, seed=seed))
+        for name, trials, seed in (("a", 200, 1), ("b", 400, 2), ("c", 300, 7))
+    ]
+    total = combine(parts)
+    again = combine([("bc", combine(parts[1:])), parts[0]])
+    for name in ("summary", "counts"):
+        pd.testing.assert_frame_equal(getattr(total, name), getattr(again, name))
+    pd.testing.assert_frame_equal(total.tail, again.tail)
+    weights = np.array([200, 400, 300]) / 900
+    for column in ("imbalance_mean", "idle_ranks_mean", "imbalance_change_mean", "ranks_per_token_mean"):
+        mean = sum(w * result.summary[column] for w, (_, result) in zip(weights, parts, strict=True))
+        np.testing.assert_allclose(total.summary[column], mean, atol=1e-12)
+    assert (half_widths(total.summary) < half_widths(parts[1][1].summary)).all()
+    assert (total.summary.trials == 900).all()
+    assert (total.summary.draws == (3 * draws if draws else 900)).all()
+    n = len(parts[0][1].tail[parts[0][1].tail.given == ""])
+    sampled = [result.tail.iloc[:n].probability for _, result in parts]
+    np.testing.assert_allclose(
+        total.tail.iloc[:n].probability, sum(w * p for w, p in zip(weights, sampled, strict=True))
+    )
+    assert set(total.tail.given) == {"", "9 drawn layers"}
+    assert total.identity["seed"] == [1, 2, 7]
+
+
+def test_what_does_not_belong_together_is_refused(tmp_path, capsys):
+    small = ["sweep", "--ep", "8", "--tokens", "4", "--trials", "50", "--bound-layers", "0"]
+    variants = {
+        "one": [], "two": ["--seed", "1"], "seed": [], "ep": ["--seed", "2", "--ep", "4"],
+        "traffic": ["--seed", "2", "--workload", "uniform"], "nodes": ["--seed", "2", "--ranks-per-node", "4"],
+    }  # fmt: skip
+    for name, change in variants.items():
+        assert main([*small, *change, "--out", str(tmp_path / name)]) == 0
+    capsys.readouterr()
+    for name, why in (
+        ("seed", "the same seed 0"), ("ep", "ep_sizes is [4], not [8]"), ("traffic", "workload is uniform, not chat"),
+        ("nodes", "ranks_per_node is 4, not 8"),
+    ):  # fmt: skip
+        assert main(["combine", str(tmp_path / "one"), str(tmp_path / name), "--out", str(tmp_path / "sum")]) == 2
+        assert why in capsys.readouterr().err
+        assert not (tmp_path / "sum").exists()
+    assert main(["combine", str(tmp_path / "one"), "--out", str(tmp_path / "sum")]) == 2
+    assert main(["combine", str(tmp_path / "one"), str(tmp_path / "two"), "--out", str(tmp_path / "sum")]) == 0
+    assert (read_result(tmp_path / "sum").summary.trials == 100).all()
+    assert main(["show", str(tmp_path / "sum"), "--tail"]) == 0
+    assert main(["plot", str(tmp_path / "sum"), "--format", "svg"]) == 0
