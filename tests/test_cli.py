@@ -102,7 +102,7 @@ def test_plot_draws_every_figure_and_the_same_bytes_twice(folder, capsys):
     assert main(["plot", str(folder)]) == 0
     written = [line for line in capsys.readouterr().out.splitlines()]
     first = {name: (folder / name).read_bytes() for name in (path.rsplit("/", 1)[1] for path in written)}
-    assert len(first) == 12
+    assert len(first) == 14
     assert all(data.startswith((b"\x89PNG", b"<?xml")) for data in first.values())
     assert main(["plot", str(folder), "--format", "svg"]) == 0
     for name in first:

@@ -5,6 +5,7 @@ import pytest
 
 from sim import sweep
 from sim.figures import FIGURES
+from sim.results import best_rows
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +40,10 @@ def test_every_axis_has_a_name_and_no_legend_lies_over_data(name, result):
 def test_exceedance_is_drawn_from_the_counts(result):
     figure = FIGURES["exceedance"](result)
     ax = next(ax for ax in figure.axes if ax.get_title(loc="left") == "EP 8")
-    (line,) = lines(ax, "#0072B2")
+    line = max(lines(ax, "#0072B2"), key=lambda line: line.get_linewidth())  # the thin one is of the bounds
     x, p = line.get_data()
-    tail = result.tail.query("placement == 'round_robin' and ep_size == 8 and tokens == 64 and metric == 'imbalance'")
+    tail = result.tail[result.tail.given == ""]
+    tail = tail.query("placement == 'round_robin' and ep_size == 8 and tokens == 64 and metric == 'imbalance'")
     for row in tail.itertuples():
         at = np.searchsorted(x, row.threshold - 1e-9)
         assert (p[at] if at < len(p) else 0.0) == pytest.approx(row.probability)
@@ -49,10 +51,32 @@ def test_exceedance_is_drawn_from_the_counts(result):
     assert not lines(ax, "#D55E00")
 
 
+def test_the_thin_lines_are_the_rows_beyond_sampling(result):
+    figure = FIGURES["exceedance"](result)
+    ax = next(ax for ax in figure.axes if ax.get_title(loc="left") == "EP 8")
+    line = min(lines(ax, "#0072B2"), key=lambda line: line.get_linewidth())
+    rows = result.tail.query(
+        "placement == 'round_robin' and ep_size == 8 and tokens == 64 and metric == 'imbalance' and given != ''"
+    )
+    drawn = dict(zip(*line.get_data(), strict=True))
+    assert len(drawn) > 3
+    assert min(drawn.values()) < 1e-13
+    assert drawn.items() <= dict(zip(rows.threshold, rows.high, strict=True)).items()
+    assert "drawn layers only" in figure._suptitle.get_text()
+
+
+def test_unlucky_steps_are_the_tables_numbers(result):
+    figure = FIGURES["unlucky_steps"](result)
+    rows = result.tail.query("placement == 'linear' and tokens == 1 and metric == 'one_rank' and ep_size > 1")
+    known = [row.probability for row in best_rows(rows).sort_values("ep_size").itertuples() if row.low > 0]
+    line = lines(figure.axes[0], "#000000")[0]
+    np.testing.assert_allclose([p for p in line.get_ydata() if p == p], known)
+
+
 def test_worst_cases_and_means_are_the_tables_numbers(result):
     figure = FIGURES["worst_case_by_ep"](result)
     for ax, level in zip(figure.axes, (1.5, 2.0), strict=True):
-        rows = result.tail.query(
+        rows = result.tail[result.tail.given == ""].query(
             "placement == 'linear' and tokens == 64 and metric == 'imbalance' and threshold == @level"
         )
         rows = rows[(rows.ep_size > level)].sort_values("ep_size")

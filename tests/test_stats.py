@@ -95,3 +95,72 @@ def test_never_seen_is_bounded_by_the_draws_not_by_the_blocks():
     event = moments_of(np.zeros(30), np.full(30, 100))
     assert effective_blocks(event, Design.of(3000, 30))[0] == 30
     assert probability_interval(np.zeros(1), np.array([30.0]))[1][0] == pytest.approx(1 - 0.025 ** (1 / 30))
+
+
+SEEDS = 2000
+"""Seeds of the coverage table: a share is known to 0.5 % (one standard error), so 93 to 97 % is 4 of them from 95 %."""
+
+
+@pytest.mark.parametrize(("n", "q"), [(200, 0.5), (1000, 0.5), (400, 0.95), (4000, 0.95), (4000, 0.99)])
+def test_quantile_intervals_hold_the_truth_as_often_as_they_say(n, q):
+    """Independent blocks whose values hardly repeat. Ranks are whole numbers, so up to 96.2 % is right; seeds are many
+    enough to tell that from 97 %."""
+    truth, held, n_seeds = int(np.floor(q * 2**30)), 0, 5 * SEEDS
+    for seed in range(n_seeds):
+        x = np.sort(np.random.default_rng(seed).integers(0, 2**30, n))
+        _, low, high = quantile_interval(Histogram(x, np.ones(n, int)), q, n)
+        held += low <= truth <= high
+    assert 0.93 < held / n_seeds < 0.97
+
+
+@pytest.mark.parametrize("draws", [40, 200])
+def test_quantile_intervals_of_clustered_blocks(draws):
+    """Blocks of a draw share a normal effect; the effective blocks come from the event next to the quantile."""
+    per_draw, q, held = 10, 0.95, 0
+    truth = norm.ppf(q) * np.sqrt(2)
+    design = Design.of(draws * per_draw, draws)
+    for seed in range(SEEDS):
+        rng = np.random.default_rng(seed)
+        x = rng.normal(size=(draws, 1)) + rng.normal(size=(draws, per_draw))
+        event = moments_of((x >= truth).sum(axis=1), np.full(draws, per_draw))
+        blocks = float(np.floor(effective_blocks(event, design)[0]))
+        values = np.round(np.sort(x.ravel()) * 2**20).astype(int)
+        _, low, high = quantile_interval(Histogram(*np.unique(values, return_counts=True)), q, blocks)
+        held += not (low > truth * 2**20) and not (high < truth * 2**20)  # a missing bound holds
+    assert held / SEEDS > 0.93
+
+
+@pytest.mark.parametrize("n", [30, 1000])
+@pytest.mark.parametrize("mean", [0.05, 1, 3, 20])
+def test_probability_intervals_hold_for_rare_and_for_zero_counts(n, mean):
+    """Expected counts from 0.05 (nearly always zero) to 20."""
+    p = mean / n
+    hits = np.random.default_rng(n).binomial(n, p, SEEDS)
+    low, high = probability_interval(hits / n, np.full(SEEDS, float(n)))
+    assert ((low <= p) & (p <= high)).mean() > 0.93
+
+
+@pytest.mark.parametrize(
+    ("draws", "per_draw", "p"), [(50, 20, 0.002), (50, 20, 0.01), (24, 40, 0.001), (200, 5, 0.003)]
+)
+def test_probability_intervals_of_rare_clustered_events(draws, per_draw, p):
+    """Events that come in some draws more than in others: log-normal probabilities (sd 1), their mean p."""
+    held, design = 0, Design.of(draws * per_draw, draws)
+    for seed in range(SEEDS):
+        rng = np.random.default_rng(seed)
+        of_draw = np.minimum(p * np.exp(rng.normal(size=draws) - 0.5), 1)
+        event = moments_of(rng.binomial(per_draw, of_draw), np.full(draws, per_draw))
+        low, high = probability_interval(event.total / design.blocks, effective_blocks(event, design))
+        held += low[0] <= p <= high[0]
+    assert held / SEEDS > 0.93
+
+
+@pytest.mark.parametrize(("n", "skew"), [(1000, 0.5), (10_000, 1.0)])
+def test_mean_intervals_hold_for_skewed_blocks(n, skew):
+    """Log-normal blocks, as imbalances are."""
+    held = 0
+    for seed in range(SEEDS):
+        x = np.exp(skew * np.random.default_rng(seed).normal(size=n))
+        _, low, high = mean_interval(moments_of(x, np.ones(n)), Design.of(n, n))
+        held += low[0] <= np.exp(skew**2 / 2) <= high[0]
+    assert 0.93 < held / SEEDS < 0.97

@@ -185,6 +185,7 @@ def test_committed_results_regenerate_to_the_last_digit(workload, tmp_path):
     result = sweep(
         identity["model"], workload, ep_sizes=sizes, tokens=tokens, placements=identity["placements"],
         trials=identity["trials"], seed=identity["seed"], thresholds=identity["thresholds"],
+        bound_layers=identity["bound_layers"],
     )  # fmt: skip
     for name in ("summary", "tail"):
         path = tmp_path / f"{name}.csv"
@@ -202,8 +203,9 @@ def test_committed_results_are_as_precise_as_promised(workload):
     half = (summary.imbalance_mean_high - summary.imbalance_mean_low) / 2 / summary.imbalance_mean
     assert (half <= np.where(summary.ep_size <= 64, 0.01, 0.02)).all()
     rows = tail[(tail.metric == "imbalance") & (tail.threshold == 1.5) & tail.ep_size.between(8, 64)]
+    rows = rows[rows.method == "sampled"]
     assert ((rows.high - rows.low) / 2 <= 0.01).all()
-    assert max(path.stat().st_size for path in folder.iterdir() if path.suffix != ".parquet") < 2_000_000
+    assert max(path.stat().st_size for path in folder.iterdir() if path.suffix != ".parquet") < 3_000_000
 
 
 @pytest.mark.parametrize(

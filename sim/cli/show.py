@@ -158,7 +158,7 @@ def _interval(row: Any) -> str:
     """Lower and upper bound, or the answer where they agree."""
     if row is None:
         return "-"
-    return f"{row.low:.3g}" if row.low == row.high else f"{row.low:.2g} to {row.high:.2g}"
+    return f"{row.low:.3g}" if row.low == row.high else f"{row.low:.3g} to {row.high:.3g}"
 
 
 def _check(option: str, wanted: list[Any] | None, there: Any) -> None:

@@ -75,7 +75,7 @@ _HELP = {
     "phase": "of recorded routing: decode (default) or prefill",
     "ranks_per_node": "ranks joined by NVLink, for node_aware and for nodes per token",
     "thresholds": "imbalance thresholds of tail.csv (default: 1.1,1.25,1.5,1.75,2,2.5,3,4,6,8)",
-    "bound_layers": "layer draws that bounds past sampling are taken over (default: 32, in large grids fewer; 0: no bounds)",
+    "bound_layers": "layer draws behind bounds past sampling (default: up to 32, none where that takes long; 0: no bounds)",
     "threads": "default: all processors of this process; of a local cluster, its workers",
     "executor": "threads, or dask: a local cluster, or the one of --scheduler (extra: epsim[cluster])",
     "scheduler": "address of a Dask scheduler, as in tcp://HOST:8786",

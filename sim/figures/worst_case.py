@@ -39,7 +39,9 @@ def _histograms(result: SweepResult, metric: str) -> dict[tuple[Any, ...], Histo
 
 def _tails(result: SweepResult, metric: str) -> dict[tuple[Any, ...], pd.DataFrame]:
     """Rows of the tail of a metric in each (placement, EP size, tokens)."""
-    rows = result.tail[(result.tail.metric == metric) & (result.tail.method == "sampled")]
+    rows = result.tail[result.tail.metric == metric].drop_duplicates(
+        [*CELL, "threshold"]
+    )  # what was sampled comes first
     return dict(list(rows.groupby(CELL)))
 
 
@@ -62,7 +64,7 @@ def _draw_staircase(ax: Axes, histogram: Histogram, mean_load: float, tail: pd.D
     low, high = probability_interval(p, _effective_blocks(tail, x))
     style = look(placement)
     # "At least x" holds from the value before up to the value itself: hence steps before the points.
-    ax.step(x, p, where="pre", color=style["color"], linestyle=style["linestyle"])
+    ax.step(x, p, where="pre", color=style["color"], linestyle=style["linestyle"], linewidth=1.8)
     ax.fill_between(x, np.maximum(low, 1e-12), high, step="pre", color=style["color"], alpha=0.15, linewidth=0)
 
 
@@ -81,13 +83,13 @@ _DEEPEST = 1e-13
 
 
 def _draw_bounds(ax: Axes, rows: pd.DataFrame, placement: str) -> None:
-    """Lower and upper bounds at their thresholds, down to the first beyond the axis; dotted, so that they are told apart."""
+    """Lower and upper bounds at their thresholds, down to the first beyond the axis; thin, so that they are told apart."""
     rows = rows[(rows.high > 0) & (rows.high < _OVERLAP)].sort_values("threshold")
     rows = rows.iloc[: int((rows.high >= _DEEPEST).sum()) + 1]
     color = look(placement)["color"]
-    ax.plot(rows.threshold, rows.high, color=color, linestyle=(0, (1, 1)), linewidth=1.6)
-    low = np.maximum(rows.low, _DEEPEST / 1e3)
-    ax.fill_between(rows.threshold, low, rows.high, color=color, alpha=0.25, linewidth=0)
+    ax.plot(rows.threshold, rows.high, color=color, linestyle="-", linewidth=0.7)
+    low, high = (np.maximum(rows[column], _DEEPEST / 1e3) for column in ("low", "high"))
+    ax.fill_between(rows.threshold, low, high, color=color, alpha=0.25, linewidth=0)
 
 
 def _theory_rows(result: SweepResult, metric: str) -> pd.DataFrame:
@@ -121,22 +123,22 @@ def exceedance(result: SweepResult, tokens: int = 64) -> Figure:
         title_panel(ax, f"EP {ep_size}", twins)
     label_outer(axes, "imbalance x", "P(imbalance ≥ x)")
     text = f"Worst cases: how often the imbalance reaches x, {tokens_text(steps)} (log axes)"
-    set_title(figure, result, text + _meaning_of_dots(result, "imbalance"))
+    set_title(figure, result, text + _meaning_of_thin_lines(result, "imbalance"))
     add_legend(figure, result, drawn, markers=False)
     return figure
 
 
-def _meaning_of_dots(result: SweepResult, metric: str) -> str:
-    """What the dotted lines are."""
+def _meaning_of_thin_lines(result: SweepResult, metric: str) -> str:
+    """What the thin lines are."""
     given = sorted(set(_theory_rows(result, metric).given))
     if not given:
         return ""
     if given == [""]:
-        return "\nsolid: sampled; dotted: exact or between bounds, for all layers"
+        return "\nthick: sampled; thin: exact or between bounds, for all layers"
     known = "; where one is uniform over layers, for all" if "" in given else ""
     draws = int(result.summary.draws.max())
     return (
-        f"\nsolid: sampled over all layers, blind below about 3 / {draws} draws; dotted: bounds given the {given[-1]} only"
+        f"\nthick: sampled over all layers, blind below about 3 / {draws} draws; thin: bounds given the {given[-1]} only"
         f"{known}"
     )
 

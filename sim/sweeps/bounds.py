@@ -23,8 +23,9 @@ from sim.workload import GumbelTraffic
 from sim.workload.gumbel import X0
 
 _NEAR_1 = (1.01, 1.02, 1.03, 1.04, 1.05, 1.06, 1.08, 1.1, 1.15, 1.2, 1.25, 1.3, 1.4, 1.5, 1.6, 1.75)
-LADDER = (*_NEAR_1, *(x * 2.0**i for i in range(1, 14) for x in (1, 1.25, 1.5, 1.75)))
-"""Imbalance thresholds of bounds, besides those of the sweep."""
+_COARSE, _FINE = (1, 1.25, 1.5, 1.75), (1, 1.125, 1.25, 1.375, 1.5, 1.625, 1.75, 1.875)
+LADDER, FINE_LADDER = ((*_NEAR_1, *(x * 2.0**i for i in range(1, 14) for x in between)) for between in (_COARSE, _FINE))
+"""Imbalance thresholds of bounds, besides those of the sweep; the fine one where rows cost little."""
 _DEEPEST = 1e-18  # below this, only the sweep's own thresholds
 
 _NEAR_TINY = 1e6 * TINY
@@ -35,14 +36,14 @@ Row = tuple[str, float, float, float]  # metric, threshold, lower and upper boun
 
 def no_bounds_because(plan: Plan) -> str | None:
     """Why a sweep stays with sampling; None if it does not."""
-    if plan.bound_layers == 0:
-        return "--bound-layers is 0"
     if not isinstance(plan.workload, GumbelTraffic):
         return (
             "a recorded step takes its tokens from different sequences, without replacement: they are not independent"
         )
     if plan.workload.request_sigma > 0:
         return "the tokens of a request are not independent"
+    if plan.bound_layers == 0:
+        return "--bound-layers is 0 (the default where bounds would take longer than the sampling)"
     return None
 
 
@@ -109,7 +110,7 @@ def _imbalance_rows(plan: Plan, cell: int, source: Source) -> Iterator[Row]:
     tokens, mean = int(grid.tokens_of_cell[cell]), grid.mean_load(cell)
     bounds = {1: (1.0, 1.0)}  # of small steps many thresholds ask for the same load
     last = 1.0
-    for x in sorted({*grid.thresholds, *LADDER}):
+    for x in sorted({*grid.thresholds, *(FINE_LADDER if isinstance(source, UniformLayer) else LADDER)}):
         if x > grid.ep_size_of_cell[cell] or (last < _DEEPEST and x not in grid.thresholds):
             continue
         least = math.ceil(Fraction(str(x)) * mean)

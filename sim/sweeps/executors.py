@@ -71,10 +71,10 @@ def dask_cluster(scheduler: str | None, n_workers: int) -> Iterator[Executor]:
             local = LocalCluster(
                 n_workers=n_workers, threads_per_worker=1, dashboard_address=None, local_directory=folder
             )
+            scheduler = str(local.scheduler_address)
         try:
-            address = scheduler if local is None else local.scheduler_address
-            with _connect(address) as client:
-                _check_workers(client, address)
+            with _connect(scheduler) as client:
+                _check_workers(client, scheduler)
                 yield _submit_to(client)
         finally:
             if local is not None:
@@ -84,7 +84,7 @@ def dask_cluster(scheduler: str | None, n_workers: int) -> Iterator[Executor]:
 def _connect(scheduler: str) -> Any:
     """A client of a scheduler that answers; the knock comes first, since a client that fails is slow to go away."""
     from distributed import Client
-    from distributed.comm import connect
+    from distributed.comm.core import connect
 
     async def knock() -> None:
         comm = await connect(scheduler, timeout=_ANSWER_S)

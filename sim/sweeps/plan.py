@@ -14,7 +14,7 @@ from sim.model import ModelSpec, load_model
 from sim.placement import check_ep_size, layer_ranks, strategy_name
 from sim.router import check_pair, routing_law
 from sim.sweeps.grid import Grid
-from sim.workload import RecordedTraffic, Workload, load_workload
+from sim.workload import GumbelTraffic, RecordedTraffic, Workload, load_workload
 
 THRESHOLDS = (1.1, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0)
 """Imbalance thresholds of tail.csv."""
@@ -24,8 +24,8 @@ MAX_TOKENS = 2**24
 RARE = 1e-3
 """Probabilities that are shown to be below this do not hold up a cell under a precision of the tail."""
 SCHEMA = 2
-_BOUND_LAYERS = (4, 32)  # by default at least and at most ...
-_BOUND_WORK = 80_000  # ... so many as keep layers x ranks x cells at about this
+_LEAST_LAYERS, _MOST_LAYERS = 4, 32  # by default, for bounds where popularity is drawn
+_SMALL_WORK, _TOKENS_PER_WORK = 20_000, 500  # ranks x cells x layers that are taken, the more the larger the sweep
 
 
 class Precision(NamedTuple):
@@ -146,17 +146,23 @@ def make_plan(
         seed=whole_number("--seed", seed, 0, 2**63 - 1),
         ranks_per_node=ranks_per_node,
         precision=target,
-        bound_layers=_default_bound_layers(grid)
-        if bound_layers is None
-        else whole_number("--bound-layers", bound_layers, 0, 4096),
+        bound_layers=_choose_bound_layers(grid, workload, trials, bound_layers),
     )
     _check_sums_fit(plan)
     return plan
 
 
-def _default_bound_layers(grid: Grid) -> int:
-    least, most = _BOUND_LAYERS
-    return int(np.clip(_BOUND_WORK // int(grid.ep_size_of_cell.sum()), least, most))
+def _choose_bound_layers(grid: Grid, workload: Workload, trials: int, layers: int | None) -> int:
+    """By default as many layers as keep bounds cheaper than sampling, none where few would be left; uniform traffic needs
+    no draws.
+    """
+    if layers is not None:
+        return whole_number("--bound-layers", layers, 0, 4096)
+    if isinstance(workload, GumbelTraffic) and workload.popularity == "none":
+        return _MOST_LAYERS
+    work = max(_SMALL_WORK, trials * int(grid.steps[-1]) // _TOKENS_PER_WORK)
+    affordable = min(work // int(grid.ep_size_of_cell.sum()), _MOST_LAYERS)
+    return affordable if affordable >= _LEAST_LAYERS else 0
 
 
 def _digest(table: np.ndarray) -> str:

@@ -75,8 +75,8 @@ def sweep(
     max_trials : int, optional
         The most trials under a precision; default 1,000,000.
     bound_layers : int, optional
-        Layer draws that the bounds past sampling are taken over where popularity is drawn; default 32, fewer in large
-        grids. 0 for no bounds.
+        Layer draws that the bounds past sampling are taken over where popularity is drawn; default up to 32, and
+        none in grids that are large for their trials. 0 for no bounds.
     threads : int, optional
         Default: the processors that this process may use.
 

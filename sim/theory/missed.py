@@ -10,7 +10,7 @@ import numpy as np
 from sim.theory.sums import TINY
 from sim.theory.uniform import UniformRouter
 
-_MOST_CLASSES = 3_000  # of sets of ranks, that bounds are added up over
+_MOST_CLASSES = 6_000  # of sets of ranks, that bounds are added up over
 _MOST_EXACT = 50  # classes for inclusion and exclusion, in long integers
 _BITS = 1536  # of these: what cancels is some 2**256, what is left is above 1e-300
 
