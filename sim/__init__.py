@@ -12,6 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sim.cost import Gpu, expert_time_us, gpu_names, load_gpu
     from sim.errors import InputError
     from sim.model import ModelSpec, load_model, model_names
     from sim.placement import Placement, place
@@ -37,6 +38,10 @@ _ROOM_OF = {
     "read_result": "results",
     "write_result": "results",
     "sweep": "sweeps",
+    "Gpu": "cost",
+    "load_gpu": "cost",
+    "gpu_names": "cost",
+    "expert_time_us": "cost",
 }
 __all__ = list(_ROOM_OF)
 

@@ -18,6 +18,7 @@ ROOMS = [
     "theory",
     "results",
     "sweeps",
+    "cost",
     "figures",
     "cli",
 ]

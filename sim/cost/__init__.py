@@ -1,0 +1,20 @@
+"""Loads -> time: GPUs, expert computation, exchange, and what engines log over layers."""
+
+from sim.cost.check import predicted_against_measured
+from sim.cost.exchange import ExchangeTime, exchange_time_us
+from sim.cost.expert import expert_time_us
+from sim.cost.gpu import Gpu, gpu_names, load_gpu
+from sim.cost.layer import balancedness_sglang, balancedness_vllm, layer_time_us
+
+__all__ = [
+    "ExchangeTime",
+    "Gpu",
+    "balancedness_sglang",
+    "balancedness_vllm",
+    "exchange_time_us",
+    "expert_time_us",
+    "gpu_names",
+    "layer_time_us",
+    "load_gpu",
+    "predicted_against_measured",
+]

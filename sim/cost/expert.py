@@ -1,0 +1,100 @@
+"""Time of one rank's experts in one layer: a fixed part, then memory or arithmetic, whichever takes longer."""
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from sim.cost.gpu import Gpu
+from sim.cost.inputs import as_gpu, as_model, as_numbers, expert_parameters, expert_width, together
+from sim.cost.tables import grouped_gemm_profile
+from sim.errors import InputError
+from sim.model import ModelSpec
+
+BYTES_PER_VALUE = {
+    "bf16": 2.0,
+    "fp8": 1.0,  # scales of 128 x 128 blocks would add 0.02 %
+    "fp4": 0.5 + 1 / 16,  # NVFP4: a scale of one byte for every 16 values
+}
+_OUTPUT_BYTES = 2  # an expert's output is BF16, whatever goes in
+
+
+def expert_time_us(
+    model: ModelSpec | str | Path,
+    gpu: Gpu | str | Path,
+    *,
+    pairs: ArrayLike,
+    distinct_experts: ArrayLike,
+    dtype: str = "fp8",
+) -> np.ndarray:
+    """Time of one rank's routed experts in one layer, in microseconds.
+
+    launch + max(bytes / reached bandwidth, operations / reached peak), with the constants of
+    `grouped_gemm_profile()`:
+
+    - bytes: the weights of the distinct experts, and what goes into and out of them for each pair. What passes
+      between the two GEMMs is taken to stay in the L2 cache.
+    - operations: 2 per weight and row. A tile has rows of one expert only, so an expert with a token computes at least
+      one tile, and one with many computes half a tile more than it has rows, in the mean over uneven counts.
+
+    A rank without pairs takes the launch time: its kernels run all the same (CUDA graphs).
+
+    Parameters
+    ----------
+    model : ModelSpec, str or Path
+    gpu : Gpu, str or Path
+    pairs : float array
+        (token, expert) pairs of the rank; fractions are means over steps. The time is convex in the load, so the time of
+        a mean is a little below the mean time.
+    distinct_experts : float array
+        Experts of the rank with at least one token; broadcasts with `pairs`.
+    dtype : str
+        Type of weights and inputs, 'bf16', 'fp8' or 'fp4' (NVFP4); shares of the peak were measured in FP8 only.
+
+    Returns
+    -------
+    float array
+        Microseconds, in the shape that the inputs broadcast to.
+
+    Raises
+    ------
+    InputError
+        Unknown names, a model whose sizes are not known, a type that the GPU has no peak for, or loads that are
+        negative, NaN or inconsistent: more distinct experts than pairs or than the model has, or pairs on no expert.
+
+    Examples
+    --------
+    A rank of EP 32 that reads 8 experts of DeepSeek-V3, 352 MB:
+
+    >>> expert_time_us("deepseek-v3", "h200", pairs=[0, 8, 256], distinct_experts=[0, 8, 8]).round(0)
+    array([ 30., 118., 119.])
+    """
+    model, gpu, kernel = as_model(model), as_gpu(gpu), grouped_gemm_profile()
+    peak_tflops = gpu.peak_tflops(dtype)
+    weights, width = expert_parameters(model), expert_width(model)
+    pairs, distinct = as_numbers("pairs", pairs, 0), as_numbers("distinct_experts", distinct_experts, 0)
+    pairs, distinct = together(pairs=pairs, distinct_experts=distinct)
+    _check_loads(model, pairs, distinct)
+
+    value = BYTES_PER_VALUE[dtype]
+    n_bytes = distinct * weights * value + pairs * width * (value + _OUTPUT_BYTES)
+    memory_us = n_bytes / (gpu.hbm_tb_per_s * 1e6 * kernel.bandwidth_fraction)
+    rows = tile_padded_rows(pairs, distinct, kernel.tile_rows)
+    compute_us = 2 * weights * rows / (peak_tflops * 1e6 * (gpu.peak_fraction or kernel.peak_fraction))
+    return kernel.launch_us + np.maximum(memory_us, compute_us)
+
+
+def tile_padded_rows(pairs: np.ndarray, distinct: np.ndarray, tile_rows: int) -> np.ndarray:
+    """Rows that a grouped GEMM computes for `pairs` over `distinct` experts, padded to tiles of `tile_rows`."""
+    return np.maximum(distinct * tile_rows, pairs + distinct * (tile_rows / 2))
+
+
+def _check_loads(model: ModelSpec, pairs: np.ndarray, distinct: np.ndarray) -> None:
+    for wrong, rule in (
+        (distinct > pairs * (1 + 1e-9), "each takes at least one pair"),
+        ((distinct == 0) & (pairs > 0), "pairs need an expert"),
+        (distinct > model.n_experts, f"{model.name} has {model.n_experts}"),
+    ):
+        if wrong.any():
+            d, p = distinct[wrong].flat[0], pairs[wrong].flat[0]
+            raise InputError(f"distinct_experts {d:g} with pairs {p:g}: {rule}")
