@@ -21,6 +21,8 @@ import pandas as pd
 from sim.errors import InputError
 from sim.files import is_there, read_json
 
+SCHEMA = 2
+"""Version of the tables: raised when a column or its meaning changes."""
 SUMMARY, TAIL, COUNTS, PROVENANCE = "summary.csv", "tail.csv", "counts.parquet", "provenance.json"
 _FLOAT = "%.10g"
 
@@ -137,6 +139,8 @@ def read_result(folder: Path | str) -> SweepResult:
     about = _read_provenance(folder)
     if about is None:
         raise InputError(f"{folder} holds no finished sweep ({PROVENANCE} is missing)")
+    if about["sweep"].get("schema") != SCHEMA:
+        raise InputError(f"{folder} was written by another version of epsim; run its sweep again")
     data = {}
     for name in (SUMMARY, TAIL, COUNTS):
         try:
@@ -147,9 +151,30 @@ def read_result(folder: Path | str) -> SweepResult:
             raise InputError(f"{folder / name} cannot be read: {error.strerror or error}") from None
         if hashlib.sha256(data[name]).hexdigest() != about["sha256"].get(name):
             raise InputError(f"{folder / name} is damaged or was changed: it is not what the sweep wrote")
-    counts = pd.read_parquet(io.BytesIO(data[COUNTS])) if COUNTS in data else pd.DataFrame()
-    summary, tail = (pd.read_csv(io.BytesIO(data[name]), keep_default_na=name == SUMMARY) for name in (SUMMARY, TAIL))
-    return SweepResult(summary, tail, counts, about["sweep"])
+    tables = {name: _parse(folder / name, data[name]) for name in data}
+    return SweepResult(tables[SUMMARY], tables[TAIL], tables.get(COUNTS, pd.DataFrame()), about["sweep"])
+
+
+_COLUMNS = {
+    SUMMARY: ["model", "workload", "trials", "draws", "imbalance_mean", "stopped", "cell_id"],
+    TAIL: ["metric", "threshold", "probability", "low", "high", "method", "given"],
+    COUNTS: ["metric", "value", "count"],
+}
+
+
+def _parse(path: Path, data: bytes) -> pd.DataFrame:
+    """A table of one of the three files. Raises InputError where it is none, or lacks columns."""
+    try:
+        if path.name == COUNTS:
+            table = pd.read_parquet(io.BytesIO(data))
+        else:
+            table = pd.read_csv(io.BytesIO(data), keep_default_na=path.name == SUMMARY)
+    except (ValueError, OSError) as error:  # what parsers raise: ParserError, UnicodeDecodeError, ArrowInvalid ...
+        raise InputError(f"{path} is not a table ({type(error).__name__})") from None
+    missing = [name for name in [*CELL, *_COLUMNS[path.name]] if name not in table.columns]
+    if missing:
+        raise InputError(f"{path} has no column '{missing[0]}'")
+    return table
 
 
 CELL = ["placement", "ep_size", "tokens"]

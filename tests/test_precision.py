@@ -1,5 +1,8 @@
 """Precision on demand, and sums of sweeps."""
 
+import hashlib
+import json
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -7,7 +10,9 @@ import pytest
 from sim import InputError, sweep
 from sim.cli import main
 from sim.results import read_result
-from sim.sweeps import combine, executors, make_plan, run_plan
+from sim.sweeps import Journal, combine, executors, make_plan, run_plan
+from sim.sweeps.chunk import stage_chunks
+from sim.sweeps.precision import first_stage
 from sim.sweeps.raw import build_counts, read_counts
 
 GRID = {"ep_sizes": [8, 64], "tokens": [1, 64], "placements": ["linear", "random"], "bound_layers": 0}
@@ -113,6 +118,45 @@ def test_bad_precisions(change, message):
         make_plan("deepseek-v3", "chat", **GRID | {"precision": 0.01} | change)
 
 
+def test_a_result_of_another_version_is_refused(tmp_path, capsys):
+    assert main(["sweep", "--ep", "4", "--tokens", "2", "--trials", "20", "--out", str(tmp_path / "a")]) == 0
+    about = json.loads((tmp_path / "a/provenance.json").read_text())
+    for schema in (1, None, 99):
+        about["sweep"]["schema"] = schema
+        (tmp_path / "a/provenance.json").write_text(json.dumps(about))
+        for words in (["show", "a"], ["plot", "a"], ["combine", "a", "a", "--out", "b"]):
+            assert main([word if word != "a" else str(tmp_path / "a") for word in words]) == 2
+            assert "another version" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["summary.csv", "tail.csv", "counts.parquet"])
+@pytest.mark.parametrize("data", [b"", b"\xff\xfe", b"a,b\n1,2\n"])
+def test_a_table_that_is_none_is_refused_though_its_digest_fits(name, data, tmp_path, capsys):
+    folder = tmp_path / "a"
+    assert main(["sweep", "--ep", "4", "--tokens", "2", "--trials", "20", "--out", str(folder)]) == 0
+    about = json.loads((folder / "provenance.json").read_text())
+    about["sha256"][name] = hashlib.sha256(data).hexdigest()
+    (folder / "provenance.json").write_text(json.dumps(about))
+    (folder / name).write_bytes(data)
+    capsys.readouterr()
+    assert main(["show", str(folder)]) == 2
+    assert name in capsys.readouterr().err
+
+
+def test_two_journals_of_one_sweep_do_not_disturb_each_other(tmp_path):
+    plan = make_plan("deepseek-v3", "chat", **GRID, trials=40)
+    one, two = Journal(tmp_path, plan), Journal(tmp_path, plan)
+    stage = first_stage(plan)
+    draws = stage_chunks(plan, stage)[0]
+    tally = executors.run_chunk(plan, stage, draws)
+    one.clear()
+    two.add(stage, draws, tally)  # the folder is made again
+    np.testing.assert_array_equal(Journal(tmp_path, plan).read(stage, draws).metric, tally.metric)
+    two.clear()
+    one.clear()
+    assert not list(tmp_path.iterdir())
+
+
 def test_raw_counts_are_the_tally():
     plan = make_plan("deepseek-v3", "gpqa-tilted", **GRID, trials=50, draws=9)
     result = run_plan(plan, ONE_THREAD)
@@ -165,6 +209,10 @@ def test_what_does_not_belong_together_is_refused(tmp_path, capsys):
         assert why in capsys.readouterr().err
         assert not (tmp_path / "sum").exists()
     assert main(["combine", str(tmp_path / "one"), "--out", str(tmp_path / "sum")]) == 2
+    assert main(["combine", str(tmp_path / "one"), str(tmp_path / "two"), "--out", ""]) == 2
+    (tmp_path / "begun/.partial").mkdir(parents=True)
+    assert main(["combine", str(tmp_path / "one"), str(tmp_path / "two"), "--out", str(tmp_path / "begun")]) == 2
+    assert "unfinished sweep" in capsys.readouterr().err
     assert main(["combine", str(tmp_path / "one"), str(tmp_path / "two"), "--out", str(tmp_path / "sum")]) == 0
     assert (read_result(tmp_path / "sum").summary.trials == 100).all()
     assert main(["show", str(tmp_path / "sum"), "--tail"]) == 0

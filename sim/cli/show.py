@@ -39,6 +39,8 @@ def run(arguments: Namespace) -> None:
 
     result = read_result(arguments.folder)
     ep_sizes, tokens, pair = arguments.ep, arguments.tokens, arguments.placement
+    if arguments.worst and arguments.tail:
+        raise InputError("--worst and --tail are two tables: give one of them")
     printer = print_worst_cases if arguments.worst else print_tail if arguments.tail else print_result
     printer(
         result,

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sim.cli.show import print_result
+from sim.cli.text import folder as folder_name
 from sim.cli.text import names, note, numbers, seconds, share, whole_number, whole_numbers
 from sim.errors import InputError, unknown
 from sim.errors import whole_number as check_whole_number
@@ -69,7 +70,7 @@ _HELP = {
     "precision": "instead of --trials: go on until each mean imbalance is known to this relative half-width, as in 1%%",
     "precision_tail": "the same for each P(imbalance >= x) that is not shown to be below 1e-3, as in 10%%",
     "max_trials": "the most trials under a precision (default: 1000000)",
-    "time_limit": "begin no further chunk under a precision after this time, as in 90s or 10m; the same command goes on",
+    "time_limit": "stop a precision run after this time (not before 1024 trials), as in 90s or 10m; the same command goes on",
     "draws": "independent layer draws behind the trials (default: a fresh layer for every step; a record's layers)",
     "seed": "same seed, same rows, on any number of threads",
     "phase": "of recorded routing: decode (default) or prefill",
@@ -168,9 +169,8 @@ def run(arguments: Namespace) -> None:
     )
     n_threads = _threads_of(options)
     out = options["out"]
-    if out is not None and (not out.strip() or "\0" in out):
-        raise InputError("--out must be the name of a folder")
-    folder = Path(out or f"results/{_slug(plan.model.name)}-{_slug(plan.workload.name)}")
+    default = f"results/{_slug(plan.model.name)}-{_slug(plan.workload.name)}"
+    folder = folder_name("--out", default if out is None else out)
     held = read_identity(folder)
     _check_same(folder, held, plan.identity)
     _say_notes(plan)

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from sim.errors import InputError
 
@@ -110,6 +111,13 @@ def share(option: str) -> Callable[[str], float]:
             raise InputError(f"{option} '{text}': expected a share as in 1% or 0.01") from None
 
     return parse
+
+
+def folder(option: str, text: str) -> Path:
+    """Name of a folder, which must not be empty."""
+    if not text.strip() or "\0" in text:
+        raise InputError(f"{option} must be the name of a folder")
+    return Path(text)
 
 
 _UNITS_S = {"s": 1, "m": 60, "h": 3600}

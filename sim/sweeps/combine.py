@@ -6,15 +6,14 @@ import numpy as np
 import pandas as pd
 
 from sim.errors import InputError
-from sim.results import CELL, SweepResult
+from sim.results import CELL, SCHEMA, SweepResult
 from sim.sweeps.events import events_of
 from sim.sweeps.grid import Grid
-from sim.sweeps.plan import SCHEMA
 from sim.sweeps.raw import build_counts, read_counts
 from sim.sweeps.tables import KEYS, build_summary, build_tail, cell_keys
 from sim.sweeps.tally import Tally
 
-_ADDS = ("seed", "trials", "draws", "precision")  # what may differ
+_ADDS = ("seed", "trials", "draws", "precision", "parts")  # what may differ
 
 
 def combine(results: list[tuple[str, SweepResult]]) -> SweepResult:
@@ -44,7 +43,10 @@ def combine(results: list[tuple[str, SweepResult]]) -> SweepResult:
                     "with another --seed"
                 )
             seeds[seed] = name
-    grid = Grid.of(first.identity)
+    try:
+        grid = Grid.of(first.identity)
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{first_name} does not say what sweep it holds ({error})") from None
     total = Tally.zero(len(grid.cells), len(events_of(grid).cell), len(grid.pair_of_rank))
     for name, result in results:
         _add(total, read_counts(grid, result.counts, name), name)
@@ -55,7 +57,10 @@ def combine(results: list[tuple[str, SweepResult]]) -> SweepResult:
     stopped = np.full(len(grid.cells), "combined", dtype=object)
     tail = [build_tail(grid, total), _mean_bounds([result.tail for _, result in results], total, grid)]
     identity = {key: value for key, value in first.identity.items() if key != "precision"}
-    identity |= {"seed": sorted(seeds)}
+    identity |= {
+        "seed": sorted(seeds),
+        "parts": sorted(part for _, result in results for part in _parts(result.identity)),
+    }
     identity |= {key: int(sum(result.identity[key] for _, result in results)) for key in ("trials", "draws")}
     return SweepResult(
         build_summary(grid, total, stopped, ids),
@@ -65,16 +70,23 @@ def combine(results: list[tuple[str, SweepResult]]) -> SweepResult:
     )
 
 
+def _parts(identity: dict[str, Any]) -> list[list[Any]]:
+    """Seed, trials, draws and precision of each sweep in a sum."""
+    own = [identity.get(key) for key in ("seed", "trials", "draws")] + [identity.get("precision") or []]
+    return identity.get("parts", [own])
+
+
 def _seeds(identity: dict[str, Any]) -> list[int]:
-    seed = identity["seed"]
-    return seed if isinstance(seed, list) else [seed]
+    return [part[0] for part in _parts(identity)]
 
 
 def _check_pair(first_name: str, first: dict[str, Any], name: str, identity: dict[str, Any]) -> None:
     """Refuse a sweep of another version, of recorded layers, or that differs from the first in more than seed and size."""
     if identity.get("schema") != SCHEMA:
         raise InputError(f"{name} was written by another version of epsim; run its sweep again")
-    if "recorded" in identity["law"]["traffic"]:
+    if not isinstance(identity.get("law"), dict) or not all(isinstance(seed, int) for seed in _seeds(identity)):
+        raise InputError(f"{name} does not say what sweep it holds")
+    if "recorded" in identity["law"].get("traffic", {}):
         raise InputError(
             f"{name} is of recorded traffic, whose layers are the same in every sweep; run one with more trials"
         )

@@ -1,6 +1,7 @@
 """Where chunks are computed: on threads, or on a Dask cluster. An executor takes chunks and yields tallies, in any order."""
 
 import asyncio
+import logging
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -69,7 +70,11 @@ def dask_cluster(scheduler: str | None, n_workers: int) -> Iterator[Executor]:
         local = None
         if scheduler is None:
             local = LocalCluster(
-                n_workers=n_workers, threads_per_worker=1, dashboard_address=None, local_directory=folder
+                n_workers=n_workers,
+                threads_per_worker=1,
+                dashboard_address=None,
+                local_directory=folder,
+                silence_logs=logging.CRITICAL,
             )
             scheduler = str(local.scheduler_address)
         try:

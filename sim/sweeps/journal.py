@@ -18,6 +18,7 @@ from sim.sweeps.plan import Plan
 from sim.sweeps.tally import Tally
 
 _IDENTITY = "sweep.json"
+_TRIES = 3
 
 
 class Journal:
@@ -34,8 +35,7 @@ class Journal:
         """
         self._folder, self._about = folder / ".partial", json.dumps(plan.identity)
         self._claim()
-        held = self._folder / _IDENTITY
-        if read_json(held, str(held)) != plan.identity:
+        if read_json(self._folder / _IDENTITY, f"{self._folder / _IDENTITY} (delete {self._folder})") != plan.identity:
             raise InputError(
                 f"--out {folder} holds another unfinished sweep; choose another folder, or delete {self._folder}"
             )
@@ -47,7 +47,7 @@ class Journal:
         mine.write_text(self._about)
         with contextlib.suppress(FileExistsError):
             os.link(mine, self._folder / _IDENTITY)
-        mine.unlink()
+        mine.unlink(missing_ok=True)
 
     def __enter__(self) -> "Journal":
         return self
@@ -58,10 +58,14 @@ class Journal:
 
     def add(self, stage: Stage, draws: range, tally: Tally) -> None:
         """Keep the sums of a finished chunk. Raises OSError."""
-        if not self._folder.exists():  # another process has finished this sweep
-            self._claim()
-        with whole_files(self._path(stage, draws)) as (path,), path.open("wb") as file:
-            np.savez(file, **vars(tally))
+        for _ in range(_TRIES):
+            try:
+                with whole_files(self._path(stage, draws)) as (path,), path.open("wb") as file:
+                    np.savez(file, **vars(tally))
+                return
+            except FileNotFoundError:  # another process has finished this sweep, and the folder is gone
+                with contextlib.suppress(FileNotFoundError):
+                    self._claim()
 
     def read(self, stage: Stage, draws: range) -> Tally | None:
         """Sums of a chunk, None if it was not finished (or its file is damaged: it is computed again)."""
@@ -75,9 +79,11 @@ class Journal:
         return None
 
     def clear(self) -> None:
-        """Forget the chunks, once the result is written."""
-        with contextlib.suppress(FileNotFoundError):
-            shutil.rmtree(self._folder)
+        """Forget the chunks, once the result is written; aside first, so that nobody writes into what is being removed."""
+        aside = self._folder.with_name(f".partial.{os.getpid()}.old")
+        with contextlib.suppress(OSError):
+            self._folder.rename(aside)
+        shutil.rmtree(aside, ignore_errors=True)
 
     def _path(self, stage: Stage, draws: range) -> Path:
         return self._folder / f"trials-{stage.trials.start}-{stage.trials.stop}-draws-{draws.start}-{draws.stop}.npz"

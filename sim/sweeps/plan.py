@@ -12,6 +12,7 @@ import numpy as np
 from sim.errors import InputError, shown, whole_number
 from sim.model import ModelSpec, load_model
 from sim.placement import check_ep_size, layer_ranks, strategy_name
+from sim.results import SCHEMA
 from sim.router import check_pair, routing_law
 from sim.sweeps.grid import Grid
 from sim.workload import GumbelTraffic, RecordedTraffic, Workload, load_workload
@@ -23,7 +24,6 @@ DEFAULT_MAX_TRIALS = 1_000_000
 MAX_TOKENS = 2**24
 RARE = 1e-3
 """Probabilities that are shown to be below this do not hold up a cell under a precision of the tail."""
-SCHEMA = 2
 _LEAST_LAYERS, _MOST_LAYERS = 4, 32  # by default, for bounds where popularity is drawn
 _SMALL_WORK, _TOKENS_PER_WORK = 20_000, 500  # ranks x cells x layers that are taken, the more the larger the sweep
 

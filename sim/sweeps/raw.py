@@ -72,7 +72,7 @@ def read_counts(grid: Grid, counts: pd.DataFrame, where: str) -> Tally:
             order, wanted = np.lexsort((value[mine], cell[mine])), np.lexsort((place, of))
             array.reshape(-1)[wanted] = count[mine][order]
     except (AttributeError, KeyError, IndexError, ValueError, TypeError) as error:
-        raise InputError(f"{where} does not hold the raw counts of its sweep ({type(error).__name__})") from None
+        raise InputError(f"{where} lacks the raw counts of its sweep (counts.parquet); run the sweep again") from error
     return tally
 
 
