@@ -173,7 +173,7 @@ def unlucky_steps(result: SweepResult) -> Figure:
             ax.set_xlabel("EP size (ranks)")
         if i % len(steps) == 0:
             ax.set_ylabel("P(half of the ranks idle)" if idle else "P(all load on one rank)")
-    text = "Unlucky steps: all load on one rank, and at least half of the ranks idle (log axes; a line ends where it cannot be;"
+    text = "Unlucky steps: all load on one rank, and at least half of the ranks idle (shifted sideways; a line ends where it cannot be;"
     set_title(
         figure,
         result,
@@ -218,6 +218,9 @@ def worst_case_by_ep(result: SweepResult, tokens: int = 64) -> Figure:
                 x[~seen], rows.high[~seen], linestyle="", marker=r"$\downarrow$", color=style["color"], markersize=7
             )
         _set_probability_axis(ax, result)
+        known = tail[(tail.threshold == level) & (tail.low > 0)].probability
+        if known.min() < ax.get_ylim()[0]:  # beyond sampling
+            ax.set_ylim(max(_DEEPEST, 0.5 * known.min()), 3)
         log2_ticks(ax, sorted(tail.ep_size.unique()))
         ax.set_xlabel("EP size (ranks)")
         title_panel(ax, f"P(imbalance ≥ {level:g})")
