@@ -88,7 +88,7 @@ def _draw_bounds(ax: Axes, rows: pd.DataFrame, placement: str) -> None:
     rows = rows.iloc[: int((rows.high >= _DEEPEST).sum()) + 1]
     color = look(placement)["color"]
     ax.plot(rows.threshold, rows.high, color=color, linestyle="-", linewidth=0.7)
-    low, high = (np.maximum(rows[column], _DEEPEST / 1e3) for column in ("low", "high"))
+    low, high = (np.maximum(rows[column], 1e-300) for column in ("low", "high"))
     ax.fill_between(rows.threshold, low, high, color=color, alpha=0.25, linewidth=0)
 
 
@@ -213,7 +213,7 @@ def worst_case_by_ep(result: SweepResult, tokens: int = 64) -> Figure:
             x, style = rows.ep_size * shift, look(name)
             seen = rows.probability > 0
             ax.plot(x, rows.probability.where(seen), **style)
-            ax.vlines(x[seen], rows.low[seen].clip(lower=1e-12), rows.high[seen], color=style["color"], linewidth=1)
+            ax.vlines(x[seen], rows.low[seen].clip(lower=1e-300), rows.high[seen], color=style["color"], linewidth=1)
             ax.plot(
                 x[~seen], rows.high[~seen], linestyle="", marker=r"$\downarrow$", color=style["color"], markersize=7
             )
