@@ -61,9 +61,7 @@ def print_result(
     """Print mean and p99 imbalance, P(>= 1.5), P(>= 2) and idle ranks of two placements, the change with its interval."""
     summary = result.summary
     there = list(dict.fromkeys(summary.placement))
-    _check("--ep", ep_sizes, summary.ep_size)
-    _check("--tokens", tokens, summary.tokens)
-    _check("--placement", pair, there)
+    _check_choice(summary, ep_sizes, tokens, pair)
     if pair is not None and len(pair) > 2:
         raise InputError(f"--placement {','.join(pair)}: one or two placements are compared")
     if pair is None:
@@ -102,9 +100,7 @@ def print_worst_cases(
     from sim.results import best_rows
 
     summary = result.summary
-    _check("--ep", ep_sizes, summary.ep_size)
-    _check("--tokens", tokens, summary.tokens)
-    _check("--placement", placements, list(dict.fromkeys(summary.placement)))
+    _check_choice(summary, ep_sizes, tokens, placements)
     names = placements or list(dict.fromkeys(summary.placement))
     steps = tokens or sorted(summary.tokens.unique())[:4]
     tail = best_rows(result.tail[result.tail.metric.isin(["one_rank", "idle_ranks"])])
@@ -138,9 +134,7 @@ def print_tail(
 ) -> None:
     """Print P(imbalance >= x) of some cells: what was sampled beside what is exact or between bounds."""
     summary, tail = result.summary, result.tail[result.tail.metric == "imbalance"]
-    _check("--ep", ep_sizes, summary.ep_size)
-    _check("--tokens", tokens, summary.tokens)
-    _check("--placement", placements, list(dict.fromkeys(summary.placement)))
+    _check_choice(summary, ep_sizes, tokens, placements)
     tail = tail[tail.ep_size.isin(ep_sizes or tail.ep_size) & tail.tokens.isin(tokens or tail.tokens)]
     tail = tail[tail.placement.isin(placements or tail.placement) & (tail.threshold <= tail.ep_size)]
     cells = []
@@ -161,6 +155,15 @@ def _interval(row: Any) -> str:
     if row is None:
         return "-"
     return f"{row.low:.3g}" if row.low == row.high else f"{row.low:.3g} to {row.high:.3g}"
+
+
+def _check_choice(
+    summary: Any, ep_sizes: list[int] | None, tokens: list[int] | None, placements: list[str] | None
+) -> None:
+    """Refuse what the sweep does not hold."""
+    _check("--ep", ep_sizes, summary.ep_size)
+    _check("--tokens", tokens, summary.tokens)
+    _check("--placement", placements, list(dict.fromkeys(summary.placement)))
 
 
 def _check(option: str, wanted: list[Any] | None, there: Any) -> None:
