@@ -173,7 +173,8 @@ def unlucky_steps(result: SweepResult) -> Figure:
             ax.set_xlabel("EP size (ranks)")
         if i % len(steps) == 0:
             ax.set_ylabel("P(half of the ranks idle)" if idle else "P(all load on one rank)")
-    text = "Unlucky steps: all load on one rank, at least half of the ranks idle (shifted sideways; a line ends where it cannot be;"
+    text = "Unlucky steps: all load on one rank, at least half of the ranks idle (shifted sideways; "
+    text += "a line ends where it cannot be;"
     set_title(
         figure,
         result,
