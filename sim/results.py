@@ -89,19 +89,30 @@ def write_result(result: SweepResult, folder: Path) -> None:
         TAIL: result.tail.to_csv(index=False, float_format=_FLOAT).encode(),
         COUNTS: buffer.getvalue(),
     }
+    _write_whole(folder, tables, PROVENANCE, {"sweep": result.identity})
+
+
+def write_table(table: pd.DataFrame, folder: Path, name: str, identity: dict[str, Any]) -> None:
+    """Write NAME.csv, and NAME.json with its provenance, both or none. Raises OSError."""
+    data = table.to_csv(index=False, float_format=_FLOAT).encode()
+    _write_whole(folder, {f"{name}.csv": data}, f"{name}.json", {name: identity})
+
+
+def _write_whole(folder: Path, tables: dict[str, bytes], about: str, what: dict[str, Any]) -> None:
+    """Write tables and a file `about` them, all or nothing."""
     digests = {name: hashlib.sha256(data).hexdigest() for name, data in tables.items()}
-    about = json.dumps(provenance(result.identity, digests), indent=1) + "\n"
+    text = json.dumps(provenance(what, digests), indent=1) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
-    with whole_files(*(folder / name for name in (*tables, PROVENANCE))) as names:
-        for path, data in zip(names, (*tables.values(), about.encode()), strict=True):
+    with whole_files(*(folder / name for name in (*tables, about))) as names:
+        for path, data in zip(names, (*tables.values(), text.encode()), strict=True):
             path.write_bytes(data)
 
 
-def provenance(identity: dict[str, Any], digests: dict[str, str]) -> dict[str, Any]:
-    """What made a result: the sweep, versions, command and time; and the digests of its files."""
+def provenance(what: dict[str, Any], digests: dict[str, str]) -> dict[str, Any]:
+    """What made a result: its identity, versions, command and time; and the digests of its files."""
     packages = ("epsim", "numpy", "numba", "pandas", "scipy")
     return {
-        "sweep": identity,
+        **what,
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
         "sha256": digests,

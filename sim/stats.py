@@ -95,6 +95,36 @@ class Histogram(NamedTuple):
         return self.values, np.cumsum(self.counts[::-1])[::-1]
 
 
+def ratio_interval(top: np.ndarray, bottom: np.ndarray) -> tuple[float, float, float]:
+    """Ratio of two sums over draws with its 95 % Student interval, paired: (ratio, low, high).
+
+    `top` and `bottom` are float64 [draws], the sums of each draw (linearised ratio estimator; nan bounds with one draw).
+    """
+    draws, total = len(top), float(np.sum(bottom))
+    ratio = float(np.sum(top)) / total
+    if draws < 2:
+        return ratio, np.nan, np.nan
+    residual = top - ratio * bottom
+    half = -stdtrit(draws - 1, _TAIL) * np.sqrt(draws / (draws - 1) * float(np.sum(residual**2))) / total
+    return ratio, ratio - half, ratio + half
+
+
+def clustered_quantile(values: np.ndarray, draw: np.ndarray, q: float) -> tuple[float, float, float]:
+    """Quantile of all blocks with its order-statistic interval, blocks of one draw being worth less than as many.
+
+    `values` float64 [blocks], `draw` int64 [blocks], the draw of each.
+    """
+    distinct, counts = np.unique(values, return_counts=True)
+    at = Histogram(distinct, counts).quantile(q)
+    n_blocks = np.bincount(draw)
+    n_above = np.bincount(draw, weights=values > at)[n_blocks > 0]
+    n_blocks = n_blocks[n_blocks > 0]
+    moments = Moments(n_above.sum(), (n_above**2).sum(), (n_above * n_blocks).sum())
+    design = Design(n_blocks.sum(), len(n_blocks), (n_blocks**2).sum())
+    blocks = effective_blocks(moments, design)
+    return quantile_interval(Histogram(distinct, counts), q, float(np.floor(blocks)))
+
+
 def quantile_interval(histogram: Histogram, q: float, blocks: float) -> tuple[float, float, float]:
     """Quantile with its 95 % order-statistic interval, at the ranks that a binomial count of `blocks` takes.
 

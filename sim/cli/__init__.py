@@ -17,6 +17,8 @@ VERBS = {
     "show": "print the answer of a sweep again, or another part of it",
     "combine": "add sweeps of different seeds or machines",
     "plot": "draw the figures of a sweep",
+    "gain": "predict the time that one placement saves over another, on a GPU",
+    "step": "predict what an engine would log of each step; lay your own log beside it",
     "models": "list the model presets",
     "workloads": "list the traffic presets",
     "placements": "list the placements",

@@ -5,7 +5,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
-from sim.cli.text import names, table, whole_numbers
+from sim.cli.text import names, print_table, whole_numbers
 from sim.errors import InputError
 
 _MAX_ROWS = 28
@@ -72,19 +72,11 @@ def print_result(
     heads, cells = _columns(result, pair, list(zip(shown.ep_size, shown.tokens, strict=True)))
     first = summary.iloc[0]
     title = f"{first.model}, {first.workload} traffic: {' against '.join(pair)}"
-    _print_table(title + "; imbalance = max / mean rank load of a layer in a step", heads, cells, markdown)
+    print_table(title + "; imbalance = max / mean rank load of a layer in a step", heads, cells, markdown)
     if markdown:
         return
     if len(shown) < len(rows):
         print("(some of the step sizes; all of them, and all placements, are in summary.csv)")
-
-
-def _print_table(title: str, heads: list[str], cells: list[list[str]], markdown: bool) -> None:
-    if markdown:
-        print("| " + " | ".join(heads) + " |\n|" + "---:|" * len(heads))
-        print("\n".join("| " + " | ".join(row) + " |" for row in cells))
-    else:
-        print(f"{title}\n\n{_two_line_table(heads, cells)}")
 
 
 def print_worst_cases(
@@ -122,7 +114,7 @@ def print_worst_cases(
         f"{first.model}, {first.workload} traffic: probability that all of a step's load is on one rank, and that at least "
         "half of the ranks are idle"
     )
-    _print_table(title, heads, cells, markdown)
+    print_table(title, heads, cells, markdown)
 
 
 def print_tail(
@@ -147,7 +139,7 @@ def print_tail(
     cells.sort(key=lambda row: (row[0], int(row[1]), int(row[2]), float(row[3])))
     heads = ["placement", "EP", "tokens", "x", "sampled P", "sampled 95 %", "method", "method's P", "method holds for"]
     first = summary.iloc[0]
-    _print_table(f"{first.model}, {first.workload} traffic: P(imbalance >= x)", heads, cells, markdown)
+    print_table(f"{first.model}, {first.workload} traffic: P(imbalance >= x)", heads, cells, markdown)
 
 
 def _interval(row: Any) -> str:
@@ -232,11 +224,3 @@ def _rounded_up(bound: float) -> str:
     unit = 10.0 ** (math.floor(math.log10(bound)) - 1)
     up = math.ceil(bound / unit - 1e-9) * unit
     return f"{up:.2g}" if up >= 0.001 else f"{up:.1e}"
-
-
-def _two_line_table(heads: list[str], rows: list[list[str]]) -> str:
-    """A table whose column heads are split at the first blank into two lines."""
-    first = [head.partition(" ")[0] for head in heads]
-    second = [head.partition(" ")[2] for head in heads]
-    top, rule, *body = table(second, [first, *rows], ">" * len(heads)).splitlines()
-    return "\n".join([body[0], top, rule, *body[1:]])

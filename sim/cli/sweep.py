@@ -33,6 +33,7 @@ _DEFAULTS: dict[str, Any] = {
     "draws": None,
     "seed": 0,
     "phase": None,
+    "dummy_tokens": None,
     "tokens_per_rank": None,
     "ranks_per_node": 8,
     "thresholds": None,
@@ -54,6 +55,7 @@ _PARSERS: dict[str, Callable[[str], Any]] = {
     "time_limit": seconds("--time-limit"),
     "bound_layers": whole_number("--bound-layers"),
     "draws": whole_number("--draws"),
+    "dummy_tokens": whole_number("--dummy-tokens"),
     "seed": whole_number("--seed"),
     "ranks_per_node": whole_number("--ranks-per-node"),
     "threads": whole_number("--threads"),
@@ -74,6 +76,7 @@ _HELP = {
     "draws": "independent layer draws behind the trials (default: a fresh layer for every step; a record's layers)",
     "seed": "same seed, same rows, on any number of threads",
     "phase": "of recorded routing: decode (default) or prefill",
+    "dummy_tokens": "identical tokens that each step has besides, as idle data-parallel ranks run them (default: 0)",
     "ranks_per_node": "ranks joined by NVLink, for node_aware and for nodes per token",
     "thresholds": "imbalance thresholds of tail.csv (default: 1.1,1.25,1.5,1.75,2,2.5,3,4,6,8)",
     "bound_layers": "layer draws behind bounds past sampling (default: up to 32, none where that takes long; 0: no bounds)",
@@ -102,6 +105,7 @@ _METAVARS = {
     "bound_layers": "N",
     "scheduler": "ADDRESS",
     "draws": "N",
+    "dummy_tokens": "N",
     "seed": "N",
     "threads": "N",
 }
@@ -159,7 +163,7 @@ def run(arguments: Namespace) -> None:
     per_rank = options["tokens_per_rank"] is not None
     plan = make_plan(
         load_model(options["model"]),
-        load_workload(options["workload"], phase=options["phase"]),
+        load_workload(options["workload"], phase=options["phase"], dummy_tokens=options["dummy_tokens"]),
         ep_sizes=options["ep"],
         tokens=options["tokens_per_rank"] if per_rank else options["tokens"],
         placements=options["placement"],

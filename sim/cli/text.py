@@ -20,6 +20,22 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], align: str) -> s
     return "\n".join([line(header), line(["-" * w for w in widths]), *(line(row) for row in rows)])
 
 
+def print_table(title: str, heads: list[str], cells: list[list[str]], markdown: bool, align: str = "") -> None:
+    """Print a table under its title, or as Markdown; column heads are split at the first blank into two lines.
+
+    `align` has the signs of the first columns; the others go to the right.
+    """
+    align += ">" * (len(heads) - len(align))
+    if markdown:
+        print("| " + " | ".join(heads) + " |\n|" + "".join(":---|" if side == "<" else "---:|" for side in align))
+        print("\n".join("| " + " | ".join(row) + " |" for row in cells))
+        return
+    first = [head.partition(" ")[0] for head in heads]
+    second = [head.partition(" ")[2] for head in heads]
+    top, rule, *body = table(second, [first, *cells], align).splitlines()
+    print("\n".join([title, "", body[0], top, rule, *body[1:]]))
+
+
 def note(message: str) -> None:
     """A remark for the user, on stderr, apart from the result."""
     print(f"note: {' '.join(message.split())}", file=sys.stderr)

@@ -1,6 +1,7 @@
 """Time of one rank's experts in one layer: a fixed part, then memory or arithmetic, whichever takes longer."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -17,6 +18,32 @@ BYTES_PER_VALUE = {
     "fp4": 0.5 + 1 / 16,  # NVFP4: a scale of one byte for every 16 values
 }
 _OUTPUT_BYTES = 2  # an expert's output is BF16, whatever goes in
+
+
+class ExpertRates(NamedTuple):
+    """What the time of one rank's experts is made of, for a model, a GPU and a type of weights."""
+
+    launch_us: float
+    us_per_expert: float  # to read its weights
+    us_per_pair: float  # to read its input and write its output
+    us_per_row: float  # to compute a row, tiles padded
+    tile_rows: int
+
+
+def expert_rates(model: ModelSpec | str | Path, gpu: Gpu | str | Path, dtype: str = "fp8") -> ExpertRates:
+    """Constants of `expert_time_us`; same errors."""
+    model, gpu, kernel = as_model(model), as_gpu(gpu), grouped_gemm_profile()
+    peak_tflops = gpu.peak_tflops(dtype)
+    weights, width, value = expert_parameters(model), expert_width(model), BYTES_PER_VALUE[dtype]
+    bytes_per_us = gpu.hbm_tb_per_s * 1e6 * kernel.bandwidth_fraction
+    flops_per_us = peak_tflops * 1e6 * (gpu.peak_fraction or kernel.peak_fraction)
+    return ExpertRates(
+        launch_us=kernel.launch_us,
+        us_per_expert=weights * value / bytes_per_us,
+        us_per_pair=width * (value + _OUTPUT_BYTES) / bytes_per_us,
+        us_per_row=2 * weights / flops_per_us,
+        tile_rows=kernel.tile_rows,
+    )
 
 
 def expert_time_us(
@@ -69,19 +96,25 @@ def expert_time_us(
     >>> expert_time_us("deepseek-v3", "h200", pairs=[0, 8, 256], distinct_experts=[0, 8, 8]).round(0)
     array([ 30., 118., 119.])
     """
-    model, gpu, kernel = as_model(model), as_gpu(gpu), grouped_gemm_profile()
-    peak_tflops = gpu.peak_tflops(dtype)
-    weights, width = expert_parameters(model), expert_width(model)
+    model = as_model(model)
+    rates = expert_rates(model, gpu, dtype)
     pairs, distinct = as_numbers("pairs", pairs, 0), as_numbers("distinct_experts", distinct_experts, 0)
     pairs, distinct = together(pairs=pairs, distinct_experts=distinct)
     _check_loads(model, pairs, distinct)
+    memory_us = distinct * rates.us_per_expert + pairs * rates.us_per_pair
+    compute_us = rates.us_per_row * tile_padded_rows(pairs, distinct, rates.tile_rows)
+    return rates.launch_us + np.maximum(memory_us, compute_us)
 
-    value = BYTES_PER_VALUE[dtype]
-    n_bytes = distinct * weights * value + pairs * width * (value + _OUTPUT_BYTES)
-    memory_us = n_bytes / (gpu.hbm_tb_per_s * 1e6 * kernel.bandwidth_fraction)
-    rows = tile_padded_rows(pairs, distinct, kernel.tile_rows)
-    compute_us = 2 * weights * rows / (peak_tflops * 1e6 * (gpu.peak_fraction or kernel.peak_fraction))
-    return kernel.launch_us + np.maximum(memory_us, compute_us)
+
+def crossover_tokens(model: ModelSpec, rates: ExpertRates) -> float:
+    """Tokens per step from which, under even load, a rank's time grows with its tokens.
+
+    Below, it grows with its distinct experts alone: their weights are read, or a tile of each is computed, whichever
+    takes longer. The same for every EP size.
+    """
+    half_tile = rates.tile_rows / 2
+    read = (rates.us_per_expert - rates.us_per_row * half_tile) / (rates.us_per_row - rates.us_per_pair)
+    return max(read, half_tile) * model.n_experts / model.top_k
 
 
 def tile_padded_rows(pairs: np.ndarray, distinct: np.ndarray, tile_rows: int) -> np.ndarray:

@@ -55,8 +55,7 @@ def balancedness_vllm(loads: ArrayLike) -> float:
     0.4
     """
     layers = _layers(loads)
-    largest = layers.max(axis=1).sum()
-    return float(layers.mean(axis=1).sum() / largest) if largest > 0 else 0.0
+    return float(vllm_over_layers(layers.mean(axis=1), layers.max(axis=1)))
 
 
 def balancedness_sglang(loads: ArrayLike) -> float:
@@ -72,7 +71,19 @@ def balancedness_sglang(loads: ArrayLike) -> float:
     0.625
     """
     layers = _layers(loads)
-    return float(np.mean((layers.mean(axis=1) + 1e-5) / (layers.max(axis=1) + 1e-5)))
+    return float(sglang_over_layers(layers.mean(axis=1), layers.max(axis=1)))
+
+
+def vllm_over_layers(mean_load: ArrayLike, max_load: np.ndarray) -> np.ndarray:
+    """vLLM's balancedness of steps, from loads [..., layers]."""
+    largest = max_load.sum(axis=-1)
+    total = np.broadcast_to(mean_load, max_load.shape).sum(axis=-1)
+    return np.divide(total, largest, out=np.zeros(np.shape(largest)), where=largest > 0)
+
+
+def sglang_over_layers(mean_load: ArrayLike, max_load: np.ndarray) -> np.ndarray:
+    """SGLang's balancedness of steps, from loads [..., layers]."""
+    return np.mean((np.asarray(mean_load) + 1e-5) / (max_load + 1e-5), axis=-1)
 
 
 def _layers(loads: ArrayLike) -> np.ndarray:

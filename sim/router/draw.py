@@ -1,6 +1,7 @@
 """Routed tokens of any workload: the one way from traffic to expert counts."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 
@@ -9,7 +10,7 @@ from sim.model import ModelSpec
 from sim.model.spec import ROUTED_SCORINGS
 from sim.router.sampler import sample_trials
 from sim.streams import stream_key
-from sim.workload import RecordedTraffic, Workload
+from sim.workload import GumbelTraffic, RecordedTraffic, Workload
 from sim.workload.gumbel import X0
 
 _ONE_REQUEST = 2**62  # tokens per request where requests have no effect
@@ -66,11 +67,11 @@ def draw_trials(
     Returns
     -------
     counts : int32 [trials, steps, n_experts]
-        Tokens that take each expert.
+        Tokens that take each expert, dummy tokens among them.
     ids : int16 [trials, n_ids, top_k]
         Experts of the first tokens.
     """
-    key = stream_key(seed, json.dumps(routing_law(model, workload), sort_keys=True))
+    key = _token_key(model, workload, seed)
     counts = np.empty((len(trials), len(tokens), model.n_experts), np.int32)
     ids = np.empty((len(trials), n_ids, model.top_k), np.int16)
     if isinstance(workload, RecordedTraffic):
@@ -83,4 +84,25 @@ def draw_trials(
         trials.start, key, logits, per_request, tokens, model.n_group, model.topk_group, workload.group_sigma,
         _score_law(model), counts, ids,
     )  # fmt: skip
+    if workload.dummy_tokens:
+        _add_dummy_tokens(model, workload, seed, trials.start % n_draws, mu, counts)
     return counts, ids
+
+
+def _token_key(model: ModelSpec, workload: Workload, seed: int) -> np.ndarray:
+    """Key of a step's own tokens; they are the same with dummy tokens and without."""
+    own = workload if isinstance(workload, RecordedTraffic) else replace(workload, dummy_tokens=0)
+    return stream_key(seed, json.dumps(routing_law(model, own), sort_keys=True))
+
+
+def _add_dummy_tokens(
+    model: ModelSpec, workload: GumbelTraffic, seed: int, first_draw: int, mu: np.ndarray, counts: np.ndarray
+) -> None:
+    """Add the dummy tokens of consecutive draws to every step: one token of each draw, as often as there are dummies."""
+    key = stream_key(seed, f"dummy|{json.dumps(routing_law(model, replace(workload, dummy_tokens=0)), sort_keys=True)}")
+    one = np.empty((len(mu), 1, model.n_experts), np.int32)
+    sample_trials(
+        first_draw, key, np.ascontiguousarray(mu[:, None, :]), _ONE_REQUEST, np.ones(1, np.int64), model.n_group,
+        model.topk_group, workload.group_sigma, _score_law(model), one, np.empty((len(mu), 1, model.top_k), np.int16),
+    )  # fmt: skip
+    counts += workload.dummy_tokens * one

@@ -42,6 +42,8 @@ def no_bounds_because(plan: Plan) -> str | None:
         )
     if plan.workload.request_sigma > 0:
         return "the tokens of a request are not independent"
+    if plan.workload.dummy_tokens > 0:
+        return "dummy tokens are identical, not independent"
     if plan.bound_layers == 0:
         return "--bound-layers is 0 (the default where bounds would take longer than the sampling)"
     return None

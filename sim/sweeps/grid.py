@@ -23,6 +23,8 @@ class Grid:
         Digest of the rank of each expert, of each pair.
     largest_rank : tuple of int
         Most experts that a rank of each pair holds in any layer.
+    dummy_tokens : int
+        Identical tokens that each step has besides its own.
     """
 
     model: str
@@ -35,19 +37,22 @@ class Grid:
     thresholds: tuple[float, ...]
     layouts: tuple[str, ...]
     largest_rank: tuple[int, ...]
+    dummy_tokens: int = 0
 
     @classmethod
     def of(cls, identity: dict[str, Any]) -> "Grid":
         """The grid of a sweep that was written. Raises KeyError or TypeError if the identity is not one."""
-        values: dict[str, Any] = {field.name: identity[field.name] for field in fields(cls)}
+        values = {field.name: identity[field.name] for field in fields(cls) if field.name != "dummy_tokens"}
+        values["dummy_tokens"] = identity.get("dummy_tokens", 0)
         for name, value in values.items():
             values[name] = tuple(value) if isinstance(value, list) else value
         return cls(**values)
 
     @property
     def identity(self) -> dict[str, Any]:
-        """As JSON values."""
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        """As JSON values; dummy tokens only where there are any."""
+        values = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        return {name: value for name, value in values.items() if name != "dummy_tokens" or value}
 
     @cached_property
     def steps(self) -> np.ndarray:
@@ -104,7 +109,8 @@ class Grid:
 
     def mean_load(self, cell: int) -> Fraction:
         """Mean load over ranks of a block of a cell: the same for every block."""
-        return Fraction(int(self.tokens_of_cell[cell]) * self.top_k, int(self.ep_size_of_cell[cell]))
+        tokens = int(self.tokens_of_cell[cell]) + self.dummy_tokens
+        return Fraction(tokens * self.top_k, int(self.ep_size_of_cell[cell]))
 
     def keys(self, cell: int) -> list[object]:
         """Model, workload, placement, EP size and tokens per step of a cell."""

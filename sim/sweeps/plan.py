@@ -135,6 +135,7 @@ def make_plan(
             -(-model.n_experts // size) if table is None else max(int(np.bincount(row).max()) for row in table)
             for (_, size), table in zip(pairs, ranks, strict=True)
         ),
+        dummy_tokens=workload.dummy_tokens,
     )
     plan = Plan(
         grid=grid,
@@ -200,7 +201,7 @@ def _choose_draws(workload: Workload, trials: int, draws: int | None) -> int | N
 
 def _check_sums_fit(plan: Plan) -> None:
     """The sums of squares over draws must fit 64-bit integers."""
-    largest_step, draws = int(plan.grid.steps[-1]), plan.draws or plan.trials
+    largest_step, draws = int(plan.grid.steps[-1]) + plan.grid.dummy_tokens, plan.draws or plan.trials
     of_block = max(largest_step * plan.model.top_k, *plan.grid.ep_sizes)  # largest load, or number of idle ranks
     of_draw = -(-plan.trials // draws) * of_block
     if draws * of_draw**2 >= 2**63:

@@ -85,7 +85,8 @@ def impossible_events(grid: Grid, events: Events) -> np.ndarray:
 
 def certain_events(grid: Grid, events: Events) -> np.ndarray:
     """Events that always happen, bool [events]: one load is at least 1, and so few pairs (token, expert) leave ranks idle."""
-    reached = np.minimum(grid.tokens_of_cell[events.cell] * grid.top_k, grid.ep_size_of_cell[events.cell])
+    distinct_tokens = grid.tokens_of_cell[events.cell] + (grid.dummy_tokens > 0)
+    reached = np.minimum(distinct_tokens * grid.top_k, grid.ep_size_of_cell[events.cell])
     idle = events.least <= grid.ep_size_of_cell[events.cell] - reached
     return np.where(events.metric == _IDLE, idle, events.least <= 1)
 

@@ -34,6 +34,9 @@ class GumbelTraffic:
         Standard deviations of mu, of the group effect of a token and of the expert effect of a request.
     tokens_per_request : int
         Consecutive tokens that share a request; without a request effect every token is a request of its own (decode).
+    dummy_tokens : int
+        Identical tokens that each step has besides its own, as idle data-parallel ranks run them: all take the experts of
+        one token, which is drawn once for each layer draw.
     """
 
     name: str
@@ -45,6 +48,7 @@ class GumbelTraffic:
     group_sigma: float = 0.0
     request_sigma: float = 0.0
     tokens_per_request: int = 1024
+    dummy_tokens: int = 0
 
     def __post_init__(self) -> None:
         where = f"workload {shown(self.name)}: "
@@ -61,6 +65,7 @@ class GumbelTraffic:
             if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) <= 5:
                 raise InputError(f"{where}{field} must be a number from 0 to 5, not {shown(value)}")
         whole_number(f"{where}tokens_per_request", self.tokens_per_request, 1, 2**31)
+        whole_number(f"{where}dummy_tokens", self.dummy_tokens, 0, 2**24)
 
     @property
     def n_layers(self) -> None:
@@ -75,6 +80,8 @@ class GumbelTraffic:
             law["sigma"] = self.sigma
         if self.request_sigma > 0:
             law |= {"request_sigma": self.request_sigma, "tokens_per_request": self.tokens_per_request}
+        if self.dummy_tokens:
+            law["dummy_tokens"] = self.dummy_tokens
         return law
 
     def draw_popularity(self, key: np.ndarray, first_draw: int, n_draws: int, n_experts: int) -> np.ndarray:

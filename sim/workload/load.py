@@ -42,7 +42,7 @@ def load_workload(name_or_path: str | Path, **overrides: Any) -> GumbelTraffic |
     if name.startswith("file:") or name.endswith(".npz"):
         unused = sorted(set(overrides) - {"phase"})
         if unused:
-            raise InputError(f"recorded traffic takes only 'phase', not '{unused[0]}'")
+            raise InputError(f"recorded traffic takes only 'phase', not '{unused[0].replace('_', '-')}'")
         return read_recorded(Path(name.removeprefix("file:")), **overrides)
     if "phase" in overrides:
         raise InputError(f"--phase goes with a recorded workload (file:TRACE.npz), not with '{name}'")

@@ -44,6 +44,7 @@ class RecordedTraffic:
     about: str = "recorded routing"
     source: str = ""
     fitted_to: str = ""
+    dummy_tokens: int = 0
 
     @property
     def n_layers(self) -> int:

@@ -1,0 +1,114 @@
+"""Predict the time that one placement saves over another, per layer and per step, by tokens, EP size and GPU."""
+
+from argparse import ArgumentParser, Namespace
+from typing import Any
+
+from sim.cli.text import folder as folder_name
+from sim.cli.text import print_table
+from sim.cli.timed import (
+    add_timed_arguments,
+    chosen_gpus,
+    identity_of,
+    say_about_times,
+    share_or_none,
+    step_us_or_none,
+    timed_options,
+)
+from sim.errors import InputError
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Add the options of `epsim gain`."""
+    parser.add_argument(
+        "--gpu", default="h20", metavar="LIST", help="GPUs (epsim gpus), or .toml files of your own (default: h20)"
+    )
+    parser.add_argument("--baseline", default="linear", metavar="A", help="placement to compare with (default: linear)")
+    parser.add_argument("--placement", default="round_robin", metavar="B", help="default: round_robin")
+    add_timed_arguments(parser, ep="8,16", tokens="1..16384")
+    parser.add_argument(
+        "--moe-share",
+        metavar="SHARE",
+        help="share of a step that experts and exchange take, as in 40%%: adds step_saved",
+    )
+    parser.add_argument("--step-ms", metavar="MS", help="instead: the baseline's measured step time")
+    parser.add_argument(
+        "--markdown", action="store_true", help="print a Markdown table, and write nothing without --out"
+    )
+    parser.add_argument("--out", metavar="DIR", help="folder of gain.csv and the figure (default: results/gain)")
+
+
+def run(arguments: Namespace) -> None:
+    """Run `epsim gain`."""
+    options, gpus = timed_options(arguments), chosen_gpus(arguments.gpu)
+    chosen: dict[str, Any] = {
+        "baseline": arguments.baseline,
+        "placement": arguments.placement,
+        "moe_share": share_or_none("--moe-share", arguments.moe_share),
+        "step_us": step_us_or_none(arguments.step_ms),
+    }
+    folder = None
+    if arguments.out is not None or not arguments.markdown:
+        folder = folder_name("--out", "results/gain" if arguments.out is None else arguments.out)
+    from sim.cost.gain import predict_gain
+
+    if "," in arguments.baseline + arguments.placement:
+        raise InputError("--baseline and --placement take one placement each")
+    say_about_times(options, gpus)
+    gains = predict_gain(gpus=gpus, **chosen, **options)
+    _print_gains(gains, arguments.markdown)
+    if folder is not None:
+        from sim.figures import save
+        from sim.figures.gain import gain_by_tokens
+        from sim.results import writable_folder, write_table
+
+        with writable_folder(folder):
+            write_table(gains, folder, "gain", identity_of(options, gpus, **chosen))
+            for suffix in ("png", "svg"):
+                save(gain_by_tokens(gains), folder / f"gain_by_tokens.{suffix}")
+        print(f"\nwritten to {folder}: gain.csv, gain.json (what made it), gain_by_tokens.png and .svg")
+    if not arguments.markdown:
+        _print_crossovers(gains)
+
+
+def _print_gains(gains: Any, markdown: bool) -> None:
+    row = gains.iloc[0]
+    title = (
+        f"{row.model} in {row['dtype']}, {row.workload} traffic, exchange {row.exchange}: time of {row.placement} against "
+        f"{row.baseline}\nlayer: experts of the slowest rank, dispatch and combine, mean and 99th percentile; saved: share "
+        "of the layer's time (experts: of the experts' alone)"
+    )
+    known = gains.moe_share.notna().any()
+    heads = ["GPU", "EP", "tokens", "layer us", "p99", "of it exch.", "layer us new", "p99 new", "saved (95 %)"]
+    heads += ["experts saved", "MoE ms/step", "new", *(["MoE share", "step saved"] if known else [])]
+    cells = []
+    for row in gains.itertuples():
+        half = (row.layer_saved_high - row.layer_saved_low) / 2
+        of_step = [f"{row.moe_share:.0%}", f"{row.step_saved:+.1%}"] if known else []
+        cells.append(
+            [
+                row.gpu,
+                str(row.ep_size),
+                str(row.tokens),
+                f"{row.baseline_layer_us:.0f}",
+                f"{row.baseline_layer_us_p99:.0f}",
+                f"{row.baseline_exchange_us:.0f}" + ("*" if row.extrapolated else ""),
+                f"{row.layer_us:.0f}",
+                f"{row.layer_us_p99:.0f}",
+                f"{row.layer_saved:+.1%} ± {half:.1%}",
+                f"{row.experts_saved:+.1%}",
+                f"{row.baseline_step_ms:.1f}",
+                f"{row.step_ms:.1f}",
+                *of_step,
+            ]
+        )
+    print_table(title, heads, cells, markdown, align="<")
+    if gains.extrapolated.any() and not markdown:
+        print("* beyond what was measured of the exchange (128 tokens a rank on H800, EP 8 to 256): extrapolated")
+
+
+def _print_crossovers(gains: Any) -> None:
+    points = "; ".join(f"{row.gpu} {row.crossover_tokens:.0f}" for row in gains.drop_duplicates("gpu").itertuples())
+    print(
+        "\nCrossover, the tokens per step from which, under even load, a rank's time grows with its tokens and not with"
+    )
+    print(f"its distinct experts alone: {points}")

@@ -1,0 +1,112 @@
+"""Predict what an engine would log of each step: balancedness over layers, and time; lay your own log beside it."""
+
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import Any
+
+from sim.cli.text import folder as folder_name
+from sim.cli.text import names, print_table
+from sim.cli.timed import add_timed_arguments, chosen_gpus, identity_of, say_about_times, timed_options
+from sim.errors import InputError, unknown
+
+_SHORT = {
+    "balancedness_vllm": "balancedness, vLLM",
+    "balancedness_sglang": "balancedness, SGLang",
+    "slowest_rank_ms": "slowest ranks, ms",
+    "moe_ms": "with exchange, ms",
+}
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Add the options of `epsim step`."""
+    parser.add_argument(
+        "--gpu", default="h200", metavar="GPU", help="a GPU (epsim gpus), or a .toml file (default: h200)"
+    )
+    parser.add_argument(
+        "--placement", default="linear,round_robin", metavar="LIST", help="placements (default: linear,round_robin)"
+    )
+    add_timed_arguments(parser, ep="8,16", tokens="64,4096")
+    parser.add_argument("--log", type=Path, metavar="FILE", help="your own log, a number a line, to lay beside")
+    parser.add_argument(
+        "--log-metric", default="balancedness_vllm", metavar="NAME", help=f"what the log holds: {', '.join(_SHORT)}"
+    )
+    parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
+    parser.add_argument("--out", metavar="DIR", help="also write steps.csv there")
+
+
+def run(arguments: Namespace) -> None:
+    """Run `epsim step`."""
+    options, gpus = timed_options(arguments), chosen_gpus(arguments.gpu)
+    if len(gpus) > 1:
+        raise InputError(f"--gpu {arguments.gpu}: one GPU at a time")
+    if arguments.log_metric not in _SHORT:
+        raise unknown("--log-metric", arguments.log_metric, _SHORT)
+    placements = names("--placement")(arguments.placement)
+    folder = None if arguments.out is None else folder_name("--out", arguments.out)
+    from sim.cost.step_log import compare_log, predict_steps, read_log
+
+    log = None if arguments.log is None else read_log(arguments.log)
+    say_about_times(options, gpus)
+    steps = predict_steps(gpu=gpus[0], placements=placements, **options)
+    _print_steps(steps, arguments.markdown)
+    if log is not None:
+        _print_log(compare_log(steps, arguments.log_metric, log), arguments)
+    if folder is not None:
+        from sim.results import writable_folder, write_table
+
+        with writable_folder(folder):
+            write_table(steps, folder, "steps", identity_of(options, gpus, placements=placements))
+        print(f"\nwritten to {folder}: steps.csv, steps.json (what made it)")
+
+
+def _digits(value: float) -> str:
+    return "-" if value != value else f"{value:.3f}" if value < 10 else f"{value:.1f}"
+
+
+def _print_steps(steps: Any, markdown: bool) -> None:
+    row = steps.iloc[0]
+    title = (
+        f"{row.model} in {row['dtype']} on {row.gpu}, {row.workload} traffic: what a step through all layers would log\n"
+        "mean with its 95 % interval, quantiles over steps; sd between layer sets (deployments), and of one set's steps"
+    )
+    heads = ["EP", "tokens", "placement", "logged", "mean (95 %)", "p1", "p50", "p99", "sd between", "sd within"]
+    cells = [
+        [
+            str(row.ep_size),
+            str(row.tokens),
+            row.placement,
+            _SHORT[row.metric],
+            f"{_digits(row.mean)} ± {_digits((row.high - row.low) / 2)}",
+            _digits(row.p01),
+            _digits(row.p50),
+            _digits(row.p99),
+            _digits(row.sd_between_sets),
+            _digits(row.sd_within_set),
+        ]
+        for row in steps.sort_values(["ep_size", "tokens"], kind="stable").itertuples()
+    ]
+    print_table(title, heads, cells, markdown, align=">><<")
+
+
+def _print_log(table: Any, arguments: Namespace) -> None:
+    row = table.iloc[0]
+    title = (
+        f"\nyour log: {row.log_steps} values of {arguments.log_metric}, mean {_digits(row.log_mean)}; inside: share of them "
+        "between p1 and p99 of the\nsimulated steps; sds apart: its mean from the simulated one, in standard deviations "
+        "between deployments"
+    )
+    heads = ["EP", "tokens", "placement", "simulated mean", "p1", "p99", "inside", "sds apart"]
+    cells = [
+        [
+            str(row.ep_size),
+            str(row.tokens),
+            row.placement,
+            _digits(row.mean),
+            _digits(row.p01),
+            _digits(row.p99),
+            f"{row.inside:.0%}",
+            "-" if row.sds_apart != row.sds_apart else f"{row.sds_apart:+.1f}",
+        ]
+        for row in table.itertuples()
+    ]
+    print_table(title, heads, cells, arguments.markdown, align=">><")
