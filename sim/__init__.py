@@ -12,7 +12,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sim.cost import Gpu, expert_time_us, gpu_names, load_gpu
+    from sim.claims import claims
+    from sim.cost import Gpu, expert_time_us, gpu_names, load_gpu, predict_gain, predict_steps
     from sim.errors import InputError
     from sim.model import ModelSpec, load_model, model_names
     from sim.placement import Placement, place
@@ -42,6 +43,9 @@ _ROOM_OF = {
     "load_gpu": "cost",
     "gpu_names": "cost",
     "expert_time_us": "cost",
+    "predict_gain": "cost",
+    "predict_steps": "cost",
+    "claims": "claims",
 }
 __all__ = list(_ROOM_OF)
 

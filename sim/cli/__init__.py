@@ -19,6 +19,7 @@ VERBS = {
     "plot": "draw the figures of a sweep",
     "gain": "predict the time that one placement saves over another, on a GPU",
     "step": "predict what an engine would log of each step; lay your own log beside it",
+    "claims": "try published performance claims: computed figure, verdict, and why",
     "models": "list the model presets",
     "workloads": "list the traffic presets",
     "placements": "list the placements",

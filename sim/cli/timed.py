@@ -69,7 +69,7 @@ def timed_options(arguments: Namespace) -> dict[str, Any]:
         "layer_sets": whole_number("--layer-sets")(arguments.layer_sets),
         "most_steps": whole_number("--steps")(arguments.steps),
         "seed": whole_number("--seed")(arguments.seed),
-        "n_threads": _threads(arguments.threads),
+        "threads": _threads(arguments.threads),
     }
 
 
@@ -84,7 +84,7 @@ def identity_of(options: dict[str, Any], gpus: list[Any], **more: Any) -> dict[s
     """All that a table depends on, as JSON values."""
     from dataclasses import asdict
 
-    identity = {name: value for name, value in options.items() if name not in ("model", "workload", "n_threads")}
+    identity = {name: value for name, value in options.items() if name not in ("model", "workload", "threads")}
     identity |= {"model": options["model"].name, "workload": options["workload"].name}
     return identity | {"law": options["workload"].law, "gpus": [asdict(gpu) for gpu in gpus]} | more
 

@@ -3,8 +3,10 @@
 from sim.cost.check import predicted_against_measured
 from sim.cost.exchange import ExchangeTime, exchange_time_us
 from sim.cost.expert import expert_time_us
+from sim.cost.gain import predict_gain
 from sim.cost.gpu import Gpu, gpu_names, load_gpu
 from sim.cost.layer import balancedness_sglang, balancedness_vllm, layer_time_us
+from sim.cost.step_log import predict_steps
 
 __all__ = [
     "ExchangeTime",
@@ -16,5 +18,7 @@ __all__ = [
     "gpu_names",
     "layer_time_us",
     "load_gpu",
+    "predict_gain",
+    "predict_steps",
     "predicted_against_measured",
 ]

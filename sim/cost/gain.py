@@ -178,9 +178,9 @@ def _gain_row(
         p99 = clustered_quantile(steps_us / 1e3, sets, 0.99)
         row |= dict(zip((f"{name}step_ms_p99{end}" for end in ("", "_low", "_high")), p99, strict=True))
         row[f"{name}imbalance"] = sample.max_load[base if name else cell].mean() / float(grid.mean_load(cell))
-    saved = _saved(new.layer_us, old.layer_us, draw)
+    saved = saved_share(new.layer_us, old.layer_us, draw)
     row |= dict(zip(("layer_saved", "layer_saved_low", "layer_saved_high"), saved, strict=True))
-    of_experts = _saved(new.experts_us, old.experts_us, draw)
+    of_experts = saved_share(new.experts_us, old.experts_us, draw)
     row |= dict(zip(("experts_saved", "experts_saved_low", "experts_saved_high"), of_experts, strict=True))
     share = rest.moe_share
     if rest.step_us is not None:
@@ -198,7 +198,7 @@ def _gain_row(
     return row
 
 
-def _saved(new_us: np.ndarray, old_us: np.ndarray, draw: np.ndarray) -> tuple[float, float, float]:
+def saved_share(new_us: np.ndarray, old_us: np.ndarray, draw: np.ndarray) -> tuple[float, float, float]:
     """1 - new / old, with its interval; times float64 [steps, layers], `draw` int64 [steps * layers]."""
     there = np.bincount(draw) > 0
     new, old = (np.bincount(draw, weights=us.reshape(-1))[there] for us in (new_us, old_us))

@@ -83,7 +83,7 @@ def sample_steps(
     most_steps: int = MOST_STEPS,
     budget_tokens: int = BUDGET_TOKENS,
     seed: int = 0,
-    n_threads: int | None = None,
+    threads: int | None = None,
 ) -> StepSample:
     """Sample steps of every size and time their layers.
 
@@ -97,7 +97,7 @@ def sample_steps(
         Independent sets of the model's layers. Recorded traffic has one: its own layers.
     most_steps, budget_tokens : int
         Steps of each size: as many as the budget of routed tokens allows, at least 1, at most `most_steps`.
-    n_threads : int
+    threads : int
         By default all processors. The sample does not depend on it.
 
     Raises
@@ -109,7 +109,7 @@ def sample_steps(
     whole_number("--steps", most_steps, 1, 10**6)
     plan = make_plan(
         model, workload, ep_sizes=ep_sizes, tokens=tokens, placements=placements, tokens_per_rank=tokens_per_rank,
-        ranks_per_node=ranks_per_node, seed=seed, bound_layers=0, trials=10**6,
+        ranks_per_node=ranks_per_node, seed=seed, bound_layers=0, trials=1,
     )  # fmt: skip
     n_layers = plan.workload.n_layers or plan.model.n_moe_layers
     if not n_layers:
@@ -128,7 +128,7 @@ def sample_steps(
     )
     chunks = _chunks(of_size * n_layers, grid.steps, n_layers * n_sets)
     constants = np.array(rates, float).reshape(len(rates), -1)
-    with ThreadPoolExecutor(n_threads or usable_processors()) as pool:
+    with ThreadPoolExecutor(threads or usable_processors()) as pool:
         reached = list(pool.map(lambda trials: _run_chunk(sample, of_size * n_layers, constants, trials), chunks))
     sample.reached[:] = np.sum(reached, axis=0) / sum(map(len, chunks))
     for of_cell in (sample.slowest_us, sample.load_bound, sample.max_load):

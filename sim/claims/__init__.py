@@ -1,0 +1,104 @@
+"""Published claims on trial: set-up, computation and verdict of each. No verdict is written by hand."""
+
+import tomllib
+from collections.abc import Callable
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from sim.claims import exact, gains, loads
+from sim.claims.trial import Trial
+from sim.claims.verdict import PLAUSIBLE_SHARE, Finding
+from sim.errors import InputError, unknown, whole_number
+from sim.workload import GumbelTraffic, Workload, load_workload
+
+__all__ = ["CLAIMS", "Finding", "Trial", "claim_ids", "claims"]
+
+CLAIMS: dict[str, Callable[..., Finding]] = {
+    "groups-unused": exact.groups_unused,
+    "one-rank": exact.one_rank,
+    "less-waiting": loads.less_waiting,
+    "fewer-gpus-unlucky": exact.fewer_gpus_unlucky,
+    "last-rank": exact.last_rank,
+    "qpm-8": gains.qpm_8,
+    "tput-14.57": gains.tput_14_57,
+    "eplb-3": gains.eplb_3,
+    "balanced-18": gains.balanced_18,
+    "idle-half": exact.idle_half,
+}
+"""The computation of each claim, by id."""
+
+
+@cache
+def _entries() -> dict[str, dict[str, Any]]:
+    """The table of claims by id."""
+    table = tomllib.loads(resources.files("sim.claims").joinpath("claims.toml").read_text(encoding="utf-8"))
+    return {entry.get("id", key): entry for key, entry in table.items()}
+
+
+def claim_ids() -> list[str]:
+    """Ids of the claims."""
+    return list(CLAIMS)
+
+
+def claims(
+    workload: Workload | str | Path = "chat",
+    *,
+    only: list[str] | None = None,
+    seed: int = 0,
+    effort: float = 1.0,
+    plausible_share: float = PLAUSIBLE_SHARE,
+    threads: int | None = None,
+) -> pd.DataFrame:
+    """Try published claims under some traffic.
+
+    Parameters
+    ----------
+    workload : Workload, str or Path
+        Decode traffic by law; prefill claims add the request effect of the preset 'prefill' to it.
+    only : list of str
+        Some of the ids (default: all).
+    seed : int
+    effort : float
+        Scales the number of trials; 1 is the published table.
+    plausible_share : float
+        Largest share of a step that routed experts and exchange may have, for a gain to be put down to them.
+    threads : int
+
+    Returns
+    -------
+    DataFrame
+        One row per claim: id, source, setup, claim, assumed, workload, computed (text), value, low, high, unit,
+        needed_share, needed_share_low, needed_share_high, verdict, why.
+
+    Raises
+    ------
+    InputError
+        Unknown names, recorded traffic, or numbers out of range.
+    """
+    traffic = workload if isinstance(workload, Workload) else load_workload(workload)
+    if not isinstance(traffic, GumbelTraffic):
+        raise InputError(f"--workload {traffic.name}: claims are tried under traffic by law, not under a record")
+    for name in only or []:
+        if name not in CLAIMS:
+            raise unknown("claim", name, CLAIMS)
+    if not 0.01 <= effort <= 100:
+        raise InputError(f"--effort {effort:g}: must be from 0.01 to 100")
+    if not 0 < plausible_share <= 1:
+        raise InputError(f"--plausible-share {plausible_share:g}: must be above 0 and at most 1")
+    trial = Trial(traffic, whole_number("--seed", seed, 0, 2**63 - 1), effort, plausible_share, threads)
+    return pd.DataFrame([_row(name, trial) for name in only or CLAIMS])
+
+
+def _row(name: str, trial: Trial) -> dict[str, object]:
+    entry = _entries()[name]
+    published = [entry["published"]] if "published" in entry else []
+    finding = CLAIMS[name](trial, *published)
+    row = {"id": name, **{key: entry[key] for key in ("source", "setup", "claim", "assumed")}}
+    row |= {"workload": trial.workload.name, "computed": finding.computed}
+    row |= {"value": finding.value, "low": finding.low, "high": finding.high, "unit": finding.unit}
+    ends = ("needed_share", "needed_share_low", "needed_share_high")
+    return row | dict(zip(ends, finding.needed_share, strict=True)) | {"verdict": finding.verdict, "why": finding.why}

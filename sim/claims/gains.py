@@ -1,0 +1,178 @@
+"""Claims about time: what the layers would save, and the share of a step that they would need to have."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from sim.claims.trial import Trial
+from sim.claims.verdict import (
+    DOES_NOT_FOLLOW,
+    HOLDS,
+    HOLDS_ONLY,
+    NOT_BY_LOAD,
+    Finding,
+    needed_share,
+    percent,
+    ranges_text,
+    saved_text,
+    share_text,
+    time_saved,
+)
+from sim.cost.expert import expert_rates, expert_time_us
+from sim.cost.gain import predict_gain, saved_share
+from sim.cost.steps import sample_steps
+from sim.model import ModelSpec
+from sim.workload import GumbelTraffic
+
+_DECODE = [2**i for i in range(10)]
+_PREFILL = [2**i for i in range(10, 15)]
+_LITTLE = 0.01
+_DUMMIES = [0, 8, 64, 512, 4096]
+Saved = tuple[float, float, float]
+
+
+def _saved_of(row: Any) -> Saved:
+    return float(row.layer_saved), float(row.layer_saved_low), float(row.layer_saved_high)
+
+
+def _gains(trial: Trial, model: str, gpu: str, tokens: list[int], workload: GumbelTraffic, **more: Any) -> pd.DataFrame:
+    """predict_gain with the trial's budget: whole layer sets, few where steps are large."""
+    budget = int(2**23 * trial.effort)
+    return predict_gain(
+        trial.model(model), workload, gpu, tokens=tokens, seed=trial.seed, budget_tokens=budget, threads=trial.threads,
+        most_steps=128, **more,
+    )  # fmt: skip
+
+
+def _by_step_size(trial: Trial, model: str, dtype: str) -> pd.DataFrame:
+    """round_robin against linear at EP 8 on H20, decode and prefill sizes, without all-to-all."""
+    setup: dict[str, Any] = {"ep_sizes": 8, "dtype": dtype, "exchange": "none"}
+    return pd.concat(
+        [
+            _gains(trial, model, "h20", _DECODE, trial.workload, **setup),
+            _gains(trial, model, "h20", _PREFILL, trial.prefill, **setup),
+        ],
+        ignore_index=True,
+    )
+
+
+def _verdict(
+    trial: Trial, shares: np.ndarray, saved: np.ndarray, cases: Callable[[list[bool]], str]
+) -> tuple[str, str]:
+    """Verdict over the cases that a set-up leaves open, and a remark where an interval leaves it open.
+
+    `shares` are the needed shares, `saved` the saved ones, float64 [cases, 3]; `cases` names those that fit.
+    """
+    fits = shares[:, 0] <= trial.plausible_share
+    open_cases = (shares[:, 1] <= trial.plausible_share) & (trial.plausible_share < shares[:, 2])
+    remark = f" The intervals leave it open at {cases(open_cases.tolist())}." if open_cases.any() else ""
+    if fits.all():
+        return HOLDS, remark
+    if fits.any():
+        return f"{HOLDS_ONLY} {cases(fits.tolist())}", remark
+    return (DOES_NOT_FOLLOW if (saved[:, 2] <= 0).all() else NOT_BY_LOAD), remark
+
+
+def _tokens_text(tokens: int) -> str:
+    return f"{tokens} token{'s' if tokens > 1 else ''}"
+
+
+def _of_sizes(trial: Trial, model: str, dtype: str, claimed: float, note: str = "") -> Finding:
+    gains = _by_step_size(trial, model, dtype)
+    saved = np.array([_saved_of(row) for row in gains.itertuples()])
+    shares = np.array([needed_share(claimed, (value, low, high)) for value, low, high in saved])
+    sizes = gains.tokens.tolist()
+    verdict, remark = _verdict(trial, shares, saved, lambda fits: f"a step has {ranges_text(sizes, fits)}")
+    at = {tokens: _saved_of(gains[gains.tokens == tokens].iloc[0]) for tokens in (1, 8, 64, 512, 16384)}
+    best = int(np.argmin(shares[:, 0]))
+    row = gains.iloc[best]
+    little = ranges_text(sizes, (gains.layer_saved < _LITTLE).tolist())
+    return Finding(
+        "layer time saved: "
+        + ", ".join(f"{saved_text(saved)} at {tokens}" for tokens, saved in at.items())
+        + " tokens",
+        *_saved_of(row),
+        f"share of the layer's time that is saved, {_tokens_text(row.tokens)}",
+        verdict,
+        f"A step must save {percent(claimed)}, so routed experts must take {share_text(shares[best, 0])} of it at "
+        f"{_tokens_text(row.tokens)}, where most is saved, and {share_text(needed_share(claimed, at[64])[0])} at 64; up to "
+        f"{percent(trial.plausible_share, 0)} is taken as plausible. "
+        + (f"Less than {percent(_LITTLE, 0)} is saved at {little}. " if little else "")
+        + note
+        + remark,
+        needed_share(claimed, _saved_of(row)),
+    )
+
+
+def qpm_8(trial: Trial, published: dict[str, float]) -> Finding:
+    """round_robin at EP 8 on H20 for every step size."""
+    claimed = time_saved(published["throughput_gain"])
+    return _of_sizes(trial, "deepseek-r1", "fp8", claimed)
+
+
+def eplb_3(trial: Trial, published: dict[str, float]) -> Finding:
+    """The same for DeepSeek-V2 in BF16, before the first rebalance."""
+    claimed = time_saved(published["throughput_gain"])
+    note = "This is until the first rebalance; after it the start does not matter."
+    return _of_sizes(trial, "deepseek-v2", "bf16", claimed, note)
+
+
+def tput_14_57(trial: Trial, published: dict[str, float]) -> Finding:
+    """Decode of 8 tokens at EP 16 on H20, with and without dummy tokens of idle ranks."""
+    claimed = published["time_saved"]
+    setup: dict[str, Any] = {"ep_sizes": 16, "exchange": "deepep_low_latency"}
+    saved = {}
+    for dummies in _DUMMIES:
+        workload = dataclasses.replace(trial.workload, dummy_tokens=dummies)
+        saved[dummies] = _saved_of(_gains(trial, "deepseek-r1", "h20", [8], workload, **setup).iloc[0])
+    shares = np.array([needed_share(claimed, value) for value in saved.values()])
+    verdict, remark = _verdict(
+        trial,
+        shares,
+        np.array(list(saved.values())),
+        lambda fits: f"idle ranks run {ranges_text(_DUMMIES, fits, 'dummy tokens')}",
+    )
+    listed = ", ".join(f"{saved_text(saved[dummies])} with {dummies}" for dummies in _DUMMIES)
+    return Finding(
+        f"layer time saved: {listed} dummy tokens",
+        *saved[0],
+        "share of the layer's time that is saved, 8 tokens, no dummies",
+        verdict,
+        f"A step must save {percent(claimed)}; experts and exchange would need {share_text(shares[0, 0])} of it without "
+        f"dummy tokens, and at best {share_text(shares[:, 0].min())} with them.{remark}",
+        needed_share(claimed, saved[0]),
+    )
+
+
+def _saved_by_balance(
+    trial: Trial, model: ModelSpec, gpu: str, workload: GumbelTraffic, ep_size: int, tokens: int
+) -> Saved:
+    """Share of linear's expert time that perfect balance saves, over as many layers as the budget allows."""
+    sample = sample_steps(
+        model, workload, [expert_rates(model, gpu)], ep_sizes=ep_size, tokens=tokens, placements="linear", layer_sets=1,
+        most_steps=1, seed=trial.seed, threads=trial.threads,
+    )  # fmt: skip
+    slowest_us = sample.slowest_us[0][..., 0]
+    even_us = expert_time_us(
+        model, gpu, pairs=tokens * model.top_k / ep_size, distinct_experts=model.n_experts / ep_size
+    )
+    return saved_share(np.full(slowest_us.shape, float(even_us)), slowest_us, np.arange(slowest_us.size))
+
+
+def balanced_18(trial: Trial, published: dict[str, float]) -> Finding:
+    """Perfect balance against linear in prefill at EP 32."""
+    claimed = time_saved(published["throughput_gain"])
+    saved = _saved_by_balance(trial, trial.model("deepseek-v3"), "h100", trial.prefill, 32, 32 * 16384)
+    share = needed_share(claimed, saved)
+    verdict, remark = _verdict(trial, np.array([share]), np.array([saved]), lambda fits: "this set-up")
+    return Finding(
+        f"experts' time saved by perfect balance: {saved_text(saved)}",
+        *saved,
+        "share of the experts' time that is saved",
+        verdict,
+        f"A step must save {percent(claimed)}, for which routed experts must take {share_text(share[0])} of it.{remark}",
+        share,
+    )

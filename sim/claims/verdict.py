@@ -1,0 +1,91 @@
+"""What a trial of a claim ends with, and the reasoning that claims about time share."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+HOLDS, DOES_NOT_FOLLOW, NOT_BY_LOAD = "holds", "does not follow", "not explained by load alone"
+HOLDS_ONLY = "holds only when"
+PLAUSIBLE_SHARE = 0.8
+"""Largest share of a step that routed experts and their exchange are taken to have: attention, shared experts, norms and
+the sampler take the rest."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Outcome of one trial.
+
+    Attributes
+    ----------
+    computed : str
+        The computed figure with its interval, for people.
+    value, low, high : float
+        The same as numbers, with the 95 % interval; equal where the answer is exact.
+    unit : str
+        What `value` is.
+    verdict : str
+        'holds', 'holds only when ...', 'does not follow' or 'not explained by load alone'.
+    why : str
+        One sentence or two, with numbers.
+    needed_share : (float, float, float)
+        Of a claim about time: share of the step that routed experts and exchange would need, with its interval; nan for
+        other claims.
+    """
+
+    computed: str
+    value: float
+    low: float
+    high: float
+    unit: str
+    verdict: str
+    why: str
+    needed_share: tuple[float, float, float] = field(default=(np.nan, np.nan, np.nan))
+
+
+def time_saved(throughput_gain: float) -> float:
+    """Share of the time that is saved where throughput grows by a share."""
+    return throughput_gain / (1 + throughput_gain)
+
+
+def needed_share(claimed: float, saved: tuple[float, float, float]) -> tuple[float, float, float]:
+    """Share of the step that layers need if the step shall save `claimed`, and they save `saved` (value, low, high).
+
+    Infinite where they save nothing.
+    """
+    value, low, high = (claimed / s if s > 0 else np.inf for s in saved)
+    return value, high, low
+
+
+def ranges_text(values: Sequence[int], chosen: Sequence[bool], unit: str = "tokens") -> str:
+    """Runs of chosen values, as in '1 to 4 tokens, or 2048 and more tokens'; the last value stands for all above."""
+    runs: list[list[int]] = []
+    for value, before, is_chosen in zip(values, [False, *chosen], chosen, strict=False):
+        if is_chosen and before:
+            runs[-1].append(value)
+        elif is_chosen:
+            runs.append([value])
+    texts = []
+    for run in runs:
+        if run[-1] == values[-1] and len(values) > 1:
+            texts.append(f"{run[0]} {unit} or more")
+        else:
+            texts.append(f"{run[0]} {unit}" if len(run) == 1 else f"{run[0]} to {run[-1]} {unit}")
+    return ", or ".join(texts)
+
+
+def percent(share: float, digits: int = 1) -> str:
+    """A share as text: 12.3 %."""
+    return f"{100 * share:.{digits}f} %"
+
+
+def saved_text(saved: tuple[float, float, float]) -> str:
+    """A saved share with the half-width of its interval."""
+    return f"{100 * saved[0]:.1f} ± {50 * (saved[2] - saved[1]):.1f} %"
+
+
+def share_text(share: float) -> str:
+    """A needed share for people."""
+    if np.isinf(share):
+        return "any multiple"
+    return f"{100 * share:.0f} %" + (" (more than there is)" if share > 1 else "")

@@ -1,0 +1,104 @@
+"""Try published performance claims under some traffic: the computed figure with its interval, the verdict, and why."""
+
+import sys
+import textwrap
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import Any
+
+from sim.cli.text import names, note, print_table, share, whole_number
+from sim.errors import InputError
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Add the options of `epsim claims`."""
+    parser.add_argument("ids", nargs="*", metavar="ID", help="some of the claims (default: all)")
+    parser.add_argument("--workload", default="chat", help="decode traffic, a preset or .toml file (default: chat)")
+    parser.add_argument("--seed", default="0", metavar="N", help="same seed, same table (default: 0)")
+    parser.add_argument(
+        "--effort",
+        default="1",
+        metavar="X",
+        help="scales the number of trials; 0.1 is quick, with wide intervals (default: 1)",
+    )
+    parser.add_argument(
+        "--plausible-share",
+        default="80%",
+        metavar="SHARE",
+        help="the most of a step that routed experts and exchange may take for a gain to be put down to them (default: 80%%)",
+    )
+    parser.add_argument("--threads", metavar="N", help="default: all processors of this process")
+    parser.add_argument("--markdown", action="store_true", help="print a Markdown table of figures and verdicts")
+    parser.add_argument("--out", metavar="DIR", help="also write claims.csv there")
+
+
+def run(arguments: Namespace) -> None:
+    """Run `epsim claims`."""
+    from sim.cli.text import folder as folder_name
+    from sim.errors import whole_number as check_whole_number
+    from sim.kernels import is_cold
+
+    threads = None
+    if arguments.threads is not None:
+        threads = check_whole_number("--threads", whole_number("--threads")(arguments.threads), 1, 4096)
+    try:
+        effort = float(arguments.effort)
+    except ValueError:
+        raise InputError(f"--effort '{arguments.effort}': expected a number as in 0.1") from None
+    options: dict[str, Any] = {
+        "only": [name for text in arguments.ids for name in names("ID")(text)] or None,
+        "seed": whole_number("--seed")(arguments.seed),
+        "effort": effort,
+        "plausible_share": share("--plausible-share")(arguments.plausible_share),
+    }
+    folder = None if arguments.out is None else folder_name("--out", arguments.out)
+    if is_cold():
+        note("compiling the kernels, once for this version: about 30 seconds")
+    sys.stderr.flush()
+    from sim.claims import claims
+    from sim.workload import load_workload
+
+    workload = load_workload(arguments.workload)
+    table = claims(workload, threads=threads, **options)
+    if arguments.markdown:
+        _print_markdown(table)
+    else:
+        _print_blocks(table)
+    if folder is not None:
+        from sim.results import writable_folder, write_table
+
+        with writable_folder(folder):
+            write_table(table, folder, "claims", {"workload": workload.name, "law": workload.law, **options})
+        print(f"\nwritten to {Path(folder)}: claims.csv, claims.json (what made it)")
+
+
+def _needs(row: Any) -> str:
+    """Share of the step that a claim about time needs, with its interval."""
+    if row.needed_share != row.needed_share:
+        return "-"
+    ends = [f"{100 * value:.0f}" if value < 100 else "inf" for value in (row.needed_share_low, row.needed_share_high)]
+    return f"{100 * row.needed_share:.0f} % ({ends[0]} to {ends[1]})" if row.needed_share < 100 else "more than all"
+
+
+def _print_blocks(table: Any) -> None:
+    for row in table.itertuples():
+        print(f"{row.id}: {row.verdict}")
+        lines = [("claim", f"{row.claim} ({row.source}; {row.setup})"), ("computed", row.computed), ("why", row.why)]
+        if _needs(row) != "-":
+            lines.insert(2, ("needs", f"{_needs(row)} of the step's time for routed experts and exchange"))
+        for name, text in [*lines, ("assumed", row.assumed)]:
+            first = f"  {name:<9} "
+            print(textwrap.fill(text, 118, initial_indent=first, subsequent_indent=" " * len(first)))
+        print()
+    kinds = table.verdict.str.replace(r" when.*", "", regex=True).value_counts()
+    print(
+        f"{table.workload.iloc[0]} traffic, {len(table)} claims: "
+        + ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+        + "; intervals are 95 %"
+    )
+
+
+def _print_markdown(table: Any) -> None:
+    heads = ["id", "claim", "computed (95 %)", "needs of the step", "verdict"]
+    cells = [[row.id, row.claim, row.computed, _needs(row), f"**{row.verdict}**"] for row in table.itertuples()]
+    print_table("", heads, cells, markdown=True, align="<<<<<")
