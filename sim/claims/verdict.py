@@ -70,7 +70,8 @@ def ranges_text(values: Sequence[int], chosen: Sequence[bool], unit: str = "toke
         if run[-1] == values[-1] and len(values) > 1:
             texts.append(f"{run[0]} {unit} or more")
         else:
-            texts.append(f"{run[0]} {unit}" if len(run) == 1 else f"{run[0]} to {run[-1]} {unit}")
+            one = unit.removesuffix("s") if run[0] == 1 else unit
+            texts.append(f"{run[0]} {one}" if len(run) == 1 else f"{run[0]} to {run[-1]} {unit}")
     return ", or ".join(texts)
 
 

@@ -1,0 +1,322 @@
+"""Steps through all layers: slowest ranks against a plain loop, gains, what engines log, dummy tokens."""
+
+import dataclasses
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.stats import t
+
+import sim
+from sim import InputError, expert_time_us, load_gpu, load_model, load_workload, place, predict_gain, predict_steps
+from sim.cli import main
+from sim.cost import balancedness_sglang, balancedness_vllm
+from sim.cost.expert import crossover_tokens, expert_rates
+from sim.cost.step_log import compare_log, read_log
+from sim.cost.steps import sample_steps
+from sim.router import draw_trials
+from sim.stats import clustered_quantile, ratio_interval
+
+V3 = load_model("deepseek-v3")
+SMALL = {"layer_sets": 2, "most_steps": 6, "budget_tokens": 2**17}
+
+
+def rates_of(*gpus):
+    return [expert_rates(V3, gpu) for gpu in gpus]
+
+
+def sample(tokens=(4, 64), placements=("linear", "round_robin"), **more):
+    return sample_steps(
+        V3,
+        "chat",
+        rates_of("h200", "h20"),
+        ep_sizes=[8, 12],
+        tokens=list(tokens),
+        placements=list(placements),
+        **SMALL | more,
+    )
+
+
+def test_slowest_ranks_are_those_of_a_plain_loop():
+    """Loads and times of every rank, computed with `expert_time_us` from the same tokens."""
+    comp = sample()
+    counts, _ = draw_trials(V3, load_workload("chat"), 0, range(0, 116), 116, np.array([4, 64]))
+    for placement in ("linear", "round_robin"):
+        for ep_size in (8, 12):
+            ranks = place(placement, V3, ep_size).rank_of_expert
+            for step, tokens in enumerate((4, 64)):
+                cell = comp.cell(placement, ep_size, tokens)
+                for trial in range(0, 116, 29):
+                    count = counts[trial, step]
+                    loads = np.bincount(ranks, weights=count, minlength=ep_size)
+                    distinct = np.bincount(ranks, weights=count > 0, minlength=ep_size)
+                    at = divmod(trial, 58)
+                    assert comp.max_load[cell][at] == loads.max()
+                    for g, gpu in enumerate(("h200", "h20")):
+                        ref = expert_time_us(V3, gpu, pairs=loads, distinct_experts=distinct)
+                        assert comp.slowest_us[cell][at][g] == pytest.approx(ref.max(), rel=1e-12)
+
+
+def test_steps_have_the_loads_of_a_sweep():
+    """The same seed, the same layer draws: the same mean of the largest load, to the last digit."""
+    steps = sample(tokens=[16], most_steps=6)
+    trials, draws = steps.max_load[0].size, 2 * 58
+    swept = sim.sweep(
+        V3,
+        "chat",
+        ep_sizes=[8, 12],
+        tokens=16,
+        placements=["linear", "round_robin"],
+        trials=trials,
+        draws=draws,
+        bound_layers=0,
+    )
+    for row in swept.summary.itertuples():
+        cell = steps.cell(row.placement, row.ep_size, 16)
+        assert steps.max_load[cell].mean() == row.max_load_mean
+
+
+def test_the_sample_does_not_depend_on_threads():
+    one, two = sample(threads=1), sample(threads=2)
+    for a, b in zip(one.slowest_us, two.slowest_us, strict=True):
+        np.testing.assert_array_equal(a, b)
+    np.testing.assert_array_equal(one.reached, two.reached)
+
+
+def test_large_steps_are_fewer_and_the_same_tokens():
+    many, few = sample(tokens=[8, 512]), sample(tokens=[8])
+    assert many.max_load[many.cell("linear", 8, 512)].shape == (4, 58)
+    assert many.max_load[many.cell("linear", 8, 8)].shape == (6, 58)
+    np.testing.assert_array_equal(many.max_load[0], few.max_load[0])
+
+
+def test_load_bound_is_where_time_grows_with_load():
+    few, many = (sample(tokens=[n]).load_bound[0] for n in (4, 4096))
+    assert not few.any()
+    assert many[..., 1].all()
+
+
+# Statistics
+
+
+def test_ratio_interval_of_differences():
+    """With equal denominators the ratio is a mean, and its interval Student's."""
+    x = np.random.default_rng(0).normal(2, 1, 40)
+    ratio, low, high = ratio_interval(x, np.ones(40))
+    half = t.isf(0.025, 39) * x.std(ddof=1) / np.sqrt(40)
+    np.testing.assert_allclose([ratio, low, high], [x.mean(), x.mean() - half, x.mean() + half])
+    assert np.isnan(ratio_interval(np.ones(1), np.ones(1))[1])
+
+
+def test_ratio_intervals_cover():
+    """2000 seeds of 60 correlated pairs: coverage of 95 % within 93.5 to 96.5 % (false alarms below 1 in 500)."""
+    rng = np.random.default_rng(1)
+    bottom = rng.gamma(20, 1, (2000, 60))
+    top = 0.9 * bottom + rng.normal(0, 1, bottom.shape)
+    ends = np.array([ratio_interval(a, b)[1:] for a, b in zip(top, bottom, strict=True)])
+    covered = ((ends[:, 0] <= 0.9) & (ends[:, 1] >= 0.9)).mean()
+    assert 0.935 <= covered <= 0.965
+
+
+def test_clustered_quantiles_cover():
+    """400 seeds of 40 draws of 10 correlated blocks, 80th percentile: at least 92 % (false alarms below 1 in 200)."""
+    rng = np.random.default_rng(2)
+    draw, covered = np.repeat(np.arange(40), 10), 0
+    true = np.sqrt(2) * 0.8416212335729143
+    for _ in range(400):
+        values = rng.normal(size=40)[draw] + rng.normal(size=400)
+        at, low, high = clustered_quantile(values, draw, 0.8)
+        assert low <= at <= high
+        covered += low <= true <= high
+    assert covered >= 368
+
+
+# Gains
+
+
+def gain(**more):
+    return predict_gain(V3, "chat", ["h20", "h200"], **{"ep_sizes": 8, "tokens": [1, 256, 16384], **SMALL} | more)
+
+
+def test_gains_are_u_shaped():
+    """Few tokens: distinct experts; the middle: nothing; many: tokens. Intervals do not touch."""
+    rows = gain(tokens=[1, 256, 4096]).set_index(["gpu", "tokens"])
+    for gpu in ("h20", "h200"):
+        few, middle, many = (rows.loc[(gpu, n)] for n in (1, 256, 4096))
+        assert few.layer_saved_low > 0.04
+        assert middle.layer_saved_high < 0.004
+        assert many.layer_saved_low > 2 * middle.layer_saved_high
+    assert rows.loc[("h20", 1)].layer_saved > rows.loc[("h200", 1)].layer_saved
+
+
+def test_equal_layouts_save_nothing():
+    rows = gain(placement="linear_legacy", tokens=[8])
+    assert (rows[["layer_saved", "layer_saved_low", "layer_saved_high", "experts_saved"]] == 0).all(axis=None)
+
+
+def test_the_whole_step_dilutes_the_gain():
+    layers = gain(tokens=[8]).iloc[0]
+    share = gain(tokens=[8], moe_share=0.5).iloc[0]
+    assert share.step_saved == pytest.approx(0.5 * layers.layer_saved)
+    step = gain(tokens=[8], step_us=4e3 * layers.baseline_step_ms).iloc[0]
+    assert step.moe_share == pytest.approx(0.25)
+    assert np.isnan(layers.step_saved)
+
+
+def test_the_exchange_counts_or_is_left_out():
+    with_it, hidden = gain(tokens=[8]).iloc[0], gain(tokens=[8], exchange="none").iloc[0]
+    assert hidden.baseline_exchange_us == 0
+    assert not hidden.extrapolated
+    assert hidden.layer_saved == hidden.experts_saved == with_it.experts_saved
+    assert with_it.extrapolated
+    fan_out = gain(tokens=[8192], ep_sizes=16, exchange="deepep_high_throughput").iloc[0]
+    assert fan_out.baseline_exchange_us < gain(tokens=[8192], ep_sizes=16).iloc[0].baseline_exchange_us
+
+
+def test_crossover_is_where_the_time_begins_to_grow():
+    """Under even load, one token more per expert costs its input and output alone below, and its row above."""
+    for gpu in ("h20", "h200", "b200"):
+        rates = expert_rates(V3, gpu)
+        pairs = crossover_tokens(V3, rates) * 8 / 8
+        times = expert_time_us(V3, gpu, pairs=pairs * np.array([0.98, 0.99, 1.0, 1.01, 1.02]), distinct_experts=32)
+        per_pair = np.diff(times) / (0.01 * pairs)
+        np.testing.assert_allclose(per_pair[2:], rates.us_per_row, rtol=1e-6)
+        assert per_pair[0] < 0.1 * rates.us_per_row
+    assert crossover_tokens(V3, expert_rates(V3, "h20")) == 1024
+
+
+# What engines log
+
+
+def test_steps_log_the_balancedness_of_engines():
+    steps = sample(tokens=[8], placements=["linear"])
+    logged = predict_steps(V3, "chat", "h200", placements=["linear"], ep_sizes=[8, 12], tokens=[8], **SMALL)
+    counts, _ = draw_trials(V3, load_workload("chat"), 0, range(0, 58), 116, np.array([8]))
+    loads = np.array([np.bincount(place("linear", V3, 8).rank_of_expert, weights=c[0], minlength=8) for c in counts])
+    first = {"balancedness_vllm": balancedness_vllm(loads), "balancedness_sglang": balancedness_sglang(loads)}
+    of = logged[(logged.ep_size == 8)].set_index("metric")
+    for metric, value in first.items():
+        assert of.loc[metric].p01 <= value <= of.loc[metric].p99
+        assert of.loc[metric].low <= of.loc[metric]["mean"] <= of.loc[metric].high
+    expected = steps.slowest_us[0][..., 0].sum(axis=1).mean() / 1e3
+    assert of.loc["slowest_rank_ms"]["mean"] == pytest.approx(expected)
+    assert of.loc["moe_ms"]["mean"] > expected
+
+
+def test_a_log_is_laid_beside(tmp_path, capsys):
+    logged = predict_steps(V3, "chat", "h200", placements=["linear"], ep_sizes=8, tokens=[8], **SMALL)
+    row = logged[logged.metric == "balancedness_vllm"].iloc[0]
+    path = tmp_path / "log.csv"
+    path.write_text("step,balancedness\n" + "".join(f"{i},{row['mean']}\n" for i in range(5)))
+    compared = compare_log(logged, "balancedness_vllm", read_log(path)).iloc[0]
+    assert compared.inside == 1
+    assert compared.log_steps == 5
+    assert main(f"step --ep 8 --tokens 8 --layer-sets 2 --steps 4 --log {path}".split()) == 0
+    assert "your log: 5 values" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("", "holds no numbers"), ("1\nx\n", "line 2 does not end"), ("0.5\nnan\n", "no value"), ("-1\n", "no value")],
+)
+def test_bad_logs_are_refused(tmp_path, text, message):
+    (tmp_path / "log").write_text(text)
+    with pytest.raises(InputError, match=message):
+        read_log(tmp_path / "log")
+
+
+# Dummy tokens
+
+
+def test_dummy_tokens_are_one_token_many_times():
+    plain, dummies = (load_workload("chat", dummy_tokens=n) for n in (0, 5))
+    tokens = np.array([2, 16])
+    own, _ = draw_trials(V3, plain, 3, range(10), 20, tokens)
+    both, _ = draw_trials(V3, dummies, 3, range(10), 20, tokens)
+    extra = both - own
+    assert set(np.unique(extra)) == {0, 5}
+    assert (extra.sum(axis=2) == 5 * V3.top_k).all()
+    np.testing.assert_array_equal(extra[:, 0], extra[:, 1])
+    again, _ = draw_trials(V3, dummies, 3, range(20, 30), 20, tokens)
+    own_again, _ = draw_trials(V3, plain, 3, range(20, 30), 20, tokens)
+    np.testing.assert_array_equal(again - own_again, extra)  # the same layers, the same dummy token
+    groups = [set(np.flatnonzero(row) // V3.group_size) for row in extra[:, 0]]
+    assert all(len(g) <= V3.topk_group for g in groups)
+
+
+def test_dummy_tokens_count_as_load(capsys, tmp_path):
+    assert main(f"sweep --ep 8 --tokens 8 --trials 200 --dummy-tokens 8 --out {tmp_path / 'a'}".split()) == 0
+    assert "dummy tokens are identical" in capsys.readouterr().err
+    rows = sim.read_result(tmp_path / "a").summary
+    assert (rows.mean_load == 16).all()
+    assert main(f"sweep --ep 8 --tokens 8 --trials 200 --out {tmp_path / 'b'}".split()) == 0
+    assert set(sim.read_result(tmp_path / "b").summary.cell_id).isdisjoint(rows.cell_id)
+    capsys.readouterr()
+    assert main(f"sweep --ep 8 --tokens 8 --trials 200 --out {tmp_path / 'a'}".split()) == 2
+    assert "holds another sweep" in capsys.readouterr().err
+
+
+def test_dummy_tokens_are_checked(capsys):
+    assert main(["sweep", "--dummy-tokens", "-1"]) == 2
+    assert "dummy_tokens" in capsys.readouterr().err
+
+
+# The command
+
+
+def test_gain_prints_and_writes(tmp_path, capsys):
+    words = f"gain --gpu h20,h200 --ep 8 --tokens 1,64 --layer-sets 2 --steps 4 --moe-share 50% --out {tmp_path}"
+    assert main(words.split()) == 0
+    out, err = capsys.readouterr()
+    assert "h20 1024" in out
+    assert "step saved" not in err
+    assert "50%" in out
+    assert "beyond what was measured" in out
+    assert "network differs by cluster" in err
+    table = pd.read_csv(tmp_path / "gain.csv")
+    assert len(table) == 4
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "gain.csv", "gain.json", "gain_by_tokens.png", "gain_by_tokens.svg",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("gain --gpu h21", "gpu 'h21' is not known"),
+        ("gain --dtype int4", "dtype int4"),
+        ("gain --gpu h20 --dtype fp4", "gpu h20 has no fp4 peak"),
+        ("gain --placement linear", "--baseline linear and --placement linear are the same"),
+        ("gain --baseline group_aware", "--baseline group_aware and --placement round_robin are the same"),
+        ("gain --placement best", "--placement 'best' is not known"),
+        ("gain --placement random,linear", "one placement each"),
+        ("gain --exchange nccl", "--exchange 'nccl' is not known"),
+        ("gain --moe-share 40% --step-ms 20", "give one of them"),
+        ("gain --moe-share 140%", "--moe-share 1.4"),
+        ("gain --step-ms 0.1 --steps 1 --layer-sets 1 --ep 8 --tokens 1", "--step-ms 0.1: below the"),
+        ("gain --step-ms 0", "--step-ms '0'"),
+        ("gain --network-gb x", "--network-gb 'x'"),
+        ("gain --tokens 0", "--tokens 0"),
+        ("gain --ep 300", "--ep 300"),
+        ("gain --layer-sets 0", "--layer-sets 0"),
+        ("gain --steps 0", "--steps 0"),
+        ("step --gpu h20,h200", "one GPU at a time"),
+        ("step --log-metric moe", "--log-metric 'moe' is not known"),
+        ("step --log /absent", "cannot be read"),
+        ("gain --model mixtral-8x7b --tokens 1 --phase decode", "--phase goes with a recorded workload"),
+    ],
+)
+def test_bad_usage_is_one_line_and_status_2(words, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(words.split()) == 2
+    err = capsys.readouterr().err.splitlines()
+    assert message in err[-1]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_without_sizes_is_refused():
+    bare = dataclasses.replace(V3, moe_intermediate_size=0, unverified=("moe_intermediate_size",))
+    with pytest.raises(InputError, match=r"not known: moe_intermediate_size \(not verified: moe_intermediate_size\)"):
+        predict_gain(bare, "chat", load_gpu("h20"), ep_sizes=8, tokens=8)
+    with pytest.raises(InputError, match="number of MoE layers"):
+        predict_gain(dataclasses.replace(V3, n_moe_layers=0), "chat", "h20", ep_sizes=8, tokens=8)
