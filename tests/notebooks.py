@@ -1,0 +1,38 @@
+"""Execute the notebooks and write them with their outputs: what `make notebooks` runs."""
+
+import sys
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+
+FOLDER = Path(__file__).parent.parent / "notebooks"
+
+
+def execute(path):
+    """The notebook of a path, executed, without what changes from run to run."""
+    notebook = nbformat.read(path, as_version=4)
+    NotebookClient(notebook, timeout=600, record_timing=False, resources={"metadata": {"path": str(FOLDER)}}).execute()
+    for cell in notebook.cells:
+        cell.metadata.pop("execution", None)
+    notebook.metadata.language_info = {"name": "python"}
+    return notebook
+
+
+def errors_of(notebook):
+    """What the notebook printed as errors or warnings."""
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    return [
+        output.get("text", output.get("evalue"))
+        for output in outputs
+        if output.output_type == "error" or output.get("name") == "stderr"
+    ]
+
+
+if __name__ == "__main__":
+    for path in map(Path, sys.argv[1:]) if sys.argv[1:] else sorted(FOLDER.glob("*.ipynb")):
+        notebook = execute(path)
+        if errors := errors_of(notebook):
+            sys.exit(f"{path.name}: {errors[0]}")
+        nbformat.write(notebook, path)
+        print(path)
