@@ -19,6 +19,7 @@ ROOMS = [
     "results",
     "sweeps",
     "cost",
+    "measure",
     "figures",
     "cli",
 ]

@@ -69,6 +69,23 @@ def expert_time_us(
     >>> expert_time_us("deepseek-v3", "h200", pairs=[0, 8, 256], distinct_experts=[0, 8, 8]).round(0)
     array([ 30., 118., 119.])
     """
+    gpu, kernel = as_gpu(gpu), grouped_gemm_profile()
+    memory_us, compute_us = ideal_times_us(model, gpu, pairs=pairs, distinct_experts=distinct_experts, dtype=dtype)
+    peak_fraction = gpu.peak_fraction or kernel.peak_fraction
+    return kernel.launch_us + np.maximum(memory_us / kernel.bandwidth_fraction, compute_us / peak_fraction)
+
+
+def ideal_times_us(
+    model: ModelSpec | str | Path,
+    gpu: Gpu | str | Path,
+    *,
+    pairs: ArrayLike,
+    distinct_experts: ArrayLike,
+    dtype: str = "fp8",
+) -> tuple[np.ndarray, np.ndarray]:
+    """Times to move the bytes at the whole bandwidth, and to do the operations at the whole peak: the two sides of
+    `expert_time_us`, which takes the same arguments, before its constants.
+    """
     model, gpu, kernel = as_model(model), as_gpu(gpu), grouped_gemm_profile()
     peak_tflops = gpu.peak_tflops(dtype)
     weights, width = expert_parameters(model), expert_width(model)
@@ -78,10 +95,8 @@ def expert_time_us(
 
     value = BYTES_PER_VALUE[dtype]
     n_bytes = distinct * weights * value + pairs * width * (value + _OUTPUT_BYTES)
-    memory_us = n_bytes / (gpu.hbm_tb_per_s * 1e6 * kernel.bandwidth_fraction)
     rows = tile_padded_rows(pairs, distinct, kernel.tile_rows)
-    compute_us = 2 * weights * rows / (peak_tflops * 1e6 * (gpu.peak_fraction or kernel.peak_fraction))
-    return kernel.launch_us + np.maximum(memory_us, compute_us)
+    return n_bytes / (gpu.hbm_tb_per_s * 1e6), 2 * weights * rows / (peak_tflops * 1e6)
 
 
 def tile_padded_rows(pairs: np.ndarray, distinct: np.ndarray, tile_rows: int) -> np.ndarray:

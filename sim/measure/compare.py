@@ -1,0 +1,191 @@
+"""The model of expert time beside what was measured. Constants are checked here, and never fed back to the model.
+
+The unit of replication is a step: an independent layer draw, which all cells of the table share.
+"""
+
+import numpy as np
+import pandas as pd
+from scipy.optimize import least_squares
+from scipy.special import stdtrit
+
+from sim.cost import expert_time_us, load_gpu
+from sim.cost.expert import ideal_times_us
+from sim.cost.tables import grouped_gemm_profile
+from sim.errors import InputError
+from sim.model import load_model
+from sim.stats import CONFIDENCE
+
+CELL = ["dtype", "workload", "ep_size", "tokens"]
+_WITHIN = 0.2
+
+
+def with_predictions(rows: pd.DataFrame) -> pd.DataFrame:
+    """Measured rows with what the model says of them.
+
+    Returns
+    -------
+    DataFrame
+        The rows with predicted_us, error (predicted / measured - 1), memory_us and compute_us (ideal times), and bound:
+        'memory' or 'compute', which of the two the model takes.
+    """
+    model, gpu, kernel = load_model(rows.model.iloc[0]), load_gpu(rows.gpu.iloc[0]), grouped_gemm_profile()
+    parts = []
+    for dtype, part in rows.groupby("dtype", sort=False):
+        work = {"pairs": part.pairs, "distinct_experts": part.distinct, "dtype": str(dtype)}
+        memory_us, compute_us = ideal_times_us(model, gpu, **work)
+        of_memory = memory_us / kernel.bandwidth_fraction >= compute_us / (gpu.peak_fraction or kernel.peak_fraction)
+        predicted_us = expert_time_us(model, gpu, **work)
+        parts.append(
+            part.assign(
+                predicted_us=predicted_us,
+                error=predicted_us / part.time_us - 1,
+                memory_us=memory_us,
+                compute_us=compute_us,
+                bound=np.where(of_memory, "memory", "compute"),
+            )
+        )
+    return pd.concat(parts)
+
+
+def errors(predicted: pd.DataFrame) -> pd.DataFrame:
+    """Error of the prediction by type and by what bounds the rank.
+
+    Parameters
+    ----------
+    predicted : DataFrame
+        From `with_predictions`.
+
+    Returns
+    -------
+    DataFrame
+        One row per dtype and bound: ranks (rows), steps, error_mean with its 95 % interval over steps (_low, _high),
+        error_p10, error_p50, error_p90, and within_20 (share of rows with an error of at most 20 %).
+    """
+    table = []
+    for (dtype, bound), part in predicted.groupby(["dtype", "bound"]):
+        by_step = part.groupby("step").error.agg(["sum", "size"])
+        mean, half = _ratio(by_step["sum"].to_numpy(float), by_step["size"].to_numpy(float))
+        p10, p50, p90 = part.error.quantile([0.1, 0.5, 0.9])
+        within = float((part.error.abs() <= _WITHIN).mean())
+        table.append([dtype, bound, len(part), len(by_step), mean, mean - half, mean + half, p10, p50, p90, within])
+    names = ["dtype", "bound", "ranks", "steps", "error_mean", "error_mean_low", "error_mean_high"]
+    return pd.DataFrame(table, columns=[*names, "error_p10", "error_p50", "error_p90", "within_20"])
+
+
+def layer_times(predicted: pd.DataFrame) -> pd.DataFrame:
+    """Time of each layer: that of the slowest measured rank.
+
+    Returns
+    -------
+    DataFrame
+        Index dtype, workload, ep_size, tokens, step, placement; columns time_us and predicted_us.
+    """
+    return predicted.groupby([*CELL, "step", "placement"])[["time_us", "predicted_us"]].max()
+
+
+def gains(predicted: pd.DataFrame, baseline: str = "linear", other: str = "round_robin") -> pd.DataFrame:
+    """Gain of one placement over another in the mean time of a layer, paired over steps.
+
+    gain = time of the baseline / time of the other - 1, of sums over steps; its 95 % interval from the variation between
+    steps (ratio estimator, Student). A step counts where both placements were measured.
+
+    Returns
+    -------
+    DataFrame
+        One row per dtype, workload, ep_size and tokens: steps, measured, measured_low, measured_high (nan with one step),
+        predicted (of the same ranks of the same steps), baseline_us, other_us.
+
+    Raises
+    ------
+    InputError
+        A placement that was not measured.
+    """
+    there = sorted(set(predicted.placement))
+    for name in (baseline, other):
+        if name not in there:
+            raise InputError(f"--placement {name}: measured were {', '.join(there)}")
+    wide = layer_times(predicted).unstack("placement")[
+        [(c, p) for c in ("time_us", "predicted_us") for p in (baseline, other)]
+    ]
+    table = []
+    for cell, part in wide.dropna().groupby(level=CELL):
+        measured, model = part["time_us"], part["predicted_us"]
+        ratio, half = _ratio(measured[baseline].to_numpy(), measured[other].to_numpy())
+        predicted_ratio, _ = _ratio(model[baseline].to_numpy(), model[other].to_numpy())
+        bounds = [ratio - 1, ratio - half - 1, ratio + half - 1, predicted_ratio - 1]
+        table.append([*cell, len(part), *bounds, measured[baseline].mean(), measured[other].mean()])
+    names = ["steps", "measured", "measured_low", "measured_high", "predicted", "baseline_us", "other_us"]
+    return pd.DataFrame(table, columns=[*CELL, *names])
+
+
+def missed(predicted: pd.DataFrame) -> pd.DataFrame:
+    """How often a rank that was picked at random was the slowest of a layer: by so much the choice of ranks may miss.
+
+    Returns
+    -------
+    DataFrame
+        One row per dtype: layers (that have a random rank), missed (where it was slowest), and excess_max, the largest
+        share by which it exceeded the ranks that were picked.
+    """
+    wide = predicted.groupby([*CELL, "step", "placement", "chosen"]).time_us.max().unstack("chosen")
+    wide = wide.reindex(columns=["busiest", "random"]).dropna()
+    excess = wide.random / wide.busiest - 1
+    by_type = excess.groupby(level="dtype")
+    table = pd.DataFrame({"layers": by_type.size(), "missed": (excess > 0).groupby(level="dtype").sum()})
+    return table.assign(excess_max=by_type.max().clip(lower=0)).reset_index()
+
+
+CONSTANTS = ("launch_us", "bandwidth_fraction", "peak_fraction")
+
+
+def constants(predicted: pd.DataFrame) -> pd.DataFrame:
+    """The constants that these rows alone would give, beside the model's.
+
+    Least squares of the logarithms of predicted over measured times; intervals from leaving out one step at a time.
+
+    Returns
+    -------
+    DataFrame
+        One row per dtype and constant: model, fitted, low, high (95 %; nan with one step, and where no row depends on
+        the constant).
+    """
+    kernel, gpu = grouped_gemm_profile(), load_gpu(predicted.gpu.iloc[0])
+    of_model = [kernel.launch_us, kernel.bandwidth_fraction, gpu.peak_fraction or kernel.peak_fraction]
+    table = []
+    for dtype, part in predicted.groupby("dtype"):
+        fitted = _fit(part, of_model)
+        steps = part.step.unique()
+        without = np.array([_fit(part[part.step != step], fitted) for step in steps]) if len(steps) > 1 else None
+        half = np.full(3, np.nan)
+        if without is not None:
+            n = len(steps)
+            half = _student(n) * np.sqrt((n - 1) / n * ((without - without.mean(axis=0)) ** 2).sum(axis=0))
+        for i, name in enumerate(CONSTANTS):
+            table.append([dtype, name, of_model[i], fitted[i], fitted[i] - half[i], fitted[i] + half[i]])
+    return pd.DataFrame(table, columns=["dtype", "constant", "model", "fitted", "low", "high"])
+
+
+def _fit(rows: pd.DataFrame, start: list[float] | np.ndarray) -> np.ndarray:
+    memory_us, compute_us, time_us = (rows[name].to_numpy(float) for name in ("memory_us", "compute_us", "time_us"))
+
+    def misfit(x: np.ndarray) -> np.ndarray:
+        launch_us, bandwidth, peak = np.exp(x)
+        return np.log((launch_us + np.maximum(memory_us / bandwidth, compute_us / peak)) / time_us)
+
+    known = np.where(np.isfinite(start), start, 1.0)
+    found = least_squares(misfit, np.log(known), x_scale=0.1)
+    return np.where(np.abs(found.jac).max(axis=0) > 0, np.exp(found.x), np.nan)
+
+
+def _ratio(above: np.ndarray, below: np.ndarray) -> tuple[float, float]:
+    """Sum over steps of `above` over that of `below`, and the half-width of its 95 % interval (nan with one step)."""
+    n = len(above)
+    ratio = above.sum() / below.sum()
+    if n < 2:
+        return float(ratio), float("nan")
+    variance = ((above - ratio * below) ** 2).sum() * n / (n - 1) / below.sum() ** 2
+    return float(ratio), float(_student(n) * np.sqrt(variance))
+
+
+def _student(n: int) -> float:
+    return float(-stdtrit(n - 1, (1 - CONFIDENCE) / 2))

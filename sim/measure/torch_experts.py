@@ -1,0 +1,297 @@
+"""The experts of one rank on a CUDA device, timed by replays of captured graphs; on a CPU the same arithmetic, for tests."""
+
+import time
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from sim.errors import InputError
+from sim.measure.experts import ACTIVATION_TOLERANCE, GEMM_TOLERANCE, BackendError, Shape, Timing
+from sim.measure.torch_kernels import (
+    Activation,
+    GemmChoice,
+    Rounded,
+    Tensor,
+    activations,
+    dequantise,
+    gemm_choices,
+    quantise,
+    reference_gemm,
+)
+
+_POOL_BYTES = 24e9  # of weights for each type, where the memory has it
+_POOL_SHARE = 0.3  # of the free memory, at most
+_COLD = 8  # a replay reads at least so many times the L2 cache
+_REPLAY_US = 8_000  # replays are timed for about so long
+_CHECKED_COUNTS = (3, 0, 17, 1, 130, 0, 64, 5)  # tokens of the experts that are checked
+
+
+class _Experts(NamedTuple):
+    """Weights of a pool of experts, and rows that go into them."""
+
+    gate_up: Rounded  # [pool, 2 * inner, width]
+    down: Rounded  # [pool, width, inner]
+    x: Rounded  # [rows, width]
+
+
+class _Kernels(NamedTuple):
+    gemm: GemmChoice
+    activation_name: str
+    activation: Activation
+
+
+class TorchExperts:
+    """Experts in PyTorch's grouped GEMMs. A layer's time has its kernels' launches taken out, and its weights cold.
+
+    The weights of a pool of experts are resident. A replay chains layers, each on its own slice of the pool, that
+    together read several times the L2 cache; the next measurement begins at the next slice.
+    """
+
+    def __init__(self, shape: Shape, device: str = "cuda", seed: int = 0) -> None:
+        self._torch = torch = _torch_with(device)
+        self._device = torch.device(device)
+        self._shape = shape
+        self._experts: dict[str, _Experts] = {}
+        self._kernels: dict[str, _Kernels] = {}
+        self._next_slice = 0
+        torch.manual_seed(seed)
+        if device == "cuda":
+            properties = torch.cuda.get_device_properties(0)
+            self.device = str(properties.name)
+            self._l2_bytes = int(getattr(properties, "L2_cache_size", 0)) or 64 << 20
+            self._stream = torch.cuda.Stream()
+            self._pool = torch.cuda.graph_pool_handle()
+            # The pool's memory lives as long as a graph that uses it.
+            self._keeper = self._capture(lambda: torch.zeros(1, device=self._device))
+        else:
+            self.device, self._l2_bytes = "cpu", 0
+        self.versions = self._versions()
+
+    def _versions(self) -> str:
+        texts = [f"torch {self._torch.__version__}", f"cuda {self._torch.version.cuda}"]
+        try:
+            import triton
+
+            texts.append(f"triton {triton.__version__}")
+        except ImportError:
+            pass
+        return "; ".join(texts)
+
+    def prepare(self, dtype: str) -> str:
+        """Fill the pool, and take the first GEMM and the first activation that come out right; their names."""
+        torch, failures = self._torch, []
+        with torch.inference_mode():
+            self._experts[dtype] = self._make_experts(dtype)
+            name, activation = self._choose_activation(dtype)
+            for choice in gemm_choices(dtype, self._device.type):
+                try:
+                    error = self._gemm_error(dtype, choice, activation)
+                except Exception as reason:  # whatever the library raises, the next one may work
+                    failures.append(f"{choice.name}: {_first_line(reason)}")
+                    continue
+                if error <= GEMM_TOLERANCE:
+                    self._kernels[dtype] = _Kernels(choice, name, activation)
+                    return f"{choice.name} + {name}"
+                failures.append(f"{choice.name}: relative error {error:.2g}")
+        del self._experts[dtype]
+        raise BackendError("; ".join(failures))
+
+    def _make_experts(self, dtype: str) -> _Experts:
+        shape, value = self._shape, 2 if dtype == "bf16" else 1
+        n_experts = max(shape.local_experts, min(self._pool_bytes() // (shape.expert_values * value), 8192))
+        gate_up = self._random((n_experts, 2 * shape.inner, shape.width), shape.width**-0.5, dtype)
+        down = self._random((n_experts, shape.width, shape.inner), shape.inner**-0.5, dtype)
+        rows = shape.pairs + 16 * shape.local_experts  # where each expert's rows are padded
+        rows = max(rows, sum(_CHECKED_COUNTS) + 16 * len(_CHECKED_COUNTS))
+        x = self._random((1, rows, shape.width), 1.0, dtype)
+        return _Experts(gate_up, down, Rounded(x.values[0], None if x.scale is None else x.scale[0]))
+
+    def _pool_bytes(self) -> int:
+        if self._device.type == "cpu":
+            return 2 * self._shape.local_experts * self._shape.expert_values
+        free, _ = self._torch.cuda.mem_get_info()
+        return int(min(_POOL_BYTES, _POOL_SHARE * free))
+
+    def _random(self, shape: tuple[int, int, int], deviation: float, dtype: str) -> Rounded:
+        """Normal values, made one matrix at a time: random numbers draw the power that real ones draw, zeros do not."""
+        torch, (n, rows, columns) = self._torch, shape
+        kind = torch.bfloat16 if dtype == "bf16" else torch.float8_e4m3fn
+        values = torch.empty((n, rows, columns), dtype=kind, device=self._device)
+        scale = None if dtype == "bf16" else torch.empty((n, rows), dtype=torch.float32, device=self._device)
+        for i in range(n):
+            rounded = quantise(torch.randn((rows, columns), device=self._device) * deviation, dtype)
+            values[i] = rounded.values
+            if scale is not None:
+                scale[i] = rounded.scale
+        return Rounded(values, scale)
+
+    def _choose_activation(self, dtype: str) -> tuple[str, Activation]:
+        torch, failures = self._torch, []
+        gate_up = torch.randn((33, 2 * self._shape.inner), device=self._device).to(torch.bfloat16)
+        gate, up = gate_up.float().chunk(2, dim=-1)
+        wanted = gate * torch.sigmoid(gate) * up
+        for name, activation in activations(self._device.type):
+            try:
+                error = _relative_error(dequantise(Rounded(*activation(gate_up, dtype))), wanted)
+            except Exception as reason:  # Triton needs a compiler, which not every machine has
+                failures.append(f"{name}: {_first_line(reason)}")
+                continue
+            if error <= ACTIVATION_TOLERANCE[dtype]:
+                return name, activation
+            failures.append(f"{name}: relative error {error:.2g}")
+        raise BackendError("; ".join(failures))
+
+    def _gemm_error(self, dtype: str, choice: GemmChoice, activation: Activation) -> float:
+        """Larger relative error of the two GEMMs, on uneven counts with zeros, at the sizes that are measured."""
+        experts = self._experts[dtype]
+        counts = np.array(_CHECKED_COUNTS[: self._shape.local_experts])
+        ends, rows = self._ends(counts, choice.align)
+        x = _rows(experts.x, rows)
+        gate_up, down = (_slice(weights, 0, len(counts)) for weights in (experts.gate_up, experts.down))
+        first = choice.gemm(*x, *gate_up, ends)
+        middle = Rounded(*activation(first, dtype))
+        second = choice.gemm(*middle, *down, ends)
+        error = max(
+            _relative_error(first, reference_gemm(x, gate_up, ends)),
+            _relative_error(second, reference_gemm(middle, down, ends)),
+        )
+        return error if np.isfinite(error) else np.inf
+
+    def _ends(self, counts: np.ndarray, align: int) -> tuple[Tensor, int]:
+        """Where each expert's rows end, on the device, and all rows. Without tokens there are rows that belong to nobody,
+        so that the kernels run all the same, as they do in serving.
+        """
+        ends = np.cumsum(-(-counts // align) * align)
+        tensor = self._torch.tensor(ends, dtype=self._torch.int32, device=self._device)
+        return tensor, max(int(ends[-1]), 16) if ends[-1] == 0 else int(ends[-1])
+
+    def time_layer(self, dtype: str, counts: np.ndarray) -> Timing:
+        """Time a layer whose local experts get `counts` tokens, int [experts]."""
+        with self._torch.inference_mode():
+            layers = list(self._layers(dtype, counts))
+            if self._device.type == "cpu":
+                return _timed_on_cpu(layers)
+            layers[0]()  # kernels load outside of the capture
+            return self._timed(lambda: _run_all(layers), len(layers))
+
+    def _layers(self, dtype: str, counts: np.ndarray) -> Iterator[Callable[[], Tensor]]:
+        """As many layers as make the weights cold, each on its own slice of the pool."""
+        experts, kernels = self._experts[dtype], self._kernels[dtype]
+        ends, rows = self._ends(counts, kernels.gemm.align)
+        x = _rows(experts.x, rows)
+        slices = len(experts.down.values) // len(counts)
+        for _ in range(self._n_layers(dtype, counts, slices)):
+            first = self._next_slice % slices * len(counts)
+            self._next_slice += 1
+            gate_up, down = (_slice(weights, first, len(counts)) for weights in (experts.gate_up, experts.down))
+
+            def layer(gate_up: Rounded = gate_up, down: Rounded = down) -> Tensor:
+                middle = kernels.activation(kernels.gemm.gemm(*x, *gate_up, ends), dtype)
+                return kernels.gemm.gemm(*middle, *down, ends)
+
+            yield layer
+
+    def _n_layers(self, dtype: str, counts: np.ndarray, slices: int) -> int:
+        read_bytes = np.count_nonzero(counts) * self._shape.expert_values * (2 if dtype == "bf16" else 1)
+        wanted = -(-_COLD * self._l2_bytes // max(int(read_bytes), 1))
+        return int(np.clip(wanted, min(2, slices), min(16, slices)))
+
+    def _capture(self, work: Callable[[], Any]) -> Any:
+        """A graph of the work. The plain calls: the context manager empties the allocator's cache each time."""
+        torch = self._torch
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.stream(self._stream):
+            graph.capture_begin(pool=self._pool)
+            try:
+                work()
+            finally:
+                graph.capture_end()
+        torch.cuda.synchronize()
+        return graph
+
+    def _timed(self, work: Callable[[], Any], layers: int) -> Timing:
+        """Times of replays, one right after the other, so that the device never waits for a launch."""
+        torch = self._torch
+        graph = self._capture(work)
+        with torch.cuda.stream(self._stream):
+            probe_us = self._replays_us(graph, 1, 1)[0]
+            replays = int(np.clip(_REPLAY_US / max(probe_us, 1.0), 5, 25))
+            return Timing.of(self._replays_us(graph, replays, 2), layers)
+
+    def _replays_us(self, graph: Any, replays: int, warm_up: int) -> list[float]:
+        events = [self._torch.cuda.Event(enable_timing=True) for _ in range(replays + 1)]
+        for _ in range(warm_up):
+            graph.replay()
+        events[0].record()
+        for event in events[1:]:
+            graph.replay()
+            event.record()
+        self._torch.cuda.synchronize()
+        return [1e3 * a.elapsed_time(b) for a, b in pairwise(events)]
+
+    def calibrate(self, dtype: str) -> dict[str, float]:
+        """What a copy and a dense matrix product reach, and what an empty layer takes."""
+        empty = np.zeros(self._shape.local_experts, np.int64)
+        found = {"empty_layer_us": self.time_layer(dtype, empty).time_us}
+        if self._device.type == "cuda":
+            from sim.measure.calibration import copy_tb_per_s, dense_tflops
+
+            with self._torch.inference_mode():
+                found["copy_tb_per_s"] = copy_tb_per_s(self._timed)
+                found["dense_tflops"] = dense_tflops(self._timed, dtype)
+            self._torch.cuda.empty_cache()
+        return found
+
+
+def cuda_device_name() -> str:
+    """Name of the device that is measured. Raises InputError where there is none, or no PyTorch."""
+    return str(_torch_with("cuda").cuda.get_device_name(0))
+
+
+def _torch_with(device: str) -> Any:
+    """PyTorch, on a machine that has the device."""
+    instead = "(--device cpu runs the same path at toy sizes)"
+    try:
+        import torch
+    except ImportError:
+        raise InputError(
+            f"--device cuda needs PyTorch, which is not installed: pip install 'epsim[gpu]' {instead}"
+        ) from None
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"--device cuda: PyTorch {torch.__version__} sees no CUDA device on this machine {instead}")
+    return torch
+
+
+def _run_all(layers: list[Callable[[], Tensor]]) -> None:
+    for layer in layers:
+        layer()
+
+
+def _timed_on_cpu(layers: list[Callable[[], Tensor]]) -> Timing:
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        _run_all(layers)
+        times.append((time.perf_counter() - start) * 1e6)
+    return Timing.of(times, len(layers))
+
+
+def _rows(x: Rounded, rows: int) -> Rounded:
+    return Rounded(x.values[:rows], None if x.scale is None else x.scale[:rows])
+
+
+def _slice(weights: Rounded, first: int, n: int) -> Rounded:
+    return Rounded(
+        weights.values[first : first + n], None if weights.scale is None else weights.scale[first : first + n]
+    )
+
+
+def _relative_error(found: Tensor, wanted: Tensor) -> float:
+    return float((found.float() - wanted.float()).norm() / wanted.float().norm())
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
