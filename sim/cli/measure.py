@@ -47,7 +47,9 @@ def run(arguments: Namespace) -> None:
     else:
         if arguments.out is not None:
             raise InputError("--out goes without --show: what was measured is only read")
-        _show(arguments.show, names("--placement")(arguments.placement), arguments.plot, arguments.markdown)
+        _show(
+            arguments.show, names("--placement")(arguments.placement), arguments.gpu, arguments.plot, arguments.markdown
+        )
 
 
 def _measure(arguments: Namespace) -> None:
@@ -118,14 +120,15 @@ def _backend(device: str, shape: Any, seed: int) -> Any:
     return TorchExperts(shape, "cuda", seed)
 
 
-def _show(path: Path, pair: list[str], plot: bool, markdown: bool) -> None:
+def _show(path: Path, pair: list[str], gpu: str | None, plot: bool, markdown: bool) -> None:
+    from sim.cost import load_gpu
     from sim.measure import constants, errors, gains, read_measured, with_predictions
     from sim.measure.compare import missed
     from sim.placement import ALIASES
 
     if len(pair) != 2:
         raise InputError(f"--placement {','.join(pair)}: the gain of one placement over another takes two names")
-    rows = with_predictions(read_measured(path))
+    rows = with_predictions(read_measured(path), None if gpu is None else load_gpu(gpu))
     baseline, other = (ALIASES.get(name, name) for name in pair)
     first = rows.iloc[0]
     print(
@@ -142,7 +145,7 @@ def _show(path: Path, pair: list[str], plot: bool, markdown: bool) -> None:
         ("Layers whose rank picked at random was slower than those picked as busiest", _missed_table(missed(rows))),
         (
             f"Gain of {other} over {baseline} in the layer's time, its slowest rank",
-            _gains_table(gains(rows, baseline, other)),
+            _gains_table(gains(rows, baseline, other), baseline, other),
         ),
     ]
     for title, (heads, cells) in tables:
@@ -177,18 +180,26 @@ def _errors_table(found: Any) -> Cells:
     heads = ["dtype", "bound", "ranks", "steps", "mean error (95 %)", "p10", "median", "p90", "within 20 %"]
     return heads, [
         [
-            row.dtype, row.bound, str(row.ranks), str(row.steps), _percent(row.error_mean, row.error_mean_high),
-            f"{row.error_p10:+.1%}", f"{row.error_p50:+.1%}", f"{row.error_p90:+.1%}", f"{row.within_20:.0%}",
+            *(str(getattr(row, name)) for name in ("dtype", "bound", "ranks", "steps")),
+            _percent(row.error_mean, row.error_mean_high),
+            *(f"{value:+.1%}" for value in (row.error_p10, row.error_p50, row.error_p90)),
+            f"{row.within_20:.0%}",
         ]
         for row in found.itertuples()
-    ]  # fmt: skip
+    ]
 
 
 def _constants_table(found: Any) -> Cells:
     return ["dtype", "constant", "model", "these rows (95 %)"], [
-        [row.dtype, row.constant, f"{row.model:.3g}", f"{row.fitted:.3g} ({row.low:.3g} to {row.high:.3g})"]
-        for row in found.itertuples()
+        [row.dtype, row.constant, f"{row.model:.3g}", _constant(row)] for row in found.itertuples()
     ]
+
+
+def _constant(row: Any) -> str:
+    """The fitted value with its interval; - where these rows do not depend on it."""
+    if row.fitted != row.fitted:
+        return "-"
+    return f"{row.fitted:.3g}" + (f" ({row.low:.3g} to {row.high:.3g})" if row.low == row.low else "")
 
 
 def _missed_table(found: Any) -> Cells:
@@ -197,16 +208,19 @@ def _missed_table(found: Any) -> Cells:
     ]
 
 
-def _gains_table(found: Any) -> Cells:
-    heads = ["dtype", "workload", "EP", "tokens", "steps", "measured (95 %)", "predicted", "baseline us", "other us"]
-    return heads, [
+def _gains_table(found: Any, baseline: str, other: str) -> Cells:
+    heads = ["dtype", "workload", "EP", "tokens", "steps", "measured (95 %)", "predicted", "difference (95 %)"]
+    return [*heads, f"{baseline} us", f"{other} us"], [
         [
-            row.dtype, row.workload, str(row.ep_size), str(row.tokens), str(row.steps),
-            _percent(row.measured, row.measured_high), f"{row.predicted:+.1%}",
-            f"{row.baseline_us:.1f}", f"{row.other_us:.1f}",
+            *(str(getattr(row, name)) for name in ("dtype", "workload", "ep_size", "tokens", "steps")),
+            _percent(row.measured, row.measured_high),
+            f"{row.predicted:+.1%}",
+            _percent(row.difference, row.difference_high),
+            f"{row.baseline_us:.1f}",
+            f"{row.other_us:.1f}",
         ]
         for row in found.itertuples()
-    ]  # fmt: skip
+    ]
 
 
 def _percent(value: float, high: float) -> str:

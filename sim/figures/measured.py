@@ -44,7 +44,8 @@ def predicted_against_measured(predicted: pd.DataFrame) -> Figure:
         ax.set_ylim(*ends)
         title_panel(ax, f"{dtype}: {_kernel(rows)}")
     label_outer(axes, "measured time of a rank (us)", "predicted time (us)")
-    _title(figure, predicted, "Predicted against measured time of one rank's experts (line: equal; band: within 20 %)")
+    text = "Predicted against measured time of one rank's experts\n(line: equal, band: within 20 %; "
+    _title(figure, predicted, text + "the prediction has launches in it, the measurement has none)")
     _legend(figure, [f"EP {size}" for size in sizes], lines=False)
     return figure
 
@@ -74,7 +75,11 @@ def measured_gain(predicted: pd.DataFrame, baseline: str = "linear", other: str 
         title_panel(ax, f"{dtype}, EP {size}")
     label_outer(axes, "tokens per step", f"gain of {other} (%)")
     text = f"Gain of {other} over {baseline} in a layer's expert time, its slowest rank"
-    _title(figure, predicted, f"{text} (marker, bar: measured, 95 %; line: predicted; shifted sideways)")
+    _title(
+        figure,
+        predicted,
+        f"{text} \n(markers, bars: measured, 95 %, shifted sideways; lines: predicted, of the same steps)",
+    )
     _legend(figure, workloads, lines=True)
     return figure
 

@@ -8,7 +8,7 @@ import pandas as pd
 from scipy.optimize import least_squares
 from scipy.special import stdtrit
 
-from sim.cost import expert_time_us, load_gpu
+from sim.cost import Gpu, expert_time_us, load_gpu
 from sim.cost.expert import ideal_times_us
 from sim.cost.tables import grouped_gemm_profile
 from sim.errors import InputError
@@ -19,21 +19,30 @@ CELL = ["dtype", "workload", "ep_size", "tokens"]
 _WITHIN = 0.2
 
 
-def with_predictions(rows: pd.DataFrame) -> pd.DataFrame:
+def with_predictions(rows: pd.DataFrame, gpu: Gpu | None = None) -> pd.DataFrame:
     """Measured rows with what the model says of them.
+
+    Parameters
+    ----------
+    rows : DataFrame
+        From `read_measured`.
+    gpu : Gpu
+        Whose numbers predict; the preset that the rows name by default.
 
     Returns
     -------
     DataFrame
-        The rows with predicted_us, error (predicted / measured - 1), memory_us and compute_us (ideal times), and bound:
-        'memory' or 'compute', which of the two the model takes.
+        The rows with predicted_us, error (predicted / measured - 1), memory_us and compute_us (ideal times), bound:
+        'memory' or 'compute', which of the two the model takes, and peak_fraction, the model's for this GPU.
     """
-    model, gpu, kernel = load_model(rows.model.iloc[0]), load_gpu(rows.gpu.iloc[0]), grouped_gemm_profile()
+    model, kernel = load_model(rows.model.iloc[0]), grouped_gemm_profile()
+    gpu = gpu or load_gpu(rows.gpu.iloc[0])
+    peak_fraction = gpu.peak_fraction or kernel.peak_fraction
     parts = []
     for dtype, part in rows.groupby("dtype", sort=False):
         work = {"pairs": part.pairs, "distinct_experts": part.distinct, "dtype": str(dtype)}
         memory_us, compute_us = ideal_times_us(model, gpu, **work)
-        of_memory = memory_us / kernel.bandwidth_fraction >= compute_us / (gpu.peak_fraction or kernel.peak_fraction)
+        of_memory = memory_us / kernel.bandwidth_fraction >= compute_us / peak_fraction
         predicted_us = expert_time_us(model, gpu, **work)
         parts.append(
             part.assign(
@@ -42,6 +51,7 @@ def with_predictions(rows: pd.DataFrame) -> pd.DataFrame:
                 memory_us=memory_us,
                 compute_us=compute_us,
                 bound=np.where(of_memory, "memory", "compute"),
+                peak_fraction=peak_fraction,
             )
         )
     return pd.concat(parts)
@@ -64,7 +74,8 @@ def errors(predicted: pd.DataFrame) -> pd.DataFrame:
     table = []
     for (dtype, bound), part in predicted.groupby(["dtype", "bound"]):
         by_step = part.groupby("step").error.agg(["sum", "size"])
-        mean, half = _ratio(by_step["sum"].to_numpy(float), by_step["size"].to_numpy(float))
+        mean, parts = _ratio(by_step["sum"].to_numpy(float), by_step["size"].to_numpy(float))
+        half = _half_width(parts)
         p10, p50, p90 = part.error.quantile([0.1, 0.5, 0.9])
         within = float((part.error.abs() <= _WITHIN).mean())
         table.append([dtype, bound, len(part), len(by_step), mean, mean - half, mean + half, p10, p50, p90, within])
@@ -93,7 +104,8 @@ def gains(predicted: pd.DataFrame, baseline: str = "linear", other: str = "round
     -------
     DataFrame
         One row per dtype, workload, ep_size and tokens: steps, measured, measured_low, measured_high (nan with one step),
-        predicted (of the same ranks of the same steps), baseline_us, other_us.
+        predicted (of the same ranks of the same steps), difference (measured - predicted) with _low and _high, which knows
+        more than the two apart, and baseline_us, other_us, the mean times.
 
     Raises
     ------
@@ -109,12 +121,14 @@ def gains(predicted: pd.DataFrame, baseline: str = "linear", other: str = "round
     ]
     table = []
     for cell, part in wide.dropna().groupby(level=CELL):
-        measured, model = part["time_us"], part["predicted_us"]
-        ratio, half = _ratio(measured[baseline].to_numpy(), measured[other].to_numpy())
-        predicted_ratio, _ = _ratio(model[baseline].to_numpy(), model[other].to_numpy())
-        bounds = [ratio - 1, ratio - half - 1, ratio + half - 1, predicted_ratio - 1]
-        table.append([*cell, len(part), *bounds, measured[baseline].mean(), measured[other].mean()])
-    names = ["steps", "measured", "measured_low", "measured_high", "predicted", "baseline_us", "other_us"]
+        measured, parts = _ratio(*(part["time_us", name].to_numpy() for name in (baseline, other)))
+        model, model_parts = _ratio(*(part["predicted_us", name].to_numpy() for name in (baseline, other)))
+        half, apart = _half_width(parts), _half_width(parts - model_parts)
+        gain = [measured - 1, measured - 1 - half, measured - 1 + half, model - 1]
+        difference = [measured - model, measured - model - apart, measured - model + apart]
+        table.append([*cell, len(part), *gain, *difference, *part["time_us"][[baseline, other]].mean()])
+    names = ["steps", "measured", "measured_low", "measured_high", "predicted"]
+    names += ["difference", "difference_low", "difference_high", "baseline_us", "other_us"]
     return pd.DataFrame(table, columns=[*CELL, *names])
 
 
@@ -149,8 +163,8 @@ def constants(predicted: pd.DataFrame) -> pd.DataFrame:
         One row per dtype and constant: model, fitted, low, high (95 %; nan with one step, and where no row depends on
         the constant).
     """
-    kernel, gpu = grouped_gemm_profile(), load_gpu(predicted.gpu.iloc[0])
-    of_model = [kernel.launch_us, kernel.bandwidth_fraction, gpu.peak_fraction or kernel.peak_fraction]
+    kernel = grouped_gemm_profile()
+    of_model = [kernel.launch_us, kernel.bandwidth_fraction, predicted.peak_fraction.iloc[0]]
     table = []
     for dtype, part in predicted.groupby("dtype"):
         fitted = _fit(part, of_model)
@@ -177,14 +191,16 @@ def _fit(rows: pd.DataFrame, start: list[float] | np.ndarray) -> np.ndarray:
     return np.where(np.abs(found.jac).max(axis=0) > 0, np.exp(found.x), np.nan)
 
 
-def _ratio(above: np.ndarray, below: np.ndarray) -> tuple[float, float]:
-    """Sum over steps of `above` over that of `below`, and the half-width of its 95 % interval (nan with one step)."""
-    n = len(above)
+def _ratio(above: np.ndarray, below: np.ndarray) -> tuple[float, np.ndarray]:
+    """Sum over steps of `above` over that of `below`, and what each step adds to its error (linearised)."""
     ratio = above.sum() / below.sum()
-    if n < 2:
-        return float(ratio), float("nan")
-    variance = ((above - ratio * below) ** 2).sum() * n / (n - 1) / below.sum() ** 2
-    return float(ratio), float(_student(n) * np.sqrt(variance))
+    return float(ratio), (above - ratio * below) / below.sum()
+
+
+def _half_width(parts: np.ndarray) -> float:
+    """Half-width of the 95 % interval of a ratio whose error has these parts; nan with one step."""
+    n = len(parts)
+    return float(_student(n) * np.sqrt((parts**2).sum() * n / (n - 1))) if n > 1 else float("nan")
 
 
 def _student(n: int) -> float:

@@ -13,7 +13,7 @@ from sim.cost import Gpu
 from sim.errors import InputError
 from sim.measure.experts import Backend, BackendError
 from sim.measure.steps import Layer, Steps
-from sim.measure.table import Rows
+from sim.measure.table import Rows, growing_table
 
 Say = Callable[[str], None]
 
@@ -58,17 +58,14 @@ def measure(
         The file is there already, or no type can be measured.
     """
     started = time.monotonic()
-    table = Rows(out)
-    try:
+    with growing_table(out) as table:
         reached = _prepared(backend, dtypes, say)
         if not reached:
             raise InputError("--dtype: nothing that was asked for can be measured on this device (see above)")
         with _no_collection():
             _measure_all(steps, backend, gpu, reached, table, started + time_limit_s, say)
-    finally:
-        table.finish()
-    if not table.written:
-        raise InputError("nothing was measured: --time-limit was reached first, or every type failed (see above)")
+        if not table.written:
+            raise InputError("nothing was measured: --time-limit was reached first, or every type failed (see above)")
     say(f"{table.written} rows in {time.monotonic() - started:.0f} s")
     return {"device": backend.device, "versions": versions(backend), "dtypes": reached}
 

@@ -2,7 +2,8 @@
 
 import csv
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,15 +45,36 @@ def partial_path(path: Path) -> Path:
     return path.with_name(f"{path.stem}.partial{path.suffix}")
 
 
+@contextmanager
+def growing_table(path: Path) -> Iterator["Rows"]:
+    """A table that takes its name when the block ends well. A run that fails, or is killed, leaves its rows, whole ones,
+    under the partial name; one without rows leaves nothing.
+
+    Raises
+    ------
+    InputError
+        One of the two names is taken.
+    """
+    partial = partial_path(path)
+    for there in (path, partial):
+        if there.exists():
+            raise InputError(f"--out {path}: {there} is there already; move it away, or choose another name")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = Rows(partial)
+    try:
+        yield rows
+        if rows.written:
+            partial.replace(path)
+    finally:
+        if not rows.written:
+            partial.unlink(missing_ok=True)
+
+
 class Rows:
-    """A growing table; a run that is killed leaves whole rows under the partial name."""
+    """A file that rows are appended to."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        for there in (path, partial_path(path)):
-            if there.exists():
-                raise InputError(f"--out {path}: {there} is there already; move it away, or choose another name")
-        path.parent.mkdir(parents=True, exist_ok=True)
         self.written = 0
         self._append([dict(zip(COLUMNS, COLUMNS, strict=True))])
 
@@ -64,15 +86,8 @@ class Rows:
     def _append(self, rows: list[dict[str, Any]]) -> None:
         text = io.StringIO()
         csv.DictWriter(text, list(COLUMNS), lineterminator="\n").writerows(rows)
-        with partial_path(self._path).open("ab", buffering=0) as file:  # one write: whole rows, or none of them
+        with self._path.open("ab", buffering=0) as file:  # one write: whole rows, or none of them
             file.write(text.getvalue().encode())
-
-    def finish(self) -> None:
-        """Give the table its name; without rows, nothing is left."""
-        if self.written:
-            partial_path(self._path).replace(self._path)
-        else:
-            partial_path(self._path).unlink()
 
 
 def read_measured(path: Path) -> pd.DataFrame:

@@ -24,7 +24,7 @@ from sim.measure.torch_kernels import (
 _POOL_BYTES = 24e9  # of weights for each type, where the memory has it
 _POOL_SHARE = 0.3  # of the free memory, at most
 _COLD = 8  # a replay reads at least so many times the L2 cache
-_REPLAY_US = 8_000  # replays are timed for about so long
+_REPLAY_US = 3_000  # replays are timed for about so long: steps differ by more than replays do
 _CHECKED_COUNTS = (3, 0, 17, 1, 130, 0, 64, 5)  # tokens of the experts that are checked
 
 
@@ -63,8 +63,8 @@ class TorchExperts:
             self._l2_bytes = int(getattr(properties, "L2_cache_size", 0)) or 64 << 20
             self._stream = torch.cuda.Stream()
             self._pool = torch.cuda.graph_pool_handle()
-            # The pool's memory lives as long as a graph that uses it.
-            self._keeper = self._capture(lambda: torch.zeros(1, device=self._device))
+            torch.zeros(1, device=self._device)  # loads the kernel, which a capture must not
+            self._keeper = self._capture(lambda: torch.zeros(1, device=self._device))  # keeps the pool's memory alive
         else:
             self.device, self._l2_bytes = "cpu", 0
         self.versions = self._versions()
@@ -218,8 +218,8 @@ class TorchExperts:
         graph = self._capture(work)
         with torch.cuda.stream(self._stream):
             probe_us = self._replays_us(graph, 1, 1)[0]
-            replays = int(np.clip(_REPLAY_US / max(probe_us, 1.0), 5, 25))
-            return Timing.of(self._replays_us(graph, replays, 2), layers)
+            replays = int(np.clip(_REPLAY_US / max(probe_us, 1.0), 3, 15))
+            return Timing.of(self._replays_us(graph, replays, 1), layers)
 
     def _replays_us(self, graph: Any, replays: int, warm_up: int) -> list[float]:
         events = [self._torch.cuda.Event(enable_timing=True) for _ in range(replays + 1)]
