@@ -100,9 +100,9 @@ def _preset_of_device(device: str) -> str:
     if device == "cpu":
         return "h200"
     from sim.cost import gpu_names
-    from sim.measure.torch_experts import cuda_device_name
+    from sim.measure.timers import cuda_torch
 
-    name = cuda_device_name()
+    name = str(cuda_torch().cuda.get_device_name(0))
     for preset in sorted(gpu_names(), key=len, reverse=True):
         if preset in name.lower():
             return preset

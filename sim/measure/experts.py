@@ -1,13 +1,14 @@
 """The experts of one rank, computed for real: what a backend gives, and the plain numpy one that tests use."""
 
-import time
 from dataclasses import dataclass
+from importlib import metadata
 from typing import Protocol
 
 import numpy as np
 
 from sim.cost.inputs import expert_parameters, expert_width
 from sim.errors import InputError
+from sim.measure.timers import ProcessorTimer
 from sim.model import ModelSpec
 
 DTYPES = ("bf16", "fp8")
@@ -73,6 +74,14 @@ class Timing:
         """Time of a layer from the times of whole replays."""
         low, median, high = np.quantile(np.array(replay_us) / layers, [0.25, 0.5, 0.75])
         return cls(float(median), float(high - low), layers, len(replay_us))
+
+
+def version_of(package: str) -> str:
+    """Version of an installed package; 'unknown' where it is not installed, as epsim run from its source folder."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "unknown"
 
 
 class BackendError(RuntimeError):
@@ -162,13 +171,11 @@ class NumpyExperts:
         return f"numpy, a loop over experts in float32, rounded to {dtype}"
 
     def time_layer(self, dtype: str, counts: np.ndarray) -> Timing:
-        """Time a layer three times."""
-        times = []
-        for _ in range(3):
-            start = time.perf_counter()
-            reference_layer(self._x[: counts.sum()], counts, self._gate_up, self._down, dtype)
-            times.append((time.perf_counter() - start) * 1e6)
-        return Timing.of(times, 1)
+        """Time a layer."""
+        x = self._x[: counts.sum()]
+        return Timing.of(
+            ProcessorTimer().times_us(lambda: reference_layer(x, counts, self._gate_up, self._down, dtype)), 1
+        )
 
     def calibrate(self, dtype: str) -> dict[str, float]:
         """Time of an empty layer."""

@@ -5,13 +5,12 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from sim.cost import Gpu
 from sim.errors import InputError
-from sim.measure.experts import Backend, BackendError
+from sim.measure.experts import Backend, version_of
 from sim.measure.steps import Layer, Steps
 from sim.measure.table import Rows, growing_table
 
@@ -106,7 +105,7 @@ def _measure_all(
             about = fixed | {"dtype": dtype, "kernel": reached[dtype]["kernel"]}
             try:
                 table.add([about | row for layer in layers for row in _measured(backend, dtype, layer)])
-            except (RuntimeError, BackendError) as error:  # CUDA's errors are RuntimeErrors
+            except RuntimeError as error:  # CUDA's errors are RuntimeErrors
                 left.remove(dtype)
                 say(f"{dtype} stops in step {step + 1}: {_one_line(error)}")
         if not left:
@@ -147,11 +146,7 @@ def _no_collection() -> Iterator[None]:
 
 def versions(backend: Backend) -> str:
     """Versions of what computes, as one text."""
-    try:
-        own = metadata.version("epsim")
-    except metadata.PackageNotFoundError:  # run from a source folder
-        own = "source"
-    return f"epsim {own}; python {platform.python_version()}; {backend.versions}"
+    return f"epsim {version_of('epsim')}; python {platform.python_version()}; {backend.versions}"
 
 
 def _one_line(error: Exception) -> str:

@@ -1,14 +1,13 @@
 """The experts of one rank on a CUDA device, timed by replays of captured graphs; on a CPU the same arithmetic, for tests."""
 
-import time
 from collections.abc import Callable, Iterator
-from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from sim.errors import InputError
-from sim.measure.experts import ACTIVATION_TOLERANCE, GEMM_TOLERANCE, BackendError, Shape, Timing
+from sim.measure.calibration import copy_tb_per_s, dense_tflops
+from sim.measure.experts import ACTIVATION_TOLERANCE, GEMM_TOLERANCE, BackendError, Shape, Timing, version_of
+from sim.measure.timers import GraphTimer, ProcessorTimer, Timer, cuda_torch
 from sim.measure.torch_kernels import (
     Activation,
     GemmChoice,
@@ -24,8 +23,7 @@ from sim.measure.torch_kernels import (
 _POOL_BYTES = 24e9  # of weights for each type, where the memory has it
 _POOL_SHARE = 0.3  # of the free memory, at most
 _COLD = 8  # a replay reads at least so many times the L2 cache
-_REPLAY_US = 3_000  # replays are timed for about so long: steps differ by more than replays do
-_CHECKED_COUNTS = (3, 0, 17, 1, 130, 0, 64, 5)  # tokens of the experts that are checked
+_CHECKED_COUNTS = ((3, 0, 17, 1, 130, 0, 64, 5), (700, 0, 513))  # tokens of the experts that are checked: few, and many
 
 
 class _Experts(NamedTuple):
@@ -38,7 +36,6 @@ class _Experts(NamedTuple):
 
 class _Kernels(NamedTuple):
     gemm: GemmChoice
-    activation_name: str
     activation: Activation
 
 
@@ -50,53 +47,36 @@ class TorchExperts:
     """
 
     def __init__(self, shape: Shape, device: str = "cuda", seed: int = 0) -> None:
-        self._torch = torch = _torch_with(device)
+        if device == "cuda":
+            cuda = cuda_torch().cuda.get_device_properties(0)
+            self.device, self._l2_bytes = str(cuda.name), int(getattr(cuda, "L2_cache_size", 0)) or 64 << 20
+            self._timer: Timer = GraphTimer()
+        else:
+            self.device, self._l2_bytes = "cpu", 0
+            self._timer = ProcessorTimer()
+        import torch
+
+        self._torch = torch
         self._device = torch.device(device)
         self._shape = shape
         self._experts: dict[str, _Experts] = {}
         self._kernels: dict[str, _Kernels] = {}
         self._next_slice = 0
+        self.versions = f"torch {torch.__version__}; cuda {torch.version.cuda}; triton {version_of('triton')}"
         torch.manual_seed(seed)
-        if device == "cuda":
-            properties = torch.cuda.get_device_properties(0)
-            self.device = str(properties.name)
-            self._l2_bytes = int(getattr(properties, "L2_cache_size", 0)) or 64 << 20
-            self._stream = torch.cuda.Stream()
-            self._pool = torch.cuda.graph_pool_handle()
-            torch.zeros(1, device=self._device)  # loads the kernel, which a capture must not
-            self._keeper = self._capture(lambda: torch.zeros(1, device=self._device))  # keeps the pool's memory alive
-        else:
-            self.device, self._l2_bytes = "cpu", 0
-        self.versions = self._versions()
-
-    def _versions(self) -> str:
-        texts = [f"torch {self._torch.__version__}", f"cuda {self._torch.version.cuda}"]
-        try:
-            import triton
-
-            texts.append(f"triton {triton.__version__}")
-        except ImportError:
-            pass
-        return "; ".join(texts)
 
     def prepare(self, dtype: str) -> str:
-        """Fill the pool, and take the first GEMM and the first activation that come out right; their names."""
-        torch, failures = self._torch, []
-        with torch.inference_mode():
+        """Fill the pool, and take the first activation and the first GEMM that come out right; their names."""
+        with self._torch.inference_mode():
             self._experts[dtype] = self._make_experts(dtype)
-            name, activation = self._choose_activation(dtype)
-            for choice in gemm_choices(dtype, self._device.type):
-                try:
-                    error = self._gemm_error(dtype, choice, activation)
-                except Exception as reason:  # whatever the library raises, the next one may work
-                    failures.append(f"{choice.name}: {_first_line(reason)}")
-                    continue
-                if error <= GEMM_TOLERANCE:
-                    self._kernels[dtype] = _Kernels(choice, name, activation)
-                    return f"{choice.name} + {name}"
-                failures.append(f"{choice.name}: relative error {error:.2g}")
-        del self._experts[dtype]
-        raise BackendError("; ".join(failures))
+            try:
+                name, activation = self._choose_activation(dtype)
+                choice = self._choose_gemm(dtype, activation)
+            except BackendError:
+                del self._experts[dtype]  # its memory is for the other type
+                raise
+        self._kernels[dtype] = _Kernels(choice, activation)
+        return f"{choice.name} + {name}"
 
     def _make_experts(self, dtype: str) -> _Experts:
         shape, value = self._shape, 2 if dtype == "bf16" else 1
@@ -104,7 +84,7 @@ class TorchExperts:
         gate_up = self._random((n_experts, 2 * shape.inner, shape.width), shape.width**-0.5, dtype)
         down = self._random((n_experts, shape.width, shape.inner), shape.inner**-0.5, dtype)
         rows = shape.pairs + 16 * shape.local_experts  # where each expert's rows are padded
-        rows = max(rows, sum(_CHECKED_COUNTS) + 16 * len(_CHECKED_COUNTS))
+        rows = max(rows, *(sum(counts) + 16 * len(counts) for counts in _CHECKED_COUNTS))
         x = self._random((1, rows, shape.width), 1.0, dtype)
         return _Experts(gate_up, down, Rounded(x.values[0], None if x.scale is None else x.scale[0]))
 
@@ -143,10 +123,23 @@ class TorchExperts:
             failures.append(f"{name}: relative error {error:.2g}")
         raise BackendError("; ".join(failures))
 
-    def _gemm_error(self, dtype: str, choice: GemmChoice, activation: Activation) -> float:
-        """Larger relative error of the two GEMMs, on uneven counts with zeros, at the sizes that are measured."""
+    def _choose_gemm(self, dtype: str, activation: Activation) -> GemmChoice:
+        failures = []
+        for choice in gemm_choices(dtype, self._device.type):
+            try:
+                error = max(self._gemm_error(dtype, choice, activation, counts) for counts in _CHECKED_COUNTS)
+            except Exception as reason:  # whatever the library raises, the next one may work
+                failures.append(f"{choice.name}: {_first_line(reason)}")
+                continue
+            if error <= GEMM_TOLERANCE:
+                return choice
+            failures.append(f"{choice.name}: relative error {error:.2g}")
+        raise BackendError("; ".join(failures))
+
+    def _gemm_error(self, dtype: str, choice: GemmChoice, activation: Activation, tokens: tuple[int, ...]) -> float:
+        """Larger relative error of the two GEMMs at the sizes that are measured, for experts with so many tokens."""
         experts = self._experts[dtype]
-        counts = np.array(_CHECKED_COUNTS[: self._shape.local_experts])
+        counts = np.array(tokens[: self._shape.local_experts])
         ends, rows = self._ends(counts, choice.align)
         x = _rows(experts.x, rows)
         gate_up, down = (_slice(weights, 0, len(counts)) for weights in (experts.gate_up, experts.down))
@@ -171,10 +164,8 @@ class TorchExperts:
         """Time a layer whose local experts get `counts` tokens, int [experts]."""
         with self._torch.inference_mode():
             layers = list(self._layers(dtype, counts))
-            if self._device.type == "cpu":
-                return _timed_on_cpu(layers)
-            layers[0]()  # kernels load outside of the capture
-            return self._timed(lambda: _run_all(layers), len(layers))
+            layers[0]()
+            return Timing.of(self._timer.times_us(lambda: _run_all(layers)), len(layers))
 
     def _layers(self, dtype: str, counts: np.ndarray) -> Iterator[Callable[[], Tensor]]:
         """As many layers as make the weights cold, each on its own slice of the pool."""
@@ -198,85 +189,21 @@ class TorchExperts:
         wanted = -(-_COLD * self._l2_bytes // max(int(read_bytes), 1))
         return int(np.clip(wanted, min(2, slices), min(16, slices)))
 
-    def _capture(self, work: Callable[[], Any]) -> Any:
-        """A graph of the work. The plain calls: the context manager empties the allocator's cache each time."""
-        torch = self._torch
-        graph = torch.cuda.CUDAGraph()
-        torch.cuda.synchronize()
-        with torch.cuda.stream(self._stream):
-            graph.capture_begin(pool=self._pool)
-            try:
-                work()
-            finally:
-                graph.capture_end()
-        torch.cuda.synchronize()
-        return graph
-
-    def _timed(self, work: Callable[[], Any], layers: int) -> Timing:
-        """Times of replays, one right after the other, so that the device never waits for a launch."""
-        torch = self._torch
-        graph = self._capture(work)
-        with torch.cuda.stream(self._stream):
-            probe_us = self._replays_us(graph, 1, 1)[0]
-            replays = int(np.clip(_REPLAY_US / max(probe_us, 1.0), 3, 15))
-            return Timing.of(self._replays_us(graph, replays, 1), layers)
-
-    def _replays_us(self, graph: Any, replays: int, warm_up: int) -> list[float]:
-        events = [self._torch.cuda.Event(enable_timing=True) for _ in range(replays + 1)]
-        for _ in range(warm_up):
-            graph.replay()
-        events[0].record()
-        for event in events[1:]:
-            graph.replay()
-            event.record()
-        self._torch.cuda.synchronize()
-        return [1e3 * a.elapsed_time(b) for a, b in pairwise(events)]
-
     def calibrate(self, dtype: str) -> dict[str, float]:
         """What a copy and a dense matrix product reach, and what an empty layer takes."""
         empty = np.zeros(self._shape.local_experts, np.int64)
         found = {"empty_layer_us": self.time_layer(dtype, empty).time_us}
         if self._device.type == "cuda":
-            from sim.measure.calibration import copy_tb_per_s, dense_tflops
-
             with self._torch.inference_mode():
-                found["copy_tb_per_s"] = copy_tb_per_s(self._timed)
-                found["dense_tflops"] = dense_tflops(self._timed, dtype)
+                found["copy_tb_per_s"] = copy_tb_per_s(self._timer)
+                found["dense_tflops"] = dense_tflops(self._timer, dtype)
             self._torch.cuda.empty_cache()
         return found
-
-
-def cuda_device_name() -> str:
-    """Name of the device that is measured. Raises InputError where there is none, or no PyTorch."""
-    return str(_torch_with("cuda").cuda.get_device_name(0))
-
-
-def _torch_with(device: str) -> Any:
-    """PyTorch, on a machine that has the device."""
-    instead = "(--device cpu runs the same path at toy sizes)"
-    try:
-        import torch
-    except ImportError:
-        raise InputError(
-            f"--device cuda needs PyTorch, which is not installed: pip install 'epsim[gpu]' {instead}"
-        ) from None
-    if device == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"--device cuda: PyTorch {torch.__version__} sees no CUDA device on this machine {instead}")
-    return torch
 
 
 def _run_all(layers: list[Callable[[], Tensor]]) -> None:
     for layer in layers:
         layer()
-
-
-def _timed_on_cpu(layers: list[Callable[[], Tensor]]) -> Timing:
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        _run_all(layers)
-        times.append((time.perf_counter() - start) * 1e6)
-    return Timing.of(times, len(layers))
 
 
 def _rows(x: Rounded, rows: int) -> Rounded:
