@@ -676,11 +676,14 @@ def test_kernels_that_do_not_work_are_passed_over_and_named(monkeypatch):
     right = gemm_choices("bf16", "cpu")[0]
     wrong = GemmChoice("wrong", lambda *arguments: 2 * right.gemm(*arguments), 1)
     missing = GemmChoice("missing", absent, 1)
+    empty = GemmChoice("empty", lambda *arguments: right.gemm(*arguments) * float("nan"), 1)
     backend = torch_experts.TorchExperts(SHAPE, "cpu")
-    monkeypatch.setattr(torch_experts, "gemm_choices", lambda *a: [missing, wrong, right])
+    monkeypatch.setattr(torch_experts, "gemm_choices", lambda *a: [missing, wrong, empty, right])
     assert backend.prepare("bf16").startswith(right.name)
-    monkeypatch.setattr(torch_experts, "gemm_choices", lambda *a: [missing, wrong])
-    with pytest.raises(BackendError, match="missing: no such kernel; wrong: relative error"):
+    monkeypatch.setattr(torch_experts, "gemm_choices", lambda *a: [missing, wrong, empty])
+    with pytest.raises(
+        BackendError, match=r"missing: no such kernel; wrong: relative error .*; empty: relative error nan"
+    ):
         backend.prepare("fp8")
     assert "fp8" not in backend._experts
 

@@ -4,6 +4,7 @@ beside it, and what one placement gains over another.
 
 import json
 import sys
+import time
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,7 @@ def run(arguments: Namespace) -> None:
 
 
 def _measure(arguments: Namespace) -> None:
+    started = time.monotonic()
     from sim.cost import load_gpu
     from sim.kernels import is_cold
     from sim.measure import Shape, measure, sample_steps
@@ -87,7 +89,7 @@ def _measure(arguments: Namespace) -> None:
     backend = _backend(arguments.device, shape, steps.seed)
     out = Path(arguments.out)
     reached = measure(
-        steps, backend, gpu, dtypes, out, time_limit_s=limit_s, say=lambda text: print(text, file=sys.stderr, flush=True)
+        steps, backend, gpu, dtypes, out, time_limit_s=limit_s - (time.monotonic() - started), say=lambda text: print(text, file=sys.stderr, flush=True)
     )  # fmt: skip
     about = out.with_suffix(".json")
     with whole_files(about) as (temporary,):

@@ -36,7 +36,14 @@ def predicted_against_measured(predicted: pd.DataFrame) -> Figure:
         for size, style in zip(sizes, _styles(), strict=False):
             part = rows[rows.ep_size == size]
             ax.plot(
-                part.time_us, part.predicted_us, **style, linestyle="", markersize=2.5, alpha=0.5, markeredgewidth=0
+                part.time_us,
+                part.predicted_us,
+                **style,
+                linestyle="",
+                markersize=2.5,
+                alpha=0.5,
+                markeredgewidth=0,
+                rasterized=True,
             )
         ax.set_xscale("log")
         ax.set_yscale("log")
@@ -45,7 +52,7 @@ def predicted_against_measured(predicted: pd.DataFrame) -> Figure:
         title_panel(ax, f"{dtype}: {_kernel(rows)}")
     label_outer(axes, "measured time of a rank (us)", "predicted time (us)")
     text = "Predicted against measured time of one rank's experts\n(line: equal, band: within 20 %; "
-    _title(figure, predicted, text + "the prediction has launches in it, the measurement has none)")
+    _title(figure, predicted, text + "the prediction includes launches, which replays of a graph do not)")
     _legend(figure, [f"EP {size}" for size in sizes], lines=False)
     return figure
 

@@ -127,7 +127,7 @@ class TorchExperts:
         failures = []
         for choice in gemm_choices(dtype, self._device.type):
             try:
-                error = max(self._gemm_error(dtype, choice, activation, counts) for counts in _CHECKED_COUNTS)
+                error = np.max([self._gemm_error(dtype, choice, activation, counts) for counts in _CHECKED_COUNTS])
             except Exception as reason:  # whatever the library raises, the next one may work
                 failures.append(f"{choice.name}: {_first_line(reason)}")
                 continue
@@ -146,11 +146,9 @@ class TorchExperts:
         first = choice.gemm(*x, *gate_up, ends)
         middle = Rounded(*activation(first, dtype))
         second = choice.gemm(*middle, *down, ends)
-        error = max(
-            _relative_error(first, reference_gemm(x, gate_up, ends)),
-            _relative_error(second, reference_gemm(middle, down, ends)),
-        )
-        return error if np.isfinite(error) else np.inf
+        of_first = _relative_error(first, reference_gemm(x, gate_up, ends))
+        of_second = _relative_error(second, reference_gemm(middle, down, ends))
+        return float(np.max([of_first, of_second]))  # NaN where one of them is
 
     def _ends(self, counts: np.ndarray, align: int) -> tuple[Tensor, int]:
         """Where each expert's rows end, on the device, and all rows. Without tokens there are rows that belong to nobody,
@@ -158,7 +156,7 @@ class TorchExperts:
         """
         ends = np.cumsum(-(-counts // align) * align)
         tensor = self._torch.tensor(ends, dtype=self._torch.int32, device=self._device)
-        return tensor, max(int(ends[-1]), 16) if ends[-1] == 0 else int(ends[-1])
+        return tensor, int(ends[-1]) or 16
 
     def time_layer(self, dtype: str, counts: np.ndarray) -> Timing:
         """Time a layer whose local experts get `counts` tokens, int [experts]."""
