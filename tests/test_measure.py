@@ -65,7 +65,7 @@ class MadeUp:
         self.of, self.noise, self.fails = (launch_us, bandwidth, peak), noise, fails
         self.random, self.calls = np.random.default_rng(0), 0
 
-    def prepare(self, dtype):
+    def prepare(self, dtype, say):
         if self.fails(dtype, 0):
             raise BackendError(f"no {dtype}\nat all")
         return f"formula {dtype}"
@@ -612,7 +612,7 @@ def test_pytorch_computes_what_numpy_does(dtype):
     from sim.measure.torch_kernels import dequantise
 
     backend = TorchExperts(SHAPE, "cpu", seed=3)
-    assert "loop" in backend.prepare(dtype)
+    assert "loop" in backend.prepare(dtype, print)
     experts = backend._experts[dtype]
     x, gate_up, down = (dequantise(part).numpy() for part in (experts.x, experts.gate_up, experts.down))
     out = next(backend._layers(dtype, COUNTS))().float().numpy()
@@ -643,7 +643,7 @@ def test_pytorchs_own_grouped_gemm_passes_the_check(align):
     if not hasattr(torch.nn.functional, "grouped_mm"):
         pytest.skip(f"torch {torch.__version__} has no grouped_mm")
     backend = TorchExperts(SHAPE, "cpu")
-    backend.prepare("bf16")
+    backend.prepare("bf16", print)
     choice = next(choice for choice in gemm_choices("bf16", "cuda") if choice.align == align)
     with torch.inference_mode():
         assert backend._gemm_error("bf16", choice, plain_activation, COUNTS) < 1e-2
@@ -679,12 +679,14 @@ def test_kernels_that_do_not_work_are_passed_over_and_named(monkeypatch):
     empty = GemmChoice("empty", lambda *arguments: right.gemm(*arguments) * float("nan"), 1)
     backend = torch_experts.TorchExperts(SHAPE, "cpu")
     monkeypatch.setattr(torch_experts, "gemm_choices", lambda *a: [missing, wrong, empty, right])
-    assert backend.prepare("bf16").startswith(right.name)
+    assert backend.prepare("bf16", print).startswith(right.name)
     monkeypatch.setattr(torch_experts, "gemm_choices", lambda *a: [missing, wrong, empty])
-    with pytest.raises(
-        BackendError, match=r"missing: no such kernel; wrong: relative error .*; empty: relative error nan"
-    ):
-        backend.prepare("fp8")
+    said = []
+    with pytest.raises(BackendError, match="no grouped GEMM comes out right"):
+        backend.prepare("fp8", said.append)
+    assert said[0] == "missing is passed over: no such kernel"
+    assert "wrong is passed over: relative error 1" in said[1]
+    assert said[2] == "empty is passed over: relative error nan"
     assert "fp8" not in backend._experts
 
 

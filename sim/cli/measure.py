@@ -88,13 +88,16 @@ def _measure(arguments: Namespace) -> None:
     shape = Shape.of(model, steps.most_local_experts, steps.most_pairs)
     backend = _backend(arguments.device, shape, steps.seed)
     out = Path(arguments.out)
-    reached = measure(
-        steps, backend, gpu, dtypes, out, time_limit_s=limit_s - (time.monotonic() - started), say=lambda text: print(text, file=sys.stderr, flush=True)
-    )  # fmt: skip
+    left_s = limit_s - (time.monotonic() - started)
+    reached = measure(steps, backend, gpu, dtypes, out, time_limit_s=left_s, say=_say)
     about = out.with_suffix(".json")
     with whole_files(about) as (temporary,):
         temporary.write_text(json.dumps(reached, indent=1) + "\n")
     print(f"written to {out} and {about}; tables and figures: epsim measure --show {out} --plot")
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _preset_of_device(device: str) -> str:

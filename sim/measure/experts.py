@@ -1,5 +1,6 @@
 """The experts of one rank, computed for real: what a backend gives, and the plain numpy one that tests use."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Protocol
@@ -11,6 +12,7 @@ from sim.errors import InputError
 from sim.measure.timers import ProcessorTimer
 from sim.model import ModelSpec
 
+Say = Callable[[str], None]
 DTYPES = ("bf16", "fp8")
 FP8_MAX = 448.0  # the largest E4M3 number
 GEMM_TOLERANCE = 1e-2
@@ -94,8 +96,8 @@ class Backend(Protocol):
     device: str
     versions: str
 
-    def prepare(self, dtype: str) -> str:
-        """Make the weights, choose and check the kernels: their name. Raises BackendError."""
+    def prepare(self, dtype: str, say: Say) -> str:
+        """Make the weights, choose and check the kernels: their name; say what was passed over. Raises BackendError."""
 
     def time_layer(self, dtype: str, counts: np.ndarray) -> Timing:
         """Time a layer whose local experts get `counts` tokens, int [experts]."""
@@ -166,7 +168,7 @@ class NumpyExperts:
         self._gate_up = random.standard_normal((shape.local_experts, 2 * shape.inner, shape.width), np.float32) * scale
         self._down = random.standard_normal((shape.local_experts, shape.width, shape.inner), np.float32) * scale
 
-    def prepare(self, dtype: str) -> str:
+    def prepare(self, dtype: str, say: Say) -> str:
         """The one kernel that there is."""
         return f"numpy, a loop over experts in float32, rounded to {dtype}"
 

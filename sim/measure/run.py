@@ -3,18 +3,16 @@
 import gc
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from sim.cost import Gpu
 from sim.errors import InputError
-from sim.measure.experts import Backend, version_of
+from sim.measure.experts import Backend, Say, version_of
 from sim.measure.steps import Layer, Steps
 from sim.measure.table import Rows, growing_table
-
-Say = Callable[[str], None]
 
 
 def measure(
@@ -74,7 +72,7 @@ def _prepared(backend: Backend, dtypes: Sequence[str], say: Say) -> dict[str, di
     reached: dict[str, dict[str, Any]] = {}
     for dtype in dtypes:
         try:
-            reached[dtype] = {"kernel": backend.prepare(dtype)}
+            reached[dtype] = {"kernel": backend.prepare(dtype, say)}
         except Exception as error:  # of a library that may lack the type: the others go on
             say(f"{dtype} is left out: {_one_line(error)}")
             continue

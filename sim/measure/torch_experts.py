@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from sim.measure.calibration import copy_tb_per_s, dense_tflops
-from sim.measure.experts import ACTIVATION_TOLERANCE, GEMM_TOLERANCE, BackendError, Shape, Timing, version_of
+from sim.measure.experts import ACTIVATION_TOLERANCE, GEMM_TOLERANCE, BackendError, Say, Shape, Timing, version_of
 from sim.measure.timers import GraphTimer, ProcessorTimer, Timer, cuda_torch
 from sim.measure.torch_kernels import (
     Activation,
@@ -65,13 +65,13 @@ class TorchExperts:
         self.versions = f"torch {torch.__version__}; cuda {torch.version.cuda}; triton {version_of('triton')}"
         torch.manual_seed(seed)
 
-    def prepare(self, dtype: str) -> str:
+    def prepare(self, dtype: str, say: Say) -> str:
         """Fill the pool, and take the first activation and the first GEMM that come out right; their names."""
         with self._torch.inference_mode():
             self._experts[dtype] = self._make_experts(dtype)
             try:
-                name, activation = self._choose_activation(dtype)
-                choice = self._choose_gemm(dtype, activation)
+                name, activation = self._choose_activation(dtype, say)
+                choice = self._choose_gemm(dtype, activation, say)
             except BackendError:
                 del self._experts[dtype]  # its memory is for the other type
                 raise
@@ -107,34 +107,31 @@ class TorchExperts:
                 scale[i] = rounded.scale
         return Rounded(values, scale)
 
-    def _choose_activation(self, dtype: str) -> tuple[str, Activation]:
-        torch, failures = self._torch, []
+    def _choose_activation(self, dtype: str, say: Say) -> tuple[str, Activation]:
+        torch = self._torch
         gate_up = torch.randn((33, 2 * self._shape.inner), device=self._device).to(torch.bfloat16)
         gate, up = gate_up.float().chunk(2, dim=-1)
         wanted = gate * torch.sigmoid(gate) * up
         for name, activation in activations(self._device.type):
-            try:
-                error = _relative_error(dequantise(Rounded(*activation(gate_up, dtype))), wanted)
-            except Exception as reason:  # Triton needs a compiler, which not every machine has
-                failures.append(f"{name}: {_first_line(reason)}")
-                continue
-            if error <= ACTIVATION_TOLERANCE[dtype]:
-                return name, activation
-            failures.append(f"{name}: relative error {error:.2g}")
-        raise BackendError("; ".join(failures))
 
-    def _choose_gemm(self, dtype: str, activation: Activation) -> GemmChoice:
-        failures = []
+            def error(activation: Activation = activation) -> float:
+                return _relative_error(dequantise(Rounded(*activation(gate_up, dtype))), wanted)
+
+            if _is_right(name, error, ACTIVATION_TOLERANCE[dtype], say):
+                return name, activation
+        raise BackendError("no activation comes out right")
+
+    def _choose_gemm(self, dtype: str, activation: Activation, say: Say) -> GemmChoice:
         for choice in gemm_choices(dtype, self._device.type):
-            try:
-                error = np.max([self._gemm_error(dtype, choice, activation, counts) for counts in _CHECKED_COUNTS])
-            except Exception as reason:  # whatever the library raises, the next one may work
-                failures.append(f"{choice.name}: {_first_line(reason)}")
-                continue
-            if error <= GEMM_TOLERANCE:
+
+            def error(choice: GemmChoice = choice) -> float:
+                return float(
+                    np.max([self._gemm_error(dtype, choice, activation, tokens) for tokens in _CHECKED_COUNTS])
+                )
+
+            if _is_right(choice.name, error, GEMM_TOLERANCE, say):
                 return choice
-            failures.append(f"{choice.name}: relative error {error:.2g}")
-        raise BackendError("; ".join(failures))
+        raise BackendError("no grouped GEMM comes out right")
 
     def _gemm_error(self, dtype: str, choice: GemmChoice, activation: Activation, tokens: tuple[int, ...]) -> float:
         """Larger relative error of the two GEMMs at the sizes that are measured, for experts with so many tokens."""
@@ -199,6 +196,19 @@ class TorchExperts:
         return found
 
 
+def _is_right(name: str, error: Callable[[], float], tolerance: float, say: Say) -> bool:
+    """Whether a kernel runs, and its relative error is within the tolerance; says why not."""
+    try:
+        found = error()
+    except Exception as reason:  # a kernel that the library lacks, or Triton without a compiler: the next may work
+        say(f"{name} is passed over: {(str(reason).splitlines() or [type(reason).__name__])[0][:200]}")
+        return False
+    if not found <= tolerance:  # so that NaN is wrong
+        say(f"{name} is passed over: relative error {found:.2g}")
+        return False
+    return True
+
+
 def _run_all(layers: list[Callable[[], Tensor]]) -> None:
     for layer in layers:
         layer()
@@ -216,7 +226,3 @@ def _slice(weights: Rounded, first: int, n: int) -> Rounded:
 
 def _relative_error(found: Tensor, wanted: Tensor) -> float:
     return float((found.float() - wanted.float()).norm() / wanted.float().norm())
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
