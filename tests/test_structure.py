@@ -20,6 +20,7 @@ ROOMS = [
     "sweeps",
     "cost",
     "claims",
+    "measure",
     "figures",
     "cli",
 ]

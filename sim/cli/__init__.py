@@ -23,6 +23,7 @@ VERBS = {
     "models": "list the model presets",
     "workloads": "list the traffic presets",
     "placements": "list the placements",
+    "measure": "measure on a GPU what the experts of the busiest rank cost, beside the model",
     "gpus": "list the GPUs that times can be computed for",
 }
 

@@ -98,12 +98,34 @@ def expert_time_us(
     """
     model = as_model(model)
     rates = expert_rates(model, gpu, dtype)
+    return rates.launch_us + np.maximum(*_parts_us(model, rates, pairs, distinct_experts))
+
+
+def ideal_times_us(
+    model: ModelSpec | str | Path,
+    gpu: Gpu | str | Path,
+    *,
+    pairs: ArrayLike,
+    distinct_experts: ArrayLike,
+    dtype: str = "fp8",
+) -> tuple[np.ndarray, np.ndarray]:
+    """Times to move the bytes at the whole bandwidth, and to do the operations at the whole peak: the two sides of
+    `expert_time_us`, which takes the same arguments, before its constants.
+    """
+    model, gpu, kernel = as_model(model), as_gpu(gpu), grouped_gemm_profile()
+    memory_us, compute_us = _parts_us(model, expert_rates(model, gpu, dtype), pairs, distinct_experts)
+    return memory_us * kernel.bandwidth_fraction, compute_us * (gpu.peak_fraction or kernel.peak_fraction)
+
+
+def _parts_us(
+    model: ModelSpec, rates: ExpertRates, pairs: ArrayLike, distinct_experts: ArrayLike
+) -> tuple[np.ndarray, np.ndarray]:
+    """Times of memory and of arithmetic, loads checked."""
     pairs, distinct = as_numbers("pairs", pairs, 0), as_numbers("distinct_experts", distinct_experts, 0)
     pairs, distinct = together(pairs=pairs, distinct_experts=distinct)
     _check_loads(model, pairs, distinct)
     memory_us = distinct * rates.us_per_expert + pairs * rates.us_per_pair
-    compute_us = rates.us_per_row * tile_padded_rows(pairs, distinct, rates.tile_rows)
-    return rates.launch_us + np.maximum(memory_us, compute_us)
+    return memory_us, rates.us_per_row * tile_padded_rows(pairs, distinct, rates.tile_rows)
 
 
 def crossover_tokens(model: ModelSpec, rates: ExpertRates) -> float:

@@ -1,0 +1,122 @@
+"""What was measured beside what the model says: times of ranks, and what a placement gains."""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from sim.figures.style import label_outer, log2_ticks, panels, styled, title_panel
+from sim.measure.compare import gains
+
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_MARKERS = ("o", "^", "s", "D", "v", "P", "X")
+_BAND = 1.2  # predicted within 20 % of measured
+
+
+@styled
+def predicted_against_measured(predicted: pd.DataFrame) -> Figure:
+    """Predicted against measured time of each rank, a panel per type, a colour per EP size.
+
+    Parameters
+    ----------
+    predicted : DataFrame
+        From `sim.measure.with_predictions`.
+    """
+    dtypes, sizes = sorted(predicted.dtype.unique()), sorted(predicted.ep_size.unique())
+    figure, axes = panels(len(dtypes), 2, 3.6)
+    both = predicted[["time_us", "predicted_us"]].to_numpy()
+    ends = np.array([both.min() / 1.3, both.max() * 1.3])
+    for ax, dtype in zip(axes, dtypes, strict=True):
+        rows = predicted[predicted.dtype == dtype]
+        ax.fill_between(ends, ends / _BAND, ends * _BAND, color="#dddddd", linewidth=0, zorder=0)
+        ax.plot(ends, ends, color="#888888", linewidth=0.8, zorder=1)
+        for size, style in zip(sizes, _styles(), strict=False):
+            part = rows[rows.ep_size == size]
+            ax.plot(
+                part.time_us,
+                part.predicted_us,
+                **style,
+                linestyle="",
+                markersize=2.5,
+                alpha=0.5,
+                markeredgewidth=0,
+                rasterized=True,
+            )
+        ax.set_xscale("log")
+        ax.set_yscale("log")
+        ax.set_xlim(*ends)
+        ax.set_ylim(*ends)
+        title_panel(ax, f"{dtype}: {_kernel(rows)}")
+    label_outer(axes, "measured time of a rank (us)", "predicted time (us)")
+    text = "Predicted against measured time of one rank's experts\n(line: equal, band: within 20 %; "
+    _title(figure, predicted, text + "the prediction includes launches, which replays of a graph do not)")
+    _legend(figure, [f"EP {size}" for size in sizes], lines=False)
+    return figure
+
+
+@styled
+def measured_gain(predicted: pd.DataFrame, baseline: str = "linear", other: str = "round_robin") -> Figure:
+    """Gain of one placement over another against tokens per step: measured (markers, 95 % bars) and predicted (lines), a
+    row of panels per type, a column per EP size, a colour per workload.
+
+    Parameters
+    ----------
+    predicted : DataFrame
+        From `sim.measure.with_predictions`.
+    """
+    table = gains(predicted, baseline, other)
+    dtypes, sizes = sorted(table.dtype.unique()), sorted(table.ep_size.unique())[:6]
+    workloads = list(dict.fromkeys(predicted.workload))
+    figure, axes = panels(len(dtypes) * len(sizes), len(sizes), 2.2)
+    cells = [(dtype, size) for dtype in dtypes for size in sizes]
+    for ax, (dtype, size) in zip(axes, cells, strict=True):
+        ax.axhline(0, color="#888888", linewidth=0.8)
+        of_panel = table[(table.dtype == dtype) & (table.ep_size == size)]
+        for i, (workload, style) in enumerate(zip(workloads, _styles(), strict=False)):
+            shift = 2 ** (0.2 * (i - (len(workloads) - 1) / 2))  # side by side, so that bars stay apart
+            _draw_gain(ax, of_panel[of_panel.workload == workload].sort_values("tokens"), style, shift)
+        log2_ticks(ax, sorted(table.tokens.unique()), apart=7)
+        title_panel(ax, f"{dtype}, EP {size}")
+    label_outer(axes, "tokens per step", f"gain of {other} (%)")
+    text = f"Gain of {other} over {baseline} in a layer's expert time, its slowest rank"
+    _title(
+        figure,
+        predicted,
+        f"{text} \n(markers, bars: measured, 95 %, shifted sideways; lines: predicted, of the same steps)",
+    )
+    _legend(figure, workloads, lines=True)
+    return figure
+
+
+def _draw_gain(ax: Axes, rows: pd.DataFrame, style: dict[str, Any], shift: float) -> None:
+    x, color = rows.tokens * shift, style["color"]
+    ax.plot(rows.tokens, 100 * rows.predicted, color=color, linewidth=1.2)
+    ax.plot(x, 100 * rows.measured, **style, linestyle="", markersize=3.5)
+    ax.vlines(x, 100 * rows.measured_low, 100 * rows.measured_high, color=color, linewidth=1)
+
+
+def _styles() -> list[dict[str, Any]]:
+    return [{"color": color, "marker": marker} for color, marker in zip(_COLOURS, _MARKERS, strict=True)]
+
+
+def _kernel(rows: pd.DataFrame) -> str:
+    """The kernel's name in a panel's width."""
+    name = str(rows.kernel.iloc[0])
+    return name if len(name) <= 56 else f"{name[:53]}..."
+
+
+def _title(figure: Figure, predicted: pd.DataFrame, text: str) -> None:
+    first = predicted.iloc[0]
+    about = f"{first.model} on {first.device}, {predicted.step.nunique()} steps, {len(predicted)} ranks; "
+    figure.suptitle(f"{text}\n{about}predicted for {first.gpu}", fontsize=10, x=0.01, ha="left")
+
+
+def _legend(figure: Figure, names: list[str], *, lines: bool) -> None:
+    handles = [
+        Line2D([], [], label=name, **style, linestyle="-" if lines else "")
+        for name, style in zip(names, _styles(), strict=False)
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)

@@ -1,0 +1,23 @@
+"""What the busiest rank costs on a real device: sampled steps, measured experts, and the model beside them."""
+
+from sim.measure.compare import constants, errors, gains, with_predictions
+from sim.measure.experts import Backend, BackendError, NumpyExperts, Shape, Timing
+from sim.measure.run import measure
+from sim.measure.steps import Steps, sample_steps
+from sim.measure.table import read_measured
+
+__all__ = [
+    "Backend",
+    "BackendError",
+    "NumpyExperts",
+    "Shape",
+    "Steps",
+    "Timing",
+    "constants",
+    "errors",
+    "gains",
+    "measure",
+    "read_measured",
+    "sample_steps",
+    "with_predictions",
+]

@@ -1,0 +1,207 @@
+"""The model of expert time beside what was measured. Constants are checked here, and never fed back to the model.
+
+The unit of replication is a step: an independent layer draw, which all cells of the table share.
+"""
+
+import numpy as np
+import pandas as pd
+from scipy.optimize import least_squares
+from scipy.special import stdtrit
+
+from sim.cost import Gpu, expert_time_us, load_gpu
+from sim.cost.expert import ideal_times_us
+from sim.cost.tables import grouped_gemm_profile
+from sim.errors import InputError
+from sim.model import load_model
+from sim.stats import CONFIDENCE
+
+CELL = ["dtype", "workload", "ep_size", "tokens"]
+_WITHIN = 0.2
+
+
+def with_predictions(rows: pd.DataFrame, gpu: Gpu | None = None) -> pd.DataFrame:
+    """Measured rows with what the model says of them.
+
+    Parameters
+    ----------
+    rows : DataFrame
+        From `read_measured`.
+    gpu : Gpu
+        Whose numbers predict; the preset that the rows name by default.
+
+    Returns
+    -------
+    DataFrame
+        The rows with predicted_us, error (predicted / measured - 1), memory_us and compute_us (ideal times), bound:
+        'memory' or 'compute', which of the two the model takes, and peak_fraction, the model's for this GPU.
+    """
+    model, kernel = load_model(rows.model.iloc[0]), grouped_gemm_profile()
+    gpu = gpu or load_gpu(rows.gpu.iloc[0])
+    peak_fraction = gpu.peak_fraction or kernel.peak_fraction
+    parts = []
+    for dtype, part in rows.groupby("dtype", sort=False):
+        work = {"pairs": part.pairs, "distinct_experts": part.distinct, "dtype": str(dtype)}
+        memory_us, compute_us = ideal_times_us(model, gpu, **work)
+        of_memory = memory_us / kernel.bandwidth_fraction >= compute_us / peak_fraction
+        predicted_us = expert_time_us(model, gpu, **work)
+        parts.append(
+            part.assign(
+                predicted_us=predicted_us,
+                error=predicted_us / part.time_us - 1,
+                memory_us=memory_us,
+                compute_us=compute_us,
+                bound=np.where(of_memory, "memory", "compute"),
+                peak_fraction=peak_fraction,
+            )
+        )
+    return pd.concat(parts)
+
+
+def errors(predicted: pd.DataFrame) -> pd.DataFrame:
+    """Error of the prediction by type and by what bounds the rank.
+
+    Parameters
+    ----------
+    predicted : DataFrame
+        From `with_predictions`.
+
+    Returns
+    -------
+    DataFrame
+        One row per dtype and bound: ranks (rows), steps, error_mean with its 95 % interval over steps (_low, _high),
+        error_p10, error_p50, error_p90, and within_20 (share of rows with an error of at most 20 %).
+    """
+    table = []
+    for (dtype, bound), part in predicted.groupby(["dtype", "bound"]):
+        by_step = part.groupby("step").error.agg(["sum", "size"])
+        mean, parts = _ratio(by_step["sum"].to_numpy(float), by_step["size"].to_numpy(float))
+        half = _half_width(parts)
+        p10, p50, p90 = part.error.quantile([0.1, 0.5, 0.9])
+        within = float((part.error.abs() <= _WITHIN).mean())
+        table.append([dtype, bound, len(part), len(by_step), mean, mean - half, mean + half, p10, p50, p90, within])
+    names = ["dtype", "bound", "ranks", "steps", "error_mean", "error_mean_low", "error_mean_high"]
+    return pd.DataFrame(table, columns=[*names, "error_p10", "error_p50", "error_p90", "within_20"])
+
+
+def layer_times(predicted: pd.DataFrame) -> pd.DataFrame:
+    """Time of each layer: that of the slowest measured rank.
+
+    Returns
+    -------
+    DataFrame
+        Index dtype, workload, ep_size, tokens, step, placement; columns time_us and predicted_us.
+    """
+    return predicted.groupby([*CELL, "step", "placement"])[["time_us", "predicted_us"]].max()
+
+
+def gains(predicted: pd.DataFrame, baseline: str = "linear", other: str = "round_robin") -> pd.DataFrame:
+    """Gain of one placement over another in the mean time of a layer, paired over steps.
+
+    gain = time of the baseline / time of the other - 1, of sums over steps; its 95 % interval from the variation between
+    steps (ratio estimator, Student). A step counts where both placements were measured.
+
+    Returns
+    -------
+    DataFrame
+        One row per dtype, workload, ep_size and tokens: steps, measured, measured_low, measured_high (nan with one step),
+        predicted (of the same ranks of the same steps), difference (measured - predicted) with _low and _high, which knows
+        more than the two apart, and baseline_us, other_us, the mean times.
+
+    Raises
+    ------
+    InputError
+        A placement that was not measured.
+    """
+    there = sorted(set(predicted.placement))
+    for name in (baseline, other):
+        if name not in there:
+            raise InputError(f"--placement {name}: measured were {', '.join(there)}")
+    wide = layer_times(predicted).unstack("placement")[
+        [(c, p) for c in ("time_us", "predicted_us") for p in (baseline, other)]
+    ]
+    table = []
+    for cell, part in wide.dropna().groupby(level=CELL):
+        measured, parts = _ratio(*(part["time_us", name].to_numpy() for name in (baseline, other)))
+        model, model_parts = _ratio(*(part["predicted_us", name].to_numpy() for name in (baseline, other)))
+        half, apart = _half_width(parts), _half_width(parts - model_parts)
+        gain = [measured - 1, measured - 1 - half, measured - 1 + half, model - 1]
+        difference = [measured - model, measured - model - apart, measured - model + apart]
+        table.append([*cell, len(part), *gain, *difference, *part["time_us"][[baseline, other]].mean()])
+    names = ["steps", "measured", "measured_low", "measured_high", "predicted"]
+    names += ["difference", "difference_low", "difference_high", "baseline_us", "other_us"]
+    return pd.DataFrame(table, columns=[*CELL, *names])
+
+
+def missed(predicted: pd.DataFrame) -> pd.DataFrame:
+    """How often a rank that was picked at random was the slowest of a layer: by so much the choice of ranks may miss.
+
+    Returns
+    -------
+    DataFrame
+        One row per dtype: layers (that have a random rank), missed (where it was slowest), and excess_max, the largest
+        share by which it exceeded the ranks that were picked.
+    """
+    wide = predicted.groupby([*CELL, "step", "placement", "chosen"]).time_us.max().unstack("chosen")
+    wide = wide.reindex(columns=["busiest", "random"]).dropna()
+    excess = wide.random / wide.busiest - 1
+    by_type = excess.groupby(level="dtype")
+    table = pd.DataFrame({"layers": by_type.size(), "missed": (excess > 0).groupby(level="dtype").sum()})
+    return table.assign(excess_max=by_type.max().clip(lower=0)).reset_index()
+
+
+CONSTANTS = ("launch_us", "bandwidth_fraction", "peak_fraction")
+
+
+def constants(predicted: pd.DataFrame) -> pd.DataFrame:
+    """The constants that these rows alone would give, beside the model's.
+
+    Least squares of the logarithms of predicted over measured times; intervals from leaving out one step at a time.
+
+    Returns
+    -------
+    DataFrame
+        One row per dtype and constant: model, fitted, low, high (95 %; nan with one step, and where no row depends on
+        the constant).
+    """
+    kernel = grouped_gemm_profile()
+    of_model = [kernel.launch_us, kernel.bandwidth_fraction, predicted.peak_fraction.iloc[0]]
+    table = []
+    for dtype, part in predicted.groupby("dtype"):
+        fitted = _fit(part, of_model)
+        steps = part.step.unique()
+        without = np.array([_fit(part[part.step != step], fitted) for step in steps]) if len(steps) > 1 else None
+        half = np.full(3, np.nan)
+        if without is not None:
+            n = len(steps)
+            half = _student(n) * np.sqrt((n - 1) / n * ((without - without.mean(axis=0)) ** 2).sum(axis=0))
+        for i, name in enumerate(CONSTANTS):
+            table.append([dtype, name, of_model[i], fitted[i], fitted[i] - half[i], fitted[i] + half[i]])
+    return pd.DataFrame(table, columns=["dtype", "constant", "model", "fitted", "low", "high"])
+
+
+def _fit(rows: pd.DataFrame, start: list[float] | np.ndarray) -> np.ndarray:
+    memory_us, compute_us, time_us = (rows[name].to_numpy(float) for name in ("memory_us", "compute_us", "time_us"))
+
+    def misfit(x: np.ndarray) -> np.ndarray:
+        launch_us, bandwidth, peak = np.exp(x)
+        return np.log((launch_us + np.maximum(memory_us / bandwidth, compute_us / peak)) / time_us)
+
+    known = np.where(np.isfinite(start), start, 1.0)
+    found = least_squares(misfit, np.log(known), x_scale=0.1)
+    return np.where(np.abs(found.jac).max(axis=0) > 0, np.exp(found.x), np.nan)
+
+
+def _ratio(above: np.ndarray, below: np.ndarray) -> tuple[float, np.ndarray]:
+    """Sum over steps of `above` over that of `below`, and what each step adds to its error (linearised)."""
+    ratio = above.sum() / below.sum()
+    return float(ratio), (above - ratio * below) / below.sum()
+
+
+def _half_width(parts: np.ndarray) -> float:
+    """Half-width of the 95 % interval of a ratio whose error has these parts; nan with one step."""
+    n = len(parts)
+    return float(_student(n) * np.sqrt((parts**2).sum() * n / (n - 1))) if n > 1 else float("nan")
+
+
+def _student(n: int) -> float:
+    return float(-stdtrit(n - 1, (1 - CONFIDENCE) / 2))

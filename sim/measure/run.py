@@ -1,0 +1,151 @@
+"""The measurement: every chosen rank of every sampled layer, one after another, on one device."""
+
+import gc
+import platform
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sim.cost import Gpu
+from sim.errors import InputError
+from sim.measure.experts import Backend, Say, version_of
+from sim.measure.steps import Layer, Steps
+from sim.measure.table import Rows, growing_table
+
+
+def measure(
+    steps: Steps,
+    backend: Backend,
+    gpu: Gpu,
+    dtypes: Sequence[str],
+    out: Path,
+    *,
+    time_limit_s: float = float("inf"),
+    say: Say = print,
+) -> dict[str, Any]:
+    """Measure steps and append their rows to a table.
+
+    A type whose kernels do not come out right, or that fails later, is left out with a line that says why; the others go
+    on. Layers that differ in their placement are measured one after the other, or none of them.
+
+    Parameters
+    ----------
+    steps : Steps
+    backend : Backend
+    gpu : Gpu
+        Whose numbers predict which ranks are busiest.
+    dtypes : sequence of str
+    out : Path
+        CSV file; until the end its rows lie in `NAME.partial.csv` beside it.
+    time_limit_s : float
+        Stop after so many seconds, counted from the call.
+    say : callable
+        Takes lines of progress.
+
+    Returns
+    -------
+    dict
+        What the device reaches, by type: kernel, and what `calibrate` gives.
+
+    Raises
+    ------
+    InputError
+        The file is there already, or no type can be measured.
+    """
+    started = time.monotonic()
+    with growing_table(out) as table:
+        reached = _prepared(backend, dtypes, say)
+        if not reached:
+            raise InputError("--dtype: nothing that was asked for can be measured on this device (see above)")
+        with _no_collection():
+            _measure_all(steps, backend, gpu, reached, table, started + time_limit_s, say)
+        if not table.written:
+            raise InputError("nothing was measured: --time-limit was reached first, or every type failed (see above)")
+    say(f"{table.written} rows in {time.monotonic() - started:.0f} s")
+    return {"device": backend.device, "versions": versions(backend), "dtypes": reached}
+
+
+def _prepared(backend: Backend, dtypes: Sequence[str], say: Say) -> dict[str, dict[str, Any]]:
+    """Kernel and calibration of each type that can be measured."""
+    reached: dict[str, dict[str, Any]] = {}
+    for dtype in dtypes:
+        try:
+            reached[dtype] = {"kernel": backend.prepare(dtype, say)}
+        except Exception as error:  # of a library that may lack the type: the others go on
+            say(f"{dtype} is left out: {_one_line(error)}")
+            continue
+        try:
+            reached[dtype] |= backend.calibrate(dtype)
+        except Exception as error:
+            say(f"{dtype} is not calibrated: {_one_line(error)}")
+        figures = ", ".join(f"{key} {value:.4g}" for key, value in reached[dtype].items() if key != "kernel")
+        say(f"{dtype}: {reached[dtype]['kernel']}; {figures}")
+    return reached
+
+
+def _measure_all(
+    steps: Steps, backend: Backend, gpu: Gpu, reached: dict[str, Any], table: Rows, deadline: float, say: Say
+) -> None:
+    left = list(reached)
+    fixed: dict[str, Any] = {"model": steps.model.name, "gpu": gpu.name, "device": backend.device}
+    fixed |= {"versions": versions(backend), "seed": steps.seed}
+    begun, step = time.monotonic(), -1
+    for layers in steps.compared(gpu, list(reached)):
+        if layers[0].step != step:
+            step = layers[0].step
+            say(f"step {step + 1} of {steps.n_steps}: {table.written} rows after {time.monotonic() - begun:.1f} s")
+        for dtype in list(left):
+            if time.monotonic() > deadline:
+                say(f"--time-limit is reached in step {step + 1}")
+                return
+            about = fixed | {"dtype": dtype, "kernel": reached[dtype]["kernel"]}
+            try:
+                table.add([about | row for layer in layers for row in _measured(backend, dtype, layer)])
+            except RuntimeError as error:  # CUDA's errors are RuntimeErrors
+                left.remove(dtype)
+                say(f"{dtype} stops in step {step + 1}: {_one_line(error)}")
+        if not left:
+            return
+
+
+def _measured(backend: Backend, dtype: str, layer: Layer) -> Iterator[dict[str, Any]]:
+    """Rows of the chosen ranks of a layer."""
+    for rank in layer.ranks:
+        timing = backend.time_layer(dtype, rank.counts)
+        yield {
+            "workload": layer.workload,
+            "tokens": layer.tokens,
+            "step": layer.step,
+            "ep_size": layer.ep_size,
+            "placement": layer.placement,
+            "rank": rank.rank,
+            "chosen": rank.chosen,
+            "pairs": int(rank.counts.sum()),
+            "distinct": int((rank.counts > 0).sum()),
+            "time_us": f"{timing.time_us:.3f}",
+            "spread_us": f"{timing.spread_us:.3f}",
+            "layers": timing.layers,
+            "replays": timing.replays,
+        }
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """No garbage collection in the middle of a capture or a timing."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def versions(backend: Backend) -> str:
+    """Versions of what computes, as one text."""
+    return f"epsim {version_of('epsim')}; python {platform.python_version()}; {backend.versions}"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__

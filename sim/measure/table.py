@@ -1,0 +1,161 @@
+"""The table of measured times, on disk: rows appended as they come, and read back as a file from outside."""
+
+import csv
+import io
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from sim.errors import InputError, shown
+from sim.files import read_text
+
+COLUMNS = {
+    "model": str,
+    "gpu": str,  # preset whose numbers predict the time
+    "device": str,  # what ran
+    "dtype": str,
+    "kernel": str,
+    "workload": str,
+    "tokens": int,
+    "step": int,
+    "ep_size": int,
+    "placement": str,
+    "rank": int,
+    "chosen": str,
+    "pairs": int,
+    "distinct": int,
+    "time_us": float,
+    "spread_us": float,
+    "layers": int,
+    "replays": int,
+    "seed": int,
+    "versions": str,
+}
+"""Columns of the table and their types."""
+_MOST_ROWS = 200_000
+_MOST_LETTERS = 200
+
+
+def partial_path(path: Path) -> Path:
+    """Where rows are kept until the run ends."""
+    return path.with_name(f"{path.stem}.partial{path.suffix}")
+
+
+@contextmanager
+def growing_table(path: Path) -> Iterator["Rows"]:
+    """A table that takes its name when the block ends well. A run that fails, or is killed, leaves its rows, whole ones,
+    under the partial name; one without rows leaves nothing.
+
+    Raises
+    ------
+    InputError
+        One of the two names is taken.
+    """
+    partial = partial_path(path)
+    for there in (path, partial):
+        if there.exists():
+            raise InputError(f"--out {path}: {there} is there already; move it away, or choose another name")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = Rows(partial)
+    try:
+        yield rows
+        if rows.written:
+            partial.replace(path)
+    finally:
+        if not rows.written:
+            partial.unlink(missing_ok=True)
+
+
+class Rows:
+    """A file that rows are appended to."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.written = 0
+        self._append([dict(zip(COLUMNS, COLUMNS, strict=True))])
+
+    def add(self, rows: list[dict[str, Any]]) -> None:
+        """Append rows that belong together."""
+        self._append(rows)
+        self.written += len(rows)
+
+    def _append(self, rows: list[dict[str, Any]]) -> None:
+        text = io.StringIO()
+        csv.DictWriter(text, list(COLUMNS), lineterminator="\n").writerows(rows)
+        with self._path.open("ab", buffering=0) as file:  # one write: whole rows, or none of them
+            file.write(text.getvalue().encode())
+
+
+def read_measured(path: Path) -> pd.DataFrame:
+    """Read measured times, finished or partial.
+
+    Returns
+    -------
+    DataFrame
+        The COLUMNS.
+
+    Raises
+    ------
+    InputError
+        The file is missing, too large, or holds anything but measured times of one model and one GPU.
+    """
+    where = f"measured times {path}"
+    text = read_text(path, where)
+    if text.count("\n") > _MOST_ROWS:
+        raise InputError(f"{where} has more than {_MOST_ROWS} lines")
+    try:
+        lines = list(csv.reader(io.StringIO(text)))
+    except csv.Error as error:
+        raise InputError(f"{where} is not a table: {error}") from None
+    if not lines or lines[0] != list(COLUMNS):
+        raise InputError(f"{where}: the first line must name the columns {','.join(COLUMNS)}")
+    if len(lines) < 2:
+        raise InputError(f"{where} has no rows")
+    for number, line in enumerate(lines, 1):
+        if len(line) != len(COLUMNS) or any(len(field) > _MOST_LETTERS for field in line):
+            raise InputError(
+                f"{where}, line {number}: expected {len(COLUMNS)} fields of at most {_MOST_LETTERS} letters"
+            )
+    columns = dict(zip(COLUMNS, zip(*lines[1:], strict=True), strict=True))
+    rows = pd.DataFrame({name: _typed(columns[name], kind, name, where) for name, kind in COLUMNS.items()})
+    _check(rows, where)
+    return rows
+
+
+def _typed(values: Iterable[str], kind: type, name: str, where: str) -> Any:
+    if kind is str:
+        return list(values)
+    try:
+        return np.array([kind(value) for value in values], np.int64 if kind is int else np.float64)
+    except (ValueError, OverflowError):
+        what = "whole numbers" if kind is int else "numbers"
+        raise InputError(f"{where}: column {name} must hold {what}") from None
+
+
+def _check(rows: pd.DataFrame, where: str) -> None:
+    for name in ("model", "gpu", "device"):
+        if rows[name].nunique() > 1:
+            raise InputError(f"{where}: column {name} must be the same in all rows")
+    for wrong, text in (
+        (~((rows.time_us > 0) & (rows.time_us < 1e9)), "time_us must be above 0 and below 1e9"),
+        (~((rows.spread_us >= 0) & (rows.spread_us < 1e9)), "spread_us must be from 0 to 1e9"),
+        (~rows.tokens.between(1, 2**20), "tokens must be from 1 to 1048576"),
+        (~rows.ep_size.between(1, 2**15), "ep_size must be from 1 to 32768"),
+        ((rows["rank"] < 0) | (rows["rank"] >= rows.ep_size), "rank must be from 0 to ep_size - 1"),
+        (~rows.pairs.between(0, 2**32), "pairs must be from 0 to 2**32"),
+        ((rows.distinct < 0) | (rows.distinct > rows.pairs), "distinct must be from 0 to pairs"),
+        ((rows.distinct == 0) & (rows.pairs > 0), "pairs need a distinct expert"),
+        ((rows.step < 0) | (rows.layers < 1) | (rows.replays < 1), "step, layers and replays must count something"),
+        (~rows.dtype.isin(["bf16", "fp8"]), "dtype must be bf16 or fp8"),
+        (~rows.chosen.isin(["busiest", "random"]), "chosen must be busiest or random"),
+        (rows.duplicated(["dtype", "workload", "tokens", "step", "ep_size", "placement", "rank"]), "is measured twice"),
+    ):
+        if wrong.any():
+            line = int(np.flatnonzero(wrong)[0])
+            raise InputError(
+                f"{where}, line {line + 2}: {text} ({shown(dict(rows.iloc[line][['tokens', 'rank', 'time_us']]))})"
+            )

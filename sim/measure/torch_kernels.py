@@ -1,0 +1,129 @@
+"""Grouped GEMMs and activations that PyTorch offers, by name, for the backend to choose from. Imports torch when called.
+
+A GEMM takes rows [rows, K] with a scale for each row (None in BF16), weights [experts, N, K] with a scale for each output
+column (None in BF16), and where each expert's rows end, int32 [experts] on the device; it gives BF16 [rows, N].
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+Tensor = Any
+Gemm = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+Activation = Callable[[Tensor, str], tuple[Tensor, Tensor]]
+
+
+class GemmChoice(NamedTuple):
+    """A GEMM, and the multiple that each expert's rows are padded to for it."""
+
+    name: str
+    gemm: Gemm
+    align: int
+
+
+class Rounded(NamedTuple):
+    """Values of a type, and in FP8 the scale of each row (along the last axis)."""
+
+    values: Tensor
+    scale: Tensor  # or None
+
+
+def gemm_choices(dtype: str, device_type: str) -> list[GemmChoice]:
+    """What may compute a type's GEMMs on a device, the one to prefer first."""
+    if device_type == "cpu":  # arithmetic only, for tests
+        return [GemmChoice("torch, a loop of float32 matmuls", _loop, 1)]
+    if dtype == "bf16":
+        named = [("torch.nn.functional.grouped_mm", _grouped_mm), ("torch._grouped_mm", _grouped_mm_private)]
+    else:
+        named = [("torch._scaled_grouped_mm", _scaled_private), ("torch.nn.functional.scaled_grouped_mm", _scaled)]
+    whole = [GemmChoice(f"{name}{' rowwise' if dtype == 'fp8' else ''}", gemm, 1) for name, gemm in named]
+    return whole + [GemmChoice(f"{name}, rows padded to 16", gemm, 16) for name, gemm, _ in whole]
+
+
+def _grouped_mm(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, ends: Tensor) -> Tensor:
+    import torch
+
+    return torch.nn.functional.grouped_mm(x, w.transpose(1, 2), offs=ends, out_dtype=torch.bfloat16)
+
+
+def _grouped_mm_private(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, ends: Tensor) -> Tensor:
+    import torch
+
+    return torch._grouped_mm(x, w.transpose(1, 2), offs=ends, out_dtype=torch.bfloat16)
+
+
+def _scaled_private(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, ends: Tensor) -> Tensor:
+    import torch
+
+    return torch._scaled_grouped_mm(
+        x, w.transpose(1, 2), x_scale, w_scale, offs=ends, out_dtype=torch.bfloat16, use_fast_accum=True
+    )
+
+
+def _scaled(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, ends: Tensor) -> Tensor:
+    import torch
+    from torch.nn.functional import ScalingType, scaled_grouped_mm
+
+    rowwise = ScalingType.RowWise
+    return scaled_grouped_mm(
+        x, w.transpose(1, 2), x_scale, rowwise, w_scale, rowwise,
+        offs=ends, output_dtype=torch.bfloat16, use_fast_accum=True,
+    )  # fmt: skip
+
+
+def _loop(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, ends: Tensor) -> Tensor:
+    import torch
+
+    return reference_gemm(Rounded(x, x_scale), Rounded(w, w_scale), ends).to(torch.bfloat16)
+
+
+def reference_gemm(x: Rounded, w: Rounded, ends: Tensor) -> Tensor:
+    """The GEMM in float32, expert by expert, on dequantised inputs."""
+    import torch
+
+    out = torch.zeros((x.values.shape[0], w.values.shape[1]), dtype=torch.float32, device=x.values.device)
+    first = 0
+    for expert, end in enumerate(ends.tolist()):
+        weight = Rounded(w.values[expert], None if w.scale is None else w.scale[expert])
+        rows = Rounded(x.values[first:end], None if x.scale is None else x.scale[first:end])
+        out[first:end] = dequantise(rows) @ dequantise(weight).T
+        first = end
+    return out
+
+
+def dequantise(rounded: Rounded) -> Tensor:
+    """Float32 values."""
+    values = rounded.values.float()
+    return values if rounded.scale is None else values * rounded.scale[..., None]
+
+
+def quantise(values: Tensor, dtype: str) -> Rounded:
+    """Values rounded to a type: BF16, or E4M3 with a scale for each row."""
+    import torch
+
+    if dtype == "bf16":
+        return Rounded(values.to(torch.bfloat16), None)
+    values = values.float()
+    scale = (values.abs().amax(dim=-1) / 448.0).clamp(min=1e-12)
+    return Rounded((values / scale[..., None]).clamp(-448.0, 448.0).to(torch.float8_e4m3fn), scale)
+
+
+def activations(device_type: str) -> list[tuple[str, Activation]]:
+    """SiLU(gate) * up of BF16 rows [rows, 2 * inner], rounded to a type; the one to prefer first."""
+    fused = [] if device_type == "cpu" else [("triton silu_mul", _fused)]
+    return [*fused, ("torch silu * up", plain_activation)]
+
+
+def _fused(gate_up: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
+    from sim.measure.fused import silu_mul
+
+    return silu_mul(gate_up, dtype)
+
+
+def plain_activation(gate_up: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
+    """The activation by PyTorch's own operators, several kernels."""
+    import torch
+
+    gate, up = gate_up.chunk(2, dim=-1)
+    if dtype == "bf16":
+        return torch.nn.functional.silu(gate) * up, None
+    return quantise(torch.nn.functional.silu(gate.float()) * up.float(), dtype)
