@@ -14,7 +14,11 @@ MAX_BYTES = 64 << 20
 
 def read_json(path: Path, where: str) -> Any:
     """Parsed JSON; `where` begins the message of an error, such as 'model config FILE'."""
-    text = _read_text(path, where)
+    return parse_json(read_text(path, where), where)
+
+
+def parse_json(text: str, where: str) -> Any:
+    """Parsed JSON of a text that was read; `where` begins the message of an error."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -23,7 +27,7 @@ def read_json(path: Path, where: str) -> Any:
 
 def read_toml(path: Path, where: str) -> dict[str, Any]:
     """Parsed TOML; `where` begins the message of an error."""
-    text = _read_text(path, where)
+    text = read_text(path, where)
     try:
         return tomllib.loads(text)
     except (ValueError, RecursionError) as error:
@@ -35,7 +39,8 @@ def is_there(path: Path) -> bool:
     return os.path.exists(path)  # noqa: PTH110  (Path.exists raises for names that are too long)
 
 
-def _read_text(path: Path, where: str) -> str:
+def read_text(path: Path, where: str) -> str:
+    """Text of a regular file of a bounded size; `where` begins the message of an error."""
     try:
         with path.open("rb") as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):

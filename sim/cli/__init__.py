@@ -17,6 +17,7 @@ VERBS = {
     "show": "print the answer of a sweep again, or another part of it",
     "combine": "add sweeps of different seeds or machines",
     "plot": "draw the figures of a sweep",
+    "export": "write a placement as a file of a serving engine",
     "models": "list the model presets",
     "workloads": "list the traffic presets",
     "placements": "list the placements",

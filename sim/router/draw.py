@@ -9,7 +9,7 @@ from sim.model import ModelSpec
 from sim.model.spec import ROUTED_SCORINGS
 from sim.router.sampler import sample_trials
 from sim.streams import stream_key
-from sim.workload import RecordedTraffic, Workload
+from sim.workload import GumbelTraffic, RecordedTraffic, Workload
 from sim.workload.gumbel import X0
 
 _ONE_REQUEST = 2**62  # tokens per request where requests have no effect
@@ -77,10 +77,42 @@ def draw_trials(
         workload.sample(key, trials.start, tokens, counts, ids)
         return counts, ids
     mu = workload.draw_popularity(key, trials.start % n_draws, len(trials), model.n_experts)
-    logits = np.ascontiguousarray(workload.draw_logits(key, mu, trials.start, int(tokens[-1])))
+    _route(model, workload, key, mu, trials.start, tokens, counts, ids)
+    return counts, ids
+
+
+def draw_loads(model: ModelSpec, workload: GumbelTraffic, seed: int, draws: range, n_tokens: int) -> np.ndarray:
+    """Loads that a balancer may be fitted on: other tokens, from the layers of some draws.
+
+    The popularity is that of the draw, the tokens (and their requests) come from a stream that no trial uses.
+
+    Returns
+    -------
+    float64 [draws, n_experts]
+        Tokens, of `n_tokens`, that take each expert.
+    """
+    law = json.dumps(routing_law(model, workload), sort_keys=True)
+    mu = workload.draw_popularity(stream_key(seed, law), draws.start, len(draws), model.n_experts)
+    counts = np.empty((len(draws), 1, model.n_experts), np.int32)
+    ids = np.empty((len(draws), 1, model.top_k), np.int16)
+    _route(model, workload, stream_key(seed, f"{law}|fit"), mu, draws.start, np.array([n_tokens]), counts, ids)
+    return counts[:, 0].astype(float)
+
+
+def _route(
+    model: ModelSpec,
+    workload: GumbelTraffic,
+    key: np.ndarray,
+    mu: np.ndarray,
+    first_trial: int,
+    tokens: np.ndarray,
+    counts: np.ndarray,
+    ids: np.ndarray,
+) -> None:
+    """Route the tokens of consecutive trials from layers of popularity mu float64 [trials, n_experts]."""
+    logits = np.ascontiguousarray(workload.draw_logits(key, mu, first_trial, int(tokens[-1])))
     per_request = workload.tokens_per_request if workload.request_sigma else _ONE_REQUEST
     sample_trials(
-        trials.start, key, logits, per_request, tokens, model.n_group, model.topk_group, workload.group_sigma,
+        first_trial, key, logits, per_request, tokens, model.n_group, model.topk_group, workload.group_sigma,
         _score_law(model), counts, ids,
     )  # fmt: skip
-    return counts, ids
