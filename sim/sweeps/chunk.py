@@ -62,9 +62,9 @@ class _Scorer:
     def __init__(self, plan: Plan, stage: Stage, draws: range) -> None:
         grid = plan.grid
         self.plan, self.stage, self.cells = plan, stage, np.array(stage.cells)
-        self.groups = chunk_groups(plan, draws)
         self.steps, self.step_of_cell = np.unique(grid.tokens_of_cell[self.cells], return_inverse=True)
         self.pair_of_cell = grid.pair_of_cell[self.cells]
+        self.groups = chunk_groups(plan, draws, np.unique(self.pair_of_cell).tolist())
         self.loaded = np.flatnonzero(np.isin(grid.largest_cells, self.cells))  # pairs whose rank loads are kept
         sizes = np.array([grid.pairs[p][1] for p in self.loaded], np.int64)
         self.first_rank = np.cumsum(sizes) - sizes
@@ -84,7 +84,7 @@ class _Scorer:
             plan.model, plan.workload, plan.seed, trials, self.stage.draws, self.steps, self.n_ids
         )
         scores = np.empty((n, len(self.cells), len(METRICS)), np.int32)
-        reached = np.empty((n, len(plan.grid.pairs), 2), np.int64)
+        reached = np.zeros((n, len(plan.grid.pairs), 2), np.int64)
         loads = np.zeros((n, len(self.ranks)), np.int64)
         for group in self.groups:
             cells = np.flatnonzero(np.isin(self.pair_of_cell, group.pairs))

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sim.placement import Slots, balanced_slots, random_ranks
+from sim.placement import Slots, balanced_slots, is_load_aware, random_ranks
 from sim.replicas import Copies, deal_by_hash, deal_evenly, find_copies, pick_slots
 from sim.router import draw_loads
 from sim.score import Layouts, lay_out
@@ -44,17 +44,16 @@ class Group(NamedTuple):
         return slot
 
 
-def chunk_groups(plan: Plan, draws: range, pairs: Sequence[int] | None = None) -> list[Group]:
-    """Groups of some pairs (by default all) on some draws."""
-    pairs = range(len(plan.grid.pairs)) if pairs is None else pairs
-    loads = _loads(plan, draws)
+def chunk_groups(plan: Plan, draws: range, pairs: Sequence[int]) -> list[Group]:
+    """Groups of some pairs on some draws, the pairs in the order given."""
+    loads = _loads(plan, draws) if any(is_load_aware(plan.grid.pairs[p][0]) for p in pairs) else None
     plain = [p for p in pairs if not plan.has_replicas[p]]
     groups = [_plain_group(plan, draws, plain, loads)] if plain else []
     return groups + [_replica_group(plan, draws, p, loads) for p in pairs if plan.has_replicas[p]]
 
 
 def _loads(plan: Plan, draws: range) -> np.ndarray | None:
-    """Loads that the draws' layouts are fitted on, float64 [draws, n_experts]; None where nothing is fitted to draws."""
+    """Loads that the draws' layouts are fitted on, float64 [draws, n_experts]; None where layers have their own (records)."""
     if not plan.fit_tokens:
         return None
     assert isinstance(plan.workload, GumbelTraffic)
