@@ -6,6 +6,9 @@
 (256, 8, 8, 4)
 >>> sim.place("round_robin", model, 8).rank_of_expert[:10].tolist()
 [0, 1, 2, 3, 4, 5, 6, 7, 0, 1]
+>>> loads = [250] + 255 * [100]
+>>> sim.place("eplb", model, 16, loads=loads, redundant=16).logical_of_slot.tolist().count(0)
+3
 """
 
 from importlib import import_module

@@ -14,7 +14,11 @@ MAX_BYTES = 64 << 20
 
 def read_json(path: Path, where: str) -> Any:
     """Parsed JSON; `where` begins the message of an error, such as 'model config FILE'."""
-    text = read_text(path, where)
+    return parse_json(read_text(path, where), where)
+
+
+def parse_json(text: str, where: str) -> Any:
+    """Parsed JSON of a text that was read; `where` begins the message of an error."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -36,7 +40,7 @@ def is_there(path: Path) -> bool:
 
 
 def read_text(path: Path, where: str) -> str:
-    """A file's text; `where` begins the message of an error."""
+    """Text of a regular file of a bounded size; `where` begins the message of an error."""
     try:
         with path.open("rb") as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):

@@ -17,6 +17,9 @@ distinct experts
     and the most over ranks.
 fan-out
     Distinct ranks (nodes) that one token is sent to; a node is a run of `ranks_per_node` ranks joined by NVLink.
+
+Where experts have replicas, slots stand in for experts: their pairs are dealt to slots first (`sim.replicas`), and distinct
+experts are slots with at least one token.
 """
 
 from typing import NamedTuple
@@ -62,15 +65,15 @@ def _fill_layouts(ranks, ep_sizes, experts, bounds):
 
 
 @kernel
-def score_blocks(counts, step_of_cell, pair_of_cell, layout_of_pair, layouts, scores):
-    """Score each block under each cell: a pair (placement, EP size) at one number of tokens per step.
+def score_blocks(counts, cells, step_of_cell, pair_of_cell, layout_of_pair, layouts, scores):
+    """Score each block under some cells: pairs (placement, EP size) at one number of tokens per step.
 
-    counts int32 [trials, steps, n_experts]; step_of_cell, pair_of_cell int64 [cells]; layout_of_pair int64
-    [trials, pairs]; scores int32 [trials, cells, 4], the METRICS.
+    counts int32 [trials, steps, n_experts]; cells int64, those to score; step_of_cell, pair_of_cell int64 [all cells];
+    layout_of_pair int64 [trials, pairs]; scores int32 [trials, all cells, 4], the METRICS.
     """
     all_experts, all_bounds = layouts.experts, layouts.bounds
     for t in range(counts.shape[0]):
-        for c in range(step_of_cell.size):
+        for c in cells:
             layout = layout_of_pair[t, pair_of_cell[c]]
             count, experts, begin = counts[t, step_of_cell[c]], all_experts[layout], all_bounds[layout]
             busiest, idle, distinct_busiest, distinct_max = 0, 0, 0, 0
@@ -93,9 +96,8 @@ def score_blocks(counts, step_of_cell, pair_of_cell, layout_of_pair, layouts, sc
 @kernel
 def rank_loads(counts, step_of_pair, layout_of_pair, layouts, first_rank, loads):
     """Load of each rank of each pair at one of the steps: counts int32 [trials, steps, n_experts]; first_rank int64
-    [pairs], where a pair's ranks begin in loads int64 [trials, ranks of all pairs].
+    [pairs], where a pair's ranks begin in loads int64 [trials, ranks of all pairs], to which is added.
     """
-    loads[:] = 0
     for t in range(counts.shape[0]):
         for p in range(first_rank.size):
             rank, count = layouts.ranks[layout_of_pair[t, p]], counts[t, step_of_pair[p]]
@@ -104,8 +106,10 @@ def rank_loads(counts, step_of_pair, layout_of_pair, layouts, first_rank, loads)
 
 
 @kernel
-def fan_out(ids, layout_of_pair, layouts, ranks_per_node, reached):
-    """Ranks and nodes that one token per trial is sent to: ids int16 [trials, top_k]; reached int64 [trials, pairs, 2]."""
+def fan_out(ids, pairs, layout_of_pair, layouts, ranks_per_node, reached):
+    """Ranks and nodes that one token per trial is sent to: ids int [trials, top_k]; pairs int64, their places in reached
+    int64 [trials, all pairs, 2].
+    """
     for t in range(ids.shape[0]):
         for p in range(layout_of_pair.shape[1]):
             rank = layouts.ranks[layout_of_pair[t, p]]
@@ -121,5 +125,5 @@ def fan_out(ids, layout_of_pair, layouts, ranks_per_node, reached):
                         new_node = 0
                 n_ranks += new_rank
                 n_nodes += new_node
-            reached[t, p, 0] = n_ranks
-            reached[t, p, 1] = n_nodes
+            reached[t, pairs[p], 0] = n_ranks
+            reached[t, pairs[p], 1] = n_nodes

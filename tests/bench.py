@@ -14,6 +14,7 @@ from collections.abc import Callable
 import numpy as np
 
 from sim import ModelSpec, load_model, load_workload, sweep
+from sim.placement import balanced_slots
 from sim.router import draw_trials
 from sim.workload.gumbel import X0
 
@@ -108,6 +109,13 @@ def main() -> None:
         lambda: sweep(V3, CHAT, ep_sizes=eps, tokens=steps, placements=ALL[1:], trials=1024, threads=1, bound_layers=0)
     )
     print(f"the same on two threads: {1024 * STEP / two / 1e6:.1f} M tokens/s in all, {one / two:.2f} times one thread")
+
+    loads = np.random.default_rng(0).lognormal(0, 0.65, (64, V3.n_experts))
+    print("\nload balancing, one layer of 256 experts, nodes of 8:")
+    for name in ("eplb", "eplb+32", "eplb_refined", "eplb_refined+32"):
+        for ep_size in (16, 32):
+            us = best(lambda name=name, ep_size=ep_size: balanced_slots(name, V3, ep_size, 8, loads)) / len(loads) * 1e6
+            print(f"  {name:<16} EP {ep_size}  {us:8.0f} us")
 
     print("\ntime grows with tokens (one cell, EP 32):")
     for tokens in (2**20, 2**21, 2**22):

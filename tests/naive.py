@@ -67,3 +67,56 @@ def draw_logits(rng, mu, n_tokens, n_group, group_sigma):
     size = len(mu) // n_group
     effect = np.repeat(group_sigma * rng.standard_normal((n_tokens, n_group)), size, axis=1)
     return mu + effect + rng.gumbel(size=(n_tokens, len(mu)))
+
+
+def pack(loads, n_packs):
+    """EPLB's balanced packing: (pack, place in it) of each item."""
+    if len(loads) == n_packs:
+        return [(i, 0) for i in range(n_packs)]
+    packs = [[] for _ in range(n_packs)]
+    where = {}
+    for i in best(loads, len(loads)):
+        p = min((p for p in range(n_packs) if len(packs[p]) < len(loads) // n_packs), key=lambda p: sum(packs[p], 0.0))
+        where[i] = p, len(packs[p])
+        packs[p].append(loads[i])
+    return [where[i] for i in range(len(loads))]
+
+
+def eplb(loads, n_slots, n_group, n_nodes, ep_size):
+    """DeepSeek's EPLB, as FIELD states it: the expert of each slot."""
+    if n_group % n_nodes:
+        n_group = n_nodes = 1
+    size, per_node, phy2log = len(loads) // n_group, n_group // n_nodes, []
+    nodes = [[None] * per_node for _ in range(n_nodes)]
+    for group, (node, place) in enumerate(
+        pack([sum(loads[g * size : (g + 1) * size], 0.0) for g in range(n_group)], n_nodes)
+    ):
+        nodes[node][place] = group
+    for groups in nodes:
+        here = [g * size + i for g in groups for i in range(size)]
+        copies, slots = dict.fromkeys(here, 1), list(here)
+        while len(slots) < n_slots // n_nodes:
+            hot = max(here, key=lambda e: loads[e] / copies[e])
+            copies[hot] += 1
+            slots.append(hot)
+        ranks = [{} for _ in range(ep_size // n_nodes)]
+        for slot, (rank, place) in zip(slots, pack([loads[e] / copies[e] for e in slots], len(ranks)), strict=True):
+            ranks[rank][place] = slot
+        phy2log += [rank[place] for rank in ranks for place in sorted(rank)]
+    return phy2log
+
+
+def slot_counts(ids, phy2log, n_experts, choice):
+    """Pairs of each slot: ids of one step, [tokens][top_k]."""
+    copies = [[s for s, expert in enumerate(phy2log) if expert == e] for e in range(n_experts)]
+    counts = [0] * len(phy2log)
+    if choice == "even":
+        for e in range(n_experts):
+            n = sum(e in row for row in ids)
+            for i in range(n):
+                counts[copies[e][i % len(copies[e])]] += 1
+        return counts
+    for index, row in enumerate(ids):
+        for e in row:
+            counts[copies[e][index * 2654435769 % 2**32 % len(copies[e])]] += 1
+    return counts

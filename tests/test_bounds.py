@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from scipy.stats import norm
 
 from sim import GumbelTraffic, ModelSpec, load_model, route, sweep, theory
-from sim.placement import layer_ranks
+from sim.placement import fixed_slots
 from sim.router import draw_trials
 from sim.workload.gumbel import X0
 
@@ -111,7 +111,7 @@ def test_tails_of_sums_keep_their_digits(weights, n_tokens, where):
 def test_a_layer_equals_going_through_all_steps(n_group, size, kept, top_k, ep_size, placement):
     """Two tokens: every pair of sets of experts, weighted by the probability of its spread."""
     model = grouped(n_group * size, n_group, kept, top_k, False)
-    ranks = layer_ranks(placement, model, ep_size, 8)[0]
+    ranks = fixed_slots(placement, model, ep_size, 8).rank_of_expert[0]
     layer = theory.UniformLayer(theory.UniformRouter.of(model, X0), ranks)
     spreads = theory.spread_by_enumeration(range(n_group * size), n_group, kept, top_k, False)
     sets = Counter()
@@ -144,7 +144,7 @@ def test_a_layer_equals_going_through_all_steps(n_group, size, kept, top_k, ep_s
 def test_grouped_and_ungrouped_closed_forms_agree():
     """One group of all experts: the rational closed forms of ungrouped traffic."""
     model = ModelSpec("plain", 24, 4)
-    ranks = layer_ranks("linear_legacy", model, 5, 8)[0]
+    ranks = fixed_slots("linear_legacy", model, 5, 8).rank_of_expert[0]
     held, layer = np.bincount(ranks).tolist(), theory.UniformLayer(theory.UniformRouter.of(model, X0), ranks)
     exact = theory.max_load_of_one_token(held, 4)
     for least in range(1, 5):

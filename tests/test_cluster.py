@@ -10,8 +10,8 @@ from sim.cli import main
 
 pytest.importorskip("distributed", reason="the extra 'cluster' is not installed")
 
-COMMAND = ["sweep", "--ep", "8,64", "--tokens", "1,256", "--placement", "linear,random", "--trials", "3000"]
-COMMAND += ["--bound-layers", "3"]
+COMMAND = ["sweep", "--ep", "8,64", "--tokens", "1,256", "--placement", "linear,random,eplb+64", "--trials", "3000"]
+COMMAND += ["--bound-layers", "3", "--fit-tokens", "100"]
 TABLES = ("summary.csv", "tail.csv", "counts.parquet")
 
 

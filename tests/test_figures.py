@@ -5,6 +5,7 @@ import pytest
 
 from sim import sweep
 from sim.figures import FIGURES
+from sim.figures.style import look
 from sim.results import best_rows
 
 
@@ -105,3 +106,10 @@ def test_fan_out_points_are_the_tables_numbers(result):
     for ax, what in ((figure.axes[column], "ranks"), (figure.axes[column + len(figure.axes) // 2], "nodes")):
         points = [line.get_xydata()[0].tolist() for line in lines(ax, "#009E73") if line.get_marker() == "v"]
         assert points[0] == pytest.approx([row[f"{what}_per_token_mean"], row.imbalance_mean])
+
+
+def test_redundant_slots_look_different():
+    names = [
+        f"{base}{plus}" for base in ("linear", "eplb", "eplb_refined") for plus in ("", "+16", "+32", "+64", "+128")
+    ]
+    assert len({str(look(name)) for name in names}) == len(names)

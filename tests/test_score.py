@@ -20,7 +20,8 @@ def score(counts, ranks, ep_size):
     out = np.empty((len(counts), counts.shape[1], 4), np.int32)
     layouts = lay_out(ranks[None], np.array([ep_size]))
     zeros = np.zeros((len(counts), 1), np.int64)
-    score_blocks(counts, np.arange(counts.shape[1]), np.zeros(counts.shape[1], np.int64), zeros, layouts, out)
+    cells = np.arange(counts.shape[1])
+    score_blocks(counts, cells, cells, np.zeros(len(cells), np.int64), zeros, layouts, out)
     return out
 
 
@@ -48,7 +49,7 @@ def test_renaming_experts_and_ranks_changes_nothing_but_ties(case, seed):
 @given(cases())
 def test_loads_conserve_pairs(case):
     ranks, ep_size, counts = case
-    loads = np.empty((3, ep_size), np.int64)
+    loads = np.zeros((3, ep_size), np.int64)
     rank_loads(
         counts,
         np.zeros(1, np.int64),
@@ -67,7 +68,14 @@ def test_fan_out_counts_distinct_ranks_and_nodes(seed, ranks_per_node):
     ranks = rng.permutation(np.arange(24) % 12).astype(np.int32)
     ids = np.array([rng.choice(24, 6, replace=False) for _ in range(5)], np.int16)
     reached = np.empty((5, 1, 2), np.int64)
-    fan_out(ids, np.zeros((5, 1), np.int64), lay_out(ranks[None], np.array([12])), ranks_per_node, reached)
+    fan_out(
+        ids,
+        np.zeros(1, np.int64),
+        np.zeros((5, 1), np.int64),
+        lay_out(ranks[None], np.array([12])),
+        ranks_per_node,
+        reached,
+    )
     for t in range(5):
         hit = ranks[ids[t]]
         assert reached[t, 0].tolist() == [len(set(hit.tolist())), len(set((hit // ranks_per_node).tolist()))]

@@ -13,6 +13,7 @@ ROOMS = [
     "workload",
     "router",
     "placement",
+    "replicas",
     "score",
     "stats",
     "theory",

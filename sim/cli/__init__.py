@@ -20,6 +20,7 @@ VERBS = {
     "gain": "predict the time that one placement saves over another, on a GPU",
     "step": "predict what an engine would log of each step; lay your own log beside it",
     "claims": "try published performance claims: computed figure, verdict, and why",
+    "export": "write a placement as a file of a serving engine",
     "models": "list the model presets",
     "workloads": "list the traffic presets",
     "placements": "list the placements",

@@ -38,6 +38,9 @@ _DEFAULTS: dict[str, Any] = {
     "ranks_per_node": 8,
     "thresholds": None,
     "bound_layers": None,
+    "fit_tokens": None,
+    "fit_on": None,
+    "replica_choice": "even",
     "threads": None,
     "executor": "threads",
     "scheduler": None,
@@ -54,6 +57,7 @@ _PARSERS: dict[str, Callable[[str], Any]] = {
     "max_trials": whole_number("--max-trials"),
     "time_limit": seconds("--time-limit"),
     "bound_layers": whole_number("--bound-layers"),
+    "fit_tokens": whole_number("--fit-tokens"),
     "draws": whole_number("--draws"),
     "dummy_tokens": whole_number("--dummy-tokens"),
     "seed": whole_number("--seed"),
@@ -80,6 +84,9 @@ _HELP = {
     "ranks_per_node": "ranks joined by NVLink, for node_aware and for nodes per token",
     "thresholds": "imbalance thresholds of tail.csv (default: 1.1,1.25,1.5,1.75,2,2.5,3,4,6,8)",
     "bound_layers": "layer draws behind bounds past sampling (default: up to 32, none where that takes long; 0: no bounds)",
+    "fit_tokens": "tokens of each layer draw, other than those scored, that eplb is fitted on (default: 16384)",
+    "fit_on": "of recorded traffic: another record of the same layers to fit eplb on (default: every second sequence)",
+    "replica_choice": "copy of a replicated expert that a token goes to: even, or vllm_hash of the token's index",
     "threads": "default: all processors of this process; of a local cluster, its workers",
     "executor": "threads, or dask: a local cluster, or the one of --scheduler (extra: epsim[cluster])",
     "scheduler": "address of a Dask scheduler, as in tcp://HOST:8786",
@@ -87,27 +94,33 @@ _HELP = {
 }
 
 
-_PLANNED = ("trials", "draws", "seed", "ranks_per_node", "precision", "precision_tail", "max_trials", "bound_layers")
+_PLANNED = (
+    "trials", "draws", "seed", "ranks_per_node", "precision", "precision_tail", "max_trials", "bound_layers", "fit_tokens",
+    "fit_on", "replica_choice",
+)  # fmt: skip
 _NOT_MET = {
     "max_trials": "--max-trials is reached",
     "time_limit": "--time-limit is reached, and the same command goes on",
     "draws": "the layers that there are differ so much that more trials would not help",
 }
 _METAVARS = {
-    "tokens_per_rank": "LIST",
-    "thresholds": "LIST",
-    "ranks_per_node": "N",
-    "trials": "N",
-    "precision": "SHARE",
-    "precision_tail": "SHARE",
-    "max_trials": "N",
-    "time_limit": "TIME",
-    "bound_layers": "N",
-    "scheduler": "ADDRESS",
-    "draws": "N",
-    "dummy_tokens": "N",
-    "seed": "N",
-    "threads": "N",
+    **dict.fromkeys(("tokens_per_rank", "thresholds"), "LIST"),
+    **dict.fromkeys(
+        (
+            "ranks_per_node",
+            "trials",
+            "max_trials",
+            "bound_layers",
+            "fit_tokens",
+            "draws",
+            "dummy_tokens",
+            "seed",
+            "threads",
+        ),
+        "N",
+    ),
+    **dict.fromkeys(("precision", "precision_tail"), "SHARE"),
+    **{"time_limit": "TIME", "scheduler": "ADDRESS", "fit_on": "FILE", "replica_choice": "NAME"},
 }
 
 
@@ -156,7 +169,7 @@ def run(arguments: Namespace) -> None:
     from sim.kernels import is_cold
     from sim.model import load_model
     from sim.results import COUNTS, read_identity, read_result, writable_folder, write_result
-    from sim.sweeps import Journal, make_plan, no_bounds_because, run_plan
+    from sim.sweeps import Journal, make_plan, no_bounds_because, replicas_have_no_bounds, run_plan
     from sim.sweeps.plan import THRESHOLDS
     from sim.workload import load_workload
 
@@ -180,6 +193,8 @@ def run(arguments: Namespace) -> None:
     _say_notes(plan)
     if (reason := no_bounds_because(plan)) is not None:
         note(f"no bounds past sampling: {reason}")
+    if (reason := replicas_have_no_bounds(plan)) is not None:
+        note(f"no bounds past sampling for {reason}")
     whole = held is not None and (folder / COUNTS).exists()
     result = read_result(folder) if whole else None
     if result is not None and not (result.summary.stopped == "time_limit").any():
@@ -277,6 +292,8 @@ def _say_notes(plan: Any) -> None:
         note(f"{model.name}: {model.caveat}")
     if workload.fitted_to and not model.name.startswith("deepseek-r1") and not model.name.startswith("deepseek-v3"):
         note(f"{workload.name} traffic is fitted to {workload.fitted_to}; on {model.name} it is an assumption")
+    if plan.fit:
+        note(f"load-aware placements are fitted on {plan.fit}, and scored on none of these")
     if "round_robin" in plan.grid.placements:
         for text in fallback_notes(model, list(plan.grid.ep_sizes)):
             note(text)

@@ -15,8 +15,8 @@ from sim.model import ModelSpec
 from sim.router import draw_trials
 from sim.score import fan_out
 from sim.sweeps import make_plan
-from sim.sweeps.chunk import chunk_layouts
 from sim.sweeps.executors import usable_processors
+from sim.sweeps.layouts import chunk_groups
 from sim.sweeps.plan import Plan
 from sim.workload import Workload
 
@@ -153,37 +153,41 @@ def _run_chunk(sample: StepSample, of_size: np.ndarray, constants: np.ndarray, t
     live = np.flatnonzero(of_size > trials.start)
     cells = np.array([cell for cell, (_, step) in enumerate(grid.cells) if step in live])
     first_draw = trials.start % n_draws
-    layouts, layout_of_pair = chunk_layouts(plan, range(first_draw, first_draw + len(trials)))
     counts, ids = draw_trials(plan.model, plan.workload, plan.seed, trials, n_draws, grid.steps[live])
     slowest_us = np.empty((len(trials), len(cells), len(constants)))
     load_bound = np.empty(slowest_us.shape, np.bool_)
     max_load = np.empty((len(trials), len(cells)), np.int64)
+    reached = np.zeros((len(trials), len(grid.pairs), 2), np.int64)
     step_of_cell = np.searchsorted(live, [grid.cells[cell][1] for cell in cells])
     pair_of_cell = grid.pair_of_cell[cells]
-    time_slowest_ranks(
-        counts, step_of_cell, pair_of_cell, layout_of_pair, layouts, constants, slowest_us, load_bound, max_load
-    )
+    for group in chunk_groups(plan, range(first_draw, first_draw + len(trials)), range(len(grid.pairs))):
+        mine = np.flatnonzero(np.isin(pair_of_cell, group.pairs))
+        of_group = np.searchsorted(group.pairs, pair_of_cell)  # of other groups' cells: not looked at
+        dealt = group.deal(counts, ids, grid.steps[live], plan.replica_choice)
+        time_slowest_ranks(
+            dealt, mine, step_of_cell, of_group, group.rows, group.layouts, constants, slowest_us, load_bound, max_load
+        )
+        first = group.slots_of_first(ids, trials.start)
+        fan_out(first, group.pairs, group.rows, group.layouts, plan.ranks_per_node, reached)
     for i, cell in enumerate(cells):
         sample.slowest_us[cell][trials.start : trials.stop] = slowest_us[:, i]
         sample.load_bound[cell][trials.start : trials.stop] = load_bound[:, i]
         sample.max_load[cell][trials.start : trials.stop] = max_load[:, i]
-    reached = np.empty((len(trials), len(grid.pairs), 2), np.int64)
-    fan_out(ids[:, 0], layout_of_pair, layouts, plan.ranks_per_node, reached)
     return reached.sum(axis=0)
 
 
 @kernel
 def time_slowest_ranks(
-    counts, step_of_cell, pair_of_cell, layout_of_pair, layouts, constants, slowest_us, load_bound, max_load
+    counts, cells, step_of_cell, pair_of_cell, layout_of_pair, layouts, constants, slowest_us, load_bound, max_load
 ):
-    """Time of the slowest rank, and the largest load, of each block under each cell.
+    """Time of the slowest rank, and the largest load, of each block under some cells.
 
     Inputs as in `score_blocks`; constants float64 [rates, 5], the fields of ExpertRates; slowest_us float64 [trials,
     cells, rates], load_bound bool of that shape; max_load int64 [trials, cells].
     """
     all_experts, all_bounds = layouts.experts, layouts.bounds
     for t in range(counts.shape[0]):
-        for c in range(step_of_cell.size):
+        for c in cells:
             layout = layout_of_pair[t, pair_of_cell[c]]
             count, experts, begin = counts[t, step_of_cell[c]], all_experts[layout], all_bounds[layout]
             slowest_us[t, c, :] = 0.0

@@ -12,16 +12,22 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
+from sim.placement import split_name
 from sim.results import SweepResult, whole_files
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; dashes and markers do it in greyscale.
-_LOOKS = {
+_LOOKS: dict[str, tuple[str, Any, str]] = {
     "linear": ("#000000", "-", "o"),
     "round_robin": ("#0072B2", "-", "^"),
     "linear_legacy": ("#D55E00", "--", "s"),
     "random": ("#E69F00", ":", "D"),
     "node_aware": ("#009E73", "-.", "v"),
+    "eplb": ("#56B4E9", "-", "X"),
+    "eplb_refined": ("#8C510A", "--", "*"),
 }
+# With redundant slots: a colour for each strategy, dashes and marker by their number in powers of 2.
+_WITH_REDUNDANT = {"linear": "#777777", "eplb": "#882255", "eplb_refined": "#E07B91"}
+_BY_NUMBER = (("-", "h"), ("--", "p"), ("-.", "d"), (":", "<"), ((0, (3, 1, 1, 1)), ">"))
 _OTHER = ("#CC79A7", (0, (5, 1, 1, 1, 1, 1)), "P")
 _LABELS = {"round_robin": "round_robin (group-aware)"}
 _BASE_WIDTH = 9.0
@@ -55,7 +61,11 @@ def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
 
 def look(placement: str) -> dict[str, Any]:
     """Colour, dashes and marker of a placement."""
-    color, dashes, marker = _LOOKS.get(placement, _OTHER)
+    base, redundant = split_name(placement)
+    if redundant:
+        color, (dashes, marker) = _WITH_REDUNDANT[base], _BY_NUMBER[redundant.bit_length() % len(_BY_NUMBER)]
+    else:
+        color, dashes, marker = _LOOKS.get(placement, _OTHER)
     return {"color": color, "linestyle": dashes, "marker": marker}
 
 

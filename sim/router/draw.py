@@ -71,38 +71,66 @@ def draw_trials(
     ids : int16 [trials, n_ids, top_k]
         Experts of the first tokens.
     """
-    key = _token_key(model, workload, seed)
+    key = stream_key(seed, _token_law(model, workload))
     counts = np.empty((len(trials), len(tokens), model.n_experts), np.int32)
     ids = np.empty((len(trials), n_ids, model.top_k), np.int16)
     if isinstance(workload, RecordedTraffic):
         workload.sample(key, trials.start, tokens, counts, ids)
         return counts, ids
     mu = workload.draw_popularity(key, trials.start % n_draws, len(trials), model.n_experts)
-    logits = np.ascontiguousarray(workload.draw_logits(key, mu, trials.start, int(tokens[-1])))
-    per_request = workload.tokens_per_request if workload.request_sigma else _ONE_REQUEST
-    sample_trials(
-        trials.start, key, logits, per_request, tokens, model.n_group, model.topk_group, workload.group_sigma,
-        _score_law(model), counts, ids,
-    )  # fmt: skip
+    _route(model, workload, key, mu, trials.start, tokens, counts, ids)
     if workload.dummy_tokens:
-        _add_dummy_tokens(model, workload, seed, trials.start % n_draws, mu, counts)
+        dummy = _draw_other_tokens(model, workload, seed, "dummy", mu, trials.start % n_draws, 1)
+        counts += workload.dummy_tokens * dummy
     return counts, ids
 
 
-def _token_key(model: ModelSpec, workload: Workload, seed: int) -> np.ndarray:
-    """Key of a step's own tokens; they are the same with dummy tokens and without."""
+def draw_loads(model: ModelSpec, workload: GumbelTraffic, seed: int, draws: range, n_tokens: int) -> np.ndarray:
+    """Loads that a balancer may be fitted on: other tokens, from the layers of some draws.
+
+    The popularity is that of the draw, the tokens (and their requests) come from a stream that no trial uses.
+
+    Returns
+    -------
+    float64 [draws, n_experts]
+        Tokens, of `n_tokens`, that take each expert.
+    """
+    key = stream_key(seed, _token_law(model, workload))
+    mu = workload.draw_popularity(key, draws.start, len(draws), model.n_experts)
+    return _draw_other_tokens(model, workload, seed, "fit", mu, draws.start, n_tokens)[:, 0].astype(float)
+
+
+def _token_law(model: ModelSpec, workload: Workload) -> str:
+    """What the streams of a step's own tokens are keyed by: the same with dummy tokens and without."""
     own = workload if isinstance(workload, RecordedTraffic) else replace(workload, dummy_tokens=0)
-    return stream_key(seed, json.dumps(routing_law(model, own), sort_keys=True))
+    return json.dumps(routing_law(model, own), sort_keys=True)
 
 
-def _add_dummy_tokens(
-    model: ModelSpec, workload: GumbelTraffic, seed: int, first_draw: int, mu: np.ndarray, counts: np.ndarray
+def _draw_other_tokens(
+    model: ModelSpec, workload: GumbelTraffic, seed: int, what: str, mu: np.ndarray, first_draw: int, n_tokens: int
+) -> np.ndarray:
+    """Counts of tokens that no trial uses, of the layers of consecutive draws, int32 [draws, 1, n_experts]."""
+    key = stream_key(seed, f"{_token_law(model, workload)}|{what}")
+    counts = np.empty((len(mu), 1, model.n_experts), np.int32)
+    ids = np.empty((len(mu), 1, model.top_k), np.int16)
+    _route(model, workload, key, mu, first_draw, np.array([n_tokens]), counts, ids)
+    return counts
+
+
+def _route(
+    model: ModelSpec,
+    workload: GumbelTraffic,
+    key: np.ndarray,
+    mu: np.ndarray,
+    first_trial: int,
+    tokens: np.ndarray,
+    counts: np.ndarray,
+    ids: np.ndarray,
 ) -> None:
-    """Add the dummy tokens of consecutive draws to every step: one token of each draw, as often as there are dummies."""
-    key = stream_key(seed, f"dummy|{json.dumps(routing_law(model, replace(workload, dummy_tokens=0)), sort_keys=True)}")
-    one = np.empty((len(mu), 1, model.n_experts), np.int32)
+    """Route the tokens of consecutive trials from layers of popularity mu float64 [trials, n_experts]."""
+    logits = np.ascontiguousarray(workload.draw_logits(key, mu, first_trial, int(tokens[-1])))
+    per_request = workload.tokens_per_request if workload.request_sigma else _ONE_REQUEST
     sample_trials(
-        first_draw, key, np.ascontiguousarray(mu[:, None, :]), _ONE_REQUEST, np.ones(1, np.int64), model.n_group,
-        model.topk_group, workload.group_sigma, _score_law(model), one, np.empty((len(mu), 1, model.top_k), np.int16),
+        first_trial, key, logits, per_request, tokens, model.n_group, model.topk_group, workload.group_sigma,
+        _score_law(model), counts, ids,
     )  # fmt: skip
-    counts += workload.dummy_tokens * one

@@ -1,9 +1,18 @@
 """The grid of cells: sampled once, scored under every placement, EP size and number of tokens per step."""
 
-from sim.sweeps.bounds import no_bounds_because
+from sim.sweeps.bounds import no_bounds_because, replicas_have_no_bounds
 from sim.sweeps.combine import combine
 from sim.sweeps.journal import Journal
 from sim.sweeps.plan import Plan, make_plan
 from sim.sweeps.run import run_plan, sweep
 
-__all__ = ["Journal", "Plan", "combine", "make_plan", "no_bounds_because", "run_plan", "sweep"]
+__all__ = [
+    "Journal",
+    "Plan",
+    "combine",
+    "make_plan",
+    "no_bounds_because",
+    "replicas_have_no_bounds",
+    "run_plan",
+    "sweep",
+]

@@ -49,6 +49,14 @@ def no_bounds_because(plan: Plan) -> str | None:
     return None
 
 
+def replicas_have_no_bounds(plan: Plan) -> str | None:
+    """Which placements stay with sampling where others do not, and why; None if there are none."""
+    names = dict.fromkeys(name for (name, _), has in zip(plan.grid.pairs, plan.has_replicas, strict=True) if has)
+    if not names or no_bounds_because(plan):
+        return None
+    return f"{', '.join(names)}: the copy that a token goes to depends on the others, so tokens are not independent"
+
+
 def build_bounds(plan: Plan, tally: Tally, n_threads: int) -> pd.DataFrame:
     """Rows of tail.csv with method 'exact' (both bounds agree) or 'bound' (probability and high are the upper bound)."""
     if no_bounds_because(plan):
@@ -56,25 +64,26 @@ def build_bounds(plan: Plan, tally: Tally, n_threads: int) -> pd.DataFrame:
     grid, n_layers = plan.grid, min(plan.bound_layers, plan.draws or plan.trials)
     assert isinstance(plan.workload, GumbelTraffic)
     layouts = [(layout, ep_size) for layout, (_, ep_size) in zip(grid.layouts, grid.pairs, strict=True)]
-    first = {layout: p for p, layout in reversed(list(enumerate(layouts)))}  # equal placements have equal rows
+    plain = [p for p in range(len(layouts)) if not plan.has_replicas[p]]
+    first = {layouts[p]: p for p in reversed(plain)}  # equal placements have equal rows
     router = _uniform_router(plan, plan.workload)
     sources: dict[int, Source] = {}
     for p in first.values():
-        table = plan.layer_ranks[p]
-        if router is not None and table is not None and len(table) == 1:
-            sources[p] = UniformLayer(router, table[0])
-    # Random placements of uniform traffic are as many layouts as layers: they are left to sampling.
-    drawn = [p for p in first.values() if router is None or plan.layer_ranks[p] is not None]
+        slots = plan.slots[p]
+        if router is not None and slots is not None and len(slots.ranks) == 1:
+            sources[p] = UniformLayer(router, slots.rank_of_expert[0])
+    # Random and fitted placements of uniform traffic are as many layouts as layers: they are left to sampling.
+    drawn = [p for p in first.values() if router is None or plan.slots[p] is not None]
     drawn = [p for p in drawn if p not in sources]
     sources |= dict(zip(drawn, sample_laws(plan, drawn, n_layers, n_threads), strict=True))
     with ThreadPoolExecutor(n_threads) as pool:
         rows = dict(zip(sources, pool.map(lambda p: _rows_of_pair(plan, p, sources[p]), sources), strict=True))
     keys, rows_out = cell_keys(grid, tally), []
     for cell, (pair, step) in enumerate(grid.cells):
-        source = first[layouts[pair]]
-        if source not in sources:
+        source = first.get(layouts[pair])
+        if source is None or source not in sources:
             continue
-        conditional = source in drawn and (plan.workload.popularity != "none" or plan.layer_ranks[pair] is None)
+        conditional = source in drawn and (plan.workload.popularity != "none" or plan.slots[pair] is None)
         given = f"{n_layers} drawn layers" if conditional else ""
         for metric, threshold, low, high in rows[source][step]:
             low = low if high > _NEAR_TINY else 0.0

@@ -4,10 +4,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sim.placement import random_ranks
 from sim.router import draw_trials
-from sim.score import METRICS, Layouts, fan_out, lay_out, rank_loads, score_blocks
+from sim.score import METRICS, fan_out, rank_loads, score_blocks
 from sim.sweeps.events import events_of
+from sim.sweeps.layouts import chunk_groups
 from sim.sweeps.plan import Plan
 from sim.sweeps.tally import Tally, histogram_keys, merge_counts
 from sim.workload import RecordedTraffic
@@ -36,8 +36,9 @@ def stage_chunks(plan: Plan, stage: Stage) -> list[range]:
     steps = np.unique(plan.grid.tokens_of_cell[list(stage.cells)])
     first = stage.trials.start if stage.draws > stage.trials.start else 0
     draws = range(first, min(stage.draws, stage.trials.stop))
-    tokens_of_draw = -(-len(stage.trials) // len(draws)) * int(steps[-1])
+    tokens_of_draw = -(-len(stage.trials) // len(draws)) * int(steps[-1]) + plan.fit_tokens
     numbers_of_draw = len(stage.cells) + plan.model.n_experts * (len(steps) + _requests(plan, int(steps[-1])))
+    numbers_of_draw += plan.slots_of_draw + plan.most_slots * len(steps)
     size = min(
         _CHUNK_TOKENS // tokens_of_draw,
         _CHUNK_NUMBERS // numbers_of_draw,
@@ -55,38 +56,22 @@ def _requests(plan: Plan, largest_step: int) -> int:
     return -(-largest_step // plan.workload.tokens_per_request)
 
 
-def chunk_layouts(plan: Plan, draws: range) -> tuple[Layouts, np.ndarray]:
-    """Layouts that some draws need, and int64 [draws, pairs] with the row of each draw and pair."""
-    pairs, rows, sizes, first = plan.grid.pairs, [], [], 0
-    layout_of_pair = np.empty((len(draws), len(pairs)), np.int64)
-    for p, (_, ep_size) in enumerate(pairs):
-        fixed = plan.layer_ranks[p]
-        if fixed is None:
-            ranks = random_ranks(plan.model.n_experts, ep_size, plan.seed, draws.start, len(draws))
-            layout_of_pair[:, p] = first + np.arange(len(draws))
-        else:
-            ranks = fixed
-            layout_of_pair[:, p] = first + np.arange(draws.start, draws.stop) % len(fixed)
-        rows.append(ranks)
-        sizes += [ep_size] * len(ranks)
-        first += len(ranks)
-    return lay_out(np.concatenate(rows), np.array(sizes)), layout_of_pair
-
-
 class _Scorer:
     """Samples and scores the trials of a chunk under the live cells."""
 
     def __init__(self, plan: Plan, stage: Stage, draws: range) -> None:
         grid = plan.grid
         self.plan, self.stage, self.cells = plan, stage, np.array(stage.cells)
-        self.layouts, self.layout_of_pair = chunk_layouts(plan, draws)
         self.steps, self.step_of_cell = np.unique(grid.tokens_of_cell[self.cells], return_inverse=True)
         self.pair_of_cell = grid.pair_of_cell[self.cells]
+        self.groups = chunk_groups(plan, draws, np.unique(self.pair_of_cell).tolist())
         self.loaded = np.flatnonzero(np.isin(grid.largest_cells, self.cells))  # pairs whose rank loads are kept
         sizes = np.array([grid.pairs[p][1] for p in self.loaded], np.int64)
         self.first_rank = np.cumsum(sizes) - sizes
         self.ranks = np.flatnonzero(np.isin(grid.pair_of_rank, self.loaded))
         self.step_of_loaded = np.searchsorted(self.steps, grid.tokens_of_cell[grid.largest_cells[self.loaded]])
+        all_tokens = plan.replica_choice == "vllm_hash" and any(group.copies for group in self.groups)
+        self.n_ids = int(self.steps[-1]) if all_tokens else 1
 
     def score(self, trials: range) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Sample and score consecutive trials of the chunk's first draws.
@@ -95,14 +80,22 @@ class _Scorer:
         and the loads of `self.ranks` at the largest steps of their pairs, int64 [trials, ranks].
         """
         plan, n = self.plan, len(trials)
-        counts, ids = draw_trials(plan.model, plan.workload, plan.seed, trials, self.stage.draws, self.steps)
+        counts, ids = draw_trials(
+            plan.model, plan.workload, plan.seed, trials, self.stage.draws, self.steps, self.n_ids
+        )
         scores = np.empty((n, len(self.cells), len(METRICS)), np.int32)
-        reached = np.empty((n, self.layout_of_pair.shape[1], 2), np.int64)
-        loads = np.empty((n, len(self.ranks)), np.int64)
-        score_blocks(counts, self.step_of_cell, self.pair_of_cell, self.layout_of_pair, self.layouts, scores)
-        fan_out(ids[:, 0], self.layout_of_pair, self.layouts, plan.ranks_per_node, reached)
-        of_loaded = np.ascontiguousarray(self.layout_of_pair[:, self.loaded])
-        rank_loads(counts, self.step_of_loaded, of_loaded, self.layouts, self.first_rank, loads)
+        reached = np.zeros((n, len(plan.grid.pairs), 2), np.int64)
+        loads = np.zeros((n, len(self.ranks)), np.int64)
+        for group in self.groups:
+            cells = np.flatnonzero(np.isin(self.pair_of_cell, group.pairs))
+            loaded = np.flatnonzero(np.isin(self.loaded, group.pairs))
+            of_group = np.searchsorted(group.pairs, self.pair_of_cell)  # of other groups' cells: not looked at
+            rows = np.ascontiguousarray(group.rows[:, np.searchsorted(group.pairs, self.loaded[loaded])])
+            dealt = group.deal(counts, ids, self.steps, plan.replica_choice)
+            score_blocks(dealt, cells, self.step_of_cell, of_group, group.rows, group.layouts, scores)
+            first = group.slots_of_first(ids, trials.start)
+            fan_out(first, group.pairs, group.rows, group.layouts, plan.ranks_per_node, reached)
+            rank_loads(dealt, self.step_of_loaded[loaded], rows, group.layouts, self.first_rank[loaded], loads)
         return scores, reached, loads
 
 

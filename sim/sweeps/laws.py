@@ -14,9 +14,8 @@ from scipy.special import ndtr
 
 from sim.kernels import kernel
 from sim.router import draw_trials
-from sim.score import Layouts
 from sim.stats import CONFIDENCE
-from sim.sweeps.chunk import chunk_layouts
+from sim.sweeps.layouts import Group, chunk_groups
 from sim.sweeps.plan import Plan
 from sim.theory import fill_layer_bounds
 
@@ -71,15 +70,13 @@ class DrawnLayers:
 
 
 def sample_laws(plan: Plan, pairs: list[int], n_layers: int, n_threads: int) -> list[DrawnLayers]:
-    """Laws of some pairs of the grid, on layer draws 0 .. n_layers - 1."""
+    """Laws of some pairs of the grid, without replicas, on layer draws 0 .. n_layers - 1."""
     if not pairs:
         return []
-    layouts, layout_of_pair = chunk_layouts(plan, range(n_layers))
+    [group] = chunk_groups(plan, range(n_layers), pairs)
     n_batches = min(max(plan.trials // _TRIALS_PER_BATCH, _LEAST_BATCHES), _MOST_BATCHES)
     with ThreadPoolExecutor(n_threads) as pool:
-        layers = list(
-            pool.map(lambda i: _count(plan, pairs, i, n_batches, layouts, layout_of_pair[i]), range(n_layers))
-        )
+        layers = list(pool.map(lambda i: _count(plan, group, i, n_batches), range(n_layers)))
     n_tokens = n_batches * _BATCH_TOKENS
     return [_bounded_laws([layer[i] for layer in layers], n_tokens) for i in range(len(pairs))]
 
@@ -93,14 +90,13 @@ def _bounded_laws(layers: list[tuple[np.ndarray, np.ndarray, np.ndarray]], n_tok
     return DrawnLayers(upper, lower, hot_lower, _bounded(together, n_tokens, log_odds, True))
 
 
-def _count(
-    plan: Plan, pairs: list[int], layer: int, n_batches: int, layouts: Layouts, layout_of_pair: np.ndarray
-) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+def _count(plan: Plan, group: Group, layer: int, n_batches: int) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Of each pair: tokens with j experts on each rank; the hottest ranks; tokens with j experts on two of these."""
     counts, _ = _tokens(plan, layer, _MOST_BATCHES)
     found = []
-    for p in pairs:
-        rank, ep_size = layouts.ranks[layout_of_pair[p]], plan.grid.pairs[p][1]
+    ranks = group.layouts.ranks[group.rows[layer]]
+    for p, rank in zip(group.pairs, ranks, strict=True):
+        ep_size = plan.grid.pairs[p][1]
         hot = np.sort(np.argsort(-np.bincount(rank, counts[0, 0], ep_size), kind="stable")[:_HOT])
         width = plan.grid.top_k + 1
         found.append(
@@ -108,8 +104,8 @@ def _count(
         )
     for batch in range(n_batches):
         _, ids = _tokens(plan, layer, batch)
-        for p, (single, hot, together) in zip(pairs, found, strict=True):
-            _tally_laws(ids[0], layouts.ranks[layout_of_pair[p]], hot, single, together)
+        for rank, (single, hot, together) in zip(ranks, found, strict=True):
+            _tally_laws(ids[0], rank, hot, single, together)
     for single, hot, together in found:
         first, second = np.triu_indices(len(hot), 1)
         together += single[hot[first]] + single[hot[second]]

@@ -1,8 +1,8 @@
 """What a sweep computes, checked, and everything that identifies it."""
 
-import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,9 +11,10 @@ import numpy as np
 
 from sim.errors import InputError, shown, whole_number
 from sim.model import ModelSpec, load_model
-from sim.placement import check_ep_size, layer_ranks, strategy_name
+from sim.placement import Slots, check_ep_size, check_slots, is_load_aware, split_name, strategy_name
 from sim.results import SCHEMA
 from sim.router import check_pair, routing_law
+from sim.sweeps.fit import MAX_TOKENS, check_replica_choice, choose_fit, layout_id, slots_of_pair
 from sim.sweeps.grid import Grid
 from sim.workload import GumbelTraffic, RecordedTraffic, Workload, load_workload
 
@@ -21,7 +22,6 @@ THRESHOLDS = (1.1, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0)
 """Imbalance thresholds of tail.csv."""
 DEFAULT_TRIALS = 10_000
 DEFAULT_MAX_TRIALS = 1_000_000
-MAX_TOKENS = 2**24
 RARE = 1e-3
 """Probabilities that are shown to be below this do not hold up a cell under a precision of the tail."""
 _LEAST_LAYERS, _MOST_LAYERS = 4, 32  # by default, for bounds where popularity is drawn
@@ -45,8 +45,14 @@ class Plan:
         Its cells.
     model, workload, trials, draws, seed, ranks_per_node
         As in `sim.sweep`; under a precision, `trials` are the most, and `draws` None where every trial is a draw.
-    layer_ranks : list of int32 [1 or layers, n_experts]
-        Of each pair the rank of each expert; None for random placement.
+    slots : list of Slots
+        Of each pair, of one layer or of several that draws take in turn; None where each draw has its own (random, fitted).
+    fit_tokens : int
+        Other tokens of each draw that load-aware placements are fitted on; 0 where none is fitted to draws.
+    fit : str
+        What load-aware placements are fitted on, in words; empty without any.
+    replica_choice : str
+        One of REPLICA_CHOICES.
     precision : Precision, optional
     bound_layers : int
         Layer draws that bounds past sampling are taken over; 0 for no bounds.
@@ -55,7 +61,10 @@ class Plan:
     grid: Grid
     model: ModelSpec
     workload: Workload
-    layer_ranks: list[np.ndarray | None]
+    slots: list[Slots | None]
+    fit_tokens: int
+    fit: str
+    replica_choice: str
     trials: int
     draws: int | None
     seed: int
@@ -70,7 +79,33 @@ class Plan:
         identity |= {"law": routing_law(self.model, self.workload), "ranks_per_node": self.ranks_per_node}
         identity |= {"trials": self.trials, "draws": self.draws or self.trials, "seed": self.seed}
         identity |= {"bound_layers": self.bound_layers}
+        identity |= {"fit": self.fit} if self.fit else {}
+        identity |= {"replica_choice": self.replica_choice} if any(self.has_replicas) else {}
         return identity | ({"precision": list(self.precision)} if self.precision else {})
+
+    @cached_property
+    def has_replicas(self) -> list[bool]:
+        """Of each pair whether an expert may be in several slots."""
+        return [
+            split_name(name)[1] > 0 if slots is None else slots.has_replicas
+            for (name, _), slots in zip(self.grid.pairs, self.slots, strict=True)
+        ]
+
+    @cached_property
+    def slots_of_draw(self) -> int:
+        """Slots of all pairs that are fitted to each draw."""
+        fitted = [name for (name, _), slots in zip(self.grid.pairs, self.slots, strict=True) if slots is None]
+        return sum(self.model.n_experts + split_name(name)[1] for name in fitted if is_load_aware(name))
+
+    @cached_property
+    def most_slots(self) -> int:
+        """Most slots of a pair with replicas; 0 without any."""
+        n_experts = self.model.n_experts
+        numbers = [
+            n_experts + split_name(name)[1] if slots is None else slots.ranks.shape[1]
+            for (name, _), slots in zip(self.grid.pairs, self.slots, strict=True)
+        ]
+        return max((n for n, has in zip(numbers, self.has_replicas, strict=True) if has), default=0)
 
 
 def _listed(option: str, values: Any) -> list[Any]:
@@ -99,6 +134,9 @@ def make_plan(
     precision_tail: float | None = None,
     max_trials: int | None = None,
     bound_layers: int | None = None,
+    fit_tokens: int | None = None,
+    fit_on: str | Path | None = None,
+    replica_choice: str = "even",
 ) -> Plan:
     """Check the arguments of `sim.sweep`. Raises InputError for whatever is wrong."""
     if not isinstance(model, ModelSpec):
@@ -119,31 +157,42 @@ def make_plan(
             raise InputError(f"--thresholds {shown(level)}: must be a number from 1 (balance) to 32768")
     whole_number("--ranks-per-node", ranks_per_node, 1, 2**15)
     pairs = [(name, int(size)) for name in dict.fromkeys(names) for size in sizes]
-    ranks = [None if name == "random" else layer_ranks(name, model, size, ranks_per_node) for name, size in pairs]
-    _check_layers(pairs, ranks, workload)
+    for name, size in pairs:
+        check_slots(name, model, size)
+    fit = choose_fit(list(dict(pairs)), model, workload, fit_tokens, fit_on)
+    slots = [slots_of_pair(name, model, size, ranks_per_node, fit.loads) for name, size in pairs]
+    _check_layers(pairs, slots, fit.scored)
+    check_replica_choice(replica_choice, fit.scored, max(steps) * (max(sizes) if tokens_per_rank else 1))
     grid = Grid(
         model=model.name,
-        workload=workload.name,
+        workload=fit.scored.name,
         top_k=model.top_k,
         placements=tuple(dict.fromkeys(names)),
         ep_sizes=tuple(int(size) for size in sizes),
         tokens=tuple(dict.fromkeys(steps)),
         per_rank=bool(tokens_per_rank),
         thresholds=tuple(sorted({float(level) for level in levels})),
-        layouts=tuple("random" if table is None else _digest(table) for table in ranks),
+        layouts=tuple(
+            layout_id(name, of_pair, fit.about, replica_choice) for (name, _), of_pair in zip(pairs, slots, strict=True)
+        ),
         largest_rank=tuple(
-            -(-model.n_experts // size) if table is None else max(int(np.bincount(row).max()) for row in table)
-            for (_, size), table in zip(pairs, ranks, strict=True)
+            -(-(model.n_experts + split_name(name)[1]) // size)
+            if of_pair is None
+            else max(int(np.bincount(row).max()) for row in of_pair.ranks)
+            for (name, size), of_pair in zip(pairs, slots, strict=True)
         ),
         dummy_tokens=workload.dummy_tokens,
     )
     plan = Plan(
         grid=grid,
         model=model,
-        workload=workload,
-        layer_ranks=ranks,
+        workload=fit.scored,
+        slots=slots,
+        fit_tokens=fit.tokens,
+        fit=fit.about,
+        replica_choice=replica_choice,
         trials=trials,
-        draws=_choose_draws(workload, trials, draws),
+        draws=_choose_draws(fit.scored, trials, draws),
         seed=whole_number("--seed", seed, 0, 2**63 - 1),
         ranks_per_node=ranks_per_node,
         precision=target,
@@ -164,10 +213,6 @@ def _choose_bound_layers(grid: Grid, workload: Workload, trials: int, layers: in
     work = max(_SMALL_WORK, trials * int(grid.steps[-1]) // _TOKENS_PER_WORK)
     affordable = min(work // int(grid.ep_size_of_cell.sum()), _MOST_LAYERS)
     return affordable if affordable >= _LEAST_LAYERS else 0
-
-
-def _digest(table: np.ndarray) -> str:
-    return hashlib.sha256(table.tobytes()).hexdigest()[:16]
 
 
 def _choose_trials(trials: int | None, mean: Any, tail: Any, max_trials: int | None) -> tuple[int, Precision | None]:
@@ -211,10 +256,10 @@ def _check_sums_fit(plan: Plan) -> None:
         )
 
 
-def _check_layers(pairs: list[tuple[str, int]], ranks: list[np.ndarray | None], workload: Workload) -> None:
+def _check_layers(pairs: list[tuple[str, int]], slots: list[Slots | None], workload: Workload) -> None:
     """A placement with a row per layer must have as many rows as the recorded layers that it is applied to."""
-    for (placement, _), table in zip(pairs, ranks, strict=True):
-        if workload.n_layers is not None and table is not None and len(table) not in (1, workload.n_layers):
+    for (placement, _), of_pair in zip(pairs, slots, strict=True):
+        if workload.n_layers is not None and of_pair is not None and len(of_pair.ranks) not in (1, workload.n_layers):
             raise InputError(
-                f"placement {placement} has {len(table)} layers, workload {workload.name} has {workload.n_layers}"
+                f"placement {placement} has {len(of_pair.ranks)} layers, workload {workload.name} has {workload.n_layers}"
             )

@@ -46,6 +46,9 @@ def sweep(
     precision_tail: float | None = None,
     max_trials: int | None = None,
     bound_layers: int | None = None,
+    fit_tokens: int | None = None,
+    fit_on: str | Path | None = None,
+    replica_choice: str = "even",
     threads: int | None = None,
 ) -> SweepResult:
     """Sample token routings once and score them under every placement, EP size and number of tokens per step.
@@ -77,6 +80,14 @@ def sweep(
     bound_layers : int, optional
         Layer draws that the bounds past sampling are taken over where popularity is drawn; default up to 32, and
         none in grids that are large for their trials. 0 for no bounds.
+    fit_tokens : int, optional
+        Of traffic by law: tokens of each layer draw, other than those that are scored, that load-aware placements (eplb) are
+        fitted on; default 16384.
+    fit_on : str or Path, optional
+        Of recorded traffic: another record of the same layers to fit on; by default load-aware placements are fitted on every
+        second sequence, and all placements are scored on the others.
+    replica_choice : str
+        Which copy of a replicated expert a token goes to: 'even' split, or 'vllm_hash' of the token's index in the step.
     threads : int, optional
         Default: the processors that this process may use.
 
@@ -93,7 +104,8 @@ def sweep(
     plan = make_plan(
         model, workload, ep_sizes=ep_sizes, tokens=tokens, placements=placements, trials=trials, draws=draws, seed=seed,
         tokens_per_rank=tokens_per_rank, ranks_per_node=ranks_per_node, thresholds=thresholds, precision=precision,
-        precision_tail=precision_tail, max_trials=max_trials, bound_layers=bound_layers,
+        precision_tail=precision_tail, max_trials=max_trials, bound_layers=bound_layers, fit_tokens=fit_tokens,
+        fit_on=fit_on, replica_choice=replica_choice,
     )  # fmt: skip
     n_threads = executors.usable_processors() if threads is None else whole_number("--threads", threads, 1, 4096)
     return run_plan(plan, executors.threads(n_threads), n_threads=n_threads)

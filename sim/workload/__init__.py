@@ -2,8 +2,9 @@
 
 from sim.workload.gumbel import GumbelTraffic
 from sim.workload.load import load_workload, workload_names
+from sim.workload.loads import load_table
 from sim.workload.recorded import RecordedTraffic
 
 Workload = GumbelTraffic | RecordedTraffic
 
-__all__ = ["GumbelTraffic", "RecordedTraffic", "Workload", "load_workload", "workload_names"]
+__all__ = ["GumbelTraffic", "RecordedTraffic", "Workload", "load_table", "load_workload", "workload_names"]

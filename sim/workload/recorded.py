@@ -4,7 +4,7 @@ import hashlib
 import math
 import warnings
 import zipfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +68,24 @@ class RecordedTraffic:
                 f"workload {self.name} has expert id {largest}, model {model_name} has ids 0 to {n_experts - 1}"
             )
 
+    def expert_counts(self, n_experts: int) -> np.ndarray:
+        """Tokens that take each expert, float64 [layers, n_experts]."""
+        return np.array([np.bincount(layer.ravel(), minlength=n_experts) for layer in self.topk_ids], float)
+
+    def halves(self) -> tuple["RecordedTraffic", "RecordedTraffic"]:
+        """Sequences 0, 2, 4, ... and 1, 3, 5, ...: what a balancer is fitted on, and what it is scored on."""
+        if len(self.starts) < 3:
+            raise InputError(f"workload {self.name} has one sequence: none is left to score what is fitted on it")
+        return self._part(0), self._part(1)
+
+    def _part(self, first: int) -> "RecordedTraffic":
+        lengths = np.diff(self.starts)
+        mine = np.arange(len(lengths)) % 2 == first
+        ids = np.ascontiguousarray(self.topk_ids[:, np.repeat(mine, lengths)])
+        starts = np.concatenate([[0], np.cumsum(lengths[mine])])
+        name = f"{self.name} [{'odd' if first else 'even'} sequences]"
+        return replace(self, name=name, topk_ids=ids, starts=starts, digest=_digest(ids, starts))
+
     def sample(
         self, key: np.ndarray, first_trial: int, tokens: np.ndarray, counts: np.ndarray, ids: np.ndarray
     ) -> None:
@@ -111,8 +129,11 @@ def read_recorded(path: Path, phase: str = "decode") -> RecordedTraffic:
         if repeated.any():
             raise InputError(f"{where}: token {int(repeated.argmax())} has the same expert id twice in one layer")
     starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-    digest = hashlib.sha256(by_layer.tobytes() + starts.tobytes()).hexdigest()[:32]
-    return RecordedTraffic(f"file:{path.name}", phase, by_layer, starts, digest, source=str(path))
+    return RecordedTraffic(f"file:{path.name}", phase, by_layer, starts, _digest(by_layer, starts), source=str(path))
+
+
+def _digest(by_layer: np.ndarray, starts: np.ndarray) -> str:
+    return hashlib.sha256(by_layer.tobytes() + starts.tobytes()).hexdigest()[:32]
 
 
 def _load_npz(path: Path, where: str) -> dict[str, np.ndarray]:
