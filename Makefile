@@ -32,7 +32,10 @@ test: $(BIN)/epsim  ## lint, types and tests
 quick: $(BIN)/epsim  ## the quick loop, without the slow tests
 	$(BIN)/python -m pytest -q -x -m 'not slow'
 
+notebooks: $(BIN)/epsim  ## execute the notebooks again, with their outputs (about 4 minutes)
+	$(BIN)/python tests/notebooks.py
+
 bench: $(BIN)/epsim  ## speed against a plain numpy pipeline, in one run
 	$(BIN)/python tests/bench.py
 
-.PHONY: help install sweep test quick bench
+.PHONY: help install sweep test quick notebooks bench

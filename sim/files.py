@@ -4,6 +4,7 @@ import json
 import os
 import stat
 import tomllib
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +41,14 @@ def is_there(path: Path) -> bool:
 
 
 def read_text(path: Path, where: str) -> str:
-    """Text of a regular file of a bounded size; `where` begins the message of an error."""
+    """Text of a regular file of a bounded size, unpacked where its name ends in .gz; `where` begins the message of an error."""
     try:
         with path.open("rb") as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise InputError(f"{where} cannot be read: it is not a regular file")
             data = file.read(MAX_BYTES + 1)
+        if path.suffix == ".gz":
+            data = zlib.decompressobj(wbits=31).decompress(data, MAX_BYTES + 1)
         if len(data) > MAX_BYTES:
             raise InputError(f"{where} is larger than {MAX_BYTES >> 20} MiB")
         return data.decode("utf-8-sig")
@@ -53,6 +56,8 @@ def read_text(path: Path, where: str) -> str:
         raise
     except OSError as error:
         raise InputError(f"{where} cannot be read: {error.strerror or error}") from None
+    except zlib.error:
+        raise InputError(f"{where} is not a sound .gz file") from None
     except UnicodeDecodeError:
         raise InputError(f"{where} is not text in UTF-8") from None
     except ValueError as error:  # a NUL in the name

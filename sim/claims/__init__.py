@@ -27,6 +27,8 @@ CLAIMS: dict[str, Callable[..., Finding]] = {
     "tput-14.57": gains.tput_14_57,
     "eplb-3": gains.eplb_3,
     "balanced-18": gains.balanced_18,
+    "eplb-1.49-2.54": gains.eplb_gains,
+    "rearrange-16.7": gains.rearrange_16_7,
     "idle-half": exact.idle_half,
 }
 """The computation of each claim, by id."""

@@ -153,8 +153,9 @@ def _saved_by_balance(
 ) -> Saved:
     """Share of linear's expert time that perfect balance saves, over one step, or, with less effort, some of its layers."""
     n_layers = math.ceil(model.n_moe_layers * min(1.0, trial.effort))
+    some = dataclasses.replace(model, n_moe_layers=n_layers)
     sample = sample_steps(
-        dataclasses.replace(model, n_moe_layers=n_layers), workload, [expert_rates(model, gpu)], ep_sizes=ep_size, tokens=tokens, placements="linear", layer_sets=1,
+        some, workload, [expert_rates(model, gpu)], ep_sizes=ep_size, tokens=tokens, placements="linear", layer_sets=1,
         most_steps=1, seed=trial.seed, threads=trial.threads,
     )  # fmt: skip
     slowest_us = sample.slowest_us[0][..., 0]
@@ -172,6 +173,72 @@ def balanced_18(trial: Trial, published: dict[str, float]) -> Finding:
     verdict, remark = _verdict(trial, np.array([share]), np.array([saved]), lambda fits: "this set-up")
     return Finding(
         f"experts' time saved by perfect balance: {saved_text(saved)}",
+        *saved,
+        "share of the experts' time that is saved",
+        verdict,
+        f"A step must save {percent(claimed)}, for which routed experts must take {share_text(share[0])} of it.{remark}",
+        share,
+    )
+
+
+def _against_linear(trial: Trial, model: ModelSpec, workload: GumbelTraffic, placement: str, **setup: Any) -> Saved:
+    """Share of the experts' time that a placement saves over linear, over one step, or some of its layers."""
+    some = dataclasses.replace(model, n_moe_layers=math.ceil(model.n_moe_layers * min(1.0, trial.effort)))
+    row = predict_gain(
+        some, workload, placement=placement, exchange="none", layer_sets=1, most_steps=1, seed=trial.seed,
+        threads=trial.threads, **setup,
+    ).iloc[0]  # fmt: skip
+    return _saved_of(row)
+
+
+def eplb_gains(trial: Trial, published: dict[str, float]) -> Finding:
+    """EPLB with 32 redundant slots against linear, prefill at EP 32 and decode at EP 72."""
+    model = trial.model("deepseek-v3")
+    names: list[str] = []
+    saved: list[Saved] = []
+    best: list[Saved] = []
+    share: list[Saved] = []
+    for phase, workload, ep_size, of_rank in (
+        ("prefill", trial.prefill, 32, 16384),
+        ("decode", trial.workload, 72, 256),
+    ):
+        names.append(f"{phase} at EP {ep_size}")
+        setup: dict[str, Any] = {"gpus": "h100", "ep_sizes": ep_size, "tokens": of_rank, "tokens_per_rank": True}
+        saved.append(_against_linear(trial, model, workload, "eplb+32", **setup))
+        best.append(_saved_by_balance(trial, model, "h100", workload, ep_size, ep_size * of_rank))
+        share.append(needed_share(time_saved(published[f"{phase}_throughput_gain"]), saved[-1]))
+
+    def cases(chosen: list[bool]) -> str:
+        return f"it is {' or '.join(name for name, is_chosen in zip(names, chosen, strict=True) if is_chosen)}"
+
+    verdict, remark = _verdict(trial, np.array(share), np.array(saved), cases)
+    least = int(np.argmax([row[0] for row in share]))
+    return Finding(
+        "experts' time saved by EPLB with 32 redundant slots: "
+        + ", ".join(f"{saved_text(of)} in {name}" for name, of in zip(names, saved, strict=True)),
+        *saved[least],
+        f"share of the experts' time that is saved, {names[least]}",
+        verdict,
+        "Routed experts would need "
+        + ", ".join(f"{share_text(of[0])} of the step in {name}" for name, of in zip(names, share, strict=True))
+        + "; perfect balance would save "
+        + ", ".join(f"{saved_text(of)} in {name}" for name, of in zip(names, best, strict=True))
+        + f".{remark}",
+        share[least],
+    )
+
+
+def rearrange_16_7(trial: Trial, published: dict[str, float]) -> Finding:
+    """EPLB without redundant slots against linear, prefill at EP 8, DeepSeek-V4-Pro."""
+    claimed = time_saved(published["throughput_gain"])
+    model = trial.model("deepseek-v4-pro")
+    saved = _against_linear(
+        trial, model, trial.prefill, "eplb", gpus="b200", dtype="fp4", ep_sizes=8, tokens=8192, tokens_per_rank=True
+    )
+    share = needed_share(claimed, saved)
+    verdict, remark = _verdict(trial, np.array([share]), np.array([saved]), lambda fits: "this set-up")
+    return Finding(
+        f"experts' time saved by EPLB: {saved_text(saved)}",
         *saved,
         "share of the experts' time that is saved",
         verdict,

@@ -6,27 +6,37 @@ import json
 import sys
 import time
 from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sim.cli.text import names, note, seconds, table, whole_number, whole_numbers
+from sim.cli.text import names, note, print_table, seconds, table, whole_number, whole_numbers
 from sim.errors import InputError, unknown
+
+Cells = tuple[list[str], list[list[str]]]
+
+_GRID = {"workload": "chat,gpqa-tilted", "ep": "8,16,32,64", "tokens": "8..16384", "dtype": "bf16,fp8"}
+_TABLES = {
+    "error": "Error of the prediction as it stands, predicted / measured - 1",
+    "constants": "Constants that these rows alone would give (a check; the model keeps its own)",
+    "missed": "Layers whose rank picked at random was slower than those picked as busiest",
+    "gain": "Gain of {other} over {baseline} in the layer's time, its slowest rank",
+}
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Add the options of `epsim measure`."""
     add = parser.add_argument
     add("--model", default="deepseek-v3", help="preset (epsim models) or path of a config.json (default: deepseek-v3)")
-    add("--workload", default="chat,gpqa-tilted", metavar="LIST", help="traffic (default: chat,gpqa-tilted)")
-    add("--ep", default="8,16,32,64", metavar="LIST", help="EP sizes (default: 8,16,32,64)")
+    add("--workload", metavar="LIST", help="traffic (default: chat,gpqa-tilted)")
+    add("--ep", metavar="LIST", help="EP sizes (default: 8,16,32,64)")
     add(
         "--tokens",
-        default="8..16384",
         metavar="LIST",
         help="tokens per step over the EP group (default: 8..16384, doubling)",
     )
     add("--placement", default="linear,round_robin", metavar="LIST", help="placements (default: linear,round_robin)")
-    add("--dtype", default="bf16,fp8", metavar="LIST", help="types of the weights (default: bf16,fp8)")
+    add("--dtype", metavar="LIST", help="types of the weights (default: bf16,fp8)")
     add("--steps", default="16", metavar="N", help="steps to sample, each of a fresh layer (default: 16)")
     add("--seed", default="0", metavar="N", help="same seed, same steps and ranks (default: 0)")
     add("--device", default="cuda", help="cuda (needs PyTorch: epsim[gpu]), or cpu for toy sizes (default: cuda)")
@@ -35,22 +45,24 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--out", metavar="FILE.csv", help="where the rows go; what the device reaches goes to FILE.json")
     add("--show", type=Path, metavar="FILE.csv", help="measure nothing; print the tables of a file that was written")
     add("--plot", action="store_true", help="with --show: draw the figures beside the file, PNG and SVG")
+    add("--table", metavar="NAME", help=f"with --show: one of the tables alone: {', '.join(_TABLES)}")
     add("--markdown", action="store_true", help="with --show: Markdown tables")
 
 
 def run(arguments: Namespace) -> None:
     """Run `epsim measure`."""
     if arguments.show is None:
-        for option in ("plot", "markdown"):
+        for option in ("plot", "markdown", "table"):
             if getattr(arguments, option):
                 raise InputError(f"--{option} goes with --show FILE.csv")
+        for option, default in _GRID.items():
+            if getattr(arguments, option) is None:
+                setattr(arguments, option, default)
         _measure(arguments)
     else:
         if arguments.out is not None:
             raise InputError("--out goes without --show: what was measured is only read")
-        _show(
-            arguments.show, names("--placement")(arguments.placement), arguments.gpu, arguments.plot, arguments.markdown
-        )
+        _show(arguments)
 
 
 def _measure(arguments: Namespace) -> None:
@@ -125,43 +137,64 @@ def _backend(device: str, shape: Any, seed: int) -> Any:
     return TorchExperts(shape, "cuda", seed)
 
 
-def _show(path: Path, pair: list[str], gpu: str | None, plot: bool, markdown: bool) -> None:
+def _chosen_rows(arguments: Namespace) -> Any:
+    """Rows of the file, with predictions, of the workloads, sizes and types that are asked for."""
     from sim.cost import load_gpu
-    from sim.measure import constants, errors, gains, read_measured, with_predictions
+    from sim.measure import read_measured, with_predictions
+
+    rows = with_predictions(read_measured(arguments.show), None if arguments.gpu is None else load_gpu(arguments.gpu))
+    for option, column in (("workload", "workload"), ("ep", "ep_size"), ("tokens", "tokens"), ("dtype", "dtype")):
+        text = getattr(arguments, option)
+        if text is None:
+            continue
+        wanted: list[Any] = (names if option in ("workload", "dtype") else whole_numbers)(f"--{option}")(text)
+        for value in wanted:
+            if value not in set(rows[column]):
+                there = ", ".join(map(str, rows[column].unique()))
+                raise InputError(f"--{option} {value}: {arguments.show} has {there}")
+        rows = rows[rows[column].isin(wanted)]
+    return rows
+
+
+def _show(arguments: Namespace) -> None:
+    from sim.measure import constants, errors, gains
     from sim.measure.compare import missed
     from sim.placement import ALIASES
 
+    pair = names("--placement")(arguments.placement)
     if len(pair) != 2:
         raise InputError(f"--placement {','.join(pair)}: the gain of one placement over another takes two names")
-    rows = with_predictions(read_measured(path), None if gpu is None else load_gpu(gpu))
+    if arguments.table is not None and arguments.table not in _TABLES:
+        raise unknown("--table", arguments.table, _TABLES)
+    rows = _chosen_rows(arguments)
     baseline, other = (ALIASES.get(name, name) for name in pair)
-    first = rows.iloc[0]
-    print(
-        f"{first.model} on {first.device}, predicted for {first.gpu}: {len(rows)} ranks in {rows.step.nunique()} steps"
-    )
-    for dtype, kernel in rows.groupby("dtype").kernel.first().items():
-        print(f"  {dtype}: {kernel}")
-    tables = [
-        ("Error of the prediction as it stands, predicted / measured - 1", _errors_table(errors(rows))),
-        (
-            "Constants that these rows alone would give (a check; the model keeps its own)",
-            _constants_table(constants(rows)),
-        ),
-        ("Layers whose rank picked at random was slower than those picked as busiest", _missed_table(missed(rows))),
-        (
-            f"Gain of {other} over {baseline} in the layer's time, its slowest rank",
-            _gains_table(gains(rows, baseline, other), baseline, other),
-        ),
-    ]
-    for title, (heads, cells) in tables:
-        print(f"\n{title}\n")
-        if markdown:
-            print("| " + " | ".join(heads) + " |\n|" + "---:|" * len(heads))
-            print("\n".join("| " + " | ".join(row) + " |" for row in cells))
+    tables: dict[str, Callable[[], Cells]] = {
+        "error": lambda: _errors_table(errors(rows)),
+        "constants": lambda: _constants_table(constants(rows)),
+        "missed": lambda: _missed_table(missed(rows)),
+        "gain": lambda: _gains_table(gains(rows, baseline, other), baseline, other),
+    }
+    if arguments.table is None:
+        first = rows.iloc[0]
+        print(
+            f"{first.model} on {first.device}, predicted for {first.gpu}: {len(rows)} ranks in {rows.step.nunique()} steps"
+        )
+        for dtype, kernel in rows.groupby("dtype").kernel.first().items():
+            print(f"  {dtype}: {kernel}")
+    for name, compute in tables.items():
+        if arguments.table not in (None, name):
+            continue
+        heads, cells = compute()
+        title = _TABLES[name].format(other=other, baseline=baseline)
+        if arguments.markdown and arguments.table is not None:
+            print_table("", heads, cells, markdown=True)
+        elif arguments.markdown:
+            print(f"\n{title}\n")
+            print_table("", heads, cells, markdown=True)
         else:
-            print(table(heads, cells, ">" * len(heads)))
-    if plot:
-        _plot(path, rows, baseline, other)
+            print(f"\n{title}\n\n{table(heads, cells, '>' * len(heads))}")
+    if arguments.plot:
+        _plot(arguments.show, rows, baseline, other)
 
 
 def _plot(path: Path, rows: Any, baseline: str, other: str) -> None:
@@ -173,12 +206,9 @@ def _plot(path: Path, rows: Any, baseline: str, other: str) -> None:
         ("gain", measured_gain(rows, baseline, other)),
     ):
         for suffix in ("png", "svg"):
-            target = path.with_name(f"{path.stem}-{name}.{suffix}")
+            target = path.with_name(f"{path.name.partition('.csv')[0]}-{name}.{suffix}")
             save(figure, target)
             print(target)
-
-
-Cells = tuple[list[str], list[list[str]]]
 
 
 def _errors_table(found: Any) -> Cells:

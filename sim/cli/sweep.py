@@ -6,93 +6,18 @@ Lists take commas and ranges: 1,8,64; 8..64 doubles; 2..12:2 counts up by 2.
 import re
 import sys
 import time
-from argparse import SUPPRESS, ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from sim.cli.show import print_result
+from sim.cli.sweep_options import DEFAULTS, PARSERS, read_config
 from sim.cli.text import folder as folder_name
-from sim.cli.text import names, note, numbers, seconds, share, whole_number, whole_numbers
+from sim.cli.text import note
 from sim.errors import InputError, unknown
 from sim.errors import whole_number as check_whole_number
-from sim.files import read_toml
-
-_DEFAULTS: dict[str, Any] = {
-    "model": "deepseek-v3",
-    "workload": "chat",
-    "ep": [8, 16, 32, 64],
-    "tokens": [1, 8, 64, 512, 4096],
-    "placement": ["linear", "round_robin"],
-    "trials": None,
-    "precision": None,
-    "precision_tail": None,
-    "max_trials": None,
-    "time_limit": None,
-    "draws": None,
-    "seed": 0,
-    "phase": None,
-    "dummy_tokens": None,
-    "tokens_per_rank": None,
-    "ranks_per_node": 8,
-    "thresholds": None,
-    "bound_layers": None,
-    "fit_tokens": None,
-    "fit_on": None,
-    "replica_choice": "even",
-    "threads": None,
-    "executor": "threads",
-    "scheduler": None,
-    "out": None,
-}
-_PARSERS: dict[str, Callable[[str], Any]] = {
-    "ep": whole_numbers("--ep"),
-    "tokens": whole_numbers("--tokens"),
-    "tokens_per_rank": whole_numbers("--tokens-per-rank"),
-    "placement": names("--placement"),
-    "trials": whole_number("--trials"),
-    "precision": share("--precision"),
-    "precision_tail": share("--precision-tail"),
-    "max_trials": whole_number("--max-trials"),
-    "time_limit": seconds("--time-limit"),
-    "bound_layers": whole_number("--bound-layers"),
-    "fit_tokens": whole_number("--fit-tokens"),
-    "draws": whole_number("--draws"),
-    "dummy_tokens": whole_number("--dummy-tokens"),
-    "seed": whole_number("--seed"),
-    "ranks_per_node": whole_number("--ranks-per-node"),
-    "threads": whole_number("--threads"),
-    "thresholds": numbers("--thresholds"),
-}
-_HELP = {
-    "model": "preset (epsim models) or path of a Hugging Face config.json",
-    "workload": "preset (epsim workloads), file:TRACE.npz of recorded routing, or a .toml file with a preset's keys",
-    "ep": "EP sizes, each from 1 to the number of experts",
-    "tokens": "tokens per step over the whole EP group",
-    "tokens_per_rank": "instead of --tokens: tokens per step and rank",
-    "placement": "placements (epsim placements); changes are given against the first",
-    "trials": "steps scored in each cell (default: 10000)",
-    "precision": "instead of --trials: go on until each mean imbalance is known to this relative half-width, as in 1%%",
-    "precision_tail": "the same for each P(imbalance >= x) that is not shown to be below 1e-3, as in 10%%",
-    "max_trials": "the most trials under a precision (default: 1000000)",
-    "time_limit": "stop a precision run after this time (not before 1024 trials), as in 90s or 10m; the same command goes on",
-    "draws": "independent layer draws behind the trials (default: a fresh layer for every step; a record's layers)",
-    "seed": "same seed, same rows, on any number of threads",
-    "phase": "of recorded routing: decode (default) or prefill",
-    "dummy_tokens": "identical tokens that each step has besides, as idle data-parallel ranks run them (default: 0)",
-    "ranks_per_node": "ranks joined by NVLink, for node_aware and for nodes per token",
-    "thresholds": "imbalance thresholds of tail.csv (default: 1.1,1.25,1.5,1.75,2,2.5,3,4,6,8)",
-    "bound_layers": "layer draws behind bounds past sampling (default: up to 32, none where that takes long; 0: no bounds)",
-    "fit_tokens": "tokens of each layer draw, other than those scored, that eplb is fitted on (default: 16384)",
-    "fit_on": "of recorded traffic: another record of the same layers to fit eplb on (default: every second sequence)",
-    "replica_choice": "copy of a replicated expert that a token goes to: even, or vllm_hash of the token's index",
-    "threads": "default: all processors of this process; of a local cluster, its workers",
-    "executor": "threads, or dask: a local cluster, or the one of --scheduler (extra: epsim[cluster])",
-    "scheduler": "address of a Dask scheduler, as in tcp://HOST:8786",
-    "out": "folder of the result (default: results/MODEL-WORKLOAD)",
-}
-
 
 _PLANNED = (
     "trials", "draws", "seed", "ranks_per_node", "precision", "precision_tail", "max_trials", "bound_layers", "fit_tokens",
@@ -103,68 +28,17 @@ _NOT_MET = {
     "time_limit": "--time-limit is reached, and the same command goes on",
     "draws": "the layers that there are differ so much that more trials would not help",
 }
-_METAVARS = {
-    **dict.fromkeys(("tokens_per_rank", "thresholds"), "LIST"),
-    **dict.fromkeys(
-        (
-            "ranks_per_node",
-            "trials",
-            "max_trials",
-            "bound_layers",
-            "fit_tokens",
-            "draws",
-            "dummy_tokens",
-            "seed",
-            "threads",
-        ),
-        "N",
-    ),
-    **dict.fromkeys(("precision", "precision_tail"), "SHARE"),
-    **{"time_limit": "TIME", "scheduler": "ADDRESS", "fit_on": "FILE", "replica_choice": "NAME"},
-}
-
-
-def add_arguments(parser: ArgumentParser) -> None:
-    """Add the options of `epsim sweep`; their defaults are filled in after the config file."""
-    parser.add_argument(
-        "--config", metavar="FILE.toml", help="the same options as keys of a TOML file; the command line wins"
-    )
-    for key, text in _HELP.items():
-        default = _DEFAULTS[key]
-        shown = ",".join(map(str, default)) if isinstance(default, list) else default
-        parser.add_argument(
-            f"--{key.replace('_', '-')}",
-            default=SUPPRESS,
-            metavar=_METAVARS.get(key, "LIST" if isinstance(default, list) else key.upper()),
-            help=text + (f" (default: {shown})" if shown is not None else ""),
-        )
-
-
-def read_config(path: str) -> dict[str, Any]:
-    """Options from a TOML file; keys are the option names, with - or _."""
-    values = read_toml(Path(path), f"--config {path}")
-    options = {}
-    for key, value in values.items():
-        name = key.replace("-", "_")
-        if name not in _DEFAULTS:
-            raise unknown(f"--config {path}: key", key, [option.replace("_", "-") for option in _DEFAULTS])
-        items = value if isinstance(value, list) else [value]
-        if not items or not all(isinstance(item, str | int | float) and not isinstance(item, bool) for item in items):
-            raise InputError(f"--config {path}: {key} must be a number, a string or a list of them")
-        text = ",".join(str(item) for item in items)
-        options[name] = _PARSERS.get(name, str)(text)
-    return options
 
 
 def run(arguments: Namespace) -> None:
     """Run `epsim sweep`."""
     given = vars(arguments)
     config = given.pop("config")
-    given = {key: _PARSERS.get(key, str)(value) for key, value in given.items()}
+    given = {key: PARSERS.get(key, str)(value) for key, value in given.items()}
     options = (read_config(config) if config is not None else {}) | given
     if "tokens" in options and "tokens_per_rank" in options:
         raise InputError("--tokens-per-rank is the alternative to --tokens: give one of them")
-    options = _DEFAULTS | options
+    options = DEFAULTS | options
 
     from sim.kernels import is_cold
     from sim.model import load_model

@@ -80,7 +80,7 @@ def measured_gain(predicted: pd.DataFrame, baseline: str = "linear", other: str 
             _draw_gain(ax, of_panel[of_panel.workload == workload].sort_values("tokens"), style, shift)
         log2_ticks(ax, sorted(table.tokens.unique()), apart=7)
         title_panel(ax, f"{dtype}, EP {size}")
-    label_outer(axes, "tokens per step", f"gain of {other} (%)")
+    label_outer(axes, "tokens per step", "gain (%)")
     text = f"Gain of {other} over {baseline} in a layer's expert time, its slowest rank"
     _title(
         figure,
@@ -120,3 +120,32 @@ def _legend(figure: Figure, names: list[str], *, lines: bool) -> None:
         for name, style in zip(names, _styles(), strict=False)
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+
+
+@styled
+def published_kernels(check: pd.DataFrame) -> Figure:
+    """Published kernel times (points) and the model's (lines) against tokens per step, an EP size each, and the errors."""
+    figure = Figure(figsize=(9.0, 3.6), layout="constrained")
+    times, errors = figure.subplots(1, 2)
+    for (ep_size, rows), (color, marker) in zip(
+        check.groupby("ep_size"), (("#0072B2", "o"), ("#D55E00", "^"), ("#009E73", "s")), strict=True
+    ):
+        kind = "fitted" if rows.fitted.all() else "predicted"
+        times.plot(rows.tokens, rows.measured_us, marker, color=color, markersize=4, label=f"EP {ep_size} ({kind})")
+        times.plot(rows.tokens, rows.predicted_us, color=color)
+        errors.plot(rows.tokens, 100 * rows.error, marker=marker, markersize=4, color=color)
+    times.set_yscale("log")
+    times.set_ylabel("time of a rank's experts (us)")
+    errors.set_ylabel("predicted / measured - 1 (%)")
+    errors.axhline(0, color="#555555", linewidth=0.8)
+    for ax in (times, errors):
+        log2_ticks(ax, list(check.tokens), apart=3.9)
+        ax.set_xlabel("tokens per step (whole EP group)")
+    held_out = check[~check.fitted].error.abs()
+    figure.suptitle(
+        "Published kernel times of DeepSeek-V3's experts on H200 (points) and the model's (lines); even routing\n"
+        f"EP sizes that were not fitted: median absolute error {held_out.median():.1%}, largest {held_out.max():.1%}",
+        fontsize=10, x=0.01, ha="left",
+    )  # fmt: skip
+    figure.legend(*times.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    return figure

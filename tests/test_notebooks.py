@@ -1,0 +1,30 @@
+"""The notebooks run from top to bottom, on a small budget, without errors or warnings; as committed they have outputs."""
+
+import nbformat
+import pytest
+
+from notebooks import FOLDER, errors_of, execute
+
+PATHS = sorted(FOLDER.glob("*.ipynb"))
+
+
+def test_there_are_three():
+    assert [path.name[:2] for path in PATHS] == ["01", "02", "03"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+def test_notebooks_run(path, monkeypatch):
+    monkeypatch.setenv("EPSIM_EFFORT", "0.05")
+    monkeypatch.setenv("PYDEVD_DISABLE_FILE_VALIDATION", "1")
+    notebook = execute(path)
+    assert not errors_of(notebook)
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+def test_notebooks_are_committed_with_outputs(path):
+    notebook = nbformat.read(path, as_version=4)
+    assert not errors_of(notebook)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert all(cell.execution_count for cell in code)
+    assert sum(bool(cell.outputs) for cell in code) >= len(code) // 2
