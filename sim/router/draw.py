@@ -30,17 +30,23 @@ def check_pair(model: ModelSpec, workload: Workload) -> None:
     Raises
     ------
     InputError
-        A record of another model, or a grouped router whose scoring is not known.
+        A record or a fitted table of another model, or a grouped router whose scoring is not known.
     """
     if isinstance(workload, RecordedTraffic):
         workload.check_model(model.n_experts, model.top_k, model.name)
-    elif model.is_grouped and model.scoring not in ROUTED_SCORINGS:
+        return
+    if workload.layers is not None and workload.layers.mu.shape[1] != model.n_experts:
+        raise InputError(
+            f"workload {workload.name} is fitted to {workload.layers.mu.shape[1]} experts, model {model.name} has "
+            f"{model.n_experts}"
+        )
+    if model.is_grouped and model.scoring not in ROUTED_SCORINGS:
         raise InputError(
             f"model {model.name}: grouped routing with scoring '{model.scoring}' is not known; known: softmax, sigmoid"
         )
 
 
-def _score_law(model: ModelSpec) -> np.ndarray:
+def score_law(model: ModelSpec) -> np.ndarray:
     """(b, a, both): an expert that arrives at time t has the score 1 / (b + a t), up to a factor that a token shares."""
     sigmoid = model.scoring == "sigmoid"
     return np.array([1.0 if sigmoid else 0.0, np.exp(-X0) if sigmoid else 1.0, model.group_score == "top2_sum"])
@@ -77,10 +83,11 @@ def draw_trials(
         workload.sample(key, trials.start, tokens, counts, ids)
         return counts, ids
     mu = workload.draw_popularity(key, trials.start % n_draws, len(trials), model.n_experts)
-    logits = np.ascontiguousarray(workload.draw_logits(key, mu, trials.start, int(tokens[-1])))
+    draw = trials.start % n_draws
+    logits = np.ascontiguousarray(workload.draw_logits(key, mu, trials.start, int(tokens[-1]), draw))
     per_request = workload.tokens_per_request if workload.request_sigma else _ONE_REQUEST
     sample_trials(
         trials.start, key, logits, per_request, tokens, model.n_group, model.topk_group, workload.group_sigma,
-        _score_law(model), counts, ids,
+        score_law(model), counts, ids,
     )  # fmt: skip
     return counts, ids

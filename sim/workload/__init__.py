@@ -1,9 +1,10 @@
 """Where tokens want to go: traffic drawn from a law, or recorded."""
 
+from sim.workload.fitted import FittedLayers
 from sim.workload.gumbel import GumbelTraffic
 from sim.workload.load import load_workload, workload_names
 from sim.workload.recorded import RecordedTraffic
 
 Workload = GumbelTraffic | RecordedTraffic
 
-__all__ = ["GumbelTraffic", "RecordedTraffic", "Workload", "load_workload", "workload_names"]
+__all__ = ["FittedLayers", "GumbelTraffic", "RecordedTraffic", "Workload", "load_workload", "workload_names"]
