@@ -16,6 +16,7 @@ ROOMS = [
     "score",
     "stats",
     "theory",
+    "traffic",
     "results",
     "sweeps",
     "cost",
