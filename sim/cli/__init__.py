@@ -17,6 +17,7 @@ VERBS = {
     "show": "print the answer of a sweep again, or another part of it",
     "combine": "add sweeps of different seeds or machines",
     "plot": "draw the figures of a sweep",
+    "traffic": "show recorded routing and measured loads, and fit a workload to them",
     "models": "list the model presets",
     "workloads": "list the traffic presets",
     "placements": "list the placements",

@@ -11,7 +11,11 @@ from sim.streams import GROUP, REQUEST, TOKEN, stream_key, uniforms
 from sim.traffic.selection import sum_selection
 from sim.workload.fitted import MOST_LOGIT
 
-_REQUESTS = 4096
+_NUMBERS = 2**22  # experts times requests
+_MOST_REQUESTS, _LEAST_REQUESTS = 2**16, 2**12
+_FEW = 1024  # requests that the first rounds take, until
+_NEAR = 0.03  # this rms
+_OWN = 4  # own tastes of an expert that a request is averaged over
 _MOST_ROUNDS = 60
 _TOLERANCE = 1e-3  # rms of p fitted / p measured - 1
 _MOST_STEP = 2.0
@@ -30,7 +34,7 @@ class Popularity(NamedTuple):
 
     mu: np.ndarray  # float64 [experts], centred
     strength: float  # of the requests' taste
-    rms: float  # of picks / wanted - 1, on the random numbers of the fit
+    rms: float  # of picks / wanted - 1 (or what the strength is off by, if more), on the random numbers of the fit
     rounds: int
 
 
@@ -38,34 +42,55 @@ class Noise:
     """The random numbers of a layer: the same in every round of its fit, and others for its check."""
 
     def __init__(self, model: ModelSpec, group_sigma: float, seed: int, layer: int, what: str = "fit") -> None:
-        key, shape = stream_key(seed, f"popularity {what}"), (_REQUESTS, model.n_experts)
+        self.n = max(min(_NUMBERS // model.n_experts, _MOST_REQUESTS), _LEAST_REQUESTS)
+        key, shape = stream_key(seed, f"popularity {what}"), (self.n, model.n_experts)
         self.model, self.law = model, score_law(model)
-        noise = [-np.log1p(-uniforms(key, TOKEN, 2 * layer + t, shape)) for t in range(2)]
-        self.noise = np.stack(noise).astype(np.float32)
-        self.groups = np.zeros((2, *shape))
+        noise = [-np.log1p(-uniforms(key, TOKEN, 2 * layer + t, shape)).astype(np.float32) for t in range(2)]
+        self.noise = np.stack(noise, axis=1)
+        self.groups = np.zeros((self.n, 1, 1), np.float32)
         if model.is_grouped and group_sigma > 0:
-            drawn = ndtri(uniforms(key, GROUP, layer, (2 * _REQUESTS, model.n_group)))
-            self.groups = group_sigma * np.repeat(drawn, model.group_size, axis=1).reshape(2, *shape)
+            drawn = group_sigma * ndtri(uniforms(key, GROUP, layer, (self.n, 2 * model.n_group)))
+            of_token = drawn.astype(np.float32).reshape(self.n, 2, model.n_group)
+            self.groups = np.repeat(of_token, model.group_size, axis=2)
         self.key, self.layer = key, layer
-        self.factor = np.exp(self.groups).astype(np.float32)
 
-    def taste(self, taste: Taste) -> np.ndarray:
-        """What each request adds to the logits, float64 [requests, experts], stratified in each normal (a Latin hypercube)."""
-        n_experts = self.model.n_experts
-        u = uniforms(self.key, REQUEST, self.layer, (_REQUESTS, n_experts + len(taste.loadings)))
-        normals = ndtri((np.argsort(np.argsort(u, axis=0), axis=0) + 0.5) / _REQUESTS)
-        return normals[:, :n_experts] * taste.sd + normals[:, n_experts:] @ taste.loadings
-
-    def picks(self, mu: np.ndarray, added: np.ndarray | None) -> np.ndarray:
-        """Share of tokens that pick each expert, its derivative by mu, and of pairs of tokens of a request that both do:
-        float64 [3, experts]; `added` to the logits of each request.
+    def draw(self, taste: Taste | None) -> "Tastes":
+        """What requests add to the logits, per unit of strength. An expert's own tastes are stratified: the _OWN of a
+        request, which `sum_selection` averages over, and the requests by a Latin hypercube.
         """
-        factor = self.factor if added is None else np.exp(self.groups + added).astype(np.float32)
-        model, sums = self.model, np.empty((3, len(mu)))
-        sum_selection(np.exp(mu), self.noise, factor, model.n_group, model.topk_group, model.top_k, self.law, sums)
-        sums /= np.array([2 * _REQUESTS, 2 * _REQUESTS, _REQUESTS])[:, None]
+        if taste is None:
+            return Tastes(None, None)
+        n_experts, n_factors = len(taste.sd), len(taste.loadings)
+        u = uniforms(self.key, REQUEST, self.layer, (self.n, n_experts + n_factors))
+        u = (np.argsort(np.argsort(u, axis=0), axis=0) + 0.5) / self.n
+        own = ndtri((np.arange(_OWN)[None, :, None] + u[:, None, :n_experts]) / _OWN) * taste.sd
+        return Tastes(ndtri(u[:, n_experts:]) @ taste.loadings, own.astype(np.float32))
+
+    def picks(self, mu: np.ndarray, tastes: "Tastes", strength: float, n: int | None = None) -> np.ndarray:
+        """Share of tokens that pick each expert, its derivative by mu, and of pairs of tokens of a request that both do:
+        float64 [3, experts], from the first n requests (default: all).
+        """
+        model, sums, n = self.model, np.empty((3, len(mu))), n or self.n
+        shared: np.ndarray = np.broadcast_to(self.groups[:n], self.noise[:n].shape)
+        own = np.ones((1, 1, len(mu)), np.float32)
+        if tastes.shared is not None and tastes.own is not None:
+            shared = shared + strength * tastes.shared[:n, None, :]
+            own = np.exp(np.float32(strength) * tastes.own[:n])
+        shared = np.exp(shared.astype(np.float32))
+        router = np.array([model.n_group, model.topk_group, model.top_k])
+        sum_selection(np.exp(mu), self.noise[:n], shared, own, router, self.law, sums)
+        sums /= n
         scale = model.top_k / sums[0].sum()  # a token picks top_k experts: takes off the noise that all share
         return sums * np.array([scale, scale, scale * scale])[:, None]
+
+
+class Tastes(NamedTuple):
+    """Of drawn requests what is added to the logits per unit of strength: float [requests, experts] by common factors, and
+    float32 [requests, _OWN, experts] by experts' own; None without request effects.
+    """
+
+    shared: np.ndarray | None
+    own: np.ndarray | None
 
 
 def fit_popularity(
@@ -84,18 +109,20 @@ def fit_popularity(
     """
     target = np.log(-np.log1p(-p))
     mu = target - target.mean()
-    drawn = None if taste is None else noise.taste(taste)
-    rms, best = np.inf, Popularity(mu, strength, np.inf, 0)
+    drawn = noise.draw(taste)
+    n = _FEW
+    best = Popularity(mu, strength, np.inf, 0)
     for rounds in range(1, _MOST_ROUNDS + 1):
-        share, slope, both = noise.picks(mu, None if drawn is None else strength * drawn)
+        share, slope, both = noise.picks(mu, drawn, strength, n)
         rms = float(np.sqrt(np.mean((share / p - 1) ** 2)))
         found = float((both - share**2).sum() / (share * (1 - share)).sum())
-        off = abs(found / correlation - 1) if drawn is not None else 0.0
-        if max(rms, off) < max(best.rms, _TOLERANCE):
-            best = Popularity(mu, strength, max(rms, off), rounds)
-        if max(rms, off) < _TOLERANCE:
-            return Popularity(mu, strength, rms, rounds)
-        if drawn is not None:
+        off = max(rms, abs(found / correlation - 1) if taste is not None else 0.0)
+        if n == noise.n and off < best.rms:
+            best = Popularity(mu, strength, off, rounds)
+        if n == noise.n and off < _TOLERANCE:
+            break
+        n = noise.n if off < _NEAR or rounds >= _MOST_ROUNDS // 2 else n
+        if taste is not None:
             strength *= float(np.clip(np.sqrt(correlation / max(found, 1e-6)), 0.5, 2.0))
             strength = min(strength, _MOST_STRENGTH)
         share = np.clip(share, 1e-12, 1 - 1e-9)

@@ -93,10 +93,10 @@ def fit_traffic(
             prefill.append(fit_popularity(noise, p, tastes[layer], correlations[layer]))
         seconds[layer] = time.perf_counter() - started
         check = Noise(model, group_sigma, seed, layer, "check")
-        rms[0, layer] = _rms(check.picks(np.round(decode[-1].mu, 4), None)[0], p)
+        rms[0, layer] = _rms(check.picks(np.round(decode[-1].mu, 4), check.draw(None), 0.0)[0], p)
         if tastes:
-            added = prefill[-1].strength * check.taste(tastes[layer])
-            rms[-1, layer] = _rms(check.picks(np.round(prefill[-1].mu, 4), added)[0], p)
+            tasted = check.draw(tastes[layer])
+            rms[-1, layer] = _rms(check.picks(np.round(prefill[-1].mu, 4), tasted, prefill[-1].strength)[0], p)
         if progress:
             progress(layer + 1, len(load))
     if (n_bad := int((rms.max(axis=0) > _WANTED_RMS).sum())) > 0:

@@ -93,27 +93,32 @@ def _fill_latest(time, n_group, topk_group, top_k, law, latest):
 
 
 @kernel
-def sum_selection(weight, noise, factor, n_group, topk_group, top_k, law, sums):
-    """Sums over tokens of each expert's probability of being picked.
+def sum_selection(weight, noise, shared, own, router, law, sums):
+    """Sums over requests of each expert's probability of being picked.
 
-    weight float64 [experts]; noise and factor float32 [tokens of a request, requests, experts], standard exponentials and
-    the f of each token; law as `router.score_law`; sums float64 [3, experts]: probabilities, their derivatives by
-    ln(weight), and, over requests, products of the probabilities of the first and the last token of each.
+    weight float64 [experts]; noise float32 [requests, tokens of a request, experts], standard exponentials; shared the
+    same, the part of f that a token's experts have from common causes; own float32 [requests or 1, tastes, experts], the
+    part that is an expert's alone: a request has the one of its number modulo tastes, and the probability of e is averaged
+    over all of e's; router int64 [3], n_group, topk_group, top_k; law as `router.score_law`; sums float64 [3, experts]:
+    probabilities (mean over tokens), their derivatives by ln(weight), and products of those of the first and last token.
     """
-    n_experts = weight.size
-    time, latest = np.empty(n_experts), np.empty(n_experts)
-    picked = np.empty((noise.shape[0], n_experts))
+    n_experts, n_tokens, n_tastes = weight.size, noise.shape[1], own.shape[1]
+    time, latest = np.empty(n_experts), np.empty((n_tokens, n_experts))
     sums[:] = 0.0
-    for q in range(noise.shape[1]):
-        for t in range(noise.shape[0]):
+    for q in range(noise.shape[0]):
+        tastes = own[q % own.shape[0]]
+        for t in range(n_tokens):
             for e in range(n_experts):
-                time[e] = noise[t, q, e] / (weight[e] * factor[t, q, e])
-            _fill_latest(time, n_group, topk_group, top_k, law, latest)
+                time[e] = noise[q, t, e] / (weight[e] * shared[q, t, e] * tastes[q % n_tastes, e])
+            _fill_latest(time, router[0], router[1], router[2], law, latest[t])
+        for i in range(n_tastes):
             for e in range(n_experts):
-                x = weight[e] * factor[t, q, e] * latest[e]
-                missed = np.exp(-x)
-                picked[t, e] = 1.0 - missed
-                sums[0, e] += 1.0 - missed
-                sums[1, e] += x * missed if x < 700.0 else 0.0
-        for e in range(n_experts):
-            sums[2, e] += picked[0, e] * picked[-1, e]
+                first, last = 0.0, 0.0
+                for t in range(n_tokens):
+                    x = weight[e] * shared[q, t, e] * tastes[i, e] * latest[t, e]
+                    missed = np.exp(-x)
+                    last = 1.0 - missed
+                    first = last if t == 0 else first
+                    sums[0, e] += last / (n_tokens * n_tastes)
+                    sums[1, e] += x * missed / (n_tokens * n_tastes) if x < 700.0 else 0.0
+                sums[2, e] += first * last / n_tastes
