@@ -56,15 +56,17 @@ class Noise:
 
     def draw(self, taste: Taste | None) -> "Tastes":
         """What requests add to the logits, per unit of strength. An expert's own tastes are stratified: the _OWN of a
-        request, which `sum_selection` averages over, and the requests by a Latin hypercube.
+        request that `sum_selection` averages over, and those of all requests by a Latin hypercube.
         """
         if taste is None:
             return Tastes(None, None)
         n_experts, n_factors = len(taste.sd), len(taste.loadings)
-        u = uniforms(self.key, REQUEST, self.layer, (self.n, n_experts + n_factors))
+        u = uniforms(self.key, REQUEST, self.layer, (self.n, 2 * n_experts + n_factors))
         u = (np.argsort(np.argsort(u, axis=0), axis=0) + 0.5) / self.n
-        own = ndtri((np.arange(_OWN)[None, :, None] + u[:, None, :n_experts]) / _OWN) * taste.sd
-        return Tastes(ndtri(u[:, n_experts:]) @ taste.loadings, own.astype(np.float32))
+        first, second, of_factors = np.split(u, [n_experts, 2 * n_experts], axis=1)
+        strata = (np.arange(_OWN)[None, :, None] + second[:, None, :]) / _OWN
+        own = ndtri(np.concatenate([first[:, None, :], strata], axis=1)) * taste.sd
+        return Tastes(ndtri(of_factors) @ taste.loadings, own.astype(np.float32))
 
     def picks(self, mu: np.ndarray, tastes: "Tastes", strength: float, n: int | None = None) -> np.ndarray:
         """Share of tokens that pick each expert, its derivative by mu, and of pairs of tokens of a request that both do:
@@ -72,7 +74,7 @@ class Noise:
         """
         model, sums, n = self.model, np.empty((3, len(mu))), n or self.n
         shared: np.ndarray = np.broadcast_to(self.groups[:n], self.noise[:n].shape)
-        own = np.ones((1, 1, len(mu)), np.float32)
+        own = np.ones((1, 2, len(mu)), np.float32)
         if tastes.shared is not None and tastes.own is not None:
             shared = shared + strength * tastes.shared[:n, None, :]
             own = np.exp(np.float32(strength) * tastes.own[:n])
@@ -86,7 +88,7 @@ class Noise:
 
 class Tastes(NamedTuple):
     """Of drawn requests what is added to the logits per unit of strength: float [requests, experts] by common factors, and
-    float32 [requests, _OWN, experts] by experts' own; None without request effects.
+    float32 [requests, 1 + _OWN, experts] by experts' own (see `sum_selection`); None without request effects.
     """
 
     shared: np.ndarray | None

@@ -49,18 +49,19 @@ class Archive:
 
     def read(self, name: str, kinds: str = "iu") -> np.ndarray:
         """One array of whole numbers (or of the dtype kinds given), after a look at its header."""
-        what = name or "the array"
+        what = name or "its array"
         if name not in self.names:
             raise InputError(f"{self.where} has no array '{name}'; it needs topk_ids and sequence_lengths")
         with self._open(name) as member:
             shape, dtype = _header(member)
+            begin = member.tell()
         if dtype.kind not in kinds:
             words = "whole numbers" if kinds == "iu" else "numbers"
-            raise InputError(f"{self.where}: {what} must be an array of {words}, not {dtype}")
+            raise InputError(f"{self.where}: {what} must be of {words}, not {dtype}")
         wanted_bytes = math.prod(shape) * dtype.itemsize
         if wanted_bytes > MAX_BYTES:
             raise InputError(f"{self.where}: {what} is larger than {MAX_BYTES >> 30} GiB")
-        if wanted_bytes > self._held_bytes(name):
+        if begin + wanted_bytes > self._held_bytes(name):
             raise InputError(f"{self.where}: {what} is cut off")
         with self._open(name) as member:
             return np.lib.format.read_array(member, allow_pickle=False)

@@ -23,10 +23,12 @@ def requests_of(archive: Archive, names: list[str]) -> Iterator[np.ndarray]:
     """Arrays of an archive, one request each: whole numbers [tokens, layers, top_k]."""
     n_ids = 0
     for name in names:
-        shape, _ = archive.shape(name)
+        shape, dtype = archive.shape(name)
+        if dtype.kind not in "iu":
+            raise InputError(f"{archive.where}: {name or 'its array'} must be of whole numbers, not {dtype}")
         if len(shape) != 3:
             raise InputError(
-                f"{archive.where}: {name or 'the array'} must have shape [tokens, layers, top_k], not {list(shape)}"
+                f"{archive.where}: {name or 'its array'} must have shape [tokens, layers, top_k], not {list(shape)}"
             )
         n_ids += int(np.prod(shape, dtype=float))
         if n_ids > 2 * _MOST_IDS:
