@@ -306,3 +306,16 @@ def test_a_compressed_file_is_not_unpacked_beyond_its_declared_size(tmp_path, ca
         np.lib.format.write_array_header_1_0(member, header)
         member.write(bytes(2**20))
     fails(capsys, ["traffic", "show", path], "GiB")
+    for shape, message in (((2**20, 4, 64), "more than 134217728"), ((1, 2, 2**24), "rows of")):
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("x.npy", "w") as member:
+            np.lib.format.write_array_header_1_0(member, {"descr": "<i4", "fortran_order": False, "shape": shape})
+            for _ in range(np.prod(shape) // 2**20):
+                member.write(np.full(2**20, 7, "<i4").tobytes())
+        fails(capsys, ["traffic", "show", path], message)
+
+
+def test_wide_and_column_ordered_ids_are_read_alike(tmp_path):
+    ids = REQUESTS[1][:, 1:]
+    forms = [ids.astype(np.int16), ids.astype(np.int64), ids.astype(">i4"), np.asfortranarray(ids.astype(np.uint8))]
+    digests = {read_traffic(write(tmp_path / "x.npy", x=form)).data.digest for form in forms}
+    assert len(digests) == 1

@@ -12,7 +12,7 @@ from sim.workload.arrays import reading
 
 COUNT_NAMES = ("logical_count", "counts", "load", "loads", "expert_load", "expert_counts")
 """Names that arrays of counts go by; `logical_count` is that of SGLang's expert distribution recorder."""
-_MOST_NUMBERS = 2**27
+MOST_COUNTS = 2**27
 _MAX_LINE = 1 << 20
 _MAX_PT_BYTES = 4 << 30
 
@@ -57,8 +57,8 @@ def build_counts(where: str, name: str, counts: np.ndarray, layers: np.ndarray |
             f"{where}: counts must be numbers [layers, experts] or [steps, layers, experts], not {list(counts.shape)}"
         )
     counts = counts[None] if counts.ndim == 2 else counts
-    if counts.size > _MOST_NUMBERS:
-        raise InputError(f"{where}: {counts.size} counts are more than {_MOST_NUMBERS}; add up steps first")
+    if counts.size > MOST_COUNTS:
+        raise InputError(f"{where}: {counts.size} counts are more than {MOST_COUNTS}; add up steps first")
     if not 2 <= counts.shape[2] <= 2**15 - 1:
         raise InputError(f"{where}: counts of {counts.shape[2]} experts; a layer has 2 to 32767")
     if counts.dtype.kind == "f":
@@ -112,8 +112,8 @@ def read_csv(path: Path, where: str) -> tuple[np.ndarray, np.ndarray | None]:
                 raise InputError(f"{where}, line {number}: {len(values)} columns where the first line has {width}")
             rows.append(values)
             n_numbers += len(values)
-            if n_numbers > _MOST_NUMBERS:
-                raise InputError(f"{where} has more than {_MOST_NUMBERS} counts; add up steps first")
+            if n_numbers > MOST_COUNTS:
+                raise InputError(f"{where} has more than {MOST_COUNTS} counts; add up steps first")
     if not rows:
         raise InputError(f"{where} has no rows of counts")
     return _by_step(np.array(rows), header or [], where)

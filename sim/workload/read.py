@@ -9,7 +9,7 @@ import numpy as np
 from sim.errors import InputError, unknown
 from sim.model import ModelSpec
 from sim.workload.arrays import Archive, open_archive
-from sim.workload.counts import COUNT_NAMES, LoadCounts, build_counts, read_csv, read_pt
+from sim.workload.counts import COUNT_NAMES, MOST_COUNTS, LoadCounts, build_counts, read_csv, read_pt
 from sim.workload.recorded import PHASES, RecordedTraffic, build_record
 from sim.workload.tokens import TOKEN_NAMES, join_requests, requests_of, requests_of_lines
 
@@ -93,29 +93,25 @@ def _read_archive(archive: Archive, where: str, name: str, phase: str, path: Pat
     if not names:
         raise InputError(f"{where} holds no arrays")
     if "topk_ids" in names or "sequence_lengths" in names:
-        ids, lengths = archive.read("topk_ids"), archive.read("sequence_lengths")
+        ids, lengths = archive.read_ids("topk_ids"), archive.read("sequence_lengths", most=MOST_COUNTS)
         return _record(where, name, ids, lengths, 0, phase, path)
     counted = [key for key in COUNT_NAMES if key in names]
     if counted:
-        return _counts(where, name, archive.read(counted[0], "iuf"))
+        return _counts(where, name, archive.read(counted[0], "iuf", MOST_COUNTS))
     shape, dtype = archive.shape(names[0])
     if "topk_ids_of_layer" in names:
-        ids = archive.read("topk_ids_of_layer").transpose(1, 0, 2)
+        ids = archive.read_ids("topk_ids_of_layer").transpose(1, 0, 2)
         return _record(where, name, *join_requests(iter([ids]), where), phase, path)
-    if "routed_experts" not in names and len(names) == 1 and (dtype.kind == "f" or len(shape) == 2):
-        return _counts(where, name, archive.read(names[0], "iuf"))
-    if "routed_experts" not in names and len(names) == 1 and dtype.kind in "iu" and len(shape) == 3:
-        array = archive.read(names[0])
-        if _are_counts(array):
-            return _counts(where, name, array)
-        return _record(where, name, *join_requests(iter([array]), where), phase, path)
+    if "routed_experts" not in names and len(names) == 1:
+        of_ids = dtype.kind != "f" and len(shape) != 2
+        if not of_ids or (dtype.kind in "iu" and len(shape) == 3 and _are_counts(archive.head(names[0], _SAMPLE))):
+            return _counts(where, name, archive.read(names[0], "iuf", MOST_COUNTS))
     names = ["routed_experts"] if "routed_experts" in names else names
     return _record(where, name, *join_requests(requests_of(archive, names), where), phase, path)
 
 
-def _are_counts(array: np.ndarray) -> bool:
-    """Whether an array [a, b, c] is of counts [steps, layers, experts], and not of ids [tokens, layers, top_k]."""
-    sample = array[:_SAMPLE]
+def _are_counts(sample: np.ndarray) -> bool:
+    """Whether the first rows of an array are counts [steps, layers, experts], and not ids [tokens, layers, top_k]."""
     if sample.size == 0 or sample.shape[2] == 1:
         return False
     if sample.max() > 2**15 - 1:

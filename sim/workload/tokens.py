@@ -33,7 +33,7 @@ def requests_of(archive: Archive, names: list[str]) -> Iterator[np.ndarray]:
         n_ids += int(np.prod(shape, dtype=float))
         if n_ids > 2 * _MOST_IDS:
             raise InputError(f"{archive.where} holds more than {2 * _MOST_IDS} expert ids; keep a part of it")
-        yield archive.read(name)
+        yield archive.read_ids(name)
 
 
 def requests_of_lines(path: Path, where: str, top_k: int, n_layers: int) -> Iterator[np.ndarray]:
