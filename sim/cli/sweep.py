@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from sim.cli.show import print_result
-from sim.cli.sweep_options import DEFAULTS, PARSERS, read_config
+from sim.cli.sweep_options import DEFAULTS, PARSERS, add_arguments, read_config
 from sim.cli.text import folder as folder_name
 from sim.cli.text import note
 from sim.errors import InputError, unknown
 from sim.errors import whole_number as check_whole_number
+
+__all__ = ["add_arguments", "run"]
 
 _PLANNED = (
     "trials", "draws", "seed", "ranks_per_node", "precision", "precision_tail", "max_trials", "bound_layers", "fit_tokens",
