@@ -120,3 +120,31 @@ def slot_counts(ids, phy2log, n_experts, choice):
         for e in row:
             counts[copies[e][index * 2654435769 % 2**32 % len(copies[e])]] += 1
     return counts
+
+
+def latest_time(time, e, n_group, topk_group, top_k, score_law):
+    """The latest arrival at which expert e is still picked, given the arrivals of all others: by bisection on the router."""
+    b, a, both = score_law
+
+    def picked(own):
+        arrivals = list(time)
+        arrivals[e] = own
+        scores = [1 / (b + a * t) for t in arrivals]
+        return e in choose(scores, n_group, topk_group, top_k, "top2_sum" if both else "max")
+
+    if picked(1e12):
+        return math.inf
+    low, high = 0.0, 1e12
+    if not picked(1e-15):
+        return 0.0
+    low = 1e-15
+    for _ in range(200):
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if picked(middle) else (low, middle)
+    return low
+
+
+def picked_experts(weight, arrivals, n_group, topk_group, top_k, score_law):
+    """Probability that each expert is picked, given the others' arrivals, one token: float64 [experts]."""
+    latest = [latest_time(arrivals, e, n_group, topk_group, top_k, score_law) for e in range(len(weight))]
+    return 1 - np.exp(-np.array(weight) * np.array(latest))

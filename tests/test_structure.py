@@ -17,6 +17,7 @@ ROOMS = [
     "score",
     "stats",
     "theory",
+    "traffic",
     "results",
     "sweeps",
     "cost",

@@ -166,7 +166,9 @@ def _say_notes(plan: Any) -> None:
         note(f"{model.name}: not read from the checkpoint itself: {'; '.join(model.unverified)}")
     if model.caveat:
         note(f"{model.name}: {model.caveat}")
-    if workload.fitted_to and not model.name.startswith("deepseek-r1") and not model.name.startswith("deepseek-v3"):
+    alike = ("deepseek-r1", "deepseek-v3")  # one router
+    same = model.name.startswith(alike) if workload.fitted_to.startswith(alike) else model.name == workload.fitted_to
+    if workload.fitted_to and not same:
         note(f"{workload.name} traffic is fitted to {workload.fitted_to}; on {model.name} it is an assumption")
     if plan.fit:
         note(f"load-aware placements are fitted on {plan.fit}, and scored on none of these")

@@ -57,7 +57,7 @@ PARSERS: dict[str, Callable[[str], Any]] = {
 }
 _HELP = {
     "model": "preset (epsim models) or path of a Hugging Face config.json",
-    "workload": "preset (epsim workloads), file:TRACE.npz of recorded routing, or a .toml file with a preset's keys",
+    "workload": "preset (epsim workloads), file:TRACE of recorded routing, or a .toml file (a preset's keys, or a fit)",
     "ep": "EP sizes, each from 1 to the number of experts",
     "tokens": "tokens per step over the whole EP group",
     "tokens_per_rank": "instead of --tokens: tokens per step and rank",
@@ -69,7 +69,7 @@ _HELP = {
     "time_limit": "stop a precision run after this time (not before 1024 trials), as in 90s or 10m; the same command goes on",
     "draws": "independent layer draws behind the trials (default: a fresh layer for every step; a record's layers)",
     "seed": "same seed, same rows, on any number of threads",
-    "phase": "of recorded routing: decode (default) or prefill",
+    "phase": "of recorded or fitted routing: decode (default) or prefill",
     "dummy_tokens": "identical tokens that each step has besides, as idle data-parallel ranks run them (default: 0)",
     "ranks_per_node": "ranks joined by NVLink, for node_aware and for nodes per token",
     "thresholds": "imbalance thresholds of tail.csv (default: 1.1,1.25,1.5,1.75,2,2.5,3,4,6,8)",

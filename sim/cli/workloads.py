@@ -16,6 +16,7 @@ def run(arguments: Namespace) -> None:
         print(f"{workload.name}\n    {workload.about}\n    law:    {law}\n    source: {workload.source}\n")
     print(
         "Every preset but uniform is fitted to DeepSeek-R1; on another model it is an assumption.\n"
-        "Recorded routing: file:TRACE.npz with topk_ids [tokens, layers, top_k] and sequence_lengths [sequences].\n"
+        "Recorded routing: file:TRACE, expert ids of tokens in .npz, .npy or JSON lines (epsim traffic show TRACE).\n"
+        "Fitted to a record or to load counts: the .toml file that epsim traffic fit writes.\n"
         "Your own law: a .toml file with the keys popularity, sigma, group_sigma, request_sigma, tokens_per_request."
     )

@@ -31,17 +31,23 @@ def check_pair(model: ModelSpec, workload: Workload) -> None:
     Raises
     ------
     InputError
-        A record of another model, or a grouped router whose scoring is not known.
+        A record or a fitted table of another model, or a grouped router whose scoring is not known.
     """
     if isinstance(workload, RecordedTraffic):
         workload.check_model(model.n_experts, model.top_k, model.name)
-    elif model.is_grouped and model.scoring not in ROUTED_SCORINGS:
+        return
+    if workload.layers is not None and workload.layers.mu.shape[1] != model.n_experts:
+        raise InputError(
+            f"workload {workload.name} is fitted to {workload.layers.mu.shape[1]} experts, model {model.name} has "
+            f"{model.n_experts}"
+        )
+    if model.is_grouped and model.scoring not in ROUTED_SCORINGS:
         raise InputError(
             f"model {model.name}: grouped routing with scoring '{model.scoring}' is not known; known: softmax, sigmoid"
         )
 
 
-def _score_law(model: ModelSpec) -> np.ndarray:
+def score_law(model: ModelSpec) -> np.ndarray:
     """(b, a, both): an expert that arrives at time t has the score 1 / (b + a t), up to a factor that a token shares."""
     sigmoid = model.scoring == "sigmoid"
     return np.array([1.0 if sigmoid else 0.0, np.exp(-X0) if sigmoid else 1.0, model.group_score == "top2_sum"])
@@ -78,7 +84,7 @@ def draw_trials(
         workload.sample(key, trials.start, tokens, counts, ids)
         return counts, ids
     mu = workload.draw_popularity(key, trials.start % n_draws, len(trials), model.n_experts)
-    _route(model, workload, key, mu, trials.start, tokens, counts, ids)
+    _route(model, workload, key, mu, trials.start, trials.start % n_draws, tokens, counts, ids)
     if workload.dummy_tokens:
         dummy = _draw_other_tokens(model, workload, seed, "dummy", mu, trials.start % n_draws, 1)
         counts += workload.dummy_tokens * dummy
@@ -113,7 +119,7 @@ def _draw_other_tokens(
     key = stream_key(seed, f"{_token_law(model, workload)}|{what}")
     counts = np.empty((len(mu), 1, model.n_experts), np.int32)
     ids = np.empty((len(mu), 1, model.top_k), np.int16)
-    _route(model, workload, key, mu, first_draw, np.array([n_tokens]), counts, ids)
+    _route(model, workload, key, mu, first_draw, first_draw, np.array([n_tokens]), counts, ids)
     return counts
 
 
@@ -123,14 +129,15 @@ def _route(
     key: np.ndarray,
     mu: np.ndarray,
     first_trial: int,
+    first_draw: int,
     tokens: np.ndarray,
     counts: np.ndarray,
     ids: np.ndarray,
 ) -> None:
     """Route the tokens of consecutive trials from layers of popularity mu float64 [trials, n_experts]."""
-    logits = np.ascontiguousarray(workload.draw_logits(key, mu, first_trial, int(tokens[-1])))
+    logits = np.ascontiguousarray(workload.draw_logits(key, mu, first_trial, int(tokens[-1]), first_draw))
     per_request = workload.tokens_per_request if workload.request_sigma else _ONE_REQUEST
     sample_trials(
         first_trial, key, logits, per_request, tokens, model.n_group, model.topk_group, workload.group_sigma,
-        _score_law(model), counts, ids,
+        score_law(model), counts, ids,
     )  # fmt: skip

@@ -2,7 +2,8 @@
 
 Tokens must be independent given the layer: traffic by law without request effects. Under uniform traffic the rows hold
 as they stand. Where popularity is drawn, the far tail belongs to layers that nobody drew; the rows are then conditional
-on the first layer draws of the sweep, and say so.
+on the first layer draws of the sweep, and say so. Of a fitted workload the layers are all there are: where all of them
+are taken, nothing is left out.
 """
 
 import math
@@ -83,7 +84,9 @@ def build_bounds(plan: Plan, tally: Tally, n_threads: int) -> pd.DataFrame:
         source = first.get(layouts[pair])
         if source is None or source not in sources:
             continue
-        conditional = source in drawn and (plan.workload.popularity != "none" or plan.slots[pair] is None)
+        random_placement = plan.slots[pair] is None
+        all_layers = plan.workload.popularity == "none" or plan.workload.n_layers == n_layers
+        conditional = source in drawn and (random_placement or not all_layers)
         given = f"{n_layers} drawn layers" if conditional else ""
         for metric, threshold, low, high in rows[source][step]:
             low = low if high > _NEAR_TINY else 0.0

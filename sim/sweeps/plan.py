@@ -16,7 +16,7 @@ from sim.results import SCHEMA
 from sim.router import check_pair, routing_law
 from sim.sweeps.fit import MAX_TOKENS, check_replica_choice, choose_fit, layout_id, slots_of_pair
 from sim.sweeps.grid import Grid
-from sim.workload import GumbelTraffic, RecordedTraffic, Workload, load_workload
+from sim.workload import GumbelTraffic, Workload, load_workload
 
 THRESHOLDS = (1.1, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0)
 """Imbalance thresholds of tail.csv."""
@@ -211,8 +211,9 @@ def _choose_bound_layers(grid: Grid, workload: Workload, trials: int, layers: in
     if isinstance(workload, GumbelTraffic) and workload.popularity == "none":
         return _MOST_LAYERS
     work = max(_SMALL_WORK, trials * int(grid.steps[-1]) // _TOKENS_PER_WORK)
-    affordable = min(work // int(grid.ep_size_of_cell.sum()), _MOST_LAYERS)
-    return affordable if affordable >= _LEAST_LAYERS else 0
+    fitted = workload.n_layers if isinstance(workload, GumbelTraffic) else None
+    affordable = min(work // int(grid.ep_size_of_cell.sum()), fitted or _MOST_LAYERS)
+    return affordable if affordable >= min(_LEAST_LAYERS, fitted or _LEAST_LAYERS) else 0
 
 
 def _choose_trials(trials: int | None, mean: Any, tail: Any, max_trials: int | None) -> tuple[int, Precision | None]:
@@ -234,7 +235,7 @@ def _choose_trials(trials: int | None, mean: Any, tail: Any, max_trials: int | N
 
 def _choose_draws(workload: Workload, trials: int, draws: int | None) -> int | None:
     """Layer draws; None for as many as trials: by default every step has a fresh layer of a law."""
-    if isinstance(workload, RecordedTraffic):
+    if workload.n_layers is not None:
         if draws not in (None, workload.n_layers):
             raise InputError(
                 f"--draws {shown(draws)}: {workload.name} has {workload.n_layers} layers, and each is a draw"

@@ -1,6 +1,6 @@
 """Traffic by law: layer popularity, request and group effects, Gumbel noise."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Real
 
 import numpy as np
@@ -8,10 +8,11 @@ from scipy.special import ndtri
 
 from sim.errors import InputError, shown, whole_number
 from sim.streams import POPULARITY, REQUEST, uniforms
+from sim.workload.fitted import FittedLayers
 
 X0 = -4.0
 """Offset of the logits before the sigmoid."""
-POPULARITIES = ("none", "lognormal", "tilted")
+POPULARITIES = ("none", "lognormal", "tilted", "fitted")
 
 # The tilted law, fitted to DeepSeek-R1 on GPQA: see `_tilted`.
 _STEEP_TILT, _STEEP_SHARE = 1.485, 8 / 58
@@ -29,7 +30,8 @@ class GumbelTraffic:
     name, about, source, fitted_to : str
         Preset name, a line on what it stands for, where its figures come from, and the model that they were taken on.
     popularity : str
-        How mu is drawn per layer: 'none' (0), 'lognormal' (normal with sd `sigma`) or 'tilted' (falls with the index).
+        How mu is drawn per layer: 'none' (0), 'lognormal' (normal with sd `sigma`), 'tilted' (falls with the index) or
+        'fitted' (the rows of `layers` in turn).
     sigma, group_sigma, request_sigma : float
         Standard deviations of mu, of the group effect of a token and of the expert effect of a request.
     tokens_per_request : int
@@ -37,6 +39,8 @@ class GumbelTraffic:
     dummy_tokens : int
         Identical tokens that each step has besides its own, as idle data-parallel ranks run them: all take the experts of
         one token, which is drawn once for each layer draw.
+    layers : FittedLayers, optional
+        Of fitted popularity; its tables also say what B is.
     """
 
     name: str
@@ -49,28 +53,31 @@ class GumbelTraffic:
     request_sigma: float = 0.0
     tokens_per_request: int = 1024
     dummy_tokens: int = 0
+    layers: FittedLayers | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         where = f"workload {shown(self.name)}: "
-        for field in ("name", "about", "source", "fitted_to"):
-            value = getattr(self, field)
-            if not isinstance(value, str) or (field == "name" and not value):
-                raise InputError(f"{where}{field} must be a string, not {shown(value)}")
+        for name in ("name", "about", "source", "fitted_to"):
+            value = getattr(self, name)
+            if not isinstance(value, str) or (name == "name" and not value):
+                raise InputError(f"{where}{name} must be a string, not {shown(value)}")
         if self.popularity not in POPULARITIES:
             raise InputError(
                 f"{where}popularity must be one of {', '.join(POPULARITIES)}, not {shown(self.popularity)}"
             )
-        for field in ("sigma", "group_sigma", "request_sigma"):
-            value = getattr(self, field)
+        if (self.popularity == "fitted") != isinstance(self.layers, FittedLayers):
+            raise InputError(f"{where}popularity 'fitted' and a table mu [layers, n_experts] go together")
+        for name in ("sigma", "group_sigma", "request_sigma"):
+            value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) <= 5:
-                raise InputError(f"{where}{field} must be a number from 0 to 5, not {shown(value)}")
+                raise InputError(f"{where}{name} must be a number from 0 to 5, not {shown(value)}")
         whole_number(f"{where}tokens_per_request", self.tokens_per_request, 1, 2**31)
         whole_number(f"{where}dummy_tokens", self.dummy_tokens, 0, 2**24)
 
     @property
-    def n_layers(self) -> None:
-        """Layers to draw from: None, a law has no end of them."""
-        return None
+    def n_layers(self) -> int | None:
+        """Layers to draw from: those that were fitted; None, a law has no end of them."""
+        return None if self.layers is None else len(self.layers.mu)
 
     @property
     def law(self) -> dict[str, str | float | int]:
@@ -78,6 +85,8 @@ class GumbelTraffic:
         law: dict[str, str | float | int] = {"popularity": self.popularity, "group_sigma": self.group_sigma, "x0": X0}
         if self.popularity == "lognormal":
             law["sigma"] = self.sigma
+        if self.layers is not None:
+            law["layers"] = self.layers.digest
         if self.request_sigma > 0:
             law |= {"request_sigma": self.request_sigma, "tokens_per_request": self.tokens_per_request}
         if self.dummy_tokens:
@@ -86,20 +95,30 @@ class GumbelTraffic:
 
     def draw_popularity(self, key: np.ndarray, first_draw: int, n_draws: int, n_experts: int) -> np.ndarray:
         """mu of consecutive layer draws, float64 [n_draws, n_experts]."""
+        if self.layers is not None:
+            return self.layers.mu[self.layers.rows(first_draw, n_draws)]
         if self.popularity == "none":
             return np.zeros((n_draws, n_experts))
         if self.popularity == "lognormal":
             return self.sigma * ndtri(uniforms(key, POPULARITY, 0, (n_draws, n_experts), first_draw))
         return _tilted(uniforms(key, POPULARITY, 0, (n_draws, 3 + 4 * n_experts), first_draw), n_experts)
 
-    def draw_logits(self, key: np.ndarray, mu: np.ndarray, first_trial: int, n_tokens: int) -> np.ndarray:
-        """Mean logits of the requests of consecutive trials, float64 [trials, requests, n_experts]; mu [trials, n_experts]."""
+    def draw_logits(
+        self, key: np.ndarray, mu: np.ndarray, first_trial: int, n_tokens: int, first_draw: int
+    ) -> np.ndarray:
+        """Mean logits of the requests of consecutive trials (and draws), float64 [trials, requests, n_experts]; mu
+        [trials, n_experts].
+        """
         if self.request_sigma == 0:
             return mu[:, None, :]
+        n_factors = 0 if self.layers is None else self.layers.request_loadings.shape[1]
+        shape = (len(mu), mu.shape[1] + n_factors)
         requests = [
-            ndtri(uniforms(key, REQUEST, request, mu.shape, first_trial))
+            ndtri(uniforms(key, REQUEST, request, shape, first_trial))
             for request in range(-(-n_tokens // self.tokens_per_request))
         ]
+        if self.layers is not None:
+            requests = [self.layers.taste(normals, first_draw) for normals in requests]
         return mu[:, None, :] + self.request_sigma * np.stack(requests, axis=1)
 
 

@@ -1,4 +1,4 @@
-"""Workloads by preset name, from a TOML file of the presets' keys, or from a record of real routing."""
+"""Workloads by preset name, from a TOML file (of the presets' keys, or fitted), or from a record of real routing."""
 
 import dataclasses
 import tomllib
@@ -9,8 +9,10 @@ from typing import Any
 
 from sim.errors import InputError, unknown
 from sim.files import read_toml
+from sim.workload.fitted import KEYS, FittedLayers
 from sim.workload.gumbel import GumbelTraffic
-from sim.workload.recorded import RecordedTraffic, read_recorded
+from sim.workload.read import SUFFIXES, read_recorded
+from sim.workload.recorded import PHASES, RecordedTraffic
 
 
 @cache
@@ -24,13 +26,13 @@ def workload_names() -> list[str]:
 
 
 def load_workload(name_or_path: str | Path, **overrides: Any) -> GumbelTraffic | RecordedTraffic:
-    """Traffic by preset name, `file:TRACE.npz` (recorded) or the path of a TOML file with a preset's keys.
+    """Traffic by preset name, `file:TRACE` (recorded) or the path of a TOML file with a preset's keys, or fitted.
 
     Parameters
     ----------
     name_or_path : str or Path
     **overrides
-        Fields of `GumbelTraffic` to change, or `phase` ('decode' | 'prefill') of recorded traffic.
+        Fields of `GumbelTraffic` to change, or `phase` ('decode' | 'prefill') of recorded or fitted traffic.
 
     Raises
     ------
@@ -39,23 +41,42 @@ def load_workload(name_or_path: str | Path, **overrides: Any) -> GumbelTraffic |
     """
     name = str(name_or_path)
     overrides = {key: value for key, value in overrides.items() if value is not None}
-    if name.startswith("file:") or name.endswith(".npz"):
+    if name.startswith("file:") or name.endswith(SUFFIXES):
         unused = sorted(set(overrides) - {"phase"})
         if unused:
             raise InputError(f"recorded traffic takes only 'phase', not '{unused[0].replace('_', '-')}'")
         return read_recorded(Path(name.removeprefix("file:")), **overrides)
-    if "phase" in overrides:
-        raise InputError(f"--phase goes with a recorded workload (file:TRACE.npz), not with '{name}'")
+    phase = overrides.pop("phase", None)
     if name.endswith(".toml"):
         fields = {"name": Path(name).stem, **read_toml(Path(name), f"workload file {name}")}
     elif name in _presets():
         fields = {"name": name, **_presets()[name]}
     else:
-        raise unknown(
-            "--workload", name, _presets(), " (or file:TRACE.npz, or a .toml file; `epsim workloads` lists them)"
-        )
-    known = [field.name for field in dataclasses.fields(GumbelTraffic)]
-    for key in (*fields, *overrides):
-        if key not in known:
+        raise unknown("--workload", name, _presets(), " (or file:TRACE, or a .toml file; `epsim workloads` lists them)")
+    fields = _of_phase(name, fields, phase) | overrides
+    known = [field.name for field in dataclasses.fields(GumbelTraffic) if field.name != "layers"]
+    for key in fields:
+        if key not in known and key not in KEYS:
             raise unknown(f"field of workload {name}", key, known)
-    return GumbelTraffic(**(fields | overrides))
+    tables = {key: fields.pop(key) for key in KEYS if key in fields}
+    if tables:
+        if "mu" not in tables:
+            raise InputError(f"workload {name} has {', '.join(tables)} but no mu")
+        fields["layers"] = FittedLayers.of(**tables, where=f"workload {name}: ")
+    return GumbelTraffic(**fields)
+
+
+def _of_phase(name: str, fields: dict[str, Any], phase: str | None) -> dict[str, Any]:
+    """Fields of a phase. A fitted file is of decode, where every token is a request of its own, and its table `prefill`
+    says what is other where the tokens of a request follow each other.
+    """
+    if phase not in (None, *PHASES):
+        raise InputError(f"--phase must be one of {', '.join(PHASES)}, not '{phase}'")
+    prefill = fields.pop("prefill", None)
+    if prefill is not None and not isinstance(prefill, dict):
+        raise InputError(f"workload {name}: prefill must be a table")
+    if phase is not None and prefill is None:
+        raise InputError(
+            f"--phase goes with a recorded workload (file:TRACE) or one fitted to sequences, not with '{name}'"
+        )
+    return fields | (prefill or {}) if phase == "prefill" else fields

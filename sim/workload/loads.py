@@ -5,14 +5,17 @@ from pathlib import Path
 import numpy as np
 
 from sim.model import ModelSpec
-from sim.workload.recorded import read_recorded
+from sim.workload.counts import LoadCounts
+from sim.workload.read import read_traffic
 
 
 def load_table(path: Path, model: ModelSpec) -> tuple[np.ndarray, str]:
-    """Loads by layer, float64 [layers, n_experts], of a record of routing, and the digest of what they were counted on.
+    """Loads by layer, float64 [layers, n_experts], of recorded routing or of load counts, and the digest of what was read.
 
-    Raises InputError where the file is not one, or is of another model.
+    Raises InputError where the file is neither, or is of another model.
     """
-    record = read_recorded(path)
-    record.check_model(model.n_experts, model.top_k, model.name)
-    return record.expert_counts(model.n_experts), record.digest
+    data = read_traffic(path, model).data
+    if isinstance(data, LoadCounts):
+        return data.total, data.digest
+    data.check_model(model.n_experts, model.top_k, model.name)
+    return data.expert_counts(model.n_experts), data.digest

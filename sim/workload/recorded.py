@@ -1,11 +1,7 @@
 """Recorded traffic: the experts of real tokens, replayed in steps."""
 
 import hashlib
-import math
-import warnings
-import zipfile
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import numpy as np
 
@@ -14,7 +10,6 @@ from sim.kernels import kernel
 from sim.streams import REPLAY, word_at
 
 PHASES = ("decode", "prefill")
-_MAX_BYTES = 8 << 30
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,22 +89,20 @@ class RecordedTraffic:
         replay(first_trial, key, self.topk_ids, self.starts, tokens, counts, ids)
 
 
-def read_recorded(path: Path, phase: str = "decode") -> RecordedTraffic:
-    """Read an .npz with `topk_ids` [tokens, layers, top_k] and `sequence_lengths` [sequences].
+def build_record(
+    where: str, name: str, ids: np.ndarray, lengths: np.ndarray, phase: str, source: str
+) -> tuple[RecordedTraffic, int]:
+    """A record of checked ids [tokens, layers, top_k] and lengths [sequences], and how many layers were dropped.
 
-    Layers whose ids are all 0 are dense layers and are dropped (vLLM and SGLang write them so). Object arrays are
-    refused, never unpickled.
+    Layers whose ids are all 0 are dense layers and are dropped (vLLM and SGLang write them so).
 
     Raises
     ------
     InputError
-        The file or one of its arrays is missing, damaged, too large, or not what it should be.
+        Shapes or ids that no router gives; `where` begins the message.
     """
     if phase not in PHASES:
         raise InputError(f"--phase must be one of {', '.join(PHASES)}, not '{phase}'")
-    where = f"workload file {path}"
-    arrays = _load_npz(path, where)
-    ids, lengths = arrays["topk_ids"], arrays["sequence_lengths"]
     if ids.ndim != 3 or 0 in ids.shape:
         raise InputError(f"{where}: topk_ids must have shape [tokens, layers, top_k], not {list(ids.shape)}")
     if lengths.ndim != 1 or lengths.size == 0 or lengths.min() < 1:
@@ -129,49 +122,12 @@ def read_recorded(path: Path, phase: str = "decode") -> RecordedTraffic:
         if repeated.any():
             raise InputError(f"{where}: token {int(repeated.argmax())} has the same expert id twice in one layer")
     starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-    return RecordedTraffic(f"file:{path.name}", phase, by_layer, starts, _digest(by_layer, starts), source=str(path))
+    record = RecordedTraffic(name, phase, by_layer, starts, _digest(by_layer, starts), source=source)
+    return record, ids.shape[1] - len(by_layer)
 
 
 def _digest(by_layer: np.ndarray, starts: np.ndarray) -> str:
     return hashlib.sha256(by_layer.tobytes() + starts.tobytes()).hexdigest()[:32]
-
-
-def _load_npz(path: Path, where: str) -> dict[str, np.ndarray]:
-    """The two arrays of the file: no pickle, whole numbers only, bounded by what the archive says it holds."""
-    try:
-        with warnings.catch_warnings(), zipfile.ZipFile(path) as archive:
-            warnings.simplefilter("error")
-            return {name: _load_member(archive, name, where) for name in ("topk_ids", "sequence_lengths")}
-    except InputError:
-        raise
-    except FileNotFoundError:
-        raise InputError(f"{where} does not exist") from None
-    except OSError as error:
-        raise InputError(f"{where} cannot be read: {error.strerror or error}") from None
-    except (
-        Exception
-    ) as error:  # a damaged header or stream raises almost anything: zlib.error, TokenError, TypeError ...
-        raise InputError(f"{where} is not a sound .npz file ({type(error).__name__})") from None
-
-
-def _load_member(archive: zipfile.ZipFile, name: str, where: str) -> np.ndarray:
-    """One array, after a look at its header."""
-    if f"{name}.npy" not in archive.namelist():
-        raise InputError(f"{where} has no array '{name}'; it needs topk_ids and sequence_lengths")
-    held_bytes = archive.getinfo(f"{name}.npy").file_size
-    with archive.open(f"{name}.npy") as member:
-        version = np.lib.format.read_magic(member)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, _, dtype = read(member)
-    if dtype.kind not in "iu":
-        raise InputError(f"{where}: {name} must be an array of whole numbers, not {dtype}")
-    wanted_bytes = math.prod(int(n) for n in shape) * dtype.itemsize
-    if wanted_bytes > _MAX_BYTES:
-        raise InputError(f"{where}: {name} is larger than {_MAX_BYTES >> 30} GiB")
-    if wanted_bytes > held_bytes:
-        raise InputError(f"{where}: {name} is cut off")
-    with archive.open(f"{name}.npy") as member:
-        return np.lib.format.read_array(member, allow_pickle=False)
 
 
 @kernel

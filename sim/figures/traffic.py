@@ -1,0 +1,146 @@
+"""Recorded routing and measured loads: a heat map of loads, and a page of statistics."""
+
+from typing import Any
+
+import numpy as np
+from matplotlib.colors import TwoSlopeNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from sim.figures.style import log2_ticks, panels, styled, title_panel
+from sim.traffic.describe import Description
+from sim.traffic.skew import shares
+
+_BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#999999"
+_MOST_LINES = 64
+_MOST_POINTS = 5000
+
+
+@styled
+def load_map(name: str, about: Description) -> Figure:
+    """Load of each expert over the mean of its layer, a row per layer."""
+    figure = Figure(figsize=(9.0, min(1.8 + 0.12 * len(about.load), 9.0)), layout="constrained")
+    ax = figure.subplots()
+    relative = about.load / about.load.mean(axis=1, keepdims=True)
+    most = max(float(np.quantile(relative, 0.995)), 1.1)
+    image = ax.imshow(
+        relative,
+        aspect="auto",
+        interpolation="nearest",
+        cmap="PuOr_r",
+        norm=TwoSlopeNorm(1.0, 0.0, most),
+    )
+    ax.grid(visible=False)
+    ax.set_xlabel("expert")
+    ax.set_ylabel("layer")
+    ticks = np.unique(np.linspace(0, len(about.layers) - 1, min(len(about.layers), 12)).astype(int))
+    ax.set_yticks(ticks, [str(about.layers[i]) for i in ticks])
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    bar = figure.colorbar(image, ax=ax, extend="max" if relative.max() > most else "neither", pad=0.01)
+    bar.set_label("load / mean of the layer")
+    _title(figure, name, f"Load of each expert by layer: {len(about.load)} layers, {about.n_experts} experts")
+    return figure
+
+
+@styled
+def traffic_page(name: str, about: Description) -> Figure:
+    """Sorted loads, loads by expert index, group shares, correlation of tokens, and drift: those that the file shows."""
+    parts = [_sorted_loads, _by_index]
+    if about.group_shares is not None:
+        parts.append(_groups)
+    if about.within or about.across:
+        parts.append(_correlation)
+    if about.drift is not None:
+        parts.append(_drift)
+    figure, axes = panels(len(parts), 2, 2.7, sharey=False)
+    for ax, draw in zip(axes, parts, strict=True):
+        draw(ax, about)
+    _title(figure, name, "Skew, order, correlation and drift of the recorded traffic")
+    return figure
+
+
+def _title(figure: Figure, name: str, text: str) -> None:
+    figure.suptitle(f"{text}\n{name}", fontsize=10, x=0.01, ha="left")
+
+
+def _sorted_loads(ax: Any, about: Description) -> None:
+    """Of each layer the loads in falling order, and their mean."""
+    relative = np.sort(about.load / about.load.mean(axis=1, keepdims=True), axis=1)[:, ::-1]
+    x = (np.arange(about.n_experts) + 0.5) / about.n_experts * 100
+    for row in relative[:: -(-len(relative) // _MOST_LINES)]:
+        ax.plot(x, row, color=_GREY, linewidth=0.5, alpha=0.6)
+    ax.plot(x, relative.mean(axis=0), color=_BLUE, linewidth=2)
+    ax.axhline(1, color="black", linewidth=0.8, linestyle=":")
+    ax.axvline(12.5, color="black", linewidth=0.8, linestyle=":")
+    ax.set_ylim(0, None)
+    ax.set_xlabel("experts by falling load, %")
+    ax.set_ylabel("load / mean")
+    title_panel(ax, "Skew", "grey: layers; blue: their mean")
+
+
+def _by_index(ax: Any, about: Description) -> None:
+    """Mean over layers of the load by expert index, with the least-squares line."""
+    relative = (about.load / about.load.mean(axis=1, keepdims=True)).mean(axis=0)
+    index = np.arange(about.n_experts)
+    ax.plot(index, relative, color=_BLUE, linestyle="", marker="o", markersize=3 if about.n_experts <= 64 else 1.5)
+    slope = float(about.by_layer["tilt"].mean())
+    ax.plot(index, 1 + slope * ((index + 0.5) / about.n_experts - 0.5), color=_ORANGE)
+    ax.axhline(1, color="black", linewidth=0.8, linestyle=":")
+    ax.set_ylim(0, None)
+    ax.set_xlabel("expert")
+    ax.set_ylabel("load / mean, mean of layers")
+    title_panel(ax, "Order", f"line: tilt {slope:+.2f} from the first expert to the last")
+
+
+def _groups(ax: Any, about: Description) -> None:
+    assert about.group_shares is not None
+    groups = np.arange(about.group_shares.shape[1])
+    ax.bar(groups, about.group_shares.mean(axis=0), color=_BLUE, alpha=0.7)
+    for row in about.group_shares[:: -(-len(about.group_shares) // _MOST_LINES)]:
+        ax.plot(groups, row, color="black", linestyle="", marker="_", markersize=6, alpha=0.4)
+    ax.axhline(1, color="black", linewidth=0.8, linestyle=":")
+    ax.set_xticks(groups)
+    ax.set_xlabel("expert group")
+    ax.set_ylabel("load / mean of groups")
+    title_panel(ax, "Groups", "bars: mean of layers; dashes: layers")
+
+
+def _correlation(ax: Any, about: Description) -> None:
+    """Variance over multinomial by number of tokens: mean of layers, and their range."""
+    looks = (("one sequence", about.within, _BLUE, "o"), ("different sequences", about.across, _ORANGE, "s"))
+    tokens = sorted({*about.within, *about.across})
+    for text, found, color, marker in looks:
+        if not found:
+            continue
+        n = sorted(found)
+        ax.plot(n, [found[i].mean() for i in n], color=color, marker=marker)
+        ax.fill_between(
+            n, [found[i].min() for i in n], [found[i].max() for i in n], color=color, alpha=0.15, linewidth=0
+        )
+        up = text == "one sequence"
+        end = (n[-1], found[n[-1]].mean())
+        offset = (-8, -22) if up else (-8, 10)
+        ax.annotate(text, end, xytext=offset, textcoords="offset points", color=color, ha="right")
+    ax.axhline(1, color="black", linewidth=0.8, linestyle=":")
+    log2_ticks(ax, tokens)
+    ax.set_yscale("log")
+    ticks = [x for x in (0.5, 1, 2, 5, 10, 20, 50, 100, 200) if ax.get_ylim()[0] <= x <= ax.get_ylim()[1]]
+    ax.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    ax.minorticks_off()
+    ax.set_xlabel("tokens of a block")
+    ax.set_ylabel("variance / multinomial")
+    title_panel(ax, "Correlation of tokens", "bands: least and most of layers")
+
+
+def _drift(ax: Any, about: Description) -> None:
+    assert about.drift is not None
+    first, second = (shares(part).ravel() * about.n_experts for part in (about.drift.first, about.drift.second))
+    every = -(-len(first) // _MOST_POINTS)
+    ax.plot(first[::every], second[::every], color=_BLUE, linestyle="", marker=".", markersize=3, alpha=0.5)
+    most = float(max(first.max(), second.max())) * 1.05
+    ax.plot([0, most], [0, most], color="black", linewidth=0.8, linestyle=":")
+    ax.set_xlim(0, most)
+    ax.set_ylim(0, most)
+    ax.set_xlabel(f"load / mean, {about.drift.names[0]}")
+    ax.set_ylabel(f"load / mean, {about.drift.names[1]}")
+    title_panel(ax, "Drift", f"{about.drift.distance.mean():.1%} of the load moves; a dot per layer and expert")

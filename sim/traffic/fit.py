@@ -1,0 +1,235 @@
+"""A workload by law that has the measured loads of a model's layers and, where tokens are known, its requests' taste."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from sim.errors import InputError
+from sim.model import ModelSpec
+from sim.traffic.blocks import load_of, sequence_counts
+from sim.traffic.calibrate import Noise, Popularity, Taste, fit_popularity
+from sim.traffic.correlation import within_sequences
+from sim.workload import FittedLayers, GumbelTraffic, LoadCounts, RecordedTraffic
+
+GROUP_SIGMA = 0.4
+"""Group effect of grouped routers, which loads do not identify: that of the presets, fitted to DeepSeek-R1."""
+FACTORS = 2
+"""Factors that experts share in a request's taste: with 2 held-out blocks of gpt-oss agree; more gain nothing."""
+_BLOCK, _SHORT_BLOCK = 64, 16
+_LEAST_SEQUENCES = 16
+_MOST_SEQUENCES = 20_000
+_LEAST_CORRELATION = 1e-3
+_WANTED_RMS = 0.01
+
+
+@dataclass(frozen=True, eq=False)
+class Fit:
+    """A fitted workload.
+
+    Attributes
+    ----------
+    decode : GumbelTraffic
+        Every token a request of its own.
+    prefill : GumbelTraffic or None
+        The tokens of a request share its taste; None where sequences do not show one.
+    rms : float64 [phases, layers]
+        Root mean square over experts of fitted / measured share - 1, on other random numbers than those of the fit.
+    seconds : float64 [layers]
+    notes : list of str
+    """
+
+    decode: GumbelTraffic
+    prefill: GumbelTraffic | None
+    rms: np.ndarray
+    seconds: np.ndarray
+    notes: list[str]
+
+
+def fit_traffic(
+    model: ModelSpec,
+    data: RecordedTraffic | LoadCounts,
+    *,
+    seed: int = 0,
+    group_sigma: float = GROUP_SIGMA,
+    progress: Callable[[int, int], None] | None = None,
+) -> Fit:
+    """Fit traffic to the measured loads of each layer, and to the correlation within sequences where tokens are known.
+
+    Popularity is such that the router picks each expert as often as measured (see `calibrate`). Of a request's taste the
+    covariance between experts comes from the loads of the sequences; its strength is such that the variance over
+    multinomial within sequences, at 64 tokens, is the measured one.
+
+    Parameters
+    ----------
+    model : ModelSpec
+        The router; the data must be of it (`read_traffic` checks).
+    data : RecordedTraffic or LoadCounts
+    seed : int
+    group_sigma : float
+        Of a grouped router.
+    progress : callable, optional
+        progress(layers done, layers).
+
+    Raises
+    ------
+    InputError
+        Loads that no router of this model gives.
+    """
+    load = load_of(data, model.n_experts) if isinstance(data, RecordedTraffic) else data.total
+    wanted, notes = wanted_shares(load, model, data.name)
+    group_sigma = group_sigma if model.is_grouped else 0.0
+    tastes, correlations = _tastes(data, model.n_experts, notes)
+    decode: list[Popularity] = []
+    prefill: list[Popularity] = []
+    rms, seconds = np.empty((2 if tastes else 1, len(load))), np.empty(len(load))
+    for layer, p in enumerate(wanted):
+        started = time.perf_counter()
+        noise = Noise(model, group_sigma, seed, layer)
+        decode.append(fit_popularity(noise, p))
+        if tastes:
+            prefill.append(fit_popularity(noise, p, tastes[layer], correlations[layer]))
+        seconds[layer] = time.perf_counter() - started
+        check = Noise(model, group_sigma, seed, layer, "check")
+        rms[0, layer] = _rms(check.picks(np.round(decode[-1].mu, 4), check.draw(None), 0.0)[0], p)
+        if tastes:
+            tasted = check.draw(tastes[layer])
+            rms[-1, layer] = _rms(check.picks(np.round(prefill[-1].mu, 4), tasted, prefill[-1].strength)[0], p)
+        if progress:
+            progress(layer + 1, len(load))
+    if (n_bad := int((rms.max(axis=0) > _WANTED_RMS).sum())) > 0:
+        notes.append(f"{n_bad} of {len(load)} layers are fitted to worse than {_WANTED_RMS:.0%} (rms {rms.max():.1%})")
+    about = f"fitted to {data.name}, digest {data.digest}"
+    common = {"source": about, "fitted_to": model.name, "popularity": "fitted", "group_sigma": group_sigma}
+    name = Path(data.name.removeprefix("file:")).stem
+    of_decode = GumbelTraffic(
+        name, about="decode: tokens independent given the layer", **common,  # type: ignore[arg-type]
+        layers=FittedLayers.of(np.round([found.mu for found in decode], 4)),
+    )  # fmt: skip
+    of_prefill = None
+    if tastes and isinstance(data, RecordedTraffic):
+        request_sigma = float(np.sqrt(np.mean([found.strength**2 for found in prefill])))
+        scale = [found.strength / request_sigma for found in prefill]
+        layers = FittedLayers.of(
+            np.round([found.mu for found in prefill], 4),
+            np.round([s * taste.sd for s, taste in zip(scale, tastes, strict=True)], 4),
+            np.round([s * taste.loadings for s, taste in zip(scale, tastes, strict=True)], 4),
+        )
+        of_prefill = GumbelTraffic(
+            name, about="prefill: the tokens of a request share its taste", **common,  # type: ignore[arg-type]
+            request_sigma=round(request_sigma, 4), tokens_per_request=round(float(np.diff(data.starts).mean())),
+            layers=layers,
+        )  # fmt: skip
+    return Fit(of_decode, of_prefill, rms, seconds, notes)
+
+
+def _rms(found: np.ndarray, wanted: np.ndarray) -> float:
+    return float(np.sqrt(np.mean((found / wanted - 1) ** 2)))
+
+
+def wanted_shares(load: np.ndarray, model: ModelSpec, name: str) -> tuple[np.ndarray, list[str]]:
+    """Share of tokens that pick each expert, float64 [layers, experts], of sum top_k; and remarks.
+
+    Experts without load are taken at half a count, and no expert is picked by more than all tokens but half a one.
+    """
+    if model.top_k >= model.n_experts:
+        raise InputError(
+            f"model {model.name}: every token takes all {model.n_experts} experts; there is nothing to fit"
+        )
+    tokens = load.sum(axis=1, keepdims=True, dtype=float) / model.top_k
+    half = (
+        np.minimum(0.5, tokens / 100) if load.max() > 1 else 1e-6 * tokens
+    )  # shares instead of counts have no half count
+    unused = int((load == 0).sum())
+    notes = [f"{unused} experts without any load are taken at half a count"] if unused else []
+    too_many = (load > tokens * (1 + 1e-6)).any(axis=1)
+    if too_many.any():
+        layer = int(too_many.argmax())
+        raise InputError(
+            f"workload {name}: layer {layer} has an expert with more than 1/{model.top_k} of the load, which top-{model.top_k} "
+            "routing cannot give: another model?"
+        )
+    p = np.maximum(load, half) / tokens
+    for _ in range(100):
+        p = np.minimum(p * (model.top_k / p.sum(axis=1, keepdims=True)), 1 - half / tokens)
+    return p, notes
+
+
+def _tastes(data: RecordedTraffic | LoadCounts, n_experts: int, notes: list[str]) -> tuple[list[Taste], np.ndarray]:
+    """Taste of each layer's requests and the correlation of two tokens of one, float64 [layers]; empty without any."""
+    nothing: tuple[list[Taste], np.ndarray] = ([], np.zeros(0))
+    if isinstance(data, LoadCounts):
+        notes.append("loads do not show requests: the workload has no prefill phase")
+        return nothing
+    lengths = np.diff(data.starts)
+    for block in (_BLOCK, _SHORT_BLOCK):
+        variance = within_sequences(data, block, n_experts)
+        if variance is not None:
+            break
+    if variance is None or len(lengths) < _LEAST_SEQUENCES:
+        notes.append(
+            f"fewer than {_LEAST_SEQUENCES} sequences, or too short ones, show no request effect: no prefill phase"
+        )
+        return nothing
+    correlation = np.maximum((variance - 1) / (block - 1), _LEAST_CORRELATION)
+    chosen = np.unique(np.linspace(0, len(lengths) - 1, min(len(lengths), _MOST_SEQUENCES)).astype(np.int64))
+    counts = sequence_counts(data, n_experts)[:, chosen]
+    return [_taste(n, lengths[chosen], rho) for n, rho in zip(counts, correlation, strict=True)], correlation
+
+
+def _taste(counts: np.ndarray, lengths: np.ndarray, correlation: float) -> Taste:
+    """Taste of requests by principal factors of the covariance of their logits, counts int64 [sequences, experts].
+
+    A sequence's shares are drawn towards the layer's as by a beta prior with the correlation, and turned into logits by
+    ln(-ln(1 - p)). The factors with the largest variances are kept, and what they leave of each expert's variance is its
+    own. Variances average 1.
+    """
+    weight = lengths / lengths.sum()
+    prior = (1 - correlation) / correlation
+    p = counts.sum(axis=0) / lengths.sum()
+    share = (counts + prior * p) / (lengths[:, None] + prior)
+    logit = np.log(-np.log1p(-np.clip(share, 1e-9, 0.999)))
+    logit -= weight @ logit
+    covariance = (weight[:, None] * logit).T @ logit
+    covariance /= max(float(np.trace(covariance)) / len(p), 1e-12)
+    variance, factor = np.linalg.eigh(covariance)
+    loadings = (factor[:, -FACTORS:] * np.sqrt(np.maximum(variance[-FACTORS:], 0))).T
+    loadings *= np.where(loadings.sum(axis=1, keepdims=True) < 0, -1.0, 1.0)  # the sign is free: the same everywhere
+    return Taste(np.sqrt(np.maximum(np.diag(covariance) - (loadings**2).sum(axis=0), 0)), loadings)
+
+
+def fit_text(fit: Fit) -> str:
+    """A fitted workload as the text of a TOML file that `load_workload` reads."""
+    decode, prefill = fit.decode, fit.prefill
+    assert decode.layers is not None
+    lines = [
+        f"about = {_quoted(decode.about)}",
+        f"source = {_quoted(decode.source)}",
+        f"fitted_to = {_quoted(decode.fitted_to)}",
+        'popularity = "fitted"',
+        f"group_sigma = {decode.group_sigma}",
+        *_table("mu", decode.layers.mu),
+    ]
+    if prefill is not None and prefill.layers is not None:
+        lines += [
+            "\n[prefill]  # --phase prefill: what is other where the tokens of a request follow each other",
+            f"about = {_quoted(prefill.about)}",
+            f"request_sigma = {prefill.request_sigma}",
+            f"tokens_per_request = {prefill.tokens_per_request}",
+            *_table("mu", prefill.layers.mu),
+            *_table("request_sd", prefill.layers.request_sd),
+            *_table("request_loadings", prefill.layers.request_loadings),
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _table(name: str, values: np.ndarray) -> list[str]:
+    return [f"{name} = [", *(f"  {np.round(row, 4).tolist()}," for row in values), "]"]
+
+
+def _quoted(text: str) -> str:
+    """A TOML basic string."""
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+    return '"' + "".join(letter if letter.isprintable() else f"\\U{ord(letter):08X}" for letter in escaped) + '"'

@@ -1,0 +1,158 @@
+"""How well a fit predicts rank imbalance that it was not fitted to: held-out sequences, or held-out steps."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from sim.model import ModelSpec
+from sim.placement import place
+from sim.router import draw_trials
+from sim.streams import REPLAY, stream_key, uniforms
+from sim.traffic.blocks import count_runs, count_tokens, only_sequences
+from sim.traffic.correlation import BLOCKS
+from sim.traffic.fit import Fit, fit_traffic
+from sim.workload import GumbelTraffic, LoadCounts, RecordedTraffic
+from sim.workload.counts import build_counts
+
+EP_SIZES = (4, 8, 16, 32, 64)
+_BLOCKS_PER_LAYER = 400
+_JACKKNIFE = 8  # groups of sequences, of which one at a time is left out
+_LEAST_SEQUENCES = 32
+_LEAST_STEPS = 4
+_MOST_STEPS = 32
+_HALF_WIDTH = 2.365  # Student's t of 7 degrees of freedom, 95 %
+
+
+class Held(NamedTuple):
+    """One comparison: mean imbalance (max / mean load of ranks, linear placement) over blocks and layers."""
+
+    phase: str  # 'decode', 'prefill' or 'steps'
+    tokens: int
+    ep_size: int
+    real: float
+    real_half: float  # half-width of its 95 % interval over sequences (jackknife) or steps
+    simulated: float
+    simulated_half: float  # of its sampling; the fit's own error, of about the size of real_half, is not in it
+
+
+def hold_out(
+    model: ModelSpec, data: RecordedTraffic | LoadCounts, *, seed: int = 0, group_sigma: float = 0.4
+) -> tuple[Fit, list[Held]] | None:
+    """Fit one half, predict the other: the even-numbered sequences and the odd ones, or the first and the last steps.
+
+    Real decode blocks are tokens drawn from all of the other half, with equal chances; real prefill blocks are consecutive
+    tokens of one sequence, with equal chances for each place where such a block lies. None where there is too little to
+    hold out: fewer than 32 sequences, or 4 steps.
+    """
+    sizes = [size for size in EP_SIZES if 2 * size <= model.n_experts]
+    if isinstance(data, LoadCounts):
+        return _hold_out_steps(model, data, sizes, seed, group_sigma)
+    n = len(data.starts) - 1
+    if n < _LEAST_SEQUENCES:
+        return None
+    fit = fit_traffic(model, only_sequences(data, np.arange(0, n, 2)), seed=seed, group_sigma=group_sigma)
+    other = only_sequences(data, np.arange(1, n, 2))
+    parts = [
+        only_sequences(other, np.flatnonzero(np.arange(n // 2) % _JACKKNIFE != left)) for left in range(_JACKKNIFE)
+    ]
+    rows = []
+    for phase, workload in (("decode", fit.decode), ("prefill", fit.prefill)):
+        for tokens in BLOCKS:
+            if workload is None or (phase == "prefill" and not len(_places(other, tokens))):
+                continue
+            rows += _compare(model, workload, phase, tokens, sizes, [other, *parts], seed)
+    return fit, rows
+
+
+def _compare(
+    model: ModelSpec, workload: GumbelTraffic, phase: str, tokens: int, sizes: list[int],
+    records: list[RecordedTraffic], seed: int,
+) -> list[Held]:  # fmt: skip
+    """Rows of one phase and block; records are the whole held-out half, and that less each jackknife group."""
+    draws = [_real_blocks(record, phase, tokens, model.n_experts, seed) for record in records]
+    simulated = _simulated(model, workload, tokens, seed)
+    rows = []
+    for size in sizes:
+        real = np.array([_imbalance(counts, model, size).mean() for counts in draws])
+        left_out = real[1:]
+        half = _HALF_WIDTH * np.sqrt((len(left_out) - 1) * left_out.var())
+        found = _imbalance(simulated, model, size)
+        error = found.std(axis=0).mean() / np.sqrt(found.size)
+        rows.append(Held(phase, tokens, size, float(real[0]), float(half), float(found.mean()), float(1.96 * error)))
+    return rows
+
+
+def _imbalance(counts: np.ndarray, model: ModelSpec, ep_size: int) -> np.ndarray:
+    """Max / mean load of ranks under linear placement: counts [..., experts]."""
+    ranks = place("linear", model, ep_size).rank_of_expert
+    first = np.searchsorted(ranks, np.arange(ep_size))
+    loads = np.add.reduceat(counts, first, axis=-1)
+    return loads.max(axis=-1) / loads.mean(axis=-1)
+
+
+def _places(record: RecordedTraffic, n_tokens: int) -> np.ndarray:
+    """Every token of a record from which a block lies within its sequence."""
+    ends = np.repeat(record.starts[1:], np.diff(record.starts))
+    token = np.arange(len(ends))
+    return token[token + n_tokens <= ends]
+
+
+def _real_blocks(record: RecordedTraffic, phase: str, n_tokens: int, n_experts: int, seed: int) -> np.ndarray:
+    """Counts of real blocks, int32 [layers, blocks, experts]."""
+    key = stream_key(seed, f"held-out {phase} {n_tokens} {record.digest}")
+    counts = np.empty((record.n_layers, _BLOCKS_PER_LAYER, n_experts), np.int32)
+    places = _places(record, n_tokens) if phase == "prefill" else np.arange(record.starts[-1])
+    for layer, out in enumerate(counts):
+        shape = (_BLOCKS_PER_LAYER, 1 if phase == "prefill" else n_tokens)
+        chosen = places[(uniforms(key, REPLAY, layer, shape) * len(places)).astype(np.int64)] if len(places) else None
+        if chosen is None:
+            out[:] = 1
+        elif phase == "prefill":
+            count_runs(record.topk_ids[layer], chosen[:, 0], n_tokens, out)
+        else:
+            count_tokens(record.topk_ids[layer], chosen, out)
+    return counts
+
+
+def _simulated(model: ModelSpec, workload: GumbelTraffic, n_tokens: int, seed: int) -> np.ndarray:
+    """Counts of simulated blocks of one request, int32 [blocks, layers, experts]."""
+    n_layers = workload.n_layers
+    assert n_layers is not None
+    blocks = [
+        draw_trials(model, workload, seed, range(first, first + n_layers), n_layers, np.array([n_tokens]))[0][:, 0]
+        for first in range(0, n_layers * _BLOCKS_PER_LAYER, n_layers)
+    ]
+    return np.stack(blocks)
+
+
+def _hold_out_steps(
+    model: ModelSpec, data: LoadCounts, sizes: list[int], seed: int, group_sigma: float
+) -> tuple[Fit, list[Held]] | None:
+    """The first half of the steps fitted, the second predicted, each step with as many tokens as it had."""
+    counts = data.counts
+    if len(counts) < _LEAST_STEPS:
+        return None
+    half = len(counts) // 2
+    used = counts[:half].any(axis=(0, 2)) & counts[half:].any(axis=(0, 2))
+    first, _ = build_counts(data.name, data.name, counts[:half, used], data.layers[used])
+    fit = fit_traffic(model, first, seed=seed, group_sigma=group_sigma)
+    later = counts[half:][np.linspace(0, len(counts) - half - 1, min(len(counts) - half, _MOST_STEPS)).astype(np.int64)]
+    later = later[:, used]
+    later = later[(later.sum(axis=2) > 0).all(axis=1)]
+    tokens = np.maximum(np.round(later.sum(axis=2, dtype=float).mean(axis=1) / model.top_k), 1).astype(np.int64)
+    if not len(later) or tokens.max() > 2**20:
+        return None
+    steps, of_step = np.unique(tokens, return_inverse=True)
+    n_layers = int(used.sum())
+    drawn = np.stack([
+        draw_trials(model, fit.decode, seed, range(first, first + n_layers), n_layers, steps)[0]
+        for first in range(0, 8 * n_layers, n_layers)
+    ])[:, :, of_step]  # fmt: skip
+    rows = []
+    for size in sizes:
+        real = _imbalance(later, model, size).mean(axis=1)
+        found = _imbalance(drawn, model, size).mean(axis=(1, 2))
+        halves = [2.0 * x.std(ddof=1) / np.sqrt(len(x)) if len(x) > 1 else np.inf for x in (real, found)]
+        mean_tokens = int(np.round(tokens.mean()))
+        rows.append(Held("steps", mean_tokens, size, float(real.mean()), halves[0], float(found.mean()), halves[1]))
+    return fit, rows

@@ -1,0 +1,125 @@
+"""Probability that the router picks each expert, given the scores of all others: closed in the expert's own noise.
+
+A logit is ln(w_e) + ln(f_e) + Gumbel noise, so expert e arrives at an exponential time of rate w_e f_e and the first win
+(see `sim.router.sampler`). Given the times of all others there is a latest time theta_e at which e would still be picked,
+so its probability is 1 - exp(-w_e f_e theta_e). Averaged over the others' times this has far less noise than counting
+picks, and it has a derivative. Ungrouped, theta_e is the k-th time of the others. Grouped, e must also come early enough
+for its group to be kept, which is monotone too: the other groups' scores do not depend on e, and the k-th time is taken
+over the groups that are kept together with e's.
+"""
+
+import numpy as np
+
+from sim.kernels import kernel
+
+
+@kernel
+def _first_times(time, lo, hi, first, n_first):
+    """Merge time[lo:hi] into the ascending list `first` of the earliest times, of which n_first are filled; returns n_first."""
+    most = first.size
+    for e in range(lo, hi):
+        t = time[e]
+        if n_first < most or t < first[n_first - 1]:
+            place = n_first if n_first < most else most - 1
+            while place > 0 and first[place - 1] > t:
+                first[place] = first[place - 1]
+                place -= 1
+            first[place] = t
+            n_first = min(n_first + 1, most)
+    return n_first
+
+
+@kernel
+def _score(time, law):
+    """Score of an arrival, 1 / (b + a t)."""
+    return 1.0 / (law[0] + law[1] * time)
+
+
+@kernel
+def _latest_for_group(others_best, others_second, cut, law):
+    """Latest time at which an expert lifts its group's score above `cut`, given the two best scores beside it."""
+    both = law[2] > 0
+    alone = others_best + (others_second if both else 0.0)
+    if alone > cut:
+        return np.inf
+    needed = cut - (others_best if both else 0.0)
+    if needed <= 0.0:
+        return np.inf
+    return max((1.0 / needed - law[0]) / law[1], 0.0)
+
+
+@kernel
+def _fill_latest(time, n_group, topk_group, top_k, law, latest):
+    """theta of every expert, float64 [experts], from the arrival times of all."""
+    first = np.empty(top_k + 1)
+    n_experts = time.size
+    size = n_experts // n_group
+    if n_group == 1:
+        _first_times(time, 0, n_experts, first, 0)
+        last = first[top_k - 1]
+        for e in range(n_experts):
+            latest[e] = first[top_k] if time[e] <= last else last
+        return
+    best, score = np.empty((n_group, 3)), np.empty(n_group)
+    for g in range(n_group):
+        best[g] = np.inf
+        _first_times(time, g * size, (g + 1) * size, best[g][: min(3, size)], 0)
+        score[g] = _score(best[g, 0], law) + (_score(best[g, 1], law) if law[2] > 0 else 0.0)
+    order = np.argsort(-score)
+    for g in range(n_group):
+        # The groups that are kept with g, and the score that g must beat.
+        n_first, n_kept, cut = _first_times(time, g * size, (g + 1) * size, first, 0), 1, -np.inf
+        for i in range(n_group):
+            h = order[i]
+            if h != g:
+                if n_kept < topk_group:
+                    n_first = _first_times(time, h * size, (h + 1) * size, first, n_first)
+                else:
+                    cut = score[h]
+                    break
+                n_kept += 1
+        full = n_first > top_k  # else the kept groups hold no more than top_k experts, and all of them are picked
+        for e in range(g * size, (g + 1) * size):
+            late = np.inf
+            if full:
+                late = first[top_k] if time[e] <= first[top_k - 1] else first[top_k - 1]
+            if cut > -np.inf:
+                i = 1 if time[e] == best[g, 0] else 0
+                j = i + 1 if time[e] != best[g, 1] or i == 1 else 2
+                second = _score(best[g, j], law) if j < min(3, size) else 0.0
+                beside = _score(best[g, i], law) if i < min(3, size) else 0.0
+                late = min(late, _latest_for_group(beside, second, cut, law))
+            latest[e] = late
+
+
+@kernel
+def sum_selection(weight, noise, shared, own, router, law, sums):
+    """Sums over requests of each expert's probability of being picked.
+
+    weight float64 [experts]; noise float32 [requests, tokens of a request, experts], standard exponentials; shared the
+    same, the part of f that a token's experts have from common causes; own float32 [requests or 1, 1 + tastes, experts],
+    the part that is an expert's alone: first what all experts have where another one is looked at, then the tastes of an
+    expert itself that its probability is averaged over; router int64 [3], n_group, topk_group, top_k; law as
+    `router.score_law`; sums float64 [3, experts]: probabilities (mean over tokens), their derivatives by ln(weight), and
+    products of those of the first and last token.
+    """
+    n_experts, n_tokens, n_tastes = weight.size, noise.shape[1], own.shape[1] - 1
+    time, latest = np.empty(n_experts), np.empty((n_tokens, n_experts))
+    sums[:] = 0.0
+    for q in range(noise.shape[0]):
+        tastes = own[q % own.shape[0]]
+        for t in range(n_tokens):
+            for e in range(n_experts):
+                time[e] = noise[q, t, e] / (weight[e] * shared[q, t, e] * tastes[0, e])
+            _fill_latest(time, router[0], router[1], router[2], law, latest[t])
+        for i in range(n_tastes):
+            for e in range(n_experts):
+                first, last = 0.0, 0.0
+                for t in range(n_tokens):
+                    x = weight[e] * shared[q, t, e] * tastes[1 + i, e] * latest[t, e]
+                    missed = np.exp(-x)
+                    last = 1.0 - missed
+                    first = last if t == 0 else first
+                    sums[0, e] += last / (n_tokens * n_tastes)
+                    sums[1, e] += x * missed / (n_tokens * n_tastes) if x < 700.0 else 0.0
+                sums[2, e] += first * last / n_tastes

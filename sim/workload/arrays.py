@@ -1,0 +1,141 @@
+"""Arrays from outside, .npy and .npz: no pickle, bounded by what the header says, before anything is read."""
+
+import math
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from sim.errors import InputError
+
+MAX_BYTES = 8 << 30
+MAX_ARRAYS = 100_000
+_PIECE = 2**20
+
+
+@contextmanager
+def reading(where: str, kind: str) -> Iterator[None]:
+    """Errors of a file's reader, as one line that says what kind of file it is not."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            yield
+    except InputError:
+        raise
+    except FileNotFoundError:
+        raise InputError(f"{where} does not exist") from None
+    except OSError as error:
+        raise InputError(f"{where} cannot be read: {error.strerror or error}") from None
+    except MemoryError:
+        raise InputError(f"{where} does not fit into memory") from None
+    except (
+        Exception
+    ) as error:  # a damaged header or stream raises almost anything: zlib.error, TokenError, TypeError ...
+        raise InputError(f"{where} is not a sound {kind} file ({type(error).__name__})") from None
+
+
+class Archive:
+    """The arrays of an .npz file, or the one of an .npy file (named ''), each read when it is asked for."""
+
+    def __init__(self, path: Path, where: str, archive: zipfile.ZipFile | None) -> None:
+        self.path, self.where, self.archive = path, where, archive
+        members = [""] if archive is None else archive.namelist()
+        self.names = [name.removesuffix(".npy") for name in members if archive is None or name.endswith(".npy")]
+        if len(self.names) > MAX_ARRAYS:
+            raise InputError(f"{where} has more than {MAX_ARRAYS} arrays")
+
+    def read(self, name: str, kinds: str = "iu", most: int | None = None) -> np.ndarray:
+        """One array of whole numbers (or of the dtype kinds given), of `most` numbers, after a look at its header."""
+        self._check(name, kinds, most)
+        with self._open(name) as member:
+            return np.lib.format.read_array(member, allow_pickle=False)
+
+    def read_ids(self, name: str) -> np.ndarray:
+        """One array of expert ids, int16, converted piece by piece: no more memory than the ids need."""
+        shape, dtype, in_rows = self._check(name, "iu", None)
+        if dtype == np.int16 or not in_rows:
+            return self.read(name)
+        ids = np.empty(shape, np.int16)
+        flat, done = ids.reshape(-1), 0
+        with self._open(name) as member:
+            _header(member)
+            while done < flat.size:
+                data = member.read(min(_PIECE, flat.size - done) * dtype.itemsize)
+                piece = np.frombuffer(data, dtype)
+                if piece.size == 0:
+                    raise InputError(f"{self.where}: {name or 'its array'} is cut off")
+                if piece.min() < -1 or piece.max() > 2**15 - 1:
+                    raise InputError(
+                        f"{self.where}: expert ids must lie from 0 to 32767, found {piece.min()} to {piece.max()}"
+                    )
+                flat[done : done + piece.size] = piece
+                done += piece.size
+        return ids
+
+    def head(self, name: str, rows: int) -> np.ndarray:
+        """The first rows of an array of whole numbers."""
+        shape, dtype, in_rows = self._check(name, "iu", None)
+        if math.prod(shape[1:]) > _PIECE:
+            raise InputError(f"{self.where}: {name or 'its array'} has rows of {math.prod(shape[1:])} numbers")
+        if not in_rows or shape[0] <= rows:
+            return self.read(name)[:rows]
+        shape = (rows, *shape[1:])
+        with self._open(name) as member:
+            _header(member)
+            return np.frombuffer(member.read(math.prod(shape) * dtype.itemsize), dtype).reshape(shape)
+
+    def shape(self, name: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
+        """Shape and dtype of an array by its header."""
+        with self._open(name) as member:
+            return _header(member)[:2]
+
+    def _check(self, name: str, kinds: str, most: int | None) -> tuple[tuple[int, ...], np.dtype[Any], bool]:
+        """Header of an array that may be read."""
+        what = name or "its array"
+        if name not in self.names:
+            raise InputError(f"{self.where} has no array '{name}'; it needs topk_ids and sequence_lengths")
+        with self._open(name) as member:
+            shape, dtype, in_rows = _header(member)
+            begin = member.tell()
+        if dtype.kind not in kinds:
+            words = "whole numbers" if kinds == "iu" else "numbers"
+            raise InputError(f"{self.where}: {what} must be of {words}, not {dtype}")
+        wanted_bytes = math.prod(shape) * dtype.itemsize
+        if wanted_bytes > MAX_BYTES:
+            raise InputError(f"{self.where}: {what} is larger than {MAX_BYTES >> 30} GiB")
+        if most is not None and math.prod(shape) > most:
+            raise InputError(f"{self.where}: {what} has {math.prod(shape)} numbers, more than {most}")
+        if begin + wanted_bytes > self._held_bytes(name):
+            raise InputError(f"{self.where}: {what} is cut off")
+        return shape, dtype, in_rows
+
+    def _open(self, name: str) -> IO[bytes]:
+        return self.path.open("rb") if self.archive is None else self.archive.open(f"{name}.npy")
+
+    def _held_bytes(self, name: str) -> int:
+        return self.path.stat().st_size if self.archive is None else self.archive.getinfo(f"{name}.npy").file_size
+
+
+def _header(member: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any], bool]:
+    """Shape, dtype, and whether the array lies row by row."""
+    version = np.lib.format.read_magic(member)
+    read: Callable[..., Any] = np.lib.format.read_array_header_1_0
+    if version != (1, 0):
+        read = np.lib.format.read_array_header_2_0
+    shape, by_columns, dtype = read(member)
+    return tuple(int(n) for n in shape), dtype, not by_columns
+
+
+@contextmanager
+def open_archive(path: Path, where: str) -> Iterator[Archive]:
+    """The arrays of an .npz or .npy file. Raises InputError where it is missing, damaged or none."""
+    with reading(where, path.suffix if path.suffix in (".npy", ".npz") else ".npz"):
+        if path.suffix == ".npy":
+            yield Archive(path, where, None)
+        else:
+            with zipfile.ZipFile(path) as archive:
+                yield Archive(path, where, archive)

@@ -1,0 +1,321 @@
+"""Readers of recorded routing and of load counts: what is read, and what is refused."""
+
+import base64
+import json
+import pickle
+import sys
+import types
+import zipfile
+
+import numpy as np
+import pytest
+from test_cli import fails
+
+from sim import InputError, load_model, load_workload
+from sim.workload import LoadCounts, RecordedTraffic, read_traffic
+
+RNG = np.random.default_rng(0)
+# Three requests of 5, 7 and 4 tokens, 4 layers of which the first is dense, 32 experts, top-4.
+REQUESTS = [
+    np.concatenate([np.zeros((n, 1, 4), int), RNG.random((n, 3, 32)).argsort(axis=2)[:, :, :4]], axis=1)
+    for n in (5, 7, 4)
+]
+BY_LAYER = np.concatenate(REQUESTS).transpose(1, 0, 2)[1:]
+COUNTS = RNG.multinomial(4000, np.full(16, 1 / 16), size=(3, 4))  # steps, layers, experts
+
+
+def write(path, *, lines=None, **arrays):
+    if lines is not None:
+        path.write_text("\n".join(json.dumps(line) for line in lines) + "\n")
+    elif path.suffix == ".npy":
+        np.save(path, next(iter(arrays.values())))
+    else:
+        np.savez_compressed(path, **arrays)
+    return path
+
+
+def encoded(ids, dtype="<i4"):
+    return base64.b64encode(ids.astype(dtype).tobytes()).decode()
+
+
+def requests_in_every_form(folder):
+    ids, lengths = np.concatenate(REQUESTS), [5, 7, 4]
+    nested = [ids.tolist() for ids in REQUESTS]
+    yield write(folder / "a.npz", topk_ids=ids, sequence_lengths=np.array(lengths))
+    yield write(folder / "b.npz", **{f"request_{i}": ids.astype(np.int32) for i, ids in enumerate(REQUESTS)})
+    yield write(folder / "c.jsonl", lines=[{"routed_experts": ids} for ids in nested])
+    yield write(folder / "d.jsonl", lines=nested)
+    yield write(folder / "e.jsonl", lines=[{"id": 1, "outputs": [{"index": 0, "routed_experts": x}]} for x in nested])
+    yield write(folder / "f.jsonl", lines=[{"text": "x", "sgl_ext": {"routed_experts": encoded(x)}} for x in REQUESTS])
+    shaped = [{"routed_experts": encoded(x), "shape": list(x.shape)} for x in REQUESTS]
+    yield write(folder / "g.jsonl", lines=shaped)
+
+
+class Model:
+    """gpt-oss's router with three MoE layers."""
+
+    @staticmethod
+    def spec():
+        from dataclasses import replace
+
+        return replace(load_model("gpt-oss-20b"), n_moe_layers=3)
+
+
+def test_every_form_of_the_same_requests_is_the_same_record(tmp_path):
+    found = [read_traffic(path, Model.spec()) for path in requests_in_every_form(tmp_path)]
+    assert len(found) == 7
+    for traffic in found:
+        assert isinstance(traffic.data, RecordedTraffic)
+        assert traffic.data.digest == found[0].data.digest
+        assert traffic.notes == ["1 dense layers (all zero) are left out"]
+    np.testing.assert_array_equal(found[0].data.topk_ids, BY_LAYER)
+    assert found[0].data.starts.tolist() == [0, 5, 12, 16]
+
+
+def test_load_workload_takes_every_form_of_tokens(tmp_path):
+    for path in requests_in_every_form(tmp_path):
+        if path.name != "f.jsonl":  # its shape needs the model
+            assert load_workload(f"file:{path}", phase="prefill").n_layers == 3
+
+
+def test_one_array_is_one_request_and_padding_is_dropped(tmp_path):
+    ids = np.concatenate([REQUESTS[0], np.full((2, 4, 4), -1)])
+    for path in (tmp_path / "x.npy", tmp_path / "x.npz"):
+        traffic = read_traffic(write(path, routed_experts=ids))
+        assert traffic.data.starts.tolist() == [0, 5]
+        assert "2 padding tokens (-1) are left out" in traffic.notes
+
+
+def test_sglang_per_token_records_have_layers_first(tmp_path):
+    ids = np.concatenate(REQUESTS).transpose(1, 0, 2)
+    traffic = read_traffic(write(tmp_path / "x.npz", topk_ids_of_layer=ids))
+    np.testing.assert_array_equal(traffic.data.topk_ids, BY_LAYER)
+
+
+def test_counts_in_every_form(tmp_path):
+    csv = tmp_path / "c.csv"
+    lines = ["step,layer," + ",".join(f"expert_{e}" for e in range(16))]
+    lines += [f"{s},{layer}," + ",".join(map(str, COUNTS[s, layer])) for s in range(3) for layer in range(4)]
+    csv.write_text("\n".join(lines))
+    paths = [
+        write(tmp_path / "a.npy", counts=COUNTS),
+        write(tmp_path / "b.npz", logical_count=COUNTS.astype(np.int32)),
+        csv,
+    ]
+    for path in paths:
+        data = read_traffic(path).data
+        assert isinstance(data, LoadCounts)
+        np.testing.assert_array_equal(data.counts, COUNTS)
+    plain = tmp_path / "plain.csv"
+    plain.write_text("\n".join(",".join(map(str, row)) for row in COUNTS[0]))
+    np.testing.assert_array_equal(read_traffic(plain).data.counts, COUNTS[:1])
+    floats = read_traffic(write(tmp_path / "f.npy", x=COUNTS[0] / 7)).data
+    np.testing.assert_allclose(floats.total, COUNTS[0] / 7)
+
+
+def test_layers_without_load_are_dropped_and_the_others_keep_their_numbers(tmp_path):
+    counts = COUNTS.copy()
+    counts[:, 1] = 0
+    traffic = read_traffic(write(tmp_path / "x.npy", x=counts))
+    assert traffic.data.layers.tolist() == [0, 2, 3]
+    assert traffic.notes == ["1 layers without any load are left out"]
+
+
+def test_published_loads_are_read(shared):
+    data = read_traffic(shared / "traces" / "olmoe-c4-load.csv", load_model("olmoe-1b-7b")).data
+    assert data.layers.tolist() == [0, 7, 15]
+    assert data.total.sum(axis=1).tolist() == [1671168] * 3
+
+
+def test_a_torch_file_without_torch(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    path = tmp_path / "x.pt"
+    path.write_bytes(b"PK")
+    fails(capsys, ["traffic", "show", path], "pip install 'epsim[torch]'")
+
+
+def _fake_torch(monkeypatch, held):
+    class Tensor:
+        def __init__(self, array):
+            self.array = array
+
+        def numpy(self):
+            return self.array
+
+    def load(path, map_location, weights_only):
+        assert weights_only
+        assert map_location == "cpu"
+        if isinstance(held, Exception):
+            raise held
+        return {key: Tensor(value) if isinstance(value, np.ndarray) else value for key, value in held.items()}
+
+    monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(Tensor=Tensor, load=load))
+
+
+def test_a_recorder_dump_is_read_through_torch(tmp_path, monkeypatch):
+    """The adapter against a stand-in for torch; tests with torch itself follow where it is installed."""
+    path = tmp_path / "x.pt"
+    path.write_bytes(b"PK")
+    _fake_torch(monkeypatch, {"rank": 0, "logical_count": COUNTS.astype(np.int32)})
+    np.testing.assert_array_equal(read_traffic(path).data.counts, COUNTS)
+    _fake_torch(monkeypatch, {"rank": 0})
+    with pytest.raises(InputError, match="holds no tensor"):
+        read_traffic(path)
+    _fake_torch(monkeypatch, pickle.UnpicklingError("code"))
+    with pytest.raises(InputError, match="not unpickled"):
+        read_traffic(path)
+
+
+def test_torch_itself(tmp_path):
+    torch = pytest.importorskip("torch", reason="torch is an optional extra")
+    torch.save({"logical_count": torch.tensor(COUNTS, dtype=torch.int32)}, tmp_path / "x.pt")
+    np.testing.assert_array_equal(read_traffic(tmp_path / "x.pt").data.counts, COUNTS)
+    torch.save({"logical_count": Trap()}, tmp_path / "bad.pt")
+    with pytest.raises(InputError, match="not unpickled"):
+        read_traffic(tmp_path / "bad.pt")
+
+
+class Trap:
+    """A pickle that would run code."""
+
+    def __reduce__(self):
+        return exec, ("raise SystemExit(99)",)
+
+
+def bad_arrays():
+    nan, negative = COUNTS / 1.0, COUNTS.copy()
+    nan[1, 2, 3], negative[1, 2, 3] = np.nan, -5
+    yield "nan", nan, "found NaN"
+    yield "negative", negative, "must not be negative, found -5 (step 1, layer 2, expert 3)"
+    yield "infinite", np.where(np.isnan(nan), np.inf, nan), "found infinity"
+    yield "zeros", np.zeros((3, 4, 16)), "every count is 0"
+    yield "object", np.array([{"a": 1}, Trap()], dtype=object), "whole numbers"
+    yield "text", np.array([["a", "b"]]), "must be of numbers, not <U1"
+    yield "complex", COUNTS * 1j, "whole numbers"
+    yield "one axis", np.arange(5), "shape"
+    yield "four axes", np.zeros((2, 2, 2, 2), int), "shape"
+    yield "empty", np.zeros((0, 4, 4)), "must be numbers"
+    yield "huge ids", REQUESTS[0] * 1.0 + np.nan, "found NaN"
+    yield "padding only", np.full((3, 4, 4), -1), "no tokens"
+
+
+@pytest.mark.parametrize(
+    ("name", "array", "message"), list(bad_arrays()), ids=lambda x: x if isinstance(x, str) else ""
+)
+@pytest.mark.parametrize("suffix", [".npy", ".npz"])
+def test_bad_arrays_are_refused_in_one_line(tmp_path, capsys, name, array, message, suffix):
+    path = tmp_path / f"x{suffix}"
+    (np.save if suffix == ".npy" else np.savez)(path, array, allow_pickle=True)
+    before = set(tmp_path.iterdir())
+    fails(capsys, ["traffic", "show", path], message, path)
+    fails(capsys, ["traffic", "fit", path, "--model", "olmoe-1b-7b", "--out", tmp_path / "my.toml"], message)
+    assert set(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("x.csv", "layer,a,b\n0,1,2\n1,3\n", "line 3: 2 columns where the first line has 3"),
+        ("x.csv", "1,2\nx,3\n", "line 2: 'x' is not a number"),
+        ("x.csv", "1,nan\n", "found NaN"),
+        ("x.csv", "1,-1\n", "must not be negative"),
+        ("x.csv", "1,inf\n", "found infinity"),
+        ("x.csv", "layer,a,b\n0,1,2\n0,3,4\n", "2 rows are not one for each of 1 layers"),
+        ("x.csv", "step,layer,a,b\n0,0,1,2\n1,1,3,4\n", "2 rows are not one for each of 2 layers in 2 steps"),
+        ("x.csv", "layer,a,b\nnan,1,2\n", "steps and layers must be numbers"),
+        ("x.csv", "", "no rows"),
+        ("x.csv", "a,b\n", "no rows"),
+        ("x.csv", "0,0\n0,0\n", "every count is 0"),
+        ("x.csv", "1,2," * 400_000, "longer than 1 MiB"),
+        ("x.csv", "\ud800".encode("utf-8", "surrogatepass"), "not a sound CSV"),
+        ("x.jsonl", "{", "line 1 is not JSON"),
+        ("x.jsonl", "[" * 100_000, "line 1 is not JSON"),
+        ("x.jsonl", "{}", "no key 'routed_experts'"),
+        ("x.jsonl", "", "no tokens"),
+        ("x.jsonl", "3", "whole numbers [tokens][layers][top_k]"),
+        ("x.jsonl", '{"routed_experts": [[[1, 2], [3]]]}', "not a regular list"),
+        ("x.jsonl", '{"routed_experts": [[[1.5, 2]]]}', "whole numbers [tokens][layers][top_k]"),
+        ("x.jsonl", '{"routed_experts": [[[1, 40000]]]}', "from 0 to 32767"),
+        ("x.jsonl", '{"routed_experts": [[[1, -2]]]}', "from 0 to 32767"),
+        ("x.jsonl", '{"routed_experts": [[[1, 1]]]}', "same expert id twice"),
+        ("x.jsonl", '[[[1, 2]]]\n[[[1, 2], [3, 4]]]', "request 1 has layers x top_k 2x2, the first one 1x2"),
+        ("x.jsonl", '{"routed_experts": "AAA"}', "not base64"),
+        ("x.jsonl", '{"routed_experts": "AAAA"}', "cut off"),
+        ("x.jsonl", '{"routed_experts": "AAAAAA=="}', "need --model"),
+        ("x.jsonl", '{"routed_experts": "AAAAAA==", "shape": [1, 2, 3]}', "do not fill the shape"),
+        ("x.jsonl", '{"routed_experts": "AAAAAA==", "shape": 3}', "shape must be a list"),
+        ("x.npz", "PK", "not a sound .npz"),
+        ("x.npy", "\x93NUMPY", "not a sound .npy"),
+        ("x.txt", "1,2", "the ending must be one of"),
+    ],
+)  # fmt: skip
+def test_bad_text_is_refused_in_one_line(tmp_path, capsys, name, text, message):
+    path = tmp_path / name
+    path.write_bytes(text if isinstance(text, bytes) else text.encode("latin-1"))
+    fails(capsys, ["traffic", "show", path], message)
+
+
+def test_torn_and_boasting_files_are_refused_before_they_are_read(tmp_path, capsys):
+    path = tmp_path / "x.npy"
+    np.save(path, COUNTS)
+    path.write_bytes(path.read_bytes()[:-8])
+    fails(capsys, ["traffic", "show", path], "cut off")
+    header = {"descr": "<i8", "fortran_order": False, "shape": (2**20, 2**20)}
+    with path.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+    fails(capsys, ["traffic", "show", path], "larger than 8 GiB")
+    header["shape"] = (2**10, 2**10)
+    with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive, archive.open("counts.npy", "w") as member:
+        np.lib.format.write_array_header_1_0(member, header)
+    fails(capsys, ["traffic", "show", tmp_path / "x.npz"], "cut off")
+    fails(capsys, ["traffic", "show", tmp_path / "absent.npz"], "does not exist")
+    (tmp_path / "folder.csv").mkdir()
+    fails(capsys, ["traffic", "show", tmp_path / "folder.csv"], "cannot be read")
+
+
+def test_another_models_file_is_refused(tmp_path, capsys):
+    ids = write(tmp_path / "x.npz", **{f"r{i}": ids for i, ids in enumerate(REQUESTS)})
+    fails(
+        capsys, ["traffic", "show", ids, "--model", "olmoe-1b-7b"], "4 experts per token, model olmoe-1b-7b has top_k 8"
+    )
+    many = write(tmp_path / "y.npy", x=np.tile(COUNTS[0], (1, 8)))
+    fails(
+        capsys, ["traffic", "show", many, "--model", "olmoe-1b-7b"], "counts of 128 experts, model olmoe-1b-7b has 64"
+    )
+    deep = write(tmp_path / "z.npy", x=np.tile(COUNTS[:, :1], (1, 17, 4)) + 1)
+    fails(capsys, ["traffic", "show", deep, "--model", "olmoe-1b-7b"], "17 MoE layers, model olmoe-1b-7b has 16")
+    high = write(tmp_path / "w.npz", **{f"r{i}": ids[:, 1:] + 100 for i, ids in enumerate(REQUESTS)})
+    fails(capsys, ["traffic", "show", high, "--model", "gpt-oss-20b"], "model gpt-oss-20b has ids 0 to 31")
+    flat = write(tmp_path / "v.jsonl", lines=[{"routed_experts": encoded(REQUESTS[0])}])
+    fails(capsys, ["traffic", "show", flat, "--model", "gpt-oss-20b"], "another model?")
+
+
+def test_counts_are_no_workload_before_they_are_fitted(tmp_path, capsys):
+    path = write(tmp_path / "x.npy", x=COUNTS)
+    fails(capsys, ["sweep", "--workload", f"file:{path}"], "fit them first (epsim traffic fit")
+
+
+def test_a_compressed_file_is_not_unpacked_beyond_its_declared_size(tmp_path, capsys):
+    """A member that says it is larger than the bound is refused by its header, whatever it is packed to."""
+    path = tmp_path / "x.npz"
+    with (
+        zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive,
+        archive.open("a.npy", "w", force_zip64=True) as member,
+    ):
+        header = {"descr": "<i8", "fortran_order": False, "shape": (2**31, 1, 2)}
+        np.lib.format.write_array_header_1_0(member, header)
+        member.write(bytes(2**20))
+    fails(capsys, ["traffic", "show", path], "GiB")
+    for shape, message in (((2**20, 4, 64), "more than 134217728"), ((1, 2, 2**24), "rows of")):
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("x.npy", "w") as member:
+            np.lib.format.write_array_header_1_0(member, {"descr": "<i4", "fortran_order": False, "shape": shape})
+            for _ in range(np.prod(shape) // 2**20):
+                member.write(np.full(2**20, 7, "<i4").tobytes())
+        fails(capsys, ["traffic", "show", path], message)
+
+
+def test_wide_and_column_ordered_ids_are_read_alike(tmp_path):
+    ids = REQUESTS[1][:, 1:]
+    forms = [ids.astype(np.int16), ids.astype(np.int64), ids.astype(">i4"), np.asfortranarray(ids.astype(np.uint8))]
+    digests = {read_traffic(write(tmp_path / "x.npy", x=form)).data.digest for form in forms}
+    assert len(digests) == 1
