@@ -1,5 +1,6 @@
 """Load-aware placements and replicas in sweeps: what they are fitted on, how pairs are dealt to copies, what the tables say."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -18,6 +19,8 @@ from sim.router import draw_loads, draw_trials
 from sim.sweeps import Journal, combine, executors, make_plan, run_plan
 from sim.sweeps.chunk import run_chunk
 from sim.sweeps.precision import first_stage
+from sim.workload import FittedLayers, GumbelTraffic, LoadTable
+from sim.workload.counts import build_counts
 
 V3, CHAT = load_model("deepseek-v3"), load_workload("chat")
 NAMES = ["linear", "eplb", "eplb+16", "linear+16", "eplb_refined"]
@@ -286,7 +289,7 @@ def test_counts_from_outside_are_checked(tmp_path, capsys, monkeypatch):
     }.items():
         table = np.ones((2, 32))
         table[1, 3] = bad
-        monkeypatch.setattr("sim.workload.load_table", lambda path, model, table=table: (table, "x"))
+        monkeypatch.setattr("sim.workload.load_table", lambda path, model, table=table: LoadTable("x", table, "x"))
         words = ["export", "--model", "gpt-oss-20b", "--placement", "eplb", "--ep", "4", "--traffic", "x.npz"]
         assert main([*words, "--format", "vllm", "--out", str(tmp_path / "out")]) == 2
         assert message in capsys.readouterr().err
@@ -311,7 +314,7 @@ def test_a_precision_goes_on_with_fresh_layers_and_their_own_fits():
         ({"fit_tokens": 2**25}, "--fit-tokens 33554432"),
         ({"placements": "linear"}, "--fit-tokens goes with a load-aware placement"),
         ({"placements": "linear", "fit_tokens": None, "fit_on": "chat"}, "--fit-on goes with a load-aware placement"),
-        ({"fit_on": "mixed"}, "--fit-on mixed: goes with recorded traffic"),
+        ({"fit_on": "mixed", "fit_tokens": None}, "--fit-on mixed: goes with recorded or fitted traffic"),
         ({"replica_choice": "hash"}, "--replica-choice 'hash' is not known"),
         ({"replica_choice": "vllm_hash", "tokens": 2**21}, "at most 1048576 tokens"),
     ],
@@ -326,3 +329,26 @@ def test_slots_of_a_map_are_ranks_in_order():
     assert slots.experts.tolist() == [[1, 3, 0, 2]]
     assert slots.rank_of_expert.tolist() == [[1, 0, 1, 0]]
     assert not slots.has_replicas
+
+
+def test_fitted_traffic_is_balanced_by_other_traffic_of_its_layers(tmp_path):
+    """A law of fixed layers is scored, load counts are fitted: those of the same layers help, reversed ones do not as much."""
+    rng = np.random.default_rng(5)
+    model = load_model("gpt-oss-20b")
+    here = np.sort(rng.gamma(2, 1, (3, 32)), axis=1)
+    there = here[:, ::-1]
+    mine = FittedLayers.of(np.log(here))
+    law = GumbelTraffic("mine", popularity="fitted", layers=mine, source="fitted to file:mine.csv, digest 123abc")
+    loads = {name: build_counts(name, name, np.round(1000 * table))[0] for name, table in (("a", here), ("b", there))}
+    found = {
+        name: sweep(model, law, ep_sizes=8, tokens=512, placements=["linear", "eplb"], trials=90, fit_on=of).summary
+        for name, of in loads.items()
+    }
+    change = {name: table.set_index("placement").loc["eplb"] for name, table in found.items()}
+    assert change["a"].imbalance_change_mean_high < -0.5
+    assert change["b"].imbalance_change_mean > change["a"].imbalance_change_mean + 0.5
+    with pytest.raises(InputError, match="exclude each other"):
+        make_plan(model, law, ep_sizes=8, tokens=8, placements="eplb", fit_tokens=9, fit_on=loads["a"])
+    same = dataclasses.replace(law, source=f"fitted to a, digest {loads['a'].digest}")
+    with pytest.raises(InputError, match="--fit-on a is the traffic that is scored"):
+        make_plan(model, same, ep_sizes=8, tokens=8, placements="eplb", fit_on=loads["a"])

@@ -12,8 +12,10 @@ from sim import InputError, expert_time_us, load_gpu, load_model, load_workload,
 from sim.cli import main
 from sim.cost import balancedness_sglang, balancedness_vllm
 from sim.cost.expert import crossover_tokens, expert_rates
+from sim.cost.gain import PERFECT
 from sim.cost.step_log import compare_log, read_log
 from sim.cost.steps import sample_steps
+from sim.cost.times import balanced_times
 from sim.router import draw_trials
 from sim.stats import clustered_quantile, ratio_interval
 
@@ -30,10 +32,7 @@ def sample(tokens=(4, 64), placements=("linear", "round_robin"), **more):
         V3,
         "chat",
         rates_of("h200", "h20"),
-        ep_sizes=[8, 12],
-        tokens=list(tokens),
-        placements=list(placements),
-        **SMALL | more,
+        **{"ep_sizes": [8, 12], "tokens": list(tokens), "placements": list(placements)} | SMALL | more,
     )
 
 
@@ -320,3 +319,46 @@ def test_a_model_without_sizes_is_refused():
         predict_gain(bare, "chat", load_gpu("h20"), ep_sizes=8, tokens=8)
     with pytest.raises(InputError, match="number of MoE layers"):
         predict_gain(dataclasses.replace(V3, n_moe_layers=0), "chat", "h20", ep_sizes=8, tokens=8)
+
+
+# Perfect balance, and several placements at once
+
+
+def test_no_placement_beats_perfect_balance_in_any_layer():
+    """Layer by layer, replicas included, few tokens and many; and its time is that of the even shares."""
+    h20 = load_gpu("h20")
+    steps = sample(placements=["linear", "eplb", "eplb+8"], ep_sizes=[8], tokens=[1, 8, 512], fit_tokens=4096)
+    for tokens in (1, 8, 512):
+        base = steps.cell("linear", 8, tokens)
+        least = balanced_times(steps, base, h20, "fp8", "none").experts_us
+        active = steps.active_experts[steps.plan.grid.cells[base][1]]
+        ref = expert_time_us(V3, h20, pairs=tokens * 8 / 8, distinct_experts=active / 8)
+        np.testing.assert_allclose(least, ref, rtol=1e-12)
+        for placement in ("linear", "eplb", "eplb+8"):
+            assert (steps.slowest_us[steps.cell(placement, 8, tokens)][..., 1] >= least * (1 - 1e-9)).all()
+
+
+def test_active_experts_and_idle_ranks_are_counted():
+    comp = sample(tokens=[1, 3], ep_sizes=[32])
+    counts, _ = draw_trials(V3, load_workload("chat"), 0, range(0, 58), 116, np.array([1, 3]))
+    ranks = place("round_robin", V3, 32).rank_of_expert
+    for step, tokens in enumerate((1, 3)):
+        cell = comp.cell("round_robin", 32, tokens)
+        for trial in range(58):
+            count = counts[trial, step]
+            loads = np.bincount(ranks, weights=count, minlength=32)
+            assert comp.active_experts[step][0, trial] == (count > 0).sum()
+            assert comp.idle_ranks[cell][0, trial] == (loads == 0).sum()
+
+
+def test_several_placements_give_the_rows_of_each_alone():
+    together = gain(placement=["round_robin", PERFECT, "random"])
+    assert list(dict.fromkeys(together.placement)) == ["round_robin", PERFECT, "random"]
+    alone = pd.concat([gain(placement=name) for name in ("round_robin", "random")])
+    for placement, rows in alone.groupby("placement"):
+        mine = together[together.placement == placement].reset_index(drop=True)
+        pd.testing.assert_frame_equal(mine, rows.reset_index(drop=True))
+    perfect = together[together.placement == PERFECT]
+    assert (perfect.layer_saved.to_numpy() >= together[together.placement == "random"].layer_saved.to_numpy()).all()
+    assert (perfect.imbalance == 1).all()
+    assert perfect.idle_ranks.isna().all()

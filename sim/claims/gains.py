@@ -22,9 +22,7 @@ from sim.claims.verdict import (
     share_text,
     time_saved,
 )
-from sim.cost.expert import expert_rates, expert_time_us
-from sim.cost.gain import predict_gain, saved_share
-from sim.cost.steps import sample_steps
+from sim.cost.gain import PERFECT, predict_gain
 from sim.model import ModelSpec
 from sim.workload import GumbelTraffic
 
@@ -148,31 +146,24 @@ def tput_14_57(trial: Trial, published: dict[str, float]) -> Finding:
     )
 
 
-def _saved_by_balance(
-    trial: Trial, model: ModelSpec, gpu: str, workload: GumbelTraffic, ep_size: int, tokens: int
-) -> Saved:
-    """Share of linear's expert time that perfect balance saves, over one step, or, with less effort, some of its layers."""
-    n_layers = math.ceil(model.n_moe_layers * min(1.0, trial.effort))
-    some = dataclasses.replace(model, n_moe_layers=n_layers)
-    sample = sample_steps(
-        some, workload, [expert_rates(model, gpu)], ep_sizes=ep_size, tokens=tokens, placements="linear", layer_sets=1,
-        most_steps=1, seed=trial.seed, threads=trial.threads,
+def _against_linear(
+    trial: Trial, model: ModelSpec, workload: GumbelTraffic, placements: list[str], **setup: Any
+) -> list[Saved]:
+    """Shares of the experts' time that placements save over linear, over one step, or some of its layers."""
+    some = dataclasses.replace(model, n_moe_layers=math.ceil(model.n_moe_layers * min(1.0, trial.effort)))
+    gains = predict_gain(
+        some, workload, placement=placements, exchange="none", layer_sets=1, most_steps=1, seed=trial.seed,
+        threads=trial.threads, tokens_per_rank=True, **setup,
     )  # fmt: skip
-    slowest_us = sample.slowest_us[0][..., 0]
-    even_us = expert_time_us(
-        model, gpu, pairs=tokens * model.top_k / ep_size, distinct_experts=model.n_experts / ep_size
-    )
-    return saved_share(np.full(slowest_us.shape, float(even_us)), slowest_us, np.arange(slowest_us.size))
+    return [_saved_of(row) for row in gains.itertuples()]
 
 
-def balanced_18(trial: Trial, published: dict[str, float]) -> Finding:
-    """Perfect balance against linear in prefill at EP 32."""
-    claimed = time_saved(published["throughput_gain"])
-    saved = _saved_by_balance(trial, trial.model("deepseek-v3"), "h100", trial.prefill, 32, 32 * 16384)
+def _of_setup(trial: Trial, claimed: float, saved: Saved, by: str) -> Finding:
+    """Finding of a claim of one set-up: the step must save `claimed`, and the experts save `saved` by something."""
     share = needed_share(claimed, saved)
     verdict, remark = _verdict(trial, np.array([share]), np.array([saved]), lambda fits: "this set-up")
     return Finding(
-        f"experts' time saved by perfect balance: {saved_text(saved)}",
+        f"experts' time saved by {by}: {saved_text(saved)}",
         *saved,
         "share of the experts' time that is saved",
         verdict,
@@ -181,14 +172,12 @@ def balanced_18(trial: Trial, published: dict[str, float]) -> Finding:
     )
 
 
-def _against_linear(trial: Trial, model: ModelSpec, workload: GumbelTraffic, placement: str, **setup: Any) -> Saved:
-    """Share of the experts' time that a placement saves over linear, over one step, or some of its layers."""
-    some = dataclasses.replace(model, n_moe_layers=math.ceil(model.n_moe_layers * min(1.0, trial.effort)))
-    row = predict_gain(
-        some, workload, placement=placement, exchange="none", layer_sets=1, most_steps=1, seed=trial.seed,
-        threads=trial.threads, **setup,
-    ).iloc[0]  # fmt: skip
-    return _saved_of(row)
+def balanced_18(trial: Trial, published: dict[str, float]) -> Finding:
+    """Perfect balance against linear in prefill at EP 32."""
+    saved = _against_linear(
+        trial, trial.model("deepseek-v3"), trial.prefill, [PERFECT], gpus="h100", ep_sizes=32, tokens=16384
+    )
+    return _of_setup(trial, time_saved(published["throughput_gain"]), saved[0], PERFECT)
 
 
 def eplb_gains(trial: Trial, published: dict[str, float]) -> Finding:
@@ -203,9 +192,11 @@ def eplb_gains(trial: Trial, published: dict[str, float]) -> Finding:
         ("decode", trial.workload, 72, 256),
     ):
         names.append(f"{phase} at EP {ep_size}")
-        setup: dict[str, Any] = {"gpus": "h100", "ep_sizes": ep_size, "tokens": of_rank, "tokens_per_rank": True}
-        saved.append(_against_linear(trial, model, workload, "eplb+32", **setup))
-        best.append(_saved_by_balance(trial, model, "h100", workload, ep_size, ep_size * of_rank))
+        of_eplb, of_perfect = _against_linear(
+            trial, model, workload, ["eplb+32", PERFECT], gpus="h100", ep_sizes=ep_size, tokens=of_rank
+        )
+        saved.append(of_eplb)
+        best.append(of_perfect)
         share.append(needed_share(time_saved(published[f"{phase}_throughput_gain"]), saved[-1]))
 
     def cases(chosen: list[bool]) -> str:
@@ -230,18 +221,6 @@ def eplb_gains(trial: Trial, published: dict[str, float]) -> Finding:
 
 def rearrange_16_7(trial: Trial, published: dict[str, float]) -> Finding:
     """EPLB without redundant slots against linear, prefill at EP 8, DeepSeek-V4-Pro."""
-    claimed = time_saved(published["throughput_gain"])
     model = trial.model("deepseek-v4-pro")
-    saved = _against_linear(
-        trial, model, trial.prefill, "eplb", gpus="b200", dtype="fp4", ep_sizes=8, tokens=8192, tokens_per_rank=True
-    )
-    share = needed_share(claimed, saved)
-    verdict, remark = _verdict(trial, np.array([share]), np.array([saved]), lambda fits: "this set-up")
-    return Finding(
-        f"experts' time saved by EPLB: {saved_text(saved)}",
-        *saved,
-        "share of the experts' time that is saved",
-        verdict,
-        f"A step must save {percent(claimed)}, for which routed experts must take {share_text(share[0])} of it.{remark}",
-        share,
-    )
+    saved = _against_linear(trial, model, trial.prefill, ["eplb"], gpus="b200", dtype="fp4", ep_sizes=8, tokens=8192)
+    return _of_setup(trial, time_saved(published["throughput_gain"]), saved[0], "EPLB")

@@ -85,8 +85,8 @@ def _slots(arguments: Namespace, model: Any, ep_size: int) -> Any:
             raise InputError(f"--placement {name} needs --traffic FILE to be fitted on")
         if arguments.layers is not None:
             raise InputError("--layers goes with placements that are not fitted: --traffic has its own layers")
-        table, _ = load_table(Path(arguments.traffic.removeprefix("file:")), model)
-        loads = check_loads(table, model.n_experts, f"--traffic {arguments.traffic}", layers=True)
+        table = load_table(Path(arguments.traffic.removeprefix("file:")), model)
+        loads = check_loads(table.loads, model.n_experts, f"--traffic {arguments.traffic}", layers=True)
         if model.n_moe_layers not in (0, len(loads)):
             note(f"{arguments.traffic} has {len(loads)} layers, {model.name} has {model.n_moe_layers} MoE layers")
         return balanced_slots(name, model, ep_size, ranks_per_node, loads)

@@ -75,7 +75,7 @@ _HELP = {
     "thresholds": "imbalance thresholds of tail.csv (default: 1.1,1.25,1.5,1.75,2,2.5,3,4,6,8)",
     "bound_layers": "layer draws behind bounds past sampling (default: up to 32, none where that takes long; 0: no bounds)",
     "fit_tokens": "tokens of each layer draw, other than those scored, that eplb is fitted on (default: 16384)",
-    "fit_on": "of recorded traffic: another record of the same layers to fit eplb on (default: every second sequence)",
+    "fit_on": "of recorded or fitted traffic: other traffic of the same layers to fit eplb on (default: every second sequence)",
     "replica_choice": "copy of a replicated expert that a token goes to: even, or vllm_hash of the token's index",
     "threads": "default: all processors of this process; of a local cluster, its workers",
     "executor": "threads, or dask: a local cluster, or the one of --scheduler (extra: epsim[cluster])",

@@ -91,7 +91,7 @@ def identity_of(options: dict[str, Any], gpus: list[Any], **more: Any) -> dict[s
 
 def say_about_times(options: dict[str, Any], gpus: list[Any]) -> None:
     """Remarks on numbers that were not verified, or that are assumed."""
-    from sim.cost.gain import NETWORK_GB_PER_S
+    from sim.cost.times import NETWORK_GB_PER_S
     from sim.kernels import is_cold
 
     model, workload = options["model"], options["workload"]

@@ -7,11 +7,11 @@ import numpy as np
 import pandas as pd
 
 from sim.cost.expert import expert_rates
-from sim.cost.gain import cell_times, check_exchange, with_network
 from sim.cost.gpu import Gpu
 from sim.cost.inputs import as_model
 from sim.cost.layer import sglang_over_layers, vllm_over_layers
 from sim.cost.steps import StepSample, sample_steps
+from sim.cost.times import cell_times, check_exchange, with_network
 from sim.errors import InputError
 from sim.files import read_text
 from sim.model import ModelSpec

@@ -1,10 +1,11 @@
 """Steps through all layers of a model: routed tokens, and in each layer the slowest rank of every placement and EP size."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -13,7 +14,7 @@ from sim.errors import InputError, whole_number
 from sim.kernels import kernel
 from sim.model import ModelSpec
 from sim.router import draw_trials
-from sim.score import fan_out
+from sim.score import METRICS, fan_out, score_blocks
 from sim.sweeps import make_plan
 from sim.sweeps.executors import usable_processors
 from sim.sweeps.layouts import chunk_groups
@@ -44,10 +45,12 @@ class StepSample:
         Of each cell, the time of the layer's slowest rank.
     load_bound : list of bool [steps, layers, rates]
         Whether that rank's time grows with its pairs, and not with its distinct experts alone.
-    max_load : list of int64 [steps, layers]
-        Of each cell, the largest load of a rank.
-    reached : float64 [pairs, 2]
-        Mean ranks and nodes that a token is sent to.
+    max_load, idle_ranks : list of int32 [steps, layers]
+        Of each cell, the largest load of a rank, and the ranks without any.
+    active_experts : list of int32 [steps, layers]
+        Of each number of tokens (`plan.grid.steps`), the experts with at least one token.
+    reached : list of int32 [steps, layers, 2]
+        Of each pair, the ranks and nodes that the first token of a step is sent to.
     """
 
     plan: Plan
@@ -56,7 +59,9 @@ class StepSample:
     slowest_us: list[np.ndarray]
     load_bound: list[np.ndarray]
     max_load: list[np.ndarray]
-    reached: np.ndarray
+    idle_ranks: list[np.ndarray]
+    active_experts: list[np.ndarray]
+    reached: list[np.ndarray]
 
     def cell(self, placement: str, ep_size: int, tokens: int) -> int:
         """Index of a cell; ValueError if there is none."""
@@ -74,31 +79,28 @@ def sample_steps(
     workload: str | Path | Workload,
     rates: Sequence[ExpertRates],
     *,
-    ep_sizes: int | Iterable[int],
-    tokens: int | Iterable[int],
-    placements: str | Sequence[str],
-    tokens_per_rank: bool = False,
-    ranks_per_node: int = 8,
     layer_sets: int = LAYER_SETS,
     most_steps: int = MOST_STEPS,
     budget_tokens: int = BUDGET_TOKENS,
-    seed: int = 0,
     threads: int | None = None,
+    **of_plan: Any,
 ) -> StepSample:
     """Sample steps of every size and time their layers.
 
     Parameters
     ----------
-    model, workload, ep_sizes, tokens, placements, tokens_per_rank, ranks_per_node, seed
+    model, workload
         As in `sim.sweep`.
     rates : sequence of ExpertRates
         Constants of the times, one for each GPU and type of weights.
     layer_sets : int
-        Independent sets of the model's layers. Recorded traffic has one: its own layers.
+        Independent sets of the model's layers. Recorded and fitted traffic has one: its own layers.
     most_steps, budget_tokens : int
         Steps of each size: as many as the budget of routed tokens allows, at least 1, at most `most_steps`.
     threads : int
         By default all processors. The sample does not depend on it.
+    **of_plan
+        ep_sizes, tokens, placements, tokens_per_rank, ranks_per_node, seed, fit_tokens and fit_on of `sim.sweep`.
 
     Raises
     ------
@@ -107,32 +109,34 @@ def sample_steps(
     """
     whole_number("--layer-sets", layer_sets, 1, 4096)
     whole_number("--steps", most_steps, 1, 10**6)
-    plan = make_plan(
-        model, workload, ep_sizes=ep_sizes, tokens=tokens, placements=placements, tokens_per_rank=tokens_per_rank,
-        ranks_per_node=ranks_per_node, seed=seed, bound_layers=0, trials=1,
-    )  # fmt: skip
+    plan = make_plan(model, workload, bound_layers=0, trials=1, **of_plan)
     n_layers = plan.workload.n_layers or plan.model.n_moe_layers
     if not n_layers:
         raise InputError(f"model {plan.model.name}: a step needs the number of MoE layers, which is not known")
     n_sets = 1 if plan.workload.n_layers else layer_sets
     grid = plan.grid
     of_size = np.clip(budget_tokens // (grid.steps * n_layers), 1, most_steps)
+    blocks = of_size * n_layers
+    of_cell = [int(blocks[step]) for _, step in grid.cells]
     sample = StepSample(
         plan,
         n_layers,
         n_sets,
-        [np.empty((int(of_size[step]) * n_layers, len(rates))) for _, step in grid.cells],
-        [np.empty((int(of_size[step]) * n_layers, len(rates)), np.bool_) for _, step in grid.cells],
-        [np.empty(int(of_size[step]) * n_layers, np.int64) for _, step in grid.cells],
-        np.zeros((len(grid.pairs), 2)),
+        [np.empty((n, len(rates))) for n in of_cell],
+        [np.empty((n, len(rates)), np.bool_) for n in of_cell],
+        [np.empty(n, np.int32) for n in of_cell],
+        [np.empty(n, np.int32) for n in of_cell],
+        [np.empty(n, np.int32) for n in blocks],
+        [np.empty((int(blocks.max()), 2), np.int32) for _ in grid.pairs],
     )
-    chunks = _chunks(of_size * n_layers, grid.steps, n_layers * n_sets)
+    chunks = _chunks(blocks, grid.steps, n_layers * n_sets)
     constants = np.array(rates, float).reshape(len(rates), -1)
     with ThreadPoolExecutor(threads or usable_processors()) as pool:
-        reached = list(pool.map(lambda trials: _run_chunk(sample, of_size * n_layers, constants, trials), chunks))
-    sample.reached[:] = np.sum(reached, axis=0) / sum(map(len, chunks))
-    for of_cell in (sample.slowest_us, sample.load_bound, sample.max_load):
-        of_cell[:] = [values.reshape(-1, n_layers, *values.shape[1:]) for values in of_cell]
+        list(pool.map(lambda trials: _run_chunk(sample, blocks, constants, trials), chunks))
+    for arrays in (
+        sample.slowest_us, sample.load_bound, sample.max_load, sample.idle_ranks, sample.active_experts, sample.reached
+    ):  # fmt: skip
+        arrays[:] = [values.reshape(-1, n_layers, *values.shape[1:]) for values in arrays]
     return sample
 
 
@@ -146,8 +150,8 @@ def _chunks(of_size: np.ndarray, steps: np.ndarray, n_draws: int) -> list[range]
     return chunks
 
 
-def _run_chunk(sample: StepSample, of_size: np.ndarray, constants: np.ndarray, trials: range) -> np.ndarray:
-    """Fill in some trials of every size that has them; returns ranks and nodes reached, summed, [pairs, 2]."""
+def _run_chunk(sample: StepSample, of_size: np.ndarray, constants: np.ndarray, trials: range) -> None:
+    """Fill in some trials of every size that has them."""
     plan, n_draws = sample.plan, sample.n_layers * sample.n_sets
     grid = plan.grid
     live = np.flatnonzero(of_size > trials.start)
@@ -156,7 +160,7 @@ def _run_chunk(sample: StepSample, of_size: np.ndarray, constants: np.ndarray, t
     counts, ids = draw_trials(plan.model, plan.workload, plan.seed, trials, n_draws, grid.steps[live])
     slowest_us = np.empty((len(trials), len(cells), len(constants)))
     load_bound = np.empty(slowest_us.shape, np.bool_)
-    max_load = np.empty((len(trials), len(cells)), np.int64)
+    scores = np.empty((len(trials), len(cells), len(METRICS)), np.int32)
     reached = np.zeros((len(trials), len(grid.pairs), 2), np.int64)
     step_of_cell = np.searchsorted(live, [grid.cells[cell][1] for cell in cells])
     pair_of_cell = grid.pair_of_cell[cells]
@@ -164,26 +168,31 @@ def _run_chunk(sample: StepSample, of_size: np.ndarray, constants: np.ndarray, t
         mine = np.flatnonzero(np.isin(pair_of_cell, group.pairs))
         of_group = np.searchsorted(group.pairs, pair_of_cell)  # of other groups' cells: not looked at
         dealt = group.deal(counts, ids, grid.steps[live], plan.replica_choice)
-        time_slowest_ranks(
-            dealt, mine, step_of_cell, of_group, group.rows, group.layouts, constants, slowest_us, load_bound, max_load
-        )
+        blocks = (dealt, mine, step_of_cell, of_group, group.rows, group.layouts)
+        score_blocks(*blocks, scores)
+        time_slowest_ranks(*blocks, constants, slowest_us, load_bound)
         first = group.slots_of_first(ids, trials.start)
         fan_out(first, group.pairs, group.rows, group.layouts, plan.ranks_per_node, reached)
+    there = slice(trials.start, trials.stop)
     for i, cell in enumerate(cells):
-        sample.slowest_us[cell][trials.start : trials.stop] = slowest_us[:, i]
-        sample.load_bound[cell][trials.start : trials.stop] = load_bound[:, i]
-        sample.max_load[cell][trials.start : trials.stop] = max_load[:, i]
-    return reached.sum(axis=0)
+        sample.slowest_us[cell][there] = slowest_us[:, i]
+        sample.load_bound[cell][there] = load_bound[:, i]
+        sample.max_load[cell][there] = scores[:, i, METRICS.index("max_load")]
+        sample.idle_ranks[cell][there] = scores[:, i, METRICS.index("idle_ranks")]
+    for i, step in enumerate(live):
+        sample.active_experts[step][there] = np.count_nonzero(counts[:, i], axis=1)
+    for pair, of_pair in enumerate(sample.reached):
+        of_pair[there] = reached[:, pair]
 
 
 @kernel
 def time_slowest_ranks(
-    counts, cells, step_of_cell, pair_of_cell, layout_of_pair, layouts, constants, slowest_us, load_bound, max_load
+    counts, cells, step_of_cell, pair_of_cell, layout_of_pair, layouts, constants, slowest_us, load_bound
 ):
-    """Time of the slowest rank, and the largest load, of each block under some cells.
+    """Time of the slowest rank of each block under some cells.
 
     Inputs as in `score_blocks`; constants float64 [rates, 5], the fields of ExpertRates; slowest_us float64 [trials,
-    cells, rates], load_bound bool of that shape; max_load int64 [trials, cells].
+    cells, rates], load_bound bool of that shape.
     """
     all_experts, all_bounds = layouts.experts, layouts.bounds
     for t in range(counts.shape[0]):
@@ -192,14 +201,12 @@ def time_slowest_ranks(
             count, experts, begin = counts[t, step_of_cell[c]], all_experts[layout], all_bounds[layout]
             slowest_us[t, c, :] = 0.0
             load_bound[t, c, :] = False
-            largest = 0
             for r in range(begin[0]):
                 load, distinct = 0, 0
                 for slot in range(begin[1 + r], begin[2 + r]):
                     pairs = count[np.uint16(experts[slot])]
                     load += pairs
                     distinct += pairs > 0
-                largest = max(largest, load)
                 for g in range(constants.shape[0]):
                     launch_us, us_per_expert, us_per_pair, us_per_row, tile_rows = constants[g]
                     whole_us = max(distinct * us_per_expert + load * us_per_pair, us_per_row * distinct * tile_rows)
@@ -208,4 +215,3 @@ def time_slowest_ranks(
                     if time_us > slowest_us[t, c, g]:
                         slowest_us[t, c, g] = time_us
                         load_bound[t, c, g] = rows_us > whole_us
-            max_load[t, c] = largest

@@ -27,33 +27,39 @@ class Fit(NamedTuple):
 
 
 def choose_fit(names: list[str], model: ModelSpec, workload: Workload, tokens: int | None, other: Any) -> Fit:
-    """By law: other tokens of each layer draw. Recorded: every second sequence, or another file of the same layers."""
+    """By law: other tokens of each layer draw. Recorded: every second sequence. Recorded or fitted: other traffic (a file, or
+    what was read from one) of the same layers.
+    """
     if not any(map(is_load_aware, names)):
         for option, value in (("--fit-tokens", tokens), ("--fit-on", other)):
             if value is not None:
                 raise InputError(f"{option} goes with a load-aware placement (eplb, eplb_refined); there is none")
         return Fit(workload)
-    if isinstance(workload, GumbelTraffic):
-        if other is not None:
-            raise InputError(
-                f"--fit-on {shown(str(other))}: goes with recorded traffic; the layers of {workload.name} are drawn, and those "
-                "of other traffic are unrelated to them (--fit-tokens sets what is fitted)"
-            )
+    if other is not None and workload.n_layers is None:
+        raise InputError(
+            f"--fit-on {shown(str(other))}: goes with recorded or fitted traffic; the layers of {workload.name} are drawn, and "
+            "those of other traffic are unrelated to them (--fit-tokens sets what is fitted)"
+        )
+    if other is not None and tokens is not None:
+        raise InputError("--fit-tokens and --fit-on exclude each other: tokens of the same layers, or other traffic")
+    if isinstance(workload, GumbelTraffic) and other is None:
         n = whole_number("--fit-tokens", DEFAULT_FIT_TOKENS if tokens is None else tokens, 1, MAX_TOKENS)
         return Fit(workload, f"{n} other tokens of each layer draw", n)
     if tokens is not None:
         raise InputError("--fit-tokens goes with traffic by law; recorded traffic is fitted on every second sequence")
-    if other is None:
+    if isinstance(workload, RecordedTraffic) and other is None:
         fitted, scored = workload.halves()
         return Fit(scored, "even sequences of the record", loads=fitted.expert_counts(model.n_experts))
-    path = Path(str(other).removeprefix("file:"))
-    table, digest = load_table(path, model)
-    loads = check_loads(table, model.n_experts, f"--fit-on {path}", layers=True)
+    table = load_table(Path(other.removeprefix("file:")) if isinstance(other, str) else other, model)
+    about = f"--fit-on {table.name.removeprefix('file:')}"
+    loads = check_loads(table.loads, model.n_experts, about, layers=True)
     if len(loads) != workload.n_layers:
-        raise InputError(f"--fit-on {path} has {len(loads)} layers, workload {workload.name} has {workload.n_layers}")
-    if digest == workload.digest:
-        raise InputError(f"--fit-on {path} is the traffic that is scored; leave it out to fit on every second sequence")
-    return Fit(workload, f"{path.name} ({digest[:16]})", loads=loads)
+        raise InputError(f"{about} has {len(loads)} layers, workload {workload.name} has {workload.n_layers}")
+    if (
+        table.digest == getattr(workload, "digest", "") or table.digest in workload.source
+    ):  # a law names what it is fitted to
+        raise InputError(f"{about} is the traffic that is scored; leave it out to fit on other tokens")
+    return Fit(workload, f"{table.name.removeprefix('file:')} ({table.digest[:16]})", loads=loads)
 
 
 def slots_of_pair(

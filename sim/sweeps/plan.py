@@ -16,7 +16,7 @@ from sim.results import SCHEMA
 from sim.router import check_pair, routing_law
 from sim.sweeps.fit import MAX_TOKENS, check_replica_choice, choose_fit, layout_id, slots_of_pair
 from sim.sweeps.grid import Grid
-from sim.workload import GumbelTraffic, Workload, load_workload
+from sim.workload import GumbelTraffic, LoadCounts, RecordedTraffic, Workload, load_workload
 
 THRESHOLDS = (1.1, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0)
 """Imbalance thresholds of tail.csv."""
@@ -135,7 +135,7 @@ def make_plan(
     max_trials: int | None = None,
     bound_layers: int | None = None,
     fit_tokens: int | None = None,
-    fit_on: str | Path | None = None,
+    fit_on: str | Path | RecordedTraffic | LoadCounts | None = None,
     replica_choice: str = "even",
 ) -> Plan:
     """Check the arguments of `sim.sweep`. Raises InputError for whatever is wrong."""

@@ -24,7 +24,7 @@ from sim.sweeps.precision import first_stage, next_stage
 from sim.sweeps.raw import build_counts, only_cells
 from sim.sweeps.tables import build_summary, build_tail
 from sim.sweeps.tally import Tally
-from sim.workload import Workload
+from sim.workload import LoadCounts, RecordedTraffic, Workload
 
 Progress = Callable[[int, int], None]
 
@@ -47,7 +47,7 @@ def sweep(
     max_trials: int | None = None,
     bound_layers: int | None = None,
     fit_tokens: int | None = None,
-    fit_on: str | Path | None = None,
+    fit_on: str | Path | RecordedTraffic | LoadCounts | None = None,
     replica_choice: str = "even",
     threads: int | None = None,
 ) -> SweepResult:
@@ -83,9 +83,9 @@ def sweep(
     fit_tokens : int, optional
         Of traffic by law: tokens of each layer draw, other than those that are scored, that load-aware placements (eplb) are
         fitted on; default 16384.
-    fit_on : str or Path, optional
-        Of recorded traffic: another record of the same layers to fit on; by default load-aware placements are fitted on every
-        second sequence, and all placements are scored on the others.
+    fit_on : str, Path, RecordedTraffic or LoadCounts, optional
+        Of recorded or fitted traffic: other traffic of the same layers to fit on. By default recorded traffic is fitted on every
+        second sequence, and all placements are scored on the others; fitted traffic, as `fit_tokens` says.
     replica_choice : str
         Which copy of a replicated expert a token goes to: 'even' split, or 'vllm_hash' of the token's index in the step.
     threads : int, optional

@@ -4,7 +4,7 @@ from sim.workload.counts import LoadCounts
 from sim.workload.fitted import FittedLayers
 from sim.workload.gumbel import GumbelTraffic
 from sim.workload.load import load_workload, workload_names
-from sim.workload.loads import load_table
+from sim.workload.loads import LoadTable, load_table
 from sim.workload.read import Traffic, read_traffic
 from sim.workload.recorded import RecordedTraffic
 
@@ -14,6 +14,7 @@ __all__ = [
     "FittedLayers",
     "GumbelTraffic",
     "LoadCounts",
+    "LoadTable",
     "RecordedTraffic",
     "Traffic",
     "Workload",
