@@ -15,6 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sim.advice import advise
     from sim.claims import claims
     from sim.cost import Gpu, expert_time_us, gpu_names, load_gpu, predict_gain, predict_steps
     from sim.errors import InputError
@@ -49,6 +50,7 @@ _ROOM_OF = {
     "predict_gain": "cost",
     "predict_steps": "cost",
     "claims": "claims",
+    "advise": "advice",
 }
 __all__ = list(_ROOM_OF)
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from naive import linear as ref_linear
 
 from sim import InputError, ModelSpec, load_model, place
-from sim.placement import fallback_notes, random_ranks
+from sim.placement import random_ranks, why_linear
 
 NAMES = ["linear", "linear_legacy", "round_robin", "random", "node_aware"]
 V3 = load_model("deepseek-v3")
@@ -135,6 +135,6 @@ def test_bad_placement_files(tmp_path, content, message):
 
 
 def test_notes_where_vllm_runs_linear_instead():
-    assert fallback_notes(V3, [8, 16]) == []
-    assert "EP size 1" in fallback_notes(V3, [1, 8])[0]
-    assert "n_group = 1" in fallback_notes(load_model("kimi-k2"), [8])[0]
+    assert why_linear(V3, 8) == ""
+    assert "EP size is 1" in why_linear(V3, 1)
+    assert "n_group = 1" in why_linear(load_model("kimi-k2"), 8)

@@ -22,6 +22,7 @@ ROOMS = [
     "sweeps",
     "cost",
     "claims",
+    "advice",
     "measure",
     "figures",
     "cli",

@@ -19,6 +19,7 @@ VERBS = {
     "plot": "draw the figures of a sweep",
     "gain": "predict the time that one placement saves over another, on a GPU",
     "step": "predict what an engine would log of each step; lay your own log beside it",
+    "advise": "should I turn it on for my traffic: placements compared, and a verdict",
     "claims": "try published performance claims: computed figure, verdict, and why",
     "export": "write a placement as a file of a serving engine",
     "traffic": "show recorded routing and measured loads, and fit a workload to them",

@@ -15,7 +15,7 @@ from typing import Any
 from sim.cli.show import print_result
 from sim.cli.sweep_options import DEFAULTS, PARSERS, add_arguments, read_config
 from sim.cli.text import folder as folder_name
-from sim.cli.text import note
+from sim.cli.text import note, say_about_inputs
 from sim.errors import InputError, unknown
 from sim.errors import whole_number as check_whole_number
 
@@ -159,22 +159,15 @@ def _difference(held: dict[str, Any], wanted: dict[str, Any]) -> str:
 
 
 def _say_notes(plan: Any) -> None:
-    from sim.placement import fallback_notes
+    from sim.placement import why_linear
 
-    model, workload = plan.model, plan.workload
-    if model.unverified:
-        note(f"{model.name}: not read from the checkpoint itself: {'; '.join(model.unverified)}")
-    if model.caveat:
-        note(f"{model.name}: {model.caveat}")
-    alike = ("deepseek-r1", "deepseek-v3")  # one router
-    same = model.name.startswith(alike) if workload.fitted_to.startswith(alike) else model.name == workload.fitted_to
-    if workload.fitted_to and not same:
-        note(f"{workload.name} traffic is fitted to {workload.fitted_to}; on {model.name} it is an assumption")
+    say_about_inputs(plan.model, plan.workload)
     if plan.fit:
         note(f"load-aware placements are fitted on {plan.fit}, and scored on none of these")
     if "round_robin" in plan.grid.placements:
-        for text in fallback_notes(model, list(plan.grid.ep_sizes)):
-            note(text)
+        for reason in dict.fromkeys(why_linear(plan.model, size) for size in plan.grid.ep_sizes):
+            if reason:
+                note(f"vLLM silently runs linear where round_robin is asked for if {reason}")
 
 
 def _progress(started: float) -> Callable[[int, int], None]:

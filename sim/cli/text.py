@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from sim.errors import InputError
 
@@ -39,6 +40,19 @@ def print_table(title: str, heads: list[str], cells: list[list[str]], markdown: 
 def note(message: str) -> None:
     """A remark for the user, on stderr, apart from the result."""
     print(f"note: {' '.join(message.split())}", file=sys.stderr)
+
+
+def say_about_inputs(model: Any, workload: Any) -> None:
+    """Notes on a model that was not verified, and on traffic that was fitted to another one."""
+    if model.unverified:
+        note(f"{model.name}: not read from the checkpoint itself: {'; '.join(model.unverified)}")
+    if model.caveat:
+        note(f"{model.name}: {model.caveat}")
+    fitted_to = getattr(workload, "fitted_to", "")
+    alike = ("deepseek-r1", "deepseek-v3")  # one router
+    same = model.name.startswith(alike) if fitted_to.startswith(alike) else model.name == fitted_to
+    if fitted_to and not same:
+        note(f"{workload.name} traffic is fitted to {fitted_to}; on {model.name} it is an assumption")
 
 
 def whole_numbers(option: str) -> Callable[[str], list[int]]:

@@ -4,40 +4,52 @@ import sys
 from argparse import ArgumentParser, Namespace
 from typing import Any
 
-from sim.cli.text import names, note, whole_number, whole_numbers
+from sim.cli.text import names, note, say_about_inputs, whole_number, whole_numbers
 from sim.errors import InputError
 
 
 def add_timed_arguments(parser: ArgumentParser, ep: str, tokens: str) -> None:
     """Add the options; `ep` and `tokens` are the defaults of these lists."""
-    add = parser.add_argument
-    add(
-        "--model", default="deepseek-v3", metavar="MODEL", help="preset or path of a config.json (default: deepseek-v3)"
+    add_step_arguments(parser, ep, tokens)
+    parser.add_argument(
+        "--workload", default="chat", metavar="WORKLOAD", help="traffic, as in epsim sweep (default: chat)"
     )
-    add("--workload", default="chat", metavar="WORKLOAD", help="traffic, as in epsim sweep (default: chat)")
-    add("--phase", help="of recorded routing: decode (default) or prefill")
-    add("--dummy-tokens", metavar="N", help="identical tokens that each step has besides, of idle data-parallel ranks")
-    add("--ep", default=ep, metavar="LIST", help=f"EP sizes (default: {ep})")
-    add("--tokens", metavar="LIST", help=f"tokens per step over the whole EP group (default: {tokens})")
-    add("--tokens-per-rank", metavar="LIST", help="instead of --tokens: tokens per step and rank")
-    add("--dtype", default="fp8", help="type of weights and inputs: fp8 (default), bf16 or fp4")
-    add(
+    parser.add_argument(
         "--exchange",
         default="deepep_low_latency",
         help="dispatch and combine: deepep_low_latency (default), deepep_high_throughput or none",
     )
+
+
+def add_step_arguments(parser: ArgumentParser, ep: str, tokens: str, *, steps: int = 512, layer_sets: int = 32) -> None:
+    """Add the options of the model, the steps and their sampling."""
+    add = parser.add_argument
+    add(
+        "--model", default="deepseek-v3", metavar="MODEL", help="preset or path of a config.json (default: deepseek-v3)"
+    )
+    add("--phase", help="of recorded routing: decode (default) or prefill")
+    add("--dummy-tokens", metavar="N", help="identical tokens that each step has besides, of idle data-parallel ranks")
+    add("--ep", default=ep, metavar="LIST", help=f"EP size, or sizes (default: {ep})")
+    add("--tokens", metavar="LIST", help=f"tokens per step over the whole EP group (default: {tokens})")
+    add("--tokens-per-rank", metavar="LIST", help="instead of --tokens: tokens per step and rank")
+    add("--dtype", default="fp8", help="type of weights and inputs: fp8 (default), bf16 or fp4")
     add(
         "--network-gb",
         metavar="GB/S",
         help="network bandwidth of a GPU per direction (default: the GPU's; 50 if it has none)",
     )
     add("--ranks-per-node", default="8", metavar="N", help="ranks joined by NVLink (default: 8)")
-    add("--layer-sets", default="32", metavar="N", help="independent sets of the model's layers (default: 32)")
+    add(
+        "--layer-sets",
+        default=str(layer_sets),
+        metavar="N",
+        help=f"independent sets of the model's layers, of traffic by law (default: {layer_sets})",
+    )
     add(
         "--steps",
-        default="512",
+        default=str(steps),
         metavar="N",
-        help="steps of each size, fewer where they are large: 16.8 M routed tokens each (default: 512)",
+        help=f"steps of each size, fewer where they are large (default: {steps})",
     )
     add("--seed", default="0", metavar="N", help="same seed, same rows, on any number of threads (default: 0)")
     add("--threads", metavar="N", help="default: all processors of this process")
@@ -49,21 +61,27 @@ def timed_options(arguments: Namespace) -> dict[str, Any]:
     from sim.model import load_model
     from sim.workload import load_workload
 
+    steps = step_options(arguments)
+    workload = load_workload(arguments.workload, phase=arguments.phase, dummy_tokens=dummy_tokens(arguments))
+    return {"model": load_model(arguments.model), "workload": workload, "exchange": arguments.exchange, **steps}
+
+
+def dummy_tokens(arguments: Namespace) -> int | None:
+    """--dummy-tokens, or None."""
+    return None if arguments.dummy_tokens is None else whole_number("--dummy-tokens")(arguments.dummy_tokens)
+
+
+def step_options(arguments: Namespace) -> dict[str, Any]:
+    """Keyword arguments that stand for the options of steps and their sampling."""
     if arguments.tokens is not None and arguments.tokens_per_rank is not None:
         raise InputError("--tokens-per-rank is the alternative to --tokens: give one of them")
     per_rank = arguments.tokens_per_rank is not None
     text = arguments.tokens_per_rank if per_rank else arguments.tokens or arguments.default_tokens
-    dummies = None if arguments.dummy_tokens is None else whole_number("--dummy-tokens")(arguments.dummy_tokens)
-    model = load_model(arguments.model)
-    workload = load_workload(arguments.workload, phase=arguments.phase, dummy_tokens=dummies)
     return {
-        "model": model,
-        "workload": workload,
         "ep_sizes": whole_numbers("--ep")(arguments.ep),
         "tokens": whole_numbers("--tokens-per-rank" if per_rank else "--tokens")(text),
         "tokens_per_rank": per_rank,
         "dtype": arguments.dtype,
-        "exchange": arguments.exchange,
         "network_gb_per_s": _positive("--network-gb", arguments.network_gb),
         "ranks_per_node": whole_number("--ranks-per-node")(arguments.ranks_per_node),
         "layer_sets": whole_number("--layer-sets")(arguments.layer_sets),
@@ -94,13 +112,9 @@ def say_about_times(options: dict[str, Any], gpus: list[Any]) -> None:
     from sim.cost.times import NETWORK_GB_PER_S
     from sim.kernels import is_cold
 
-    model, workload = options["model"], options["workload"]
     if is_cold():
         note("compiling the kernels, once for this version: about 30 seconds")
-    if model.unverified:
-        note(f"{model.name}: not read from the checkpoint itself: {'; '.join(model.unverified)}")
-    if workload.fitted_to and not model.name.startswith(("deepseek-r1", "deepseek-v3")):
-        note(f"{workload.name} traffic is fitted to {workload.fitted_to}; on {model.name} it is an assumption")
+    say_about_inputs(options["model"], options["workload"])
     for gpu in gpus:
         if gpu.unverified:
             note(f"{gpu.name}: not verified: {', '.join(gpu.unverified)}")

@@ -2,7 +2,7 @@
 
 from sim.placement.eplb import check_loads
 from sim.placement.files import FORMATS, placement_text, read_placement
-from sim.placement.rules import fallback_notes, random_ranks
+from sim.placement.rules import ROUND_ROBIN_BACKENDS, random_ranks, why_linear
 from sim.placement.slots import Slots
 from sim.placement.strategies import (
     ALIASES,
@@ -21,6 +21,7 @@ from sim.placement.strategies import (
 __all__ = [
     "ALIASES",
     "FORMATS",
+    "ROUND_ROBIN_BACKENDS",
     "STRATEGIES",
     "Placement",
     "Slots",
@@ -28,7 +29,6 @@ __all__ = [
     "check_ep_size",
     "check_loads",
     "check_slots",
-    "fallback_notes",
     "fixed_slots",
     "is_load_aware",
     "place",
@@ -37,4 +37,5 @@ __all__ = [
     "read_placement",
     "split_name",
     "strategy_name",
+    "why_linear",
 ]

@@ -42,18 +42,16 @@ def node_aware(n_experts: int, ep_size: int, ranks_per_node: int) -> np.ndarray:
     return ranks
 
 
-def fallback_notes(model: ModelSpec, ep_sizes: list[int]) -> list[str]:
-    """Where vLLM 0.33 silently runs linear although round_robin was asked for, as far as model and EP size tell.
+ROUND_ROBIN_BACKENDS = ("deepep_low_latency", "nixl_ep")
+"""All2all backends on which vLLM 0.33 keeps round_robin under data or sequence parallelism."""
 
-    It also does so with redundant experts, with EPLB, and with data or sequence parallelism on an all2all backend other
-    than deepep_low_latency and nixl_ep.
+
+def why_linear(model: ModelSpec, ep_size: int) -> str:
+    """Why vLLM 0.33 silently runs linear where round_robin is asked for, as far as model and EP size tell; empty if not.
+
+    It also does so with redundant experts, with EPLB, and with data or sequence parallelism on a backend that is not one
+    of ROUND_ROBIN_BACKENDS.
     """
-    notes = []
     if not model.is_grouped:
-        notes.append(
-            f"vLLM silently runs linear where round_robin is asked for on {model.name}: its router has no expert groups "
-            "(n_group = 1)"
-        )
-    elif 1 in ep_sizes:
-        notes.append("vLLM silently runs linear where round_robin is asked for at EP size 1")
-    return notes
+        return f"the router of {model.name} has no expert groups (n_group = 1)"
+    return "the EP size is 1" if ep_size == 1 else ""

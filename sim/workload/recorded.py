@@ -67,19 +67,24 @@ class RecordedTraffic:
         """Tokens that take each expert, float64 [layers, n_experts]."""
         return np.array([np.bincount(layer.ravel(), minlength=n_experts) for layer in self.topk_ids], float)
 
-    def halves(self) -> tuple["RecordedTraffic", "RecordedTraffic"]:
-        """Sequences 0, 2, 4, ... and 1, 3, 5, ...: what a balancer is fitted on, and what it is scored on."""
-        if len(self.starts) < 3:
+    def halves(self, *, in_order: bool = False) -> tuple["RecordedTraffic", "RecordedTraffic"]:
+        """Sequences 0, 2, 4, ... and 1, 3, 5, ...: what a balancer is fitted on, and what it is scored on. Or, `in_order`,
+        the first half of the file's sequences and the second.
+        """
+        n = len(self.starts) - 1
+        if n < 2:
             raise InputError(f"workload {self.name} has one sequence: none is left to score what is fitted on it")
-        return self._part(0), self._part(1)
+        if in_order:
+            is_first = np.arange(n) < n // 2
+            return self._part(is_first, "first half"), self._part(~is_first, "second half")
+        is_even = np.arange(n) % 2 == 0
+        return self._part(is_even, "even sequences"), self._part(~is_even, "odd sequences")
 
-    def _part(self, first: int) -> "RecordedTraffic":
+    def _part(self, mine: np.ndarray, what: str) -> "RecordedTraffic":
         lengths = np.diff(self.starts)
-        mine = np.arange(len(lengths)) % 2 == first
         ids = np.ascontiguousarray(self.topk_ids[:, np.repeat(mine, lengths)])
         starts = np.concatenate([[0], np.cumsum(lengths[mine])])
-        name = f"{self.name} [{'odd' if first else 'even'} sequences]"
-        return replace(self, name=name, topk_ids=ids, starts=starts, digest=_digest(ids, starts))
+        return replace(self, name=f"{self.name} [{what}]", topk_ids=ids, starts=starts, digest=_digest(ids, starts))
 
     def sample(
         self, key: np.ndarray, first_trial: int, tokens: np.ndarray, counts: np.ndarray, ids: np.ndarray

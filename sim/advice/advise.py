@@ -1,0 +1,174 @@
+"""Whether a placement is worth a trial for some traffic: gains of all candidates, verdicts, and what they hang on."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from sim.advice.engines import BACKENDS, DEFAULT_BACKEND, engine_of
+from sim.advice.rule import ASSUMED_SHARE, LEAST_SAVED, LEAST_SEQUENCES, judge, overall
+from sim.advice.splits import Source, splits_of
+from sim.cost import Gpu, predict_gain
+from sim.cost.expert import BYTES_PER_VALUE
+from sim.cost.gain import PERFECT
+from sim.cost.inputs import as_model, as_numbers, expert_parameters
+from sim.errors import InputError, shown, unknown, whole_number
+from sim.model import ModelSpec
+from sim.placement import check_ep_size, split_name, strategy_name
+from sim.workload import RecordedTraffic, Workload, load_workload
+
+PER_RANK = {"tokens": [1, 8, 64, 512], "tokens_per_rank": True}
+"""Steps where nobody says."""
+SAMPLED = {"most_steps": 128, "layer_sets": 8, "budget_tokens": 2**23}
+"""What is sampled where nobody says, as in `sample_steps`: intervals come from the layers, more steps hardly narrow them."""
+_OF_SPLITS = ["step_saved_low", "step_saved_high"]
+
+
+@dataclass(frozen=True, eq=False)
+class Advice:
+    """What was found.
+
+    Attributes
+    ----------
+    gains : DataFrame
+        Columns of `sim.predict_gain` for every split, candidate and number of tokens, and perfect balance; `split` says
+        how the traffic was parted (the first is the main one), `redundant_bytes` what a GPU holds besides.
+    verdicts : DataFrame
+        placement, tokens, the weakest lower and the strongest upper end of the step's saved share over the splits, the
+        verdict, and `runs_as`, the placement that vLLM runs where this one is asked for (empty: no engine has it).
+    engines : dict
+        How an engine is told to run a candidate, and what it does; keyed by the candidates that it is said of.
+    verdict : str
+        Over all that an engine runs: 'worth a trial', 'not for this traffic' or 'not enough data'.
+    best : DataFrame
+        Of each number of tokens the row of `verdicts` with the largest lower end, of what an engine runs.
+    """
+
+    gains: pd.DataFrame
+    verdicts: pd.DataFrame
+    engines: dict[str, str]
+    verdict: str
+    best: pd.DataFrame
+
+    def table(self) -> pd.DataFrame:
+        """Gains of every split with the verdicts, which are over all splits, beside them."""
+        return self.gains.merge(self.verdicts.drop(columns=_OF_SPLITS), how="left", on=["placement", "tokens"])
+
+
+def candidates(model: ModelSpec, ep_size: int, redundant: int | None = None) -> list[str]:
+    """Placements to compare with linear: eplb with 0, R and 2R redundant slots, or the next numbers that divide.
+
+    R is `redundant`, by default one slot per rank.
+    """
+    extra = ep_size if redundant is None else redundant
+    if extra % ep_size:
+        raise InputError(f"--redundant {extra}: must be a multiple of --ep {ep_size}, the same number on every rank")
+    least = -model.n_experts % ep_size
+    of_eplb = [f"eplb+{least + n * extra}" for n in (0, 1, 2)]
+    return ["round_robin", "random", *dict.fromkeys(strategy_name(name) for name in of_eplb)]
+
+
+def advise(
+    model: ModelSpec | str | Path,
+    traffic: Workload | str | Path,
+    gpu: Gpu | str | Path,
+    *,
+    ep_size: int,
+    fit_on: Source | None = None,
+    backend: str = DEFAULT_BACKEND,
+    data_parallel: int | None = None,
+    redundant: int | None = None,
+    least_saved: float = LEAST_SAVED,
+    moe_share: float | None = None,
+    step_us: float | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> Advice:
+    """Compare placements for some traffic, and judge whether one is worth a trial.
+
+    Parameters
+    ----------
+    model : ModelSpec, str or Path
+    traffic : Workload, str or Path
+        Recorded routing or a law, as in `sim.sweep`. Load-aware placements are fitted on one part of it and scored on
+        another, in several ways (`splits_of`).
+    gpu : Gpu, str or Path
+    ep_size : int
+    fit_on : RecordedTraffic or LoadCounts
+        Other traffic of the same layers, to fit on.
+    backend : str
+        All2all backend of vLLM, of BACKENDS.
+    data_parallel : int
+        Data-parallel ranks; by default `ep_size`.
+    redundant : int
+        R: eplb is compared with 0, R and 2R redundant slots; by default `ep_size`.
+    least_saved : float
+        Share of the step that is worth a trial.
+    moe_share, step_us
+        As in `sim.predict_gain`; without either the share is taken as ASSUMED_SHARE.
+    **options
+        dtype, tokens and the like, as in `sim.predict_gain`; by default steps have 1, 8, 64 and 512 tokens per rank.
+
+    Returns
+    -------
+    Advice
+
+    Raises
+    ------
+    InputError
+        As `sim.predict_gain`, and for names and numbers that are not allowed.
+    """
+    model = as_model(model)
+    traffic = traffic if isinstance(traffic, Workload) else load_workload(traffic)
+    check_ep_size(model, ep_size)
+    if ep_size < 2:
+        raise InputError(f"--ep {ep_size}: there is nothing to place on one rank")
+    if backend not in BACKENDS:
+        raise unknown("--backend", shown(backend), BACKENDS)
+    ranks = whole_number("--data-parallel", ep_size if data_parallel is None else data_parallel, 1, 2**15)
+    as_numbers("--worth", least_saved, 1e-6, 1)
+    names = candidates(model, ep_size, redundant)
+    share = ASSUMED_SHARE if moe_share is None and step_us is None else moe_share
+    setup: dict[str, Any] = SAMPLED | (PER_RANK if "tokens" not in options else {}) | options
+    setup |= {"ep_sizes": ep_size, "exchange": BACKENDS[backend], "seed": seed}
+    tables = []
+    for split in splits_of(model, traffic, fit_on, seed):
+        gains = predict_gain(
+            model, split.scored, gpu, placement=[*names, PERFECT], fit_on=split.fitted_on, moe_share=share,
+            step_us=step_us, **setup,
+        )  # fmt: skip
+        tables.append(gains.assign(split=split.about))
+    gains = pd.concat(tables, ignore_index=True)
+    gains["redundant_bytes"] = [
+        _redundant_bytes(model, row.placement, ep_size, row.dtype) for row in gains.itertuples()
+    ]
+    engines = {name: engine_of(name, model, ep_size, backend, ranks) for name in ["linear", *names]}
+    verdicts = _verdicts(gains, names, least_saved, is_enough=_is_enough(traffic))
+    verdicts["runs_as"] = [engines[name].runs_as for name in verdicts.placement]
+    run = verdicts[verdicts.runs_as == verdicts.placement]
+    best = run.sort_values("step_saved_low", kind="stable").groupby("tokens").tail(1).sort_values("tokens")
+    hows: dict[str, str] = {}
+    for how in dict.fromkeys(engine.how for engine in engines.values()):
+        hows[", ".join(name for name, engine in engines.items() if engine.how == how)] = how
+    return Advice(gains, verdicts, hows, overall(run), best)
+
+
+def _verdicts(gains: pd.DataFrame, names: list[str], least_saved: float, *, is_enough: bool) -> pd.DataFrame:
+    """A row for each candidate and number of tokens, over all splits."""
+    rows = []
+    for (name, tokens), of_splits in gains[gains.placement.isin(names)].groupby(["placement", "tokens"], sort=False):
+        low, high = of_splits.step_saved_low.to_numpy(), of_splits.step_saved_high.to_numpy()
+        row = {"placement": name, "tokens": tokens, "step_saved_low": low.min(), "step_saved_high": high.max()}
+        rows.append({**row, "verdict": judge(low, high, least_saved, is_enough=is_enough)})
+    return pd.DataFrame(rows)
+
+
+def _is_enough(traffic: Workload) -> bool:
+    return not isinstance(traffic, RecordedTraffic) or len(traffic.starts) - 1 >= 2 * LEAST_SEQUENCES
+
+
+def _redundant_bytes(model: ModelSpec, name: str, ep_size: int, dtype: str) -> float:
+    """Weights that a GPU holds in redundant slots, over all layers."""
+    redundant = 0 if name == PERFECT else split_name(name)[1]
+    return redundant / ep_size * model.n_moe_layers * expert_parameters(model) * BYTES_PER_VALUE[dtype]

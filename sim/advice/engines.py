@@ -1,0 +1,52 @@
+"""What serving engines do where a placement is asked for."""
+
+from typing import NamedTuple
+
+from sim.model import ModelSpec
+from sim.placement import ROUND_ROBIN_BACKENDS, is_load_aware, why_linear
+
+BACKENDS = {
+    "allgather_reducescatter": "none",
+    "deepep_low_latency": "deepep_low_latency",
+    "deepep_high_throughput": "deepep_high_throughput",
+    "nixl_ep": "deepep_low_latency",
+}
+"""All2all backends of vLLM, and the exchange that stands for each (`sim.cost.times.EXCHANGES`): with allgather every rank has
+every token, so placement does not change the exchange; nixl_ep is taken to send a token once to each of its experts.
+"""
+DEFAULT_BACKEND = "allgather_reducescatter"
+"""vLLM's own default."""
+STALL_S = 1.70
+"""Longest stall of the engine by one synchronous rebalance that was reported for vLLM (issue #50647: 0.65 to 1.70 s)."""
+
+
+class Engine(NamedTuple):
+    """What becomes of a placement."""
+
+    runs_as: str  # the placement that vLLM 0.33 runs; empty where it has no such option
+    how: str  # how to turn it on, and what to know
+
+
+def engine_of(placement: str, model: ModelSpec, ep_size: int, backend: str, data_parallel: int) -> Engine:
+    """What vLLM runs where a placement is asked for, and the ways to it in other engines.
+
+    vLLM 0.33: `determine_expert_placement_strategy` of its FusedMoE layer, `EPLBConfig`; SGLang 0.5.23: server arguments.
+    """
+    if placement == "linear":
+        return Engine("linear", "the default of vLLM and SGLang")
+    if placement == "random":
+        return Engine("", "no engine has it as an option; it stands for any map that ignores loads and groups")
+    if is_load_aware(placement):
+        return Engine(
+            placement,
+            "vLLM: --enable-eplb, for N redundant slots with --eplb-config '{\"num_redundant_experts\": N}', if it supports "
+            f"EPLB for the model; it starts with expert p % {model.n_experts} in slot p and balances on the loads of recent "
+            "steps at every rebalance. SGLang: --enable-eplb --ep-num-redundant-experts N, or a fixed map that epsim export writes: "
+            "--init-expert-location FILE",
+        )
+    reason = why_linear(model, ep_size)
+    if not reason and data_parallel > 1 and backend not in ROUND_ROBIN_BACKENDS:
+        reason = f"there is data parallelism ({data_parallel} ranks) on {backend}; it would run with {' or '.join(ROUND_ROBIN_BACKENDS)}"
+    if reason:
+        return Engine("linear", f"vLLM silently runs linear: {reason}")
+    return Engine("round_robin", "vLLM: --expert-placement-strategy round_robin; not with EPLB or redundant experts")

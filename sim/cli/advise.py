@@ -1,0 +1,210 @@
+"""Should I turn it on for my traffic? Compare placements on recorded routing or measured loads, and judge them."""
+
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import Any
+
+from sim.cli.text import folder as folder_name
+from sim.cli.text import note, print_table, share, whole_number
+from sim.cli.timed import (
+    add_step_arguments,
+    dummy_tokens,
+    identity_of,
+    say_about_times,
+    share_or_none,
+    step_options,
+    step_us_or_none,
+)
+from sim.errors import InputError
+
+_DEFAULT_PER_RANK = "1,8,64,512"
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Add the options of `epsim advise`."""
+    add = parser.add_argument
+    add(
+        "--traffic",
+        required=True,
+        metavar="FILE",
+        help="recorded routing or load counts (as epsim traffic reads them), or a workload: preset or .toml",
+    )
+    add(
+        "--fit-on",
+        metavar="FILE",
+        help="other traffic of the same layers to fit eplb on (default: a part of --traffic)",
+    )
+    add("--gpu", default="h20", metavar="GPU", help="a GPU (epsim gpus), or a .toml file of your own (default: h20)")
+    add(
+        "--backend",
+        default="allgather_reducescatter",
+        help="all2all backend: allgather_reducescatter (default, as in vLLM), deepep_low_latency, deepep_high_throughput "
+        "or nixl_ep",
+    )
+    add("--data-parallel", metavar="N", help="data-parallel ranks (default: the EP size)")
+    add("--redundant", metavar="R", help="compare eplb with 0, R and 2R redundant slots (default: the EP size)")
+    add("--worth", default="2%", metavar="SHARE", help="saved share of the step that is worth a trial (default: 2%%)")
+    add("--moe-share", metavar="SHARE", help="share of a step that experts and exchange take (default: 50%%, assumed)")
+    add("--step-ms", metavar="MS", help="instead: the measured step time under linear placement")
+    add_step_arguments(parser, ep="16", tokens="1, 8, 64 and 512 per rank", steps=128, layer_sets=8)
+    add("--markdown", action="store_true", help="print the table alone, as Markdown")
+    add("--out", metavar="DIR", help="write advice.csv, advice.json and the figure there")
+
+
+def run(arguments: Namespace) -> None:
+    """Run `epsim advise`."""
+    if arguments.tokens is None and arguments.tokens_per_rank is None:
+        arguments.tokens_per_rank = _DEFAULT_PER_RANK
+    options = step_options(arguments)
+    sizes = options.pop("ep_sizes")
+    if len(sizes) > 1:
+        raise InputError(f"--ep {arguments.ep}: advice is for one EP size")
+    chosen: dict[str, Any] = {
+        "backend": arguments.backend,
+        "data_parallel": _whole_or_none("--data-parallel", arguments.data_parallel),
+        "redundant": _whole_or_none("--redundant", arguments.redundant),
+        "least_saved": share("--worth")(arguments.worth),
+        "moe_share": share_or_none("--moe-share", arguments.moe_share),
+        "step_us": step_us_or_none(arguments.step_ms),
+    }
+    folder = None if arguments.out is None else folder_name("--out", arguments.out)
+    from sim.cost import load_gpu
+    from sim.model import load_model
+
+    model, gpu = load_model(arguments.model), load_gpu(arguments.gpu)
+    traffic, other = _read(arguments, model)
+    _say_about_steps(traffic, sizes[0], options)
+    from sim.advice import BACKENDS, advise
+
+    exchange = BACKENDS.get(arguments.backend, "none")
+    say_about_times(options | {"model": model, "workload": traffic, "exchange": exchange}, [gpu])
+    advice = advise(model, traffic, gpu, ep_size=sizes[0], fit_on=other, **chosen, **options)
+    _print(advice, arguments)
+    if folder is not None:
+        identity = identity_of(options | {"model": model, "workload": traffic}, [gpu], ep_size=sizes[0], **chosen)
+        _write(advice, folder, identity)
+
+
+def _whole_or_none(option: str, text: str | None) -> int | None:
+    return None if text is None else whole_number(option)(text)
+
+
+def _read(arguments: Namespace, model: Any) -> tuple[Any, Any]:
+    """Traffic that is scored, and other traffic to fit on or None."""
+    from sim.workload import load_workload, read_traffic
+    from sim.workload.read import SUFFIXES
+
+    def read(name: str) -> Any:
+        found = read_traffic(Path(name.removeprefix("file:")), model, arguments.phase or "decode")
+        for text in found.notes:
+            note(text)
+        return found.data
+
+    name, dummies = arguments.traffic, dummy_tokens(arguments)
+    if not name.startswith("file:") and not name.endswith(SUFFIXES):
+        traffic = load_workload(name, phase=arguments.phase, dummy_tokens=dummies)
+    elif dummies is not None:
+        raise InputError("--dummy-tokens goes with traffic by law, not with a file of recorded traffic")
+    else:
+        traffic = read(name)
+    return traffic, None if arguments.fit_on is None else read(arguments.fit_on)
+
+
+def _say_about_steps(traffic: Any, ep_size: int, options: dict[str, Any]) -> None:
+    """A remark where steps have more tokens than there are sequences to take them from."""
+    from sim.workload import RecordedTraffic
+
+    largest = max(options["tokens"]) * (ep_size if options["tokens_per_rank"] else 1)
+    if isinstance(traffic, RecordedTraffic) and traffic.phase == "decode" and largest > (len(traffic.starts) - 1) // 2:
+        note(
+            f"half of {traffic.name} has {(len(traffic.starts) - 1) // 2} sequences: larger decode steps take several tokens of "
+            "each, and are as uneven as these sequences together, not as so many requests"
+        )
+
+
+def _print(advice: Any, arguments: Namespace) -> None:
+    from sim.advice import changes, rule_text, verdict_text
+
+    least = share("--worth")(arguments.worth)
+    _print_table(advice, arguments.markdown)
+    if arguments.markdown:
+        return
+    row = advice.gains.iloc[0]
+    print(f"\nVerdict: {verdict_text(advice)}\nRule: {rule_text(least)}")
+    if arguments.moe_share is None and arguments.step_ms is None:
+        print(f"The share {row.moe_share:.0%} is an assumption: give --moe-share, or --step-ms as you measured it.")
+    print("\nWhat the engine does:")
+    for name, text in advice.engines.items():
+        print(f"  {name}: {text}")
+    print("\nWhat would change the verdict:")
+    for text in changes(advice, least):
+        print(f"  - {text}")
+
+
+def _print_table(advice: Any, markdown: bool) -> None:
+    main = advice.gains[advice.gains.split == advice.gains.split.iloc[0]]
+    row = main.iloc[0]
+    title = (
+        f"{row.model} in {row['dtype']}, EP {row.ep_size} on {row.gpu}, {row.workload}, exchange {row.exchange}\n"
+        f"eplb is {row.split}; layer: experts of the slowest rank, dispatch and combine; saved: against linear, "
+        "95 % over layers;\nstep: weakest lower to strongest upper end over all splits of the traffic, of a step of which "
+        f"experts and exchange take {row.moe_share:.0%}"
+    )
+    heads = ["tokens", "placement", "imbalance", "idle ranks", "ranks /token", "nodes /token", "layer us"]
+    heads += ["layer saved", "step saved", "GB /GPU", "verdict"]
+    judged = {(row.placement, row.tokens): row for row in advice.verdicts.itertuples()}
+    cells = []
+    for tokens, rows in main.groupby("tokens", sort=False):
+        first = rows.iloc[0]
+        cells.append(
+            [str(tokens), "linear", *_loads(first, "baseline_"), f"{first.baseline_layer_us:.0f}", "", "", "", ""]
+        )
+        for row in rows.itertuples():
+            saved = f"{row.layer_saved:+.1%} ± {(row.layer_saved_high - row.layer_saved_low) / 2:.1%}"
+            of_row = judged.get((row.placement, tokens))
+            step = "" if of_row is None else f"{of_row.step_saved_low:+.1%} to {of_row.step_saved_high:+.1%}"
+            memory = f"{row.redundant_bytes / 1e9:.2f}" if row.redundant_bytes else ""
+            cells.append(
+                [
+                    str(tokens),
+                    row.placement,
+                    *_loads(row, ""),
+                    f"{row.layer_us:.0f}",
+                    saved,
+                    step,
+                    memory,
+                    _verdict(of_row),
+                ]
+            )
+    print_table(title, heads, cells, markdown, align=">" + "<" + ">" * 8 + "<")
+
+
+def _verdict(row: Any) -> str:
+    """The verdict as a cell, or why there is none."""
+    if row is None:
+        return ""
+    if row.runs_as != row.placement:
+        return f"vLLM runs {row.runs_as}" if row.runs_as else "no engine's option"
+    return row.verdict
+
+
+def _loads(row: Any, prefix: str) -> list[str]:
+    """Imbalance with its interval, idle ranks and fan-out, as cells; of perfect balance the imbalance alone."""
+    imbalance = getattr(row, f"{prefix}imbalance")
+    half = (getattr(row, f"{prefix}imbalance_high") - getattr(row, f"{prefix}imbalance_low")) / 2
+    others = [getattr(row, prefix + name) for name in ("idle_ranks", "ranks_per_token", "nodes_per_token")]
+    texts = ["" if value != value else f"{value:.2f}" for value in others]
+    return [f"{imbalance:.2f} ± {half:.2f}" if half else f"{imbalance:.0f}", *texts]
+
+
+def _write(advice: Any, folder: Path, identity: dict[str, Any]) -> None:
+    from sim.cost.gain import PERFECT
+    from sim.figures import save
+    from sim.figures.advice import advice_by_tokens
+    from sim.results import writable_folder, write_table
+
+    with writable_folder(folder):
+        write_table(advice.table(), folder, "advice", identity)
+        for suffix in ("png", "svg"):
+            save(advice_by_tokens(advice.gains, PERFECT), folder / f"advice.{suffix}")
+    print(f"\nwritten to {folder}: advice.csv, advice.json (what made it), advice.png and .svg")

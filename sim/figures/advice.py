@@ -1,0 +1,58 @@
+"""What the candidates save, and how even they are, by tokens per step."""
+
+from typing import Any
+
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from sim.figures.style import imbalance_axis, label, log2_ticks, look, panels, styled, title_panel
+
+
+@styled
+def advice_by_tokens(gains: pd.DataFrame, reference: str) -> Figure:
+    """Share of the layer's time saved (left), and mean imbalance (right), against tokens per step, in the main split.
+
+    `reference` is the row of what no placement can beat; it has no line at the right.
+    """
+    rows = gains[gains.split == gains.split.iloc[0]]
+    names = list(dict.fromkeys(rows.placement))
+    figure, (saved, balance) = panels(2, 2, 3.4, sharey=False)
+    looks: dict[str, dict[str, Any]] = {name: look(name) for name in names if name != reference}
+    looks[reference] = {"color": "#999999", "linestyle": (0, (6, 2)), "marker": ""}
+    base = rows[rows.placement == names[0]]
+    balance.plot(base.tokens, base.baseline_imbalance, **look("linear"))
+    for name in names:
+        mine = rows[rows.placement == name]
+        style: dict[str, Any] = looks[name]
+        saved.plot(mine.tokens, 100 * mine.layer_saved, **style)
+        low, high = 100 * mine.layer_saved_low, 100 * mine.layer_saved_high
+        saved.fill_between(mine.tokens, low, high, color=style["color"], alpha=0.15, linewidth=0)
+        if name != reference:
+            balance.plot(mine.tokens, mine.imbalance, **style)
+            balance.fill_between(
+                mine.tokens, mine.imbalance_low, mine.imbalance_high, color=style["color"], alpha=0.15, linewidth=0
+            )
+    saved.axhline(0, **look("linear") | {"marker": "", "linewidth": 0.8})
+    imbalance_axis(balance, "y")
+    for ax, title, text in (
+        (saved, "time saved over linear", "layer time saved (%)"),
+        (balance, "imbalance of ranks", "mean imbalance (max / mean load)"),
+    ):
+        log2_ticks(ax, list(rows.tokens))
+        ax.set_xlabel("tokens per step (whole EP group)")
+        ax.set_ylabel(text)
+        title_panel(ax, title)
+    row = rows.iloc[0]
+    figure.suptitle(
+        f"{row.model} in {row['dtype']}, EP {row.ep_size} on {row.gpu}, exchange: {row.exchange}, {row.workload}\n"
+        f"eplb is {row.split}; bands: 95 % over layers",
+        fontsize=10,
+        x=0.01,
+        ha="left",
+    )
+    handles = [
+        Line2D([], [], label=label(name), **style) for name, style in {"linear": look("linear"), **looks}.items()
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
+    return figure
