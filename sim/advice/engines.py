@@ -41,12 +41,13 @@ def engine_of(placement: str, model: ModelSpec, ep_size: int, backend: str, data
             placement,
             "vLLM: --enable-eplb, for N redundant slots with --eplb-config '{\"num_redundant_experts\": N}', if it supports "
             f"EPLB for the model; it starts with expert p % {model.n_experts} in slot p and balances on the loads of recent "
-            "steps at every rebalance. SGLang: --enable-eplb --ep-num-redundant-experts N, or a fixed map that epsim export writes: "
-            "--init-expert-location FILE",
+            "steps at every rebalance. SGLang: --enable-eplb --ep-num-redundant-experts N, or a fixed map that epsim export "
+            "writes: --init-expert-location FILE",
         )
     reason = why_linear(model, ep_size)
     if not reason and data_parallel > 1 and backend not in ROUND_ROBIN_BACKENDS:
-        reason = f"there is data parallelism ({data_parallel} ranks) on {backend}; it would run with {' or '.join(ROUND_ROBIN_BACKENDS)}"
+        backends = " or ".join(ROUND_ROBIN_BACKENDS)
+        reason = f"there is data parallelism ({data_parallel} ranks) on {backend}; it would run with {backends}"
     if reason:
         return Engine("linear", f"vLLM silently runs linear: {reason}")
     return Engine("round_robin", "vLLM: --expert-placement-strategy round_robin; not with EPLB or redundant experts")

@@ -1,8 +1,9 @@
 """Steps through all layers of a model: routed tokens, and in each layer the slowest rank of every placement and EP size."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from sim.router import draw_trials
 from sim.score import METRICS, fan_out, score_blocks
 from sim.sweeps import make_plan
 from sim.sweeps.executors import usable_processors
-from sim.sweeps.layouts import chunk_groups
+from sim.sweeps.layouts import Group, chunk_groups
 from sim.sweeps.plan import Plan
 from sim.workload import Workload
 
@@ -130,9 +131,12 @@ def sample_steps(
         [np.empty((int(blocks.max()), 2), np.int32) for _ in grid.pairs],
     )
     chunks = _chunks(blocks, grid.steps, n_layers * n_sets)
+    groups_of = cache(
+        partial(chunk_groups, plan, pairs=range(len(grid.pairs)))
+    )  # a draw comes again every n_sets steps
     constants = np.array(rates, float).reshape(len(rates), -1)
     with ThreadPoolExecutor(threads or usable_processors()) as pool:
-        list(pool.map(lambda trials: _run_chunk(sample, blocks, constants, trials), chunks))
+        list(pool.map(lambda trials: _run_chunk(sample, blocks, constants, groups_of, trials), chunks))
     for arrays in (
         sample.slowest_us, sample.load_bound, sample.max_load, sample.idle_ranks, sample.active_experts, sample.reached
     ):  # fmt: skip
@@ -150,7 +154,13 @@ def _chunks(of_size: np.ndarray, steps: np.ndarray, n_draws: int) -> list[range]
     return chunks
 
 
-def _run_chunk(sample: StepSample, of_size: np.ndarray, constants: np.ndarray, trials: range) -> None:
+def _run_chunk(
+    sample: StepSample,
+    of_size: np.ndarray,
+    constants: np.ndarray,
+    groups_of: Callable[[range], list[Group]],
+    trials: range,
+) -> None:
     """Fill in some trials of every size that has them."""
     plan, n_draws = sample.plan, sample.n_layers * sample.n_sets
     grid = plan.grid
@@ -164,7 +174,7 @@ def _run_chunk(sample: StepSample, of_size: np.ndarray, constants: np.ndarray, t
     reached = np.zeros((len(trials), len(grid.pairs), 2), np.int64)
     step_of_cell = np.searchsorted(live, [grid.cells[cell][1] for cell in cells])
     pair_of_cell = grid.pair_of_cell[cells]
-    for group in chunk_groups(plan, range(first_draw, first_draw + len(trials)), range(len(grid.pairs))):
+    for group in groups_of(range(first_draw, first_draw + len(trials))):
         mine = np.flatnonzero(np.isin(pair_of_cell, group.pairs))
         of_group = np.searchsorted(group.pairs, pair_of_cell)  # of other groups' cells: not looked at
         dealt = group.deal(counts, ids, grid.steps[live], plan.replica_choice)
