@@ -1,0 +1,262 @@
+"""Advice: candidates, the rule, what engines do, splits that share no token, and the command as a user runs it."""
+
+import dataclasses
+import itertools
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from sim import InputError, advise, load_model, predict_gain
+from sim.advice import candidates, changes, rule_text, verdict_text
+from sim.advice.engines import BACKENDS, engine_of
+from sim.advice.rule import NOT, UNSURE, WORTH, judge
+from sim.advice.splits import splits_of
+from sim.cli import main
+from sim.cost.gain import PERFECT
+from sim.figures.advice import advice_by_tokens
+from sim.workload.recorded import build_record
+
+V3, OSS = load_model("deepseek-v3"), load_model("gpt-oss-20b")
+TOY = dataclasses.replace(OSS, name="toy", n_experts=16, top_k=2, n_moe_layers=3)
+SMALL = {"tokens": [8, 4096], "most_steps": 12, "moe_share": 0.5}
+
+
+def draw_ids(popularity, n_tokens, seed=0, n_layers=3):
+    """Plackett-Luce choices of 2 experts, int16 [tokens, layers, 2]."""
+    scores = np.log(popularity) + np.random.default_rng(seed).gumbel(size=(n_tokens, n_layers, len(popularity)))
+    return np.argsort(-scores, axis=2)[..., :2].astype(np.int16)
+
+
+def record(ids, sequences=40):
+    lengths = np.full(sequences, len(ids) // sequences)
+    return build_record("toy", "file:toy.npz", ids, lengths, "decode", "toy.npz")[0]
+
+
+SKEWED = np.repeat([8.0, 1.0], 8)  # linear puts the popular half of the experts on the first ranks
+HOT, EVEN = record(draw_ids(SKEWED, 4000)), record(draw_ids(np.ones(16), 4000))
+
+
+# The rule
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "enough", "verdict"),
+    [
+        ([0.03, 0.02], [0.05, 0.04], True, WORTH),
+        ([0.03, 0.019], [0.05, 0.04], True, UNSURE),  # one split does not agree
+        ([-0.1, 0.01], [0.019, 0.0199], True, NOT),
+        ([-0.1, 0.01], [0.019, 0.02], True, UNSURE),
+        ([0.03, 0.03], [0.05, 0.05], False, UNSURE),
+        ([np.nan, 0.03], [np.nan, 0.05], True, UNSURE),  # one layer has no interval
+    ],
+)
+def test_verdicts_follow_the_rule(low, high, enough, verdict):
+    assert judge(np.array(low), np.array(high), 0.02, is_enough=enough) == verdict
+
+
+def test_the_rule_names_its_bounds():
+    assert "at least 3.5%" in rule_text(0.035)
+    assert "fewer than 16 recorded sequences" in rule_text(0.02)
+
+
+# Candidates and engines
+
+
+def test_candidates_have_equal_slots_on_every_rank():
+    assert candidates(V3, 16) == ["round_robin", "random", "eplb", "eplb+16", "eplb+32"]
+    assert candidates(V3, 12, 24) == ["round_robin", "random", "eplb+8", "eplb+32", "eplb+56"]
+    with pytest.raises(InputError, match="--redundant 10: must be a multiple of --ep 16"):
+        candidates(V3, 16, 10)
+
+
+def test_what_vllm_runs_where_round_robin_is_asked_for():
+    """All cases of FIELD 3 that model, EP size, backend and data parallelism decide."""
+    for model, backend, ranks in itertools.product((V3, OSS), BACKENDS, (1, 16)):
+        keeps = model is V3 and (ranks == 1 or backend in ("deepep_low_latency", "nixl_ep"))
+        assert engine_of("round_robin", model, 16, backend, ranks).runs_as == ("round_robin" if keeps else "linear")
+    assert engine_of("eplb+16", OSS, 16, "nixl_ep", 16).runs_as == "eplb+16"
+    assert engine_of("random", V3, 16, "nixl_ep", 1).runs_as == ""
+
+
+# Splits
+
+
+def test_no_token_is_fitted_and_scored():
+    """Sequences are told by their first token: each split has all of them, in one of its parts."""
+    ids = np.zeros((120, 1, 2), np.int16)
+    ids[:, 0, 0], ids[:, 0, 1] = np.arange(120) % 120, 200
+    marked = record(ids, 40)
+    for split in splits_of(TOY, marked, None, 0):
+        parts = [set(part.topk_ids[0, :, 0].tolist()) for part in (split.scored, split.fitted_on)]
+        assert parts[0] | parts[1] == set(range(120))
+        assert not parts[0] & parts[1]
+        assert len(parts[0]) == 60
+    first, second = marked.halves(in_order=True)
+    assert first.topk_ids[0, :, 0].max() < second.topk_ids[0, :, 0].min()
+
+
+# The advice
+
+
+def test_skewed_traffic_is_worth_a_trial_and_even_traffic_is_not():
+    hot, even = (advise(TOY, of, "h20", ep_size=4, **SMALL) for of in (HOT, EVEN))
+    assert hot.verdict == WORTH
+    assert hot.best[hot.best.tokens == 4096].placement.iloc[0].startswith("eplb")
+    assert even.verdict == NOT
+    robin = hot.verdicts[hot.verdicts.placement == "round_robin"]
+    assert (robin.runs_as == "linear").all()
+    assert (robin[robin.tokens == 4096].verdict == WORTH).all()  # it would be, and vLLM would not run it
+    assert "round_robin" not in set(hot.best.placement)
+
+
+def test_gains_are_those_of_predict_gain_on_the_same_halves():
+    advice = advise(TOY, HOT, "h20", ep_size=4, redundant=8, backend="deepep_low_latency", **SMALL)
+    even, odd = HOT.halves()
+    direct = predict_gain(TOY, odd, "h20", placement=["eplb+8"], fit_on=even, ep_sizes=4, budget_tokens=2**23, **SMALL)
+    mine = advice.gains[(advice.gains.placement == "eplb+8") & (advice.gains.split == advice.gains.split.iloc[0])]
+    for column in ("layer_saved", "layer_saved_low", "imbalance", "layer_us", "ranks_per_token"):
+        np.testing.assert_allclose(mine[column], direct[column], rtol=1e-12)
+    rows = advice.gains[(advice.gains.placement == "eplb+8") & (advice.gains.tokens == 8)]
+    verdict = advice.verdicts[(advice.verdicts.placement == "eplb+8") & (advice.verdicts.tokens == 8)].iloc[0]
+    assert (verdict.step_saved_low, verdict.step_saved_high) == (rows.step_saved_low.min(), rows.step_saved_high.max())
+    # 2 slots more on each GPU, in 3 layers, of 3 x 2880 x 2880 parameters of a byte
+    assert rows.redundant_bytes.tolist() == [2 * 3 * 3 * 2880 * 2880] * 3
+
+
+def test_words_are_the_tables_numbers():
+    advice = advise(TOY, HOT, "h20", ep_size=4, **SMALL)
+    text, best = verdict_text(advice), advice.best[advice.best.tokens == 4096].iloc[0]
+    assert f"{100 * best.step_saved_low:.1f} to {100 * best.step_saved_high:.1f} %" in text
+    assert best.placement in text
+    perfect = advice.gains[(advice.gains.placement == PERFECT) & (advice.gains.tokens == 4096)].iloc[0]
+    found = changes(advice, 0.02)
+    assert any(f"{100 * perfect.layer_saved:.1f} % at 4096" in line for line in found)
+    low = advice.gains[(advice.gains.placement == best.placement) & (advice.gains.tokens == 4096)].layer_saved_low.min()
+    assert any(f"{100 * 0.02 / low:.0f} % at 4096" in line for line in found)
+
+
+def test_few_sequences_and_one_layer_are_not_enough():
+    few = advise(TOY, record(draw_ids(SKEWED, 3000), 30), "h20", ep_size=4, **SMALL)
+    assert few.verdict == UNSURE
+    one_layer = dataclasses.replace(TOY, n_moe_layers=1)
+    one = advise(one_layer, record(draw_ids(SKEWED, 4000, n_layers=1)), "h20", ep_size=4, **SMALL)
+    assert one.verdict == UNSURE
+
+
+def test_the_advice_does_not_depend_on_threads():
+    one, two = (advise(TOY, HOT, "h20", ep_size=4, threads=n, **SMALL) for n in (1, 2))
+    pd.testing.assert_frame_equal(one.table(), two.table())
+
+
+def test_real_routing(shared):
+    """gpt-oss-20b at EP 16 on H20: with 512 tokens per rank, copies of experts pay in every split; with 1 they cost."""
+    path = shared / "traces" / "gpt-oss-20b-tokens.npz"
+    advice = advise(
+        OSS, f"file:{path}", "h20", ep_size=16, backend="deepep_low_latency", tokens=[16, 8192], most_steps=16
+    )
+    verdicts = advice.verdicts.set_index(["placement", "tokens"])
+    assert advice.verdict == WORTH
+    assert verdicts.verdict["eplb+32", 8192] == WORTH
+    assert verdicts.step_saved_high["eplb+32", 16] < 0
+    assert (verdicts.runs_as["round_robin"] == "linear").all()
+
+
+def test_the_figure_shows_every_candidate_and_its_numbers():
+    advice = advise(TOY, HOT, "h20", ep_size=4, **SMALL)
+    saved, balance = advice_by_tokens(advice.gains, PERFECT).axes
+    rows = advice.gains[advice.gains.split == advice.gains.split.iloc[0]]
+    drawn = {tuple(np.round(line.get_ydata(), 9)) for line in saved.lines}
+    for _, of in rows.groupby("placement"):
+        assert tuple(np.round(100 * of.layer_saved, 9)) in drawn
+    assert len(balance.lines) == 6  # linear and five candidates; perfect balance is 1 everywhere
+    assert "tokens per step" in saved.get_xlabel()
+
+
+# The command
+
+
+@pytest.fixture
+def toy_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = {"n_routed_experts": 16, "num_experts_per_tok": 2, "num_hidden_layers": 3, "hidden_size": 512}
+    config |= {"moe_intermediate_size": 256, "model_type": "qwen3_moe", "num_experts": 16}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    np.savez(tmp_path / "hot.npz", topk_ids=draw_ids(SKEWED, 4000), sequence_lengths=np.full(40, 100))
+    np.savetxt(tmp_path / "load.csv", np.outer([1, 2, 3], SKEWED * 100).astype(int), fmt="%d", delimiter=",")
+    return tmp_path
+
+
+def run(*words):
+    base = [
+        "advise",
+        "--model",
+        "config.json",
+        "--traffic",
+        "hot.npz",
+        "--ep",
+        "4",
+        "--steps",
+        "8",
+        "--tokens",
+        "8,2048",
+    ]
+    return main([*base, *words])
+
+
+def test_the_command_answers_and_writes(toy_files, capsys):
+    assert run("--out", "advice") == 0
+    out = capsys.readouterr().out
+    for text in (
+        "Verdict: ",
+        "Rule: ",
+        "What the engine does:",
+        "vLLM silently runs linear",
+        "What would change the verdict:",
+    ):
+        assert text in out
+    table = pd.read_csv(toy_files / "advice" / "advice.csv")
+    assert set(table.placement) == {"round_robin", "random", "eplb", "eplb+4", "eplb+8", PERFECT}
+    assert table.split.nunique() == 3
+    about = json.loads((toy_files / "advice" / "advice.json").read_text())["advice"]
+    assert about["ep_size"] == 4
+    assert about["law"]["recorded"]
+    assert (toy_files / "advice" / "advice.png").stat().st_size > 10_000
+    assert run("--markdown") == 0
+    assert capsys.readouterr().out.startswith("| tokens | placement |")
+
+
+def test_load_counts_are_advised_on_too(toy_files, capsys):
+    assert run("--traffic", "load.csv", "--fit-on", "hot.npz") == 0
+    assert "eplb is fitted on hot.npz" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--ep", "4,8"], "--ep 4,8: advice is for one EP size"),
+        (["--ep", "1"], "--ep 1: there is nothing to place on one rank"),
+        (["--ep", "17"], "--ep 17: EP size must lie from 1 to the 16 experts"),
+        (["--backend", "pplx"], "--backend 'pplx' is not known"),
+        (["--redundant", "3"], "--redundant 3: must be a multiple of --ep 4"),
+        (["--redundant", "-4"], "--redundant -4"),
+        (["--data-parallel", "0"], "--data-parallel 0: must be a whole number from 1"),
+        (["--worth", "0"], "--worth 0: must be from"),
+        (["--worth", "much"], "--worth 'much': expected a share"),
+        (["--moe-share", "40%", "--step-ms", "10"], "--moe-share and --step-ms say the same"),
+        (["--step-ms", "1e-3"], "--step-ms 0.001: below the"),
+        (["--traffic", "absent.npz"], "absent.npz"),
+        (["--traffic", "hot.npz", "--fit-on", "hot.npz"], "is the traffic that is scored"),
+        (["--dummy-tokens", "8"], "--dummy-tokens goes with traffic by law"),
+        (["--gpu", "h9000"], "--gpu 'h9000' is not known"),
+        (["--model", "deepseek-v3"], "model deepseek-v3 has top_k 8"),
+        (["--traffic", "chat", "--fit-on", "hot.npz"], "the layers of chat are drawn"),
+    ],
+)
+def test_bad_usage_is_one_line_and_status_2(words, message, toy_files, capsys):
+    before = set(toy_files.iterdir())
+    assert run(*words, "--out", "never") == 2
+    err = capsys.readouterr().err.splitlines()
+    assert message in err[-1]
+    assert set(toy_files.iterdir()) == before
