@@ -21,7 +21,7 @@ VERBS = {
     "step": "predict what an engine would log of each step; lay your own log beside it",
     "claims": "try published performance claims: computed figure, verdict, and why",
     "export": "write a placement as a file of a serving engine",
-    "traffic": "show recorded routing and measured loads, and fit a workload to them",
+    "traffic": "recorded routing and measured loads: show them, fit a workload, show how a placement goes stale",
     "models": "list the model presets",
     "workloads": "list the traffic presets",
     "placements": "list the placements",
