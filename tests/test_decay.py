@@ -169,25 +169,22 @@ def test_windows_part_the_file_and_halves_are_disjoint(lengths, n_windows):
     for experts, first, second in zip(window, fitted[:, 0], scored[:, 0], strict=True):
         assert np.flatnonzero(first).tolist() == experts[::2].tolist()
         assert np.flatnonzero(second).tolist() == experts[1::2].tolist()
-    ends = np.cumsum(lengths)[[experts[-1] for experts in window[:-1]]]
-    wanted = sum(lengths) * np.arange(1, n_windows) / n_windows
-    if n >= 16 * n_windows and max(lengths) < 2 * min(lengths):  # long enough that two in each window are no limit
-        assert (np.abs(ends - wanted) <= max(lengths)).all()
 
 
 def test_windows_have_about_equal_load():
+    """Each end lies within half an item of its place; steps without load, unused rows of SGLang's recorder, are left out."""
     rng = np.random.default_rng(3)
-    record = a_record(rng, rng.integers(1, 30, 200).tolist(), n_layers=1)
-    windows = cut_windows(record, 16, 5)
-    np.testing.assert_allclose((windows.halves.fitted + windows.halves.scored).sum(axis=(1, 2)) / 4, 580, atol=30)
+    lengths = rng.integers(1, 30, 200)
+    halves = cut_windows(a_record(rng, lengths.tolist(), n_layers=1), 16, 5).halves
+    ends = np.cumsum((halves.fitted + halves.scored).sum(axis=(1, 2)) / 4)
+    assert (np.abs(ends - lengths.sum() * np.arange(1, 6) / 5) <= 15).all()
     counts = rng.poisson(20, (90, 2, 16)) * np.repeat([1, 2, 4], 30)[:, None, None]
-    counts[::7] = 0  # steps without load are left out, as in the unused rows of SGLang's recorder
+    counts[::7] = 0
     windows = cut_windows(steps_of(counts), 16, 4)
-    total = counts.sum() / 4
-    np.testing.assert_allclose((windows.halves.fitted + windows.halves.scored).sum(axis=(1, 2, 0)).sum(), 4 * total)
-    np.testing.assert_allclose((windows.halves.fitted + windows.halves.scored).sum(axis=(1, 2)), total, rtol=0.15)
+    ends = np.cumsum((windows.halves.fitted + windows.halves.scored).sum(axis=(1, 2)))
+    assert (np.abs(ends - counts.sum() * np.arange(1, 5) / 4) <= counts.sum(axis=(1, 2)).max() / 2).all()
     assert windows.unit == "steps"
-    assert windows.middle[-1] < 77
+    assert windows.middle[-1] < 77  # 77 steps have load
 
 
 def test_dealt_halves_conserve_counts_and_have_the_law():
@@ -215,6 +212,9 @@ def test_one_table_is_dealt_and_the_same_seed_deals_the_same():
     assert len(halves.fitted) == 16
     np.testing.assert_array_equal(halves.fitted + halves.scored, np.broadcast_to(table, (16, 3, 16)))
     assert cut_file(steps_of(table.astype(float)), 16).fitted.sum() == 16 * (table.sum(axis=1) // 2).sum()
+    moved = cut_file(steps_of(table[:, ::-1], "file:y"), 16)
+    against = decay_against(SMALL, halves, moved, ["eplb"], [4]).query("placement == 'eplb'")
+    assert against.pairs.tolist() == [16, 256, 16, 256]  # within a file never halves of two dealings: they share pairs
     with pytest.raises(InputError, match="whole numbers, less than 1e9"):
         cut_file(steps_of(table + 0.5), 16)
     with pytest.raises(InputError, match="whole numbers, less than 1e9"):
@@ -246,7 +246,7 @@ def test_files_against_each_other_equal_a_plain_recomputation():
 
 
 def test_no_interval_of_a_share_of_what_may_be_nothing():
-    """Two layers that gain, one that loses as much: the gain's interval reaches 0, and so no interval is given."""
+    """Loads alike but for noise: the interval of the gain reaches 0, and so no share of it has one. Equal loads: no share."""
     table = decay(SMALL, cut_windows(a_record(np.random.default_rng(7), [8] * 16), 16, 2), ["eplb"], [4])
     row = table[table.placement == "eplb"].iloc[0]
     assert row.change_high > 0
@@ -290,7 +290,7 @@ def test_ages_are_printed_and_drawn(files, tmp_path, capsys):
     assert f"{row.imbalance_mean:.3f} ± {row.imbalance_high - row.imbalance_mean:.3f}" in text
     assert f"{row.change_mean:+.3f} ± {row.change_high - row.change_mean:.3f}" in text
     assert "eplb at age 3 (300 tokens; 1 pair of windows): of the gain of a fresh fit it has lost" in text
-    assert f"{row.lost_mean:.0%} at EP 8." in text or f"{row.lost_mean:.0%} ± " in text
+    assert f"{row.lost_mean:.0%} ± {row.lost_high - row.lost_mean:.0%} at EP 8." in text
     first = ref.query("placement == 'eplb' and ep_size == 4 and change_high >= 0").age_windows.min()
     assert f"eplb is first no better than linear (the paired interval reaches 0) at: EP 4 age {first}" in text
     assert "even and odd sequences" in text
@@ -303,8 +303,10 @@ def test_ages_are_printed_and_drawn(files, tmp_path, capsys):
 
 def test_steps_and_single_tables(files, capsys):
     _, steps, table = files
-    assert run(steps, *GPT, "--windows", 3) == 0
-    assert "age\n" not in capsys.readouterr().out.split("pairs")[0]
+    assert run(steps, *GPT, "--windows", 3, "--markdown") == 0
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()]
+    assert rows[0][2:4] == ["age windows", "age steps"]
+    assert [row[2:5] for row in rows[3:6]] == [["0", "0", "3"], ["1", "4", "2"], ["2", "8", "1"]]
     fails(capsys, [*RUN, table, *GPT], "one table of counts, which is one window", "--against FILE2")
     assert run(table, *GPT, "--against", steps) == 0
     text = capsys.readouterr().out
