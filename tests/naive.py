@@ -106,6 +106,15 @@ def eplb(loads, n_slots, n_group, n_nodes, ep_size):
     return phy2log
 
 
+def imbalance(loads, phy2log, ep_size):
+    """Max / mean rank load under a map with equal slots on each rank, an expert's load split evenly over its copies."""
+    per_rank = len(phy2log) // ep_size
+    ranks = [
+        sum(loads[e] / phy2log.count(e) for e in phy2log[r * per_rank : (r + 1) * per_rank]) for r in range(ep_size)
+    ]
+    return max(ranks) / (sum(ranks) / ep_size)
+
+
 def slot_counts(ids, phy2log, n_experts, choice):
     """Pairs of each slot: ids of one step, [tokens][top_k]."""
     copies = [[s for s, expert in enumerate(phy2log) if expert == e] for e in range(n_experts)]

@@ -284,7 +284,7 @@ def test_bad_options_write_nothing(tmp_path, capsys):
     fails(capsys, ["traffic", "fit", path, *model, *out, "--group-sigma", "nan"], "from 0 to 5")
     fails(capsys, ["traffic", "fit", path, *model, *out, "--plot", tmp_path / "p"], "--plot does not go with")
     fails(capsys, ["traffic", "show", path, *out], "--out does not go with")
-    fails(capsys, ["traffic", "draw", path], "show")
+    fails(capsys, ["traffic", "shew", path], "did you mean show")
     other = write(tmp_path / "y.npy", x=COUNTS)
     fails(capsys, ["traffic", "show", path, "--against", other, "--plot", tmp_path / "p"], "has 4 layers of 16 experts")
     assert set(tmp_path.iterdir()) - {other} == before

@@ -22,7 +22,7 @@ VERBS = {
     "advise": "should I turn it on for my traffic: placements compared, and a verdict",
     "claims": "try published performance claims: computed figure, verdict, and why",
     "export": "write a placement as a file of a serving engine",
-    "traffic": "show recorded routing and measured loads, and fit a workload to them",
+    "traffic": "recorded routing and measured loads: show them, fit a workload, show how a placement goes stale",
     "models": "list the model presets",
     "workloads": "list the traffic presets",
     "placements": "list the placements",

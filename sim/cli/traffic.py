@@ -1,18 +1,33 @@
-"""Show what recorded routing or measured loads look like, or fit a workload to them: epsim traffic show|fit FILE."""
+"""Recorded routing or measured loads: show their statistics, fit a workload, or show how a placement goes stale on them.
+
+epsim traffic show|fit|decay FILE
+"""
 
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
 from sim.cli.text import note, numbers, table, whole_number
+from sim.cli.traffic_decay import print_decay
 from sim.errors import InputError, unknown
 
 _LAYERS_SHOWN = 12
+_OPTIONS = {
+    "show": ("against", "plot", "all_layers"),
+    "fit": ("out", "hold_out", "half", "group_sigma"),
+    "decay": ("against", "plot", "ep", "placement", "windows", "ranks_per_node", "markdown"),
+}
+"""The options of an action that not all actions have."""
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Add the options of `epsim traffic`."""
-    parser.add_argument("action", metavar="show|fit", help="show: statistics; fit: a workload with these loads")
+    parser.add_argument(
+        "action",
+        metavar="show|fit|decay",
+        help="show: statistics; fit: a workload with these loads; decay: a load-aware placement that is fitted on a part of "
+        "the file and scored on later ones, or on another file",
+    )
     parser.add_argument(
         "file",
         type=Path,
@@ -20,11 +35,18 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="expert ids of tokens (.npz, .npy, JSON lines; vLLM's and SGLang's routed_experts) or load counts (.npz, "
         ".npy, .csv; .pt of SGLang's recorder with the extra epsim[torch])",
     )
-    parser.add_argument("--model", help="the model that the file was taken on: preset or config.json (fit needs it)")
     parser.add_argument(
-        "--against", type=Path, metavar="FILE", help="show: another file of the same layers, for the drift"
+        "--model", help="the model that the file was taken on: preset or config.json (fit and decay need it)"
     )
-    parser.add_argument("--plot", metavar="DIR", help="show: draw a heat map and a page of plots there")
+    parser.add_argument(
+        "--against",
+        type=Path,
+        metavar="FILE",
+        help="show, decay: another file of the same layers, for the drift, or to fit on one and score on the other",
+    )
+    parser.add_argument(
+        "--plot", metavar="DIR", help="show: draw a heat map and a page of plots there; decay: imbalance against age"
+    )
     parser.add_argument("--all-layers", action="store_true", help="show: a row for every layer")
     parser.add_argument("--out", metavar="FILE.toml", help="fit: the workload that is written")
     parser.add_argument(
@@ -38,21 +60,28 @@ def add_arguments(parser: ArgumentParser) -> None:
         metavar="X",
         help="fit: group effect of a grouped router, which loads do not tell (default: 0.4)",
     )
-    parser.add_argument("--seed", default="0", metavar="N", help="of the fit's random numbers (default: 0)")
+    parser.add_argument("--ep", metavar="LIST", help="decay: EP sizes, which must divide the slots")
+    parser.add_argument("--placement", metavar="LIST", help="decay: load-aware placements (default: eplb)")
+    parser.add_argument("--windows", metavar="N", help="decay: windows that the file is cut into (default: 8)")
+    parser.add_argument("--ranks-per-node", metavar="N", help="decay: ranks joined by NVLink, for eplb (default: 8)")
+    parser.add_argument("--markdown", action="store_true", help="decay: print a Markdown table alone")
+    parser.add_argument(
+        "--seed",
+        default="0",
+        metavar="N",
+        help="of the fit's random numbers, and of decay's random halves (default: 0)",
+    )
 
 
 def run(arguments: Namespace) -> None:
     """Run `epsim traffic`."""
-    if arguments.action not in ("show", "fit"):
-        raise unknown("traffic", arguments.action, ["show", "fit"])
-    of_other = (
-        ("out", "hold_out", "half", "group_sigma") if arguments.action == "show" else ("plot", "all_layers", "against")
-    )
-    for option in of_other:
-        if getattr(arguments, option):
+    if arguments.action not in _OPTIONS:
+        raise unknown("traffic", arguments.action, _OPTIONS)
+    for option in dict.fromkeys(option for options in _OPTIONS.values() for option in options):
+        if option not in _OPTIONS[arguments.action] and getattr(arguments, option) not in (None, False):
             raise InputError(f"--{option.replace('_', '-')} does not go with epsim traffic {arguments.action}")
-    if arguments.action == "fit" and arguments.model is None:
-        raise InputError("epsim traffic fit needs --model: the router that the loads come from")
+    if arguments.action != "show" and arguments.model is None:
+        raise InputError(f"epsim traffic {arguments.action} needs --model: the router that the loads come from")
     from sim.model import load_model
     from sim.workload import read_traffic
 
@@ -60,7 +89,7 @@ def run(arguments: Namespace) -> None:
     traffic = read_traffic(arguments.file, model)
     for text in traffic.notes:
         note(text)
-    (_show if arguments.action == "show" else _fit)(arguments, model, traffic.data)
+    {"show": _show, "fit": _fit, "decay": print_decay}[arguments.action](arguments, model, traffic.data)
 
 
 def _show(arguments: Namespace, model: Any, data: Any) -> None:

@@ -1,0 +1,195 @@
+"""Traffic in halves, one that placements are fitted on and one that is scored, never the same: of windows, or of a file."""
+
+import itertools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from sim.errors import InputError, whole_number
+from sim.streams import stream_key
+from sim.traffic.blocks import load_of, only_sequences
+from sim.workload import LoadCounts, RecordedTraffic
+
+MOST_WINDOWS = 100
+_MOST_DEALT = 10**9  # pairs of a layer that numpy's hypergeometric draw takes
+_DEALINGS = 16  # of one table of counts: a placement that is off its traffic differs much from one to the next
+Traffic = RecordedTraffic | LoadCounts
+
+
+class Halves(NamedTuple):
+    """Loads of traffic that is cut in two, one or more times.
+
+    Attributes
+    ----------
+    name, digest : str
+        Of the traffic.
+    fitted, scored : float64 [cuts, layers, n_experts]
+        Loads of the two halves of each cut: disjoint parts of the traffic.
+    about : str
+        What the halves are, in words.
+    """
+
+    name: str
+    digest: str
+    fitted: np.ndarray
+    scored: np.ndarray
+    about: str
+
+
+class Windows(NamedTuple):
+    """Windows of a file, in the order of the file.
+
+    Attributes
+    ----------
+    halves : Halves
+        Those of each window.
+    middle : float64 [windows]
+        Tokens or steps of the file that lie before the middle of the window.
+    unit : str
+        'tokens' or 'steps', that of `middle`.
+    """
+
+    halves: Halves
+    middle: np.ndarray
+    unit: str
+
+
+class _Items(NamedTuple):
+    """What is kept whole: the sequences or the steps of a file."""
+
+    name: str  # 'sequences' or 'steps'
+    weights: np.ndarray  # tokens or load of each, float64
+    load: Callable[[np.ndarray], np.ndarray]  # of some of them, [layers, n_experts]
+
+
+def cut_windows(data: Traffic, n_experts: int, n_windows: int) -> Windows:
+    """Cut traffic into windows of about equal load, and each into its even and its odd sequences (or steps).
+
+    Sequences and steps are kept whole; steps without any load are left out.
+
+    Parameters
+    ----------
+    data : RecordedTraffic or LoadCounts
+        Traffic of a model with `n_experts` (`read_traffic` with the model checks it).
+    n_experts : int
+    n_windows : int
+        2 to 100.
+
+    Raises
+    ------
+    InputError
+        There are fewer than two sequences, or steps, per window, or a layer has no load in a half.
+    """
+    whole_number("--windows", n_windows, 2, MOST_WINDOWS)
+    items = _items(data, n_experts)
+    n_items = len(items.weights)
+    if items.name == "steps" and n_items == 1:
+        raise InputError(
+            f"{data.name} is one table of counts, which is one window: give --against FILE2, or counts by step"
+        )
+    if n_items < 2 * n_windows:
+        raise InputError(
+            f"{data.name} has {n_items} {items.name} with load; --windows {n_windows} takes at least {2 * n_windows}: in each "
+            "window one to fit on and one to score"
+        )
+    bounds = _bounds(items.weights, n_windows)
+    before = _before(np.ones(n_items) if items.name == "steps" else items.weights)[bounds]
+    parts = [np.arange(first, last) for first, last in itertools.pairwise(bounds)]
+    unit = "steps" if items.name == "steps" else "tokens"
+    return Windows(_even_and_odd(data, items, parts), (before[:-1] + before[1:]) / 2, unit)
+
+
+def cut_file(data: Traffic, n_experts: int, *, seed: int = 0) -> Halves:
+    """Cut a whole file into its even and its odd sequences (or steps).
+
+    The pairs of token and expert of one table of counts are dealt to two halves at random, 16 times: such halves are more
+    alike than those of other sequences would be.
+
+    Parameters
+    ----------
+    data : RecordedTraffic or LoadCounts
+        Traffic of a model with `n_experts` (`read_traffic` with the model checks it).
+    n_experts : int
+    seed : int
+        Of the dealing.
+
+    Raises
+    ------
+    InputError
+        There is one sequence; a layer has no load in a half; counts that are to be dealt are no whole numbers, or 1e9 and
+        more in a layer.
+    """
+    items = _items(data, n_experts)
+    if len(items.weights) > 1:
+        return _even_and_odd(data, items, [np.arange(len(items.weights))])
+    if isinstance(data, RecordedTraffic):
+        raise InputError(f"{data.name} has one sequence: none is left to score what is fitted on it")
+    table = data.total
+    if (table != np.floor(table)).any() or table.sum(axis=1).max() >= _MOST_DEALT:
+        raise InputError(
+            f"{data.name} is one table of counts, which is dealt to halves at random: its counts must be whole numbers, less "
+            "than 1e9 in a layer"
+        )
+    random = np.random.default_rng(stream_key(seed, f"halves {data.digest}"))
+    dealt = [deal_halves(table.astype(np.int64), random) for _ in range(_DEALINGS)]
+    fitted, scored = (np.stack(half) for half in zip(*dealt, strict=True))
+    return _checked(data, fitted, scored, f"its counts dealt at random, mean of {_DEALINGS} times (seed {seed})")
+
+
+def deal_halves(counts: np.ndarray, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Deal the pairs of each layer to two halves of equal size at random (multivariate hypergeometric).
+
+    Parameters
+    ----------
+    counts : int64 [layers, experts]
+        Less than 1e9 in a layer.
+    random : Generator
+
+    Returns
+    -------
+    tuple of int64 [layers, experts]
+        The halves, whose sum is `counts`; of an odd number of pairs the second has one more.
+    """
+    first = np.stack([random.multivariate_hypergeometric(row, row.sum() // 2) for row in counts])
+    return first, counts - first
+
+
+def _items(data: Traffic, n_experts: int) -> _Items:
+    if isinstance(data, RecordedTraffic):
+        lengths = np.diff(data.starts).astype(float)
+        return _Items("sequences", lengths, lambda i: load_of(only_sequences(data, i), n_experts))
+    load_of_step = data.counts.sum(axis=(1, 2), dtype=float)
+    steps = np.flatnonzero(load_of_step)
+    return _Items("steps", load_of_step[steps], lambda i: data.counts[steps[i]].sum(axis=0))
+
+
+def _before(weights: np.ndarray) -> np.ndarray:
+    """Sum of the weights before each item, and of all."""
+    return np.concatenate([[0.0], np.cumsum(weights)])
+
+
+def _bounds(weights: np.ndarray, n_windows: int) -> np.ndarray:
+    """First item of each window, and the number of items: nearest to equal weights with two items or more in each."""
+    before = _before(weights)
+    middle = (before[:-1] + before[1:]) / 2
+    bounds = [0]
+    for window in range(1, n_windows):
+        nearest = int(np.searchsorted(middle, before[-1] * window / n_windows))
+        bounds.append(min(max(nearest, bounds[-1] + 2), len(weights) - 2 * (n_windows - window)))
+    return np.array([*bounds, len(weights)])
+
+
+def _even_and_odd(data: Traffic, items: _Items, parts: list[np.ndarray]) -> Halves:
+    even, odd = (np.stack([items.load(part[first::2]) for part in parts]) for first in (0, 1))
+    return _checked(data, even, odd, f"even and odd {items.name}")
+
+
+def _checked(data: Traffic, fitted: np.ndarray, scored: np.ndarray, about: str) -> Halves:
+    """Halves whose layers all have load."""
+    empty = np.argwhere(~(fitted.any(axis=2) & scored.any(axis=2)))
+    if len(empty):
+        cut, layer = (int(i) for i in empty[0])
+        number = data.layers[layer] if isinstance(data, LoadCounts) else layer
+        raise InputError(f"{data.name}: layer {number} has no load in a half of window {cut + 1}; take fewer --windows")
+    return Halves(data.name, data.digest, fitted.astype(float), scored.astype(float), about)
