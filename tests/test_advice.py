@@ -35,7 +35,7 @@ def record(ids, sequences=40):
 
 
 SKEWED = np.repeat([8.0, 1.0], 8)  # linear puts the popular half of the experts on the first ranks
-HOT, EVEN = record(draw_ids(SKEWED, 4000)), record(draw_ids(np.ones(16), 4000))
+HOT, EVEN = record(draw_ids(SKEWED, 4000)), record(draw_ids(np.ones(16), 4000, n_layers=12))
 
 
 # The rule
@@ -101,7 +101,9 @@ def test_no_token_is_fitted_and_scored():
 
 
 def test_skewed_traffic_is_worth_a_trial_and_even_traffic_is_not():
-    hot, even = (advise(TOY, of, "h20", ep_size=4, **SMALL) for of in (HOT, EVEN))
+    hot = advise(TOY, HOT, "h20", ep_size=4, **SMALL)
+    deeper = dataclasses.replace(TOY, n_moe_layers=12)
+    even = advise(deeper, EVEN, "h20", ep_size=4, **SMALL | {"tokens": [4096], "moe_share": 0.3})
     assert hot.verdict == WORTH
     assert hot.best[hot.best.tokens == 4096].placement.iloc[0].startswith("eplb")
     assert even.verdict == NOT

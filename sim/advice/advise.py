@@ -16,7 +16,8 @@ from sim.cost.inputs import as_model, as_numbers, expert_parameters
 from sim.errors import InputError, shown, unknown, whole_number
 from sim.model import ModelSpec
 from sim.placement import check_ep_size, split_name, strategy_name
-from sim.workload import RecordedTraffic, Workload, load_workload
+from sim.workload import LoadCounts, RecordedTraffic, Workload, load_workload, read_traffic
+from sim.workload.read import SUFFIXES
 
 PER_RANK = {"tokens": [1, 8, 64, 512], "tokens_per_rank": True}
 """Steps where nobody says."""
@@ -43,6 +44,8 @@ class Advice:
         Over all that an engine runs: 'worth a trial', 'not for this traffic' or 'not enough data'.
     best : DataFrame
         Of each number of tokens the row of `verdicts` with the largest lower end, of what an engine runs.
+    notes : list of str
+        Remarks of the fits, where load counts are scored as a law.
     """
 
     gains: pd.DataFrame
@@ -50,6 +53,7 @@ class Advice:
     engines: dict[str, str]
     verdict: str
     best: pd.DataFrame
+    notes: list[str]
 
     def table(self) -> pd.DataFrame:
         """Gains of every split with the verdicts, which are over all splits, beside them."""
@@ -61,7 +65,7 @@ def candidates(model: ModelSpec, ep_size: int, redundant: int | None = None) -> 
 
     R is `redundant`, by default one slot per rank.
     """
-    extra = ep_size if redundant is None else redundant
+    extra = ep_size if redundant is None else whole_number("--redundant", redundant, 1, 2**14)
     if extra % ep_size:
         raise InputError(f"--redundant {extra}: must be a multiple of --ep {ep_size}, the same number on every rank")
     least = -model.n_experts % ep_size
@@ -71,7 +75,7 @@ def candidates(model: ModelSpec, ep_size: int, redundant: int | None = None) -> 
 
 def advise(
     model: ModelSpec | str | Path,
-    traffic: Workload | str | Path,
+    traffic: Workload | LoadCounts | str | Path,
     gpu: Gpu | str | Path,
     *,
     ep_size: int,
@@ -90,9 +94,9 @@ def advise(
     Parameters
     ----------
     model : ModelSpec, str or Path
-    traffic : Workload, str or Path
-        Recorded routing or a law, as in `sim.sweep`. Load-aware placements are fitted on one part of it and scored on
-        another, in several ways (`splits_of`).
+    traffic : Workload, LoadCounts, str or Path
+        Recorded routing, load counts or a law; the name of a file or of a preset. Load-aware placements are fitted on one
+        part of it and scored on another, in several ways (`splits_of`).
     gpu : Gpu, str or Path
     ep_size : int
     fit_on : RecordedTraffic or LoadCounts
@@ -120,7 +124,7 @@ def advise(
         As `sim.predict_gain`, and for names and numbers that are not allowed.
     """
     model = as_model(model)
-    traffic = traffic if isinstance(traffic, Workload) else load_workload(traffic)
+    traffic = _as_traffic(traffic, model) if isinstance(traffic, str | Path) else traffic
     check_ep_size(model, ep_size)
     if ep_size < 2:
         raise InputError(f"--ep {ep_size}: there is nothing to place on one rank")
@@ -132,8 +136,8 @@ def advise(
     share = ASSUMED_SHARE if moe_share is None and step_us is None else moe_share
     setup: dict[str, Any] = SAMPLED | (PER_RANK if "tokens" not in options else {}) | options
     setup |= {"ep_sizes": ep_size, "exchange": BACKENDS[backend], "seed": seed}
-    tables = []
-    for split in splits_of(model, traffic, fit_on, seed):
+    tables, splits = [], splits_of(model, traffic, fit_on, seed)
+    for split in splits:
         gains = predict_gain(
             model, split.scored, gpu, placement=[*names, PERFECT], fit_on=split.fitted_on, moe_share=share,
             step_us=step_us, **setup,
@@ -151,7 +155,15 @@ def advise(
     hows: dict[str, str] = {}
     for how in dict.fromkeys(engine.how for engine in engines.values()):
         hows[", ".join(name for name, engine in engines.items() if engine.how == how)] = how
-    return Advice(gains, verdicts, hows, overall(run), best)
+    notes = list(dict.fromkeys(note for split in splits for note in split.notes))
+    return Advice(gains, verdicts, hows, overall(run), best, notes)
+
+
+def _as_traffic(name: str | Path, model: ModelSpec) -> Workload | LoadCounts:
+    """What a file of recorded routing or load counts holds, or a workload by its name."""
+    if str(name).startswith("file:") or str(name).endswith(SUFFIXES):
+        return read_traffic(str(name).removeprefix("file:"), model).data
+    return load_workload(name)
 
 
 def _verdicts(gains: pd.DataFrame, names: list[str], least_saved: float, *, is_enough: bool) -> pd.DataFrame:
@@ -164,7 +176,7 @@ def _verdicts(gains: pd.DataFrame, names: list[str], least_saved: float, *, is_e
     return pd.DataFrame(rows)
 
 
-def _is_enough(traffic: Workload) -> bool:
+def _is_enough(traffic: Workload | LoadCounts) -> bool:
     return not isinstance(traffic, RecordedTraffic) or len(traffic.starts) - 1 >= 2 * LEAST_SEQUENCES
 
 

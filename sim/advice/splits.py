@@ -2,10 +2,20 @@
 
 from typing import NamedTuple
 
+import numpy as np
+
+from sim.errors import InputError
 from sim.model import ModelSpec
+from sim.traffic import fit_traffic
+from sim.traffic.windows import cut_file
 from sim.workload import LoadCounts, RecordedTraffic, Workload
+from sim.workload.counts import build_counts
 
 Source = RecordedTraffic | LoadCounts
+_ONE_TABLE = (
+    "both halves of one table of counts are the same traffic: how a placement does on later or other traffic does not show "
+    "(--fit-on)"
+)
 
 
 class Split(NamedTuple):
@@ -14,14 +24,25 @@ class Split(NamedTuple):
     about: str
     scored: Workload
     fitted_on: Source | None  # None for a law: other tokens of the layers that are scored
+    notes: tuple[str, ...] = ()  # remarks of the fit, where loads are scored as a law
 
 
-def splits_of(model: ModelSpec, traffic: Workload, other: Source | None, seed: int) -> list[Split]:
+def splits_of(model: ModelSpec, traffic: Workload | LoadCounts, other: Source | None, seed: int) -> list[Split]:
     """The splits of some traffic, the main one first.
 
     Another file, if there is one, is what is fitted. Else recorded sequences are parted in turn, the other way round, and
-    by their order in the file.
+    by their order in the file; steps of load counts by their order and the other way round; one table of counts at random.
+    Load counts are scored as tokens of the law that is fitted to them (`fit_traffic`).
+
+    Raises
+    ------
+    InputError
+        One sequence; counts that cannot be parted, or that no router of the model gives.
     """
+    if isinstance(traffic, LoadCounts):
+        if other is None:
+            return _of_counts(model, traffic, seed)
+        return [_by_law(model, f"fitted on {other.name.removeprefix('file:')}", traffic, other, seed)]
     if other is not None:
         return [Split(f"fitted on {other.name.removeprefix('file:')}", traffic, other)]
     if not isinstance(traffic, RecordedTraffic):
@@ -33,3 +54,36 @@ def splits_of(model: ModelSpec, traffic: Workload, other: Source | None, seed: i
         Split("fitted on odd sequences, scored on even ones", even, odd),
         Split("fitted on the first half of the file, scored on the second", second, first),
     ]
+
+
+def _by_law(model: ModelSpec, about: str, scored: LoadCounts, fitted_on: Source, seed: int) -> Split:
+    """Counts as tokens of the law that is fitted to them."""
+    if scored.digest == fitted_on.digest:
+        raise InputError(f"--fit-on {fitted_on.name.removeprefix('file:')} is the traffic that is scored")
+    fit = fit_traffic(model, scored, seed=seed)
+    return Split(about, fit.decode, fitted_on, tuple(fit.notes))
+
+
+def _of_counts(model: ModelSpec, counts: LoadCounts, seed: int) -> list[Split]:
+    """First and second half of the steps, or halves of one table dealt at random, both ways round."""
+    if len(counts.counts) > 1:
+        middle = len(counts.counts) // 2
+        halves, names = (counts.counts[:middle], counts.counts[middle:]), ("the first half of the steps", "the second")
+    else:
+        dealt = cut_file(counts, model.n_experts, seed=seed)
+        halves, names = (dealt.fitted[:1], dealt.scored[:1]), ("half of the counted pairs at random", "the other half")
+    one, two = (_part(counts, half, name) for half, name in zip(halves, names, strict=True))
+    splits = [
+        _by_law(model, f"fitted on {names[0]}, scored on {names[1]}", two, one, seed),
+        _by_law(model, f"fitted on {names[1]}, scored on {names[0]}", one, two, seed),
+    ]
+    return splits if len(counts.counts) > 1 else [of._replace(notes=(*of.notes, _ONE_TABLE)) for of in splits]
+
+
+def _part(whole: LoadCounts, counts: np.ndarray, what: str) -> LoadCounts:
+    part, n_empty = build_counts(whole.name, f"{whole.name} [{what}]", counts, whole.layers)
+    if n_empty:
+        raise InputError(
+            f"{whole.name}: {n_empty} layers have no load in {what}; give other traffic to fit on, --fit-on"
+        )
+    return part

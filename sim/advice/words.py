@@ -5,30 +5,26 @@ import pandas as pd
 from sim.advice.advise import Advice
 from sim.advice.engines import STALL_S
 from sim.advice.rule import WORTH
-from sim.claims.verdict import percent, ranges_text
+from sim.claims.verdict import percent
 from sim.cost.gain import PERFECT
 from sim.placement import is_load_aware, split_name
 
 
 def verdict_text(advice: Advice) -> str:
     """The verdict over all, with the placements and numbers of tokens that it rests on."""
-    best = advice.best
-    tokens = best.tokens.tolist()
-    worth = best[best.verdict == WORTH]
+    worth = advice.best[advice.best.verdict == WORTH]
     if worth.empty:
-        ends = ", ".join(f"{_ends(row)} at {row.tokens}" for row in best.itertuples())
-        return f"{advice.verdict}: the best that an engine runs saves {ends} tokens per step"
-    parts = []
-    for name, rows in worth.groupby("placement", sort=False):
-        fits = [token in set(rows.tokens) for token in tokens]
-        ends = ", ".join(f"{_ends(row)} at {row.tokens}" for row in rows.itertuples())
-        parts.append(f"{name} where a step has {ranges_text(tokens, fits)} (saves {ends})")
-    return f"{advice.verdict}: " + "; ".join(parts)
+        return f"{advice.verdict}. The best that an engine runs saves {_ends(advice.best)} tokens per step"
+    parts = [f"{name} saves {_ends(rows)} tokens per step" for name, rows in worth.groupby("placement", sort=False)]
+    return f"{advice.verdict}. " + "; ".join(parts)
 
 
-def _ends(row: object) -> str:
-    low, high = row.step_saved_low, row.step_saved_high  # type: ignore[attr-defined]
-    return f"{100 * low:.1f} to {percent(high)} of the step"
+def _ends(rows: pd.DataFrame) -> str:
+    """Ends of the step's saved share by number of tokens."""
+    ends = [
+        f"{100 * row.step_saved_low:.1f} to {percent(row.step_saved_high)} at {row.tokens}" for row in rows.itertuples()
+    ]
+    return "of the step " + ", ".join(ends)
 
 
 def changes(advice: Advice, least_saved: float) -> list[str]:
@@ -65,10 +61,10 @@ def _by_perfection(advice: Advice, least_saved: float) -> str:
     """What no placement can beat."""
     rows = _main(advice)[_main(advice).placement == PERFECT]
     listed = ", ".join(f"{percent(row.layer_saved)} at {row.tokens}" for row in rows.itertuples())
-    hopeless = [bool(row.step_saved_high < least_saved) for row in rows.itertuples()]
+    hopeless = [str(row.tokens) for row in rows.itertuples() if row.step_saved_high < least_saved]
     text = f"Perfect balance, which no placement can beat, would save of the layer's time {listed} tokens"
     if any(hopeless):
-        text += f"; with this share of the step no placement is worth a trial at {ranges_text(rows.tokens.tolist(), hopeless)}"
+        text += f"; with this share of the step no placement is worth a trial at {', '.join(hopeless)}"
     return text + "."
 
 
@@ -91,11 +87,12 @@ def _by_copies(advice: Advice) -> str:
     plain = table[[name != PERFECT and split_name(name) == ("eplb", 0) for name in table.placement]]
     copied = table[[name != PERFECT and split_name(name)[1] > 0 for name in table.placement]]
     least = copied.groupby("tokens").layer_saved_high.max()
-    worse = [bool(least[row.tokens] < row.layer_saved_low) for row in plain.itertuples()]
-    if not any(worse):
+    worse = [str(row.tokens) for row in plain.itertuples() if least[row.tokens] < row.layer_saved_low]
+    if not worse:
         return ""
-    where = ranges_text(plain.tokens.tolist(), worse)
-    return f"Redundant slots cost more than they save at {where}: every copy that gets a token is read."
+    return (
+        f"Redundant slots cost more than they save at {', '.join(worse)} tokens: every copy that gets a token is read."
+    )
 
 
 def _by_stall(advice: Advice) -> str:

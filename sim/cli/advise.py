@@ -79,6 +79,8 @@ def run(arguments: Namespace) -> None:
     exchange = BACKENDS.get(arguments.backend, "none")
     say_about_times(options | {"model": model, "workload": traffic, "exchange": exchange}, [gpu])
     advice = advise(model, traffic, gpu, ep_size=sizes[0], fit_on=other, **chosen, **options)
+    for text in advice.notes:
+        note(text)
     _print(advice, arguments)
     if folder is not None:
         identity = identity_of(options | {"model": model, "workload": traffic}, [gpu], ep_size=sizes[0], **chosen)
@@ -91,7 +93,7 @@ def _whole_or_none(option: str, text: str | None) -> int | None:
 
 def _read(arguments: Namespace, model: Any) -> tuple[Any, Any]:
     """Traffic that is scored, and other traffic to fit on or None."""
-    from sim.workload import load_workload, read_traffic
+    from sim.workload import LoadCounts, load_workload, read_traffic
     from sim.workload.read import SUFFIXES
 
     def read(name: str) -> Any:
@@ -107,6 +109,8 @@ def _read(arguments: Namespace, model: Any) -> tuple[Any, Any]:
         raise InputError("--dummy-tokens goes with traffic by law, not with a file of recorded traffic")
     else:
         traffic = read(name)
+    if isinstance(traffic, LoadCounts) and arguments.phase is not None:
+        raise InputError(f"--phase goes with recorded tokens, not with load counts ({name})")
     return traffic, None if arguments.fit_on is None else read(arguments.fit_on)
 
 
