@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -223,3 +224,24 @@ def test_a_failed_write_is_status_1(tmp_path, capsys):
     words = [*EXPORT, "--placement", "linear", "--format", "vllm", "--out", "/proc/epsim/x"]
     assert main(words) == 1
     assert "cannot write" in capsys.readouterr().err
+
+
+def test_an_exported_map_scores_as_the_placement_itself_in_every_format(trace, tmp_path, capsys):
+    """Fitted on one record, scored on another: the strategy and its map, through each engine's format and back."""
+    ids = np.load(trace)["topk_ids"]
+    other = tmp_path / "other.npz"
+    np.savez(other, topk_ids=ids[::-1], sequence_lengths=np.load(trace)["sequence_lengths"][::-1])
+    names = []
+    for form in FORMATS:
+        path = tmp_path / f"map.{form}"
+        words = ["export", "--model", "gpt-oss-20b", "--placement", "eplb+4", "--ep", "4", "--traffic", str(trace)]
+        assert main([*words, "--format", form, "--out", str(path)]) == 0
+        names.append(f"file:{path}")
+    words = ["sweep", "--model", "gpt-oss-20b", "--workload", f"file:{other}", "--fit-on", str(trace), "--ep", "4"]
+    words += ["--tokens", "8", "--trials", "60", "--placement", ",".join(["linear", "eplb+4", *names])]
+    assert main([*words, "--out", str(tmp_path / "out")]) == 0
+    summary = pd.read_csv(tmp_path / "out" / "summary.csv").set_index("placement")
+    scores = [name for name in summary.columns if name not in ("cell_id", "stopped")]
+    for name in names:
+        pd.testing.assert_series_equal(summary.loc[name, scores], summary.loc["eplb+4", scores], check_names=False)
+    assert summary.imbalance_mean["eplb+4"] != summary.imbalance_mean["linear"]

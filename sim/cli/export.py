@@ -21,7 +21,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--traffic",
         metavar="FILE",
-        help="what eplb is fitted on, layer by layer: recorded routing (.npz)",
+        help="what eplb is fitted on, layer by layer: recorded routing or load counts (as epsim traffic reads them)",
     )
     parser.add_argument("--ranks-per-node", default="8", metavar="N", help="for node_aware and eplb (default: 8)")
     parser.add_argument("--layers", metavar="N", help="layers of other placements (default: the model's MoE layers)")
