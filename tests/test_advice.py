@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import ROOT
 
 from sim import InputError, advise, load_model, predict_gain
 from sim.advice import candidates, changes, rule_text, verdict_text
@@ -262,3 +263,16 @@ def test_bad_usage_is_one_line_and_status_2(words, message, toy_files, capsys):
     err = capsys.readouterr().err.splitlines()
     assert message in err[-1]
     assert set(toy_files.iterdir()) == before
+
+
+def test_the_committed_advice_regenerates(shared):
+    """All numbers of results/advice-gpt-oss-20b, from the trace and what its json says."""
+    folder = ROOT / "results" / "advice-gpt-oss-20b"
+    about = json.loads((folder / "advice.json").read_text())["advice"]
+    path = shared / "traces" / "gpt-oss-20b-tokens.npz"
+    options = ("ep_size", "backend", "tokens", "tokens_per_rank", "dtype", "most_steps", "layer_sets", "seed")
+    again = advise(about["model"], f"file:{path}", about["gpus"][0]["name"], **{name: about[name] for name in options})
+    held = pd.read_csv(folder / "advice.csv", keep_default_na=False, na_values=[""])
+    pd.testing.assert_frame_equal(
+        again.table().replace("", np.nan), held, check_dtype=False, rtol=1e-6, check_exact=False
+    )

@@ -83,7 +83,8 @@ def run(arguments: Namespace) -> None:
         note(text)
     _print(advice, arguments)
     if folder is not None:
-        identity = identity_of(options | {"model": model, "workload": traffic}, [gpu], ep_size=sizes[0], **chosen)
+        chosen |= {"ep_size": sizes[0], "fit_on": None if other is None else other.digest}
+        identity = identity_of(options | {"model": model, "workload": traffic}, [gpu], **chosen)
         _write(advice, folder, identity)
 
 
@@ -135,6 +136,7 @@ def _print(advice: Any, arguments: Namespace) -> None:
         return
     row = advice.gains.iloc[0]
     print(f"\nVerdict: {verdict_text(advice)}\nRule: {rule_text(least)}")
+    print(f"Splits: {'; '.join(dict.fromkeys(advice.gains.split))}.")
     if arguments.moe_share is None and arguments.step_ms is None:
         print(f"The share {row.moe_share:.0%} is an assumption: give --moe-share, or --step-ms as you measured it.")
     print("\nWhat the engine does:")

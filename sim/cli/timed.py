@@ -104,7 +104,7 @@ def identity_of(options: dict[str, Any], gpus: list[Any], **more: Any) -> dict[s
 
     identity = {name: value for name, value in options.items() if name not in ("model", "workload", "threads")}
     identity |= {"model": options["model"].name, "workload": options["workload"].name}
-    return identity | {"law": options["workload"].law, "gpus": [asdict(gpu) for gpu in gpus]} | more
+    return identity | {"law": _law(options["workload"]), "gpus": [asdict(gpu) for gpu in gpus]} | more
 
 
 def say_about_times(options: dict[str, Any], gpus: list[Any]) -> None:
@@ -154,3 +154,8 @@ def step_us_or_none(text: str | None) -> float | None:
     """--step-ms in microseconds, or None."""
     value = _positive("--step-ms", text)
     return None if value is None else 1e3 * value
+
+
+def _law(traffic: Any) -> dict[str, Any]:
+    """What tells traffic apart: its law, or the digest of load counts."""
+    return traffic.law if hasattr(traffic, "law") else {"counts": traffic.digest}
