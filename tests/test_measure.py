@@ -1,5 +1,6 @@
 """Measurement: sampled shares of ranks, experts computed for real, tables that survive a kill, the model beside them."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -101,8 +102,28 @@ def test_all_placements_and_ep_sizes_share_the_tokens():
         assert (counts.sum(axis=2) == np.array([8, 512]) * 8).all()
         assert (counts[:, 0] <= counts[:, 1]).all(), workload  # a shorter step begins a longer one
     assert steps.most_local_experts == 32
-    loads = [rank_sums(counts, ranks).max() for counts in steps.counts.values() for ranks in steps.placed.values()]
+    loads = [
+        rank_sums(steps.counts[workload], slots.rank_of_expert[0]).max()
+        for (workload, _, _), slots in steps.placed.items()
+    ]
     assert steps.most_pairs == max(loads)
+
+
+def test_copies_of_an_expert_share_its_tokens():
+    """Each step has its own fitted slots; the tokens of an expert's copies add up to its own, and differ by one at most."""
+    steps = steps_of(placements=["linear", "eplb+32"], ep_sizes=[32])
+    for workload, counts in steps.counts.items():
+        key = (workload, "eplb+32", 32)
+        assert len(steps.placed[key].ranks) == 3
+        for step, size in itertools.product(range(3), range(2)):
+            of_slot, ranks = steps.slot_counts(key, step, size)
+            assert np.bincount(ranks).tolist() == [9] * 32
+            experts = steps.placed[key].experts[step]
+            for e in range(256):
+                mine = of_slot[experts == e]
+                assert mine.sum() == counts[step, size, e]
+                assert mine.max() - mine.min() <= 1
+    assert steps.most_local_experts == 9
 
 
 def test_rank_sums_are_the_plain_ones():
@@ -116,7 +137,7 @@ def test_the_busiest_ranks_and_one_other_are_measured():
     for layers in steps.compared(H100, ["bf16", "fp8"]):
         for layer in layers:
             counts = steps.counts[layer.workload][layer.step, steps.tokens.index(layer.tokens)]
-            rank_of_expert = steps.placed[layer.placement, layer.ep_size]
+            rank_of_expert = steps.placed[layer.workload, layer.placement, layer.ep_size].rank_of_expert[0]
             loads, distinct = rank_sums(counts, rank_of_expert), rank_sums(counts > 0, rank_of_expert)
             busiest = [rank.rank for rank in layer.ranks if rank.chosen == "busiest"]
             assert max(loads) == max(loads[busiest])
@@ -229,7 +250,7 @@ def test_rows_are_what_was_measured(tmp_path):
     steps = steps_of()
     row = rows.iloc[57]
     counts = steps.counts[row.workload][row.step, steps.tokens.index(row.tokens)]
-    mine = counts[steps.placed[row.placement, row.ep_size] == row["rank"]]
+    mine = counts[steps.placed[row.workload, row.placement, row.ep_size].rank_of_expert[0] == row["rank"]]
     assert (row.pairs, row.distinct) == (mine.sum(), (mine > 0).sum())
     assert row.time_us == pytest.approx(MadeUp().time_layer(row["dtype"], mine).time_us, abs=1e-3)
     assert not partial_path(out).exists()
