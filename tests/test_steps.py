@@ -362,3 +362,14 @@ def test_several_placements_give_the_rows_of_each_alone():
     assert (perfect.layer_saved.to_numpy() >= together[together.placement == "random"].layer_saved.to_numpy()).all()
     assert (perfect.imbalance == 1).all()
     assert perfect.idle_ranks.isna().all()
+
+
+def test_rows_near_the_crossover_are_marked():
+    """From a third of it to six times it, on each GPU its own."""
+    table = gain(tokens=[256, 2048, 8192, 32768])
+    for row in table.itertuples():
+        assert row.knee == (1 / 3 <= row.tokens / row.crossover_tokens <= 6)
+    assert table.groupby("gpu").knee.apply(list).to_dict() == {
+        "h20": [False, True, False, False],  # 1,024
+        "h200": [False, True, True, False],  # 3,745
+    }

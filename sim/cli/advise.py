@@ -7,6 +7,8 @@ from typing import Any
 from sim.cli.text import folder as folder_name
 from sim.cli.text import note, print_table, share, whole_number
 from sim.cli.timed import (
+    EXTRAPOLATED_TEXT,
+    KNEE_TEXT,
     add_step_arguments,
     dummy_tokens,
     identity_of,
@@ -134,6 +136,10 @@ def _print(advice: Any, arguments: Namespace) -> None:
     _print_table(advice, arguments.markdown)
     if arguments.markdown:
         return
+    if advice.gains.extrapolated.any():
+        print(EXTRAPOLATED_TEXT)
+    if advice.gains.knee.any():
+        print(f"{KNEE_TEXT}; the crossover lies at {advice.gains.crossover_tokens.iloc[0]:.0f} tokens")
     row = advice.gains.iloc[0]
     print(f"\nVerdict: {verdict_text(advice)}\nRule: {rule_text(least)}")
     print(f"Splits: {'; '.join(dict.fromkeys(advice.gains.split))}.")
@@ -162,27 +168,30 @@ def _print_table(advice: Any, markdown: bool) -> None:
     cells = []
     for tokens, rows in main.groupby("tokens", sort=False):
         first = rows.iloc[0]
-        cells.append(
-            [str(tokens), "linear", *_loads(first, "baseline_"), f"{first.baseline_layer_us:.0f}", "", "", "", ""]
-        )
-        for row in rows.itertuples():
-            saved = f"{row.layer_saved:+.1%} ± {(row.layer_saved_high - row.layer_saved_low) / 2:.1%}"
-            of_row = judged.get((row.placement, tokens))
-            step = "" if of_row is None else f"{of_row.step_saved_low:+.1%} to {of_row.step_saved_high:+.1%}"
-            memory = f"{row.redundant_bytes / 1e9:.2f}" if row.redundant_bytes else ""
-            cells.append(
-                [
-                    str(tokens),
-                    row.placement,
-                    *_loads(row, ""),
-                    f"{row.layer_us:.0f}",
-                    saved,
-                    step,
-                    memory,
-                    _verdict(of_row),
-                ]
-            )
+        layer = _layer_us(first.baseline_layer_us, first)
+        cells.append([str(tokens), "linear", *_loads(first, "baseline_"), layer, "", "", "", ""])
+        cells += [_candidate(row, judged.get((row.placement, tokens))) for row in rows.itertuples()]
     print_table(title, heads, cells, markdown, align=">" + "<" + ">" * 8 + "<")
+
+
+def _candidate(row: Any, judged: Any) -> list[str]:
+    """Cells of a candidate, or of perfect balance, which is not judged."""
+    saved = f"{row.layer_saved:+.1%} ± {(row.layer_saved_high - row.layer_saved_low) / 2:.1%}"
+    step = "" if judged is None else f"{judged.step_saved_low:+.1%} to {judged.step_saved_high:+.1%}"
+    return [
+        str(row.tokens),
+        row.placement,
+        *_loads(row, ""),
+        _layer_us(row.layer_us, row),
+        saved + ("~" if row.knee else " "),
+        step,
+        f"{row.redundant_bytes / 1e9:.2f}" if row.redundant_bytes else "",
+        _verdict(judged),
+    ]
+
+
+def _layer_us(value: float, row: Any) -> str:
+    return f"{value:.0f}" + ("*" if row.extrapolated else "")
 
 
 def _verdict(row: Any) -> str:

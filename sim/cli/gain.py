@@ -6,6 +6,8 @@ from typing import Any
 from sim.cli.text import folder as folder_name
 from sim.cli.text import print_table
 from sim.cli.timed import (
+    EXTRAPOLATED_TEXT,
+    KNEE_TEXT,
     add_timed_arguments,
     chosen_gpus,
     identity_of,
@@ -94,7 +96,7 @@ def _print_gains(gains: Any, markdown: bool) -> None:
                 f"{row.baseline_exchange_us:.0f}" + ("*" if row.extrapolated else ""),
                 f"{row.layer_us:.0f}",
                 f"{row.layer_us_p99:.0f}",
-                f"{row.layer_saved:+.1%} ± {half:.1%}",
+                f"{row.layer_saved:+.1%} ± {half:.1%}" + ("~" if row.knee else " "),
                 f"{row.experts_saved:+.1%}",
                 f"{row.baseline_step_ms:.1f}",
                 f"{row.step_ms:.1f}",
@@ -103,7 +105,7 @@ def _print_gains(gains: Any, markdown: bool) -> None:
         )
     print_table(title, heads, cells, markdown, align="<")
     if gains.extrapolated.any() and not markdown:
-        print("* beyond what was measured of the exchange (128 tokens a rank on H800, EP 8 to 256): extrapolated")
+        print(EXTRAPOLATED_TEXT)
 
 
 def _print_crossovers(gains: Any) -> None:
@@ -112,3 +114,5 @@ def _print_crossovers(gains: Any) -> None:
         "\nCrossover, the tokens per step from which, under even load, a rank's time grows with its tokens and not with"
     )
     print(f"its distinct experts alone: {points}")
+    if gains.knee.any():
+        print(KNEE_TEXT)

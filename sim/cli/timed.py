@@ -7,6 +7,12 @@ from typing import Any
 from sim.cli.text import names, note, say_about_inputs, whole_number, whole_numbers
 from sim.errors import InputError
 
+KNEE_TEXT = (
+    "~ from a third of the crossover to six times it: times bend there, the model has a corner, and measured gains differ\n"
+    "most from predicted ones (README, Measured)"
+)
+EXTRAPOLATED_TEXT = "* beyond what was measured of the exchange (128 tokens a rank on H800, EP 8 to 256): extrapolated"
+
 
 def add_timed_arguments(parser: ArgumentParser, ep: str, tokens: str) -> None:
     """Add the options; `ep` and `tokens` are the defaults of these lists."""

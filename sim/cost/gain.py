@@ -21,6 +21,11 @@ from sim.workload import Workload
 PERFECT = "perfect balance"
 """Pairs and distinct experts spread evenly over ranks: the least time that any placement could take."""
 
+KNEE = (1 / 3, 6.0)
+"""Tokens over the crossover between which times bend from memory to arithmetic: the model has a corner there, kernels do not.
+Gains of EPLB that were measured on an H100 (results/measured/h100-copies.csv.gz) leave the predicted ones there, and only there.
+"""
+
 
 class Rest(NamedTuple):
     """What a step does besides routed experts and their exchange: one of the two, or nothing known."""
@@ -76,7 +81,7 @@ def predict_gain(
         where its rest is known. `load_bound`: share of the baseline's layers whose slowest rank's time grows with its
         tokens, and not with its distinct experts alone; `crossover_tokens`: where that begins under even load.
         `imbalance`, `idle_ranks`, `ranks_per_token` and `nodes_per_token` are means over layers and steps.
-        `extrapolated`: the exchange lies beyond what was measured.
+        `extrapolated`: the exchange lies beyond what was measured. `knee`: the tokens lie within KNEE of the crossover.
 
     Raises
     ------
@@ -110,7 +115,9 @@ def predict_gain(
             row |= {"ep_size": int(grid.ep_size_of_cell[base]), "tokens": int(grid.tokens_of_cell[base])}
             row |= _times_row(sample, base, old, new, rest) | _loads_row(sample, base, "baseline_")
             row |= _loads_row(sample, cell, "") | {"load_bound": float(sample.load_bound[base][..., rate].mean())}
-            rows.append({**row, "crossover_tokens": crossover_tokens(model, rates[rate])})
+            crossover = crossover_tokens(model, rates[rate])
+            of_crossover = int(grid.tokens_of_cell[base]) / crossover
+            rows.append({**row, "crossover_tokens": crossover, "knee": KNEE[0] <= of_crossover <= KNEE[1]})
     return pd.DataFrame(rows)
 
 
