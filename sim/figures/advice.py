@@ -1,5 +1,6 @@
 """What the candidates save, and how even they are, by tokens per step."""
 
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -34,6 +35,9 @@ def advice_by_tokens(gains: pd.DataFrame, reference: str) -> Figure:
                 mine.tokens, mine.imbalance_low, mine.imbalance_high, color=style["color"], alpha=0.15, linewidth=0
             )
     saved.axhline(0, **look("linear") | {"marker": "", "linewidth": 0.8})
+    crossover = rows.crossover_tokens.iloc[0]
+    if rows.tokens.min() <= crossover <= rows.tokens.max():
+        saved.axvline(crossover, color="#999999", linewidth=0.8)
     imbalance_axis(balance, "y")
     for ax, title, text in (
         (saved, "time saved over linear", "layer time saved (%)"),
@@ -45,8 +49,9 @@ def advice_by_tokens(gains: pd.DataFrame, reference: str) -> Figure:
         title_panel(ax, title)
     row = rows.iloc[0]
     figure.suptitle(
-        f"{row.model} in {row['dtype']}, EP {row.ep_size} on {row.gpu}, exchange: {row.exchange}, {row.workload}\n"
-        f"eplb is {row.split}; bands: 95 % over layers",
+        f"{Path(row.model).name} in {row['dtype']}, EP {row.ep_size} on {row.gpu}, exchange: {row.exchange}\n"
+        f"{row.workload[-90:]}; eplb is {row.split[-90:]}\n"
+        "bands: 95 % over layers; upright line: the crossover, from where time grows with tokens, not distinct experts alone",
         fontsize=10,
         x=0.01,
         ha="left",
