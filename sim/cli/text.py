@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from sim.errors import InputError
+from sim.errors import whole_number as check_whole_number
 
 _MAX_VALUES = 10_000
 
@@ -91,6 +92,11 @@ def whole_number(option: str) -> Callable[[str], int]:
             raise InputError(f"{option} '{text}': expected a whole number") from None
 
     return parse
+
+
+def threads(text: str | None) -> int | None:
+    """Value of --threads, None where it is not given."""
+    return None if text is None else check_whole_number("--threads", whole_number("--threads")(text), 1, 4096)
 
 
 def numbers(option: str) -> Callable[[str], list[float]]:

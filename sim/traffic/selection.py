@@ -96,27 +96,30 @@ def _fill_latest(time, n_group, topk_group, top_k, law, latest):
 def sum_selection(weight, noise, shared, own, router, law, sums):
     """Sums over requests of each expert's probability of being picked.
 
-    weight float64 [experts]; noise float32 [requests, tokens of a request, experts], standard exponentials; shared the
-    same, the part of f that a token's experts have from common causes; own float32 [requests or 1, 1 + tastes, experts],
-    the part that is an expert's alone: first what all experts have where another one is looked at, then the tastes of an
-    expert itself that its probability is averaged over; router int64 [3], n_group, topk_group, top_k; law as
-    `router.score_law`; sums float64 [3, experts]: probabilities (mean over tokens), their derivatives by ln(weight), and
-    products of those of the first and last token.
+    weight float64 [experts]; noise float32 [requests, tokens of a request, experts], standard exponentials; shared float32
+    [requests or 1, tokens or 1, experts], the part of f that a token's experts have from common causes; own float32
+    [requests or 1, 1 + tastes, experts], the part that is an expert's alone: first what all experts have where another one
+    is looked at, then the tastes of an expert itself that its probability is averaged over; router int64 [3], n_group,
+    topk_group, top_k; law as `router.score_law`; sums float64 [3, experts]: probabilities (mean over tokens), their
+    derivatives by ln(weight), and products of those of the first and last token.
     """
     n_experts, n_tokens, n_tastes = weight.size, noise.shape[1], own.shape[1] - 1
-    time, latest = np.empty(n_experts), np.empty((n_tokens, n_experts))
+    time, latest, rate = np.empty(n_experts), np.empty(n_experts), np.empty((n_tokens, n_experts))
     sums[:] = 0.0
     for q in range(noise.shape[0]):
-        tastes = own[q % own.shape[0]]
+        of_request, tastes = shared[q % shared.shape[0]], own[q % own.shape[0]]
         for t in range(n_tokens):
+            common = of_request[t % of_request.shape[0]]
             for e in range(n_experts):
-                time[e] = noise[q, t, e] / (weight[e] * shared[q, t, e] * tastes[0, e])
-            _fill_latest(time, router[0], router[1], router[2], law, latest[t])
+                time[e] = noise[q, t, e] / (weight[e] * common[e] * tastes[0, e])
+            _fill_latest(time, router[0], router[1], router[2], law, latest)
+            for e in range(n_experts):
+                rate[t, e] = weight[e] * common[e] * latest[e]
         for i in range(n_tastes):
             for e in range(n_experts):
                 first, last = 0.0, 0.0
                 for t in range(n_tokens):
-                    x = weight[e] * shared[q, t, e] * tastes[1 + i, e] * latest[t, e]
+                    x = rate[t, e] * tastes[1 + i, e]
                     missed = np.exp(-x)
                     last = 1.0 - missed
                     first = last if t == 0 else first
