@@ -22,7 +22,7 @@ from sim.traffic.calibrate import Noise, Popularity, fit_popularity
 from sim.traffic.correlation import across_sequences, over_multinomial, same_group, within_sequences
 from sim.traffic.describe import describe
 from sim.traffic.fit import wanted_shares
-from sim.traffic.selection import _fill_latest, sum_selection
+from sim.traffic.selection import _fill_latest, exp_of_minus, sum_selection
 from sim.traffic.tastes import Taste, draw_tastes, fill_ranks
 from sim.workload import FittedLayers, GumbelTraffic, RecordedTraffic, read_traffic
 from sim.workload.counts import build_counts
@@ -127,6 +127,13 @@ def test_latest_times_are_those_of_the_router(model):
         _fill_latest(time, *shape, law, comp)
         ref = picked_experts(weight, time, *shape, tuple(law))
         np.testing.assert_allclose(1 - np.exp(-weight * comp), ref, rtol=1e-6, atol=1e-9)
+
+
+def test_exponentials_are_those_of_numpy():
+    x = np.concatenate(
+        [[0.0, 1e-300, 1e-20, 700.0], np.random.default_rng(0).uniform(0, 700, 10_000), np.logspace(-12, 2)]
+    )
+    np.testing.assert_allclose([exp_of_minus(value) for value in x], np.exp(-x), rtol=4e-16)
 
 
 def test_sums_of_selection_equal_a_loop():
