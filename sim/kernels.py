@@ -1,4 +1,4 @@
-"""Settings that every numba kernel of the package shares."""
+"""Settings that every numba kernel of the package shares, and the processors that they may run on."""
 
 import hashlib
 import os
@@ -45,3 +45,8 @@ def is_cold() -> bool:
 
 kernel: Any = partial(numba.njit, cache=True, nogil=True, error_model="numpy")
 """Decorator of a compiled kernel: arrays in, preallocated output last, no validation."""
+
+
+def usable_processors() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,5 +1,6 @@
 """Execute the notebooks and write them with their outputs: what `make notebooks` runs."""
 
+import asyncio
 import sys
 from pathlib import Path
 
@@ -12,7 +13,8 @@ FOLDER = Path(__file__).parent.parent / "notebooks"
 def execute(path):
     """The notebook of a path, executed, without what changes from run to run."""
     notebook = nbformat.read(path, as_version=4)
-    NotebookClient(notebook, timeout=600, record_timing=False, resources={"metadata": {"path": str(FOLDER)}}).execute()
+    client = NotebookClient(notebook, timeout=600, record_timing=False, resources={"metadata": {"path": str(FOLDER)}})
+    asyncio.run(client.async_execute())  # in a loop of its own, that is closed, on any thread
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
     notebook.metadata.language_info = {"name": "python"}

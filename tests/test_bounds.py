@@ -73,8 +73,9 @@ def test_tokens_of_presets_spread_as_integration_says(name):
     _, ids = draw_trials(model, GumbelTraffic("uniform"), 8, range(64), 64, np.array([n_tokens // 64]), n_tokens // 64)
     groups = ids.reshape(-1, model.top_k).astype(int) // model.group_size
     in_group = (groups[:, :, None] == np.arange(model.n_group)).sum(axis=1)
-    rows, counts = np.unique(-np.sort(-in_group, axis=1)[:, : model.topk_group], axis=0, return_counts=True)
-    found = dict(zip(map(tuple, rows.tolist()), counts.tolist(), strict=True))
+    in_group = -np.sort(-in_group, axis=1)[:, : model.topk_group]
+    _, first, counts = np.unique(in_group @ 10 ** np.arange(model.topk_group), return_index=True, return_counts=True)
+    found = dict(zip(map(tuple, in_group[first].tolist()), counts.tolist(), strict=True))
     bound = norm.isf(FALSE_ALARM / (2 * len(exact)))
     for spread, p in exact.items():
         mean, seen = n_tokens * p, found.get(spread, 0)
@@ -89,15 +90,16 @@ def test_tokens_of_presets_spread_as_integration_says(name):
 )
 def test_tails_of_sums_keep_their_digits(weights, n_tokens, where):
     law = np.array(weights) / sum(weights)
-    exact = [Fraction(1)]
+    one = 2**1200  # probabilities in whole parts of it: a float is exact, and a product is rounded
+    exact = [one]
     for _ in range(n_tokens):
-        longer = [Fraction(0)] * (len(exact) + len(law) - 1)
+        longer = [0] * (len(exact) + len(law) - 1)
         for i, p in enumerate(exact):
             for j, q in enumerate(law):
-                longer[i + j] += p * Fraction(float(q))
-        exact = [Fraction(round(p * 2**1200), 2**1200) for p in longer]
+                longer[i + j] += p * int(Fraction(float(q)) * one)
+        exact = [(p + one // 2) // one for p in longer]
     least = round(where * (len(exact) + 1))
-    reference, found = sum(exact[least:], Fraction(0)), theory.tails(law[None], n_tokens, least)[0]
+    reference, found = Fraction(sum(exact[least:]), one), theory.tails(law[None], n_tokens, least)[0]
     if reference > 1e-200:
         assert found == pytest.approx(float(reference), rel=1e-9)
     else:

@@ -188,7 +188,7 @@ def test_what_eplb_buys():
     """Chat traffic, 4096 tokens: EPLB is far below linear, replicas help at EP 32, few tokens to fit on spoil it. Paired over
     200 layers; each difference is beyond 5 standard errors.
     """
-    options = {"ep_sizes": [16, 32], "tokens": 4096, "trials": 200}
+    options = {"ep_sizes": [16, 32], "tokens": 4096, "trials": 200, "bound_layers": 0}
     names = ["linear", "eplb", "eplb+32"]
     rows = {n: sweep(V3, CHAT, **options, placements=names, fit_tokens=n).summary for n in (64, 2**14)}
     by_fit = {n: table.set_index(["placement", "ep_size"]).imbalance_mean for n, table in rows.items()}

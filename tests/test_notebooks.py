@@ -1,5 +1,7 @@
 """The notebooks run from top to bottom, on a small budget, without errors or warnings; as committed they have outputs."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import nbformat
 import pytest
 
@@ -12,13 +14,19 @@ def test_there_are_three():
     assert [path.name[:2] for path in PATHS] == ["01", "02", "03"]
 
 
+@pytest.fixture(scope="module")
+def executed():
+    """The notebooks as futures, executed side by side: a kernel mostly waits for one core."""
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(len(PATHS)) as pool:
+        patch.setenv("EPSIM_EFFORT", "0.05")
+        patch.setenv("PYDEVD_DISABLE_FILE_VALIDATION", "1")
+        yield {path: pool.submit(execute, path) for path in PATHS}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
-def test_notebooks_run(path, monkeypatch):
-    monkeypatch.setenv("EPSIM_EFFORT", "0.05")
-    monkeypatch.setenv("PYDEVD_DISABLE_FILE_VALIDATION", "1")
-    notebook = execute(path)
-    assert not errors_of(notebook)
+def test_notebooks_run(path, executed):
+    assert not errors_of(executed[path].result())
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)

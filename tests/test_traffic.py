@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 from naive import picked_experts
+from scipy.stats import norm
 from test_cli import fails
 from test_readers import COUNTS, write
 
@@ -14,14 +15,15 @@ from sim.cli import main
 from sim.figures.traffic import load_map, traffic_page
 from sim.model import ModelSpec
 from sim.router import draw_trials, routing_law, score_law
-from sim.streams import stream_key
+from sim.streams import REQUEST, stream_key, uniforms
 from sim.traffic import fit_text, fit_traffic, hold_out, skew
 from sim.traffic.blocks import count_runs, count_sequences, count_tokens, only_sequences, run_starts
-from sim.traffic.calibrate import Noise, Popularity, Taste, fit_popularity
+from sim.traffic.calibrate import Noise, Popularity, fit_popularity
 from sim.traffic.correlation import across_sequences, over_multinomial, same_group, within_sequences
 from sim.traffic.describe import describe
 from sim.traffic.fit import wanted_shares
-from sim.traffic.selection import _fill_latest, sum_selection
+from sim.traffic.selection import _fill_latest, exp_of_minus, sum_selection
+from sim.traffic.tastes import Taste, draw_tastes, fill_ranks
 from sim.workload import FittedLayers, GumbelTraffic, RecordedTraffic, read_traffic
 from sim.workload.counts import build_counts
 
@@ -127,6 +129,13 @@ def test_latest_times_are_those_of_the_router(model):
         np.testing.assert_allclose(1 - np.exp(-weight * comp), ref, rtol=1e-6, atol=1e-9)
 
 
+def test_exponentials_are_those_of_numpy():
+    x = np.concatenate(
+        [[0.0, 1e-300, 1e-20, 700.0], np.random.default_rng(0).uniform(0, 700, 10_000), np.logspace(-12, 2)]
+    )
+    np.testing.assert_allclose([exp_of_minus(value) for value in x], np.exp(-x), rtol=4e-16)
+
+
 def test_sums_of_selection_equal_a_loop():
     rng = np.random.default_rng(2)
     weight = np.exp(rng.normal(size=16))
@@ -216,9 +225,37 @@ def test_a_known_request_effect_is_found_again():
     assert variance.mean() == pytest.approx(1, abs=0.01)
 
 
-def test_a_fit_is_the_same_every_time_and_another_with_another_seed():
+def test_ranks_equal_a_sort():
+    """Uniform words, and words in few buckets; equal ones keep their order."""
+    rng = np.random.default_rng(3)
+    for most, n in ((2**32, 1000), (2**32, 1024), (2**28, 1000), (40, 1000), (2**32, 1)):
+        words = rng.integers(0, most, n, dtype=np.uint32)
+        comp, ref = np.empty(n, np.int32), np.empty(n, np.int32)
+        fill_ranks(words, comp)
+        ref[np.argsort(words, kind="stable")] = np.arange(n)
+        np.testing.assert_array_equal(comp, ref)
+
+
+def test_tastes_are_a_latin_hypercube_of_the_stream():
+    """Against the plain formula; each expert's own tastes are the same n quantiles in another order."""
+    n, n_experts, key = 1000, 6, stream_key(0, "x")
+    rng = np.random.default_rng(4)
+    taste = Taste(rng.uniform(0.5, 1, n_experts), rng.normal(size=(2, n_experts)), 0.1)
+    comp = draw_tastes(taste, key, 3, n)
+    u = uniforms(key, REQUEST, 3, (n, 2 * n_experts + 2))
+    u = (np.argsort(np.argsort(u, axis=0), axis=0) + 0.5) / n
+    first, second, of_factors = np.split(u, [n_experts, 2 * n_experts], axis=1)
+    strata = (np.arange(4)[:, None] + second[:, None, :]) / 4
+    own = norm.ppf(np.concatenate([first[:, None, :], strata], axis=1)) * taste.sd
+    np.testing.assert_allclose(comp.own, own, rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(comp.shared, norm.ppf(of_factors) @ taste.loadings, rtol=1e-12, atol=1e-12)
+    quantiles = norm.ppf((np.arange(n) + 0.5) / n)
+    np.testing.assert_allclose(np.sort(comp.own[:, 0], axis=0), quantiles[:, None] * taste.sd, rtol=1e-6, atol=1e-7)
+
+
+def test_a_fit_is_the_same_on_any_number_of_threads_and_another_with_another_seed():
     data, _ = build_counts("x", "file:x", COUNTS)
-    first, again, other = (fit_traffic(SMALL, data, seed=seed) for seed in (0, 0, 1))
+    first, again, other = (fit_traffic(SMALL, data, seed=seed, threads=n) for seed, n in ((0, 1), (0, 3), (1, 2)))
     assert first.decode.law == again.decode.law
     assert first.decode.law != other.decode.law
     assert fit_text(first) == fit_text(again)
@@ -226,8 +263,8 @@ def test_a_fit_is_the_same_every_time_and_another_with_another_seed():
 
 def test_a_fit_that_does_not_converge_gives_its_best():
     """Shares that ask for more than the largest strength still end."""
-    taste = Taste(np.ones(16), np.zeros((0, 16)))
-    found = fit_popularity(Noise(SMALL, 0.0, 0, 0), np.full(16, 0.25), taste, 0.9999)
+    taste = Taste(np.ones(16), np.zeros((0, 16)), 0.9999)
+    found = fit_popularity(Noise(SMALL, 0.0, 0, 0), np.full(16, 0.25), taste)
     assert isinstance(found, Popularity)
     assert found.strength <= 5
     assert np.isfinite(found.mu).all()
@@ -243,7 +280,7 @@ def test_a_written_fit_is_read_back_and_swept(tmp_path, capsys):
     text = capsys.readouterr().out
     assert "held-out sequences" in text
     assert "fitted to all of the file: 2 layers" in text
-    direct = fit_traffic(load_model("olmoe-1b-7b"), read_traffic(path).data)
+    direct = fit_traffic(load_model("olmoe-1b-7b"), read_traffic(path).data, threads=1)
     assert load_workload(out).law == direct.decode.law
     assert load_workload(out, phase="prefill").law == direct.prefill.law
     assert load_workload(out).fitted_to == "olmoe-1b-7b"
@@ -282,8 +319,12 @@ def test_bad_options_write_nothing(tmp_path, capsys):
     fails(capsys, ["traffic", "fit", path, *model, *out, "--half"], "--half goes with --hold-out")
     fails(capsys, ["traffic", "fit", path, *model, *out, "--seed", "-1"], "--seed a whole number from 0")
     fails(capsys, ["traffic", "fit", path, *model, *out, "--group-sigma", "nan"], "from 0 to 5")
+    fails(
+        capsys, ["traffic", "fit", path, *model, *out, "--threads", "0"], "--threads 0: must be a whole number from 1"
+    )
     fails(capsys, ["traffic", "fit", path, *model, *out, "--plot", tmp_path / "p"], "--plot does not go with")
     fails(capsys, ["traffic", "show", path, *out], "--out does not go with")
+    fails(capsys, ["traffic", "show", path, "--threads", "1"], "--threads does not go with")
     fails(capsys, ["traffic", "shew", path], "did you mean show")
     other = write(tmp_path / "y.npy", x=COUNTS)
     fails(capsys, ["traffic", "show", path, "--against", other, "--plot", tmp_path / "p"], "has 4 layers of 16 experts")

@@ -1,3 +1,4 @@
+import functools
 import zipfile
 
 import numpy as np
@@ -65,6 +66,15 @@ def test_draws_do_not_depend_on_how_they_are_grouped():
         )
 
 
+@functools.cache
+def imbalance_of_r1(name):
+    """Mean imbalance of DeepSeek-R1 under linear placement, by EP size."""
+    result = sweep(
+        "deepseek-r1", name, ep_sizes=[32, 64, 128, 256], tokens=16384, placements="linear", trials=600, bound_layers=0
+    )
+    return result.summary.set_index("ep_size").imbalance_mean
+
+
 # Mean max/mean at EP 32, 64, 128, 256: the design's own figures of chat, then three public sets and the mixed one.
 @pytest.mark.parametrize(
     ("name", "targets", "within"),
@@ -78,8 +88,7 @@ def test_draws_do_not_depend_on_how_they_are_grouped():
 )
 def test_presets_reproduce_published_imbalance(name, targets, within):
     """Mean max/mean of DeepSeek-R1 under linear placement (the design states 6 % and 4 %; 1 % more covers sampling)."""
-    result = sweep("deepseek-r1", name, ep_sizes=[32, 64, 128, 256], tokens=16384, placements="linear", trials=600)
-    found = result.summary.set_index("ep_size").imbalance_mean
+    found = imbalance_of_r1(name)
     for ep_size, target in zip((32, 64, 128, 256), targets, strict=True):
         assert abs(found[ep_size] / target - 1) < within, f"EP{ep_size}: {found[ep_size]:.3f} for {target}"
 

@@ -6,7 +6,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
-from sim.cli.text import names, note, print_table, share, whole_number
+from sim.cli.text import names, note, print_table, share, threads, whole_number
 from sim.errors import InputError
 
 
@@ -35,12 +35,9 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(arguments: Namespace) -> None:
     """Run `epsim claims`."""
     from sim.cli.text import folder as folder_name
-    from sim.errors import whole_number as check_whole_number
     from sim.kernels import is_cold
 
-    threads = None
-    if arguments.threads is not None:
-        threads = check_whole_number("--threads", whole_number("--threads")(arguments.threads), 1, 4096)
+    n_threads = threads(arguments.threads)
     try:
         effort = float(arguments.effort)
     except ValueError:
@@ -59,7 +56,7 @@ def run(arguments: Namespace) -> None:
     from sim.workload import load_workload
 
     workload = load_workload(arguments.workload)
-    table = claims(workload, threads=threads, **options)
+    table = claims(workload, threads=n_threads, **options)
     if arguments.markdown:
         _print_markdown(table)
     else:

@@ -100,7 +100,7 @@ def run(arguments: Namespace) -> None:
 
 def _threads_of(options: dict[str, Any]) -> int:
     """Threads, or workers of a local cluster; the options of executors checked."""
-    from sim.sweeps.executors import usable_processors
+    from sim.kernels import usable_processors
 
     if options["executor"] not in ("threads", "dask"):
         raise unknown("--executor", options["executor"], ["threads", "dask"])

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sim.errors import InputError
+from sim.errors import whole_number as check_whole_number
 
 _MAX_VALUES = 10_000
 
@@ -105,6 +106,11 @@ def whole_number(option: str) -> Callable[[str], int]:
             raise InputError(f"{option} '{text}': expected a whole number") from None
 
     return parse
+
+
+def threads(text: str | None) -> int | None:
+    """Value of --threads, None where it is not given."""
+    return None if text is None else check_whole_number("--threads", whole_number("--threads")(text), 1, 4096)
 
 
 def numbers(option: str) -> Callable[[str], list[float]]:

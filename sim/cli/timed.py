@@ -4,7 +4,7 @@ import sys
 from argparse import ArgumentParser, Namespace
 from typing import Any
 
-from sim.cli.text import names, note, say_about_inputs, whole_number, whole_numbers
+from sim.cli.text import names, note, say_about_inputs, threads, whole_number, whole_numbers
 from sim.errors import InputError
 
 KNEE_TEXT = (
@@ -93,7 +93,7 @@ def step_options(arguments: Namespace) -> dict[str, Any]:
         "layer_sets": whole_number("--layer-sets")(arguments.layer_sets),
         "most_steps": whole_number("--steps")(arguments.steps),
         "seed": whole_number("--seed")(arguments.seed),
-        "threads": _threads(arguments.threads),
+        "threads": threads(arguments.threads),
     }
 
 
@@ -141,12 +141,6 @@ def _positive(option: str, text: str | None) -> float | None:
     if not 0 < value <= 1e6:
         raise InputError(f"{option} '{text}': expected a number above 0")
     return value
-
-
-def _threads(text: str | None) -> int | None:
-    from sim.errors import whole_number as check
-
-    return None if text is None else check("--threads", whole_number("--threads")(text), 1, 4096)
 
 
 def share_or_none(option: str, text: str | None) -> float | None:

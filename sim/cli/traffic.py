@@ -7,14 +7,14 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
-from sim.cli.text import note, numbers, table, whole_number
+from sim.cli.text import note, numbers, table, threads, whole_number
 from sim.cli.traffic_decay import print_decay
 from sim.errors import InputError, unknown
 
 _LAYERS_SHOWN = 12
 _OPTIONS = {
     "show": ("against", "plot", "all_layers"),
-    "fit": ("out", "hold_out", "half", "group_sigma"),
+    "fit": ("out", "hold_out", "half", "group_sigma", "threads"),
     "decay": ("against", "plot", "ep", "placement", "windows", "ranks_per_node", "markdown"),
 }
 """The options of an action that not all actions have."""
@@ -71,6 +71,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         metavar="N",
         help="of the fit's random numbers, and of decay's random halves (default: 0)",
     )
+    parser.add_argument("--threads", metavar="N", help="fit: default: all processors of this process")
 
 
 def run(arguments: Namespace) -> None:
@@ -162,7 +163,7 @@ def _fit(arguments: Namespace, model: Any, data: Any) -> None:
         raise InputError("--half goes with --hold-out")
     if not out.parent.is_dir():
         raise InputError(f"--out {out}: the folder {out.parent} does not exist")
-    seed = whole_number("--seed")(arguments.seed)
+    seed, n_threads = whole_number("--seed")(arguments.seed), threads(arguments.threads)
     group_sigma = GROUP_SIGMA if arguments.group_sigma is None else numbers("--group-sigma")(arguments.group_sigma)[0]
     if not 0 <= group_sigma <= 5 or not 0 <= seed < 2**63:
         raise InputError("--group-sigma must be a number from 0 to 5, --seed a whole number from 0")
@@ -170,14 +171,14 @@ def _fit(arguments: Namespace, model: Any, data: Any) -> None:
         note(f"loads do not tell the group effect: group_sigma {GROUP_SIGMA} is that of the presets (--group-sigma)")
     fit = None
     if arguments.hold_out:
-        held = hold_out(model, data, seed=seed, group_sigma=group_sigma)
+        held = hold_out(model, data, seed=seed, group_sigma=group_sigma, threads=n_threads)
         if held is None:
             note("there is too little to hold out: it takes 32 sequences, or 4 steps of loads")
         else:
             _print_held(held[1], "steps" if held[1] and held[1][0].phase == "steps" else "sequences")
             fit = held[0] if arguments.half else None
     whole = fit is None
-    fit = fit or fit_traffic(model, data, seed=seed, group_sigma=group_sigma)
+    fit = fit or fit_traffic(model, data, seed=seed, group_sigma=group_sigma, threads=n_threads)
     for text in fit.notes:
         note(text)
     with whole_files(out) as (temporary,):
@@ -185,7 +186,7 @@ def _fit(arguments: Namespace, model: Any, data: Any) -> None:
     what = "all of the file" if whole else "the first half (--half)"
     print(
         f"fitted to {what}: {fit.decode.n_layers} layers, shares to {fit.rms[0].mean():.2%} rms (worst layer "
-        f"{fit.rms[0].max():.2%}) on fresh random numbers, {fit.seconds.mean():.1f} s per layer"
+        f"{fit.rms[0].max():.2%}) on fresh random numbers, {fit.seconds.mean():.1f} s per layer of a thread"
     )
     if fit.prefill is not None:
         print(

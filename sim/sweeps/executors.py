@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import os
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -19,11 +18,6 @@ Executor = Callable[[Plan, Stage, list[range]], Iterator[tuple[range, Tally]]]
 _ANSWER_S = 10
 _RETRIES = 5
 _AHEAD = 2  # chunks per worker that wait for it
-
-
-def usable_processors() -> int:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def threads(n_threads: int) -> Executor:

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from sim.errors import whole_number
+from sim.kernels import usable_processors
 from sim.model import ModelSpec
 from sim.results import SweepResult
 from sim.router import routing_law
@@ -107,7 +108,7 @@ def sweep(
         precision_tail=precision_tail, max_trials=max_trials, bound_layers=bound_layers, fit_tokens=fit_tokens,
         fit_on=fit_on, replica_choice=replica_choice,
     )  # fmt: skip
-    n_threads = executors.usable_processors() if threads is None else whole_number("--threads", threads, 1, 4096)
+    n_threads = usable_processors() if threads is None else whole_number("--threads", threads, 1, 4096)
     return run_plan(plan, executors.threads(n_threads), n_threads=n_threads)
 
 

@@ -1,17 +1,20 @@
 """A workload by law that has the measured loads of a model's layers and, where tokens are known, its requests' taste."""
 
-import time
-from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
 
 from sim.errors import InputError
+from sim.kernels import usable_processors
 from sim.model import ModelSpec
 from sim.traffic.blocks import load_of, sequence_counts
-from sim.traffic.calibrate import Noise, Popularity, Taste, fit_popularity
+from sim.traffic.calibrate import fit_layer
 from sim.traffic.correlation import within_sequences
+from sim.traffic.tastes import Taste
 from sim.workload import FittedLayers, GumbelTraffic, LoadCounts, RecordedTraffic
 
 GROUP_SIGMA = 0.4
@@ -38,6 +41,7 @@ class Fit:
     rms : float64 [phases, layers]
         Root mean square over experts of fitted / measured share - 1, on other random numbers than those of the fit.
     seconds : float64 [layers]
+        Time of each layer's fit and check on its thread.
     notes : list of str
     """
 
@@ -54,7 +58,7 @@ def fit_traffic(
     *,
     seed: int = 0,
     group_sigma: float = GROUP_SIGMA,
-    progress: Callable[[int, int], None] | None = None,
+    threads: int | None = None,
 ) -> Fit:
     """Fit traffic to the measured loads of each layer, and to the correlation within sequences where tokens are known.
 
@@ -70,8 +74,8 @@ def fit_traffic(
     seed : int
     group_sigma : float
         Of a grouped router.
-    progress : callable, optional
-        progress(layers done, layers).
+    threads : int
+        By default all processors. The fit does not depend on it.
 
     Raises
     ------
@@ -81,24 +85,11 @@ def fit_traffic(
     load = load_of(data, model.n_experts) if isinstance(data, RecordedTraffic) else data.total
     wanted, notes = wanted_shares(load, model, data.name)
     group_sigma = group_sigma if model.is_grouped else 0.0
-    tastes, correlations = _tastes(data, model.n_experts, notes)
-    decode: list[Popularity] = []
-    prefill: list[Popularity] = []
-    rms, seconds = np.empty((2 if tastes else 1, len(load))), np.empty(len(load))
-    for layer, p in enumerate(wanted):
-        started = time.perf_counter()
-        noise = Noise(model, group_sigma, seed, layer)
-        decode.append(fit_popularity(noise, p))
-        if tastes:
-            prefill.append(fit_popularity(noise, p, tastes[layer], correlations[layer]))
-        seconds[layer] = time.perf_counter() - started
-        check = Noise(model, group_sigma, seed, layer, "check")
-        rms[0, layer] = _rms(check.picks(np.round(decode[-1].mu, 4), check.draw(None), 0.0)[0], p)
-        if tastes:
-            tasted = check.draw(tastes[layer])
-            rms[-1, layer] = _rms(check.picks(np.round(prefill[-1].mu, 4), tasted, prefill[-1].strength)[0], p)
-        if progress:
-            progress(layer + 1, len(load))
+    tastes = _tastes(data, model.n_experts, notes)
+    fit_one = partial(fit_layer, model, seed=seed, group_sigma=group_sigma)
+    with ThreadPoolExecutor(threads or usable_processors()) as pool:
+        found = list(pool.map(fit_one, range(len(load)), wanted, tastes or repeat(None)))
+    rms = np.array([layer.rms for layer in found]).T
     if (n_bad := int((rms.max(axis=0) > _WANTED_RMS).sum())) > 0:
         notes.append(f"{n_bad} of {len(load)} layers are fitted to worse than {_WANTED_RMS:.0%} (rms {rms.max():.1%})")
     about = f"fitted to {data.name}, digest {data.digest}"
@@ -106,14 +97,15 @@ def fit_traffic(
     name = Path(data.name.removeprefix("file:")).stem
     of_decode = GumbelTraffic(
         name, about="decode: tokens independent given the layer", **common,  # type: ignore[arg-type]
-        layers=FittedLayers.of(np.round([found.mu for found in decode], 4)),
+        layers=FittedLayers.of(np.round([layer.decode.mu for layer in found], 4)),
     )  # fmt: skip
     of_prefill = None
     if tastes and isinstance(data, RecordedTraffic):
-        request_sigma = float(np.sqrt(np.mean([found.strength**2 for found in prefill])))
-        scale = [found.strength / request_sigma for found in prefill]
+        prefill = [layer.prefill for layer in found if layer.prefill is not None]
+        request_sigma = float(np.sqrt(np.mean([layer.strength**2 for layer in prefill])))
+        scale = [layer.strength / request_sigma for layer in prefill]
         layers = FittedLayers.of(
-            np.round([found.mu for found in prefill], 4),
+            np.round([layer.mu for layer in prefill], 4),
             np.round([s * taste.sd for s, taste in zip(scale, tastes, strict=True)], 4),
             np.round([s * taste.loadings for s, taste in zip(scale, tastes, strict=True)], 4),
         )
@@ -122,11 +114,7 @@ def fit_traffic(
             request_sigma=round(request_sigma, 4), tokens_per_request=round(float(np.diff(data.starts).mean())),
             layers=layers,
         )  # fmt: skip
-    return Fit(of_decode, of_prefill, rms, seconds, notes)
-
-
-def _rms(found: np.ndarray, wanted: np.ndarray) -> float:
-    return float(np.sqrt(np.mean((found / wanted - 1) ** 2)))
+    return Fit(of_decode, of_prefill, rms, np.array([layer.seconds for layer in found]), notes)
 
 
 def wanted_shares(load: np.ndarray, model: ModelSpec, name: str) -> tuple[np.ndarray, list[str]]:
@@ -157,12 +145,11 @@ def wanted_shares(load: np.ndarray, model: ModelSpec, name: str) -> tuple[np.nda
     return p, notes
 
 
-def _tastes(data: RecordedTraffic | LoadCounts, n_experts: int, notes: list[str]) -> tuple[list[Taste], np.ndarray]:
-    """Taste of each layer's requests and the correlation of two tokens of one, float64 [layers]; empty without any."""
-    nothing: tuple[list[Taste], np.ndarray] = ([], np.zeros(0))
+def _tastes(data: RecordedTraffic | LoadCounts, n_experts: int, notes: list[str]) -> list[Taste]:
+    """Taste of each layer's requests; empty where the data do not show any."""
     if isinstance(data, LoadCounts):
         notes.append("loads do not show requests: the workload has no prefill phase")
-        return nothing
+        return []
     lengths = np.diff(data.starts)
     for block in (_BLOCK, _SHORT_BLOCK):
         variance = within_sequences(data, block, n_experts)
@@ -172,11 +159,11 @@ def _tastes(data: RecordedTraffic | LoadCounts, n_experts: int, notes: list[str]
         notes.append(
             f"fewer than {_LEAST_SEQUENCES} sequences, or too short ones, show no request effect: no prefill phase"
         )
-        return nothing
+        return []
     correlation = np.maximum((variance - 1) / (block - 1), _LEAST_CORRELATION)
     chosen = np.unique(np.linspace(0, len(lengths) - 1, min(len(lengths), _MOST_SEQUENCES)).astype(np.int64))
     counts = sequence_counts(data, n_experts)[:, chosen]
-    return [_taste(n, lengths[chosen], rho) for n, rho in zip(counts, correlation, strict=True)], correlation
+    return [_taste(n, lengths[chosen], float(rho)) for n, rho in zip(counts, correlation, strict=True)]
 
 
 def _taste(counts: np.ndarray, lengths: np.ndarray, correlation: float) -> Taste:
@@ -197,7 +184,8 @@ def _taste(counts: np.ndarray, lengths: np.ndarray, correlation: float) -> Taste
     variance, factor = np.linalg.eigh(covariance)
     loadings = (factor[:, -FACTORS:] * np.sqrt(np.maximum(variance[-FACTORS:], 0))).T
     loadings *= np.where(loadings.sum(axis=1, keepdims=True) < 0, -1.0, 1.0)  # the sign is free: the same everywhere
-    return Taste(np.sqrt(np.maximum(np.diag(covariance) - (loadings**2).sum(axis=0), 0)), loadings)
+    own = np.sqrt(np.maximum(np.diag(covariance) - (loadings**2).sum(axis=0), 0))
+    return Taste(own, loadings, correlation)
 
 
 def fit_text(fit: Fit) -> str:

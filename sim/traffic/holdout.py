@@ -1,5 +1,7 @@
 """How well a fit predicts rank imbalance that it was not fitted to: held-out sequences, or held-out steps."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -10,7 +12,7 @@ from sim.router import draw_trials
 from sim.streams import REPLAY, stream_key, uniforms
 from sim.traffic.blocks import count_runs, count_tokens, only_sequences
 from sim.traffic.correlation import BLOCKS
-from sim.traffic.fit import Fit, fit_traffic
+from sim.traffic.fit import GROUP_SIGMA, Fit, fit_traffic
 from sim.workload import GumbelTraffic, LoadCounts, RecordedTraffic
 from sim.workload.counts import build_counts
 
@@ -36,7 +38,12 @@ class Held(NamedTuple):
 
 
 def hold_out(
-    model: ModelSpec, data: RecordedTraffic | LoadCounts, *, seed: int = 0, group_sigma: float = 0.4
+    model: ModelSpec,
+    data: RecordedTraffic | LoadCounts,
+    *,
+    seed: int = 0,
+    group_sigma: float = GROUP_SIGMA,
+    threads: int | None = None,
 ) -> tuple[Fit, list[Held]] | None:
     """Fit one half, predict the other: the even-numbered sequences and the odd ones, or the first and the last steps.
 
@@ -45,12 +52,13 @@ def hold_out(
     hold out: fewer than 32 sequences, or 4 steps.
     """
     sizes = [size for size in EP_SIZES if 2 * size <= model.n_experts]
+    fit_half = partial(fit_traffic, model, seed=seed, group_sigma=group_sigma, threads=threads)
     if isinstance(data, LoadCounts):
-        return _hold_out_steps(model, data, sizes, seed, group_sigma)
+        return _hold_out_steps(model, data, sizes, seed, fit_half)
     n = len(data.starts) - 1
     if n < _LEAST_SEQUENCES:
         return None
-    fit = fit_traffic(model, only_sequences(data, np.arange(0, n, 2)), seed=seed, group_sigma=group_sigma)
+    fit = fit_half(only_sequences(data, np.arange(0, n, 2)))
     other = only_sequences(data, np.arange(1, n, 2))
     parts = [
         only_sequences(other, np.flatnonzero(np.arange(n // 2) % _JACKKNIFE != left)) for left in range(_JACKKNIFE)
@@ -126,7 +134,7 @@ def _simulated(model: ModelSpec, workload: GumbelTraffic, n_tokens: int, seed: i
 
 
 def _hold_out_steps(
-    model: ModelSpec, data: LoadCounts, sizes: list[int], seed: int, group_sigma: float
+    model: ModelSpec, data: LoadCounts, sizes: list[int], seed: int, fit_half: Callable[[LoadCounts], Fit]
 ) -> tuple[Fit, list[Held]] | None:
     """The first half of the steps fitted, the second predicted, each step with as many tokens as it had."""
     counts = data.counts
@@ -135,7 +143,7 @@ def _hold_out_steps(
     half = len(counts) // 2
     used = counts[:half].any(axis=(0, 2)) & counts[half:].any(axis=(0, 2))
     first, _ = build_counts(data.name, data.name, counts[:half, used], data.layers[used])
-    fit = fit_traffic(model, first, seed=seed, group_sigma=group_sigma)
+    fit = fit_half(first)
     later = counts[half:][np.linspace(0, len(counts) - half - 1, min(len(counts) - half, _MOST_STEPS)).astype(np.int64)]
     later = later[:, used]
     later = later[(later.sum(axis=2) > 0).all(axis=1)]

@@ -8,9 +8,41 @@ for its group to be kept, which is monotone too: the other groups' scores do not
 over the groups that are kept together with e's.
 """
 
+from math import factorial
+
 import numpy as np
 
 from sim.kernels import kernel
+
+_MOST = 700.0  # beyond it an expert is picked, and exp(-x) is hardly a number
+_LOG2E = 1 / np.log(2)
+_LN2_HIGH, _LN2_LOW = 6.93147180369123816490e-01, 1.90821492927058770002e-10
+_ROUND = 1.5 * 2.0**52  # added to a number, leaves its nearest whole number in the last bits
+_BIAS, _52 = np.int64(1023), np.int64(52)
+_E = tuple(1 / factorial(n) for n in range(13))
+_E0, _E1, _E2, _E3, _E4, _E5, _E6, _E7, _E8, _E9, _E10, _E11, _E12 = _E
+
+
+@kernel(forceinline=True)
+def exp_of_minus(x):
+    """exp(-x), float64, for x from 0 to 700, to 4e-16 relative: unlike a call into a maths library it vectorises."""
+    shifted = np.float64(_ROUND - x * _LOG2E)
+    k = shifted - _ROUND
+    r = -x - k * _LN2_HIGH - k * _LN2_LOW
+    p = _E12
+    p = p * r + _E11
+    p = p * r + _E10
+    p = p * r + _E9
+    p = p * r + _E8
+    p = p * r + _E7
+    p = p * r + _E6
+    p = p * r + _E5
+    p = p * r + _E4
+    p = p * r + _E3
+    p = p * r + _E2
+    p = p * r + _E1
+    p = p * r + _E0
+    return p * np.int64((shifted.view(np.int64) + _BIAS) << _52).view(np.float64)
 
 
 @kernel
@@ -96,30 +128,35 @@ def _fill_latest(time, n_group, topk_group, top_k, law, latest):
 def sum_selection(weight, noise, shared, own, router, law, sums):
     """Sums over requests of each expert's probability of being picked.
 
-    weight float64 [experts]; noise float32 [requests, tokens of a request, experts], standard exponentials; shared the
-    same, the part of f that a token's experts have from common causes; own float32 [requests or 1, 1 + tastes, experts],
-    the part that is an expert's alone: first what all experts have where another one is looked at, then the tastes of an
-    expert itself that its probability is averaged over; router int64 [3], n_group, topk_group, top_k; law as
-    `router.score_law`; sums float64 [3, experts]: probabilities (mean over tokens), their derivatives by ln(weight), and
-    products of those of the first and last token.
+    weight float64 [experts]; noise float32 [requests, tokens of a request, experts], standard exponentials; shared float32
+    [requests or 1, tokens or 1, experts], the part of f that a token's experts have from common causes; own float32
+    [requests or 1, 1 + tastes, experts], the part that is an expert's alone: first what all experts have where another one
+    is looked at, then the tastes of an expert itself that its probability is averaged over; router int64 [3], n_group,
+    topk_group, top_k; law as `router.score_law`; sums float64 [3, experts]: probabilities (mean over tokens), their
+    derivatives by ln(weight), and products of those of the first and last token.
     """
     n_experts, n_tokens, n_tastes = weight.size, noise.shape[1], own.shape[1] - 1
-    time, latest = np.empty(n_experts), np.empty((n_tokens, n_experts))
+    time, latest = np.empty(n_experts), np.empty(n_experts)
+    rate, picked = np.empty((n_tokens, n_experts)), np.empty((n_tokens, n_experts))
     sums[:] = 0.0
     for q in range(noise.shape[0]):
-        tastes = own[q % own.shape[0]]
+        of_request, tastes = shared[q % shared.shape[0]], own[q % own.shape[0]]
         for t in range(n_tokens):
+            common = of_request[t % of_request.shape[0]]
             for e in range(n_experts):
-                time[e] = noise[q, t, e] / (weight[e] * shared[q, t, e] * tastes[0, e])
-            _fill_latest(time, router[0], router[1], router[2], law, latest[t])
-        for i in range(n_tastes):
+                time[e] = noise[q, t, e] / (weight[e] * common[e] * tastes[0, e])
+            _fill_latest(time, router[0], router[1], router[2], law, latest)
             for e in range(n_experts):
-                first, last = 0.0, 0.0
-                for t in range(n_tokens):
-                    x = weight[e] * shared[q, t, e] * tastes[1 + i, e] * latest[t, e]
-                    missed = np.exp(-x)
-                    last = 1.0 - missed
-                    first = last if t == 0 else first
-                    sums[0, e] += last / (n_tokens * n_tastes)
-                    sums[1, e] += x * missed / (n_tokens * n_tastes) if x < 700.0 else 0.0
-                sums[2, e] += first * last / n_tastes
+                rate[t, e] = weight[e] * common[e] * latest[e]
+        for i in range(1, 1 + n_tastes):
+            for t in range(n_tokens):
+                for e in range(n_experts):
+                    x = min(rate[t, e] * tastes[i, e], _MOST)
+                    missed = exp_of_minus(x)
+                    picked[t, e] = 1.0 - missed
+                    sums[0, e] += picked[t, e]
+                    sums[1, e] += x * missed
+            for e in range(n_experts):
+                sums[2, e] += picked[0, e] * picked[-1, e]
+    sums[:2] /= n_tokens * n_tastes
+    sums[2] /= n_tastes
