@@ -136,7 +136,7 @@ def advise(
     share = ASSUMED_SHARE if moe_share is None and step_us is None else moe_share
     setup: dict[str, Any] = SAMPLED | (PER_RANK if "tokens" not in options else {}) | options
     setup |= {"ep_sizes": ep_size, "exchange": BACKENDS[backend], "seed": seed}
-    tables, splits = [], splits_of(model, traffic, fit_on, seed)
+    tables, splits = [], splits_of(model, traffic, fit_on, seed, options.get("threads"))
     for split in splits:
         gains = predict_gain(
             model, split.scored, gpu, placement=[*names, PERFECT], fit_on=split.fitted_on, moe_share=share,

@@ -27,7 +27,9 @@ class Split(NamedTuple):
     notes: tuple[str, ...] = ()  # remarks of the fit, where loads are scored as a law
 
 
-def splits_of(model: ModelSpec, traffic: Workload | LoadCounts, other: Source | None, seed: int) -> list[Split]:
+def splits_of(
+    model: ModelSpec, traffic: Workload | LoadCounts, other: Source | None, seed: int, threads: int | None = None
+) -> list[Split]:
     """The splits of some traffic, the main one first.
 
     Another file, if there is one, is what is fitted. Else recorded sequences are parted in turn, the other way round, and
@@ -41,8 +43,8 @@ def splits_of(model: ModelSpec, traffic: Workload | LoadCounts, other: Source | 
     """
     if isinstance(traffic, LoadCounts):
         if other is None:
-            return _of_counts(model, traffic, seed)
-        return [_by_law(model, f"fitted on {other.name.removeprefix('file:')}", traffic, other, seed)]
+            return _of_counts(model, traffic, seed, threads)
+        return [_by_law(model, f"fitted on {other.name.removeprefix('file:')}", traffic, other, seed, threads)]
     if other is not None:
         return [Split(f"fitted on {other.name.removeprefix('file:')}", traffic, other)]
     if not isinstance(traffic, RecordedTraffic):
@@ -56,15 +58,17 @@ def splits_of(model: ModelSpec, traffic: Workload | LoadCounts, other: Source | 
     ]
 
 
-def _by_law(model: ModelSpec, about: str, scored: LoadCounts, fitted_on: Source, seed: int) -> Split:
+def _by_law(
+    model: ModelSpec, about: str, scored: LoadCounts, fitted_on: Source, seed: int, threads: int | None
+) -> Split:
     """Counts as tokens of the law that is fitted to them."""
     if scored.digest == fitted_on.digest:
         raise InputError(f"--fit-on {fitted_on.name.removeprefix('file:')} is the traffic that is scored")
-    fit = fit_traffic(model, scored, seed=seed)
+    fit = fit_traffic(model, scored, seed=seed, threads=threads)
     return Split(about, fit.decode, fitted_on, tuple(fit.notes))
 
 
-def _of_counts(model: ModelSpec, counts: LoadCounts, seed: int) -> list[Split]:
+def _of_counts(model: ModelSpec, counts: LoadCounts, seed: int, threads: int | None) -> list[Split]:
     """First and second half of the steps, or halves of one table dealt at random, both ways round."""
     if len(counts.counts) > 1:
         middle = len(counts.counts) // 2
@@ -74,8 +78,8 @@ def _of_counts(model: ModelSpec, counts: LoadCounts, seed: int) -> list[Split]:
         halves, names = (dealt.fitted[:1], dealt.scored[:1]), ("half of the counted pairs at random", "the other half")
     one, two = (_part(counts, half, name) for half, name in zip(halves, names, strict=True))
     splits = [
-        _by_law(model, f"fitted on {names[0]}, scored on {names[1]}", two, one, seed),
-        _by_law(model, f"fitted on {names[1]}, scored on {names[0]}", one, two, seed),
+        _by_law(model, f"fitted on {names[0]}, scored on {names[1]}", two, one, seed, threads),
+        _by_law(model, f"fitted on {names[1]}, scored on {names[0]}", one, two, seed, threads),
     ]
     return splits if len(counts.counts) > 1 else [of._replace(notes=(*of.notes, _ONE_TABLE)) for of in splits]
 
