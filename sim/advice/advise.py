@@ -4,10 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from sim.advice.engines import BACKENDS, DEFAULT_BACKEND, engine_of
-from sim.advice.rule import ASSUMED_SHARE, LEAST_SAVED, LEAST_SEQUENCES, judge, overall
+from sim.advice.rule import ASSUMED_SHARE, LEAST_SAVED, LEAST_SEQUENCES, best_of, judge, judged_ends, overall
 from sim.advice.splits import Source, splits_of
 from sim.cost import Gpu, predict_gain
 from sim.cost.expert import BYTES_PER_VALUE
@@ -23,7 +24,7 @@ PER_RANK = {"tokens": [1, 8, 64, 512], "tokens_per_rank": True}
 """Steps where nobody says."""
 SAMPLED = {"most_steps": 128, "layer_sets": 8, "budget_tokens": 2**23}
 """What is sampled where nobody says, as in `sample_steps`: intervals come from the layers, more steps hardly narrow them."""
-_OF_SPLITS = ["step_saved_low", "step_saved_high"]
+_OF_SPLITS = ["step_saved_low", "step_saved_high", "splits"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,16 +35,18 @@ class Advice:
     ----------
     gains : DataFrame
         Columns of `sim.predict_gain` for every split, candidate and number of tokens, and perfect balance; `split` says
-        how the traffic was parted (the first is the main one), `redundant_bytes` what a GPU holds besides.
+        how the traffic was parted (first the one that load-aware placements save least in), `redundant_bytes` what a GPU
+        holds besides.
     verdicts : DataFrame
-        placement, tokens, the weakest lower and the strongest upper end of the step's saved share over the splits, the
-        verdict, and `runs_as`, the placement that vLLM runs where this one is asked for (empty: no engine has it).
+        placement, tokens, the weakest lower and the strongest upper end of the step's saved share over the splits, near the
+        crossover with the model's error, the verdict, in how many of the `splits` it is worth a trial, and `runs_as`, the
+        placement that vLLM runs where this one is asked for (empty: no engine has it).
     engines : dict
         How an engine is told to run a candidate, and what it does; keyed by the candidates that it is said of.
     verdict : str
         Over all that an engine runs: 'worth a trial', 'not for this traffic' or 'not enough data'.
     best : DataFrame
-        Of each number of tokens the row of `verdicts` with the largest lower end, of what an engine runs.
+        Of each number of tokens the row of `verdicts` that is named, of what an engine runs (`rule_text`).
     notes : list of str
         Remarks of the fits, where load counts are scored as a law.
     """
@@ -132,6 +135,8 @@ def advise(
         raise unknown("--backend", shown(backend), BACKENDS)
     ranks = whole_number("--data-parallel", ep_size if data_parallel is None else data_parallel, 1, 2**15)
     as_numbers("--worth", least_saved, 1e-6, 1)
+    if step_us is not None and np.size(options.get("tokens", PER_RANK["tokens"])) > 1:
+        raise InputError("--step-ms is the time of steps of one size: give one number of --tokens with it")
     names = candidates(model, ep_size, redundant)
     share = ASSUMED_SHARE if moe_share is None and step_us is None else moe_share
     setup: dict[str, Any] = SAMPLED | (PER_RANK if "tokens" not in options else {}) | options
@@ -143,7 +148,7 @@ def advise(
             step_us=step_us, **setup,
         )  # fmt: skip
         tables.append(gains.assign(split=split.about))
-    gains = pd.concat(tables, ignore_index=True)
+    gains = pd.concat(sorted(tables, key=_saved_by_eplb), ignore_index=True)
     gains["redundant_bytes"] = [
         _redundant_bytes(model, row.placement, ep_size, row.dtype) for row in gains.itertuples()
     ]
@@ -151,12 +156,11 @@ def advise(
     verdicts = _verdicts(gains, names, least_saved, is_enough=_is_enough(traffic))
     verdicts["runs_as"] = [engines[name].runs_as for name in verdicts.placement]
     run = verdicts[verdicts.runs_as == verdicts.placement]
-    best = run.sort_values("step_saved_low", kind="stable").groupby("tokens").tail(1).sort_values("tokens")
     hows: dict[str, str] = {}
     for how in dict.fromkeys(engine.how for engine in engines.values()):
         hows[", ".join(name for name, engine in engines.items() if engine.how == how)] = how
     notes = list(dict.fromkeys(note for split in splits for note in split.notes))
-    return Advice(gains, verdicts, hows, overall(run), best, notes)
+    return Advice(gains, verdicts, hows, overall(run), best_of(run, least_saved), notes)
 
 
 def _as_traffic(name: str | Path, model: ModelSpec) -> Workload | LoadCounts:
@@ -170,10 +174,16 @@ def _verdicts(gains: pd.DataFrame, names: list[str], least_saved: float, *, is_e
     """A row for each candidate and number of tokens, over all splits."""
     rows = []
     for (name, tokens), of_splits in gains[gains.placement.isin(names)].groupby(["placement", "tokens"], sort=False):
-        low, high = of_splits.step_saved_low.to_numpy(), of_splits.step_saved_high.to_numpy()
+        low, high = judged_ends(of_splits)
         row = {"placement": name, "tokens": tokens, "step_saved_low": low.min(), "step_saved_high": high.max()}
-        rows.append({**row, "verdict": judge(low, high, least_saved, is_enough=is_enough)})
+        row |= {"verdict": judge(low, high, least_saved, is_enough=is_enough)}
+        rows.append(row | {"splits_worth": int((low >= least_saved).sum()), "splits": len(low)})
     return pd.DataFrame(rows)
+
+
+def _saved_by_eplb(gains: pd.DataFrame) -> float:
+    """What load-aware placements save in a split, for the order of splits: the least first."""
+    return float(gains.layer_saved[gains.placement.str.startswith("eplb")].mean())
 
 
 def _is_enough(traffic: Workload | LoadCounts) -> bool:

@@ -3,6 +3,8 @@
 import numpy as np
 import pandas as pd
 
+from sim.placement import split_name
+
 WORTH, NOT, UNSURE = "worth a trial", "not for this traffic", "not enough data"
 ASSUMED_SHARE = 0.5
 """Share of a step that experts and exchange are taken to have where nobody says."""
@@ -12,13 +14,28 @@ LEAST_SEQUENCES = 16
 """Of each half of a record: with fewer, sequences that happen to be there decide."""
 
 
+KNEE_ERROR = 0.15
+"""Share of the experts' time by which the model may be off near the crossover (`sim.cost.gain.KNEE`), either way: the largest
+difference between saved shares as measured and as predicted, in bf16 on H100 and H200 (results/measured; elsewhere it is 0.03).
+"""
+
+
 def rule_text(least_saved: float) -> str:
     """The rule, for people."""
     return (
         f"'{WORTH}' if the predicted step saves at least {least_saved:.1%} at the lower end of its 95 % interval in every "
         f"split of the traffic; '{NOT}' if it saves less even at the upper end, in every split; else '{UNSURE}', and always "
-        f"so with fewer than {LEAST_SEQUENCES} recorded sequences in a half or one layer."
+        f"so with fewer than {LEAST_SEQUENCES} recorded sequences in a half or one layer. Near the crossover (~) both ends are "
+        f"first moved outwards by {KNEE_ERROR:.0%} of the experts' time, by which the model was off there. Of placements whose "
+        f"lower ends are within {least_saved / 2:.1%} of the best one's, the one with the fewest slots is named."
     )
+
+
+def judged_ends(gains: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+    """Ends of the step's saved share, float64 [rows], with the model's own error near the crossover."""
+    of_experts = 1 - gains.baseline_exchange_us / gains.baseline_layer_us
+    error = np.where(gains.knee, KNEE_ERROR * of_experts * gains.moe_share, 0.0)
+    return (gains.step_saved_low - error).to_numpy(), (gains.step_saved_high + error).to_numpy()
 
 
 def judge(low: np.ndarray, high: np.ndarray, least_saved: float, *, is_enough: bool) -> str:
@@ -28,6 +45,18 @@ def judge(low: np.ndarray, high: np.ndarray, least_saved: float, *, is_enough: b
     if low.min() >= least_saved:
         return WORTH
     return NOT if high.max() < least_saved else UNSURE
+
+
+def best_of(run: pd.DataFrame, least_saved: float) -> pd.DataFrame:
+    """Of the verdicts on placements that an engine runs, the one to name at each number of tokens."""
+    chosen = []
+    for _, rows in run.groupby("tokens"):
+        near = rows[rows.step_saved_low >= rows.step_saved_low.max() - least_saved / 2]
+        near = near if not rows.step_saved_low.isna().all() else rows
+        slots = np.array([split_name(name)[1] for name in near.placement])
+        order = np.lexsort((-near.step_saved_low, slots, near.verdict != WORTH))
+        chosen.append(near.iloc[order[0]])
+    return pd.DataFrame(chosen)
 
 
 def overall(verdicts: pd.DataFrame) -> str:

@@ -4,27 +4,23 @@ import pandas as pd
 
 from sim.advice.advise import Advice
 from sim.advice.engines import STALL_S
-from sim.advice.rule import WORTH
+from sim.advice.rule import NOT, UNSURE, WORTH, judged_ends
 from sim.claims.verdict import percent
 from sim.cost.gain import PERFECT
 from sim.placement import is_load_aware, split_name
 
 
 def verdict_text(advice: Advice) -> str:
-    """The verdict over all, with the placements and numbers of tokens that it rests on."""
-    worth = advice.best[advice.best.verdict == WORTH]
-    if worth.empty:
-        return f"{advice.verdict}. The best that an engine runs saves {_ends(advice.best)} tokens per step"
-    parts = [f"{name} saves {_ends(rows)} tokens per step" for name, rows in worth.groupby("placement", sort=False)]
-    return f"{advice.verdict}. " + "; ".join(parts)
-
-
-def _ends(rows: pd.DataFrame) -> str:
-    """Ends of the step's saved share by number of tokens."""
-    ends = [
-        f"{100 * row.step_saved_low:.1f} to {percent(row.step_saved_high)} at {row.tokens}" for row in rows.itertuples()
-    ]
-    return "of the step " + ", ".join(ends)
+    """The verdict over all, and at each number of tokens."""
+    parts = []
+    for verdict in (WORTH, UNSURE, NOT):
+        rows = advice.best[advice.best.verdict == verdict]
+        listed = ", ".join(
+            f"{row.tokens} ({row.placement}: {100 * row.step_saved_low:.1f} to {percent(row.step_saved_high)} of the step)"
+            for row in rows.itertuples()
+        )
+        parts += [f"{verdict} at {listed}"] if listed else []
+    return f"{advice.verdict}. By tokens per step: {'; '.join(parts)}"
 
 
 def changes(advice: Advice, least_saved: float) -> list[str]:
@@ -34,27 +30,25 @@ def changes(advice: Advice, least_saved: float) -> list[str]:
 
 
 def _main(advice: Advice) -> pd.DataFrame:
-    """Gains in the main split."""
+    """Gains in the split that is shown."""
     return advice.gains[advice.gains.split == advice.gains.split.iloc[0]]
 
 
 def _by_share(advice: Advice, least_saved: float) -> str:
-    """The share of the step that experts and exchange would need, of the best placement at each number of tokens."""
-    parts = []
+    """The share of the step that experts and exchange would need, of the named placement at each number of tokens."""
+    enough, never = [], []
     for row in advice.best.itertuples():
         mine = advice.gains[(advice.gains.placement == row.placement) & (advice.gains.tokens == row.tokens)]
-        low = mine.layer_saved_low.min()
-        needed = least_saved / low if low > 0 else float("inf")
-        parts.append(f"{percent(needed, 0) if needed <= 1 else 'no share would do'} at {row.tokens} ({row.placement})")
+        low = float((judged_ends(mine)[0] / mine.moe_share).min())
+        if low >= least_saved:
+            enough.append(f"{percent(least_saved / low, 0)} at {row.tokens} ({row.placement})")
+        else:
+            never.append(str(row.tokens))
     share = _main(advice).moe_share
-    taken = (
-        percent(share.iloc[0], 0) if share.nunique() == 1 else f"{percent(share.min(), 0)} to {percent(share.max(), 0)}"
-    )
-    return (
-        f"The share of the step that experts and exchange take, here {taken}. Needed for a trial to be worth it: "
-        + ", ".join(parts)
-        + " tokens."
-    )
+    ends = dict.fromkeys(percent(value, 0) for value in (share.min(), share.max()))
+    texts = [f"a trial is worth it from {', '.join(enough)} tokens on"] if enough else []
+    texts += [f"at {', '.join(never)} tokens no share brings the lower end to {percent(least_saved)}"] if never else []
+    return f"The share of the step that experts and exchange take, here {' to '.join(ends)}: {'; '.join(texts)}."
 
 
 def _by_perfection(advice: Advice, least_saved: float) -> str:
@@ -82,17 +76,18 @@ def _by_split(advice: Advice) -> str:
 
 
 def _by_copies(advice: Advice) -> str:
-    """Where copies of experts cost more than they save."""
+    """Where copies of experts cost time: against linear, and against EPLB without them."""
     table = _main(advice)
-    plain = table[[name != PERFECT and split_name(name) == ("eplb", 0) for name in table.placement]]
     copied = table[[name != PERFECT and split_name(name)[1] > 0 for name in table.placement]]
     least = copied.groupby("tokens").layer_saved_high.max()
-    worse = [str(row.tokens) for row in plain.itertuples() if least[row.tokens] < row.layer_saved_low]
-    if not worse:
+    loses = [str(tokens) for tokens, saved in least.items() if saved < 0]
+    plain = table[table.placement == "eplb"]
+    behind = [str(row.tokens) for row in plain.itertuples() if least[row.tokens] < row.layer_saved_low]
+    texts = [f"than linear at {', '.join(loses)}"] if loses else []
+    texts += [f"than EPLB without them at {', '.join(behind)}"] if behind else []
+    if not texts:
         return ""
-    return (
-        f"Redundant slots cost more than they save at {', '.join(worse)} tokens: every copy that gets a token is read."
-    )
+    return f"Redundant slots take more time {' and '.join(texts)} tokens: every copy that gets a token is read."
 
 
 def _by_stall(advice: Advice) -> str:

@@ -157,10 +157,10 @@ def _print_table(advice: Any, markdown: bool) -> None:
     main = advice.gains[advice.gains.split == advice.gains.split.iloc[0]]
     row = main.iloc[0]
     title = (
-        f"{row.model} in {row['dtype']}, EP {row.ep_size} on {row.gpu}, {row.workload}, exchange {row.exchange}\n"
-        f"eplb is {row.split}; layer: experts of the slowest rank, dispatch and combine; saved: against linear, "
-        "95 % over layers;\nstep: weakest lower to strongest upper end over all splits of the traffic, of a step of which "
-        f"experts and exchange take {row.moe_share:.0%}"
+        f"{row.model} in {row['dtype']}, EP {row.ep_size} on {row.gpu}, {row.workload}, {_exchange_text(row)}\n"
+        f"eplb is {row.split}{_of_splits(advice)}; saved: against linear, 95 % over {row.layer_draws} layers;\n"
+        "step: weakest lower to strongest upper end over all splits of the traffic, of a step of which experts"
+        f"{'' if row.exchange == 'none' else ' and exchange'} take {row.moe_share:.0%}"
     )
     heads = ["tokens", "placement", "imbalance", "idle ranks", "ranks /token", "nodes /token", "layer us"]
     heads += ["layer saved", "step saved", "GB /GPU", "verdict"]
@@ -172,6 +172,17 @@ def _print_table(advice: Any, markdown: bool) -> None:
         cells.append([str(tokens), "linear", *_loads(first, "baseline_"), layer, "", "", "", ""])
         cells += [_candidate(row, judged.get((row.placement, tokens))) for row in rows.itertuples()]
     print_table(title, heads, cells, markdown, align=">" + "<" + ">" * 8 + "<")
+
+
+def _exchange_text(row: Any) -> str:
+    if row.exchange == "none":
+        return "layer: experts of the slowest rank (the exchange does not depend on the placement)"
+    return f"layer: experts of the slowest rank, dispatch and combine ({row.exchange})"
+
+
+def _of_splits(advice: Any) -> str:
+    n = advice.gains.split.nunique()
+    return f" (the hardest of {n} splits)" if n > 1 else ""
 
 
 def _candidate(row: Any, judged: Any) -> list[str]:
@@ -200,7 +211,9 @@ def _verdict(row: Any) -> str:
         return ""
     if row.runs_as != row.placement:
         return f"vLLM runs {row.runs_as}" if row.runs_as else "no engine's option"
-    return row.verdict
+    return row.verdict + (
+        f" (worth it in {row.splits_worth} of {row.splits} splits)" if 0 < row.splits_worth < row.splits else ""
+    )
 
 
 def _loads(row: Any, prefix: str) -> list[str]:

@@ -11,7 +11,7 @@ KNEE_TEXT = (
     "~ from a third of the crossover to six times it: times bend there, the model has a corner, and measured gains differ\n"
     "most from predicted ones (README, Measured)"
 )
-EXTRAPOLATED_TEXT = "* beyond what was measured of the exchange (128 tokens a rank on H800, EP 8 to 256): extrapolated"
+EXTRAPOLATED_TEXT = "* exchange computed, not measured: times are published for 128 tokens a rank on H800, EP 8 to 256"
 
 
 def add_timed_arguments(parser: ArgumentParser, ep: str, tokens: str) -> None:
@@ -121,6 +121,12 @@ def say_about_times(options: dict[str, Any], gpus: list[Any]) -> None:
     if is_cold():
         note("compiling the kernels, once for this version: about 30 seconds")
     say_about_inputs(options["model"], options["workload"])
+    stored = model_dtype(options["model"])
+    if stored != options["dtype"]:
+        note(
+            f"{options['model'].name}: its experts are stored as {options['model'].routed_dtype}, times and memory are for "
+            f"{options['dtype']} (--dtype)"
+        )
     for gpu in gpus:
         if gpu.unverified:
             note(f"{gpu.name}: not verified: {', '.join(gpu.unverified)}")
@@ -129,6 +135,11 @@ def say_about_times(options: dict[str, Any], gpus: list[Any]) -> None:
                 f"{gpu.name}: its network differs by cluster; taken as {NETWORK_GB_PER_S:g} GB/s (--network-gb sets it)"
             )
     sys.stderr.flush()
+
+
+def model_dtype(model: Any) -> str:
+    """The type of the routed experts of a checkpoint in the words of --dtype, as far as it is one."""
+    return next((dtype for dtype in ("bf16", "fp8", "fp4") if dtype in model.routed_dtype), model.routed_dtype)
 
 
 def _positive(option: str, text: str | None) -> float | None:
