@@ -178,7 +178,7 @@ def test_words_are_the_tables_numbers():
     found = changes(advice, 0.02)
     assert any(f"{100 * perfect.layer_saved:.1f} % at 4096" in line for line in found)
     low = advice.gains[(advice.gains.placement == best.placement) & (advice.gains.tokens == 4096)].layer_saved_low.min()
-    assert any(f"{100 * 0.02 / low:.0f} % at 4096 ({best.placement})" in line for line in found)
+    assert any(f"{100 * 0.02 / low:.0f} % at 4096 tokens ({best.placement})" in line for line in found)
 
 
 def test_few_sequences_and_one_layer_are_not_enough():

@@ -41,12 +41,12 @@ def _by_share(advice: Advice, least_saved: float) -> str:
         mine = advice.gains[(advice.gains.placement == row.placement) & (advice.gains.tokens == row.tokens)]
         low = float((judged_ends(mine)[0] / mine.moe_share).min())
         if low >= least_saved:
-            enough.append(f"{percent(least_saved / low, 0)} at {row.tokens} ({row.placement})")
+            enough.append(f"{percent(least_saved / low, 0)} at {row.tokens} tokens ({row.placement})")
         else:
             never.append(str(row.tokens))
     share = _main(advice).moe_share
     ends = dict.fromkeys(percent(value, 0) for value in (share.min(), share.max()))
-    texts = [f"a trial is worth it from {', '.join(enough)} tokens on"] if enough else []
+    texts = [f"a trial is worth it from a share of {', '.join(enough)}"] if enough else []
     texts += [f"at {', '.join(never)} tokens no share brings the lower end to {percent(least_saved)}"] if never else []
     return f"The share of the step that experts and exchange take, here {' to '.join(ends)}: {'; '.join(texts)}."
 

@@ -33,10 +33,8 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="share of a step that experts and exchange take, as in 40%%: adds step_saved",
     )
     parser.add_argument("--step-ms", metavar="MS", help="instead: the baseline's measured step time")
-    parser.add_argument(
-        "--markdown", action="store_true", help="print a Markdown table, and write nothing without --out"
-    )
-    parser.add_argument("--out", metavar="DIR", help="folder of gain.csv and the figure (default: results/gain)")
+    parser.add_argument("--markdown", action="store_true", help="print the table alone, as Markdown")
+    parser.add_argument("--out", metavar="DIR", help="also write gain.csv and the figure there")
 
 
 def run(arguments: Namespace) -> None:
@@ -48,9 +46,7 @@ def run(arguments: Namespace) -> None:
         "moe_share": share_or_none("--moe-share", arguments.moe_share),
         "step_us": step_us_or_none(arguments.step_ms),
     }
-    folder = None
-    if arguments.out is not None or not arguments.markdown:
-        folder = folder_name("--out", "results/gain" if arguments.out is None else arguments.out)
+    folder = None if arguments.out is None else folder_name("--out", arguments.out)
     from sim.cost.gain import predict_gain
 
     if "," in arguments.baseline + arguments.placement:
