@@ -127,10 +127,11 @@ def _show(arguments: Namespace, model: Any, data: Any) -> None:
             print(f"  {name}: {'; '.join(values) or 'too few, or too short, sequences'}")
     if about.drift is not None:
         drift = about.drift
+        alike = drift.alike[drift.alike == drift.alike]  # noqa: PLR0124  (level loads have no correlation)
         print(
             f"\ndrift, {drift.names[0]} against {drift.names[1]}: {drift.distance.mean():.1%} of the load moves (least "
-            f"{drift.distance.min():.1%}, most {drift.distance.max():.1%});\n  correlation of shares {drift.alike.mean():.3f} "
-            f"(least {drift.alike.min():.3f})"
+            f"{drift.distance.min():.1%}, most {drift.distance.max():.1%});\n  correlation of shares "
+            + (f"{alike.mean():.3f} (least {alike.min():.3f})" if len(alike) else "-: the loads are level")
         )
     if arguments.plot is not None:
         _plot(arguments.plot, data, about)
