@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from sim.advice.engines import BACKENDS, DEFAULT_BACKEND, engine_of
@@ -65,7 +66,7 @@ def candidates(model: ModelSpec, ep_size: int, redundant: int | None = None) -> 
 
     R is `redundant`, by default one slot per rank.
     """
-    extra = ep_size if redundant is None else whole_number("--redundant", redundant, 1, 2**14)
+    extra = ep_size if redundant is None else whole_number("--redundant", redundant, 1, 2**13)
     if extra % ep_size:
         raise InputError(f"--redundant {extra}: must be a multiple of --ep {ep_size}, the same number on every rank")
     least = -model.n_experts % ep_size
@@ -168,11 +169,12 @@ def _as_traffic(name: str | Path, model: ModelSpec) -> Workload | LoadCounts:
 
 def _verdicts(gains: pd.DataFrame, names: list[str], least_saved: float, *, is_enough: bool) -> pd.DataFrame:
     """A row for each candidate and number of tokens, over all splits."""
-    rows = []
+    rows, perfect = [], gains[gains.placement == PERFECT].set_index(["tokens", "split"]).step_saved_high
     for (name, tokens), of_splits in gains[gains.placement.isin(names)].groupby(["placement", "tokens"], sort=False):
         low, high = of_splits.step_saved_low.to_numpy(), of_splits.step_saved_high.to_numpy()
         row = {"placement": name, "tokens": tokens, "step_saved_low": low.min(), "step_saved_high": high.max()}
-        rows.append({**row, "verdict": judge(low, high, least_saved, is_enough=is_enough)})
+        most = np.minimum(high, perfect[tokens][of_splits.split])  # NaN where one of them is
+        rows.append({**row, "verdict": judge(low, most, least_saved, is_enough=is_enough)})
     return pd.DataFrame(rows)
 
 

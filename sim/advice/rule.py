@@ -16,13 +16,15 @@ def rule_text(least_saved: float) -> str:
     """The rule, for people."""
     return (
         f"'{WORTH}' if the predicted step saves at least {least_saved:.1%} at the lower end of its 95 % interval in every "
-        f"split of the traffic; '{NOT}' if it saves less even at the upper end, in every split; else '{UNSURE}', and always "
-        f"so with fewer than {LEAST_SEQUENCES} recorded sequences in a half or one layer."
+        f"split of the traffic; '{NOT}' if it, or perfect balance, saves less even at the upper end, in every split; else "
+        f"'{UNSURE}', and always so with fewer than {LEAST_SEQUENCES} recorded sequences in a half or one layer."
     )
 
 
 def judge(low: np.ndarray, high: np.ndarray, least_saved: float, *, is_enough: bool) -> str:
-    """Verdict on a placement at one number of tokens: ends of the step's saved share in each split, float64 [splits]."""
+    """Verdict on a placement at one number of tokens: ends of the step's saved share in each split, float64 [splits]; the
+    upper ones not above those of perfect balance.
+    """
     if not is_enough or not np.isfinite([low, high]).all():
         return UNSURE
     if low.min() >= least_saved:

@@ -22,7 +22,10 @@ def verdict_text(advice: Advice) -> str:
 def _ends(rows: pd.DataFrame) -> str:
     """Ends of the step's saved share by number of tokens."""
     ends = [
-        f"{100 * row.step_saved_low:.1f} to {percent(row.step_saved_high)} at {row.tokens}" for row in rows.itertuples()
+        f"{100 * row.step_saved_low:z.1f} to {percent(row.step_saved_high)} at {row.tokens}"
+        if row.step_saved_low == row.step_saved_low
+        else f"an unknown share (one layer has no interval) at {row.tokens}"
+        for row in rows.itertuples()
     ]
     return "of the step " + ", ".join(ends)
 
@@ -43,9 +46,7 @@ def _by_share(advice: Advice, least_saved: float) -> str:
     parts = []
     for row in advice.best.itertuples():
         mine = advice.gains[(advice.gains.placement == row.placement) & (advice.gains.tokens == row.tokens)]
-        low = mine.layer_saved_low.min()
-        needed = least_saved / low if low > 0 else float("inf")
-        parts.append(f"{percent(needed, 0) if needed <= 1 else 'no share would do'} at {row.tokens} ({row.placement})")
+        parts.append(f"{_needed(mine.layer_saved_low.min(), least_saved)} at {row.tokens} ({row.placement})")
     share = _main(advice).moe_share
     taken = (
         percent(share.iloc[0], 0) if share.nunique() == 1 else f"{percent(share.min(), 0)} to {percent(share.max(), 0)}"
@@ -55,6 +56,13 @@ def _by_share(advice: Advice, least_saved: float) -> str:
         + ", ".join(parts)
         + " tokens."
     )
+
+
+def _needed(low: float, least_saved: float) -> str:
+    """Share of the step at which `low`, the saved share of the layer at its lower end, is enough."""
+    if low != low:
+        return "unknown"
+    return percent(least_saved / low, 0) if low >= least_saved else "no share would do"
 
 
 def _by_perfection(advice: Advice, least_saved: float) -> str:

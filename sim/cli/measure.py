@@ -162,12 +162,12 @@ def _show(arguments: Namespace) -> None:
     from sim.placement import ALIASES
 
     pair = names("--placement")(arguments.placement)
-    if len(pair) != 2:
+    baseline, other = (ALIASES.get(name, name) for name in pair) if len(pair) == 2 else ("", "")
+    if baseline == other:
         raise InputError(f"--placement {','.join(pair)}: the gain of one placement over another takes two names")
     if arguments.table is not None and arguments.table not in _TABLES:
         raise unknown("--table", arguments.table, _TABLES)
     rows = _chosen_rows(arguments)
-    baseline, other = (ALIASES.get(name, name) for name in pair)
     tables: dict[str, Callable[[], Cells]] = {
         "error": lambda: _errors_table(errors(rows)),
         "constants": lambda: _constants_table(constants(rows)),

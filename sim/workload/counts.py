@@ -126,7 +126,8 @@ def _header(cells: list[str], here: str) -> list[str]:
     experts = [name for name in names if name not in _KEYS]
     if "" in experts or len({_is_number(name) for name in experts}) > 1:
         raise InputError(
-            f"{here}: neither counts nor a name for each column ('layer', 'step', and all others an expert): {shown(','.join(cells))}"
+            f"{here}: neither counts nor a name for each column ('layer', 'step', and all others an expert): "
+            + shown(",".join(cells))
         )
     if "step" in names and "layer" not in names:
         raise InputError(f"{here}: a column 'step' needs a column 'layer' beside it")

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from sim.errors import InputError, unknown
-from sim.files import is_there
+from sim.files import check_regular
 from sim.model import ModelSpec
 from sim.workload.arrays import Archive, open_archive
 from sim.workload.counts import COUNT_NAMES, MOST_COUNTS, LoadCounts, build_counts, read_csv, read_pt
@@ -54,8 +54,7 @@ def read_traffic(path: Path | str, model: ModelSpec | None = None, phase: str = 
         raise InputError(f"--phase must be one of {', '.join(PHASES)}, not '{phase}'")
     if path.suffix not in SUFFIXES:
         raise InputError(f"{where}: the ending must be one of {', '.join(SUFFIXES)}")
-    if is_there(path) and not path.is_file():  # a pipe or a device may never end
-        raise InputError(f"{where} cannot be read: it is not a regular file")
+    check_regular(path, where)
     name = f"file:{path.name}"
     if path.suffix == ".csv":
         counts, layers = read_csv(path, where)
@@ -96,8 +95,8 @@ def _read_archive(archive: Archive, where: str, name: str, phase: str, path: Pat
     if not names:
         raise InputError(f"{where} holds no arrays")
     if "topk_ids" in names or "sequence_lengths" in names:
-        lengths = archive.read("sequence_lengths", most=MOST_COUNTS)
-        return _record(where, name, archive.read_ids("topk_ids"), lengths, 0, phase, path)
+        ids, lengths = archive.read_ids("topk_ids"), archive.read("sequence_lengths", most=MOST_COUNTS)
+        return _record(where, name, ids, lengths, 0, phase, path)
     counted = [key for key in COUNT_NAMES if key in names]
     if counted:
         return _counts(where, name, archive.read(counted[0], "iuf", MOST_COUNTS))
