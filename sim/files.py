@@ -2,7 +2,6 @@
 
 import json
 import os
-import stat
 import tomllib
 import zlib
 from pathlib import Path
@@ -40,12 +39,17 @@ def is_there(path: Path) -> bool:
     return os.path.exists(path)  # noqa: PTH110  (Path.exists raises for names that are too long)
 
 
+def check_regular(path: Path, where: str) -> None:
+    """Refuse pipes, devices and folders: opening or reading one may never end. What is missing is left to the reader."""
+    if is_there(path) and not path.is_file():
+        raise InputError(f"{where} cannot be read: it is not a regular file")
+
+
 def read_text(path: Path, where: str) -> str:
     """Text of a regular file of a bounded size, unpacked where its name ends in .gz; `where` begins the message of an error."""
+    check_regular(path, where)
     try:
         with path.open("rb") as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise InputError(f"{where} cannot be read: it is not a regular file")
             data = file.read(MAX_BYTES + 1)
         if path.suffix == ".gz":
             data = zlib.decompressobj(wbits=31).decompress(data, MAX_BYTES + 1)

@@ -53,15 +53,20 @@ class SweepResult:
 def whole_files(*paths: Path) -> Iterator[list[Path]]:
     """Temporary names beside `paths` that take their places when the block ends well, and vanish when it does not.
 
-    Raises OSError with the name of the file that could not be written.
+    Raises OSError with the name of the file that could not be written, InputError where a device or a pipe would be
+    replaced.
     """
+    for path in paths:
+        if is_there(path) and not path.is_file() and not path.is_dir():
+            raise InputError(f"{path} is not a regular file: it would be replaced")
     temporary = [path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}") for path in paths]
     try:
         yield temporary
         for path, target in zip(temporary, paths, strict=True):
             path.replace(target)
     except OSError as error:
-        name = error.filename or paths[0].parent
+        targets = dict(zip(map(str, temporary), paths, strict=True))
+        name = targets.get(str(error.filename), error.filename or paths[0].parent)
         raise OSError(error.errno or 5, error.strerror or str(error).splitlines()[0], str(name)) from None
     finally:
         for path in temporary:

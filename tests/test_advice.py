@@ -96,6 +96,16 @@ def test_of_equals_the_one_with_the_fewest_slots_is_named():
     assert best_of(table, 0.045).placement.tolist() == ["eplb"]
 
 
+def test_no_placement_is_uncertain_to_beat_perfect_balance():
+    """Two layers have wide intervals, but at one token nothing that any placement could save is worth a trial."""
+    shallow = dataclasses.replace(TOY, n_moe_layers=2)
+    options = SMALL | {"tokens": [1], "moe_share": 0.01}
+    advice = advise(shallow, record(draw_ids(SKEWED, 4000, n_layers=2)), "h20", ep_size=4, **options)
+    perfect = advice.gains[advice.gains.placement == PERFECT]
+    assert perfect.step_saved_high.max() < 0.02
+    assert advice.verdict == NOT
+
+
 def test_the_rule_names_its_bounds():
     assert "at least 3.5%" in rule_text(0.035)
     assert "fewer than 16 recorded sequences" in rule_text(0.02)
@@ -229,6 +239,11 @@ def toy_files(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text(json.dumps(config))
     np.savez(tmp_path / "hot.npz", topk_ids=draw_ids(SKEWED, 4000), sequence_lengths=np.full(40, 100))
     np.savetxt(tmp_path / "load.csv", np.outer([1, 2, 3], SKEWED * 100).astype(int), fmt="%d", delimiter=",")
+    np.savez(tmp_path / "same.npz", topk_ids=np.tile([1, 2], (400, 3, 1)), sequence_lengths=np.full(40, 10))
+    late = np.random.default_rng(0).poisson(50, (8, 3, 16))
+    late[3:] = 0
+    np.save(tmp_path / "late.npy", late)
+    np.savez(tmp_path / "shallow.npz", topk_ids=draw_ids(SKEWED, 4000, n_layers=1), sequence_lengths=np.full(40, 100))
     return tmp_path
 
 
@@ -271,6 +286,26 @@ def test_the_command_answers_and_writes(toy_files, capsys):
     assert capsys.readouterr().out.startswith("| tokens | placement |")
 
 
+def test_one_layer_has_no_interval_and_says_so(toy_files, capsys):
+    assert run("--traffic", "shallow.npz") == 0
+    out = capsys.readouterr().out
+    assert "nan" not in out
+    assert "not enough data at 8 (eplb" in out
+    assert ": one layer has no interval)" in out
+
+
+def test_an_imbalance_is_shown_with_its_digits(toy_files, capsys):
+    """Only perfect balance is 1: another placement's mean keeps its digits where its interval has no width."""
+    assert run("--markdown") == 0
+    rows = [line.split("|")[2:4] for line in capsys.readouterr().out.splitlines()[2:]]
+    assert {name.strip() for name, imbalance in rows if "." not in imbalance} == {PERFECT}
+
+
+def test_a_file_is_no_folder_to_write_to(toy_files, capsys):
+    assert run("--out", "hot.npz") == 2
+    assert "--out hot.npz is a file, not a folder" in capsys.readouterr().err
+
+
 def test_load_counts_are_advised_on_too(toy_files, capsys):
     assert run("--traffic", "load.csv", "--fit-on", "hot.npz") == 0
     assert "eplb is fitted on hot.npz" in capsys.readouterr().out
@@ -297,6 +332,12 @@ def test_load_counts_are_advised_on_too(toy_files, capsys):
         (["--gpu", "h9000"], "--gpu 'h9000' is not known"),
         (["--model", "deepseek-v3"], "model deepseek-v3 has top_k 8"),
         (["--traffic", "chat", "--fit-on", "hot.npz"], "the layers of chat are drawn"),
+        (["--traffic", "same.npz"], "its even sequences and its odd sequences hold the same tokens"),
+        (["--traffic", "late.npy"], "the second half of the steps: every count is 0"),
+        (["--tokens", ""], "--tokens '': expected whole numbers"),
+        (["--phase", ""], "--phase must be one of decode, prefill, not ''"),
+        (["--redundant", "16384"], "--redundant 16384: must be a whole number from 1 to 8192"),
+        (["--step-ms", "1e30"], "at most 1e6"),
     ],
 )
 def test_bad_usage_is_one_line_and_status_2(words, message, toy_files, capsys):

@@ -257,3 +257,15 @@ def test_python_m_sim_is_the_same_program_and_help_does_not_load_numba():
     run = subprocess.run([sys.executable, "-m", "sim", "placements"], capture_output=True, text=True, check=False)
     assert run.returncode == 0
     assert "round_robin" in run.stdout
+
+
+@pytest.mark.parametrize(("verb", "goes_on"), [("sweep", True), ("claims", False)])
+def test_only_a_sweep_promises_to_go_on_after_an_interrupt(verb, goes_on, monkeypatch, capsys):
+    def interrupted(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"sim.cli.{verb}.run", interrupted)
+    assert main([verb]) == 130
+    err = capsys.readouterr().err
+    assert err.startswith(f"epsim {verb}: error: interrupted")
+    assert ("finished chunks are kept" in err) == goes_on

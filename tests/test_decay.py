@@ -351,6 +351,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(files, tmp_path, capsys):
     bad["whole"] = counts.sum(axis=0)
     paths = {name: write(tmp_path / f"{name}.npy", x=x) for name, x in bad.items()}
     one = write(tmp_path / "one.npz", topk_ids=np.load(tokens)["topk_ids"][:10], sequence_lengths=[10])
+    few = write(tmp_path / "few.npy", x=np.eye(2, 32, dtype=int))
     before = set(tmp_path.iterdir())
     plot = ["--plot", tmp_path / "out"]
     for words, parts in (
@@ -363,7 +364,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(files, tmp_path, capsys):
         ([tokens, *GPT, "--windows", "1"], ["--windows 1: must be a whole number from 2 to 100"]),
         ([tokens, *GPT, "--windows", "10000"], ["--windows 10000: must be a whole number from 2 to 100"]),
         ([tokens, *GPT, "--windows", "x"], ["--windows 'x': expected a whole number"]),
-        ([paths["empty"], *GPT, "--windows", "4"], ["layer 1 has no load in a half of window 1; take fewer --windows"]),
+        ([paths["empty"], *GPT, "--windows", "4"], ["layer 1 has no load in a half of a window; take fewer --windows"]),
         ([tokens, *GPT, "--placement", "linear"], ["--placement linear: only load-aware placements go stale"]),
         ([tokens, *GPT, "--placement", "epbl"], ["did you mean eplb"]),
         ([tokens, *GPT, "--placement", "eplb+1"], ["do not divide by 4 ranks"]),
@@ -373,6 +374,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(files, tmp_path, capsys):
         ([tokens, *GPT, "--ranks-per-node", "0"], ["--ranks-per-node 0: must be a whole number from 1"]),
         ([tokens, "--model", "gpt-oss-20b"], ["needs --ep"]),
         ([tokens, "--ep", "4"], ["needs --model"]),
+        ([tokens, *GPT, "--seed", "x"], ["--seed 'x': expected a whole number"]),
         ([tokens, *GPT, "--half"], ["--half does not go with epsim traffic decay"]),
     ):
         fails(capsys, [*RUN, *words, *plot], *parts)
@@ -380,6 +382,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(files, tmp_path, capsys):
         ([steps, *GPT, "--against", steps], ["it is the same traffic"]),
         ([steps, *GPT, "--against", paths["deep"]], ["has 4 layers", "steps.npy has 2"]),
         ([steps, *GPT, "--against", one], ["has one sequence"]),
+        ([steps, *GPT, "--against", few], ["layer 0 has no load in a half of the file"]),
         ([steps, *GPT, "--against", paths["narrow"]], ["counts of 16 experts"]),
         ([steps, *GPT, "--against", tmp_path / "absent.npy"], ["does not exist"]),
         ([steps, *GPT, "--against", tokens, "--windows", "4"], ["--windows does not go with --against"]),

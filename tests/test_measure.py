@@ -329,7 +329,8 @@ def test_a_run_that_dies_leaves_its_rows_and_nothing_is_overwritten(tmp_path):
         ("dtype", "fp4", "dtype must be bf16 or fp8"),
         ("chosen", "me", "chosen must be"),
         ("gpu", "h200", "column gpu must be the same"),
-        ("kernel", "x" * 201, "fields of at most 200 letters"),
+        ("kernel", "x" * 201, "fields of at most 200 printable letters"),
+        ("workload", "\x1b[31mred", "fields of at most 200 printable letters"),
     ],
 )
 def test_bad_tables_are_refused(tmp_path, column, value, message):
@@ -523,6 +524,7 @@ def test_the_command_measures_and_shows(tiny, tmp_path, capsys):
         (["--show", "absent.csv"], "cannot be read"),
         (["--show", "x.csv", "--out", "y.csv"], "--out goes without --show"),
         (["--show", "x.csv", "--placement", "linear"], "takes two names"),
+        (["--show", "x.csv", "--placement", "round_robin,group_aware"], "takes two names"),
     ],
 )
 def test_bad_usage_is_one_line(words, message, tmp_path, monkeypatch, capsys):

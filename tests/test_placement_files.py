@@ -1,6 +1,7 @@
 """Files of serving engines: written, read back, refused when damaged."""
 
 import json
+import os
 
 import numpy as np
 import pandas as pd
@@ -89,7 +90,7 @@ ASCEND = (
     ("content", "message"),
     [
         (MAP % "[[0, 1, 2, 0], [0, 1, 2]]", "layer 1 has 3 slots, the first layer has 4"),
-        (MAP % "[[0, 1, 2]]", "its 3 slots must be at least the model's 3 experts, and divide by --ep 2"),
+        (MAP % "[[0, 1, 2]]", "its 3 slots must be from the model's 3 experts to 32771, and divide by --ep 2"),
         (MAP % "[[0, 1, 1, 0]]", "layer 0: expert 2 of the model's 3 has no slot"),
         (MAP % "[[0, 1, 2, 3]]", "layer 0: slot 3 must have an expert from 0 to 2, not 3"),
         (MAP % "[[0, 1, 2, -1]]", "not -1"),
@@ -112,15 +113,16 @@ ASCEND = (
         ('{"moe_layer_count": 1, "layer_list": [3]}', "needs a layer_id of its own"),
         ('{"logical_count": [[1, 2, 3]]}', "physical_to_logical_map"),
         (YAML.replace("num_slots: 4 ", "num_slots: 5 "), "num_slots = 5 slots; layer 11 has 4"),
-        (YAML.replace("num_slots: 4 ", "slots: 4 "), "num_slots = None"),
+        (YAML.replace("num_slots: 4 ", "slots: 4 "), "has no num_slots"),
         (YAML.replace("  - 2", "  - 1"), "layer 11: expert 2 of the model's 3 has no slot"),
         (YAML.replace("  - 2", "  - x"), "line 6: expected a whole number, not x"),
         (YAML.replace("  - 2", "  - &a 2"), "line 6: expected 'key: value'"),
         (YAML.replace("2, 0]", "2, 0"), "a list is not closed"),
         (YAML.replace("2, 0]", "2, , 0]"), "expected a whole number"),
-        (YAML.replace("'3'", "11"), "layer 11 is out of place, or there twice"),
+        (YAML.replace("'3'", "11"), "layer 11 is out of place, there twice"),
         (YAML.replace("'3': [", "'3': !!python/object ["), "expected a list of experts"),
-        ("initial_global_assignments:\n", "there is none"),
+        (MAP % f"[{[0, 1, 2, 0] * 9000}]", "its 36000 slots must be from the model's 3 experts to 32771"),
+        ("num_slots: 4\ninitial_global_assignments:\n", "there is none"),
         ("initial_global_assignments: {3: [0, 1, 2, 0]}\n", "expected a line 'layer: [experts]'"),
     ],
 )  # fmt: skip
@@ -218,6 +220,23 @@ def test_bad_exports_are_one_line_and_leave_nothing(trace, tmp_path, capsys, mon
     assert line.startswith("epsim export: error: ")
     assert message in line
     assert not list((tmp_path / "empty").iterdir())
+
+
+def test_a_pipe_or_a_device_is_not_replaced(tmp_path, capsys):
+    """A rename would put a file in its place."""
+    pipe = tmp_path / "pipe.json"
+    os.mkfifo(pipe)
+    assert main([*EXPORT, "--placement", "linear", "--format", "vllm", "--out", str(pipe)]) == 2
+    assert "is not a regular file: it would be replaced" in capsys.readouterr().err
+    assert pipe.is_fifo()
+
+
+def test_a_list_over_many_lines_is_read_in_one_pass(tmp_path):
+    """200,000 lines took minutes where each was joined to all before it."""
+    path = tmp_path / "map"
+    path.write_text("num_slots: 3\ninitial_global_assignments:\n 0: [\n" + "1,\n" * 200_000 + "]\n")
+    with pytest.raises(InputError, match="num_slots = 3 slots; layer 0 has 200000"):
+        read_placement(path, 3, 1)
 
 
 def test_a_failed_write_is_status_1(tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import os
 import pickle
 import sys
 import types
@@ -222,7 +223,12 @@ def test_bad_arrays_are_refused_in_one_line(tmp_path, capsys, name, array, messa
         ("x.csv", "1,inf\n", "found infinity"),
         ("x.csv", "layer,a,b\n0,1,2\n0,3,4\n", "2 rows are not one for each of 1 layers"),
         ("x.csv", "step,layer,a,b\n0,0,1,2\n1,1,3,4\n", "2 rows are not one for each of 2 layers in 2 steps"),
-        ("x.csv", "layer,a,b\nnan,1,2\n", "steps and layers must be numbers"),
+        ("x.csv", "layer,a,b\nnan,1,2\n", "layers must be whole numbers"),
+        ("x.csv", "layer,a,b\n0.5,1,2\n", "layers must be whole numbers"),
+        ("x.csv", "layer,a,b\n-1,1,2\n", "layers must be whole numbers"),
+        ("x.csv", "1O,2\n3,4\n", "line 1: neither counts nor a name for each column"),
+        ("x.csv", ",0,1\n0,3,4\n", "line 1: neither counts nor a name for each column"),
+        ("x.csv", "step,a,b\n0,3,4\n", "line 1: a column 'step' needs a column 'layer'"),
         ("x.csv", "", "no rows"),
         ("x.csv", "a,b\n", "no rows"),
         ("x.csv", "0,0\n0,0\n", "every count is 0"),
@@ -230,6 +236,8 @@ def test_bad_arrays_are_refused_in_one_line(tmp_path, capsys, name, array, messa
         ("x.csv", "\ud800".encode("utf-8", "surrogatepass"), "not a sound CSV"),
         ("x.jsonl", "{", "line 1 is not JSON"),
         ("x.jsonl", "[" * 100_000, "line 1 is not JSON"),
+        ("x.json", '[\n[[1, 2]]\n]', "each request is a line of its own"),
+        ("x.jsonl", '{"routed_experts": "AAAAAA==", "shape": [1' + 400 * "0" + ", 1, 1]}", "do not fill the shape [1000"),
         ("x.jsonl", "{}", "no key 'routed_experts'"),
         ("x.jsonl", "", "no tokens"),
         ("x.jsonl", "3", "whole numbers [tokens][layers][top_k]"),
@@ -306,12 +314,34 @@ def test_a_compressed_file_is_not_unpacked_beyond_its_declared_size(tmp_path, ca
         np.lib.format.write_array_header_1_0(member, header)
         member.write(bytes(2**20))
     fails(capsys, ["traffic", "show", path], "GiB")
-    for shape, message in (((2**20, 4, 64), "more than 134217728"), ((1, 2, 2**24), "rows of")):
+    for shape, message in (((2**20, 4, 40), "more than 134217728"), ((1, 2, 2**24), "rows of")):
         with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("x.npy", "w") as member:
             np.lib.format.write_array_header_1_0(member, {"descr": "<i4", "fortran_order": False, "shape": shape})
             for _ in range(np.prod(shape) // 2**20):
                 member.write(np.full(2**20, 7, "<i4").tobytes())
         fails(capsys, ["traffic", "show", path], message)
+
+
+def test_small_files_that_unpack_to_gigabytes_are_refused(tmp_path, capsys):
+    """Many members, each within the bound of one array."""
+    path, zeros = tmp_path / "x.npz", bytes(2**24)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for i in range(5):
+            with archive.open(f"r{i}.npy", "w") as member:
+                np.lib.format.write_array_header_1_0(
+                    member, {"descr": "<i2", "fortran_order": False, "shape": (2**25, 1, 4)}
+                )
+                for _ in range(16):
+                    member.write(zeros)
+    fails(capsys, ["traffic", "show", path], "would unpack to 1280 MiB", path)
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".npy", ".csv", ".jsonl", ".pt"])
+def test_pipes_are_not_waited_for(tmp_path, capsys, suffix):
+    path = tmp_path / f"x{suffix}"
+    os.mkfifo(path)
+    fails(capsys, ["traffic", "show", path], "not a regular file", path)
+    fails(capsys, ["step", "--log", path], "not a regular file", path)
 
 
 def test_wide_and_column_ordered_ids_are_read_alike(tmp_path):

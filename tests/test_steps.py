@@ -207,7 +207,7 @@ def test_a_log_is_laid_beside(tmp_path, capsys):
     row = logged[logged.metric == "balancedness_vllm"].iloc[0]
     path = tmp_path / "log.csv"
     path.write_text("step,balancedness\n" + "".join(f"{i},{row['mean']}\n" for i in range(5)))
-    compared = compare_log(logged, "balancedness_vllm", read_log(path)).iloc[0]
+    compared = compare_log(logged, "balancedness_vllm", read_log(path, "balancedness_vllm")).iloc[0]
     assert compared.inside == 1
     assert compared.log_steps == 5
     assert main(f"step --ep 8 --tokens 8 --layer-sets 2 --steps 4 --log {path}".split()) == 0
@@ -216,12 +216,30 @@ def test_a_log_is_laid_beside(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("", "holds no numbers"), ("1\nx\n", "line 2 does not end"), ("0.5\nnan\n", "no value"), ("-1\n", "no value")],
-)
+    [("", "holds no numbers"), ("1\nx\n", "line 2 does not end"), ("0.5\nnan\n", "nan is no value"), ("-1\n", "-1 is no value"),
+     ("0.5\n1.5\n", "1.5 is no value of balancedness_vllm: they are numbers from 0 to 1")],
+)  # fmt: skip
 def test_bad_logs_are_refused(tmp_path, text, message):
     (tmp_path / "log").write_text(text)
     with pytest.raises(InputError, match=message):
-        read_log(tmp_path / "log")
+        read_log(tmp_path / "log", "balancedness_vllm")
+
+
+def test_times_may_be_above_1(tmp_path):
+    (tmp_path / "log").write_text("1.5\n")
+    assert read_log(tmp_path / "log", "moe_ms").tolist() == [1.5]
+
+
+@pytest.mark.parametrize("verb", ["step", "gain --markdown"])
+def test_one_layer_set_has_no_interval_and_says_nothing_of_nan(verb, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    ids = np.random.default_rng(0).random((40, 1, 32)).argsort(axis=2)[:, :, :4]
+    np.savez("one.npz", topk_ids=ids, sequence_lengths=np.full(4, 10))
+    words = f"{verb} --model gpt-oss-20b --workload one.npz --ep 2 --tokens 8 --steps 4"
+    assert main(words.split()) == 0
+    out = capsys.readouterr().out
+    assert "nan" not in out
+    assert "±" not in out
 
 
 # Dummy tokens
@@ -270,7 +288,7 @@ def test_gain_prints_and_writes(tmp_path, capsys):
     assert "h20 1024" in out
     assert "step saved" not in err
     assert "50%" in out
-    assert "beyond what was measured" in out
+    assert "exchange computed, not measured" in out
     assert "network differs by cluster" in err
     table = pd.read_csv(tmp_path / "gain.csv")
     assert len(table) == 4

@@ -47,6 +47,7 @@ def test_skew_of_simple_loads():
     np.testing.assert_allclose(skew.gini(rising), np.abs(i - j).mean() / 2 / rising.mean())
     v = (np.arange(8) + 0.5) / 8
     np.testing.assert_allclose(skew.index_tilt(1 - 0.7 * (v - 0.5)[None]), -0.7)
+    np.testing.assert_allclose(skew.variation(rising * 1e-300), skew.variation(rising))
     np.testing.assert_allclose(skew.group_shares(rising, 4), np.array([[3, 7, 11, 15]]) / 9)
     np.testing.assert_allclose(skew.distance(rising, rising[:, ::-1]), 16 / 36)
     np.testing.assert_allclose(skew.alikeness(rising, rising[:, ::-1]), -1)
@@ -102,6 +103,7 @@ def test_independent_tokens_have_the_variance_of_their_law():
 def test_variance_over_multinomial_by_hand():
     counts = np.array([[4, 0], [0, 4]])
     assert over_multinomial(counts, 4) == pytest.approx(4.0 / (4 * 0.25))
+    assert over_multinomial(np.array([[4, 0], [4, 0]]), 4) == 1  # every token takes the same experts
 
 
 def test_same_group_is_one_by_chance_and_large_where_groups_go_together():
@@ -317,8 +319,9 @@ def test_bad_options_write_nothing(tmp_path, capsys):
     fails(capsys, ["traffic", "fit", path, *model, "--out", tmp_path / "x.npz"], "must be the name of a .toml file")
     fails(capsys, ["traffic", "fit", path, *model, "--out", tmp_path / "no" / "x.toml"], "does not exist")
     fails(capsys, ["traffic", "fit", path, *model, *out, "--half"], "--half goes with --hold-out")
-    fails(capsys, ["traffic", "fit", path, *model, *out, "--seed", "-1"], "--seed a whole number from 0")
-    fails(capsys, ["traffic", "fit", path, *model, *out, "--group-sigma", "nan"], "from 0 to 5")
+    fails(capsys, ["traffic", "fit", path, *model, *out, "--seed", "-1"], "--seed -1: must be a whole number")
+    fails(capsys, ["traffic", "fit", path, *model, *out, "--group-sigma", "nan"], "nan: must be a number from 0 to 5")
+    fails(capsys, ["traffic", "fit", path, *model, *out, "--group-sigma", "1,2"], "1,2: must be a number from 0 to 5")
     fails(
         capsys, ["traffic", "fit", path, *model, *out, "--threads", "0"], "--threads 0: must be a whole number from 1"
     )
@@ -431,3 +434,10 @@ def test_olmoe_drifts_between_domains(shared):
 def test_layers_of_a_fit_are_checked():
     with pytest.raises(InputError, match="go together"):
         GumbelTraffic("x", popularity="lognormal", layers=FittedLayers.of([[0.0, 1.0]]))
+
+
+def test_level_loads_have_no_correlation_and_say_so(tmp_path, capsys):
+    assert main(["traffic", "show", str(write(tmp_path / "x.npy", x=np.full((6, 3, 8), 5)))]) == 0
+    out = capsys.readouterr().out
+    assert "correlation of shares -: the loads are level" in out
+    assert "nan" not in out

@@ -68,7 +68,7 @@ def candidates(model: ModelSpec, ep_size: int, redundant: int | None = None) -> 
 
     R is `redundant`, by default one slot per rank.
     """
-    extra = ep_size if redundant is None else whole_number("--redundant", redundant, 1, 2**14)
+    extra = ep_size if redundant is None else whole_number("--redundant", redundant, 1, 2**13)
     if extra % ep_size:
         raise InputError(f"--redundant {extra}: must be a multiple of --ep {ep_size}, the same number on every rank")
     least = -model.n_experts % ep_size
@@ -172,11 +172,13 @@ def _as_traffic(name: str | Path, model: ModelSpec) -> Workload | LoadCounts:
 
 def _verdicts(gains: pd.DataFrame, names: list[str], least_saved: float, *, is_enough: bool) -> pd.DataFrame:
     """A row for each candidate and number of tokens, over all splits."""
-    rows = []
+    rows, best = [], gains[gains.placement == PERFECT]
+    perfect = pd.Series(judged_ends(best)[1], index=[best.tokens, best.split])
     for (name, tokens), of_splits in gains[gains.placement.isin(names)].groupby(["placement", "tokens"], sort=False):
         low, high = judged_ends(of_splits)
         row = {"placement": name, "tokens": tokens, "step_saved_low": low.min(), "step_saved_high": high.max()}
-        row |= {"verdict": judge(low, high, least_saved, is_enough=is_enough)}
+        most = np.minimum(high, perfect[tokens][of_splits.split])  # NaN where one of them is
+        row |= {"verdict": judge(low, most.to_numpy(), least_saved, is_enough=is_enough)}
         rows.append(row | {"splits_worth": int((low >= least_saved).sum()), "splits": len(low)})
     return pd.DataFrame(rows)
 

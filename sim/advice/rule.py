@@ -24,10 +24,11 @@ def rule_text(least_saved: float) -> str:
     """The rule, for people."""
     return (
         f"'{WORTH}' if the predicted step saves at least {least_saved:.1%} at the lower end of its 95 % interval in every "
-        f"split of the traffic; '{NOT}' if it saves less even at the upper end, in every split; else '{UNSURE}', and always "
-        f"so with fewer than {LEAST_SEQUENCES} recorded sequences in a half or one layer. Near the crossover (~) both ends are "
-        f"first moved outwards by {KNEE_ERROR:.0%} of the experts' time, by which the model was off there. Of placements whose "
-        f"lower ends are within {least_saved / 2:.1%} of the best one's, the one with the fewest slots is named."
+        f"split of the traffic; '{NOT}' if it, or perfect balance, saves less even at the upper end, in every split; else "
+        f"'{UNSURE}', and always so with fewer than {LEAST_SEQUENCES} recorded sequences in a half or one layer. Near the "
+        f"crossover (~) both ends are first moved outwards by {KNEE_ERROR:.0%} of the experts' time, by which the model was off "
+        f"there. Of placements whose lower ends are within {least_saved / 2:.1%} of the best one's, the one with the fewest "
+        "slots is named."
     )
 
 
@@ -39,7 +40,9 @@ def judged_ends(gains: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
 
 
 def judge(low: np.ndarray, high: np.ndarray, least_saved: float, *, is_enough: bool) -> str:
-    """Verdict on a placement at one number of tokens: ends of the step's saved share in each split, float64 [splits]."""
+    """Verdict on a placement at one number of tokens: ends of the step's saved share in each split, float64 [splits]; the
+    upper ones not above those of perfect balance.
+    """
     if not is_enough or not np.isfinite([low, high]).all():
         return UNSURE
     if low.min() >= least_saved:

@@ -72,7 +72,10 @@ def _of_counts(model: ModelSpec, counts: LoadCounts, seed: int, threads: int | N
     """First and second half of the steps, or halves of one table dealt at random, both ways round."""
     if len(counts.counts) > 1:
         middle = len(counts.counts) // 2
-        halves, names = (counts.counts[:middle], counts.counts[middle:]), ("the first half of the steps", "the second")
+        halves, names = (
+            (counts.counts[:middle], counts.counts[middle:]),
+            ("the first half of the steps", "the second half of the steps"),
+        )
     else:
         dealt = cut_file(counts, model.n_experts, seed=seed)
         halves, names = (dealt.fitted[:1], dealt.scored[:1]), ("half of the counted pairs at random", "the other half")
@@ -85,7 +88,7 @@ def _of_counts(model: ModelSpec, counts: LoadCounts, seed: int, threads: int | N
 
 
 def _part(whole: LoadCounts, counts: np.ndarray, what: str) -> LoadCounts:
-    part, n_empty = build_counts(whole.name, f"{whole.name} [{what}]", counts, whole.layers)
+    part, n_empty = build_counts(f"{whole.name}, {what}", f"{whole.name} [{what}]", counts, whole.layers)
     if n_empty:
         raise InputError(
             f"{whole.name}: {n_empty} layers have no load in {what}; give other traffic to fit on, --fit-on"

@@ -16,11 +16,16 @@ def verdict_text(advice: Advice) -> str:
     for verdict in (WORTH, UNSURE, NOT):
         rows = advice.best[advice.best.verdict == verdict]
         listed = ", ".join(
-            f"{row.tokens} ({row.placement}: {100 * row.step_saved_low:.1f} to {percent(row.step_saved_high)} of the step)"
+            f"{row.tokens} ({row.placement}: {_ends(row.step_saved_low, row.step_saved_high)})"
             for row in rows.itertuples()
         )
         parts += [f"{verdict} at {listed}"] if listed else []
     return f"{advice.verdict}. By tokens per step: {'; '.join(parts)}"
+
+
+def _ends(low: float, high: float) -> str:
+    """Ends of the step's saved share."""
+    return f"{100 * low:z.1f} to {percent(high)} of the step" if low == low else "one layer has no interval"
 
 
 def changes(advice: Advice, least_saved: float) -> list[str]:
@@ -42,12 +47,14 @@ def _by_share(advice: Advice, least_saved: float) -> str:
         low = float((judged_ends(mine)[0] / mine.moe_share).min())
         if low >= least_saved:
             enough.append(f"{percent(least_saved / low, 0)} at {row.tokens} tokens ({row.placement})")
-        else:
+        elif low < least_saved:  # not where one layer has no interval
             never.append(str(row.tokens))
     share = _main(advice).moe_share
     ends = dict.fromkeys(percent(value, 0) for value in (share.min(), share.max()))
     texts = [f"a trial is worth it from a share of {', '.join(enough)}"] if enough else []
     texts += [f"at {', '.join(never)} tokens no share brings the lower end to {percent(least_saved)}"] if never else []
+    if not texts:
+        return ""
     return f"The share of the step that experts and exchange take, here {' to '.join(ends)}: {'; '.join(texts)}."
 
 

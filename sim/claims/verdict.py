@@ -77,12 +77,12 @@ def ranges_text(values: Sequence[int], chosen: Sequence[bool], unit: str = "toke
 
 def percent(share: float, digits: int = 1) -> str:
     """A share as text: 12.3 %."""
-    return f"{100 * share:.{digits}f} %"
+    return f"{100 * share:z.{digits}f} %"
 
 
 def saved_text(saved: tuple[float, float, float]) -> str:
     """A saved share with the half-width of its interval."""
-    return f"{100 * saved[0]:.1f} ± {50 * (saved[2] - saved[1]):.1f} %"
+    return f"{100 * saved[0]:z.1f} ± {50 * (saved[2] - saved[1]):.1f} %"
 
 
 def share_text(share: float) -> str:

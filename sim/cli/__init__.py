@@ -71,9 +71,8 @@ def main(arguments: list[str] | None = None) -> int:
     except MemoryError:
         return _fail(prog, "out of memory; take fewer cells or fewer --tokens", 1)
     except KeyboardInterrupt:
-        return _fail(
-            prog, "interrupted; finished chunks of a sweep are kept, and the same command goes on from them", 130
-        )
+        kept = "; finished chunks are kept, and the same command goes on from them" if prog == "epsim sweep" else ""
+        return _fail(prog, f"interrupted{kept}", 130)
     except SystemExit as stop:  # argparse leaves so after --help
         return stop.code if isinstance(stop.code, int) else 0
     return 0

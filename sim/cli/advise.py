@@ -4,8 +4,8 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
+from sim.cli.text import estimate, note, print_table, share, whole_number
 from sim.cli.text import folder as folder_name
-from sim.cli.text import note, print_table, share, whole_number
 from sim.cli.timed import (
     EXTRAPOLATED_TEXT,
     KNEE_TEXT,
@@ -100,7 +100,9 @@ def _read(arguments: Namespace, model: Any) -> tuple[Any, Any]:
     from sim.workload.read import SUFFIXES
 
     def read(name: str) -> Any:
-        found = read_traffic(Path(name.removeprefix("file:")), model, arguments.phase or "decode")
+        found = read_traffic(
+            Path(name.removeprefix("file:")), model, "decode" if arguments.phase is None else arguments.phase
+        )
         for text in found.notes:
             note(text)
         return found.data
@@ -187,15 +189,13 @@ def _of_splits(advice: Any) -> str:
 
 def _candidate(row: Any, judged: Any) -> list[str]:
     """Cells of a candidate, or of perfect balance, which is not judged."""
-    saved = f"{row.layer_saved:+.1%} ± {(row.layer_saved_high - row.layer_saved_low) / 2:.1%}"
-    step = "" if judged is None else f"{judged.step_saved_low:+.1%} to {judged.step_saved_high:+.1%}"
     return [
         str(row.tokens),
         row.placement,
         *_loads(row, ""),
         _layer_us(row.layer_us, row),
-        saved + ("~" if row.knee else " "),
-        step,
+        estimate(row.layer_saved, row.layer_saved_high, "+z.1%") + ("~" if row.knee else " "),
+        "" if judged is None else _ends(judged),
         f"{row.redundant_bytes / 1e9:.2f}" if row.redundant_bytes else "",
         _verdict(judged),
     ]
@@ -203,6 +203,13 @@ def _candidate(row: Any, judged: Any) -> list[str]:
 
 def _layer_us(value: float, row: Any) -> str:
     return f"{value:.0f}" + ("*" if row.extrapolated else "")
+
+
+def _ends(row: Any) -> str:
+    """Ends of the step's saved share; - where one layer has no interval."""
+    if row.step_saved_low != row.step_saved_low:
+        return "-"
+    return f"{row.step_saved_low:+z.1%} to {row.step_saved_high:+z.1%}"
 
 
 def _verdict(row: Any) -> str:
@@ -218,11 +225,10 @@ def _verdict(row: Any) -> str:
 
 def _loads(row: Any, prefix: str) -> list[str]:
     """Imbalance with its interval, idle ranks and fan-out, as cells; of perfect balance the imbalance alone."""
-    imbalance = getattr(row, f"{prefix}imbalance")
-    half = (getattr(row, f"{prefix}imbalance_high") - getattr(row, f"{prefix}imbalance_low")) / 2
+    imbalance = estimate(getattr(row, f"{prefix}imbalance"), getattr(row, f"{prefix}imbalance_high"), ".2f")
     others = [getattr(row, prefix + name) for name in ("idle_ranks", "ranks_per_token", "nodes_per_token")]
     texts = ["" if value != value else f"{value:.2f}" for value in others]
-    return [f"{imbalance:.2f} ± {half:.2f}" if half else f"{imbalance:.0f}", *texts]
+    return ["1" if not any(texts) else imbalance, *texts]
 
 
 def _write(advice: Any, folder: Path, identity: dict[str, Any]) -> None:

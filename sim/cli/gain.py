@@ -3,8 +3,8 @@
 from argparse import ArgumentParser, Namespace
 from typing import Any
 
+from sim.cli.text import estimate, print_table
 from sim.cli.text import folder as folder_name
-from sim.cli.text import print_table
 from sim.cli.timed import (
     EXTRAPOLATED_TEXT,
     KNEE_TEXT,
@@ -80,8 +80,7 @@ def _print_gains(gains: Any, markdown: bool) -> None:
     heads += ["experts saved", "MoE ms/step", "new", *(["MoE share", "step saved"] if known else [])]
     cells = []
     for row in gains.itertuples():
-        half = (row.layer_saved_high - row.layer_saved_low) / 2
-        of_step = [f"{row.moe_share:.0%}", f"{row.step_saved:+.1%}"] if known else []
+        of_step = [f"{row.moe_share:.0%}", f"{row.step_saved:+z.1%}"] if known else []
         cells.append(
             [
                 row.gpu,
@@ -92,8 +91,8 @@ def _print_gains(gains: Any, markdown: bool) -> None:
                 f"{row.baseline_exchange_us:.0f}" + ("*" if row.extrapolated else ""),
                 f"{row.layer_us:.0f}",
                 f"{row.layer_us_p99:.0f}",
-                f"{row.layer_saved:+.1%} ± {half:.1%}" + ("~" if row.knee else " "),
-                f"{row.experts_saved:+.1%}",
+                estimate(row.layer_saved, row.layer_saved_high, "+z.1%") + ("~" if row.knee else " "),
+                f"{row.experts_saved:+z.1%}",
                 f"{row.baseline_step_ms:.1f}",
                 f"{row.step_ms:.1f}",
                 *of_step,

@@ -74,7 +74,7 @@ def _check(arguments: Namespace) -> None:
             str(row.tokens),
             f"{row.measured_us:.1f}",
             f"{row.predicted_us:.1f}",
-            f"{row.error:+.1%}",
+            f"{row.error:+z.1%}",
             "fitted" if row.fitted else "predicted",
         ]
         for row in check.itertuples()

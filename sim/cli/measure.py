@@ -162,12 +162,12 @@ def _show(arguments: Namespace) -> None:
     from sim.placement import ALIASES
 
     pair = names("--placement")(arguments.placement)
-    if len(pair) != 2:
+    baseline, other = (ALIASES.get(name, name) for name in pair) if len(pair) == 2 else ("", "")
+    if baseline == other:
         raise InputError(f"--placement {','.join(pair)}: the gain of one placement over another takes two names")
     if arguments.table is not None and arguments.table not in _TABLES:
         raise unknown("--table", arguments.table, _TABLES)
     rows = _chosen_rows(arguments)
-    baseline, other = (ALIASES.get(name, name) for name in pair)
     tables: dict[str, Callable[[], Cells]] = {
         "error": lambda: _errors_table(errors(rows)),
         "constants": lambda: _constants_table(constants(rows)),
@@ -217,7 +217,7 @@ def _errors_table(found: Any) -> Cells:
         [
             *(str(getattr(row, name)) for name in ("dtype", "bound", "ranks", "steps")),
             _percent(row.error_mean, row.error_mean_high),
-            *(f"{value:+.1%}" for value in (row.error_p10, row.error_p50, row.error_p90)),
+            *(f"{value:+z.1%}" for value in (row.error_p10, row.error_p50, row.error_p90)),
             f"{row.within_20:.0%}",
         ]
         for row in found.itertuples()
@@ -249,7 +249,7 @@ def _gains_table(found: Any, baseline: str, other: str) -> Cells:
         [
             *(str(getattr(row, name)) for name in ("dtype", "workload", "ep_size", "tokens", "steps")),
             _percent(row.measured, row.measured_high),
-            f"{row.predicted:+.1%}",
+            f"{row.predicted:+z.1%}",
             _percent(row.difference, row.difference_high),
             f"{row.baseline_us:.1f}",
             f"{row.other_us:.1f}",
@@ -259,4 +259,4 @@ def _gains_table(found: Any, baseline: str, other: str) -> Cells:
 
 
 def _percent(value: float, high: float) -> str:
-    return f"{value:+.1%}" if high != high else f"{value:+.1%} ± {high - value:.1%}"
+    return f"{value:+z.1%}" if high != high else f"{value:+z.1%} ± {high - value:.1%}"

@@ -45,7 +45,7 @@ def run(arguments: Namespace) -> None:
     folder = None if arguments.out is None else folder_name("--out", arguments.out)
     from sim.cost.step_log import compare_log, predict_steps, read_log
 
-    log = None if arguments.log is None else read_log(arguments.log)
+    log = None if arguments.log is None else read_log(arguments.log, arguments.log_metric)
     say_about_times(options, gpus)
     steps = predict_steps(gpu=gpus[0], placements=placements, **options)
     _print_steps(steps, arguments.markdown)
@@ -67,7 +67,8 @@ def _print_steps(steps: Any, markdown: bool) -> None:
     row = steps.iloc[0]
     title = (
         f"{row.model} in {row['dtype']} on {row.gpu}, {row.workload} traffic: what a step through all layers would log\n"
-        "mean with its 95 % interval, quantiles over steps; sd between layer sets (deployments), and of one set's steps"
+        "mean with its 95 % interval over layer sets (none with one), quantiles over steps; sd between layer sets "
+        "(deployments), and of one set's steps"
     )
     heads = ["EP", "tokens", "placement", "logged", "mean (95 %)", "p1", "p50", "p99", "sd between", "sd within"]
     cells = [
@@ -76,7 +77,7 @@ def _print_steps(steps: Any, markdown: bool) -> None:
             str(row.tokens),
             row.placement,
             _SHORT[row.metric],
-            f"{_digits(row.mean)} ± {_digits((row.high - row.low) / 2)}",
+            _digits(row.mean) + (f" ± {_digits(row.high - row.mean)}" if row.high == row.high else ""),
             _digits(row.p01),
             _digits(row.p50),
             _digits(row.p99),

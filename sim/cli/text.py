@@ -7,6 +7,7 @@ from typing import Any
 
 from sim.errors import InputError
 from sim.errors import whole_number as check_whole_number
+from sim.files import is_there
 
 _MAX_VALUES = 10_000
 
@@ -36,6 +37,13 @@ def print_table(title: str, heads: list[str], cells: list[list[str]], markdown: 
     second = [head.partition(" ")[2] for head in heads]
     top, rule, *body = table(second, [first, *cells], align).splitlines()
     print("\n".join([title, "", body[0], top, rule, *body[1:]]))
+
+
+def estimate(mean: float, high: float, form: str) -> str:
+    """A mean with the half-width of its interval, if it has one; - where there is no mean."""
+    if mean != mean:
+        return "-"
+    return format(mean, form) + (f" ± {format(high - mean, form.lstrip('+'))}" if high == high else "")
 
 
 def note(message: str) -> None:
@@ -150,9 +158,11 @@ def share(option: str) -> Callable[[str], float]:
 
 
 def folder(option: str, text: str) -> Path:
-    """Name of a folder, which must not be empty."""
+    """Name of a folder that is there or can be made."""
     if not text.strip() or "\0" in text:
         raise InputError(f"{option} must be the name of a folder")
+    if is_there(Path(text)) and not Path(text).is_dir():
+        raise InputError(f"{option} {text} is a file, not a folder")
     return Path(text)
 
 

@@ -82,7 +82,8 @@ def step_options(arguments: Namespace) -> dict[str, Any]:
     if arguments.tokens is not None and arguments.tokens_per_rank is not None:
         raise InputError("--tokens-per-rank is the alternative to --tokens: give one of them")
     per_rank = arguments.tokens_per_rank is not None
-    text = arguments.tokens_per_rank if per_rank else arguments.tokens or arguments.default_tokens
+    of_group = arguments.default_tokens if arguments.tokens is None else arguments.tokens
+    text = arguments.tokens_per_rank if per_rank else of_group
     return {
         "ep_sizes": whole_numbers("--ep")(arguments.ep),
         "tokens": whole_numbers("--tokens-per-rank" if per_rank else "--tokens")(text),
@@ -150,7 +151,7 @@ def _positive(option: str, text: str | None) -> float | None:
     except ValueError:
         value = 0.0
     if not 0 < value <= 1e6:
-        raise InputError(f"{option} '{text}': expected a number above 0")
+        raise InputError(f"{option} '{text}': expected a number above 0, and at most 1e6")
     return value
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from sim.cli.text import note, numbers, table, threads, whole_number
 from sim.cli.traffic_decay import print_decay
 from sim.errors import InputError, unknown
+from sim.errors import whole_number as check_whole_number
 
 _LAYERS_SHOWN = 12
 _OPTIONS = {
@@ -81,6 +82,7 @@ def run(arguments: Namespace) -> None:
     for option in dict.fromkeys(option for options in _OPTIONS.values() for option in options):
         if option not in _OPTIONS[arguments.action] and getattr(arguments, option) not in (None, False):
             raise InputError(f"--{option.replace('_', '-')} does not go with epsim traffic {arguments.action}")
+    arguments.seed = check_whole_number("--seed", whole_number("--seed")(arguments.seed), 0, 2**63 - 1)
     if arguments.action != "show" and arguments.model is None:
         raise InputError(f"epsim traffic {arguments.action} needs --model: the router that the loads come from")
     from sim.model import load_model
@@ -128,10 +130,11 @@ def _show(arguments: Namespace, model: Any, data: Any) -> None:
             print(f"  {name}: {'; '.join(values) or 'too few, or too short, sequences'}")
     if about.drift is not None:
         drift = about.drift
+        alike = drift.alike[drift.alike == drift.alike]  # level loads have none
         print(
             f"\ndrift, {drift.names[0]} against {drift.names[1]}: {drift.distance.mean():.1%} of the load moves (least "
-            f"{drift.distance.min():.1%}, most {drift.distance.max():.1%});\n  correlation of shares {drift.alike.mean():.3f} "
-            f"(least {drift.alike.min():.3f})"
+            f"{drift.distance.min():.1%}, most {drift.distance.max():.1%});\n  correlation of shares "
+            + (f"{alike.mean():.3f} (least {alike.min():.3f})" if len(alike) else "-: the loads are level")
         )
     if arguments.plot is not None:
         _plot(arguments.plot, data, about)
@@ -163,10 +166,10 @@ def _fit(arguments: Namespace, model: Any, data: Any) -> None:
         raise InputError("--half goes with --hold-out")
     if not out.parent.is_dir():
         raise InputError(f"--out {out}: the folder {out.parent} does not exist")
-    seed, n_threads = whole_number("--seed")(arguments.seed), threads(arguments.threads)
-    group_sigma = GROUP_SIGMA if arguments.group_sigma is None else numbers("--group-sigma")(arguments.group_sigma)[0]
-    if not 0 <= group_sigma <= 5 or not 0 <= seed < 2**63:
-        raise InputError("--group-sigma must be a number from 0 to 5, --seed a whole number from 0")
+    seed, text, n_threads = arguments.seed, arguments.group_sigma, threads(arguments.threads)
+    group_sigma, *more = [GROUP_SIGMA] if text is None else numbers("--group-sigma")(text)
+    if more or not 0 <= group_sigma <= 5:
+        raise InputError(f"--group-sigma {text}: must be a number from 0 to 5")
     if model.is_grouped and arguments.group_sigma is None:
         note(f"loads do not tell the group effect: group_sigma {GROUP_SIGMA} is that of the presets (--group-sigma)")
     fit = None
@@ -206,7 +209,7 @@ def _print_held(rows: list[Any], halves: str) -> None:
             str(row.ep_size),
             f"{row.real:.3f} ± {row.real_half:.3f}",
             f"{row.simulated:.3f} ± {row.simulated_half:.3f}",
-            f"{row.simulated / row.real - 1:+.1%}",
+            f"{row.simulated / row.real - 1:+z.1%}",
         ]
         for row in rows
     ]

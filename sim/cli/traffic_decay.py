@@ -4,10 +4,9 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+from sim.cli.text import estimate, names, note, print_table, whole_number, whole_numbers
 from sim.cli.text import folder as folder_name
-from sim.cli.text import names, note, print_table, whole_number, whole_numbers
 from sim.errors import InputError
-from sim.errors import whole_number as check_whole_number
 
 _HEADS = ["imbalance (95 %)", "fresh", "linear", "minus linear (95 %)", "excess removed (95 %)", "gain lost (95 %)"]
 
@@ -65,11 +64,10 @@ def _print_files(arguments: Namespace, model: Any, data: Any, chosen: dict[str, 
     for option, why in (("windows", "each file is one window"), ("plot", "it draws ages, and two files have none")):
         if getattr(arguments, option) is not None:
             raise InputError(f"--{option} does not go with --against in epsim traffic decay: {why}")
-    seed = check_whole_number("--seed", whole_number("--seed")(arguments.seed), 0, 2**63 - 1)
     other = read_traffic(arguments.against, model)
     for text in other.notes:
         note(text)
-    first, second = (cut_file(part, model.n_experts, seed=seed) for part in (data, other.data))
+    first, second = (cut_file(part, model.n_experts, seed=arguments.seed) for part in (data, other.data))
     table = decay_against(model, first, second, **chosen)
     cells = [
         [
@@ -99,15 +97,8 @@ def _figures(row: Any) -> list[str]:
     fresh = "-" if row.placement == "linear" else f"{row.fresh_mean:.3f}"
     of = [(row.change_mean, row.change_high, "+z.3f"), (row.removed_mean, row.removed_high, "z.0%")]
     of.append((row.lost_mean, row.lost_high, "z.0%"))
-    shown = ["-" if row.placement == "linear" else _estimate(*figure) for figure in of]
-    return [_estimate(row.imbalance_mean, row.imbalance_high, ".3f"), fresh, f"{row.linear_mean:.3f}", *shown]
-
-
-def _estimate(mean: float, high: float, form: str) -> str:
-    """A mean with the half-width of its interval, if it has one; - where there is no mean."""
-    if mean != mean:
-        return "-"
-    return format(mean, form) + (f" ± {format(high - mean, form.lstrip('+'))}" if high == high else "")
+    shown = ["-" if row.placement == "linear" else estimate(*figure) for figure in of]
+    return [estimate(row.imbalance_mean, row.imbalance_high, ".3f"), fresh, f"{row.linear_mean:.3f}", *shown]
 
 
 def _fitted_names(table: Any) -> list[str]:
@@ -115,7 +106,12 @@ def _fitted_names(table: Any) -> list[str]:
 
 
 def _explain(part: str, n_layers: int) -> None:
-    over = f"over {n_layers} layers, for these {part}s" if n_layers > 1 else "none: the file has one layer"
+    over = "none: the file has one layer"
+    if n_layers > 1:
+        over = (
+            f"over {n_layers} layers, for these {part}s;\na share has no interval where what it is a share of may be 0, and is - "
+            "where that is 0"
+        )
     print(
         f"\nfresh, linear: on the same scored halves, fresh being fitted on the other half of the scored {part}; excess: "
         f"linear's imbalance - 1;\ngain lost: of fresh's gain over linear, above 100 % it is worse than linear; 95 %: {over}\n"
@@ -153,7 +149,7 @@ def _say_files(name: str, rows: Any) -> None:
 
 def _known(mean: float, high: float) -> str:
     """A share of a gain in words."""
-    return _estimate(mean, high, "z.0%") if mean == mean else "(there is none)"
+    return estimate(mean, high, "z.0%") if mean == mean else "(there is none)"
 
 
 def _draw(out: Path, table: Any, unit: str, about: dict[str, Any]) -> None:

@@ -98,13 +98,13 @@ def _distribution(values: np.ndarray, layer_set: np.ndarray) -> dict[str, float]
     return row | {"sd_between_sets": between, "sd_within_set": within}
 
 
-def read_log(path: Path) -> np.ndarray:
+def read_log(path: Path, metric: str) -> np.ndarray:
     """A user's own log: one number a line (of several columns the last), float64 [steps]; a first line of words is skipped.
 
     Raises
     ------
     InputError
-        The file cannot be read, or holds anything but numbers from 0 on.
+        The file cannot be read, or holds what is no value of the metric: balancedness is from 0 to 1, a time from 0 on.
     """
     where = f"--log {path}"
     lines = [line.strip() for line in read_text(path, where).splitlines() if line.strip()]
@@ -118,9 +118,10 @@ def read_log(path: Path) -> np.ndarray:
     if not values:
         raise InputError(f"{where} holds no numbers")
     log = np.array(values)
-    wrong = ~((log >= 0) & (log < 1e12))
+    most = 1 + 1e-6 if metric.startswith("balancedness") else 1e12
+    wrong = ~((log >= 0) & (log <= most))
     if wrong.any():
-        raise InputError(f"{where}: {log[wrong][0]:g} is no value of a step; they are numbers from 0 on")
+        raise InputError(f"{where}: {log[wrong][0]:g} is no value of {metric}: they are numbers from 0 to {most:.0g}")
     return log
 
 

@@ -43,7 +43,7 @@ def decay_by_age(table: pd.DataFrame, traffic: str, model: str, unit: str) -> Fi
     handles.append(
         Line2D([], [], label="fitted on the scored window itself (its other half)", color="#555555", **_FRESH)
     )
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(6, len(handles)), frameon=False)
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)), frameon=False)
     return figure
 
 

@@ -72,7 +72,7 @@ def _sorted_loads(ax: Any, about: Description) -> None:
     ax.plot(x, relative.mean(axis=0), color=_BLUE, linewidth=2)
     ax.axhline(1, color="black", linewidth=0.8, linestyle=":")
     ax.axvline(12.5, color="black", linewidth=0.8, linestyle=":")
-    ax.set_ylim(0, None)
+    ax.set_ylim(0, 1.05 * relative.max())
     ax.set_xlabel("experts by falling load, %")
     ax.set_ylabel("load / mean")
     title_panel(ax, "Skew", "grey: layers; blue: their mean")
@@ -86,7 +86,7 @@ def _by_index(ax: Any, about: Description) -> None:
     slope = float(about.by_layer["tilt"].mean())
     ax.plot(index, 1 + slope * ((index + 0.5) / about.n_experts - 0.5), color=_ORANGE)
     ax.axhline(1, color="black", linewidth=0.8, linestyle=":")
-    ax.set_ylim(0, None)
+    ax.set_ylim(0, 1.05 * relative.max())
     ax.set_xlabel("expert")
     ax.set_ylabel("load / mean, mean of layers")
     title_panel(ax, "Order", f"line: tilt {slope:+.2f} from the first expert to the last")
@@ -113,20 +113,17 @@ def _correlation(ax: Any, about: Description) -> None:
         if not found:
             continue
         n = sorted(found)
-        ax.plot(n, [found[i].mean() for i in n], color=color, marker=marker)
+        ax.plot(n, [found[i].mean() for i in n], color=color, marker=marker, label=text)
         ax.fill_between(
             n, [found[i].min() for i in n], [found[i].max() for i in n], color=color, alpha=0.15, linewidth=0
         )
-        up = text == "one sequence"
-        end = (n[-1], found[n[-1]].mean())
-        offset = (-8, -22) if up else (-8, 10)
-        ax.annotate(text, end, xytext=offset, textcoords="offset points", color=color, ha="right")
     ax.axhline(1, color="black", linewidth=0.8, linestyle=":")
     log2_ticks(ax, tokens)
     ax.set_yscale("log")
     ticks = [x for x in (0.5, 1, 2, 5, 10, 20, 50, 100, 200) if ax.get_ylim()[0] <= x <= ax.get_ylim()[1]]
     ax.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     ax.minorticks_off()
+    ax.legend(frameon=False)
     ax.set_xlabel("tokens of a block")
     ax.set_ylabel("variance / multinomial")
     title_panel(ax, "Correlation of tokens", "bands: least and most of layers")

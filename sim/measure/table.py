@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from sim.errors import InputError, shown
+from sim.errors import InputError
 from sim.files import read_text
 
 COLUMNS = {
@@ -116,9 +116,9 @@ def read_measured(path: Path) -> pd.DataFrame:
     if len(lines) < 2:
         raise InputError(f"{where} has no rows")
     for number, line in enumerate(lines, 1):
-        if len(line) != len(COLUMNS) or any(len(field) > _MOST_LETTERS for field in line):
+        if len(line) != len(COLUMNS) or not all(len(field) <= _MOST_LETTERS and field.isprintable() for field in line):
             raise InputError(
-                f"{where}, line {number}: expected {len(COLUMNS)} fields of at most {_MOST_LETTERS} letters"
+                f"{where}, line {number}: expected {len(COLUMNS)} fields of at most {_MOST_LETTERS} printable letters"
             )
     columns = dict(zip(COLUMNS, zip(*lines[1:], strict=True), strict=True))
     rows = pd.DataFrame({name: _typed(columns[name], kind, name, where) for name, kind in COLUMNS.items()})
@@ -156,6 +156,7 @@ def _check(rows: pd.DataFrame, where: str) -> None:
     ):
         if wrong.any():
             line = int(np.flatnonzero(wrong)[0])
+            row = rows.iloc[line]
             raise InputError(
-                f"{where}, line {line + 2}: {text} ({shown(dict(rows.iloc[line][['tokens', 'rank', 'time_us']]))})"
+                f"{where}, line {line + 2}: {text} (tokens {row.tokens}, rank {row['rank']}, time_us {row.time_us})"
             )

@@ -117,7 +117,8 @@ def _from_map(layers: dict[int, Any], n_experts: int, ep_size: int, where: str) 
             raise InputError(f"{at} has {len(row)} slots, the first layer has {width}")
         if len(row) % ep_size or not n_experts <= len(row) <= n_experts + _MOST_SLOTS:
             raise InputError(
-                f"{at}: its {len(row)} slots must be at least the model's {n_experts} experts, and divide by --ep {ep_size}"
+                f"{at}: its {len(row)} slots must be from the model's {n_experts} experts to {n_experts + _MOST_SLOTS}, and "
+                f"divide by --ep {ep_size}"
             )
         missing = set(range(n_experts)) - set(row)
         if missing:

@@ -31,7 +31,7 @@ def read_assignments(text: str, where: str) -> dict[int, list[Any]]:
         if found["indent"]:
             layer = _whole(key, at)
             if section != "initial_global_assignments" or layer in layers or len(layers) >= _MOST_LAYERS:
-                raise InputError(f"{at}: layer {layer} is out of place, or there twice")
+                raise InputError(f"{at}: layer {layer} is out of place, there twice, or beyond {_MOST_LAYERS} layers")
             row = layers[layer] = _flow_list(value, at) if value else []
             continue
         section, row = key, None
@@ -39,6 +39,8 @@ def read_assignments(text: str, where: str) -> dict[int, list[Any]]:
             n_slots = _whole(value, at)
         elif value and key == "initial_global_assignments":
             raise InputError(f"{at}: expected a line 'layer: [experts]' for each layer below {key}")
+    if n_slots is None:
+        raise InputError(f"{where} has no num_slots")
     wrong = [layer for layer, experts in layers.items() if len(experts) != n_slots]
     if not layers or wrong:
         raise InputError(
@@ -50,15 +52,18 @@ def read_assignments(text: str, where: str) -> dict[int, list[Any]]:
 
 def _logical_lines(text: str, where: str) -> Iterator[tuple[int, str]]:
     """Lines with their numbers, without comments and blank ones; a flow list that goes on is one line."""
-    held, first = "", 0
+    held: list[str] = []
+    first = n_open = 0
     for number, line in enumerate(text.splitlines(), 1):
         line = line.partition("#")[0].rstrip()
         if not held and line.strip() in ("", "---", "..."):
             continue
-        held, first = (f"{held} {line.strip()}", first) if held else (line, number)
-        if held.count("[") <= held.count("]"):
-            yield first, held
-            held = ""
+        first = first if held else number
+        held.append(line.strip() if held else line)
+        n_open += line.count("[") - line.count("]")
+        if n_open <= 0:
+            yield first, " ".join(held)
+            held, n_open = [], 0
     if held:
         raise InputError(f"{where}, line {first}: a list is not closed")
 

@@ -14,10 +14,12 @@ _MIXED_BLOCKS = 2000
 
 def over_multinomial(counts: np.ndarray, n_tokens: int) -> float:
     """Variance of the experts' counts over blocks, counts [blocks, experts], over that of as many independent tokens: the
-    sum over experts of the variance / the sum of n p (1 - p), p the mean share of tokens. 1 for independent tokens.
+    sum over experts of the variance / the sum of n p (1 - p), p the mean share of tokens. 1 for independent tokens, and
+    where every token takes the same experts.
     """
     p = counts.mean(axis=0) / n_tokens
-    return float(counts.var(axis=0).sum() / (n_tokens * p * (1 - p)).sum())
+    of_multinomial = (n_tokens * p * (1 - p)).sum()
+    return float(counts.var(axis=0).sum() / of_multinomial) if of_multinomial > 0 else 1.0
 
 
 def within_sequences(record: RecordedTraffic, n_tokens: int, n_experts: int) -> np.ndarray | None:

@@ -16,7 +16,7 @@ def shares(load: np.ndarray) -> np.ndarray:
 
 def variation(load: np.ndarray) -> np.ndarray:
     """Coefficient of variation: standard deviation over experts / mean; 0 for balance."""
-    return load.std(axis=-1) / load.mean(axis=-1)
+    return (load / load.mean(axis=-1, keepdims=True)).std(axis=-1)
 
 
 def max_over_mean(load: np.ndarray) -> np.ndarray:

@@ -97,7 +97,9 @@ def cut_windows(data: Traffic, n_experts: int, n_windows: int) -> Windows:
     before = _before(np.ones(n_items) if items.name == "steps" else items.weights)[bounds]
     parts = [np.arange(first, last) for first, last in itertools.pairwise(bounds)]
     unit = "steps" if items.name == "steps" else "tokens"
-    return Windows(_even_and_odd(data, items, parts), (before[:-1] + before[1:]) / 2, unit)
+    return Windows(
+        _even_and_odd(data, items, parts, "a window; take fewer --windows"), (before[:-1] + before[1:]) / 2, unit
+    )
 
 
 def cut_file(data: Traffic, n_experts: int, *, seed: int = 0) -> Halves:
@@ -122,7 +124,7 @@ def cut_file(data: Traffic, n_experts: int, *, seed: int = 0) -> Halves:
     """
     items = _items(data, n_experts)
     if len(items.weights) > 1:
-        return _even_and_odd(data, items, [np.arange(len(items.weights))])
+        return _even_and_odd(data, items, [np.arange(len(items.weights))], "the file")
     if isinstance(data, RecordedTraffic):
         raise InputError(f"{data.name} has one sequence: none is left to score what is fitted on it")
     table = data.total
@@ -134,7 +136,9 @@ def cut_file(data: Traffic, n_experts: int, *, seed: int = 0) -> Halves:
     random = np.random.default_rng(stream_key(seed, f"halves {data.digest}"))
     dealt = [deal_halves(table.astype(np.int64), random) for _ in range(_DEALINGS)]
     fitted, scored = (np.stack(half) for half in zip(*dealt, strict=True))
-    return _checked(data, fitted, scored, f"its counts dealt at random, mean of {_DEALINGS} times (seed {seed})")
+    return _checked(
+        data, fitted, scored, f"its counts dealt at random, mean of {_DEALINGS} times (seed {seed})", "the file"
+    )
 
 
 def deal_halves(counts: np.ndarray, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -180,16 +184,16 @@ def _bounds(weights: np.ndarray, n_windows: int) -> np.ndarray:
     return np.array([*bounds, len(weights)])
 
 
-def _even_and_odd(data: Traffic, items: _Items, parts: list[np.ndarray]) -> Halves:
+def _even_and_odd(data: Traffic, items: _Items, parts: list[np.ndarray], of: str) -> Halves:
     even, odd = (np.stack([items.load(part[first::2]) for part in parts]) for first in (0, 1))
-    return _checked(data, even, odd, f"even and odd {items.name}")
+    return _checked(data, even, odd, f"even and odd {items.name}", of)
 
 
-def _checked(data: Traffic, fitted: np.ndarray, scored: np.ndarray, about: str) -> Halves:
-    """Halves whose layers all have load."""
+def _checked(data: Traffic, fitted: np.ndarray, scored: np.ndarray, about: str, of: str) -> Halves:
+    """Halves whose layers all have load; `of` ends the message where one has none."""
     empty = np.argwhere(~(fitted.any(axis=2) & scored.any(axis=2)))
     if len(empty):
-        cut, layer = (int(i) for i in empty[0])
+        layer = int(empty[0, 1])
         number = data.layers[layer] if isinstance(data, LoadCounts) else layer
-        raise InputError(f"{data.name}: layer {number} has no load in a half of window {cut + 1}; take fewer --windows")
+        raise InputError(f"{data.name}: layer {number} has no load in a half of {of}")
     return Halves(data.name, data.digest, fitted.astype(float), scored.astype(float), about)

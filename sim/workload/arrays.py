@@ -14,6 +14,8 @@ from sim.errors import InputError
 
 MAX_BYTES = 8 << 30
 MAX_ARRAYS = 100_000
+_MOST_UNASKED = 1 << 30  # bytes that a small file may unpack to
+_MOST_PACKED = 200  # beyond that, recorded ids do not shrink to less than a 200th
 _PIECE = 2**20
 
 
@@ -47,6 +49,9 @@ class Archive:
         self.names = [name.removesuffix(".npy") for name in members if archive is None or name.endswith(".npy")]
         if len(self.names) > MAX_ARRAYS:
             raise InputError(f"{where} has more than {MAX_ARRAYS} arrays")
+        unpacked = 0 if archive is None else sum(member.file_size for member in archive.infolist())
+        if unpacked > max(_MOST_UNASKED, _MOST_PACKED * path.stat().st_size):
+            raise InputError(f"{where} would unpack to {unpacked >> 20} MiB, over {_MOST_PACKED} times its size")
 
     def read(self, name: str, kinds: str = "iu", most: int | None = None) -> np.ndarray:
         """One array of whole numbers (or of the dtype kinds given), of `most` numbers, after a look at its header."""

@@ -13,6 +13,7 @@ from sim.workload.arrays import reading
 COUNT_NAMES = ("logical_count", "counts", "load", "loads", "expert_load", "expert_counts")
 """Names that arrays of counts go by; `logical_count` is that of SGLang's expert distribution recorder."""
 MOST_COUNTS = 2**27
+_KEYS = ("step", "layer")  # columns of a CSV file that are no expert
 _MAX_LINE = 1 << 20
 _MAX_PT_BYTES = 4 << 30
 
@@ -105,7 +106,7 @@ def read_csv(path: Path, where: str) -> tuple[np.ndarray, np.ndarray | None]:
                 if rows or header is not None:
                     bad = next(cell for cell in cells if not _is_number(cell))
                     raise InputError(f"{where}, line {number}: '{shown(bad)}' is not a number") from None
-                header, width = [cell.lower() for cell in cells], len(cells)
+                header, width = _header(cells, f"{where}, line {number}"), len(cells)
                 continue
             width = width or len(values)
             if len(values) != width:
@@ -119,17 +120,33 @@ def read_csv(path: Path, where: str) -> tuple[np.ndarray, np.ndarray | None]:
     return _by_step(np.array(rows), header or [], where)
 
 
+def _header(cells: list[str], here: str) -> list[str]:
+    """Names of columns; a row of counts with a slip in it, or a column without a name, is none."""
+    names = [cell.lower() for cell in cells]
+    experts = [name for name in names if name not in _KEYS]
+    if "" in experts or len({_is_number(name) for name in experts}) > 1:
+        raise InputError(
+            f"{here}: neither counts nor a name for each column ('layer', 'step', and all others an expert): "
+            + shown(",".join(cells))
+        )
+    if "step" in names and "layer" not in names:
+        raise InputError(f"{here}: a column 'step' needs a column 'layer' beside it")
+    return names
+
+
 def _by_step(table: np.ndarray, header: list[str], where: str) -> tuple[np.ndarray, np.ndarray | None]:
     """Counts [layers, experts] or [steps, layers, experts] of a table whose `header` may name keys, and layer numbers."""
-    keys = {key: header.index(key) for key in ("step", "layer") if key in header}
+    keys = {key: header.index(key) for key in _KEYS if key in header}
     counts = np.delete(table, list(keys.values()), axis=1)
     if (counts == np.floor(counts)).all():  # False for NaN
         counts = counts.astype(np.int64) if np.abs(counts).max(initial=0) < 2**53 else counts
     if "layer" not in keys:
         return counts, None
     of_row = table[:, keys["layer"]]
-    if not (np.abs(of_row) < 2**31).all() or ("step" in keys and not np.isfinite(table[:, keys["step"]]).all()):
-        raise InputError(f"{where}: steps and layers must be numbers")
+    if not ((of_row >= 0) & (of_row < 2**31) & (of_row % 1 == 0)).all():
+        raise InputError(f"{where}: layers must be whole numbers from 0 on")
+    if "step" in keys and not np.isfinite(table[:, keys["step"]]).all():
+        raise InputError(f"{where}: steps must be numbers")
     layers = np.unique(of_row)
     steps = np.unique(table[:, keys["step"]]) if "step" in keys else np.zeros(1)
     if len(table) != len(steps) * len(layers):

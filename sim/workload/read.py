@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from sim.errors import InputError, unknown
+from sim.files import check_regular
 from sim.model import ModelSpec
 from sim.workload.arrays import Archive, open_archive
 from sim.workload.counts import COUNT_NAMES, MOST_COUNTS, LoadCounts, build_counts, read_csv, read_pt
@@ -53,6 +54,7 @@ def read_traffic(path: Path | str, model: ModelSpec | None = None, phase: str = 
         raise InputError(f"--phase must be one of {', '.join(PHASES)}, not '{phase}'")
     if path.suffix not in SUFFIXES:
         raise InputError(f"{where}: the ending must be one of {', '.join(SUFFIXES)}")
+    check_regular(path, where)
     name = f"file:{path.name}"
     if path.suffix == ".csv":
         counts, layers = read_csv(path, where)

@@ -74,11 +74,15 @@ class RecordedTraffic:
         n = len(self.starts) - 1
         if n < 2:
             raise InputError(f"workload {self.name} has one sequence: none is left to score what is fitted on it")
-        if in_order:
-            is_first = np.arange(n) < n // 2
-            return self._part(is_first, "first half"), self._part(~is_first, "second half")
-        is_even = np.arange(n) % 2 == 0
-        return self._part(is_even, "even sequences"), self._part(~is_even, "odd sequences")
+        names = ("first half", "second half") if in_order else ("even sequences", "odd sequences")
+        is_first = np.arange(n) < n // 2 if in_order else np.arange(n) % 2 == 0
+        one, other = self._part(is_first, names[0]), self._part(~is_first, names[1])
+        if one.digest == other.digest:
+            raise InputError(
+                f"workload {self.name}: its {names[0]} and its {names[1]} hold the same tokens: what is fitted on one would be "
+                "scored on itself"
+            )
+        return one, other
 
     def _part(self, mine: np.ndarray, what: str) -> "RecordedTraffic":
         lengths = np.diff(self.starts)

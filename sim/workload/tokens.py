@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from sim.errors import InputError
+from sim.errors import InputError, shown
 from sim.workload.arrays import Archive, reading
 
 TOKEN_NAMES = ("topk_ids", "routed_experts", "topk_ids_of_layer")
@@ -54,7 +54,7 @@ def requests_of_lines(path: Path, where: str, top_k: int, n_layers: int) -> Iter
             try:
                 held = json.loads(line)
             except (ValueError, RecursionError):
-                raise InputError(f"{here} is not JSON") from None
+                raise InputError(f"{here} is not JSON; each request is a line of its own") from None
             found = list(_find(held, _DEEPEST)) if isinstance(held, dict) else [(held, None)]
             if not found:
                 raise InputError(f"{here} has no key 'routed_experts'")
@@ -102,7 +102,7 @@ def _decode(text: str, shape: Any, here: str, top_k: int, n_layers: int) -> np.n
         if not isinstance(shape, list) or len(shape) != 3 or not all(type(n) is int and n > 0 for n in shape):
             raise InputError(f"{here}: shape must be a list [tokens, layers, top_k]")
         if shape[0] * shape[1] * shape[2] != flat.size:
-            raise InputError(f"{here}: {flat.size} ids do not fill the shape {shape}")
+            raise InputError(f"{here}: {flat.size} ids do not fill the shape {shown(shape)}")
         return _narrow(flat.reshape(shape), here)
     if not top_k or not n_layers:
         raise InputError(f"{here}: base64 ids need --model, which says how many layers and experts per token they have")
