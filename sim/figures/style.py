@@ -202,10 +202,10 @@ def imbalance_axis(ax: Axes, which: str) -> None:
 
 def save(figure: Figure, path: Path) -> None:
     """Write a figure as PNG or SVG, by the suffix; the same figure gives the same bytes."""
-    engine = figure.get_layout_engine()
-    if engine is not None:  # once is enough, and it is most of the time
-        engine.execute(figure)
-        figure.set_layout_engine("none")
     with mpl.rc_context(_RC), whole_files(path) as (temporary,):
+        engine = figure.get_layout_engine()
+        if engine is not None:  # once is enough, and it is most of the time
+            engine.execute(figure)
+            figure.set_layout_engine("none")
         metadata = {"Date": None} if path.suffix == ".svg" else {"Software": None}
         figure.savefig(temporary, dpi=130, metadata=metadata)
