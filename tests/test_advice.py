@@ -266,7 +266,8 @@ def run(*words):
 
 def test_the_command_answers_and_writes(toy_files, capsys):
     assert run("--out", "advice") == 0
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert "what is scored of file:hot.npz has 20 sequences" in err
     for text in (
         "Verdict: ",
         "Rule: ",

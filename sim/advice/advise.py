@@ -9,7 +9,7 @@ import pandas as pd
 
 from sim.advice.engines import BACKENDS, DEFAULT_BACKEND, engine_of
 from sim.advice.rule import ASSUMED_SHARE, LEAST_SAVED, LEAST_SEQUENCES, best_of, judge, judged_ends, overall
-from sim.advice.splits import Source, splits_of
+from sim.advice.splits import Source, Split, splits_of
 from sim.cost import Gpu, predict_gain
 from sim.cost.expert import BYTES_PER_VALUE
 from sim.cost.gain import PERFECT
@@ -18,7 +18,7 @@ from sim.errors import InputError, shown, unknown, whole_number
 from sim.model import ModelSpec
 from sim.placement import check_ep_size, split_name, strategy_name
 from sim.workload import LoadCounts, RecordedTraffic, Workload, load_workload, read_traffic
-from sim.workload.read import SUFFIXES
+from sim.workload.read import names_file
 
 PER_RANK = {"tokens": [1, 8, 64, 512], "tokens_per_rank": True}
 """Steps where nobody says."""
@@ -141,17 +141,9 @@ def advise(
     share = ASSUMED_SHARE if moe_share is None and step_us is None else moe_share
     setup: dict[str, Any] = SAMPLED | (PER_RANK if "tokens" not in options else {}) | options
     setup |= {"ep_sizes": ep_size, "exchange": BACKENDS[backend], "seed": seed}
-    tables, splits = [], splits_of(model, traffic, fit_on, seed, options.get("threads"))
-    for split in splits:
-        gains = predict_gain(
-            model, split.scored, gpu, placement=[*names, PERFECT], fit_on=split.fitted_on, moe_share=share,
-            step_us=step_us, **setup,
-        )  # fmt: skip
-        tables.append(gains.assign(split=split.about))
-    gains = pd.concat(sorted(tables, key=_saved_by_eplb), ignore_index=True)
-    gains["redundant_bytes"] = [
-        _redundant_bytes(model, row.placement, ep_size, row.dtype) for row in gains.itertuples()
-    ]
+    setup |= {"placement": [*names, PERFECT], "moe_share": share, "step_us": step_us}
+    splits = splits_of(model, traffic, fit_on, seed, options.get("threads"))
+    gains = _gains(model, gpu, splits, setup)
     engines = {name: engine_of(name, model, ep_size, backend, ranks) for name in ["linear", *names]}
     verdicts = _verdicts(gains, names, least_saved, is_enough=_is_enough(traffic))
     verdicts["runs_as"] = [engines[name].runs_as for name in verdicts.placement]
@@ -165,9 +157,20 @@ def advise(
 
 def _as_traffic(name: str | Path, model: ModelSpec) -> Workload | LoadCounts:
     """What a file of recorded routing or load counts holds, or a workload by its name."""
-    if str(name).startswith("file:") or str(name).endswith(SUFFIXES):
+    if names_file(str(name)):
         return read_traffic(str(name).removeprefix("file:"), model).data
     return load_workload(name)
+
+
+def _gains(model: ModelSpec, gpu: Gpu | str | Path, splits: list[Split], setup: dict[str, Any]) -> pd.DataFrame:
+    """Gains in all splits, the hardest first."""
+    tables = [
+        predict_gain(model, split.scored, gpu, fit_on=split.fitted_on, **setup).assign(split=split.about)
+        for split in splits
+    ]
+    gains = pd.concat(sorted(tables, key=_saved_by_eplb), ignore_index=True)
+    copies = [_redundant_bytes(model, row.placement, row.ep_size, row.dtype) for row in gains.itertuples()]
+    return gains.assign(redundant_bytes=copies)
 
 
 def _verdicts(gains: pd.DataFrame, names: list[str], least_saved: float, *, is_enough: bool) -> pd.DataFrame:

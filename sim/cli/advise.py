@@ -75,7 +75,7 @@ def run(arguments: Namespace) -> None:
 
     model, gpu = load_model(arguments.model), load_gpu(arguments.gpu)
     traffic, other = _read(arguments, model)
-    _say_about_steps(traffic, sizes[0], options)
+    _say_about_steps(traffic, 2 if other is None else 1, sizes[0], options)
     from sim.advice import BACKENDS, advise
 
     exchange = BACKENDS.get(arguments.backend, "none")
@@ -97,7 +97,7 @@ def _whole_or_none(option: str, text: str | None) -> int | None:
 def _read(arguments: Namespace, model: Any) -> tuple[Any, Any]:
     """Traffic that is scored, and other traffic to fit on or None."""
     from sim.workload import LoadCounts, load_workload, read_traffic
-    from sim.workload.read import SUFFIXES
+    from sim.workload.read import names_file
 
     def read(name: str) -> Any:
         found = read_traffic(
@@ -108,7 +108,7 @@ def _read(arguments: Namespace, model: Any) -> tuple[Any, Any]:
         return found.data
 
     name, dummies = arguments.traffic, dummy_tokens(arguments)
-    if not name.startswith("file:") and not name.endswith(SUFFIXES):
+    if not names_file(name):
         traffic = load_workload(name, phase=arguments.phase, dummy_tokens=dummies)
     elif dummies is not None:
         raise InputError("--dummy-tokens goes with traffic by law, not with a file of recorded traffic")
@@ -119,15 +119,18 @@ def _read(arguments: Namespace, model: Any) -> tuple[Any, Any]:
     return traffic, None if arguments.fit_on is None else read(arguments.fit_on)
 
 
-def _say_about_steps(traffic: Any, ep_size: int, options: dict[str, Any]) -> None:
+def _say_about_steps(traffic: Any, parts: int, ep_size: int, options: dict[str, Any]) -> None:
     """A remark where steps have more tokens than there are sequences to take them from."""
     from sim.workload import RecordedTraffic
 
     largest = max(options["tokens"]) * (ep_size if options["tokens_per_rank"] else 1)
-    if isinstance(traffic, RecordedTraffic) and traffic.phase == "decode" and largest > (len(traffic.starts) - 1) // 2:
+    if not isinstance(traffic, RecordedTraffic) or traffic.phase != "decode":
+        return
+    n_sequences = (len(traffic.starts) - 1) // parts
+    if largest > n_sequences:
         note(
-            f"half of {traffic.name} has {(len(traffic.starts) - 1) // 2} sequences: larger decode steps take several tokens of "
-            "each, and are as uneven as these sequences together, not as so many requests"
+            f"what is scored of {traffic.name} has {n_sequences} sequences: larger decode steps take several tokens of each, "
+            "and are as uneven as these sequences together, not as so many requests"
         )
 
 

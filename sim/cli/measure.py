@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sim.cli.text import names, note, print_table, seconds, table, whole_number, whole_numbers
+from sim.cli.text import estimate, names, note, print_table, seconds, table, whole_number, whole_numbers
 from sim.errors import InputError, unknown
 
 Cells = tuple[list[str], list[list[str]]]
@@ -216,7 +216,7 @@ def _errors_table(found: Any) -> Cells:
     return heads, [
         [
             *(str(getattr(row, name)) for name in ("dtype", "bound", "ranks", "steps")),
-            _percent(row.error_mean, row.error_mean_high),
+            estimate(row.error_mean, row.error_mean_high, "+z.1%"),
             *(f"{value:+z.1%}" for value in (row.error_p10, row.error_p50, row.error_p90)),
             f"{row.within_20:.0%}",
         ]
@@ -248,15 +248,11 @@ def _gains_table(found: Any, baseline: str, other: str) -> Cells:
     return [*heads, f"{baseline} us", f"{other} us"], [
         [
             *(str(getattr(row, name)) for name in ("dtype", "workload", "ep_size", "tokens", "steps")),
-            _percent(row.measured, row.measured_high),
+            estimate(row.measured, row.measured_high, "+z.1%"),
             f"{row.predicted:+z.1%}",
-            _percent(row.difference, row.difference_high),
+            estimate(row.difference, row.difference_high, "+z.1%"),
             f"{row.baseline_us:.1f}",
             f"{row.other_us:.1f}",
         ]
         for row in found.itertuples()
     ]
-
-
-def _percent(value: float, high: float) -> str:
-    return f"{value:+z.1%}" if high != high else f"{value:+z.1%} ± {high - value:.1%}"

@@ -11,7 +11,7 @@ from sim.errors import InputError, unknown
 from sim.files import read_toml
 from sim.workload.fitted import KEYS, FittedLayers
 from sim.workload.gumbel import GumbelTraffic
-from sim.workload.read import SUFFIXES, read_recorded
+from sim.workload.read import names_file, read_recorded
 from sim.workload.recorded import PHASES, RecordedTraffic
 
 
@@ -41,7 +41,7 @@ def load_workload(name_or_path: str | Path, **overrides: Any) -> GumbelTraffic |
     """
     name = str(name_or_path)
     overrides = {key: value for key, value in overrides.items() if value is not None}
-    if name.startswith("file:") or name.endswith(SUFFIXES):
+    if names_file(name):
         unused = sorted(set(overrides) - {"phase"})
         if unused:
             raise InputError(f"recorded traffic takes only 'phase', not '{unused[0].replace('_', '-')}'")

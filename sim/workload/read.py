@@ -19,6 +19,11 @@ SUFFIXES = (".npz", ".npy", ".jsonl", ".ndjson", ".json", ".csv", ".pt")
 _SAMPLE = 4096
 
 
+def names_file(name: str) -> bool:
+    """Whether a workload's name is that of a file of recorded routing or load counts."""
+    return name.startswith("file:") or name.endswith(SUFFIXES)
+
+
 class Traffic(NamedTuple):
     """What a file holds, and remarks on what was left out."""
 
