@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sim.advice import advise
-    from sim.claims import claims
     from sim.cost import Gpu, expert_time_us, gpu_names, load_gpu, predict_gain, predict_steps
     from sim.errors import InputError
     from sim.model import ModelSpec, load_model, model_names
@@ -24,18 +23,19 @@ if TYPE_CHECKING:
     from sim.results import SweepResult, read_result, write_result
     from sim.router import route
     from sim.sweeps import sweep
-    from sim.workload import GumbelTraffic, RecordedTraffic, Workload, load_workload, workload_names
+    from sim.traffic import RecordedTraffic, SyntheticTraffic, Workload, load_workload, workload_names
+    from sim.verdicts import claims
 
 _ROOM_OF = {
     "InputError": "errors",
     "ModelSpec": "model",
     "load_model": "model",
     "model_names": "model",
-    "Workload": "workload",
-    "GumbelTraffic": "workload",
-    "RecordedTraffic": "workload",
-    "load_workload": "workload",
-    "workload_names": "workload",
+    "Workload": "traffic",
+    "SyntheticTraffic": "traffic",
+    "RecordedTraffic": "traffic",
+    "load_workload": "traffic",
+    "workload_names": "traffic",
     "route": "router",
     "Placement": "placement",
     "place": "placement",
@@ -49,7 +49,7 @@ _ROOM_OF = {
     "expert_time_us": "cost",
     "predict_gain": "cost",
     "predict_steps": "cost",
-    "claims": "claims",
+    "claims": "verdicts",
     "advise": "advice",
 }
 __all__ = list(_ROOM_OF)

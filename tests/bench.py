@@ -14,9 +14,9 @@ from collections.abc import Callable
 import numpy as np
 
 from sim import ModelSpec, load_model, load_workload, sweep
-from sim.placement import balanced_slots
+from sim.placement import place_balanced
 from sim.router import draw_trials
-from sim.workload.gumbel import X0
+from sim.traffic.synthetic import X0
 
 V3, CHAT = load_model("deepseek-v3"), load_workload("chat")
 STEP = 4096
@@ -114,7 +114,7 @@ def main() -> None:
     print("\nload balancing, one layer of 256 experts, nodes of 8:")
     for name in ("eplb", "eplb+32", "eplb_refined", "eplb_refined+32"):
         for ep_size in (16, 32):
-            us = best(lambda name=name, ep_size=ep_size: balanced_slots(name, V3, ep_size, 8, loads)) / len(loads) * 1e6
+            us = best(lambda name=name, ep_size=ep_size: place_balanced(name, V3, ep_size, 8, loads)) / len(loads) * 1e6
             print(f"  {name:<16} EP {ep_size}  {us:8.0f} us")
 
     print("\ntime grows with tokens (one cell, EP 32):")

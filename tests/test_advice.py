@@ -19,7 +19,7 @@ from sim.cost.expert import crossover_tokens, expert_rates
 from sim.cost.gain import KNEE, PERFECT
 from sim.figures.advice import advice_by_tokens
 from sim.measure import gains, read_measured, with_predictions
-from sim.workload.recorded import build_record
+from sim.traffic.recorded import build_record
 
 V3, OSS = load_model("deepseek-v3"), load_model("gpt-oss-20b")
 TOY = dataclasses.replace(OSS, name="toy", n_experts=16, top_k=2, n_moe_layers=3)

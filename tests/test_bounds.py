@@ -16,10 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import norm
 
-from sim import GumbelTraffic, ModelSpec, load_model, route, sweep, theory
-from sim.placement import fixed_slots
+from sim import ModelSpec, SyntheticTraffic, load_model, route, sweep, theory
+from sim.placement import place_fixed
 from sim.router import draw_trials
-from sim.workload.gumbel import X0
+from sim.traffic.synthetic import X0
 
 FALSE_ALARM = 1e-4
 
@@ -70,7 +70,9 @@ def test_tokens_of_presets_spread_as_integration_says(name):
         X0,
     )
     assert sum(exact.values()) == pytest.approx(1, abs=1e-8)
-    _, ids = draw_trials(model, GumbelTraffic("uniform"), 8, range(64), 64, np.array([n_tokens // 64]), n_tokens // 64)
+    _, ids = draw_trials(
+        model, SyntheticTraffic("uniform"), 8, range(64), 64, np.array([n_tokens // 64]), n_tokens // 64
+    )
     groups = ids.reshape(-1, model.top_k).astype(int) // model.group_size
     in_group = (groups[:, :, None] == np.arange(model.n_group)).sum(axis=1)
     in_group = -np.sort(-in_group, axis=1)[:, : model.topk_group]
@@ -113,7 +115,7 @@ def test_tails_of_sums_keep_their_digits(weights, n_tokens, where):
 def test_a_layer_equals_going_through_all_steps(n_group, size, kept, top_k, ep_size, placement):
     """Two tokens: every pair of sets of experts, weighted by the probability of its spread."""
     model = grouped(n_group * size, n_group, kept, top_k, False)
-    ranks = fixed_slots(placement, model, ep_size, 8).rank_of_expert[0]
+    ranks = place_fixed(placement, model, ep_size, 8).rank_of_expert
     layer = theory.UniformLayer(theory.UniformRouter.of(model, X0), ranks)
     spreads = theory.spread_by_enumeration(range(n_group * size), n_group, kept, top_k, False)
     sets = Counter()
@@ -146,7 +148,7 @@ def test_a_layer_equals_going_through_all_steps(n_group, size, kept, top_k, ep_s
 def test_grouped_and_ungrouped_closed_forms_agree():
     """One group of all experts: the rational closed forms of ungrouped traffic."""
     model = ModelSpec("plain", 24, 4)
-    ranks = fixed_slots("linear_legacy", model, 5, 8).rank_of_expert[0]
+    ranks = place_fixed("linear_legacy", model, 5, 8).rank_of_expert
     held, layer = np.bincount(ranks).tolist(), theory.UniformLayer(theory.UniformRouter.of(model, X0), ranks)
     exact = theory.max_load_of_one_token(held, 4)
     for least in range(1, 5):

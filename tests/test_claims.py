@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 
 import sim
 from sim import InputError, load_model, place
-from sim.claims import CLAIMS, claims
-from sim.claims.exact import dealt_loads, most_on_a_rank, strided_loads
-from sim.claims.verdict import needed_share, ranges_text, time_saved
 from sim.cli import main
 from sim.model import ModelSpec
+from sim.verdicts import CLAIMS, claims
+from sim.verdicts.exact import dealt_loads, most_on_a_rank, strided_loads
+from sim.verdicts.verdict import needed_share, ranges_text, time_saved
 
 
 def test_every_claim_is_there_and_says_all():

@@ -15,11 +15,11 @@ from sim import InputError, load_model
 from sim.cli import main
 from sim.figures.decay import decay_by_age
 from sim.figures.style import look
+from sim.fit import cut_file, cut_windows, decay, decay_against
+from sim.fit.windows import deal_halves
 from sim.model import ModelSpec
-from sim.traffic import cut_file, cut_windows, decay, decay_against
-from sim.traffic.windows import deal_halves
-from sim.workload import RecordedTraffic, read_traffic
-from sim.workload.counts import build_counts
+from sim.traffic import RecordedTraffic, read_traffic
+from sim.traffic.counts import build_counts
 
 SMALL = ModelSpec("small", n_experts=16, top_k=4)
 GROUPED = ModelSpec("grouped", n_experts=16, top_k=4, n_group=4, topk_group=2)

@@ -6,7 +6,7 @@ import pytest
 from sim import InputError, load_model, load_workload, sweep
 from sim.router import check_pair, draw_trials
 from sim.streams import stream_key
-from sim.workload import FittedLayers, GumbelTraffic
+from sim.traffic import FittedLayers, SyntheticTraffic
 
 KEY = stream_key(0, "fitted")
 TOML = """
@@ -58,7 +58,7 @@ def test_a_request_adds_its_subject_and_its_own_taste(path):
     workload = load_workload(path, phase="prefill")
     n, layer = 20_000, workload.layers
     mu = np.repeat(layer.mu[:1], n, axis=0)
-    one_layer = GumbelTraffic(
+    one_layer = SyntheticTraffic(
         "x", popularity="fitted", request_sigma=0.5, layers=FittedLayers(mu[:1], layer.request_sd[:1], layer.request_loadings[:1])
     )  # fmt: skip
     logits = one_layer.draw_logits(KEY, mu, 0, 10, 0)
@@ -80,7 +80,7 @@ def test_logits_do_not_depend_on_how_trials_are_grouped(path):
 def test_a_table_equals_the_law_that_it_was_drawn_from():
     """Counts of a fitted layer and of a preset with the same mu are the same integers under the same key."""
     model, uniform = load_model("deepseek-v3"), load_workload("uniform")
-    table = GumbelTraffic("t", popularity="fitted", layers=FittedLayers.of(np.zeros((2, 256))))
+    table = SyntheticTraffic("t", popularity="fitted", layers=FittedLayers.of(np.zeros((2, 256))))
     mine, _ = draw_trials(model, table, 0, range(2), 2, np.array([4000]))
     theirs, _ = draw_trials(model, uniform, 0, range(2), 2, np.array([4000]))
     z = (mine.mean((0, 1)) - theirs.mean((0, 1))) / np.sqrt(2 * 4000 * 8 / 256 / 2)

@@ -13,14 +13,14 @@ from naive import slot_counts as ref_slot_counts
 
 from sim import InputError, load_model, load_workload, place, sweep
 from sim.cli import main
-from sim.placement import Slots, fixed_slots, placement_text
+from sim.placement import Placement, place_fixed, placement_text
 from sim.replicas import deal_by_hash, deal_evenly, find_copies, pick_slots
 from sim.router import draw_loads, draw_trials
 from sim.sweeps import Journal, combine, executors, make_plan, run_plan
 from sim.sweeps.chunk import run_chunk
 from sim.sweeps.precision import first_stage
-from sim.workload import FittedLayers, GumbelTraffic, LoadTable
-from sim.workload.counts import build_counts
+from sim.traffic import FittedLayers, LoadTable, SyntheticTraffic
+from sim.traffic.counts import build_counts
 
 V3, CHAT = load_model("deepseek-v3"), load_workload("chat")
 NAMES = ["linear", "eplb", "eplb+16", "linear+16", "eplb_refined"]
@@ -164,7 +164,7 @@ def test_resume_and_combine(tmp_path):
 
 
 def test_a_map_from_a_file_is_the_same_placement(tmp_path):
-    slots = fixed_slots("linear+16", V3, 16, 8)
+    slots = place_fixed("linear+16", V3, 16, 8)
     (tmp_path / "map.json").write_text(placement_text(slots, "vllm", 16))
     a = sweep(V3, CHAT, **SMALL | {"placements": "linear+16", "ep_sizes": 16, "fit_tokens": None})
     b = sweep(V3, CHAT, **SMALL | {"placements": f"file:{tmp_path / 'map.json'}", "ep_sizes": 16, "fit_tokens": None})
@@ -289,7 +289,7 @@ def test_counts_from_outside_are_checked(tmp_path, capsys, monkeypatch):
     }.items():
         table = np.ones((2, 32))
         table[1, 3] = bad
-        monkeypatch.setattr("sim.workload.load_table", lambda path, model, table=table: LoadTable("x", table, "x"))
+        monkeypatch.setattr("sim.traffic.load_table", lambda path, model, table=table: LoadTable("x", table, "x"))
         words = ["export", "--model", "gpt-oss-20b", "--placement", "eplb", "--ep", "4", "--traffic", "x.npz"]
         assert main([*words, "--format", "vllm", "--out", str(tmp_path / "out")]) == 2
         assert message in capsys.readouterr().err
@@ -325,9 +325,9 @@ def test_bad_arguments(change, message):
 
 
 def test_slots_of_a_map_are_ranks_in_order():
-    slots = Slots.of_ranks(np.array([[1, 0, 1, 0]], np.int32))
+    slots = Placement.of_ranks("linear", 2, np.array([[1, 0, 1, 0]], np.int32))
     assert slots.experts.tolist() == [[1, 3, 0, 2]]
-    assert slots.rank_of_expert.tolist() == [[1, 0, 1, 0]]
+    assert slots.expert_ranks.tolist() == [[1, 0, 1, 0]]
     assert not slots.has_replicas
 
 
@@ -338,7 +338,7 @@ def test_fitted_traffic_is_balanced_by_other_traffic_of_its_layers(tmp_path):
     here = np.sort(rng.gamma(2, 1, (3, 32)), axis=1)
     there = here[:, ::-1]
     mine = FittedLayers.of(np.log(here))
-    law = GumbelTraffic("mine", popularity="fitted", layers=mine, source="fitted to file:mine.csv, digest 123abc")
+    law = SyntheticTraffic("mine", popularity="fitted", layers=mine, source="fitted to file:mine.csv, digest 123abc")
     loads = {name: build_counts(name, name, np.round(1000 * table))[0] for name, table in (("a", here), ("b", there))}
     found = {
         name: sweep(model, law, ep_sizes=8, tokens=512, placements=["linear", "eplb"], trials=90, fit_on=of).summary

@@ -35,7 +35,7 @@ from sim.measure.steps import busiest_ranks, rank_sums
 from sim.measure.table import COLUMNS, partial_path
 from sim.measure.timers import GraphTimer
 from sim.model import ModelSpec, load_model
-from sim.workload import load_workload
+from sim.traffic import load_workload
 
 TINY = {
     "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "n_routed_experts": 32,
@@ -103,7 +103,7 @@ def test_all_placements_and_ep_sizes_share_the_tokens():
         assert (counts[:, 0] <= counts[:, 1]).all(), workload  # a shorter step begins a longer one
     assert steps.most_local_experts == 32
     loads = [
-        rank_sums(steps.counts[workload], slots.rank_of_expert[0]).max()
+        rank_sums(steps.counts[workload], slots.rank_of_expert).max()
         for (workload, _, _), slots in steps.placed.items()
     ]
     assert steps.most_pairs == max(loads)
@@ -137,7 +137,7 @@ def test_the_busiest_ranks_and_one_other_are_measured():
     for layers in steps.compared(H100, ["bf16", "fp8"]):
         for layer in layers:
             counts = steps.counts[layer.workload][layer.step, steps.tokens.index(layer.tokens)]
-            rank_of_expert = steps.placed[layer.workload, layer.placement, layer.ep_size].rank_of_expert[0]
+            rank_of_expert = steps.placed[layer.workload, layer.placement, layer.ep_size].rank_of_expert
             loads, distinct = rank_sums(counts, rank_of_expert), rank_sums(counts > 0, rank_of_expert)
             busiest = [rank.rank for rank in layer.ranks if rank.chosen == "busiest"]
             assert max(loads) == max(loads[busiest])
@@ -250,7 +250,7 @@ def test_rows_are_what_was_measured(tmp_path):
     steps = steps_of()
     row = rows.iloc[57]
     counts = steps.counts[row.workload][row.step, steps.tokens.index(row.tokens)]
-    mine = counts[steps.placed[row.workload, row.placement, row.ep_size].rank_of_expert[0] == row["rank"]]
+    mine = counts[steps.placed[row.workload, row.placement, row.ep_size].rank_of_expert == row["rank"]]
     assert (row.pairs, row.distinct) == (mine.sum(), (mine > 0).sum())
     assert row.time_us == pytest.approx(MadeUp().time_layer(row["dtype"], mine).time_us, abs=1e-3)
     assert not partial_path(out).exists()

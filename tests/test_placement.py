@@ -105,7 +105,7 @@ def test_file_placements(tmp_path):
     path.write_text(json.dumps([0, 1, 1, 0]))
     assert place(f"file:{path}", plain(4), 2).rank_of_expert.tolist() == [0, 1, 1, 0]
     path.write_text(json.dumps([[0, 1, 1, 0], [1, 1, 0, 0]]))
-    assert place(f"file:{path}", plain(4), 2).rank_of_expert.tolist() == [0, 1, 1, 0]
+    assert place(f"file:{path}", plain(4), 2).rank_of_expert.tolist() == [[0, 1, 1, 0], [1, 1, 0, 0]]
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from sim import InputError, ModelSpec, place
 from sim.cli import main
-from sim.placement import FORMATS, Slots, placement_text, read_placement
+from sim.placement import FORMATS, Placement, placement_text, read_placement
 
 
 def plain(n_experts):
@@ -23,7 +23,7 @@ def random_slots(seed, n_layers, n_experts, ep_size, n_slots):
     rows = [
         np.concatenate([np.arange(n_experts), rng.integers(0, n_experts, n_slots - n_experts)]) for _ in range(n_layers)
     ]
-    return Slots.of_map(np.array([rng.permutation(row) for row in rows], np.int16), n_experts, ep_size)
+    return Placement.of_slots("file", ep_size, n_experts, np.array([rng.permutation(row) for row in rows], np.int16))
 
 
 @given(st.integers(0, 2**32 - 1), st.sampled_from(FORMATS), st.integers(1, 4), st.integers(1, 5), st.integers(0, 60))
@@ -37,7 +37,7 @@ def test_what_is_written_is_read_back(tmp_path_factory, seed, form, n_layers, ep
 
 
 def test_the_formats_are_as_the_engines_have_them():
-    slots = Slots.of_map(np.array([[0, 1, 2, 0], [2, 1, 0, 1]], np.int16), 3, 2)
+    slots = Placement.of_slots("file", 2, 3, np.array([[0, 1, 2, 0], [2, 1, 0, 1]], np.int16))
     vllm = json.loads(placement_text(slots, "vllm", 2))
     assert (
         vllm

@@ -13,7 +13,7 @@ import pytest
 from test_cli import fails
 
 from sim import InputError, load_model, load_workload
-from sim.workload import LoadCounts, RecordedTraffic, read_traffic
+from sim.traffic import LoadCounts, RecordedTraffic, read_traffic
 
 RNG = np.random.default_rng(0)
 # Three requests of 5, 7 and 4 tokens, 4 layers of which the first is dense, 32 experts, top-4.

@@ -15,8 +15,8 @@ from sim import ModelSpec, load_model, route
 from sim.router import draw_trials
 from sim.router.sampler import sample_trials
 from sim.streams import stream_key
-from sim.workload import GumbelTraffic
-from sim.workload.gumbel import X0
+from sim.traffic import SyntheticTraffic
+from sim.traffic.synthetic import X0
 
 FALSE_ALARM = 1e-4
 
@@ -172,7 +172,7 @@ def test_tokens_of_a_request_share_its_taste():
     model = load_model("deepseek-v3")
     over = {}
     for name, request_sigma in (("decode", 0.0), ("prefill", 1.0)):
-        traffic = GumbelTraffic(name, request_sigma=request_sigma, tokens_per_request=64)
+        traffic = SyntheticTraffic(name, request_sigma=request_sigma, tokens_per_request=64)
         counts, _ = draw_trials(model, traffic, 0, range(1500), 1500, np.array([64]))
         share = counts[:, 0].mean(axis=0) / 64
         over[name] = (counts[:, 0].var(axis=0) / (64 * share * (1 - share))).mean()
@@ -183,7 +183,7 @@ def test_tokens_of_a_request_share_its_taste():
 def test_requests_change_where_they_should():
     """With one token per request, and with requests longer than the trial, prefix and length agree with the definition."""
     model = load_model("olmoe-1b-7b")
-    short = GumbelTraffic("short", request_sigma=1.0, tokens_per_request=100)
+    short = SyntheticTraffic("short", request_sigma=1.0, tokens_per_request=100)
     counts, _ = draw_trials(model, short, 0, range(40), 40, np.array([100, 200, 250]))
     longer, _ = draw_trials(model, short, 0, range(40), 40, np.array([50, 100, 200]))
     np.testing.assert_array_equal(counts[:, 0], longer[:, 1])

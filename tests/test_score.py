@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from naive import scores as ref_scores
 
-from sim.score import fan_out, lay_out, rank_loads, score_blocks
+from sim.scoring import fan_out, lay_out, rank_loads, score_blocks
 
 
 @st.composite

@@ -6,7 +6,7 @@ import pytest
 from conftest import ROOT
 from naive import scores as ref_scores
 
-from sim import GumbelTraffic, InputError, load_model, load_workload, place, sweep
+from sim import InputError, SyntheticTraffic, load_model, load_workload, place, sweep
 from sim.placement import random_ranks
 from sim.router import draw_trials
 from sim.sweeps import make_plan
@@ -244,4 +244,4 @@ def test_an_unknown_scoring_is_refused_where_it_matters():
     grouped = replace(load_model("deepseek-v3"), scoring="sqrtsoftplus")
     with pytest.raises(InputError, match="sqrtsoftplus"):
         make_plan(grouped, "chat", **SMALL)
-    make_plan("deepseek-v4-flash", GumbelTraffic("mine"), **SMALL | {"ep_sizes": 8})
+    make_plan("deepseek-v4-flash", SyntheticTraffic("mine"), **SMALL | {"ep_sizes": 8})

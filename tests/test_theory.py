@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
-from sim import GumbelTraffic, ModelSpec, place, sweep, theory
-from sim.score import METRICS
+from sim import ModelSpec, SyntheticTraffic, place, sweep, theory
+from sim.scoring import METRICS
 
 FALSE_ALARM = 1e-4
 
@@ -37,7 +37,9 @@ def test_the_simulator_agrees_with_theory(n_experts, top_k, ep_size, placement):
     """Max load of single tokens, idle ranks of steps of 1, 3 and 8 tokens, the one-rank event: all probabilities at once."""
     model, trials, steps = ModelSpec("plain", n_experts, top_k), 30_000, [1, 3, 8]
     held = np.bincount(place(placement, model, ep_size).rank_of_expert).tolist()
-    result = sweep(model, GumbelTraffic("uniform"), ep_sizes=ep_size, tokens=steps, placements=placement, trials=trials)
+    result = sweep(
+        model, SyntheticTraffic("uniform"), ep_sizes=ep_size, tokens=steps, placements=placement, trials=trials
+    )
     exact = {("max_load", 1, m): p for m, p in enumerate(theory.max_load_of_one_token(held, top_k))}
     for tokens in steps:
         exact |= {("idle_ranks", tokens, m): p for m, p in enumerate(theory.idle_ranks(held, top_k, tokens))}

@@ -13,19 +13,19 @@ from test_readers import COUNTS, write
 from sim import InputError, load_model, load_workload, sweep
 from sim.cli import main
 from sim.figures.traffic import load_map, traffic_page
+from sim.fit import fit_text, fit_traffic, hold_out, skew
+from sim.fit.blocks import count_runs, count_sequences, count_tokens, only_sequences, run_starts
+from sim.fit.calibrate import Noise, Popularity, fit_popularity
+from sim.fit.correlation import across_sequences, over_multinomial, same_group, within_sequences
+from sim.fit.description import describe
+from sim.fit.effects import Taste, draw_tastes, fill_ranks
+from sim.fit.fit import wanted_shares
+from sim.fit.selection import _fill_latest, exp_of_minus, sum_selection
 from sim.model import ModelSpec
 from sim.router import draw_trials, routing_law, score_law
 from sim.streams import REQUEST, stream_key, uniforms
-from sim.traffic import fit_text, fit_traffic, hold_out, skew
-from sim.traffic.blocks import count_runs, count_sequences, count_tokens, only_sequences, run_starts
-from sim.traffic.calibrate import Noise, Popularity, fit_popularity
-from sim.traffic.correlation import across_sequences, over_multinomial, same_group, within_sequences
-from sim.traffic.describe import describe
-from sim.traffic.fit import wanted_shares
-from sim.traffic.selection import _fill_latest, exp_of_minus, sum_selection
-from sim.traffic.tastes import Taste, draw_tastes, fill_ranks
-from sim.workload import FittedLayers, GumbelTraffic, RecordedTraffic, read_traffic
-from sim.workload.counts import build_counts
+from sim.traffic import FittedLayers, RecordedTraffic, SyntheticTraffic, read_traffic
+from sim.traffic.counts import build_counts
 
 SMALL = ModelSpec("small", n_experts=16, top_k=4)
 GROUPED = ModelSpec("grouped", 16, 3, 4, 2, "sigmoid", "top2_sum", True)
@@ -177,7 +177,7 @@ def test_a_known_popularity_is_found_again(model, preset):
     fit = fit_traffic(model, data)
     assert fit.rms.max() < 0.01
     assert fit.prefill is None
-    table = GumbelTraffic("t", popularity="fitted", group_sigma=fit.decode.group_sigma, layers=fit.decode.layers)
+    table = SyntheticTraffic("t", popularity="fitted", group_sigma=fit.decode.group_sigma, layers=fit.decode.layers)
     again, _ = draw_trials(model, table, 4, range(2), 2, np.array([n]))
     p = data.total / n
     error = np.sqrt(2 * p * (1 - p) * n + (0.012 * p * n) ** 2)
@@ -433,7 +433,7 @@ def test_olmoe_drifts_between_domains(shared):
 
 def test_layers_of_a_fit_are_checked():
     with pytest.raises(InputError, match="go together"):
-        GumbelTraffic("x", popularity="lognormal", layers=FittedLayers.of([[0.0, 1.0]]))
+        SyntheticTraffic("x", popularity="lognormal", layers=FittedLayers.of([[0.0, 1.0]]))
 
 
 def test_level_loads_have_no_correlation_and_say_so(tmp_path, capsys):

@@ -7,7 +7,7 @@ import pytest
 from sim import InputError, load_model, load_workload, sweep, workload_names
 from sim.router import check_pair, draw_trials
 from sim.streams import stream_key
-from sim.workload.read import read_recorded
+from sim.traffic.read import read_recorded
 
 KEY = stream_key(0, "popularity")
 

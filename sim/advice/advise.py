@@ -17,8 +17,8 @@ from sim.cost.inputs import as_model, as_numbers, expert_parameters
 from sim.errors import InputError, shown, unknown, whole_number
 from sim.model import ModelSpec
 from sim.placement import check_ep_size, split_name, strategy_name
-from sim.workload import LoadCounts, RecordedTraffic, Workload, load_workload, read_traffic
-from sim.workload.read import names_file
+from sim.traffic import LoadCounts, RecordedTraffic, Workload, load_workload, read_traffic
+from sim.traffic.read import names_file
 
 PER_RANK = {"tokens": [1, 8, 64, 512], "tokens_per_rank": True}
 """Steps where nobody says."""

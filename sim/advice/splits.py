@@ -5,11 +5,11 @@ from typing import NamedTuple
 import numpy as np
 
 from sim.errors import InputError
+from sim.fit import fit_traffic
+from sim.fit.windows import cut_file
 from sim.model import ModelSpec
-from sim.traffic import fit_traffic
-from sim.traffic.windows import cut_file
-from sim.workload import LoadCounts, RecordedTraffic, Workload
-from sim.workload.counts import build_counts
+from sim.traffic import LoadCounts, RecordedTraffic, Workload
+from sim.traffic.counts import build_counts
 
 Source = RecordedTraffic | LoadCounts
 _ONE_TABLE = (

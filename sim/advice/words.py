@@ -5,9 +5,9 @@ import pandas as pd
 from sim.advice.advise import Advice
 from sim.advice.engines import STALL_S
 from sim.advice.rule import NOT, UNSURE, WORTH, judged_ends
-from sim.claims.verdict import percent
 from sim.cost.gain import PERFECT
 from sim.placement import is_load_aware, split_name
+from sim.verdicts.verdict import percent
 
 
 def verdict_text(advice: Advice) -> str:

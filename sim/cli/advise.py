@@ -96,8 +96,8 @@ def _whole_or_none(option: str, text: str | None) -> int | None:
 
 def _read(arguments: Namespace, model: Any) -> tuple[Any, Any]:
     """Traffic that is scored, and other traffic to fit on or None."""
-    from sim.workload import LoadCounts, load_workload, read_traffic
-    from sim.workload.read import names_file
+    from sim.traffic import LoadCounts, load_workload, read_traffic
+    from sim.traffic.read import names_file
 
     def read(name: str) -> Any:
         found = read_traffic(
@@ -121,7 +121,7 @@ def _read(arguments: Namespace, model: Any) -> tuple[Any, Any]:
 
 def _say_about_steps(traffic: Any, parts: int, ep_size: int, options: dict[str, Any]) -> None:
     """A remark where steps have more tokens than there are sequences to take them from."""
-    from sim.workload import RecordedTraffic
+    from sim.traffic import RecordedTraffic
 
     largest = max(options["tokens"]) * (ep_size if options["tokens_per_rank"] else 1)
     if not isinstance(traffic, RecordedTraffic) or traffic.phase != "decode":

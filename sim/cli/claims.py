@@ -52,8 +52,8 @@ def run(arguments: Namespace) -> None:
     if is_cold():
         note("compiling the kernels, once for this version: about 30 seconds")
     sys.stderr.flush()
-    from sim.claims import claims
-    from sim.workload import load_workload
+    from sim.traffic import load_workload
+    from sim.verdicts import claims
 
     workload = load_workload(arguments.workload)
     table = claims(workload, threads=n_threads, **options)

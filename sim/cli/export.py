@@ -58,20 +58,21 @@ def run(arguments: Namespace) -> None:
 
 
 def _slots(arguments: Namespace, model: Any, ep_size: int) -> Any:
-    """Slots of all layers."""
+    """Placement of all layers."""
+    from dataclasses import replace
+
     import numpy as np
 
     from sim.placement import (
-        Slots,
-        balanced_slots,
         check_ep_size,
         check_loads,
         check_slots,
-        fixed_slots,
         is_load_aware,
+        place_balanced,
+        place_fixed,
         strategy_name,
     )
-    from sim.workload import load_table
+    from sim.traffic import load_table
 
     name = strategy_name(arguments.placement)
     ranks_per_node = whole_number("--ranks-per-node")(arguments.ranks_per_node)
@@ -89,10 +90,10 @@ def _slots(arguments: Namespace, model: Any, ep_size: int) -> Any:
         loads = check_loads(table.loads, model.n_experts, f"--traffic {arguments.traffic}", layers=True)
         if model.n_moe_layers not in (0, len(loads)):
             note(f"{arguments.traffic} has {len(loads)} layers, {model.name} has {model.n_moe_layers} MoE layers")
-        return balanced_slots(name, model, ep_size, ranks_per_node, loads)
+        return place_balanced(name, model, ep_size, ranks_per_node, loads)
     if arguments.traffic is not None:
         raise InputError(f"--traffic goes with a load-aware placement (eplb, eplb_refined), not with {name}")
-    slots = fixed_slots(name, model, ep_size, ranks_per_node)
+    slots = place_fixed(name, model, ep_size, ranks_per_node)
     if len(slots.ranks) > 1 and arguments.layers is not None:
         raise InputError(f"--layers goes with placements of one layer: {name} has {len(slots.ranks)}")
     if len(slots.ranks) > 1:
@@ -101,7 +102,9 @@ def _slots(arguments: Namespace, model: Any, ep_size: int) -> Any:
     if arguments.layers is None and not wanted:
         raise InputError(f"--layers is needed: {model.name} does not say how many MoE layers it has")
     n_layers = check_whole_number("--layers", wanted, 1, _MOST_LAYERS)
-    return Slots(np.repeat(slots.ranks, n_layers, axis=0), np.repeat(slots.experts, n_layers, axis=0), model.n_experts)
+    return replace(
+        slots, ranks=np.repeat(slots.ranks, n_layers, axis=0), experts=np.repeat(slots.experts, n_layers, axis=0)
+    )
 
 
 def _write_checked(path: Path, text: str, slots: Any, ep_size: int) -> None:

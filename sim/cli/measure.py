@@ -73,7 +73,7 @@ def _measure(arguments: Namespace) -> None:
     from sim.measure.experts import DTYPES
     from sim.model import load_model
     from sim.results import whole_files
-    from sim.workload import load_workload
+    from sim.traffic import load_workload
 
     if arguments.out is None or not arguments.out.endswith(".csv"):
         raise InputError("--out FILE.csv must say where the rows go")

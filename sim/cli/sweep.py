@@ -47,7 +47,7 @@ def run(arguments: Namespace) -> None:
     from sim.results import COUNTS, read_identity, read_result, writable_folder, write_result
     from sim.sweeps import Journal, make_plan, no_bounds_because, replicas_have_no_bounds, run_plan
     from sim.sweeps.plan import THRESHOLDS
-    from sim.workload import load_workload
+    from sim.traffic import load_workload
 
     per_rank = options["tokens_per_rank"] is not None
     plan = make_plan(

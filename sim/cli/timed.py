@@ -65,7 +65,7 @@ def add_step_arguments(parser: ArgumentParser, ep: str, tokens: str, *, steps: i
 def timed_options(arguments: Namespace) -> dict[str, Any]:
     """Keyword arguments of `predict_gain` and `predict_steps` that the options stand for, and model and workload."""
     from sim.model import load_model
-    from sim.workload import load_workload
+    from sim.traffic import load_workload
 
     steps = step_options(arguments)
     workload = load_workload(arguments.workload, phase=arguments.phase, dummy_tokens=dummy_tokens(arguments))

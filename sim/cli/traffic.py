@@ -86,7 +86,7 @@ def run(arguments: Namespace) -> None:
     if arguments.action != "show" and arguments.model is None:
         raise InputError(f"epsim traffic {arguments.action} needs --model: the router that the loads come from")
     from sim.model import load_model
-    from sim.workload import read_traffic
+    from sim.traffic import read_traffic
 
     model = None if arguments.model is None else load_model(arguments.model)
     traffic = read_traffic(arguments.file, model)
@@ -96,8 +96,8 @@ def run(arguments: Namespace) -> None:
 
 
 def _show(arguments: Namespace, model: Any, data: Any) -> None:
-    from sim.traffic.describe import describe
-    from sim.workload import read_traffic
+    from sim.fit.description import describe
+    from sim.traffic import read_traffic
 
     other = None if arguments.against is None else read_traffic(arguments.against, model).data
     about = describe(data, model, other)
@@ -155,9 +155,9 @@ def _plot(folder: str, data: Any, about: Any) -> None:
 
 
 def _fit(arguments: Namespace, model: Any, data: Any) -> None:
+    from sim.fit import fit_text, fit_traffic, hold_out
+    from sim.fit.fit import GROUP_SIGMA
     from sim.results import whole_files
-    from sim.traffic import fit_text, fit_traffic, hold_out
-    from sim.traffic.fit import GROUP_SIGMA
 
     out = Path(arguments.out or "")
     if out.suffix != ".toml":

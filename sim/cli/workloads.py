@@ -2,7 +2,7 @@
 
 from argparse import ArgumentParser, Namespace
 
-from sim.workload import load_workload, workload_names
+from sim.traffic import load_workload, workload_names
 
 
 def add_arguments(parser: ArgumentParser) -> None:

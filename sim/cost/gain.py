@@ -16,7 +16,7 @@ from sim.errors import InputError
 from sim.model import ModelSpec
 from sim.placement import strategy_name
 from sim.stats import clustered_quantile, ratio_interval
-from sim.workload import Workload
+from sim.traffic import Workload
 
 PERFECT = "perfect balance"
 """Pairs and distinct experts spread evenly over ranks: the least time that any placement could take."""

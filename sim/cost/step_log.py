@@ -16,7 +16,7 @@ from sim.errors import InputError
 from sim.files import read_text
 from sim.model import ModelSpec
 from sim.stats import ratio_interval
-from sim.workload import Workload
+from sim.traffic import Workload
 
 METRICS = {
     "balancedness_vllm": "sum over layers of mean loads / sum of largest loads",

@@ -15,11 +15,11 @@ from sim.errors import InputError, whole_number
 from sim.kernels import kernel, usable_processors
 from sim.model import ModelSpec
 from sim.router import draw_trials
-from sim.score import METRICS, fan_out, score_blocks
+from sim.scoring import METRICS, fan_out, score_blocks
 from sim.sweeps import make_plan
 from sim.sweeps.layouts import Group, chunk_groups
 from sim.sweeps.plan import Plan
-from sim.workload import Workload
+from sim.traffic import Workload
 
 LAYER_SETS = 32
 MOST_STEPS = 512

@@ -16,7 +16,7 @@ _FRESH: Any = {"linestyle": (0, (1, 1)), "linewidth": 1.0, "marker": ""}
 def decay_by_age(table: pd.DataFrame, traffic: str, model: str, unit: str) -> Figure:
     """Mean imbalance against age, a panel per EP size: placements, the same fitted afresh, and linear, on the same windows.
 
-    `table` is that of `sim.traffic.decay`, whose ages are in windows and in `unit`, 'tokens' or 'steps'.
+    `table` is that of `sim.fit.staleness`, whose ages are in windows and in `unit`, 'tokens' or 'steps'.
     """
     sizes = list(dict.fromkeys(table.ep_size))
     aged = table[table.placement != "linear"]

@@ -11,11 +11,11 @@ from sim.cost import Gpu, expert_time_us
 from sim.errors import InputError, whole_number
 from sim.model import ModelSpec
 from sim.placement import (
-    Slots,
-    balanced_slots,
+    Placement,
     check_ep_size,
-    fixed_slots,
     is_load_aware,
+    place_balanced,
+    place_fixed,
     random_ranks,
     strategy_name,
 )
@@ -23,7 +23,7 @@ from sim.replicas import deal_evenly, find_copies
 from sim.router import check_pair, draw_loads, draw_trials
 from sim.streams import PERMUTATION, stream_key, words
 from sim.sweeps.fit import DEFAULT_FIT_TOKENS
-from sim.workload import GumbelTraffic, Workload
+from sim.traffic import SyntheticTraffic, Workload
 
 _RANKS_PER_NODE = 8
 
@@ -58,7 +58,7 @@ class Steps:
         Tokens per step over the EP group, ascending: a shorter step is the beginning of a longer one.
     counts : dict of int32 [steps, len(tokens), n_experts]
         Tokens that take each expert, by workload.
-    placed : dict of Slots
+    placed : dict of Placement
         By (workload, placement, EP size): of all steps, or of each step where it is fitted to other tokens of its layer.
     seed : int
     """
@@ -66,7 +66,7 @@ class Steps:
     model: ModelSpec
     tokens: list[int]
     counts: dict[str, np.ndarray]
-    placed: dict[tuple[str, str, int], Slots]
+    placed: dict[tuple[str, str, int], Placement]
     seed: int
 
     @property
@@ -76,7 +76,7 @@ class Steps:
 
     @property
     def most_local_experts(self) -> int:
-        """Slots of the rank that holds the most."""
+        """Placement of the rank that holds the most."""
         return max(int(np.bincount(ranks).max()) for slots in self.placed.values() for ranks in slots.ranks)
 
     @property
@@ -200,15 +200,15 @@ def sample_steps(
 
 def _fitted_loads(model: ModelSpec, workload: Workload, seed: int, steps: int) -> np.ndarray:
     """Loads of other tokens of the layers, float64 [steps, n_experts]."""
-    if not isinstance(workload, GumbelTraffic):
+    if not isinstance(workload, SyntheticTraffic):
         raise InputError(f"--workload {workload.name}: load-aware placements are measured under traffic by law")
     return draw_loads(model, workload, seed, range(steps), DEFAULT_FIT_TOKENS)
 
 
-def _place(name: str, model: ModelSpec, ep_size: int, seed: int, loads: np.ndarray | None) -> Slots:
+def _place(name: str, model: ModelSpec, ep_size: int, seed: int, loads: np.ndarray | None) -> Placement:
     if is_load_aware(name):
         assert loads is not None
-        return balanced_slots(name, model, ep_size, _RANKS_PER_NODE, loads)
+        return place_balanced(name, model, ep_size, _RANKS_PER_NODE, loads)
     if name == "random":
-        return Slots.of_ranks(random_ranks(model.n_experts, ep_size, seed, 0, 1))
-    return fixed_slots(name, model, ep_size, _RANKS_PER_NODE)
+        return Placement.of_ranks(name, ep_size, random_ranks(model.n_experts, ep_size, seed, 0, 1))
+    return place_fixed(name, model, ep_size, _RANKS_PER_NODE)

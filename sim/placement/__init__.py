@@ -2,18 +2,17 @@
 
 from sim.placement.eplb import check_loads
 from sim.placement.files import FORMATS, placement_text, read_placement
+from sim.placement.placement import Placement
 from sim.placement.rules import ROUND_ROBIN_BACKENDS, random_ranks, why_linear
-from sim.placement.slots import Slots
 from sim.placement.strategies import (
     ALIASES,
     STRATEGIES,
-    Placement,
-    balanced_slots,
     check_ep_size,
     check_slots,
-    fixed_slots,
     is_load_aware,
     place,
+    place_balanced,
+    place_fixed,
     split_name,
     strategy_name,
 )
@@ -24,14 +23,13 @@ __all__ = [
     "ROUND_ROBIN_BACKENDS",
     "STRATEGIES",
     "Placement",
-    "Slots",
-    "balanced_slots",
     "check_ep_size",
     "check_loads",
     "check_slots",
-    "fixed_slots",
     "is_load_aware",
     "place",
+    "place_balanced",
+    "place_fixed",
     "placement_text",
     "random_ranks",
     "read_placement",

@@ -23,7 +23,7 @@ import numpy as np
 
 from sim.errors import InputError, shown
 from sim.files import parse_json, read_text
-from sim.placement.slots import Slots
+from sim.placement.placement import Placement
 from sim.placement.trtllm import read_assignments
 
 FORMATS = ("vllm", "sglang", "trtllm", "vllm-ascend")
@@ -31,8 +31,8 @@ FORMATS = ("vllm", "sglang", "trtllm", "vllm-ascend")
 _MOST_SLOTS = 2**15  # experts are int16, and beyond a copy of each for each no model goes
 
 
-def read_placement(path: Path, n_experts: int, ep_size: int) -> Slots:
-    """Slots of a placement file of any format, told apart by content, of a model with `n_experts` on `ep_size` ranks.
+def read_placement(path: Path, n_experts: int, ep_size: int) -> Placement:
+    """A placement file of any format, told apart by content, of a model with `n_experts` on `ep_size` ranks.
 
     Raises
     ------
@@ -40,32 +40,32 @@ def read_placement(path: Path, n_experts: int, ep_size: int) -> Slots:
         The file is missing, damaged or too large; a layer differs in width, lacks an expert, or has one that the model has
         not; slots do not divide by the ranks.
     """
-    where = f"placement file {path}"
+    where, name = f"placement file {path}", f"file:{path}"
     text = read_text(path, where)
     if "initial_global_assignments" in text and not text.lstrip().startswith("{"):
-        return _from_map(read_assignments(text, where), n_experts, ep_size, where)
+        return _from_map(read_assignments(text, where), name, n_experts, ep_size, where)
     content = parse_json(text, where)
     if isinstance(content, dict) and "physical_to_logical_map" in content:
         rows = content["physical_to_logical_map"]
         if not isinstance(rows, list) or not rows:
             raise InputError(f"{where}: physical_to_logical_map must be a list of layers, each a list of experts")
-        return _from_map(dict(enumerate(rows)), n_experts, ep_size, where)
+        return _from_map(dict(enumerate(rows)), name, n_experts, ep_size, where)
     if isinstance(content, dict) and "layer_list" in content:
-        return _from_map(_ascend_layers(content, ep_size, where), n_experts, ep_size, where)
+        return _from_map(_ascend_layers(content, ep_size, where), name, n_experts, ep_size, where)
     if not isinstance(content, list) or not content:
         raise InputError(
             f"{where} must be a list with the rank of each expert, or of such lists, one per layer; or have "
             "physical_to_logical_map (vLLM, SGLang), initial_global_assignments (TensorRT-LLM) or layer_list (vllm-ascend)"
         )
-    return Slots.of_ranks(_ranks(content, n_experts, ep_size, where))
+    return Placement.of_ranks(name, ep_size, _ranks(content, n_experts, ep_size, where))
 
 
-def placement_text(slots: Slots, form: str, ep_size: int, first_layer: int = 0) -> str:
+def placement_text(placement: Placement, form: str, ep_size: int, first_layer: int = 0) -> str:
     """The text of a placement file.
 
     Parameters
     ----------
-    slots : Slots
+    placement : Placement
         All layers, with equal numbers of slots on each rank.
     form : str
         One of FORMATS.
@@ -78,19 +78,19 @@ def placement_text(slots: Slots, form: str, ep_size: int, first_layer: int = 0) 
     InputError
         Ranks hold different numbers of slots, which none of these formats can say.
     """
-    held = np.array([np.bincount(row, minlength=ep_size) for row in slots.ranks])
+    held = np.array([np.bincount(row, minlength=ep_size) for row in placement.ranks])
     per_rank = int(held.min())
     if held.max() > per_rank:
         raise InputError(
             f"--format {form} deals slots to ranks in equal numbers; here ranks hold from {per_rank} to {held.max()}"
         )
-    layers = slots.experts.tolist()
+    layers = placement.experts.tolist()
     rows = [json.dumps(row) for row in layers]
     if form in ("vllm", "sglang"):
         return '{"physical_to_logical_map": [\n' + ",\n".join(rows) + "\n]}\n"
     if form == "trtllm":
         lines = [f"  {first_layer + i}: {row}" for i, row in enumerate(rows)]
-        head = f"num_slots: {slots.experts.shape[1]}\ninitial_global_assignments:\n"
+        head = f"num_slots: {placement.n_slots}\ninitial_global_assignments:\n"
         return head + "\n".join(lines) + "\nlayer_updates_per_iter: 0\n"
     layer_list = [
         {
@@ -106,7 +106,7 @@ def placement_text(slots: Slots, form: str, ep_size: int, first_layer: int = 0) 
     return json.dumps({"moe_layer_count": len(layers), "layer_list": layer_list}, indent=1) + "\n"
 
 
-def _from_map(layers: dict[int, Any], n_experts: int, ep_size: int, where: str) -> Slots:
+def _from_map(layers: dict[int, Any], name: str, n_experts: int, ep_size: int, where: str) -> Placement:
     """Slots of layers by id, each a list with the expert of each slot."""
     width = None
     for layer, row in layers.items():
@@ -124,7 +124,7 @@ def _from_map(layers: dict[int, Any], n_experts: int, ep_size: int, where: str) 
         if missing:
             raise InputError(f"{at}: expert {min(missing)} of the model's {n_experts} has no slot")
     experts = np.array([layers[layer] for layer in sorted(layers)], np.int16)
-    return Slots.of_map(experts, n_experts, ep_size)
+    return Placement.of_slots(name, ep_size, n_experts, experts)
 
 
 def _check_ids(row: Any, n: int, one: str, what: str, at: str) -> None:

@@ -1,7 +1,6 @@
 """Placements by name: what a strategy string means, and the slots that it gives."""
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,8 @@ from sim.errors import InputError, shown, unknown, whole_number
 from sim.model import ModelSpec
 from sim.placement.eplb import balance, check_loads
 from sim.placement.files import read_placement
+from sim.placement.placement import Placement
 from sim.placement.rules import linear, linear_legacy, node_aware, random_ranks
-from sim.placement.slots import Slots
 
 STRATEGIES = {
     "linear": "contiguous blocks, the remainder spread over the first ranks (vLLM 0.33)",
@@ -29,36 +28,6 @@ LOAD_AWARE = ("eplb", "eplb_refined")
 """Strategies that need loads of experts."""
 _STATIC = ("linear", "linear_legacy", "round_robin", "random", "node_aware")
 _MOST_REDUNDANT = 2**15 - 1
-
-
-@dataclass(frozen=True, eq=False)
-class Placement:
-    """Experts of one layer in the slots of ranks.
-
-    Attributes
-    ----------
-    strategy : str
-    ep_size : int
-    rank_of_slot : int32 [slots]
-        Ascending: slots are numbered rank by rank.
-    logical_of_slot : int32 [slots]
-        Expert in each slot; without replicas each is in one.
-    """
-
-    strategy: str
-    ep_size: int
-    rank_of_slot: np.ndarray
-    logical_of_slot: np.ndarray
-
-    @property
-    def rank_of_expert(self) -> np.ndarray:
-        """Rank of each expert, int32 [n_experts]. Raises AttributeError where experts have replicas on several ranks."""
-        n_experts = int(self.logical_of_slot.max()) + 1
-        if n_experts < len(self.logical_of_slot):
-            raise AttributeError(f"{self.strategy} has replicas: an expert has no one rank; see logical_of_slot")
-        ranks = np.empty(n_experts, np.int32)
-        ranks[self.logical_of_slot] = self.rank_of_slot
-        return ranks
 
 
 def check_ep_size(model: ModelSpec, ep_size: Any) -> None:
@@ -130,7 +99,7 @@ def place(
     Parameters
     ----------
     strategy : str
-        A name of `STRATEGIES`, 'group_aware' for round_robin, or 'file:PATH' (of several layers: the first).
+        A name of `STRATEGIES`, 'group_aware' for round_robin, or 'file:PATH'.
     model : ModelSpec
     ep_size : int
         1 to n_experts, divisible or not; with redundant slots, and for eplb, all slots must divide by it.
@@ -169,32 +138,30 @@ def place(
         if loads is None:
             raise InputError(f"--placement {name} needs the loads of the experts")
         table = check_loads(loads, model.n_experts, f"loads of {name}")
-        slots = balanced_slots(name, model, ep_size, ranks_per_node, table[None])
-    elif loads is not None:
+        return place_balanced(name, model, ep_size, ranks_per_node, table[None])
+    if loads is not None:
         raise InputError(f"--placement {name} takes no loads: it does not depend on them; loads go with eplb")
-    elif name == "random":
-        slots = Slots.of_ranks(random_ranks(model.n_experts, ep_size, seed, 0, 1))
-    else:
-        slots = fixed_slots(name, model, ep_size, ranks_per_node)
-    return Placement(name, int(ep_size), slots.ranks[0], slots.experts[0].astype(np.int32))
+    if name == "random":
+        return Placement.of_ranks(name, int(ep_size), random_ranks(model.n_experts, ep_size, seed, 0, 1))
+    return place_fixed(name, model, int(ep_size), ranks_per_node)
 
 
-def balanced_slots(name: str, model: ModelSpec, ep_size: int, ranks_per_node: int, loads: np.ndarray) -> Slots:
-    """Slots of layers under a load-aware strategy, of checked loads float64 [layers, n_experts]."""
+def place_balanced(name: str, model: ModelSpec, ep_size: int, ranks_per_node: int, loads: np.ndarray) -> Placement:
+    """Layers under a load-aware strategy, of checked loads float64 [layers, n_experts]."""
     check_slots(name, model, ep_size)
     base, redundant = split_name(name)
     experts = balance(loads, model, ep_size, ranks_per_node, redundant, base == "eplb_refined")
-    return Slots.of_map(experts, model.n_experts, ep_size)
+    return Placement.of_slots(name, ep_size, model.n_experts, experts)
 
 
-def fixed_slots(name: str, model: ModelSpec, ep_size: int, ranks_per_node: int) -> Slots:
-    """Slots under a strategy that is neither random nor load-aware: of one layer, or of all of a file's."""
+def place_fixed(name: str, model: ModelSpec, ep_size: int, ranks_per_node: int) -> Placement:
+    """Layers under a strategy that is neither random nor load-aware: of one layer, or of all of a file's."""
     base, redundant = split_name(name)
     n_experts = model.n_experts
     if redundant:
         check_slots(name, model, ep_size)
         experts = (np.arange(n_experts + redundant) % n_experts).astype(np.int16)
-        return Slots.of_map(experts[None], n_experts, ep_size)
+        return Placement.of_slots(name, ep_size, n_experts, experts[None])
     if base.startswith("file:"):
         return read_placement(Path(base.removeprefix("file:")), n_experts, ep_size)
     if base == "linear":
@@ -205,4 +172,4 @@ def fixed_slots(name: str, model: ModelSpec, ep_size: int, ranks_per_node: int) 
         ranks = np.arange(n_experts, dtype=np.int32) % ep_size
     else:
         ranks = node_aware(n_experts, ep_size, ranks_per_node)
-    return Slots.of_ranks(ranks[None])
+    return Placement.of_ranks(name, ep_size, ranks[None])

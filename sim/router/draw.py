@@ -10,8 +10,8 @@ from sim.model import ModelSpec
 from sim.model.spec import ROUTED_SCORINGS
 from sim.router.sampler import sample_trials
 from sim.streams import stream_key
-from sim.workload import GumbelTraffic, RecordedTraffic, Workload
-from sim.workload.gumbel import X0
+from sim.traffic import RecordedTraffic, SyntheticTraffic, Workload
+from sim.traffic.synthetic import X0
 
 _ONE_REQUEST = 2**62  # tokens per request where requests have no effect
 
@@ -91,7 +91,7 @@ def draw_trials(
     return counts, ids
 
 
-def draw_loads(model: ModelSpec, workload: GumbelTraffic, seed: int, draws: range, n_tokens: int) -> np.ndarray:
+def draw_loads(model: ModelSpec, workload: SyntheticTraffic, seed: int, draws: range, n_tokens: int) -> np.ndarray:
     """Loads that a balancer may be fitted on: other tokens, from the layers of some draws.
 
     The popularity is that of the draw, the tokens (and their requests) come from a stream that no trial uses.
@@ -113,7 +113,7 @@ def _token_law(model: ModelSpec, workload: Workload) -> str:
 
 
 def _draw_other_tokens(
-    model: ModelSpec, workload: GumbelTraffic, seed: int, what: str, mu: np.ndarray, first_draw: int, n_tokens: int
+    model: ModelSpec, workload: SyntheticTraffic, seed: int, what: str, mu: np.ndarray, first_draw: int, n_tokens: int
 ) -> np.ndarray:
     """Counts of tokens that no trial uses, of the layers of consecutive draws, int32 [draws, 1, n_experts]."""
     key = stream_key(seed, f"{_token_law(model, workload)}|{what}")
@@ -125,7 +125,7 @@ def _draw_other_tokens(
 
 def _route(
     model: ModelSpec,
-    workload: GumbelTraffic,
+    workload: SyntheticTraffic,
     key: np.ndarray,
     mu: np.ndarray,
     first_trial: int,

@@ -20,8 +20,8 @@ from sim.sweeps.plan import Plan
 from sim.sweeps.tables import KEYS, cell_keys, certain_events, impossible_events
 from sim.sweeps.tally import Tally
 from sim.theory import TINY, UniformLayer, UniformRouter
-from sim.workload import GumbelTraffic
-from sim.workload.gumbel import X0
+from sim.traffic import SyntheticTraffic
+from sim.traffic.synthetic import X0
 
 _NEAR_1 = (1.01, 1.02, 1.03, 1.04, 1.05, 1.06, 1.08, 1.1, 1.15, 1.2, 1.25, 1.3, 1.4, 1.5, 1.6, 1.75)
 _COARSE, _FINE = (1, 1.25, 1.5, 1.75), (1, 1.125, 1.25, 1.375, 1.5, 1.625, 1.75, 1.875)
@@ -37,7 +37,7 @@ Row = tuple[str, float, float, float]  # metric, threshold, lower and upper boun
 
 def no_bounds_because(plan: Plan) -> str | None:
     """Why a sweep stays with sampling; None if it does not."""
-    if not isinstance(plan.workload, GumbelTraffic):
+    if not isinstance(plan.workload, SyntheticTraffic):
         return (
             "a recorded step takes its tokens from different sequences, without replacement: they are not independent"
         )
@@ -63,7 +63,7 @@ def build_bounds(plan: Plan, tally: Tally, n_threads: int) -> pd.DataFrame:
     if no_bounds_because(plan):
         return pd.DataFrame()
     grid, n_layers = plan.grid, min(plan.bound_layers, plan.draws or plan.trials)
-    assert isinstance(plan.workload, GumbelTraffic)
+    assert isinstance(plan.workload, SyntheticTraffic)
     layouts = [(layout, ep_size) for layout, (_, ep_size) in zip(grid.layouts, grid.pairs, strict=True)]
     plain = [p for p in range(len(layouts)) if not plan.has_replicas[p]]
     first = {layouts[p]: p for p in reversed(plain)}  # equal placements have equal rows
@@ -72,7 +72,7 @@ def build_bounds(plan: Plan, tally: Tally, n_threads: int) -> pd.DataFrame:
     for p in first.values():
         slots = plan.slots[p]
         if router is not None and slots is not None and len(slots.ranks) == 1:
-            sources[p] = UniformLayer(router, slots.rank_of_expert[0])
+            sources[p] = UniformLayer(router, slots.expert_ranks[0])
     # Random and fitted placements of uniform traffic are as many layouts as layers: they are left to sampling.
     drawn = [p for p in first.values() if router is None or plan.slots[p] is not None]
     drawn = [p for p in drawn if p not in sources]
@@ -97,7 +97,7 @@ def build_bounds(plan: Plan, tally: Tally, n_threads: int) -> pd.DataFrame:
     )
 
 
-def _uniform_router(plan: Plan, workload: GumbelTraffic) -> UniformRouter | None:
+def _uniform_router(plan: Plan, workload: SyntheticTraffic) -> UniformRouter | None:
     """The router under uniform traffic; None where experts or tokens are not alike."""
     model = plan.model
     if workload.popularity != "none" or (model.is_grouped and workload.group_sigma > 0):

@@ -5,12 +5,12 @@ from typing import NamedTuple
 import numpy as np
 
 from sim.router import draw_trials
-from sim.score import METRICS, fan_out, rank_loads, score_blocks
+from sim.scoring import METRICS, fan_out, rank_loads, score_blocks
 from sim.sweeps.events import events_of
 from sim.sweeps.layouts import chunk_groups
 from sim.sweeps.plan import Plan
 from sim.sweeps.tally import Tally, histogram_keys, merge_counts
-from sim.workload import RecordedTraffic
+from sim.traffic import RecordedTraffic
 
 _CHUNK_TOKENS = 2**20
 _CHUNK_DRAWS = 256

@@ -7,7 +7,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from sim.score import METRICS
+from sim.scoring import METRICS
 from sim.sweeps.grid import Grid
 
 _MAX_LOAD, _IDLE = METRICS.index("max_load"), METRICS.index("idle_ranks")

@@ -8,9 +8,9 @@ import numpy as np
 
 from sim.errors import InputError, shown, unknown, whole_number
 from sim.model import ModelSpec
-from sim.placement import Slots, balanced_slots, check_loads, fixed_slots, is_load_aware, split_name
+from sim.placement import Placement, check_loads, is_load_aware, place_balanced, place_fixed, split_name
 from sim.replicas import REPLICA_CHOICES
-from sim.workload import GumbelTraffic, RecordedTraffic, Workload, load_table
+from sim.traffic import RecordedTraffic, SyntheticTraffic, Workload, load_table
 
 MAX_TOKENS = 2**24
 DEFAULT_FIT_TOKENS = 2**14
@@ -42,7 +42,7 @@ def choose_fit(names: list[str], model: ModelSpec, workload: Workload, tokens: i
         )
     if other is not None and tokens is not None:
         raise InputError("--fit-tokens and --fit-on exclude each other: tokens of the same layers, or other traffic")
-    if isinstance(workload, GumbelTraffic) and other is None:
+    if isinstance(workload, SyntheticTraffic) and other is None:
         n = whole_number("--fit-tokens", DEFAULT_FIT_TOKENS if tokens is None else tokens, 1, MAX_TOKENS)
         return Fit(workload, f"{n} other tokens of each layer draw", n)
     if tokens is not None:
@@ -64,22 +64,22 @@ def choose_fit(names: list[str], model: ModelSpec, workload: Workload, tokens: i
 
 def slots_of_pair(
     name: str, model: ModelSpec, ep_size: int, ranks_per_node: int, loads: np.ndarray | None
-) -> Slots | None:
-    """Slots of a pair, of one layer or all; None where each draw has its own."""
+) -> Placement | None:
+    """Placement of a pair, of one layer or all; None where each draw has its own."""
     if is_load_aware(name):
-        return None if loads is None else balanced_slots(name, model, ep_size, ranks_per_node, loads)
+        return None if loads is None else place_balanced(name, model, ep_size, ranks_per_node, loads)
     if name == "random":
         return None
-    return fixed_slots(name, model, ep_size, ranks_per_node)
+    return place_fixed(name, model, ep_size, ranks_per_node)
 
 
-def layout_id(name: str, slots: Slots | None, fit: str, replica_choice: str) -> str:
+def layout_id(name: str, slots: Placement | None, fit: str, replica_choice: str) -> str:
     """What tells the layout of a pair from another's: a digest of fixed slots, or how each draw gets its own."""
     if slots is None:
         layout, replicas = name if name == "random" else f"{name}, fitted on {fit}", split_name(name)[1] > 0
     else:
         replicas = slots.has_replicas
-        table = slots.ranks.tobytes() + slots.experts.tobytes() if replicas else slots.rank_of_expert.tobytes()
+        table = slots.ranks.tobytes() + slots.experts.tobytes() if replicas else slots.expert_ranks.tobytes()
         layout = hashlib.sha256(table).hexdigest()[:16]
     return f"{layout}, {replica_choice}" if replicas and replica_choice != "even" else layout
 

@@ -1,16 +1,16 @@
-"""Slots of the pairs of a sweep on some layer draws, laid out for the kernels."""
+"""Placements of the pairs of a sweep on some layer draws, laid out for the kernels."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from sim.placement import Slots, balanced_slots, is_load_aware, random_ranks
+from sim.placement import Placement, is_load_aware, place_balanced, random_ranks
 from sim.replicas import Copies, deal_by_hash, deal_evenly, find_copies, pick_slots
 from sim.router import draw_loads
-from sim.score import Layouts, lay_out
+from sim.scoring import Layouts, lay_out
 from sim.sweeps.plan import Plan
-from sim.workload import GumbelTraffic
+from sim.traffic import SyntheticTraffic
 
 
 class Group(NamedTuple):
@@ -56,17 +56,17 @@ def _loads(plan: Plan, draws: range) -> np.ndarray | None:
     """Loads that the draws' layouts are fitted on, float64 [draws, n_experts]; None where layers have their own (records)."""
     if not plan.fit_tokens:
         return None
-    assert isinstance(plan.workload, GumbelTraffic)
+    assert isinstance(plan.workload, SyntheticTraffic)
     return draw_loads(plan.model, plan.workload, plan.seed, draws, plan.fit_tokens)
 
 
-def _slots(plan: Plan, draws: range, pair: int, loads: np.ndarray | None) -> tuple[Slots, np.ndarray]:
-    """Slots of a pair on some draws, and which of their rows each draw has, int64 [draws]."""
+def _slots(plan: Plan, draws: range, pair: int, loads: np.ndarray | None) -> tuple[Placement, np.ndarray]:
+    """Placement of a pair on some draws, and which of their rows each draw has, int64 [draws]."""
     (name, ep_size), fixed = plan.grid.pairs[pair], plan.slots[pair]
     if fixed is not None:
         return fixed, np.arange(draws.start, draws.stop) % len(fixed.ranks)
     assert loads is not None
-    return balanced_slots(name, plan.model, ep_size, plan.ranks_per_node, loads), np.arange(len(draws))
+    return place_balanced(name, plan.model, ep_size, plan.ranks_per_node, loads), np.arange(len(draws))
 
 
 def _plain_group(plan: Plan, draws: range, pairs: list[int], loads: np.ndarray | None) -> Group:
@@ -80,7 +80,7 @@ def _plain_group(plan: Plan, draws: range, pairs: list[int], loads: np.ndarray |
             row = np.arange(len(draws))
         else:
             slots, row = _slots(plan, draws, p, loads)
-            ranks.append(slots.rank_of_expert)
+            ranks.append(slots.expert_ranks)
         rows[:, i] = len(sizes) + row
         sizes += [ep_size] * len(ranks[-1])
     return Group(np.array(pairs), lay_out(np.concatenate(ranks), np.array(sizes)), rows, None)

@@ -11,12 +11,12 @@ import numpy as np
 
 from sim.errors import InputError, shown, whole_number
 from sim.model import ModelSpec, load_model
-from sim.placement import Slots, check_ep_size, check_slots, is_load_aware, split_name, strategy_name
+from sim.placement import Placement, check_ep_size, check_slots, is_load_aware, split_name, strategy_name
 from sim.results import SCHEMA
 from sim.router import check_pair, routing_law
 from sim.sweeps.fit import MAX_TOKENS, check_replica_choice, choose_fit, layout_id, slots_of_pair
 from sim.sweeps.grid import Grid
-from sim.workload import GumbelTraffic, LoadCounts, RecordedTraffic, Workload, load_workload
+from sim.traffic import LoadCounts, RecordedTraffic, SyntheticTraffic, Workload, load_workload
 
 THRESHOLDS = (1.1, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0)
 """Imbalance thresholds of tail.csv."""
@@ -45,7 +45,7 @@ class Plan:
         Its cells.
     model, workload, trials, draws, seed, ranks_per_node
         As in `sim.sweep`; under a precision, `trials` are the most, and `draws` None where every trial is a draw.
-    slots : list of Slots
+    slots : list of Placement
         Of each pair, of one layer or of several that draws take in turn; None where each draw has its own (random, fitted).
     fit_tokens : int
         Other tokens of each draw that load-aware placements are fitted on; 0 where none is fitted to draws.
@@ -61,7 +61,7 @@ class Plan:
     grid: Grid
     model: ModelSpec
     workload: Workload
-    slots: list[Slots | None]
+    slots: list[Placement | None]
     fit_tokens: int
     fit: str
     replica_choice: str
@@ -93,7 +93,7 @@ class Plan:
 
     @cached_property
     def slots_of_draw(self) -> int:
-        """Slots of all pairs that are fitted to each draw."""
+        """Placement of all pairs that are fitted to each draw."""
         fitted = [name for (name, _), slots in zip(self.grid.pairs, self.slots, strict=True) if slots is None]
         return sum(self.model.n_experts + split_name(name)[1] for name in fitted if is_load_aware(name))
 
@@ -208,10 +208,10 @@ def _choose_bound_layers(grid: Grid, workload: Workload, trials: int, layers: in
     """
     if layers is not None:
         return whole_number("--bound-layers", layers, 0, 4096)
-    if isinstance(workload, GumbelTraffic) and workload.popularity == "none":
+    if isinstance(workload, SyntheticTraffic) and workload.popularity == "none":
         return _MOST_LAYERS
     work = max(_SMALL_WORK, trials * int(grid.steps[-1]) // _TOKENS_PER_WORK)
-    fitted = workload.n_layers if isinstance(workload, GumbelTraffic) else None
+    fitted = workload.n_layers if isinstance(workload, SyntheticTraffic) else None
     affordable = min(work // int(grid.ep_size_of_cell.sum()), fitted or _MOST_LAYERS)
     return affordable if affordable >= min(_LEAST_LAYERS, fitted or _LEAST_LAYERS) else 0
 
@@ -257,7 +257,7 @@ def _check_sums_fit(plan: Plan) -> None:
         )
 
 
-def _check_layers(pairs: list[tuple[str, int]], slots: list[Slots | None], workload: Workload) -> None:
+def _check_layers(pairs: list[tuple[str, int]], slots: list[Placement | None], workload: Workload) -> None:
     """A placement with a row per layer must have as many rows as the recorded layers that it is applied to."""
     for (placement, _), of_pair in zip(pairs, slots, strict=True):
         if workload.n_layers is not None and of_pair is not None and len(of_pair.ranks) not in (1, workload.n_layers):

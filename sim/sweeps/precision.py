@@ -6,7 +6,7 @@ are left decide how many tokens a trial has, so that stopped large steps cost no
 
 import numpy as np
 
-from sim.score import METRICS
+from sim.scoring import METRICS
 from sim.stats import Moments, effective_blocks, mean_interval, probability_interval
 from sim.sweeps.chunk import Stage
 from sim.sweeps.events import events_of

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from sim.errors import InputError
-from sim.score import METRICS
+from sim.scoring import METRICS
 from sim.sweeps.events import events_of
 from sim.sweeps.grid import Grid
 from sim.sweeps.tally import VALUE_BITS, Tally, merge_counts, split_keys

@@ -25,7 +25,7 @@ from sim.sweeps.precision import first_stage, next_stage
 from sim.sweeps.raw import build_counts, only_cells
 from sim.sweeps.tables import build_summary, build_tail
 from sim.sweeps.tally import Tally
-from sim.workload import LoadCounts, RecordedTraffic, Workload
+from sim.traffic import LoadCounts, RecordedTraffic, Workload
 
 Progress = Callable[[int, int], None]
 

@@ -5,7 +5,7 @@ from itertools import pairwise
 import numpy as np
 import pandas as pd
 
-from sim.score import METRICS
+from sim.scoring import METRICS
 from sim.stats import (
     Design,
     Histogram,

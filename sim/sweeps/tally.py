@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from sim.score import METRICS
+from sim.scoring import METRICS
 from sim.stats import Design, Moments
 
 VALUE_BITS = 32

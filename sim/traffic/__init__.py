@@ -1,19 +1,25 @@
-"""What recorded routing and measured loads look like, traffic by law fitted to them, and placements that go stale on them."""
+"""Where tokens want to go: traffic drawn from a law, or recorded."""
 
-from sim.traffic.decay import decay, decay_against
-from sim.traffic.fit import Fit, fit_text, fit_traffic
-from sim.traffic.holdout import hold_out
-from sim.traffic.windows import Halves, Windows, cut_file, cut_windows
+from sim.traffic.counts import LoadCounts
+from sim.traffic.fitted import FittedLayers
+from sim.traffic.loads import LoadTable, load_table
+from sim.traffic.presets import load_workload, workload_names
+from sim.traffic.read import Traffic, read_traffic
+from sim.traffic.recorded import RecordedTraffic
+from sim.traffic.synthetic import SyntheticTraffic
+
+Workload = SyntheticTraffic | RecordedTraffic
 
 __all__ = [
-    "Fit",
-    "Halves",
-    "Windows",
-    "cut_file",
-    "cut_windows",
-    "decay",
-    "decay_against",
-    "fit_text",
-    "fit_traffic",
-    "hold_out",
+    "FittedLayers",
+    "LoadCounts",
+    "LoadTable",
+    "RecordedTraffic",
+    "SyntheticTraffic",
+    "Traffic",
+    "Workload",
+    "load_table",
+    "load_workload",
+    "read_traffic",
+    "workload_names",
 ]

@@ -6,10 +6,10 @@ from typing import NamedTuple
 import numpy as np
 
 from sim.errors import InputError
+from sim.fit import correlation, skew
+from sim.fit.blocks import load_of, only_sequences
 from sim.model import ModelSpec
-from sim.traffic import correlation, skew
-from sim.traffic.blocks import load_of, only_sequences
-from sim.workload import LoadCounts, RecordedTraffic
+from sim.traffic import LoadCounts, RecordedTraffic
 
 
 class Drift(NamedTuple):

@@ -6,15 +6,15 @@ from typing import NamedTuple
 
 import numpy as np
 
+from sim.fit.blocks import count_runs, count_tokens, only_sequences
+from sim.fit.correlation import BLOCKS
+from sim.fit.fit import GROUP_SIGMA, Fit, fit_traffic
 from sim.model import ModelSpec
 from sim.placement import place
 from sim.router import draw_trials
 from sim.streams import REPLAY, stream_key, uniforms
-from sim.traffic.blocks import count_runs, count_tokens, only_sequences
-from sim.traffic.correlation import BLOCKS
-from sim.traffic.fit import GROUP_SIGMA, Fit, fit_traffic
-from sim.workload import GumbelTraffic, LoadCounts, RecordedTraffic
-from sim.workload.counts import build_counts
+from sim.traffic import LoadCounts, RecordedTraffic, SyntheticTraffic
+from sim.traffic.counts import build_counts
 
 EP_SIZES = (4, 8, 16, 32, 64)
 _BLOCKS_PER_LAYER = 400
@@ -73,7 +73,7 @@ def hold_out(
 
 
 def _compare(
-    model: ModelSpec, workload: GumbelTraffic, phase: str, tokens: int, sizes: list[int],
+    model: ModelSpec, workload: SyntheticTraffic, phase: str, tokens: int, sizes: list[int],
     records: list[RecordedTraffic], seed: int,
 ) -> list[Held]:  # fmt: skip
     """Rows of one phase and block; records are the whole held-out half, and that less each jackknife group."""
@@ -122,7 +122,7 @@ def _real_blocks(record: RecordedTraffic, phase: str, n_tokens: int, n_experts: 
     return counts
 
 
-def _simulated(model: ModelSpec, workload: GumbelTraffic, n_tokens: int, seed: int) -> np.ndarray:
+def _simulated(model: ModelSpec, workload: SyntheticTraffic, n_tokens: int, seed: int) -> np.ndarray:
     """Counts of simulated blocks of one request, int32 [blocks, layers, experts]."""
     n_layers = workload.n_layers
     assert n_layers is not None

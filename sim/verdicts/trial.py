@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from sim.model import ModelSpec, load_model
-from sim.workload import GumbelTraffic, load_workload
+from sim.traffic import SyntheticTraffic, load_workload
 
 
 @dataclass(frozen=True)
@@ -13,7 +13,7 @@ class Trial:
 
     Attributes
     ----------
-    workload : GumbelTraffic
+    workload : SyntheticTraffic
         Decode traffic.
     seed : int
     effort : float
@@ -23,7 +23,7 @@ class Trial:
     threads : int, optional
     """
 
-    workload: GumbelTraffic
+    workload: SyntheticTraffic
     seed: int
     effort: float
     plausible_share: float
@@ -38,12 +38,12 @@ class Trial:
         return max(64, int(n * self.effort))
 
     @property
-    def prefill(self) -> GumbelTraffic:
+    def prefill(self) -> SyntheticTraffic:
         """The traffic's prefill: tokens of a request share its taste, as in the preset; uniform traffic has no taste."""
         if self.workload.popularity == "none":
             return self.workload
         preset = load_workload("prefill")
-        assert isinstance(preset, GumbelTraffic)
+        assert isinstance(preset, SyntheticTraffic)
         return dataclasses.replace(
             self.workload,
             name=f"{self.workload.name} prefill",

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from sim.errors import InputError, shown
-from sim.workload.arrays import Archive, reading
+from sim.traffic.arrays import Archive, reading
 
 TOKEN_NAMES = ("topk_ids", "routed_experts", "topk_ids_of_layer")
 _MAX_LINE = 256 << 20

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 
 from sim.errors import InputError
+from sim.fit.blocks import load_of, sequence_counts
+from sim.fit.calibrate import fit_layer
+from sim.fit.correlation import within_sequences
+from sim.fit.effects import Taste
 from sim.kernels import usable_processors
 from sim.model import ModelSpec
-from sim.traffic.blocks import load_of, sequence_counts
-from sim.traffic.calibrate import fit_layer
-from sim.traffic.correlation import within_sequences
-from sim.traffic.tastes import Taste
-from sim.workload import FittedLayers, GumbelTraffic, LoadCounts, RecordedTraffic
+from sim.traffic import FittedLayers, LoadCounts, RecordedTraffic, SyntheticTraffic
 
 GROUP_SIGMA = 0.4
 """Group effect of grouped routers, which loads do not identify: that of the presets, fitted to DeepSeek-R1."""
@@ -34,9 +34,9 @@ class Fit:
 
     Attributes
     ----------
-    decode : GumbelTraffic
+    decode : SyntheticTraffic
         Every token a request of its own.
-    prefill : GumbelTraffic or None
+    prefill : SyntheticTraffic or None
         The tokens of a request share its taste; None where sequences do not show one.
     rms : float64 [phases, layers]
         Root mean square over experts of fitted / measured share - 1, on other random numbers than those of the fit.
@@ -45,8 +45,8 @@ class Fit:
     notes : list of str
     """
 
-    decode: GumbelTraffic
-    prefill: GumbelTraffic | None
+    decode: SyntheticTraffic
+    prefill: SyntheticTraffic | None
     rms: np.ndarray
     seconds: np.ndarray
     notes: list[str]
@@ -95,7 +95,7 @@ def fit_traffic(
     about = f"fitted to {data.name}, digest {data.digest}"
     common = {"source": about, "fitted_to": model.name, "popularity": "fitted", "group_sigma": group_sigma}
     name = Path(data.name.removeprefix("file:")).stem
-    of_decode = GumbelTraffic(
+    of_decode = SyntheticTraffic(
         name, about="decode: tokens independent given the layer", **common,  # type: ignore[arg-type]
         layers=FittedLayers.of(np.round([layer.decode.mu for layer in found], 4)),
     )  # fmt: skip
@@ -109,7 +109,7 @@ def fit_traffic(
             np.round([s * taste.sd for s, taste in zip(scale, tastes, strict=True)], 4),
             np.round([s * taste.loadings for s, taste in zip(scale, tastes, strict=True)], 4),
         )
-        of_prefill = GumbelTraffic(
+        of_prefill = SyntheticTraffic(
             name, about="prefill: the tokens of a request share its taste", **common,  # type: ignore[arg-type]
             request_sigma=round(request_sigma, 4), tokens_per_request=round(float(np.diff(data.starts).mean())),
             layers=layers,

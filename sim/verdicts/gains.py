@@ -8,8 +8,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from sim.claims.trial import Trial
-from sim.claims.verdict import (
+from sim.cost.gain import PERFECT, predict_gain
+from sim.model import ModelSpec
+from sim.traffic import SyntheticTraffic
+from sim.verdicts.trial import Trial
+from sim.verdicts.verdict import (
     DOES_NOT_FOLLOW,
     HOLDS,
     HOLDS_ONLY,
@@ -22,9 +25,6 @@ from sim.claims.verdict import (
     share_text,
     time_saved,
 )
-from sim.cost.gain import PERFECT, predict_gain
-from sim.model import ModelSpec
-from sim.workload import GumbelTraffic
 
 _DECODE = [2**i for i in range(10)]
 _PREFILL = [2**i for i in range(10, 15)]
@@ -37,7 +37,9 @@ def _saved_of(row: Any) -> Saved:
     return float(row.layer_saved), float(row.layer_saved_low), float(row.layer_saved_high)
 
 
-def _gains(trial: Trial, model: str, gpu: str, tokens: list[int], workload: GumbelTraffic, **more: Any) -> pd.DataFrame:
+def _gains(
+    trial: Trial, model: str, gpu: str, tokens: list[int], workload: SyntheticTraffic, **more: Any
+) -> pd.DataFrame:
     """predict_gain with the trial's budget: whole layer sets, few where steps are large."""
     budget = int(2**23 * trial.effort)
     return predict_gain(
@@ -147,7 +149,7 @@ def tput_14_57(trial: Trial, published: dict[str, float]) -> Finding:
 
 
 def _against_linear(
-    trial: Trial, model: ModelSpec, workload: GumbelTraffic, placements: list[str], **setup: Any
+    trial: Trial, model: ModelSpec, workload: SyntheticTraffic, placements: list[str], **setup: Any
 ) -> list[Saved]:
     """Shares of the experts' time that placements save over linear, over one step, or some of its layers."""
     some = dataclasses.replace(model, n_moe_layers=math.ceil(model.n_moe_layers * min(1.0, trial.effort)))

@@ -7,9 +7,9 @@ from typing import NamedTuple
 import numpy as np
 
 from sim.errors import InputError, whole_number
+from sim.fit.blocks import load_of, only_sequences
 from sim.streams import stream_key
-from sim.traffic.blocks import load_of, only_sequences
-from sim.workload import LoadCounts, RecordedTraffic
+from sim.traffic import LoadCounts, RecordedTraffic
 
 MOST_WINDOWS = 100
 _MOST_DEALT = 10**9  # pairs of a layer that numpy's hypergeometric draw takes

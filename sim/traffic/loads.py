@@ -6,9 +6,9 @@ from typing import NamedTuple
 import numpy as np
 
 from sim.model import ModelSpec
-from sim.workload.counts import LoadCounts
-from sim.workload.read import read_traffic
-from sim.workload.recorded import RecordedTraffic
+from sim.traffic.counts import LoadCounts
+from sim.traffic.read import read_traffic
+from sim.traffic.recorded import RecordedTraffic
 
 
 class LoadTable(NamedTuple):

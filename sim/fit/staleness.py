@@ -6,18 +6,18 @@ import numpy as np
 import pandas as pd
 
 from sim.errors import InputError, whole_number
+from sim.fit.windows import Halves, Windows
 from sim.model import ModelSpec
 from sim.placement import (
-    Slots,
-    balanced_slots,
+    Placement,
     check_ep_size,
     check_slots,
-    fixed_slots,
     is_load_aware,
+    place_balanced,
+    place_fixed,
     strategy_name,
 )
 from sim.stats import ratio_interval
-from sim.traffic.windows import Halves, Windows
 
 _Interval = tuple[float, float, float]
 _ENDS = ("mean", "low", "high")
@@ -81,8 +81,8 @@ def decay(
     Loads of 4 experts that move by one expert from the first window to the second:
 
     >>> from sim.model import ModelSpec
-    >>> from sim.traffic.windows import cut_windows
-    >>> from sim.workload.counts import build_counts
+    >>> from sim.fit.windows import cut_windows
+    >>> from sim.traffic.counts import build_counts
     >>> loads = np.array([[8, 4, 2, 1], [8, 4, 2, 1], [1, 8, 4, 2], [1, 8, 4, 2]])
     >>> steps, _ = build_counts("toy", "toy", loads[:, None])
     >>> table = decay(ModelSpec("toy", n_experts=4, top_k=1), cut_windows(steps, 4, 2), ["eplb"], [2])
@@ -148,10 +148,10 @@ def _table(
     placements, ep_sizes = _checked(model, placements, ep_sizes, ranks_per_node)
     table = []
     for ep_size in ep_sizes:
-        linear = imbalances(fixed_slots("linear", model, ep_size, ranks_per_node), scored, ep_size)
+        linear = imbalances(place_fixed("linear", model, ep_size, ranks_per_node), scored, ep_size)
         found = {"linear": np.broadcast_to(linear, (len(fitted), *linear.shape))}
         for name in placements:
-            slots = [balanced_slots(name, model, ep_size, ranks_per_node, loads) for loads in fitted]
+            slots = [place_balanced(name, model, ep_size, ranks_per_node, loads) for loads in fitted]
             found[name] = np.stack([imbalances(of_window, scored, ep_size) for of_window in slots])
         for name, of in found.items():
             for columns, i, j in rows:
@@ -182,12 +182,12 @@ def _checked(
     return names, sizes
 
 
-def imbalances(slots: Slots, loads: np.ndarray, ep_size: int) -> np.ndarray:
+def imbalances(slots: Placement, loads: np.ndarray, ep_size: int) -> np.ndarray:
     """Max / mean rank load, each expert's load divided evenly over its copies.
 
     Parameters
     ----------
-    slots : Slots
+    slots : Placement
         Of each layer, or one for all; a rank has the same slots in all layers.
     loads : float64 [..., layers, n_experts]
     ep_size : int

@@ -4,14 +4,14 @@ import dataclasses
 
 import numpy as np
 
-from sim.claims.trial import Trial
-from sim.claims.verdict import DOES_NOT_FOLLOW, HOLDS, HOLDS_ONLY, Finding, ranges_text
 from sim.model import ModelSpec
 from sim.placement import place
 from sim.router import draw_trials
 from sim.sweeps import sweep
 from sim.theory import UniformLayer, UniformRouter
-from sim.workload.gumbel import X0
+from sim.traffic.synthetic import X0
+from sim.verdicts.trial import Trial
+from sim.verdicts.verdict import DOES_NOT_FOLLOW, HOLDS, HOLDS_ONLY, Finding, ranges_text
 
 _TOKENS = 100_000
 _SMALL_SIZES = [2, 4, 8, 16, 32]

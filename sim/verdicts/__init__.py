@@ -9,11 +9,11 @@ from typing import Any
 
 import pandas as pd
 
-from sim.claims import exact, gains, loads
-from sim.claims.trial import Trial
-from sim.claims.verdict import PLAUSIBLE_SHARE, Finding
 from sim.errors import InputError, unknown, whole_number
-from sim.workload import GumbelTraffic, Workload, load_workload
+from sim.traffic import SyntheticTraffic, Workload, load_workload
+from sim.verdicts import exact, gains, loads
+from sim.verdicts.trial import Trial
+from sim.verdicts.verdict import PLAUSIBLE_SHARE, Finding
 
 __all__ = ["CLAIMS", "Finding", "Trial", "claim_ids", "claims"]
 
@@ -37,7 +37,7 @@ CLAIMS: dict[str, Callable[..., Finding]] = {
 @cache
 def _entries() -> dict[str, dict[str, Any]]:
     """The table of claims by id."""
-    table = tomllib.loads(resources.files("sim.claims").joinpath("claims.toml").read_text(encoding="utf-8"))
+    table = tomllib.loads(resources.files("sim.verdicts").joinpath("claims.toml").read_text(encoding="utf-8"))
     return {entry.get("id", key): entry for key, entry in table.items()}
 
 
@@ -82,7 +82,7 @@ def claims(
         Unknown names, recorded traffic, or numbers out of range.
     """
     traffic = workload if isinstance(workload, Workload) else load_workload(workload)
-    if not isinstance(traffic, GumbelTraffic):
+    if not isinstance(traffic, SyntheticTraffic):
         raise InputError(f"--workload {traffic.name}: claims are tried under traffic by law, not under a record")
     for name in only or []:
         if name not in CLAIMS:

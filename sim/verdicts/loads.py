@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from sim.claims.trial import Trial
-from sim.claims.verdict import DOES_NOT_FOLLOW, HOLDS, HOLDS_ONLY, Finding, ranges_text
 from sim.sweeps import sweep
+from sim.verdicts.trial import Trial
+from sim.verdicts.verdict import DOES_NOT_FOLLOW, HOLDS, HOLDS_ONLY, Finding, ranges_text
 
 _SIZES = [2, 4, 8, 16, 32, 64, 128, 256]
 _TOKENS = [1, 8, 64, 512, 4096]

@@ -9,10 +9,10 @@ import numpy as np
 from sim.errors import InputError, unknown
 from sim.files import check_regular
 from sim.model import ModelSpec
-from sim.workload.arrays import Archive, open_archive
-from sim.workload.counts import COUNT_NAMES, MOST_COUNTS, LoadCounts, build_counts, read_csv, read_pt
-from sim.workload.recorded import PHASES, RecordedTraffic, build_record
-from sim.workload.tokens import TOKEN_NAMES, join_requests, requests_of, requests_of_lines
+from sim.traffic.arrays import Archive, open_archive
+from sim.traffic.counts import COUNT_NAMES, MOST_COUNTS, LoadCounts, build_counts, read_csv, read_pt
+from sim.traffic.recorded import PHASES, RecordedTraffic, build_record
+from sim.traffic.tokens import TOKEN_NAMES, join_requests, requests_of, requests_of_lines
 
 SUFFIXES = (".npz", ".npy", ".jsonl", ".ndjson", ".json", ".csv", ".pt")
 """Endings of the files that `read_traffic` reads."""

@@ -3,7 +3,7 @@
 import numpy as np
 
 from sim.kernels import kernel
-from sim.workload import RecordedTraffic
+from sim.traffic import RecordedTraffic
 
 _MOST_BLOCKS = 20_000
 

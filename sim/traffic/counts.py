@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from sim.errors import InputError, shown
-from sim.workload.arrays import reading
+from sim.traffic.arrays import reading
 
 COUNT_NAMES = ("logical_count", "counts", "load", "loads", "expert_load", "expert_counts")
 """Names that arrays of counts go by; `logical_count` is that of SGLang's expert distribution recorder."""

@@ -6,12 +6,12 @@ from typing import NamedTuple
 import numpy as np
 from scipy.special import ndtri
 
+from sim.fit.effects import Taste, Tastes, draw_tastes
+from sim.fit.selection import sum_selection
 from sim.model import ModelSpec
 from sim.router import score_law
 from sim.streams import GROUP, TOKEN, stream_key, uniforms
-from sim.traffic.selection import sum_selection
-from sim.traffic.tastes import Taste, Tastes, draw_tastes
-from sim.workload.fitted import MOST_LOGIT
+from sim.traffic.fitted import MOST_LOGIT
 
 _NUMBERS = 2**22  # experts times requests
 _MOST_REQUESTS, _LEAST_REQUESTS = 2**16, 2**12

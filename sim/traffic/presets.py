@@ -9,15 +9,15 @@ from typing import Any
 
 from sim.errors import InputError, unknown
 from sim.files import read_toml
-from sim.workload.fitted import KEYS, FittedLayers
-from sim.workload.gumbel import GumbelTraffic
-from sim.workload.read import names_file, read_recorded
-from sim.workload.recorded import PHASES, RecordedTraffic
+from sim.traffic.fitted import KEYS, FittedLayers
+from sim.traffic.read import names_file, read_recorded
+from sim.traffic.recorded import PHASES, RecordedTraffic
+from sim.traffic.synthetic import SyntheticTraffic
 
 
 @cache
 def _presets() -> dict[str, dict[str, Any]]:
-    return tomllib.loads(resources.files("sim.workload").joinpath("presets.toml").read_text(encoding="utf-8"))
+    return tomllib.loads(resources.files("sim.traffic").joinpath("presets.toml").read_text(encoding="utf-8"))
 
 
 def workload_names() -> list[str]:
@@ -25,14 +25,14 @@ def workload_names() -> list[str]:
     return list(_presets())
 
 
-def load_workload(name_or_path: str | Path, **overrides: Any) -> GumbelTraffic | RecordedTraffic:
+def load_workload(name_or_path: str | Path, **overrides: Any) -> SyntheticTraffic | RecordedTraffic:
     """Traffic by preset name, `file:TRACE` (recorded) or the path of a TOML file with a preset's keys, or fitted.
 
     Parameters
     ----------
     name_or_path : str or Path
     **overrides
-        Fields of `GumbelTraffic` to change, or `phase` ('decode' | 'prefill') of recorded or fitted traffic.
+        Fields of `SyntheticTraffic` to change, or `phase` ('decode' | 'prefill') of recorded or fitted traffic.
 
     Raises
     ------
@@ -54,7 +54,7 @@ def load_workload(name_or_path: str | Path, **overrides: Any) -> GumbelTraffic |
     else:
         raise unknown("--workload", name, _presets(), " (or file:TRACE, or a .toml file; `epsim workloads` lists them)")
     fields = _of_phase(name, fields, phase) | overrides
-    known = [field.name for field in dataclasses.fields(GumbelTraffic) if field.name != "layers"]
+    known = [field.name for field in dataclasses.fields(SyntheticTraffic) if field.name != "layers"]
     for key in fields:
         if key not in known and key not in KEYS:
             raise unknown(f"field of workload {name}", key, known)
@@ -63,7 +63,7 @@ def load_workload(name_or_path: str | Path, **overrides: Any) -> GumbelTraffic |
         if "mu" not in tables:
             raise InputError(f"workload {name} has {', '.join(tables)} but no mu")
         fields["layers"] = FittedLayers.of(**tables, where=f"workload {name}: ")
-    return GumbelTraffic(**fields)
+    return SyntheticTraffic(**fields)
 
 
 def _of_phase(name: str, fields: dict[str, Any], phase: str | None) -> dict[str, Any]:

@@ -2,9 +2,9 @@
 
 import numpy as np
 
+from sim.fit.blocks import count_runs, count_tokens, load_of, run_starts
 from sim.streams import TOKEN, stream_key, uniforms
-from sim.traffic.blocks import count_runs, count_tokens, load_of, run_starts
-from sim.workload import RecordedTraffic
+from sim.traffic import RecordedTraffic
 
 BLOCKS = (16, 64, 256)
 """Numbers of tokens that variances are taken at."""

@@ -8,7 +8,7 @@ from scipy.special import ndtri
 
 from sim.errors import InputError, shown, whole_number
 from sim.streams import POPULARITY, REQUEST, uniforms
-from sim.workload.fitted import FittedLayers
+from sim.traffic.fitted import FittedLayers
 
 X0 = -4.0
 """Offset of the logits before the sigmoid."""
@@ -22,7 +22,7 @@ _STUDENT_DF = 6
 
 
 @dataclass(frozen=True)
-class GumbelTraffic:
+class SyntheticTraffic:
     """Traffic whose logits are mu[e] + request_sigma * B[request, e] + group_sigma * A[token, group] + Gumbel noise.
 
     Attributes

@@ -1,0 +1,96 @@
+"""The one form of a placement: slots with their expert and rank, of one layer or of several, with or without replicas."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+
+@dataclass(frozen=True, eq=False)
+class Placement:
+    """Experts in the slots (physical experts) of ranks.
+
+    Attributes
+    ----------
+    strategy : str
+        Name of the strategy, with its redundant slots: 'eplb+32'.
+    ep_size : int
+    n_experts : int
+        Logical experts.
+    ranks : int32 [rows, slots]
+        Rank of each slot, ascending: slots are numbered rank by rank. One row for all layers, or a row per layer.
+    experts : int16 [rows, slots]
+        Logical expert in each slot; every expert is in at least one.
+    layer_ids : tuple of int, optional
+        Decoder layers that the rows belong to; None where one row serves all layers, or where the layers are not known.
+    """
+
+    strategy: str
+    ep_size: int
+    n_experts: int
+    ranks: np.ndarray
+    experts: np.ndarray
+    layer_ids: tuple[int, ...] | None = None
+
+    @classmethod
+    def of_ranks(
+        cls, strategy: str, ep_size: int, rank_of_expert: np.ndarray, layer_ids: tuple[int, ...] | None = None
+    ) -> "Placement":
+        """Without replicas: the rank of each expert, int32 [rows, n_experts]."""
+        experts = np.argsort(rank_of_expert, axis=1, kind="stable").astype(np.int16)
+        return cls(strategy, ep_size, rank_of_expert.shape[1], np.sort(rank_of_expert, axis=1), experts, layer_ids)
+
+    @classmethod
+    def of_slots(
+        cls, strategy: str, ep_size: int, n_experts: int, experts: np.ndarray, layer_ids: tuple[int, ...] | None = None
+    ) -> "Placement":
+        """Equal numbers of slots on each rank: the expert of each, int16 [rows, slots]."""
+        n_slots = experts.shape[1]
+        rank = np.arange(n_slots, dtype=np.int32) // (n_slots // ep_size)
+        ranks = np.ascontiguousarray(np.broadcast_to(rank, experts.shape))
+        return cls(strategy, ep_size, n_experts, ranks, experts, layer_ids)
+
+    @property
+    def n_rows(self) -> int:
+        """Rows: 1 where all layers are placed alike."""
+        return len(self.ranks)
+
+    @property
+    def n_slots(self) -> int:
+        """Slots of a layer."""
+        return self.ranks.shape[1]
+
+    @property
+    def has_replicas(self) -> bool:
+        """Whether an expert is in more than one slot."""
+        return self.n_slots > self.n_experts
+
+    @property
+    def rank_of_slot(self) -> np.ndarray:
+        """Rank of each slot, int32 [slots], or [layers, slots] where layers differ."""
+        return self.ranks[0] if self.n_rows == 1 else self.ranks
+
+    @property
+    def logical_of_slot(self) -> np.ndarray:
+        """Logical expert of each slot, int32 [slots], or [layers, slots] where layers differ."""
+        return (self.experts[0] if self.n_rows == 1 else self.experts).astype(np.int32)
+
+    @property
+    def rank_of_expert(self) -> np.ndarray:
+        """Rank of each expert, int32 [n_experts], or [layers, n_experts] where layers differ.
+
+        Raises
+        ------
+        AttributeError
+            Experts have replicas, perhaps on several ranks.
+        """
+        if self.has_replicas:
+            raise AttributeError(f"{self.strategy} has replicas: an expert has no one rank; see logical_of_slot")
+        return self.expert_ranks[0] if self.n_rows == 1 else self.expert_ranks
+
+    @cached_property
+    def expert_ranks(self) -> np.ndarray:
+        """Without replicas: the rank of each expert, int32 [rows, n_experts]."""
+        ranks = np.empty_like(self.ranks)
+        np.put_along_axis(ranks, self.experts.astype(np.int64), self.ranks, axis=1)
+        return ranks
