@@ -76,7 +76,7 @@ def test_yaml_in_block_and_flow_style(tmp_path):
     path.write_text(YAML)
     found = read_placement(path, 3, 2)
     assert found.experts.tolist() == [[0, 1, 2, 0], [2, 1, 0, 1]]
-    assert place(f"file:{path}", plain(3), 2).logical_of_slot.tolist() == [0, 1, 2, 0]
+    assert place(f"file:{path}", plain(3), 2).logical_of_slot.tolist() == [[0, 1, 2, 0], [2, 1, 0, 1]]
 
 
 MAP = '{"physical_to_logical_map": %s}'
