@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from naive import eplb as ref_eplb
 
-from sim import InputError, ModelSpec, load_model, place
+from sim import InputError, ModelSpec, Placement, load_model, place
 
 V3 = load_model("deepseek-v3")
 
@@ -83,7 +83,7 @@ def test_properties_and_the_plain_reference(case, name):
     assert np.bincount(placement.rank_of_slot).tolist() == [(len(loads) + redundant) // ep_size] * ep_size
     assert held.sum() == pytest.approx(sum(loads))
     ref = ref_eplb(list(map(float, loads)), len(loads) + redundant, n_group, n_nodes, ep_size)
-    ref_loads = loads_of_ranks(type(placement)("ref", ep_size, placement.rank_of_slot, np.array(ref)), loads)
+    ref_loads = loads_of_ranks(Placement.of_slots("ref", ep_size, len(loads), np.array([ref], np.int16)), loads)
     if name == "eplb":
         assert placement.logical_of_slot.tolist() == ref
     assert held.max() <= ref_loads.max() + 1e-9
