@@ -50,9 +50,9 @@ _HEAVIEST = 0.05  # share of an estimate that one layer may carry
 _WIDEST = 0.5  # of the interval on the log scale, half
 _COMMON = 0.5  # probability above which sampling sees as much
 _CELL = 0.3  # of a standard normal, to 6
-_MOST_FITTED = 100  # layers that a proposal is fitted to
 _NOMINAL = 0.2  # weight of the nominal shares of ranks and tilts in a proposal
 _STEEPEST = 4.0  # largest |theta|
+_SHIFTS, _SCALES = np.arange(-1.2, 2.0, 0.15), np.arange(0.35, 0.8, 0.08)  # that proposals of tilted layers tell apart
 _OWN, _NEAR, _FAR = 0, 1, 2
 
 
@@ -173,9 +173,21 @@ class _Popularity:
         return self.workload.popularity == "tilted"
 
     @property
-    def n_rows(self) -> int:
-        """Distinct shifts of a layer."""
-        return self.n_experts if self.tilted else 1
+    def rows(self) -> tuple[np.ndarray, np.ndarray]:
+        """Shift and scale, [rows], of the kinds of experts that a proposal tells apart."""
+        if not self.tilted:
+            return np.zeros(1), np.full(1, _sigma(self.workload))
+        shift, scale = np.meshgrid(_SHIFTS, _SCALES)
+        return shift.ravel(), scale.ravel()
+
+    def row_of(self, shift: np.ndarray, scale: np.ndarray) -> np.ndarray:
+        """The row nearest to each expert, int16 [layers, n_experts]."""
+        rows = np.zeros((len(shift), self.n_experts), np.int16)
+        if self.tilted:
+            rows += np.abs(scale[:, None] - _SCALES).argmin(axis=1)[:, None].astype(np.int16) * len(_SHIFTS)
+            steps = np.rint((shift - _SHIFTS[0]) / (_SHIFTS[1] - _SHIFTS[0]))
+            rows += np.clip(steps, 0, len(_SHIFTS) - 1).astype(np.int16)
+        return rows
 
     def of_layers(self, steep: np.ndarray, z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Shifts [layers, rows] and scales [layers], of what is drawn once per layer: steep bool, z float64 [layers, 2]."""
@@ -228,7 +240,7 @@ class _Problem:
     group: np.ndarray = field(init=False)  # of each expert
     near: np.ndarray = field(init=False)  # bool [ranks, groups], groups of which a rank holds experts
     alike: np.ndarray = field(init=False)  # int [ranks], ranks of one number are exchangeable
-    tau: float = field(init=False)
+    taken: np.ndarray = field(init=False)  # float64 [rows, cells], p(mu)
 
     def __post_init__(self) -> None:
         def let(name: str, value: object) -> None:
@@ -247,7 +259,9 @@ class _Problem:
         if not self.popularity.tilted:
             alike = np.unique(np.sort(held, axis=1), axis=0, return_inverse=True)[1].ravel()
         let("alike", alike)
-        let("tau", self._rate())
+        shift, scale = self.popularity.rows
+        weight = np.exp(shift[:, None] + scale[:, None] * self.cells.node)
+        let("taken", -np.expm1(-self._rate() * weight))
 
     def _rate(self) -> float:
         """tau with which experts of average layers take top_k places together."""
@@ -259,6 +273,12 @@ class _Problem:
             taken = (-np.expm1(-tau * weight) * self.cells.width).sum(axis=1).mean() * self.model.n_experts
             low, high = (tau, high) if taken < self.model.top_k else (low, tau)
         return float(tau)
+
+    def density(self, theta: np.ndarray) -> np.ndarray:
+        """Proposals over popularity, by level: float64 [levels, 3, rows, cells]."""
+        density = np.empty((*theta.shape, *self.taken.shape))
+        fill_density(self.taken, np.expm1(theta), self.tokens, self.cells.width, density)
+        return density
 
     @property
     def n_tokens(self) -> int:
@@ -302,6 +322,7 @@ class _Layers(NamedTuple):
     target: np.ndarray  # int [n], rank
     steep: np.ndarray  # bool [n]
     z: np.ndarray  # float64 [n, 2]
+    row: np.ndarray  # int16 [n, n_experts]
     cell: np.ndarray  # int16 [n, n_experts]
     log_ratio: np.ndarray  # float64 [n, levels], log of proposal over popularity
     alone: np.ndarray  # float64 [n, events], U-statistic of the target rank
@@ -315,15 +336,21 @@ class _Layers(NamedTuple):
 
 
 def _sample(problem: _Problem, levels: _Levels, level: np.ndarray, events: np.ndarray, what: str) -> _Layers:
-    """Sample layers of given levels and score them; events int64, ascending loads (or numbers of idle ranks)."""
+    """Sample layers of given levels and score them; events int64, as `score_layers` takes them."""
+    mass = np.cumsum(problem.density(levels.theta) * problem.cells.width, axis=-1)
     chunks = [slice(i, min(i + _CHUNK, len(level))) for i in range(0, len(level), _CHUNK)]
+
+    def sample(chunk: slice) -> _Layers:
+        return _sample_chunk(problem, levels, mass, level[chunk], events, what, chunk.start)
+
     with ThreadPoolExecutor(problem.n_threads) as pool:
-        parts = list(pool.map(lambda c: _sample_chunk(problem, levels, level[c], events, what, c.start), chunks))
-    return _Layers(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+        parts = list(pool.map(sample, chunks))
+    layers = _Layers(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+    return _weighed(problem, levels, layers)
 
 
 def _sample_chunk(
-    problem: _Problem, levels: _Levels, level: np.ndarray, events: np.ndarray, what: str, first: int
+    problem: _Problem, levels: _Levels, mass: np.ndarray, level: np.ndarray, events: np.ndarray, what: str, first: int
 ) -> _Layers:
     n, n_experts = len(level), problem.model.n_experts
     stream = f"rare|{problem.idle}|{problem.tokens}|{what}"
@@ -333,18 +360,16 @@ def _sample_chunk(
     steep = u[:, 1] < levels.steep[level]
     z = levels.centre[level] + levels.sd[level] * ndtri(u[:, 2:4])
     shift, scale = problem.popularity.of_layers(steep, z)
+    row = problem.popularity.row_of(shift, scale)
     cell, tail = np.empty((n, n_experts), np.int16), np.empty((n, n_experts))
-    cells = problem.cells
     draw_experts(
-        u[:, 4:], level, _kinds(problem, target), shift, scale, problem.tau, problem.tokens, np.expm1(levels.theta),
-        cells.first, cells.width, cells.node, cell, tail,
-    )  # fmt: skip
+        u[:, 4:], level, _kinds(problem, target), row, mass, problem.cells.first, problem.cells.width, cell, tail
+    )
     mu = shift + scale[:, None] * problem.popularity.quantile(tail)
     ids = route_layers(problem.model, problem.workload, problem.seed, stream, mu, first, problem.n_tokens)
     alone, step, shared = np.zeros((3, n, len(events)))
     score_layers(ids, problem.rank, target, problem.n_ranks, problem.tokens, events, problem.idle, alone, step, shared)
-    layers = _Layers(level, target, steep, z, cell, np.empty((n, 0)), alone, step, shared)
-    return _weighed(problem, levels, layers)
+    return _Layers(level, target, steep, z, row, cell, np.empty((n, 0)), alone, step, shared)
 
 
 def _kinds(problem: _Problem, target: np.ndarray) -> np.ndarray:
@@ -355,124 +380,44 @@ def _kinds(problem: _Problem, target: np.ndarray) -> np.ndarray:
 
 
 @kernel
-def fill_taken(shift, scale, tau, node, taken):
-    """p(mu) at the nodes: taken float64 [rows, cells]."""
-    for r in range(shift.size):
-        for c in range(node.size):
-            taken[r, c] = -np.expm1(-tau * np.exp(shift[r] + scale * node[c]))
+def fill_density(taken, growth, tokens, width, density):
+    """(1 + p (e**theta - 1))**tokens in each cell, over its mean: taken float64 [rows, cells], growth float64 [levels, 3],
+    expm1 of theta; density float64 [levels, 3, rows, cells].
+    """
+    for m in range(growth.shape[0]):
+        for a in range(growth.shape[1]):
+            for r in range(taken.shape[0]):
+                total = 0.0
+                for c in range(width.size):
+                    density[m, a, r, c] = np.exp(tokens * np.log1p(taken[r, c] * growth[m, a]))
+                    total += density[m, a, r, c] * width[c]
+                for c in range(width.size):
+                    density[m, a, r, c] /= total
 
 
 @kernel
-def fill_tilt(taken, growth, tokens, tilt):
-    """(1 + p (e**theta - 1))**tokens at the nodes, by squaring."""
-    base = np.empty(taken.size)
-    for c in range(taken.size):
-        base[c] = 1.0 + taken[c] * growth
-        tilt[c] = 1.0
-    left = tokens
-    while left > 0:
-        if left & 1:
-            for c in range(taken.size):
-                tilt[c] *= base[c]
-        for c in range(taken.size):
-            base[c] *= base[c]
-        left >>= 1
-
-
-@kernel
-def _dot(a, b):
-    """Sum of a * b in four strands, in an order that no machine changes; sizes are multiples of 4."""
-    s0, s1, s2, s3 = 0.0, 0.0, 0.0, 0.0
-    for i in range(0, a.size, 4):
-        s0 += a[i] * b[i]
-        s1 += a[i + 1] * b[i + 1]
-        s2 += a[i + 2] * b[i + 2]
-        s3 += a[i + 3] * b[i + 3]
-    return (s0 + s1) + (s2 + s3)
-
-
-@kernel
-def draw_experts(u, level, kind, shift, scale, tau, tokens, growth, first, width, node, cell, tail):
+def draw_experts(u, level, kind, row, mass, first, width, cell, tail):
     """Draw the popularity of each expert from the proposal of its layer's level.
 
-    u float64 [layers, 2 * n_experts]; kind int8 [layers, n_experts]; shift [layers, rows]; growth [levels, 3], expm1 of
-    theta; cell int16 and tail float64 [layers, n_experts], its cell and its signed tail probability.
+    u float64 [layers, 2 * n_experts]; kind int8 and row int16 [layers, n_experts]; mass [levels, 3, rows, cells], cumulated
+    probabilities; cell int16 and tail float64 [layers, n_experts], its cell and its signed tail probability.
     """
-    n_experts, n_rows, n_cells = kind.shape[1], shift.shape[1], node.size
-    taken, tilt = np.empty((n_rows, n_cells)), np.empty(n_cells)
-    mass = np.empty((growth.shape[0], 3, n_cells))
+    n_experts, n_cells = kind.shape[1], width.size
     for i in range(level.size):
-        if n_rows > 1 or i == 0:
-            fill_taken(shift[i], scale[i], tau, node, taken)
-        if n_rows == 1 and i == 0:
-            for m in range(growth.shape[0]):
-                for a in range(3):
-                    fill_tilt(taken[0], growth[m, a], tokens, tilt)
-                    mass[m, a] = np.cumsum(tilt * width)
         for e in range(n_experts):
-            m, a = level[i], kind[i, e]
-            if n_rows > 1:
-                fill_tilt(taken[e], growth[m, a], tokens, tilt)
-                total = 0.0
-                for c in range(n_cells):
-                    total += tilt[c] * width[c]
-                    mass[m, a, c] = total
-            c = min(np.searchsorted(mass[m, a], u[i, e] * mass[m, a, n_cells - 1], side="right"), n_cells - 1)
+            own = mass[level[i], kind[i, e], row[i, e]]
+            c = min(np.searchsorted(own, u[i, e] * own[n_cells - 1], side="right"), n_cells - 1)
             cell[i, e] = c
-            inside = u[i, n_experts + e] * width[c]
-            tail[i, e] = first[c] + inside
+            tail[i, e] = first[c] + u[i, n_experts + e] * width[c]
 
 
 @kernel
-def add_log_ratios(cell, kind, shift, scale, tau, tokens, growth, width, node, log_ratio):
-    """Add the log of proposal over popularity of all experts, at each level: log_ratio float64 [layers, levels]."""
-    n_experts, n_rows, n_cells = kind.shape[1], shift.shape[1], node.size
-    taken, tilt = np.empty((n_rows, n_cells)), np.empty(n_cells)
-    table = np.empty((growth.shape[0], 3, n_cells))
+def add_logs(table, kind, row, cell, out):
+    """Add the sum over experts of table[level, kind, row, cell]: out float64 [layers, levels]."""
     for i in range(cell.shape[0]):
-        if n_rows > 1 or i == 0:
-            fill_taken(shift[i], scale[i], tau, node, taken)
-        if n_rows == 1 and i == 0:
-            for m in range(growth.shape[0]):
-                for a in range(3):
-                    fill_tilt(taken[0], growth[m, a], tokens, tilt)
-                    table[m, a] = np.log(tilt / _dot(tilt, width))
-        for m in range(growth.shape[0]):
-            for e in range(n_experts):
-                if n_rows > 1:
-                    fill_tilt(taken[e], growth[m, kind[i, e]], tokens, tilt)
-                    log_ratio[i, m] += np.log(tilt[cell[i, e]] / _dot(tilt, width))
-                else:
-                    log_ratio[i, m] += table[m, kind[i, e], cell[i, e]]
-
-
-@kernel
-def fill_score(cell, kind, worth, taken, tokens, theta, width, out):
-    """Slopes in theta of the mean log likelihood of layers weighted by worth: taken float64 [layers or 1, rows, cells], out
-    float64 [3].
-    """
-    n_experts, n_rows, n_cells = kind.shape[1], taken.shape[1], width.size
-    tilt, slope = np.empty(n_cells), np.empty((3, n_cells))
-    rise, growth = np.exp(theta), np.expm1(theta)
-    out[:] = 0.0
-    for i in range(cell.shape[0]):
-        for e in range(n_experts if n_rows > 1 else 3 * (i == 0)):
-            a = kind[i, e] if n_rows > 1 else e
-            p = taken[i, e] if n_rows > 1 else taken[0, 0]
-            fill_tilt(p, growth[a], tokens, tilt)
-            total, mean = 0.0, 0.0
-            for c in range(n_cells):
-                slope[a, c] = tokens * p[c] * rise[a] / (1 + p[c] * growth[a])
-                tilt[c] *= width[c]
-                total += tilt[c]
-                mean += tilt[c] * slope[a, c]
-            for c in range(n_cells):
-                slope[a, c] -= mean / total
-            if n_rows > 1:
-                out[a] += worth[i] * slope[a, cell[i, e]]
-        if n_rows == 1:
-            for e in range(n_experts):
-                out[kind[i, e]] += worth[i] * slope[kind[i, e], cell[i, e]]
+        for e in range(cell.shape[1]):
+            for m in range(table.shape[0]):
+                out[i, m] += table[m, kind[i, e], row[i, e], cell[i, e]]
 
 
 @kernel
@@ -660,33 +605,26 @@ def _weighed(problem: _Problem, levels: _Levels, layers: _Layers) -> _Layers:
         log_ratio += np.where(layers.steep[:, None], *odds)
         z = layers.z[:, None, :]
         log_ratio += (0.5 * z**2 - 0.5 * ((z - centre) / sd) ** 2 - np.log(sd)).sum(axis=2)
-    shift, scale = problem.popularity.of_layers(layers.steep, layers.z)
-    add_log_ratios(
-        layers.cell, _kinds(problem, layers.target), shift, scale, problem.tau, problem.tokens, np.expm1(theta),
-        problem.cells.width, problem.cells.node, log_ratio,
-    )  # fmt: skip
+    with np.errstate(divide="ignore"):
+        table = np.log(problem.density(theta))
+    add_logs(table, _kinds(problem, layers.target), layers.row, layers.cell, log_ratio)
     return layers._replace(log_ratio=np.concatenate([layers.log_ratio, log_ratio], axis=1))
 
 
 def _fit_level(problem: _Problem, layers: _Layers, worth: np.ndarray) -> _Levels:
     """The proposal of largest likelihood on layers weighted by worth; shares and normals lean to the nominal ones."""
-    heaviest = np.argsort(-worth, kind="stable")[:_MOST_FITTED]
-    heaviest = heaviest[worth[heaviest] > 0]
-    share = worth[heaviest] / worth[heaviest].sum()
-    steep, z, target = layers.steep[heaviest], layers.z[heaviest], layers.target[heaviest]
-    shift, scale = problem.popularity.of_layers(steep, z)
+    share = worth / worth.sum()
+    steep, z, target = layers.steep, layers.z, layers.target
     kind = _kinds(problem, target)
-    taken = np.empty((len(share) if shift.shape[1] > 1 else 1, shift.shape[1], len(problem.cells.node)))
-    for i in range(len(taken)):
-        fill_taken(shift[i], scale[i], problem.tau, problem.cells.node, taken[i])
+    seen = np.zeros((3, *problem.taken.shape))
+    np.add.at(seen, (kind, layers.row, layers.cell), share[:, None])
     low = np.full(3, -_STEEPEST)
     high = np.full(3, min(_STEEPEST, 300 / problem.tokens))
-    out = np.empty(3)
-    for _ in range(14):
+    for _ in range(24):
         theta = (low + high) / 2
-        fill_score(layers.cell[heaviest], kind, share, taken, problem.tokens, theta, problem.cells.width, out)
-        low, high = np.where(out > 0, theta, low), np.where(out > 0, high, theta)
-    theta = np.where(np.isin([_OWN, _NEAR, _FAR], kind), (low + high) / 2, 0.0)
+        slope = _slope(problem, theta, seen)
+        low, high = np.where(slope > 0, theta, low), np.where(slope > 0, high, theta)
+    theta = np.where(seen.any(axis=(1, 2)), (low + high) / 2, 0.0)
     size = np.bincount(problem.alike).astype(float)
     of_class = np.bincount(problem.alike[target], share, len(size))
     of_class = (1 - _NOMINAL) * of_class + _NOMINAL * size / size.sum()
@@ -699,6 +637,14 @@ def _fit_level(problem: _Problem, layers: _Layers, worth: np.ndarray) -> _Levels
         centre[None],
         np.clip(sd, 0.5, 1.5)[None],
     )
+
+
+def _slope(problem: _Problem, theta: np.ndarray, seen: np.ndarray) -> np.ndarray:
+    """Slope in theta of the log likelihood of experts `seen` [3, rows, cells], float64 [3]."""
+    growth, p = np.expm1(theta)[:, None, None], problem.taken
+    slope = problem.tokens * p * np.exp(theta)[:, None, None] / (1 + p * growth)
+    mean = (problem.density(theta[None])[0] * problem.cells.width * slope).sum(axis=2, keepdims=True)
+    return (seen * (slope - mean)).sum(axis=(1, 2))
 
 
 def _estimate(
