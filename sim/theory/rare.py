@@ -36,7 +36,7 @@ from sim.streams import POPULARITY, stream_key, uniforms
 from sim.traffic import SyntheticTraffic
 from sim.traffic.synthetic import STEEP_SHARE, STUDENT_DF, tilt_and_spread, tilt_profile
 
-LAYERS = 4_000
+LAYERS = 8_000
 """Layers of the final sample, at the least."""
 FLOOR = 1e-12
 """The lowest floor: below it the rounding of the dynamic programme is no longer negligible."""
