@@ -151,7 +151,7 @@ def qwen(kind, **more):
         mlp_only_layers=[],
         output_router_logits=False,
         router_aux_loss_coef=0.001,
-        **({"shared_expert_intermediate_size": 512, "n_shared_experts": 1} if m.n_shared_experts else {}),
+        **({"shared_expert_intermediate_size": 512} if m.n_shared_experts else {}),
         **more,
     )
 
@@ -159,8 +159,7 @@ def qwen(kind, **more):
 def local_experts(kind, **more):
     def build(m):
         config = sizes(m, model_type=kind, num_local_experts=m.n_experts, num_experts_per_tok=m.top_k, **more)
-        config |= {"intermediate_size": config.pop("moe_intermediate_size"), "router_jitter_noise": 0.01}
-        return config | ({"n_shared_experts": m.n_shared_experts} if m.n_shared_experts else {})
+        return config | {"intermediate_size": config.pop("moe_intermediate_size"), "router_jitter_noise": 0.01}
 
     return build
 
@@ -176,7 +175,10 @@ def minimax_m3(m):
     text = local_experts("minimax_m3_vl_text", moe_layer_freq=flags(m), scoring_func="sigmoid", use_routing_bias=True)(
         m
     )
-    return {"model_type": "minimax_m3_vl", "text_config": text | {"dense_intermediate_size": 12288}}
+    return {
+        "model_type": "minimax_m3_vl",
+        "text_config": text | {"dense_intermediate_size": 12288, "n_shared_experts": m.n_shared_experts},
+    }
 
 
 def hunyuan(m):
@@ -236,13 +238,13 @@ def nemotron(m):
 
 
 def step_3(m):
-    text = sizes(m, moe_num_experts=m.n_experts, moe_top_k=m.top_k, share_expert_dim=5120, n_shared_experts=1)
+    text = sizes(m, moe_num_experts=m.n_experts, moe_top_k=m.top_k, share_expert_dim=5120)
     text |= {"model_type": "step3_text", "moe_layers_enum": ",".join(map(str, m.moe_layer_ids))}
     return {"model_type": "step3_vl", "text_config": text}
 
 
 def step_37(m):
-    text = sizes(m, moe_num_experts=m.n_experts, moe_top_k=m.top_k, share_expert_dim=1280, n_shared_experts=1)
+    text = sizes(m, moe_num_experts=m.n_experts, moe_top_k=m.top_k, share_expert_dim=1280)
     text |= {"model_type": "step3p5", "moe_layers_enum": [*m.moe_layer_ids, 45, 46, 47], "num_nextn_predict_layers": 3}
     text |= {"moe_router_activation": "sigmoid", "use_moe_router_bias": True, "moe_router_scaling_factor": 3.0}
     return {"model_type": "step3p7", "text_config": text}
@@ -554,6 +556,27 @@ def test_the_language_model_is_found_at_any_depth(tmp_path):
     assert load(tmp_path, outer).moe_layer_ids == tuple(range(2, 12))
 
 
+def test_deepseeks_own_config(tmp_path):
+    ref = load_model("deepseek-v3")
+    config = {
+        "dim": 7168,
+        "inter_dim": 18432,
+        "moe_inter_dim": 2048,
+        "n_layers": 61,
+        "n_dense_layers": 3,
+        "n_shared_experts": 1,
+    }
+    config |= {
+        "n_routed_experts": 256,
+        "n_activated_experts": 8,
+        "n_expert_groups": 8,
+        "n_limited_groups": 4,
+        "score_func": "sigmoid",
+    }
+    comp = load(tmp_path, config)
+    assert {field: getattr(comp, field) for field in FIELDS} == {field: getattr(ref, field) for field in FIELDS}
+
+
 def test_params_json_in_a_folder(tmp_path):
     config = {"dim": 64, "n_layers": 4, "hidden_dim": 128, "moe": {"num_experts": 8, "num_experts_per_tok": 2}}
     load(tmp_path, config, "params.json")
@@ -646,6 +669,7 @@ def test_malformed_values_of_any_field_end_in_one_line(tmp_path):
         (BASE | {"moe_layers_enum": "3;4"}, "layer numbers such as 3,4,5"),
         (BASE | {"hybrid_override_pattern": "MM*-MM*-MM*-"}, "no layer has experts, by hybrid_override_pattern"),
         (BASE | {"expert_layer_period": 2, "expert_layer_offset": 2}, "expert_layer_offset must be"),
+        (BASE | {"enable_moe_block": False}, "has no experts: enable_moe_block is false"),
         (BASE | {"use_expert_bias": "yes"}, "use_expert_bias must be true or false"),
     ],
 )

@@ -61,15 +61,17 @@ def read_config(path: Path) -> ModelSpec:
     read = Reader(_language_model(content, where), where)
     name, implied = type_of(read.config)
     known = implied or Type()
+    if read.flag("switch") is False:
+        raise read.error(f"has no experts: {read.take('switch')[0]} is false")
     n_experts, expert_mask = _experts(read)
     top_k = read.value("top_k")
     if top_k is None:
-        raise read.error(f"has no top-k: none of the keys {', '.join(KEYS['top_k'])}")
+        raise read.error(f"has no top-k: no {_spellings('top_k')}")
     scoring, has_bias = _scoring(read, known, name if implied else "")
     n_group, topk_group = _groups(read, known, name, n_experts)
     n_zero, n_hash = read.whole("n_zero") or known.n_zero, _hash_layers(read, known)
     hidden, width = read.value("hidden") or 0, _width(read, implied is None)
-    matrices, n_shared = _matrices(read, known), read.value("n_shared")
+    matrices, n_shared = _matrices(read, known), _shared_experts(read, known)
     read.use(*KEYS["logit_bias"])
     n_layers, ids = moe_layers(read, None if implied is None else known.layers, name, expert_mask)
     strange = read.left_over()
@@ -91,7 +93,7 @@ def read_config(path: Path) -> ModelSpec:
         expert_hidden_size=read.value("latent") or hidden,
         moe_intermediate_size=width,
         expert_matrices=matrices,
-        n_shared_experts=n_shared or 0,
+        n_shared_experts=n_shared,
         unverified=tuple(dict.fromkeys(read.notes)),
         source=(str(path),),
         caveat=caveat_of(n_zero, n_hash, top_k),
@@ -120,7 +122,10 @@ def _language_model(content: dict[str, Any], where: str) -> dict[str, Any]:
         flat = dict(config)
         for key, part in config.items():
             if _EXPERT_PARTS.match(key) and isinstance(part, dict):
-                flat = {k: v for k, v in flat.items() if k != key} | part
+                del flat[key]
+                flat = {k: v for k, v in part.items() if k not in ("model_type", *KEYS["hidden"])} | flat
+                if key == "moe" and "dim" in config:  # Mistral's params.json
+                    flat["model_type"] = "mistral"
         if any(flat.get(key) is not None for key in KEYS["n_experts"]):
             return flat
         said = {key: value for key, value in config.items() if key in _INHERITED or speaks(key, value)}
@@ -129,7 +134,11 @@ def _language_model(content: dict[str, Any], where: str) -> dict[str, Any]:
         ]
         for key in sorted(inside, key=lambda key: _PREFERRED.index(key) if key in _PREFERRED else len(_PREFERRED)):
             waiting.append(said | config[key])
-    raise InputError(f"{where} has no experts: none of the keys {', '.join(KEYS['n_experts'])}")
+    raise InputError(f"{where} has no experts: no {_spellings('n_experts')}")
+
+
+def _spellings(field: str) -> str:
+    return f"{', '.join(KEYS[field][:5])} or key of that kind"
 
 
 def _experts(read: Reader) -> tuple[Any, list[int]]:
@@ -237,6 +246,14 @@ def _matrices(read: Reader, known: Type) -> int:
         if act in _GATED or act.startswith("gated"):
             return 3
     return known.matrices
+
+
+def _shared_experts(read: Reader, known: Type) -> Any:
+    """Experts that every token takes; one where only its size is said."""
+    n_shared, (_, size) = read.value("n_shared"), read.take("shared_width")
+    if n_shared is not None:
+        return n_shared
+    return 1 if size not in (None, 0, False, []) else known.n_shared
 
 
 def _hash_layers(read: Reader, known: Type) -> int:

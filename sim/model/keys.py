@@ -51,6 +51,15 @@ KEYS: dict[str, tuple[str, ...]] = {
         *("n_shared_experts", "num_shared_experts", "moe_num_shared_experts", "num_shared_expert", "n_shared_expert"),
         "expert_shared_count",
     ),
+    "shared_width": (
+        *(
+            "shared_expert_intermediate_size",
+            "moe_shared_expert_intermediate_size",
+            "share_expert_dim",
+            "share_expert_dims",
+        ),
+        *("shared_intermediate_size", "shared_experts_intermediate_size"),
+    ),
     "n_zero": (
         *("zero_expert_num", "num_zero_experts", "n_zero_experts", "num_zero_computation_experts"),
         *("moe_num_zero_experts", "num_null_experts", "n_null_experts", "num_identity_experts", "num_copy_experts"),
@@ -124,6 +133,7 @@ KEYS: dict[str, tuple[str, ...]] = {
         "layer_pattern",
     ),
     "blocks": ("block_configs",),  # an object for each layer (Nemotron puzzle, AnyModel)
+    "switch": ("use_moe", "is_moe", "enable_moe", "enable_moe_block", "moe_enabled"),  # false: no experts after all
     # Understood, and of no weight here: a bias of the router's linear layer is part of the logits.
     "logit_bias": ("router_bias", "add_router_bias", "moe_router_bias"),
 }
@@ -153,6 +163,7 @@ class Type(NamedTuple):
     groups: tuple[int, int] = (1, 1)
     matrices: int = 3
     n_zero: int = 0
+    n_shared: int = 0
 
 
 # transformers 5.24.0 (configuration_*.py and modeling_*.py of each type); vLLM 0.33.0 for arctic, bailing_moe, grok, kimi_k2
@@ -174,7 +185,8 @@ _RULES = (
         "dots1 inkling inkling2 inkling2_loop kolibri1 minimax_m2 minimax_m3 minimax_m3_vl muse_spark solar_open",
     ),
     (Type("sigmoid", True, matrices=2), "nemotron_h"),
-    (Type("sigmoid", False), "flint llama4"),
+    (Type("sigmoid", False), "flint"),
+    (Type("sigmoid", False, n_shared=1), "llama4"),
     (Type("sqrtsoftplus", True, {"num_hash_layers": 3}), "deepseek_v4"),
     (Type("sqrtsoftplus", True), "deepseek_v41"),
     (Type("softmax", True, {"moe_layer_start_index": 1}), "ernie4_5_moe ernie4_5_moe_vl ernie4_5_vl_moe"),
@@ -190,7 +202,7 @@ _RULES = (
         Type(),
         "aria bailing_moe cohere2_moe dbrx deepseek deepseek_v2 deepseek_ocr2 diffusion_gemma doge flex_olmo gemma4 gpt_oss "
         "granitemoe granitemoe_swa granitemoehybrid granitemoeshared grok_1 hunyuan hunyuan_v1_moe jetmoe lara_mini mellum "
-        "minimax minimax_text_01 mistral4 mixtral olmoe openai_privacy_filter qwen2_moe qwen3_moe qwen3_next qwen3_5_moe "
+        "minimax minimax_text_01 mistral mistral4 mixtral olmoe openai_privacy_filter qwen2_moe qwen3_moe qwen3_next qwen3_5_moe "
         "qwen3_omni_moe qwen3_vl_moe qwen4_exp unlimited_ocr",
     ),
 )
@@ -213,6 +225,9 @@ def type_of(config: dict[str, Any]) -> tuple[str, Type | None]:
         for known in (name, shorter, shorter.removesuffix("_vl")):
             if known in TYPES:
                 return known, TYPES[known]
+    if names == [""] and "n_activated_experts" in config:  # DeepSeek's own inference code
+        names = ["deepseek_v3" if config.get("score_func") == "sigmoid" else "deepseek_v2"]
+        return names[0], TYPES[names[0]]
     return names[0], None
 
 
@@ -220,13 +235,13 @@ _SPEAKS = re.compile(r"moe|expert|rout(e|er|ing|ed)(_|$)|dense|sparse|mlp_only|m
 # About training, kernels, precision, shared experts, draft layers, attention and vision: they do not change which expert
 # a token takes.
 _HARMLESS = (
-    r"loss|coef|dtype|jitter|softcap|scal(e|ing)|norm|logits|eps(ilon)?$|(^|_)init|attention|attn|indexer|mtp|vision"
-    r"|draft|shared?_(expert|moe)|plan$|_lr"
+    r"loss|coef|sliding|window|dtype|jitter|softcap|scal(e|ing)|norm|logits|eps(ilon)?$|(^|_)init|attention|attn|indexer|mtp|vision"
+    r"|draft|shared?_(expert|moe)|plan$|_lr|balanc|pre_softmax"
 )
 _MORE_HARMLESS = (
     r"|capacity|drop|impl|backend|quant|parallel|fus(e|ed|ion)|kernel|overlap|dispatch|permut|gemm|fp32|fp8|swiglu|clamp"
     r"|compress|cache|rope|aux|noise|temperature|grad|combin|ep_size|debug|sink|_size$|_dims?$|weight|zero_expert_type"
-    r"|sparse_(topk|local|window|mode|num)|^(use|is|enable)_(mixed_mlp_)?moe$|^residual_moe$|^moe_gate$|^moe_enabled$"
+    r"|sparse_(topk|local|window|mode|num)|^use_mixed_mlp_moe$|^residual_moe$|^moe_gate$"
 )
 _OF_LAYERS = re.compile(
     r"layer|block|freq|interval|period|every|(^|_)step|skip|stride|offset|first|last|only|pattern|mask|(^|_)ids?$|ind(ex|ices)"

@@ -9,6 +9,7 @@ from sim.model.keys import KEYS, LAYER_FIELDS, of_layers
 from sim.model.reader import Reader
 from sim.model.spec import MAX_LAYERS
 
+_MOST_KEYS = 3  # that one note names
 _DENSE_WORDS = {"dense", "mlp", "ffn", "none", "identity", "linear", "no", "op", "swiglu", "gated", "glu"}
 
 
@@ -66,8 +67,9 @@ def moe_layers(
     if not left:
         raise read.error(f"no layer has experts, by {by or 'the keys of its dense layers'}")
     strange = [key for key in read.left_over() if of_layers(key)]
-    if strange and len(left) == n_layers:
-        read.notes.append(f"moe_layer_ids (unknown, as {' and '.join(strange)} may say them)")
+    if strange and named is None and len(left) == n_layers:
+        told = " and ".join(shown(key) for key in strange[:_MOST_KEYS])
+        read.notes.append(f"moe_layer_ids (unknown, as {told} may say them)")
         return n_layers, ()
     if not asked and implied is None:
         read.notes.append("moe_layer_ids (config.json names no dense layers; all were taken)")
