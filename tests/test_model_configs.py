@@ -386,6 +386,7 @@ EVEN, ODD = list(range(0, 12, 2)), list(range(1, 12, 2))
             list(range(1, 12)),
         ),
         ({"hybrid_override_pattern": "MEM*-EMM*EMM"}, [1, 5, 9]),  # Nemotron-H
+        ({"hybrid_override_pattern": list("MEM*-EMM*EMM")}, [1, 5, 9]),
         ({"hybrid_layer_pattern": "MEM*|-EMM*EMM/*E/*E"}, [1, 5, 9]),  # Megatron: stages and draft layers
         ({"layers_block_type": ["mamba", "moe", "attention"] * 4}, [1, 4, 7, 10]),
         ({"mlp_layer_types": ["dense", "sparse"] * 6}, ODD),  # GLM, Laguna
@@ -432,6 +433,10 @@ def test_what_a_type_has_by_default_is_used_and_said(tmp_path, kind, layers):
     "strange",
     [
         {"moe_layer_parity": "odd"},
+        {"mlp_layer_types": "sparse"},
+        {"mlp_layer_types": [0, 1] * 6},
+        {"hybrid_override_pattern": [1, 2]},
+        {"block_configs": [3]},
         {"moe_layers": 6},
         {"every_third_layer_is_dense": True},
         {"expert_block_stride": 3},
@@ -450,11 +455,20 @@ def test_a_key_about_moe_layers_that_is_not_understood_makes_them_unknown(tmp_pa
 
 def test_other_keys_that_speak_of_experts_are_named(tmp_path):
     model = load(
-        tmp_path, BASE | {"expert_choice": True, "router_kind": "hash", "use_expert_lottery": False, "ep_size": 4}
+        tmp_path,
+        BASE
+        | {
+            "expert_choice": True,
+            "router_kind": "hash",
+            "moe_router_bias": True,
+            "use_expert_lottery": False,
+            "ep_size": 4,
+        },
     )
     told = " ".join(model.unverified)
     assert "expert_choice True (not understood)" in told
     assert "router_kind hash (not understood)" in told
+    assert "moe_router_bias True (not understood)" in told
     assert "lottery" not in told
     assert model.n_moe_layers == 12
     many = load(tmp_path, BASE | {f"moe_{i}": i for i in range(1, 100_000)})
@@ -655,6 +669,8 @@ def test_malformed_values_of_any_field_end_in_one_line(tmp_path):
     [
         ("[" * 100_000, "not JSON|has no experts|not a JSON object"),
         ('{"a":' * 900 + "{}" + "}" * 900, "has no experts|not JSON"),
+        ({f"part{i}": {"deep": {}} for i in range(10_000)} | {f"moe_{i}": i for i in range(10_000)}, "has no experts"),
+        (BASE | {"moe_layers": "0-9999 " * 9000}, "at most 10000 layer numbers"),
         ("3", "not a JSON object"),
         ("null", "not a JSON object"),
         (BASE | {"num_hidden_layers": 10**9}, "num_hidden_layers must be a whole number from 1 to 10000"),

@@ -2,6 +2,7 @@
 
 import re
 from collections import deque
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ _NOT_THE_DECODER = re.compile(
 _EXPERT_PARTS = re.compile(
     r"^(moe|ffn|expert|experts|router|routing|mlp)(_config|_args|_cfg|_params)?$"
 )  # DBRX, Mistral
-_MOST_OBJECTS, _MOST_NOTES = 1000, 20
+_MOST_OBJECTS, _MOST_INHERITED, _MOST_NOTES = 1000, 200, 20
 _MOST_SETS = 3  # a longer list has the experts of each layer
 _OWN = (
     "hidden",
@@ -114,12 +115,12 @@ def caveat_of(n_zero: int, n_hash: int, top_k: int) -> str:
 
 def _language_model(content: dict[str, Any], where: str) -> dict[str, Any]:
     """The object that describes the decoder: the nearest to the top that has experts, with what its parents say besides."""
-    waiting = deque([content])
+    waiting: deque[tuple[dict[str, Any], dict[str, Any]]] = deque([({}, content)])
     for _ in range(_MOST_OBJECTS):
         if not waiting:
             break
-        config = waiting.popleft()
-        flat = dict(config)
+        said, config = waiting.popleft()
+        flat = said | config
         for key, part in config.items():
             if _EXPERT_PARTS.match(key) and isinstance(part, dict):
                 del flat[key]
@@ -128,12 +129,13 @@ def _language_model(content: dict[str, Any], where: str) -> dict[str, Any]:
                     flat["model_type"] = "mistral"
         if any(flat.get(key) is not None for key in KEYS["n_experts"]):
             return flat
-        said = {key: value for key, value in config.items() if key in _INHERITED or speaks(key, value)}
+        told = (key for key, value in config.items() if key in _INHERITED or speaks(key, value))
+        said = said | {key: config[key] for key in islice(told, _MOST_INHERITED)}
         inside = [
             key for key, part in config.items() if isinstance(part, dict) and not _NOT_THE_DECODER.search(key.lower())
         ]
         for key in sorted(inside, key=lambda key: _PREFERRED.index(key) if key in _PREFERRED else len(_PREFERRED)):
-            waiting.append(said | config[key])
+            waiting.append((said, config[key]))
     raise InputError(f"{where} has no experts: no {_spellings('n_experts')}")
 
 

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from itertools import islice
 from typing import Any
 
 from sim.errors import shown
@@ -118,8 +119,10 @@ def _named(read: Reader, n_layers: int, drafts: int, counts: list[int]) -> tuple
     elif ids not in (None, []):
         said.append((key, _ids(read, key, ids, n_layers, drafts)))
     words = _words(read)
-    read.take("types")
-    if words is not None:
+    key, _ = read.take("types")
+    if words is None:
+        read.leave(key)
+    else:
         key, listed = words
         mlp = _is_of_mlps(key, listed)
         n_layers = _fit(read, key, len(listed), n_layers, drafts)
@@ -128,6 +131,12 @@ def _named(read: Reader, n_layers: int, drafts: int, counts: list[int]) -> tuple
                 read.notes.append(f"{key} {shown(word)} (not understood; taken as a dense layer)")
         said.append((key, {i for i, word in enumerate(listed[:n_layers]) if _is_moe(word, mlp)}))
     key, pattern = read.take("pattern")
+    if (
+        isinstance(pattern, list)
+        and pattern
+        and all(isinstance(letter, str) and len(letter) == 1 for letter in pattern)
+    ):
+        pattern = "".join(pattern)
     if isinstance(pattern, str):
         letters = pattern.split("/")[0].replace("|", "")  # Megatron: / begins draft layers, | a pipeline stage
         n_layers = _fit(read, key, len(letters), n_layers, drafts)
@@ -137,10 +146,15 @@ def _named(read: Reader, n_layers: int, drafts: int, counts: list[int]) -> tuple
         said.append((key, {i for i, letter in enumerate(letters[:n_layers]) if letter == "E"}))
     elif isinstance(pattern, list) and "moe" in key:
         said.append((key, _mask(read, key, pattern, n_layers, drafts)))
+    else:
+        read.leave(key)
     key, blocks = read.take("blocks")
-    if isinstance(blocks, list) and blocks and all(isinstance(block, dict) for block in blocks):
+    found = _of_blocks(read, key, blocks) if isinstance(blocks, list) and len(blocks) <= MAX_LAYERS else set()
+    if found:
         n_layers = _fit(read, key, len(blocks), n_layers, drafts)
-        said.append((key, _of_blocks(read, key, blocks[:n_layers])))
+        said.append((key, {i for i in found if i < n_layers}))
+    else:
+        read.leave(key)
     if len(counts) > 1 and 0 in counts and len(counts) in (n_layers, n_layers + drafts):
         said.append(("experts of each layer", {i for i, count in enumerate(counts[:n_layers]) if count}))
     for other, layers in said[1:]:
@@ -213,7 +227,8 @@ def _mask(read: Reader, key: str, value: Any, n_layers: int, drafts: int) -> set
         parts = re.findall(r"\[([01, ]*)\](?:\*(\d{1,4}))?", value) if len(value) <= MAX_LAYERS else []
         if not parts or re.sub(r"\[[01, ]*\](\*\d{1,4})?", "", value).strip(" ()+"):
             raise read.error(f"{key} must be a whole number or a 0 or 1 for each layer, not {shown(value)}")
-        value = [int(flag) for flags, n in parts for flag in re.findall("[01]", flags) * int(n or 1)][: MAX_LAYERS + 1]
+        each = (int(flag) for flags, n in parts for flag in re.findall("[01]", flags) * int(n or 1))
+        value = list(islice(each, MAX_LAYERS + 1))
     if len(value) > MAX_LAYERS or any(not isinstance(flag, int) or flag not in (0, 1) for flag in value):
         raise read.error(f"{key} must have a 0 or 1 for each of at most {MAX_LAYERS} layers, not {shown(value)}")
     if n_layers and len(value) not in (n_layers, n_layers + drafts):
@@ -228,7 +243,7 @@ def _ids(read: Reader, key: str, value: Any, n_layers: int, drafts: int) -> set[
         if not all(re.fullmatch(r"\d{1,4}((-|\.\.)\d{1,4})?", part) for part in parts):
             raise read.error(f"{key} must be layer numbers such as 3,4,5, not {shown(value)}")
         ranges = [[int(end) for end in re.split(r"-|\.\.", part)] for part in parts]
-        value = [i for ends in ranges for i in range(ends[0], ends[-1] + 1)][: MAX_LAYERS + 1]
+        value = list(islice((i for ends in ranges for i in range(ends[0], ends[-1] + 1)), MAX_LAYERS + 1))
     if not isinstance(value, list) or len(value) > MAX_LAYERS:
         raise read.error(f"{key} must be a list of at most {MAX_LAYERS} layer numbers, not {shown(value)}")
     flags = n_layers > 2 and len(value) == n_layers and set(map(repr, value)) <= {"0", "1"}
@@ -239,10 +254,10 @@ def _ids(read: Reader, key: str, value: Any, n_layers: int, drafts: int) -> set[
     return {layer for layer in layers if not n_layers or layer < n_layers}
 
 
-def _of_blocks(read: Reader, key: str, blocks: list[dict[str, Any]]) -> set[int]:
+def _of_blocks(read: Reader, key: str, blocks: list[Any]) -> set[int]:
     """MoE layers of a list of block descriptions, whose experts must all be as many as the config says."""
     found, counts = set[int](), set[int]()
-    for i, block in enumerate(blocks):
+    for i, block in enumerate(block if isinstance(block, dict) else {} for block in blocks):
         ffn = block.get("ffn")
         inside = ffn.get("moe") if isinstance(ffn, dict) else block.get("moe")
         if isinstance(inside, dict) or _is_moe(str(block.get("block_type", "")), True):
