@@ -1,5 +1,6 @@
 """Whole layers: plans that move every token right, ranks that end together, and the layer itself on processors."""
 
+import itertools
 import json
 import os
 import signal
@@ -10,12 +11,14 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from conftest import ROOT
 
 from sim.cli import main
 from sim.errors import InputError, RunError
-from sim.measure.layer import running_ranks
+from sim.measure.layer import LAYER_COLUMNS, running_ranks
+from sim.measure.layer_compare import layer_gains, read_layers, sums
 from sim.measure.layer_plan import EXCHANGES, plan_rank, sample_layers
 from sim.measure.steps import sample_steps
 from sim.model import load_model
@@ -205,6 +208,77 @@ def test_a_rank_that_dies_or_fails_ends_the_others_within_30_s(tiny, what, messa
     assert not any(map(is_there, pids))
 
 
+# Measured layers, read back
+
+
+def made_up(tmp_path, change=lambda rows: None, steps=12):
+    """A table whose layers take exactly the slowest rank's experts and the exchange; linear is a tenth slower."""
+    random, rows = np.random.default_rng(0), []
+    for step, exchange, placement in itertools.product(range(steps), ["token", "reduce"], ["linear", "round_robin"]):
+        pairs = random.multinomial(128, [0.3, 0.3, 0.2, 0.2])
+        experts_us = pairs * (11.0 if placement == "linear" else 10.0)
+        for rank in range(4):
+            times = {"layer_us": experts_us.max() + 100, "experts_us": experts_us[rank], "exchange_us": 100}
+            about = {"model": "m", "gpu": "g", "dtype": "bf16", "ep_size": 4, "exchange": exchange, "workload": "chat"}
+            about |= {"tokens": 64, "step": step, "placement": placement, "rank": rank, "pairs": pairs[rank]}
+            rows.append(
+                about | times | {"distinct": 4, "received": 10, "layers": 2, "replays": 3, "seed": 0, "versions": "v"}
+            )
+    change(rows)
+    path = tmp_path / "layers.csv"
+    pd.DataFrame(rows)[list(LAYER_COLUMNS)].to_csv(path, index=False)
+    return path
+
+
+def test_layers_are_compared_with_their_parts_and_with_each_other(tmp_path):
+    layers = read_layers(made_up(tmp_path))
+    assert len(layers) == 12 * 2 * 2
+    found = sums(layers)
+    assert found.excess.abs().max() < 1e-12
+    gains = layer_gains(layers)
+    for exchange in ("token", "reduce"):
+        wide = layers[layers.exchange == exchange].pivot(index="step", columns="placement", values="layer_us")
+        row = gains[gains.exchange == exchange].iloc[0]
+        assert row.gain == pytest.approx(wide.linear.sum() / wide.round_robin.sum() - 1)
+        assert row.gain_low < row.gain < row.gain_high
+        assert row.exchange_gain == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda rows: rows.pop(), "a layer needs all its ranks"),
+        (lambda rows: rows.append(rows[0]), "is measured twice"),
+        (lambda rows: rows[3].update(layer_us=0), "line 5: times must be above 0"),
+        (lambda rows: rows[3].update(layer_us="x"), "column layer_us must hold numbers"),
+        (lambda rows: rows[3].update(exchange="all"), "exchange must be one of token"),
+        (lambda rows: rows[3].update(received=65), "received must be from 0 to tokens"),
+        (lambda rows: rows[3].update(gpu="h"), "column gpu must be the same"),
+        (lambda rows: rows.clear(), "first line|no rows"),
+    ],
+)
+def test_a_table_of_layers_that_is_wrong_is_refused_in_one_line(tmp_path, change, message):
+    if message.startswith("first"):
+        (tmp_path / "layers.csv").write_text(",".join(LAYER_COLUMNS) + "\n")
+        path = tmp_path / "layers.csv"
+    else:
+        path = made_up(tmp_path, change)
+    with pytest.raises(InputError, match=message):
+        read_layers(path)
+
+
+def test_measured_layers_are_shown_with_tables_and_figures(tmp_path, capsys):
+    path = made_up(tmp_path)
+    assert main(["measure", "--show", str(path), "--plot"]) == 0
+    said = capsys.readouterr().out
+    assert "48 layers in 12 steps" in said
+    assert {p.name for p in tmp_path.glob("*.png")} == {"layers-gain.png", "layers-exchange.png"}
+    assert main(["measure", "--show", str(path), "--table", "gain", "--exchange", "reduce", "--markdown"]) == 0
+    assert "token" not in capsys.readouterr().out.replace("tokens", "")
+    assert main(["measure", "--show", str(path), "--exchange", "pair"]) == 2
+    assert "--exchange pair: " in capsys.readouterr().err
+
+
 # The command
 
 
@@ -218,7 +292,7 @@ def test_what_is_missing_is_said_in_one_line(tiny, tmp_path, capsys, monkeypatch
         (["--exchange", "token"], "--exchange goes with --layer"),
         (["--layer", "--dtype", "fp8"], "a layer is measured in bf16"),
         (["--layer", "--ep", "2,4"], "a layer is measured at one EP size"),
-        (["--layer", "--show", str(out)], "go without --show"),
+        (["--layer", "--show", str(out)], "--layer goes without --show"),
     ):
         assert (
             main(["measure", "--model", str(tiny), *wrong] + (["--out", str(out)] if "--show" not in wrong else []))

@@ -35,7 +35,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         metavar="LIST",
         help="tokens per step over the EP group (default: 8..16384, doubling)",
     )
-    add("--placement", default="linear,round_robin", metavar="LIST", help="placements (default: linear,round_robin)")
+    add("--placement", metavar="LIST", help="placements (default: linear,round_robin)")
     add("--dtype", metavar="LIST", help="types of the weights (default: bf16,fp8)")
     add(
         "--layer", action="store_true", help="measure whole layers, one rank on each GPU (--ep: how many; default: all)"
@@ -62,15 +62,25 @@ def run(arguments: Namespace) -> None:
         if arguments.exchange is not None and not arguments.layer:
             raise InputError("--exchange goes with --layer")
         if arguments.layer:
-            _measure_layers(arguments)
+            from sim.cli.measured_layers import measure_all
+
+            measure_all(arguments)
             return
         for option, default in _GRID.items():
             if getattr(arguments, option) is None:
                 setattr(arguments, option, default)
         _measure(arguments)
     else:
-        if arguments.out is not None or arguments.layer:
-            raise InputError("--out and --layer go without --show: what was measured is only read")
+        for option in ("out", "layer"):
+            if getattr(arguments, option):
+                raise InputError(f"--{option} goes without --show: what was measured is only read")
+        from sim.measure.layer_compare import is_of_layers
+
+        if is_of_layers(arguments.show):
+            from sim.cli.measured_layers import show
+
+            show(arguments)
+            return
         _show(arguments)
 
 
@@ -102,7 +112,7 @@ def _measure(arguments: Namespace) -> None:
         [load_workload(name) for name in names("--workload")(arguments.workload)],
         ep_sizes=whole_numbers("--ep")(arguments.ep),
         tokens=whole_numbers("--tokens")(arguments.tokens),
-        placements=names("--placement")(arguments.placement),
+        placements=names("--placement")(arguments.placement or "linear,round_robin"),
         steps=whole_number("--steps")(arguments.steps),
         seed=whole_number("--seed")(arguments.seed),
     )
@@ -115,44 +125,6 @@ def _measure(arguments: Namespace) -> None:
     with whole_files(about) as (temporary,):
         temporary.write_text(json.dumps(reached, indent=1) + "\n")
     print(f"written to {out} and {about}; tables and figures: epsim measure --show {out} --plot")
-
-
-def _measure_layers(arguments: Namespace) -> None:
-    started = time.monotonic()
-    from sim.kernels import is_cold
-    from sim.measure.layer import gpus_for, measure_layers
-    from sim.measure.layer_plan import EXCHANGES, sample_layers
-    from sim.model import load_model
-    from sim.traffic import load_workload
-
-    if arguments.out is None or not arguments.out.endswith(".csv"):
-        raise InputError("--out FILE.csv must say where the rows go")
-    if arguments.device not in ("cuda", "cpu"):
-        raise unknown("--device", arguments.device, ["cuda", "cpu"])
-    if arguments.dtype not in (None, "bf16"):
-        raise InputError(f"--dtype {arguments.dtype}: a layer is measured in bf16")
-    limit_s = float("inf") if arguments.time_limit is None else seconds("--time-limit")(arguments.time_limit)
-    sizes = whole_numbers("--ep")(arguments.ep) if arguments.ep else [None]
-    if len(sizes) > 1:
-        raise InputError(f"--ep {arguments.ep}: a layer is measured at one EP size, a GPU for each rank")
-    ep_size = gpus_for(sizes[0], arguments.device)
-    if is_cold():
-        note("compiling the kernels, once for this version: about 30 seconds")
-    steps = sample_layers(
-        load_model(arguments.model),
-        [load_workload(name) for name in names("--workload")(arguments.workload or _GRID["workload"])],
-        ep_size=ep_size,
-        tokens=whole_numbers("--tokens")(arguments.tokens or _GRID["tokens"]),
-        placements=names("--placement")(arguments.placement),
-        exchanges=names("--exchange")(arguments.exchange or ",".join(EXCHANGES)),
-        steps=whole_number("--steps")(arguments.steps),
-        seed=whole_number("--seed")(arguments.seed),
-    )
-    if arguments.device == "cpu":
-        note("times on a CPU test the path, and say nothing about a GPU")
-    left_s = limit_s - (time.monotonic() - started)
-    measure_layers(steps, arguments.device, Path(arguments.out), time_limit_s=left_s, say=_say)
-    print(f"written to {arguments.out}; tables and figures: epsim measure --show {arguments.out} --plot")
 
 
 def _say(line: str) -> None:
@@ -208,7 +180,7 @@ def _show(arguments: Namespace) -> None:
     from sim.measure.compare import missed
     from sim.placement import ALIASES
 
-    pair = names("--placement")(arguments.placement)
+    pair = names("--placement")(arguments.placement or "linear,round_robin")
     baseline, other = (ALIASES.get(name, name) for name in pair) if len(pair) == 2 else ("", "")
     if baseline == other:
         raise InputError(f"--placement {','.join(pair)}: the gain of one placement over another takes two names")

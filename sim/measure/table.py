@@ -109,6 +109,11 @@ def read_measured(path: Path) -> pd.DataFrame:
     return rows
 
 
+def read_header(path: Path, where: str) -> list[str]:
+    """Names in the first line of a bounded file."""
+    return read_text(path, where).partition("\n")[0].rstrip("\r").split(",")
+
+
 def read_typed(path: Path, where: str, columns: dict[str, type]) -> pd.DataFrame:
     """Rows of a bounded file whose first line names these columns, by their types; `where` begins an error's message."""
     text = read_text(path, where)
@@ -145,7 +150,7 @@ def _check(rows: pd.DataFrame, where: str) -> None:
     for name in ("model", "gpu", "device"):
         if rows[name].nunique() > 1:
             raise InputError(f"{where}: column {name} must be the same in all rows")
-    for wrong, text in (
+    wrongs = (
         (~((rows.time_us > 0) & (rows.time_us < 1e9)), "time_us must be above 0 and below 1e9"),
         (~((rows.spread_us >= 0) & (rows.spread_us < 1e9)), "spread_us must be from 0 to 1e9"),
         (~rows.tokens.between(1, 2**20), "tokens must be from 1 to 1048576"),
@@ -158,10 +163,16 @@ def _check(rows: pd.DataFrame, where: str) -> None:
         (~rows.dtype.isin(["bf16", "fp8"]), "dtype must be bf16 or fp8"),
         (~rows.chosen.isin(["busiest", "random"]), "chosen must be busiest or random"),
         (rows.duplicated(["dtype", "workload", "tokens", "step", "ep_size", "placement", "rank"]), "is measured twice"),
-    ):
+    )
+    check_rows(rows, where, wrongs, "time_us")
+
+
+def check_rows(rows: pd.DataFrame, where: str, wrongs: Iterable[tuple[pd.Series, str]], time: str = "layer_us") -> None:
+    """Refuse the first row that is wrong: masks of rows, and what a right row is."""
+    for wrong, text in wrongs:
         if wrong.any():
             line = int(np.flatnonzero(wrong)[0])
             row = rows.iloc[line]
             raise InputError(
-                f"{where}, line {line + 2}: {text} (tokens {row.tokens}, rank {row['rank']}, time_us {row.time_us})"
+                f"{where}, line {line + 2}: {text} (tokens {row.tokens}, rank {row['rank']}, {time} {row[time]})"
             )
