@@ -97,6 +97,14 @@ def test_plans_give_each_token_the_weighted_sum_of_its_own_experts(tiny, exchang
             np.testing.assert_allclose(comp_y, ref_y, rtol=1e-12)
 
 
+@pytest.mark.parametrize("exchange", ALL)
+def test_plans_lie_row_by_row_as_the_device_kernels_read_them(tiny, exchange):
+    steps = layers_of(tiny)
+    for rank in range(steps.ep_size):
+        plan = plan_rank(steps.routed(*next(iter(steps.placed)), 0, 64), exchange, rank)
+        assert all(isinstance(part, list) or part.flags.c_contiguous for part in plan)
+
+
 def test_slots_hold_the_experts_that_the_router_chose(tiny):
     steps = layers_of(tiny)
     for (workload, placement), placed in steps.placed.items():

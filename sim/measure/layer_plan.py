@@ -147,13 +147,13 @@ def _home_of_pairs(routed: Routed, rank: int) -> tuple[np.ndarray, np.ndarray]:
 def _sent_tokens(routed: Routed, rank: int) -> tuple[np.ndarray, list[int], list[int]]:
     needed = routed.needed[routed.own(rank)]
     received = routed.needed[:, rank].reshape(routed.ep_size, -1).sum(axis=1)
-    return np.nonzero(needed.T)[1], needed.sum(axis=0).tolist(), received.tolist()
+    return np.ascontiguousarray(np.nonzero(needed.T)[1]), needed.sum(axis=0).tolist(), received.tolist()
 
 
 def _home_of_tokens(routed: Routed, rank: int) -> tuple[np.ndarray, np.ndarray]:
     needed = routed.needed[routed.own(rank)].T
     row = (np.cumsum(needed) - 1).reshape(needed.shape)  # destination by destination, as they were sent
-    return np.where(needed, row, -1).T.astype(np.int32), needed.T.astype(np.float32)
+    return np.where(needed, row, -1).T.astype(np.int32, order="C"), needed.T.astype(np.float32, order="C")
 
 
 class Cell(NamedTuple):
