@@ -467,3 +467,106 @@ def test_an_exported_map_scores_as_the_placement_itself_in_every_format(trace, t
     for name in names:
         pd.testing.assert_series_equal(summary.loc[name, scores], summary.loc["eplb+4", scores], check_names=False)
     assert summary.imbalance_mean["eplb+4"] != summary.imbalance_mean["linear"]
+
+
+@pytest.fixture
+def cases(shared):
+    return shared / "cases"
+
+
+def export(cases, tmp_path, form, *words):
+    out = tmp_path / f"map.{form}.json"
+    assert main(["export", "--format", form, "--out", str(out), *words]) == 0
+    return out
+
+
+def test_case_d14_a_hot_expert_has_two_copies_on_a_rank_and_the_report_says_so(cases, tmp_path, capsys):
+    words = ["--model", str(cases / "small-model.json"), "--placement", "eplb+4", "--ep", "4"]
+    words += ["--traffic", str(cases / "d14-hot-expert.csv")]
+    out = export(cases, tmp_path, "sglang", *words)
+    rows = json.loads(out.read_text())["physical_to_logical_map"]
+    ref = place("eplb+4", plain(8), 4, loads=[1000] + 7 * [1]).logical_of_slot.tolist()
+    assert rows == [ref] * 3
+    note = "a rank holds two copies of one expert in 3 of 3 layers; they balance nothing (3 of 36 slots)"
+    assert note in capsys.readouterr().err
+    ascend = json.loads(export(cases, tmp_path, "vllm-ascend", *words).read_text())
+    assert "moved in 3 of 3 layers" in capsys.readouterr().err
+    for row in ascend["layer_list"]:
+        held = [device["device_expert"] for device in row["device_list"]]
+        assert all(len(set(experts)) == 3 for experts in held)
+        assert sum(experts.count(0) for experts in held) == 4
+
+
+def test_case_d13_a_trtllm_file_without_assignments_is_the_engines_start(cases, tmp_path, capsys):
+    words = ["sweep", "--model", str(cases / "small-model.json"), "--workload", "uniform", "--ep", "4", "--tokens", "4"]
+    words += [
+        "--trials",
+        "10",
+        "--placement",
+        f"file:{cases / 'd13-trtllm-online.yaml'}",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    assert main(words) == 0
+    assert "no initial_global_assignments" in capsys.readouterr().err
+    found = place(f"file:{cases / 'd13-trtllm-online.yaml'}", cases / "small-model.json", 4)
+    assert found.logical_of_slot.tolist() == [(r * 8 // 4 + s) % 8 for r in range(4) for s in range(3)]
+
+
+def test_case_m01_a_draft_layer_is_left_out_with_a_note(cases, tmp_path, capsys):
+    words = ["sweep", "--model", str(cases / "small-model.json"), "--workload", "uniform", "--ep", "4", "--tokens", "4"]
+    words += [
+        "--trials",
+        "10",
+        "--placement",
+        f"file:{cases / 'm01-map-of-4-layers.json'}",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    assert main(words) == 0
+    assert "layer 3 left out: past the 3 decoder layers" in capsys.readouterr().err
+
+
+def test_case_e01_rows_are_decoder_layers_for_sglang_and_keys_for_tensorrt_llm(cases, tmp_path):
+    model = load_model(cases / "e01-one-dense-layer.json")
+    if not getattr(model, "moe_layer_ids", None):
+        pytest.skip("models do not say yet which of their layers have experts")
+    words = ["--model", str(cases / "e01-one-dense-layer.json"), "--placement", "eplb", "--ep", "4"]
+    words += ["--traffic", str(cases / "e01-counts.csv")]
+    counts = np.loadtxt(cases / "e01-counts.csv", delimiter=",")
+    ref = [place("eplb", model, 4, loads=row).logical_of_slot.tolist() for row in counts[1:]]
+    rows = json.loads(export(cases, tmp_path, "sglang", *words).read_text())["physical_to_logical_map"]
+    assert rows[1:] == ref
+    assert sorted(rows[0]) == list(range(8))
+    lines = export(cases, tmp_path, "trtllm", *words).read_text().splitlines()
+    assert lines[2:5] == [f"  {layer}: {row}" for layer, row in zip((1, 2, 3), ref, strict=True)]
+
+
+def test_first_layer_places_the_layers_of_a_model_that_does_not_know_its_own(tmp_path):
+    config = tmp_path / "config.json"
+    config.write_text('{"num_local_experts": 8, "num_experts_per_tok": 2}')
+    words = ["--model", str(config), "--placement", "round_robin", "--ep", "4", "--layers", "2", "--first-layer", "3"]
+    out = tmp_path / "map.json"
+    assert main(["export", *words, "--format", "sglang", "--out", str(out)]) == 0
+    rows = json.loads(out.read_text())["physical_to_logical_map"]
+    assert rows == [list(range(8))] * 3 + [[0, 4, 1, 5, 2, 6, 3, 7]] * 2
+    assert main(["export", *words, "--format", "trtllm", "--out", str(out)]) == 0
+    assert [line.split(":")[0] for line in out.read_text().splitlines()[2:4]] == ["  3", "  4"]
+
+
+@pytest.mark.parametrize(
+    ("form", "says"),
+    [
+        ("vllm", "vLLM 0.33 has no option that reads a map file: a fixed map needs patched code"),
+        ("sglang", "--init-expert-location map.json --ep-num-redundant-experts 4."),
+        ("trtllm", "ignores the file in silence unless the architecture is on its list"),
+        ("vllm-ascend", '"expert_map_path": "map.json"'),
+    ],
+)
+def test_a_report_ends_with_the_flag_that_loads_the_file_and_when_it_is_ignored(
+    form, says, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    words = ["export", "--model", "mixtral-8x7b", "--placement", "linear+4", "--ep", "4", "--format", form]
+    assert main([*words, "--out", "map.json"]) == 0
+    assert says in capsys.readouterr().out.splitlines()[-1]
