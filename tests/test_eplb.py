@@ -159,7 +159,7 @@ def test_vllms_start_layout():
 
 
 def exact_optimum(loads, n_slots, ep_size):
-    """Least largest load of a rank over all replica counts and all ways to deal the slots: a full search."""
+    """Least largest load of a rank over all replica counts and all ways to assign the slots: a full search."""
     n_experts, per_rank, least = len(loads), n_slots // ep_size, np.inf
     for extra in combinations_with_replacement(range(n_experts), n_slots - n_experts):
         copies = np.bincount([*range(n_experts), *extra], minlength=n_experts)

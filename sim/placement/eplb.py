@@ -246,13 +246,7 @@ def spread_copies(placement: Placement, loads: np.ndarray) -> Placement:
     """
     experts = placement.experts.copy()
     for row in np.flatnonzero(placement.idle_copies):
-        slots = experts[row].reshape(placement.ep_size, -1)  # a view
-        most = _rank_loads(slots, loads[row]).max()
-        while _spread_one(slots, loads[row]):
-            pass
-        if np.unique(placement.ranks[row] * placement.n_experts + experts[row]).size < placement.n_slots or (
-            _rank_loads(slots, loads[row]).max() > most * (1 + _LEAST_GAIN)
-        ):
+        if not _spread(experts[row].reshape(placement.ep_size, -1), loads[row]):  # a view
             layer = placement.layer_ids[row] if placement.layer_ids else row
             raise InputError(
                 f"--placement {placement.strategy}: a rank of layer {layer} holds two copies of one expert, and none can move "
@@ -261,40 +255,61 @@ def spread_copies(placement: Placement, loads: np.ndarray) -> Placement:
     return replace(placement, experts=experts)
 
 
-def _rank_loads(slots: np.ndarray, load: np.ndarray) -> np.ndarray:
-    """Load of each rank, float64 [ranks]: slots int [ranks, slots of a rank], an expert's load split over its copies."""
-    return (load / np.bincount(slots.ravel(), minlength=load.size))[slots].sum(axis=1)
+def _spread(slots: np.ndarray, load: np.ndarray) -> bool:
+    """Take copies off ranks that have two, the experts in place: slots int [ranks, slots of a rank]. Then, as long as the
+    heaviest rank is heavier than at first, change its slots. Whether that was possible.
+    """
+    most = None
+    while True:
+        copies = np.bincount(slots.ravel(), minlength=load.size)
+        now = (load / copies)[slots].sum(axis=1)
+        most = now.max() if most is None else most
+        twins = [(rank, i) for rank, held in enumerate(slots.tolist()) for i, e in enumerate(held) if e in held[:i]]
+        if not twins and now.max() <= most * (1 + _LEAST_GAIN):
+            return True
+        places = twins[:1] or [(int(now.argmax()), i) for i in range(slots.shape[1])]
+        found = [_change_slot(slots, load, copies, now, *place) for place in places]
+        outcome, change = min(found, key=lambda result: result[0])
+        if change is None or (not twins and outcome >= (now.max(), (now * now).sum() * (1 - _LEAST_GAIN))):
+            return False
+        slots[:] = change
 
 
-def _spread_one(slots: np.ndarray, load: np.ndarray) -> bool:
-    """Make the best change that takes one copy off a rank that has two; whether there was one to make."""
-    best: tuple[float, float] = (np.inf, np.inf)
-    change: np.ndarray | None = None
-    for rank, held in enumerate(slots):
-        twins = [i for i in range(held.size) if held[i] in held[:i]]
-        if not twins:
-            continue
-        mine, free = twins[0], np.setdiff1d(np.arange(load.size), held)
-        changes: list[tuple[tuple[int, int] | None, int]] = [(None, expert) for expert in free]
-        changes += [
-            ((other, place), slots[other, place])
-            for other in np.flatnonzero((slots != held[mine]).all(axis=1)).tolist()
-            for place in range(held.size)
-            if slots[other, place] in free
-        ]
-        for there, expert in changes:
-            trial = slots.copy()
-            trial[rank, mine] = expert
-            if there is not None:
-                trial[there] = held[mine]
-            after = _rank_loads(trial, load)
-            if (outcome := (after.max(), (after * after).sum())) < best:
-                best, change = outcome, trial
-        break
-    if change is None:
-        return False
-    slots[:] = change
-    return True
+def _change_slot(
+    slots: np.ndarray, load: np.ndarray, copies: np.ndarray, now: np.ndarray, rank: int, place: int
+) -> tuple[tuple[float, float], np.ndarray | None]:
+    """Slots after the best change of one of them, to an expert that its rank has not: as a further copy of it, or by an
+    exchange with another rank. With the heaviest rank after it and the squares of all, infinite where there is none.
+    """
+    mine, share = slots[rank, place], load / copies
+    held = np.array([np.bincount(row, minlength=load.size) for row in slots])  # [ranks, experts]
+    best, change = (np.inf, np.inf), None
+    taken = np.flatnonzero(held[rank] == 0)
+    if copies[mine] > 1 and taken.size:
+        less, more = load[mine] / (copies[mine] - 1), load[taken] / (copies[taken] + 1)
+        after = now + held[:, mine] * (less - share[mine]) + held.T[taken] * (more - share[taken])[:, None]
+        after[:, rank] += more - less
+        best, i = _lightest(after)
+        change = slots.copy()
+        change[rank, place] = taken[i]
+    others, at = np.nonzero((held[rank] == 0)[slots] & (held[:, mine] == 0)[:, None])
+    if others.size:
+        moved = share[slots[others, at]] - share[mine]
+        after = np.repeat(now[None], others.size, axis=0)
+        after[:, rank] += moved
+        after[np.arange(others.size), others] -= moved
+        outcome, i = _lightest(after)
+        if outcome < best:
+            best, change = outcome, slots.copy()
+            change[rank, place], change[others[i], at[i]] = slots[others[i], at[i]], mine
+    return best, change
+
+
+def _lightest(after: np.ndarray) -> tuple[tuple[float, float], int]:
+    """Largest load and squares of loads of the outcome, [outcomes, ranks], that has the lightest heaviest rank."""
+    heaviest, squares = after.max(axis=1), (after * after).sum(axis=1)
+    i = int(np.lexsort((squares, heaviest))[0])
+    return (float(heaviest[i]), float(squares[i])), i
 
 
 def check_loads(loads: Any, n_experts: int, where: str, layers: bool = False) -> np.ndarray:
