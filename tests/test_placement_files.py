@@ -1,6 +1,5 @@
 """Files of serving engines: written, read back, refused when damaged."""
 
-import dataclasses
 import json
 import os
 
@@ -19,18 +18,8 @@ def plain(n_experts):
     return ModelSpec("plain", n_experts, 1)
 
 
-@dataclasses.dataclass(frozen=True)
-class LayeredModel(ModelSpec):
-    """A model that knows which of its decoder layers have experts."""
-
-    moe_layer_ids: tuple[int, ...] = ()
-    n_layers: int = 0
-
-
 def layered(n_experts, moe_layer_ids, n_layers):
-    return LayeredModel(
-        "layered", n_experts, 1, n_moe_layers=len(moe_layer_ids), moe_layer_ids=moe_layer_ids, n_layers=n_layers
-    )
+    return ModelSpec("layered", n_experts, 1, moe_layer_ids=moe_layer_ids, n_layers=n_layers)
 
 
 def random_slots(seed, n_layers, n_experts, ep_size, n_slots):
@@ -86,20 +75,13 @@ def test_the_formats_are_as_the_engines_have_them():
     }
 
 
-V3_LAYERS = tuple(range(3, 61))
-
-
-def v3_model():
-    """DeepSeek-V3: decoder layers 3 to 60 of 61 have experts."""
-    return LayeredModel(
-        "v3", 256, 8, 8, 4, "sigmoid", "top2_sum", n_moe_layers=58, moe_layer_ids=V3_LAYERS, n_layers=61
-    )
+V3_LAYERS = tuple(range(3, 61))  # of 61
 
 
 @pytest.fixture(scope="module")
 def v3_map():
     loads = np.random.default_rng(11).lognormal(0, 0.65, (58, 256))
-    return place_balanced("eplb+32", v3_model(), 32, 8, loads, V3_LAYERS), loads
+    return place_balanced("eplb+32", load_model("deepseek-v3"), 32, 8, loads, V3_LAYERS), loads
 
 
 def test_sglang_finds_58_of_58_layers_of_v3_where_it_looks(v3_map):
@@ -529,8 +511,6 @@ def test_case_m01_a_draft_layer_is_left_out_with_a_note(cases, tmp_path, capsys)
 
 def test_case_e01_rows_are_decoder_layers_for_sglang_and_keys_for_tensorrt_llm(cases, tmp_path):
     model = load_model(cases / "e01-one-dense-layer.json")
-    if not getattr(model, "moe_layer_ids", None):
-        pytest.skip("models do not say yet which of their layers have experts")
     words = ["--model", str(cases / "e01-one-dense-layer.json"), "--placement", "eplb", "--ep", "4"]
     words += ["--traffic", str(cases / "e01-counts.csv")]
     counts = np.loadtxt(cases / "e01-counts.csv", delimiter=",")

@@ -40,7 +40,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(arguments: Namespace) -> None:
     """Run `epsim export`."""
     from sim.model import load_model
-    from sim.placement import FORMATS, decoder_layers, how_to_load, moe_layers, notes_on, placement_text
+    from sim.placement import FORMATS, decoder_layers, how_to_load, notes_on, placement_text
 
     form, path = arguments.format, Path(arguments.out)
     if form not in FORMATS:
@@ -51,11 +51,11 @@ def run(arguments: Namespace) -> None:
     placement = _placement(arguments, model, whole_number("--ep")(arguments.ep))
     for text in notes_on(placement):
         note(text)
-    moe, ids = moe_layers(model), placement.layer_ids or ()
+    moe, ids = model.moe_layer_ids, placement.layer_ids or ()
     named = ids == moe or ids != tuple(range(len(ids)))  # others are numbers of rows, not of decoder layers
     if moe and len(ids) != len(moe):
         note(f"the map has {_listed(ids)}, {model.name} has {len(moe)} MoE layers; engines need a row for each")
-    elif moe and ids != moe and getattr(model, "moe_layer_ids", None):
+    elif moe and ids != moe and model.n_layers:
         note(f"the map has {_listed(ids)}, the MoE layers of {model.name} are {_listed(moe)}")
     _write_checked(path, placement_text(placement, form, decoder_layers(model) if named else 0), placement, model)
     n_layers, n_slots = placement.experts.shape
@@ -65,7 +65,7 @@ def run(arguments: Namespace) -> None:
 
 def _placement(arguments: Namespace, model: "ModelSpec", ep_size: int) -> "Placement":
     """Placement with a row for each layer, and the decoder layers that these are."""
-    from sim.placement import check_ep_size, check_slots, is_load_aware, moe_layers, place_fixed, strategy_name
+    from sim.placement import check_ep_size, check_slots, is_load_aware, place_fixed, strategy_name
 
     name = strategy_name(arguments.placement)
     ranks_per_node = whole_number("--ranks-per-node")(arguments.ranks_per_node)
@@ -93,14 +93,14 @@ def _placement(arguments: Namespace, model: "ModelSpec", ep_size: int) -> "Place
         n_layers = check_whole_number("--layers", wanted, 1, _MOST_LAYERS)
     if first is not None:
         return placement.for_layers(tuple(range(first, first + n_layers)))
-    moe = moe_layers(model)
+    moe = model.moe_layer_ids
     ids = placement.layer_ids or (moe if len(moe) == n_layers else tuple(range(n_layers)))
     return placement.for_layers(ids)
 
 
 def _fitted(arguments: Namespace, name: str, model: "ModelSpec", ep_size: int, ranks_per_node: int) -> "Placement":
     """A load-aware placement of the layers of --traffic."""
-    from sim.placement import check_loads, moe_layers, place_balanced, spread_copies
+    from sim.placement import check_loads, place_balanced, spread_copies
     from sim.traffic import load_table
 
     if arguments.traffic is None:
@@ -109,7 +109,7 @@ def _fitted(arguments: Namespace, name: str, model: "ModelSpec", ep_size: int, r
         raise InputError("--layers goes with placements that are not fitted: --traffic has its own layers")
     table = load_table(Path(arguments.traffic.removeprefix("file:")), model)
     loads = check_loads(table.loads, model.n_experts, f"--traffic {arguments.traffic}", layers=True)
-    moe, ids = moe_layers(model), getattr(table, "layer_ids", None)
+    moe, ids = model.moe_layer_ids, getattr(table, "layer_ids", None)
     if len(loads) == len(moe):
         ids = moe
     elif ids is not None:

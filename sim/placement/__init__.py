@@ -2,7 +2,7 @@
 
 from sim.placement.eplb import check_loads, spread_copies
 from sim.placement.formats import FORMATS, how_to_load, placement_text, read_placement
-from sim.placement.placement import Placement, decoder_layers, moe_layers, notes_on
+from sim.placement.placement import Placement, decoder_layers, notes_on
 from sim.placement.strategies import (
     ALIASES,
     LINEAR_BACKENDS,
@@ -33,7 +33,6 @@ __all__ = [
     "decoder_layers",
     "how_to_load",
     "is_load_aware",
-    "moe_layers",
     "notes_on",
     "place",
     "place_balanced",

@@ -30,7 +30,7 @@ import numpy as np
 from sim.errors import InputError, shown
 from sim.files import parse_json, read_text
 from sim.model import ModelSpec
-from sim.placement.placement import Placement, decoder_layers, moe_layers
+from sim.placement.placement import Placement, decoder_layers
 
 FORMATS = ("vllm", "sglang", "trtllm", "vllm-ascend")
 """Formats that `placement_text` writes."""
@@ -165,7 +165,7 @@ def _by_row(
 
     As many rows as decoder layers, or more, are taken for those; as many as MoE layers for these, in order.
     """
-    moe, n_layers = moe_layers(model), decoder_layers(model)
+    moe, n_layers = model.moe_layer_ids, decoder_layers(model)
     if len(rows) == 1 or len(rows) < len(moe) or not moe:
         return dict(enumerate(rows)), None, ()
     if len(rows) == len(moe):
@@ -194,7 +194,7 @@ def _from_trtllm(text: str, name: str, model: ModelSpec, ep_size: int, where: st
         start = [(rank * n // ep_size + slot) % n for rank in range(ep_size) for slot in range(n_slots // ep_size)]
         note = "no initial_global_assignments: slot s of rank r has expert (r * experts // ranks + s) % experts, as at the start"
         return _from_slots({0: start}, name, model, ep_size, where, None, (note,))
-    moe, ids = moe_layers(model), tuple(sorted(of_layer))
+    moe, ids = model.moe_layer_ids, tuple(sorted(of_layer))
     notes: tuple[str, ...] = ()
     if len(ids) > 1 and moe:
         if set(moe) <= set(ids):
@@ -226,7 +226,7 @@ def _from_ascend(content: dict[str, Any], name: str, model: ModelSpec, ep_size: 
             raise InputError(f"{where}: each layer of layer_list needs a layer_id of its own, a whole number")
         seen.add(layer)
     slots = {row["layer_id"]: _device_experts(row, ep_size, f"{where}, layer {row['layer_id']}") for row in rows}
-    moe, notes = moe_layers(model), tuple[str, ...]()
+    moe, notes = model.moe_layer_ids, tuple[str, ...]()
     known = tuple(slots) if len(rows) > 1 and set(slots) <= set(moe) else None
     if len(rows) > 1 and len(rows) >= len(moe) > 0:
         left = len(rows) - len(moe)

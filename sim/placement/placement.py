@@ -138,12 +138,6 @@ def notes_on(placement: Placement) -> list[str]:
     return notes
 
 
-def moe_layers(model: ModelSpec) -> tuple[int, ...]:
-    """Decoder layers of a model that are MoE layers; counted from 0 where only their number is known; empty without that."""
-    known = getattr(model, "moe_layer_ids", None)
-    return tuple(known) if known else tuple(range(model.n_moe_layers))
-
-
 def decoder_layers(model: ModelSpec) -> int:
     """Decoder layers of a model, dense ones included; the last MoE layer ends them where that is all that is known."""
-    return getattr(model, "n_layers", 0) or max(moe_layers(model), default=-1) + 1
+    return model.n_layers or max(model.moe_layer_ids, default=-1) + 1
