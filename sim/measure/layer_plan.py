@@ -16,8 +16,8 @@ from sim.errors import InputError, unknown
 from sim.measure.steps import sample_steps
 from sim.model import ModelSpec
 from sim.placement import Placement
-from sim.replicas import find_copies
 from sim.router import draw_trials
+from sim.scoring import find_copies
 from sim.traffic import SyntheticTraffic, Workload
 
 EXCHANGES = {

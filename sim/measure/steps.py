@@ -19,8 +19,8 @@ from sim.placement import (
     random_ranks,
     strategy_name,
 )
-from sim.replicas import deal_evenly, find_copies
 from sim.router import check_pair, draw_loads, draw_trials
+from sim.scoring import assign_evenly, find_copies
 from sim.streams import PERMUTATION, stream_key, words
 from sim.sweeps.fit import DEFAULT_FIT_TOKENS
 from sim.traffic import SyntheticTraffic, Workload
@@ -99,7 +99,7 @@ class Steps:
             return counts[slots.experts[row]], slots.ranks[row]
         copies = find_copies(slots.experts[row : row + 1], slots.n_experts)
         dealt = np.empty((1, 1, slots.experts.shape[1]), np.int32)
-        deal_evenly(counts[None, None], np.zeros(1, np.int64), copies, dealt)
+        assign_evenly(counts[None, None], np.zeros(1, np.int64), copies, dealt)
         return dealt[0, 0], slots.ranks[row]
 
     def compared(self, gpu: Gpu, dtypes: Sequence[str]) -> Iterator[list[Layer]]:

@@ -9,7 +9,7 @@ import numpy as np
 from sim.errors import InputError, shown, unknown, whole_number
 from sim.model import ModelSpec
 from sim.placement import Placement, check_loads, is_load_aware, place_balanced, place_fixed, split_name
-from sim.replicas import REPLICA_CHOICES
+from sim.scoring import REPLICA_CHOICES
 from sim.traffic import RecordedTraffic, SyntheticTraffic, Workload, load_table
 
 MAX_TOKENS = 2**24

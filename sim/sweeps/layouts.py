@@ -6,9 +6,8 @@ from typing import NamedTuple
 import numpy as np
 
 from sim.placement import Placement, is_load_aware, place_balanced, random_ranks
-from sim.replicas import Copies, deal_by_hash, deal_evenly, find_copies, pick_slots
 from sim.router import draw_loads
-from sim.scoring import Layouts, lay_out
+from sim.scoring import Copies, Layouts, assign_by_hash, assign_evenly, find_copies, lay_out, pick_slots
 from sim.sweeps.plan import Plan
 from sim.traffic import SyntheticTraffic
 
@@ -30,9 +29,9 @@ class Group(NamedTuple):
             return counts
         dealt = np.empty((*counts.shape[:2], self.layouts.ranks.shape[1]), np.int32)
         if choice == "vllm_hash":
-            deal_by_hash(ids, steps, self.rows[:, 0], self.copies, dealt)
+            assign_by_hash(ids, steps, self.rows[:, 0], self.copies, dealt)
         else:
-            deal_evenly(counts, self.rows[:, 0], self.copies, dealt)
+            assign_evenly(counts, self.rows[:, 0], self.copies, dealt)
         return dealt
 
     def slots_of_first(self, ids: np.ndarray, first_trial: int) -> np.ndarray:

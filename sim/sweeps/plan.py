@@ -145,11 +145,11 @@ def make_plan(
         workload = load_workload(workload)
     check_pair(model, workload)
     sizes = _listed("--ep", ep_sizes)
-    for size in sizes:
-        check_ep_size(model, size)
     step_option = "--tokens-per-rank" if tokens_per_rank else "--tokens"
     steps = [whole_number(step_option, step, 1, MAX_TOKENS) for step in _listed(step_option, tokens)]
     names = [strategy_name(name) for name in _listed("--placement", placements)]
+    for size in sizes:
+        check_ep_size(model, size, names)
     trials, target = _choose_trials(trials, precision, precision_tail, max_trials)
     levels = _listed("--thresholds", thresholds)
     for level in levels:
