@@ -91,6 +91,8 @@ def run(arguments: Namespace) -> None:
                 journal.clear()
         if progress:
             print("\r\033[K", end="", file=sys.stderr)
+        for text in result.notes:
+            note(text)
         note(_outcome(result, time.monotonic() - started))
     print_result(result)
     print(

@@ -12,6 +12,7 @@ from sim.fit.fit import GROUP_SIGMA, Fit, fit_traffic
 from sim.model import ModelSpec
 from sim.placement import place
 from sim.router import draw_trials
+from sim.stats import half_width, standard_errors
 from sim.streams import REPLAY, stream_key, uniforms
 from sim.traffic import LoadCounts, RecordedTraffic, SyntheticTraffic
 from sim.traffic.counts import build_counts
@@ -22,7 +23,6 @@ _JACKKNIFE = 8  # groups of sequences, of which one at a time is left out
 _LEAST_SEQUENCES = 32
 _LEAST_STEPS = 4
 _MOST_STEPS = 32
-_HALF_WIDTH = 2.365  # Student's t of 7 degrees of freedom, 95 %
 
 
 class Held(NamedTuple):
@@ -83,10 +83,10 @@ def _compare(
     for size in sizes:
         real = np.array([_imbalance(counts, model, size).mean() for counts in draws])
         left_out = real[1:]
-        half = _HALF_WIDTH * np.sqrt((len(left_out) - 1) * left_out.var())
+        half = standard_errors(_JACKKNIFE) * np.sqrt((len(left_out) - 1) * left_out.var())
         found = _imbalance(simulated, model, size)
-        error = found.std(axis=0).mean() / np.sqrt(found.size)
-        rows.append(Held(phase, tokens, size, float(real[0]), float(half), float(found.mean()), float(1.96 * error)))
+        error = standard_errors(len(found)) * found.std(axis=0).mean() / np.sqrt(found.size)
+        rows.append(Held(phase, tokens, size, float(real[0]), float(half), float(found.mean()), float(error)))
     return rows
 
 
@@ -160,7 +160,7 @@ def _hold_out_steps(
     for size in sizes:
         real = _imbalance(later, model, size).mean(axis=1)
         found = _imbalance(drawn, model, size).mean(axis=(1, 2))
-        halves = [2.0 * x.std(ddof=1) / np.sqrt(len(x)) if len(x) > 1 else np.inf for x in (real, found)]
+        halves = [half_width((x - x.mean()) / len(x)) if len(x) > 1 else np.inf for x in (real, found)]
         mean_tokens = int(np.round(tokens.mean()))
         rows.append(Held("steps", mean_tokens, size, float(real.mean()), halves[0], float(found.mean()), halves[1]))
     return fit, rows

@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -18,13 +18,13 @@ from sim.router import routing_law
 from sim.sweeps import executors
 from sim.sweeps.bounds import build_bounds
 from sim.sweeps.chunk import Stage, stage_chunks
-from sim.sweeps.events import events_of
+from sim.sweeps.grid import events_of
 from sim.sweeps.journal import Journal
+from sim.sweeps.placements import PlacementLike
 from sim.sweeps.plan import THRESHOLDS, Plan, make_plan
 from sim.sweeps.precision import first_stage, next_stage
-from sim.sweeps.raw import build_counts, only_cells
 from sim.sweeps.tables import build_summary, build_tail
-from sim.sweeps.tally import Tally
+from sim.sweeps.tally import Tally, build_counts, only_cells
 from sim.traffic import LoadCounts, RecordedTraffic, Workload
 
 Progress = Callable[[int, int], None]
@@ -36,7 +36,7 @@ def sweep(
     *,
     ep_sizes: int | Iterable[int],
     tokens: int | Iterable[int],
-    placements: str | Sequence[str],
+    placements: PlacementLike | Iterable[PlacementLike],
     trials: int | None = None,
     draws: int | None = None,
     seed: int = 0,
@@ -60,8 +60,9 @@ def sweep(
         Names or paths as `load_model` and `load_workload` take them, or what those return.
     ep_sizes, tokens : int or list of int
         EP sizes, and tokens per step over the whole EP group (per rank with `tokens_per_rank`).
-    placements : str or list of str
-        Strategies of `sim.place`; changes are given against the first.
+    placements : str, Placement, int array, or list of these
+        Names of strategies of `sim.place`; placements (several of one name are taken as one on several EP sizes); or the rank
+        of each expert, [n_experts] or [layers, n_experts]. Changes are given against the first.
     trials : int, optional
         Steps scored in each cell; default 10,000. Not with a precision.
     draws : int, optional
@@ -127,12 +128,14 @@ def run_plan(
     is called after every chunk; chunks that the journal holds are not computed.
     """
     tally, stopped = _run_stages(plan, executor, progress, journal, time_limit_s)
-    tail = [build_tail(plan.grid, tally), build_bounds(plan, tally, n_threads)]
+    bounds, notes = build_bounds(plan, tally, n_threads)
+    tail = [build_tail(plan.grid, tally), bounds]
     return SweepResult(
         build_summary(plan.grid, tally, stopped, cell_ids(plan)),
         pd.concat([part for part in tail if len(part)], ignore_index=True),
         build_counts(plan.grid, tally),
         plan.identity,
+        notes,
     )
 
 
