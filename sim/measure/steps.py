@@ -77,12 +77,17 @@ class Measurement:
         return max(int(np.bincount(ranks).max()) for placement in self.placed.values() for ranks in placement.ranks)
 
     def slot_counts(self, key: tuple[str, str, int], step: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens of each slot, and its rank, int32 [slots] both: of the step's number of tokens `size`. Without replicas slots
-        are experts in order; an expert's tokens are split evenly over its copies.
+        """Tokens of each slot, and its rank, int32 [slots] both: of the step's number of tokens `size`. An expert's tokens are
+        split evenly over its copies.
         """
-        group, place = self.groups[key]
-        counts, row = self.counts[key[0]][step : step + 1, size : size + 1], group.rows[step : step + 1]
-        return group._replace(rows=row).assign_evenly(counts)[0, 0], group.layouts.ranks[row[0, place]]
+        group, i = self.groups[key]
+        counts = self.counts[key[0]][step : step + 1, size : size + 1]
+        assigned = group._replace(rows=group.rows[step : step + 1]).assign_evenly(counts)[0, 0]
+        placement = group.placements[i]
+        row = step % placement.n_rows
+        if not placement.has_replicas:  # counts are those of experts
+            assigned = assigned[placement.experts[row]]
+        return assigned, placement.ranks[row]
 
     def compared(self, gpu: Gpu, dtypes: Sequence[str]) -> Iterator[list[MeasuredLayer]]:
         """Layers in the order of measurement, those that differ in their placement together.
@@ -195,7 +200,6 @@ def plan_measurement(
         seen = StepScorer(plan, np.arange(len(plan.grid.cells)), placed, steps).score(range(steps))
         counts[workload.name] = seen.counts
         most_pairs = max(most_pairs, int(seen.scores[..., METRICS.index("max_load")].max()))
-        for group in placed:
-            for place_in_group, pair in enumerate(group.pairs):
-                groups[workload.name, *plan.grid.pairs[pair]] = group, place_in_group
+        where = {pair: (group, i) for group in placed for i, pair in enumerate(group.pairs.tolist())}
+        groups |= {(workload.name, *of_pair): where[pair] for pair, of_pair in enumerate(plan.grid.pairs)}
     return Measurement(model, sorted(set(tokens)), counts, groups, most_pairs, seed)
