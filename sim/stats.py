@@ -14,6 +14,11 @@ _TAIL = (1 - CONFIDENCE) / 2
 _MANY_HITS = 100  # beyond them a count is near enough to a normal one
 
 
+def student_quantile(degrees: Any) -> Any:
+    """Half-width of a 95 % Student interval in standard errors, for the degrees of freedom given, at least 1."""
+    return -stdtrit(np.maximum(degrees, 1), _TAIL)
+
+
 class Moments(NamedTuple):
     """Sums over draws, arrays of one shape: of Y_d, of Y_d squared, and of n_d * Y_d."""
 
@@ -54,15 +59,10 @@ def _variance_of_mean(moments: Moments, design: Design) -> np.ndarray:
         return np.maximum(square, 0) * (draws / (draws - 1)) / blocks**2 * np.where(draws > 1, 1.0, np.nan)
 
 
-def standard_errors(draws: Any) -> np.ndarray:
-    """Half-width of a 95 % interval in standard errors that are known from `draws` draws: Student's quantile."""
-    return -stdtrit(np.maximum(np.asarray(draws) - 1, 1), _TAIL)
-
-
 def mean_interval(moments: Moments, design: Design) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Mean over blocks with its 95 % Student interval over draws: (mean, low, high)."""
     mean = moments.total / design.blocks
-    half = standard_errors(design.draws) * np.sqrt(_variance_of_mean(moments, design))
+    half = student_quantile(design.draws - 1) * np.sqrt(_variance_of_mean(moments, design))
     return mean, mean - half, mean + half
 
 
@@ -81,7 +81,7 @@ def bounded_mean_interval(
     mean, low, high = mean_interval(moments, design)
     variance = _variance_of_mean(moments, design)
     blocks, draws = np.asarray(design.blocks, float), np.asarray(design.draws, float)
-    widened = variance * (standard_errors(draws) / ndtri(1 - _TAIL)) ** 2  # as much as Student's interval
+    widened = variance * (student_quantile(draws - 1) / ndtri(1 - _TAIL)) ** 2  # as much as Student's interval
     below, above = mean - least, most - mean
     for is_rare, end, away, side in ((below <= above, least, below, 1), (below > above, most, above, -1)):
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -116,7 +116,7 @@ def effective_blocks(moments: Moments, design: Design) -> np.ndarray:
     variance = _variance_of_mean(moments, design)
     with np.errstate(divide="ignore", invalid="ignore"):
         blocks = p * (1 - p) / variance
-    degrees = (standard_errors(all_blocks) / standard_errors(draws)) ** 2
+    degrees = (student_quantile(all_blocks - 1) / student_quantile(draws - 1)) ** 2
     known = (p > 0) & (p < 1) & (variance > 0)
     clustered = np.where(known, np.clip(blocks * degrees, 1, all_blocks), draws)
     return np.where(draws == all_blocks, all_blocks, clustered)
@@ -170,7 +170,7 @@ def half_width(parts: np.ndarray) -> float:
     draws = len(parts)
     if draws < 2:
         return np.nan
-    return float(standard_errors(draws) * np.sqrt(draws / (draws - 1) * float(np.sum(parts**2))))
+    return float(student_quantile(draws - 1) * np.sqrt(draws / (draws - 1) * float(np.sum(parts**2))))
 
 
 def clustered_quantile(values: np.ndarray, draw: np.ndarray, q: float) -> tuple[float, float, float]:

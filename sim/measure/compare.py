@@ -12,7 +12,7 @@ from sim.cost.expert import ideal_times_us
 from sim.cost.tables import grouped_gemm_profile
 from sim.errors import InputError
 from sim.model import load_model
-from sim.stats import half_width, ratio_parts, standard_errors
+from sim.stats import half_width, ratio_parts, student_quantile
 
 CELL = ["dtype", "workload", "ep_size", "tokens"]
 _WITHIN = 0.2
@@ -172,7 +172,7 @@ def constants(predicted: pd.DataFrame) -> pd.DataFrame:
         half = np.full(3, np.nan)
         if without is not None:
             n = len(steps)
-            half = standard_errors(n) * np.sqrt((n - 1) / n * ((without - without.mean(axis=0)) ** 2).sum(axis=0))
+            half = student_quantile(n - 1) * np.sqrt((n - 1) / n * ((without - without.mean(axis=0)) ** 2).sum(axis=0))
         for i, name in enumerate(CONSTANTS):
             table.append([dtype, name, of_model[i], fitted[i], fitted[i] - half[i], fitted[i] + half[i]])
     return pd.DataFrame(table, columns=["dtype", "constant", "model", "fitted", "low", "high"])
