@@ -244,7 +244,7 @@ def _choose_trials(trials: int | None, mean: Any, tail: Any, max_trials: int | N
 
 
 def _choose_draws(workload: Workload, trials: int, draws: int | None) -> int | None:
-    """Layer draws; None for as many as trials: by default every step has a fresh layer of a law."""
+    """Layer draws; None for as many as trials: by default every step of synthetic traffic has a fresh layer."""
     if workload.n_layers is not None:
         if draws not in (None, workload.n_layers):
             raise InputError(

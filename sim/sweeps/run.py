@@ -66,8 +66,8 @@ def sweep(
     trials : int, optional
         Steps scored in each cell; default 10,000. Not with a precision.
     draws : int, optional
-        Independent layer draws that the trials come from; by default a fresh layer for every step of a law, and every
-        layer of recorded traffic. Intervals rest on the variation between draws.
+        Independent layer draws that the trials come from; by default a fresh layer for every step of synthetic
+        traffic, and every layer of recorded or fitted traffic. Intervals rest on the variation between draws.
     seed : int
         Same seed, same rows, on any number of threads.
     ranks_per_node : int
@@ -80,11 +80,11 @@ def sweep(
     max_trials : int, optional
         The most trials under a precision; default 1,000,000.
     bound_layers : int, optional
-        Layer draws that the bounds past sampling are taken over where popularity is drawn; default up to 32, and
-        none in grids that are large for their trials. 0 for no bounds.
+        Layers used for analytic tail bounds where popularity is drawn; default up to 32, and none in grids that are large for
+        their trials. 0 for no bounds.
     fit_tokens : int, optional
-        Of traffic by law: tokens of each layer draw, other than those that are scored, that load-aware placements (eplb) are
-        fitted on; default 16384.
+        Of synthetic traffic: tokens of each layer draw, other than those that are scored, that load-aware placements (eplb)
+        are fitted on; default 16384.
     fit_on : str, Path, RecordedTraffic or LoadCounts, optional
         Of recorded or fitted traffic: other traffic of the same layers to fit on. By default recorded traffic is fitted on every
         second sequence, and all placements are scored on the others; fitted traffic, as `fit_tokens` says.
@@ -96,12 +96,22 @@ def sweep(
     Returns
     -------
     SweepResult
-        `.summary`, `.tail` and `.counts` are DataFrames.
+        `.summary`, `.tail` and `.counts` are DataFrames; `.notes` says which bounds could not be computed.
 
     Raises
     ------
     InputError (a ValueError)
         An argument is out of range, or an input file is missing or invalid.
+
+    Examples
+    --------
+    >>> import sim
+    >>> mine = [(255 - expert) // 32 for expert in range(256)]
+    >>> result = sim.sweep(
+    ...     "deepseek-v3", "uniform", ep_sizes=8, tokens=64, placements=["linear", mine], trials=100, bound_layers=0, threads=1
+    ... )
+    >>> result.summary.placement.tolist()
+    ['linear', 'array']
     """
     plan = make_plan(
         model, workload, ep_sizes=ep_sizes, tokens=tokens, placements=placements, trials=trials, draws=draws, seed=seed,
