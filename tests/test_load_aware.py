@@ -1,4 +1,4 @@
-"""Load-aware placements and replicas in sweeps: what they are fitted on, how pairs are dealt to copies, what the tables say."""
+"""Load-aware placements and replicas in sweeps: what they are fitted on, which copies take pairs, what the tables say."""
 
 import dataclasses
 import json
@@ -14,8 +14,8 @@ from naive import slot_counts as ref_slot_counts
 from sim import InputError, load_model, load_workload, place, sweep
 from sim.cli import main
 from sim.placement import Placement, place_fixed, placement_text
-from sim.replicas import deal_by_hash, deal_evenly, find_copies, pick_slots
 from sim.router import draw_loads, draw_trials
+from sim.scoring import assign_by_hash, assign_evenly, find_copies, pick_slots
 from sim.sweeps import Journal, combine, executors, make_plan, run_plan
 from sim.sweeps.chunk import run_chunk
 from sim.sweeps.precision import first_stage
@@ -33,7 +33,7 @@ def same(a, b):
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 9), st.integers(0, 6), st.sampled_from(["even", "vllm_hash"]))
-def test_pairs_are_dealt_to_copies_as_the_reference_does(seed, n_experts, redundant, choice):
+def test_pairs_are_assigned_to_copies_as_the_reference_does(seed, n_experts, redundant, choice):
     rng = np.random.default_rng(seed)
     maps = [rng.permutation([*range(n_experts), *rng.integers(0, n_experts, redundant)]) for _ in range(2)]
     top_k = int(rng.integers(1, n_experts + 1))
@@ -43,9 +43,9 @@ def test_pairs_are_dealt_to_copies_as_the_reference_does(seed, n_experts, redund
     comp = np.empty((3, 3, n_experts + redundant), np.int32)
     copies = find_copies(np.array(maps, np.int16), n_experts)
     if choice == "even":
-        deal_evenly(counts, layout, copies, comp)
+        assign_evenly(counts, layout, copies, comp)
     else:
-        deal_by_hash(ids, steps, layout, copies, comp)
+        assign_by_hash(ids, steps, layout, copies, comp)
     for t in range(3):
         for j, n in enumerate(steps):
             ref = ref_slot_counts(ids[t, :n].tolist(), maps[layout[t]].tolist(), n_experts, choice)

@@ -178,9 +178,9 @@ def plan_measurement(
             raise InputError(f"{option} must name at least one")
     for count in tokens:
         whole_number("--tokens", count, 1, 2**20)
-    for ep_size in ep_sizes:
-        check_ep_size(model, ep_size)
     names = list(dict.fromkeys(strategy_name(name) for name in placements))
+    for ep_size in ep_sizes:
+        check_ep_size(model, ep_size, names)
     asked_for: list[str | Placement] = []
     for name in names:
         same_for_all = name == "random"

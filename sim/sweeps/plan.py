@@ -154,11 +154,12 @@ def make_plan(
         workload = load_workload(workload)
     check_pair(model, workload)
     sizes = _listed("--ep", ep_sizes)
-    for size in sizes:
-        check_ep_size(model, size)
     step_option = "--tokens-per-rank" if tokens_per_rank else "--tokens"
     steps = [whole_number(step_option, step, 1, MAX_TOKENS) for step in _listed(step_option, tokens)]
     names, given = read_placements(placements, model, sizes)
+    strategies = [name for name in names if all(name != of_given for of_given, _ in given)]
+    for size in sizes if strategies else ():  # on other sizes no placement was given
+        check_ep_size(model, size, strategies)
     trials, target = _choose_trials(trials, precision, precision_tail, max_trials)
     levels = _listed("--thresholds", thresholds)
     for level in levels:
@@ -166,7 +167,6 @@ def make_plan(
             raise InputError(f"--thresholds {shown(level)}: must be a number from 1 (balance) to 32768")
     whole_number("--ranks-per-node", ranks_per_node, 1, 2**15)
     pairs = [(name, int(size)) for name in names for size in sizes]
-    strategies = [name for name in names if (name, sizes[0]) not in given]
     fit = fitted_on(strategies, model, workload, fit_tokens, fit_on)
     placed = [place_pair(name, model, size, ranks_per_node, given, fit.loads) for name, size in pairs]
     _check_layers(pairs, placed, fit.scored)
