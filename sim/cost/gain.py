@@ -10,11 +10,11 @@ import pandas as pd
 
 from sim.cost.expert import crossover_tokens, expert_rates
 from sim.cost.gpu import Gpu
-from sim.cost.inputs import as_model, as_numbers
+from sim.cost.inputs import as_numbers
 from sim.cost.steps import StepSample, sample_steps
 from sim.cost.times import CellTimes, balanced_times, cell_times, check_exchange, with_network
 from sim.errors import InputError
-from sim.model import ModelSpec
+from sim.model import ModelSpec, load_model
 from sim.placement import strategy_name
 from sim.stats import bounded_mean_interval, clustered_quantile, moments_of_draws, ratio_interval
 from sim.traffic import Workload
@@ -89,7 +89,7 @@ def predict_gain(
     InputError
         Names that are not known, equal placements, a model without sizes, numbers out of range.
     """
-    model = as_model(model)
+    model = load_model(model)
     placements = placement if isinstance(placement, list) else [placement]
     names = [name if name == PERFECT else strategy_name(name) for name in placements]
     if strategy_name(baseline) in names:

@@ -8,9 +8,8 @@ from typing import NamedTuple
 import numpy as np
 
 from sim.cost import Gpu, expert_time_us
-from sim.cost.inputs import as_model
 from sim.errors import InputError, whole_number
-from sim.model import ModelSpec
+from sim.model import ModelSpec, load_model
 from sim.placement import Placement, check_ep_size, is_load_aware, place, strategy_name
 from sim.scoring import METRICS
 from sim.streams import PERMUTATION, stream_key, words
@@ -170,7 +169,7 @@ def plan_measurement(
     InputError
         Unknown names, numbers out of range, or a workload that does not go with the model.
     """
-    model = as_model(model)
+    model = load_model(model)
     whole_number("--steps", steps, 1, 10_000)
     asked = {"--workload": workloads, "--ep": ep_sizes, "--tokens": tokens, "--placement": placements}
     for option, values in asked.items():

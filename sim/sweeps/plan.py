@@ -148,8 +148,7 @@ def make_plan(
     replica_choice: str = "even",
 ) -> Plan:
     """Check the arguments of `sim.sweep`. Raises InputError for whatever is wrong."""
-    if not isinstance(model, ModelSpec):
-        model = load_model(model)
+    model = load_model(model)
     if not isinstance(workload, Workload):
         workload = load_workload(workload)
     check_pair(model, workload)
