@@ -20,7 +20,7 @@ from sim.errors import InputError, RunError
 from sim.measure.layer import LAYER_COLUMNS, running_ranks
 from sim.measure.layer_compare import layer_gains, read_layers, sums
 from sim.measure.layer_plan import EXCHANGES, plan_rank, sample_layers
-from sim.measure.steps import sample_steps
+from sim.measure.steps import plan_measurement
 from sim.model import load_model
 from sim.traffic import load_workload
 
@@ -127,7 +127,7 @@ def test_tokens_are_those_that_the_other_measurement_counts(tiny):
     steps = layers_of(tiny, placements=["linear"])
     workloads = [load_workload("chat"), load_workload("gpqa-tilted")]
     asked = {"ep_sizes": [4], "tokens": [8, 64], "placements": ["linear"], "steps": 3, "seed": 1}
-    counted = sample_steps(load_model(tiny), workloads, **asked)
+    counted = plan_measurement(load_model(tiny), workloads, **asked)
     for workload, ids in steps.ids.items():
         for step in range(3):
             for size, tokens in enumerate([8, 64]):

@@ -233,7 +233,7 @@ def test_recorded_traffic_is_fitted_on_every_second_sequence(trace):
     plan = make_plan("gpt-oss-20b", record, **options, placements="eplb+8")
     for layer in range(3):
         ref = place("eplb+8", load_model("gpt-oss-20b"), 4, loads=loads[layer]).logical_of_slot
-        np.testing.assert_array_equal(plan.slots[0].experts[layer], ref)
+        np.testing.assert_array_equal(plan.placements[0].experts[layer], ref)
 
 
 def test_fit_on_another_record(trace, tmp_path, capsys):
@@ -261,7 +261,7 @@ def test_fit_on_another_record(trace, tmp_path, capsys):
         ("--fit-on", str(short)): "has 2 layers, workload file:mine.npz has 3",
         ("--fit-on", str(mine)): "is the traffic that is scored",
         ("--fit-on", "absent.npz"): "does not exist",
-        ("--fit-tokens", "5"): "--fit-tokens goes with traffic by law",
+        ("--fit-tokens", "5"): "--fit-tokens goes with synthetic traffic",
         ("--replica-choice", "vllm_hash", "--phase", "prefill"): "not with --phase prefill",
     }.items():
         assert main([*run, *options, "--out", str(tmp_path / "b")]) == 2

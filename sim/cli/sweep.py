@@ -91,6 +91,8 @@ def run(arguments: Namespace) -> None:
                 journal.clear()
         if progress:
             print("\r\033[K", end="", file=sys.stderr)
+        for text in result.notes:
+            note(text)
         note(_outcome(result, time.monotonic() - started))
     print_result(result)
     print(
@@ -163,7 +165,7 @@ def _say_notes(plan: Any) -> None:
 
     say_about_inputs(plan.model, plan.workload)
     for text in dict.fromkeys(
-        text for placement in plan.slots if placement is not None for text in notes_on(placement)
+        text for placement in plan.placements if placement is not None for text in notes_on(placement)
     ):
         note(text)
     if plan.fit:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from sim.errors import InputError, unknown
-from sim.measure.steps import sample_steps
+from sim.measure.steps import plan_measurement
 from sim.model import ModelSpec
 from sim.placement import Placement
 from sim.router import draw_trials
@@ -257,12 +257,12 @@ def sample_layers(
 ) -> LayerSteps:
     """Sample steps of each workload token by token, and place the experts; every step has a fresh layer.
 
-    The tokens are those that `sample_steps` counts under the same seed.
+    The tokens are those that `plan_measurement` counts under the same seed.
 
     Raises
     ------
     InputError
-        As `sample_steps`; also an EP size that divides the experts or some number of tokens with a remainder, a placement
+        As `plan_measurement`; also an EP size that divides the experts or some number of tokens with a remainder, a placement
         with unequal ranks, an unknown exchange, and traffic that is not synthetic.
     """
     for name in exchanges:
@@ -273,7 +273,7 @@ def sample_layers(
     for workload in workloads:
         if not isinstance(workload, SyntheticTraffic):
             raise InputError(f"--workload {workload.name}: a layer is measured under synthetic traffic")
-    counted = sample_steps(
+    counted = plan_measurement(
         model, workloads, ep_sizes=[ep_size], tokens=tokens, placements=placements, steps=steps, seed=seed
     )
     for what, n in [(f"experts of {model.name}", model.n_experts), *(("--tokens", n) for n in counted.tokens)]:
