@@ -106,9 +106,13 @@ class Journal:
         if kept is not None or width == 1:
             yield draws, kept
             return
-        part = width // _FOLD
+        part, complete = width // _FOLD, True
         for start in range(first, min(first + width, len(chunks)), part):
-            yield from self._finished(stage, start, part)
+            for run, tally in self._finished(stage, start, part):
+                complete &= tally is not None
+                yield run, tally
+        if complete:  # it was stopped before it folded them
+            self._fold(stage, first, part)
 
     def add(self, stage: Stage, draws: range, tally: Tally) -> None:
         """Keep the sums of a finished chunk, and fold it with its neighbours once they are all there. Raises OSError."""
