@@ -21,7 +21,8 @@ def print_decay(arguments: Namespace, model: Any, data: Any) -> None:
 
 
 def _print_ages(arguments: Namespace, model: Any, data: Any, chosen: dict[str, Any]) -> None:
-    from sim.fit import cut_windows, decay
+    from sim.fit import decay
+    from sim.traffic.split import cut_windows
 
     out, n_windows = arguments.plot, 8 if arguments.windows is None else arguments.windows
     windows = cut_windows(data, model.n_experts, n_windows)
@@ -50,8 +51,9 @@ def _print_ages(arguments: Namespace, model: Any, data: Any, chosen: dict[str, A
 
 
 def _print_files(arguments: Namespace, model: Any, data: Any, chosen: dict[str, Any]) -> None:
-    from sim.fit import cut_file, decay_against
+    from sim.fit import decay_against
     from sim.traffic import read_traffic
+    from sim.traffic.split import cut_file
 
     for option, why in (("windows", "each file is one window"), ("plot", "it draws ages, and two files have none")):
         if getattr(arguments, option) is not None:
