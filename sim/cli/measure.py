@@ -91,7 +91,7 @@ def run(arguments: Namespace) -> None:
 def _measure(arguments: Namespace) -> None:
     started = time.monotonic()
     from sim.cost import load_gpu
-    from sim.measure import Shape, measure, sample_steps
+    from sim.measure import Shape, measure, plan_measurement
     from sim.measure.experts import DTYPES
     from sim.model import load_model
     from sim.results import whole_files
@@ -107,7 +107,7 @@ def _measure(arguments: Namespace) -> None:
     gpu = load_gpu(arguments.gpu or _preset_of_device(arguments.device))
     note_compiling()
     model = load_model(arguments.model)
-    steps = sample_steps(
+    steps = plan_measurement(
         model,
         [load_workload(name) for name in arguments.workload],
         ep_sizes=arguments.ep,

@@ -100,6 +100,8 @@ def _run_into(folder: Path, plan: "Plan", options: RunOptions) -> "SweepResult":
             journal.clear()
     if progress:
         print("\r\033[K", end="", file=sys.stderr)
+    for text in result.notes:
+        note(text)
     note(_outcome(result, time.monotonic() - started))
     return result
 

@@ -9,7 +9,6 @@ from sim.options.kinds import (
     FILE,
     MAX_TOKENS,
     NAME,
-    NAMES,
     SEED,
     THREADS,
     WHOLE_NUMBERS,
@@ -18,6 +17,7 @@ from sim.options.kinds import (
     Listed,
     Number,
     PerRank,
+    Placements,
     Precision,
     Seconds,
     Share,
@@ -69,8 +69,8 @@ class CellOptions(Options):
 class SweepOptions(CellOptions):
     """What `sim.sweep` takes beside model and workload, and what decides its rows."""
 
-    placements: list[Any] = option(
-        NAMES,
+    placements: Any = option(
+        Placements(),
         "placements (epsim placements); changes are given against the first",
         flag="--placement",
     )

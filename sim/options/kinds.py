@@ -255,6 +255,17 @@ def _range(part: str) -> list[int]:
 
 
 @dataclass(frozen=True)
+class Placements(Listed):
+    """Names on the command line; in Python also placements and arrays, which the placements of a sweep are read from."""
+
+    python = "str, Placement, int array (rank of each expert), or list of these"
+
+    def check(self, name: str, value: Any) -> Any:
+        """See `Kind`."""
+        return value
+
+
+@dataclass(frozen=True)
 class PerRank(Listed):
     """`tokens_per_rank`: True in Python; on the command line the list that stands in the place of --tokens."""
 

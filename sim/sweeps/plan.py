@@ -10,11 +10,18 @@ import numpy as np
 from sim.errors import InputError, shown, whole_number
 from sim.model import ModelSpec, load_model
 from sim.options import DEFAULT_MAX_TRIALS, DEFAULT_TRIALS, SweepOptions, identity
-from sim.placement import Placement, check_ep_size, check_slots, is_load_aware, split_name, strategy_name
+from sim.placement import Placement, check_ep_size, is_load_aware, split_name
 from sim.results import SCHEMA
 from sim.router import check_pair, routing_law
-from sim.sweeps.fit import Fit, check_replica_choice, choose_fit, layout_id, slots_of_pair
 from sim.sweeps.grid import Grid
+from sim.sweeps.placements import (
+    FittedOn,
+    check_replica_choice,
+    fitted_on,
+    layout_id,
+    place_pair,
+    read_placements,
+)
 from sim.traffic import SyntheticTraffic, Workload, load_workload
 
 RARE = 1e-3
@@ -40,7 +47,7 @@ class Plan:
         Its cells.
     model, workload, trials, draws, seed, ranks_per_node
         As in `sim.sweep`; under a precision, `trials` are the most, and `draws` None where every trial is a draw.
-    slots : list of Placement
+    placements : list of Placement
         Of each pair, of one layer or of several that draws take in turn; None where each draw has its own (random, fitted).
     fit_tokens : int
         Other tokens of each draw that load-aware placements are fitted on; 0 where none is fitted to draws.
@@ -56,7 +63,7 @@ class Plan:
     grid: Grid
     model: ModelSpec
     workload: Workload
-    slots: list[Placement | None]
+    placements: list[Placement | None]
     fit_tokens: int
     fit: str
     replica_choice: str
@@ -80,23 +87,24 @@ class Plan:
     def has_replicas(self) -> list[bool]:
         """Of each pair whether an expert may be in several slots."""
         return [
-            split_name(name)[1] > 0 if slots is None else slots.has_replicas
-            for (name, _), slots in zip(self.grid.pairs, self.slots, strict=True)
+            split_name(name)[1] > 0 if placement is None else placement.has_replicas
+            for (name, _), placement in zip(self.grid.pairs, self.placements, strict=True)
         ]
 
     @cached_property
     def slots_of_draw(self) -> int:
-        """Placement of all pairs that are fitted to each draw."""
-        fitted = [name for (name, _), slots in zip(self.grid.pairs, self.slots, strict=True) if slots is None]
-        return sum(self.model.n_experts + split_name(name)[1] for name in fitted if is_load_aware(name))
+        """Slots of all pairs that are fitted to each draw."""
+        pairs = zip(self.grid.pairs, self.placements, strict=True)
+        fitted = [name for (name, _), placement in pairs if placement is None and is_load_aware(name)]
+        return sum(self.model.n_experts + split_name(name)[1] for name in fitted)
 
     @cached_property
     def most_slots(self) -> int:
         """Most slots of a pair with replicas; 0 without any."""
         n_experts = self.model.n_experts
         numbers = [
-            n_experts + split_name(name)[1] if slots is None else slots.ranks.shape[1]
-            for (name, _), slots in zip(self.grid.pairs, self.slots, strict=True)
+            n_experts + split_name(name)[1] if placement is None else placement.n_slots
+            for (name, _), placement in zip(self.grid.pairs, self.placements, strict=True)
         ]
         return max((n for n, has in zip(numbers, self.has_replicas, strict=True) if has), default=0)
 
@@ -107,19 +115,23 @@ def make_plan(model: str | Path | ModelSpec, workload: str | Path | Workload, **
     model = model if isinstance(model, ModelSpec) else load_model(model)
     workload = workload if isinstance(workload, Workload) else load_workload(workload)
     check_pair(model, workload)
-    pairs = _pairs(model, chosen)
+    for size in chosen.ep_sizes:
+        check_ep_size(model, size)
+    names, given = read_placements(chosen.placements, model, chosen.ep_sizes)
+    pairs = [(name, int(size)) for name in names for size in chosen.ep_sizes]
     trials, precision = _choose_trials(chosen)
-    fit = choose_fit(list(dict(pairs)), model, workload, chosen.fit_tokens, chosen.fit_on)
-    slots = [slots_of_pair(name, model, size, chosen.ranks_per_node, fit.loads) for name, size in pairs]
-    _check_layers(pairs, slots, fit.scored)
+    strategies = [name for name in names if (name, chosen.ep_sizes[0]) not in given]
+    fit = fitted_on(strategies, model, workload, chosen.fit_tokens, chosen.fit_on)
+    placed = [place_pair(name, model, size, chosen.ranks_per_node, given, fit.loads) for name, size in pairs]
+    _check_layers(pairs, placed, fit.scored)
     largest_step = max(chosen.tokens) * (max(chosen.ep_sizes) if chosen.tokens_per_rank else 1)
     check_replica_choice(chosen.replica_choice, fit.scored, largest_step)
-    grid = _grid(model, fit, chosen, pairs, slots)
+    grid = _grid(model, fit, chosen, pairs, placed)
     plan = Plan(
         grid=grid,
         model=model,
         workload=fit.scored,
-        slots=slots,
+        placements=placed,
         fit_tokens=fit.tokens,
         fit=fit.about,
         replica_choice=chosen.replica_choice,
@@ -134,23 +146,12 @@ def make_plan(model: str | Path | ModelSpec, workload: str | Path | Workload, **
     return plan
 
 
-def _pairs(model: ModelSpec, chosen: SweepOptions) -> list[tuple[str, int]]:
-    """(placement, EP size), placements slowest, each name once."""
-    for size in chosen.ep_sizes:
-        check_ep_size(model, size)
-    names = dict.fromkeys(strategy_name(name) for name in chosen.placements)
-    pairs = [(name, int(size)) for name in names for size in chosen.ep_sizes]
-    for name, size in pairs:
-        check_slots(name, model, size)
-    return pairs
-
-
 def _grid(
     model: ModelSpec,
-    fit: Fit,
+    fit: FittedOn,
     chosen: SweepOptions,
     pairs: list[tuple[str, int]],
-    slots: list[Placement | None],
+    placed: list[Placement | None],
 ) -> Grid:
     return Grid(
         model=model.name,
@@ -163,14 +164,15 @@ def _grid(
         thresholds=tuple(sorted({float(level) for level in chosen.thresholds})),
         layouts=tuple(
             layout_id(name, of_pair, fit.about, chosen.replica_choice)
-            for (name, _), of_pair in zip(pairs, slots, strict=True)
+            for (name, _), of_pair in zip(pairs, placed, strict=True)
         ),
         largest_rank=tuple(
             -(-(model.n_experts + split_name(name)[1]) // size)
             if of_pair is None
             else max(int(np.bincount(row).max()) for row in of_pair.ranks)
-            for (name, size), of_pair in zip(pairs, slots, strict=True)
+            for (name, size), of_pair in zip(pairs, placed, strict=True)
         ),
+        ranks_per_node=chosen.ranks_per_node,
         dummy_tokens=fit.scored.dummy_tokens,
     )
 
@@ -225,9 +227,9 @@ def _check_sums_fit(plan: Plan) -> None:
         )
 
 
-def _check_layers(pairs: list[tuple[str, int]], slots: list[Placement | None], workload: Workload) -> None:
+def _check_layers(pairs: list[tuple[str, int]], placed: list[Placement | None], workload: Workload) -> None:
     """A placement with a row per layer must have as many rows as the recorded layers that it is applied to."""
-    for (placement, _), of_pair in zip(pairs, slots, strict=True):
+    for (placement, _), of_pair in zip(pairs, placed, strict=True):
         if workload.n_layers is not None and of_pair is not None and len(of_pair.ranks) not in (1, workload.n_layers):
             raise InputError(
                 f"placement {placement} has {len(of_pair.ranks)} layers, workload {workload.name} has {workload.n_layers}"

@@ -19,13 +19,12 @@ from sim.router import routing_law
 from sim.sweeps import executors
 from sim.sweeps.bounds import build_bounds
 from sim.sweeps.chunk import Stage, stage_chunks
-from sim.sweeps.events import events_of
+from sim.sweeps.grid import events_of
 from sim.sweeps.journal import Journal
 from sim.sweeps.plan import Plan, make_plan
 from sim.sweeps.precision import first_stage, next_stage
-from sim.sweeps.raw import build_counts, only_cells
 from sim.sweeps.tables import build_summary, build_tail
-from sim.sweeps.tally import Tally
+from sim.sweeps.tally import Tally, build_counts, only_cells
 from sim.traffic import Workload
 
 Progress = Callable[[int, int], None]
@@ -85,12 +84,14 @@ def run_plan(
     is called after every chunk; chunks that the journal holds are not computed.
     """
     tally, stopped = _run_stages(plan, executor, progress, journal, time_limit_s)
-    tail = [build_tail(plan.grid, tally), build_bounds(plan, tally, n_threads)]
+    bounds, notes = build_bounds(plan, tally, n_threads)
+    tail = [build_tail(plan.grid, tally), bounds]
     return SweepResult(
         build_summary(plan.grid, tally, stopped, cell_ids(plan)),
         pd.concat([part for part in tail if len(part)], ignore_index=True),
         build_counts(plan.grid, tally),
         plan.identity,
+        notes,
     )
 
 
