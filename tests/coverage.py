@@ -106,7 +106,7 @@ def stopping(case, seeds, expected):
 def recorded(n_layers, seeds, expected):
     counts = Counts(f"recorded-{n_layers}")
     for seed in range(seeds):
-        counts.add("fixed", quantities(sweep(record(seed, n_layers), seed, trials=200 * n_layers)), expected)
+        counts.add("fixed", quantities(sweep(record(seed, n_layers), seed, trials=40 * n_layers)), expected)
     counts.print()
 
 

@@ -56,6 +56,12 @@ def declarations(group: type[Options]) -> dict[str, tuple[Option, Any]]:
     return {field.name: (field.metadata["option"], field.default) for field in fields(group)}  # type: ignore[arg-type]
 
 
+def check(group: type[Options], **values: Any) -> None:
+    """Check some values of a class of options, for a function that takes only these. Raises InputError."""
+    for name, value in values.items():
+        declarations(group)[name][0].kind.check(name, value)
+
+
 def identity(group: type[Options], holder: Any) -> dict[str, Any]:
     """Values of the options that identify a result, of an object that has them as attributes."""
     return {name: getattr(holder, name) for name, (declared, _) in declarations(group).items() if declared.identifies}

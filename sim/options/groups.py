@@ -28,6 +28,7 @@ MAX_TRIALS = 10**9
 MAX_RANKS_PER_NODE = 2**15
 THRESHOLDS = (1.1, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0)
 """Imbalance thresholds of tail.csv."""
+LAYER_SETS, MOST_STEPS = 32, 512
 DEFAULT_TRIALS = 10_000
 DEFAULT_MAX_TRIALS = 1_000_000
 
@@ -151,9 +152,11 @@ class RunOptions(Options):
 class StepOptions(CellOptions):
     """Whole steps through all layers: what `sim.predict_gain` and `sim.predict_steps` sample."""
 
-    layer_sets: int = option(Whole(1, 4096), "independent sets of the model's layers, of synthetic traffic", default=32)
+    layer_sets: int = option(
+        Whole(1, 4096), "independent sets of the model's layers, of synthetic traffic", default=LAYER_SETS
+    )
     most_steps: int = option(
-        Whole(1, 10**6), "steps of each size, fewer where they are large", flag="--steps", default=512
+        Whole(1, 10**6), "steps of each size, fewer where they are large", flag="--steps", default=MOST_STEPS
     )
     threads: int | None = option(THREADS, "default: all processors of this process", default=None)
 
