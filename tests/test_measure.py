@@ -188,7 +188,7 @@ def test_a_seed_gives_the_same_ranks_and_every_other_rank_gets_its_turn():
         ({"tokens": []}, "--tokens must name at least one"),
         ({"ep_sizes": [257]}, "--ep 257"),
         ({"placements": ["linera"]}, "did you mean linear"),
-        ({"seed": -1}, "--seed -1"),
+        ({"seed": -1}, "`seed` -1"),
     ],
 )
 def test_bad_steps_are_refused(change, message):

@@ -139,7 +139,7 @@ def _print(advice: Any, arguments: Namespace) -> None:
     row = advice.gains.iloc[0]
     print(f"\nVerdict: {verdict_text(advice)}\nRule: {rule_text(least)}")
     print(f"Splits: {'; '.join(dict.fromkeys(advice.gains.split))}.")
-    if arguments.moe_share is None and arguments.step_ms is None:
+    if arguments.moe_share is None and arguments.step_us is None:
         print(f"The share {row.moe_share:.0%} is an assumption: give --moe-share, or --step-ms as you measured it.")
     print("\nWhat the engine does:")
     for name, text in advice.engines.items():

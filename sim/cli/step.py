@@ -6,6 +6,7 @@ from typing import Any
 
 from sim.cli.text import print_table
 from sim.cli.timed import identity_of, say_about_times, timed_options
+from sim.errors import InputError
 from sim.options import Choice, Folder, StepOptions, SweepOptions, TimeOptions, TrafficOptions, add_options
 
 _SHORT = {
@@ -44,6 +45,8 @@ def run(arguments: Namespace) -> None:
     from sim.cost.step_log import compare_log, predict_steps, read_log
 
     log = None if arguments.log is None else read_log(arguments.log, arguments.log_metric)
+    if "," in arguments.gpu:
+        raise InputError(f"--gpu {arguments.gpu}: one GPU at a time")
     gpu = load_gpu(arguments.gpu)
     say_about_times(options, [gpu])
     steps = predict_steps(gpu=gpu, placements=arguments.placements, **options)

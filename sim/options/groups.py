@@ -18,6 +18,7 @@ from sim.options.kinds import (
     Number,
     PerRank,
     Placements,
+    Positive,
     Precision,
     Seconds,
     Share,
@@ -170,7 +171,7 @@ class TimeOptions(Options):
     )
     dtype: str = option(NAME, "type of weights and inputs: fp8, bf16 or fp4", default="fp8")
     network_gb_per_s: float | None = option(
-        Number(1e-9, 1e6, metavar="GB/S"),
+        Positive(metavar="GB/S"),
         "network bandwidth of a GPU per direction (default: the GPU's; 50 if it has none)",
         flag="--network-gb",
         default=None,
@@ -183,7 +184,7 @@ class RestOptions(Options):
 
     moe_share: float | None = option(Share(), "share of a step that experts and exchange take, as in 40%", default=None)
     step_us: float | None = option(
-        Number(1e-9, 1e6, scale=1e3, metavar="MS"),
+        Positive(scale=1e3, metavar="MS"),
         "instead of `moe_share`: the baseline's measured step time",
         flag="--step-ms",
         default=None,

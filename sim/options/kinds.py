@@ -94,12 +94,27 @@ class Number(Kind):
         try:
             return float(text)
         except ValueError:
-            raise ArgumentTypeError(f"'{text}': expected a number") from None
+            raise ArgumentTypeError(f"{text}: {self.problem(None)}") from None
 
     def problem(self, value: Any) -> str | None:
         """See `Kind`."""
         fits = not isinstance(value, bool) and isinstance(value, Real) and self.least <= float(value) <= self.most
         return None if fits else f"must be a number from {self.least:g} to {self.most:g}"
+
+
+@dataclass(frozen=True)
+class Positive(Number):
+    """A number above 0, and at most 1e6."""
+
+    def __call__(self, text: str) -> float:
+        """See `Kind`."""
+        try:
+            value = float(text)
+        except ValueError:
+            value = 0.0
+        if not 0 < value <= 1e6:
+            raise ArgumentTypeError(f"'{text}': expected a number above 0, and at most 1e6")
+        return self.scale * value
 
 
 @dataclass(frozen=True)
