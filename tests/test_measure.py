@@ -580,7 +580,7 @@ def test_graphs_are_captured_once_and_replayed(monkeypatch):
     calls, clock = [], [0.0]
 
     class Graph:
-        def capture_begin(self, pool):
+        def capture_begin(self, pool, capture_error_mode):
             calls.append("begin")
 
         def capture_end(self):

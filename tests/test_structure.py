@@ -16,7 +16,6 @@ ROOMS = [
     "traffic",
     "router",
     "placement",
-    "replicas",
     "scoring",
     "theory",
     "sweeps",

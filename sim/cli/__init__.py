@@ -17,7 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from sim.errors import InputError, unknown
+from sim.errors import InputError, RunError, unknown
 
 VERBS = {
     "sweep": "sample routed tokens and score placements on every EP size and step size",
@@ -106,6 +106,8 @@ def main(arguments: list[str] | None = None) -> int:
         from sim.options import named
 
         return _fail(prog, named(str(error), flags), 2)
+    except RunError as error:
+        return _fail(prog, str(error), 1)
     except BrokenPipeError:  # the reader of a pipe has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

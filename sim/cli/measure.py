@@ -16,6 +16,7 @@ from sim.options import NAMES, WHOLE_NUMBERS, Choice, Seconds, Whole
 
 Cells = tuple[list[str], list[list[str]]]
 
+_PLACEMENTS = ["linear", "round_robin"]
 _GRID = {
     "workload": ["chat", "gpqa-tilted"],
     "ep": [8, 16, 32, 64],
@@ -45,11 +46,14 @@ def add_arguments(parser: ArgumentParser) -> None:
     add(
         "--placement",
         type=NAMES,
-        default="linear,round_robin",
         metavar="LIST",
         help="placements (default: linear,round_robin)",
     )
     add("--dtype", type=NAMES, metavar="LIST", help="types of the weights (default: bf16,fp8)")
+    add(
+        "--layer", action="store_true", help="measure whole layers, one rank on each GPU (--ep: how many; default: all)"
+    )
+    add("--exchange", type=NAMES, metavar="LIST", help="with --layer: token,pair,gather,reduce (default: all four)")
     add("--steps", type=Whole(), default=16, metavar="N", help="steps to sample, each of a fresh layer (default: 16)")
     add("--seed", type=Whole(), default=0, metavar="N", help="same seed, same steps and ranks (default: 0)")
     add(
@@ -78,13 +82,28 @@ def run(arguments: Namespace) -> None:
         for option in ("plot", "markdown", "table"):
             if getattr(arguments, option):
                 raise InputError(f"--{option} goes with --show FILE.csv")
+        if arguments.exchange is not None and not arguments.layer:
+            raise InputError("--exchange goes with --layer")
+        if arguments.layer:
+            from sim.cli.measured_layers import measure_all
+
+            measure_all(arguments)
+            return
         for option, default in _GRID.items():
             if getattr(arguments, option) is None:
                 setattr(arguments, option, default)
         _measure(arguments)
     else:
-        if arguments.out is not None:
-            raise InputError("--out goes without --show: what was measured is only read")
+        for option in ("out", "layer"):
+            if getattr(arguments, option):
+                raise InputError(f"--{option} goes without --show: what was measured is only read")
+        from sim.measure.layer_compare import is_of_layers
+
+        if is_of_layers(arguments.show):
+            from sim.cli.measured_layers import show
+
+            show(arguments)
+            return
         _show(arguments)
 
 
@@ -112,7 +131,7 @@ def _measure(arguments: Namespace) -> None:
         [load_workload(name) for name in arguments.workload],
         ep_sizes=arguments.ep,
         tokens=arguments.tokens,
-        placements=arguments.placement,
+        placements=arguments.placement or _PLACEMENTS,
         steps=arguments.steps,
         seed=arguments.seed,
     )
@@ -179,7 +198,7 @@ def _show(arguments: Namespace) -> None:
     from sim.measure.compare import missed
     from sim.placement import ALIASES
 
-    pair = arguments.placement
+    pair = arguments.placement or _PLACEMENTS
     baseline, other = (ALIASES.get(name, name) for name in pair) if len(pair) == 2 else ("", "")
     if baseline == other:
         raise InputError(f"--placement {','.join(pair)}: the gain of one placement over another takes two names")

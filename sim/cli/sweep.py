@@ -153,10 +153,14 @@ def _difference(held: dict[str, Any], wanted: dict[str, Any]) -> str:
 
 
 def _say_notes(plan: "Plan") -> None:
-    from sim.placement import why_linear
+    from sim.placement import notes_on, why_linear
     from sim.sweeps import no_bounds_because, replicas_have_no_bounds
 
     say_about_inputs(plan.model, plan.workload)
+    for text in dict.fromkeys(
+        text for placement in plan.placements if placement is not None for text in notes_on(placement)
+    ):
+        note(text)
     if plan.fit:
         note(f"load-aware placements are fitted on {plan.fit}, and scored on none of these")
     if "round_robin" in plan.grid.placements:

@@ -161,7 +161,7 @@ def _times_row(sample: StepSample, base: int, old: CellTimes, new: CellTimes, re
 
 
 def _loads_row(sample: StepSample, cell: int | None, prefix: str) -> dict[str, object]:
-    """Imbalance, idle ranks and fan-out of a cell with their intervals; of perfect balance, None, only the imbalance."""
+    """Imbalance, idle ranks and fan-out of a cell with their intervals; of perfect balance (None) the imbalance alone."""
     row: dict[str, object] = {}
     if cell is None:
         return row | _with_ends("imbalance", (1.0, 1.0, 1.0))

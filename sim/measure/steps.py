@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from sim.cost import Gpu, expert_time_us
+from sim.cost.inputs import as_model
 from sim.errors import InputError, whole_number
 from sim.model import ModelSpec
 from sim.placement import Placement, check_ep_size, is_load_aware, place, strategy_name
@@ -14,7 +16,7 @@ from sim.scoring import METRICS
 from sim.streams import PERMUTATION, stream_key, words
 from sim.sweeps import make_plan
 from sim.sweeps.steps import Group, StepScorer, place_pairs
-from sim.traffic import SyntheticTraffic, Workload
+from sim.traffic import SyntheticTraffic, Workload, load_workload
 
 
 class MeasuredRank(NamedTuple):
@@ -141,8 +143,8 @@ def busiest_ranks(
 
 
 def plan_measurement(
-    model: ModelSpec,
-    workloads: Sequence[Workload],
+    model: ModelSpec | str | Path,
+    workloads: Sequence[Workload | str | Path],
     *,
     ep_sizes: Sequence[int],
     tokens: Sequence[int],
@@ -154,8 +156,10 @@ def plan_measurement(
 
     Parameters
     ----------
-    tokens : sequence of int
-        Tokens per step over the whole EP group.
+    model, workloads
+        As in `sim.sweep`.
+    ep_sizes, tokens : sequence of int
+        EP sizes, and tokens per step over the whole EP group.
     placements : sequence of str
         'random' is one permutation for all steps; load-aware ones are fitted, step by step, to other tokens of the layer.
     steps : int
@@ -166,6 +170,7 @@ def plan_measurement(
     InputError
         Unknown names, numbers out of range, or a workload that does not go with the model.
     """
+    model = as_model(model)
     whole_number("--steps", steps, 1, 10_000)
     asked = {"--workload": workloads, "--ep": ep_sizes, "--tokens": tokens, "--placement": placements}
     for option, values in asked.items():
@@ -173,9 +178,9 @@ def plan_measurement(
             raise InputError(f"{option} must name at least one")
     for count in tokens:
         whole_number("--tokens", count, 1, 2**20)
-    for ep_size in ep_sizes:
-        check_ep_size(model, ep_size)
     names = list(dict.fromkeys(strategy_name(name) for name in placements))
+    for ep_size in ep_sizes:
+        check_ep_size(model, ep_size, names)
     asked_for: list[str | Placement] = []
     for name in names:
         same_for_all = name == "random"
@@ -183,7 +188,7 @@ def plan_measurement(
     counts: dict[str, np.ndarray] = {}
     groups: dict[tuple[str, str, int], tuple[Group, int]] = {}
     most_pairs = 0
-    for workload in workloads:
+    for workload in (load_workload(name) if isinstance(name, str | Path) else name for name in workloads):
         if any(map(is_load_aware, names)) and not isinstance(workload, SyntheticTraffic):
             raise InputError(f"--workload {workload.name}: load-aware placements are measured under synthetic traffic")
         plan = make_plan(

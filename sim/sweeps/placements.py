@@ -22,7 +22,7 @@ from sim.placement import (
     split_name,
     strategy_name,
 )
-from sim.replicas import REPLICA_CHOICES
+from sim.scoring import REPLICA_CHOICES
 from sim.traffic import RecordedTraffic, SyntheticTraffic, Workload, load_table
 
 MAX_TOKENS = 2**24

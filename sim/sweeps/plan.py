@@ -115,12 +115,12 @@ def make_plan(model: str | Path | ModelSpec, workload: str | Path | Workload, **
     model = model if isinstance(model, ModelSpec) else load_model(model)
     workload = workload if isinstance(workload, Workload) else load_workload(workload)
     check_pair(model, workload)
-    for size in chosen.ep_sizes:
-        check_ep_size(model, size)
     names, given = read_placements(chosen.placements, model, chosen.ep_sizes)
+    strategies = [name for name in names if all(name != of_given for of_given, _ in given)]
+    for size in chosen.ep_sizes if strategies else ():  # on other sizes no placement was given
+        check_ep_size(model, size, strategies)
     pairs = [(name, int(size)) for name in names for size in chosen.ep_sizes]
     trials, precision = _choose_trials(chosen)
-    strategies = [name for name in names if (name, chosen.ep_sizes[0]) not in given]
     fit = fitted_on(strategies, model, workload, chosen.fit_tokens, chosen.fit_on)
     placed = [place_pair(name, model, size, chosen.ranks_per_node, given, fit.loads) for name, size in pairs]
     _check_layers(pairs, placed, fit.scored)
@@ -204,7 +204,7 @@ def _choose_trials(chosen: SweepOptions) -> tuple[int, Precision | None]:
 
 
 def _choose_draws(workload: Workload, trials: int, draws: int | None) -> int | None:
-    """Layer draws; None for as many as trials: by default every step has a fresh layer of a law."""
+    """Layer draws; None for as many as trials: by default every step of synthetic traffic has a fresh layer."""
     if workload.n_layers is not None:
         if draws not in (None, workload.n_layers):
             raise InputError(

@@ -51,7 +51,7 @@ def sweep(
     Returns
     -------
     SweepResult
-        `.summary`, `.tail` and `.counts` are DataFrames.
+        `.summary`, `.tail` and `.counts` are DataFrames; `.notes` says which bounds could not be computed.
 
     Raises
     ------
@@ -60,9 +60,13 @@ def sweep(
 
     Examples
     --------
-    >>> result = sweep("olmoe-1b-7b", "uniform", ep_sizes=[8], tokens=[1, 64], placements="linear", trials=100)
-    >>> result.summary[["ep_size", "tokens", "trials"]].values.tolist()
-    [[8, 1, 100], [8, 64, 100]]
+    >>> import sim
+    >>> mine = [(255 - expert) // 32 for expert in range(256)]
+    >>> result = sim.sweep(
+    ...     "deepseek-v3", "uniform", ep_sizes=8, tokens=64, placements=["linear", mine], trials=100, bound_layers=0, threads=1
+    ... )
+    >>> result.summary.placement.tolist()
+    ['linear', 'array']
     """
     plan = make_plan(model, workload, **options)
     n_threads = usable_processors() if threads is None else THREADS.check("threads", threads)

@@ -1,6 +1,7 @@
 """Steps of layers, sampled and scored under placements: the one way from a plan to loads of ranks.
 
-Tokens are routed once for all cells. Placements are laid out for the kernels in groups: all pairs without replicas share the
+A trial is a stream of tokens through one layer; its step of T tokens, the first T of them, is a block. Tokens are routed once
+for all cells. Placements are laid out for the kernels in groups: all pairs without replicas share the
 counts of experts; each pair with replicas has the counts of its own slots, to which the tokens of an expert are assigned.
 """
 
@@ -10,9 +11,19 @@ from typing import NamedTuple
 import numpy as np
 
 from sim.placement import Placement, is_load_aware, place_balanced, random_ranks
-from sim.replicas import Copies, deal_by_hash, deal_evenly, find_copies, pick_slots
 from sim.router import draw_loads, draw_trials
-from sim.scoring import METRICS, Layouts, fan_out, lay_out, score_blocks
+from sim.scoring import (
+    METRICS,
+    Copies,
+    Layouts,
+    assign_by_hash,
+    assign_evenly,
+    fan_out,
+    find_copies,
+    lay_out,
+    pick_slots,
+    score_blocks,
+)
 from sim.sweeps.plan import Plan
 from sim.traffic import SyntheticTraffic
 
@@ -35,7 +46,7 @@ class Group(NamedTuple):
         if self.copies is None or choice == "even":
             return self.assign_evenly(counts)
         assigned = np.empty((*counts.shape[:2], self.layouts.ranks.shape[1]), np.int32)
-        deal_by_hash(ids, tokens, self.rows[:, 0], self.copies, assigned)
+        assign_by_hash(ids, tokens, self.rows[:, 0], self.copies, assigned)
         return assigned
 
     def assign_evenly(self, counts: np.ndarray) -> np.ndarray:
@@ -43,7 +54,7 @@ class Group(NamedTuple):
         if self.copies is None:
             return counts
         assigned = np.empty((*counts.shape[:2], self.layouts.ranks.shape[1]), np.int32)
-        deal_evenly(counts, self.rows[:, 0], self.copies, assigned)
+        assign_evenly(counts, self.rows[:, 0], self.copies, assigned)
         return assigned
 
     def slots_of_first(self, ids: np.ndarray, first_trial: int) -> np.ndarray:
