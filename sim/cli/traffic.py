@@ -85,9 +85,23 @@ def _add_decay(parser: ArgumentParser) -> None:
         help="another file of the same layers: fit on one, and score on the other",
     )
     add("--plot", type=Folder(), metavar="DIR", help="draw imbalance against age there")
-    add("--ep", type=WHOLE_NUMBERS, required=True, metavar="LIST", help="EP sizes, which must divide the slots")
-    add("--placement", type=NAMES, default="eplb", metavar="LIST", help="load-aware placements (default: eplb)")
-    add("--windows", type=Whole(), metavar="N", help="windows that the file is cut into (default: 8)")
+    add(
+        "--ep",
+        dest="ep_sizes",
+        type=WHOLE_NUMBERS,
+        required=True,
+        metavar="LIST",
+        help="EP sizes, which must divide the slots",
+    )
+    add(
+        "--placement",
+        dest="placements",
+        type=NAMES,
+        default="eplb",
+        metavar="LIST",
+        help="load-aware placements (default: eplb)",
+    )
+    add("--windows", dest="n_windows", type=Whole(), metavar="N", help="windows that the file is cut into (default: 8)")
     add("--ranks-per-node", type=Whole(), default=8, metavar="N", help="ranks joined by NVLink, for eplb (default: 8)")
     add("--markdown", action="store_true", help="print a Markdown table alone")
     add("--seed", type=SEED, default=0, metavar="N", help="of the random halves (default: 0)")

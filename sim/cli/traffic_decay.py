@@ -13,8 +13,8 @@ _HEADS = ["imbalance (95 %)", "fresh", "linear", "minus linear (95 %)", "excess 
 def print_decay(arguments: Namespace, model: Any, data: Any) -> None:
     """Compute the table, print it and what it says, and draw it with --plot."""
     chosen: dict[str, Any] = {
-        "placements": arguments.placement,
-        "ep_sizes": arguments.ep,
+        "placements": arguments.placements,
+        "ep_sizes": arguments.ep_sizes,
         "ranks_per_node": arguments.ranks_per_node,
     }
     (_print_ages if arguments.against is None else _print_files)(arguments, model, data, chosen)
@@ -24,7 +24,7 @@ def _print_ages(arguments: Namespace, model: Any, data: Any, chosen: dict[str, A
     from sim.fit import decay
     from sim.traffic.split import cut_windows
 
-    out, n_windows = arguments.plot, 8 if arguments.windows is None else arguments.windows
+    out, n_windows = arguments.plot, 8 if arguments.n_windows is None else arguments.n_windows
     windows = cut_windows(data, model.n_experts, n_windows)
     halves, unit = windows.halves, windows.unit
     table = decay(model, windows, **chosen)
@@ -55,9 +55,9 @@ def _print_files(arguments: Namespace, model: Any, data: Any, chosen: dict[str, 
     from sim.traffic import read_traffic
     from sim.traffic.split import cut_file
 
-    for option, why in (("windows", "each file is one window"), ("plot", "it draws ages, and two files have none")):
-        if getattr(arguments, option) is not None:
-            raise InputError(f"--{option} does not go with --against in epsim traffic decay: {why}")
+    for name, why in (("n_windows", "each file is one window"), ("plot", "it draws ages, and two files have none")):
+        if getattr(arguments, name) is not None:
+            raise InputError(f"`{name}` does not go with --against in epsim traffic decay: {why}")
     other = read_traffic(arguments.against, model)
     for text in other.notes:
         note(text)

@@ -113,7 +113,8 @@ def named(text: str, flags: dict[str, str]) -> str:
     parts = text.split("`")
     for i in range(1, len(parts) - 1, 2):
         name = parts[i]
-        spellings = (name, f"{name}s", name.removesuffix("s"))  # a function of one EP size calls --ep `ep_size`
+        spellings = [name, f"{name}s", name.removesuffix("s")]  # a function of one EP size calls --ep `ep_size`
+        spellings += ["placements", "placement"] if name == "strategy" else []  # as `sim.place` calls it
         flag = next((flags[spelling] for spelling in spellings if spelling in flags), None)
         parts[i] = flag or (name if name.isidentifier() else f"`{name}`")
     return "".join(parts)

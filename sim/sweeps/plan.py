@@ -118,7 +118,7 @@ def make_plan(model: str | Path | ModelSpec, workload: str | Path | Workload, **
     names, given = read_placements(chosen.placements, model, chosen.ep_sizes)
     strategies = [name for name in names if all(name != of_given for of_given, _ in given)]
     for size in chosen.ep_sizes if strategies else ():  # on other sizes no placement was given
-        check_ep_size(model, size, strategies)
+        check_ep_size(model, size, strategies, "ep_sizes")
     pairs = [(name, int(size)) for name in names for size in chosen.ep_sizes]
     trials, precision = _choose_trials(chosen)
     fit = fitted_on(strategies, model, workload, chosen.fit_tokens, chosen.fit_on)
