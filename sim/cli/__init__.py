@@ -59,6 +59,7 @@ class Verb(NamedTuple):
 
 def add_verbs(parser: ArgumentParser, verbs: dict[str, Verb]) -> None:
     """Give a verb verbs of its own, each with its options and its help; `arguments.run` is that of the one that is asked for."""
+    parser.set_defaults(verbs=tuple(verbs))
     several = parser.add_subparsers(metavar="|".join(verbs), required=True)
     for name, verb in verbs.items():
         of_verb = several.add_parser(name, help=verb.help, description=verb.help)
@@ -124,6 +125,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parse(parser: ArgumentParser, words: list[str]) -> Namespace:
+    verbs = parser.get_default("verbs")
+    if verbs and words and words[0] not in verbs and not words[0].startswith("-"):
+        raise unknown(parser.prog.rpartition(" ")[2], words[0], verbs)
     try:
         parsed, rest = parser.parse_known_args(words)
     except ArgumentError as error:
