@@ -153,7 +153,7 @@ def test_what_goes_first_changes_from_step_to_step_and_steps_are_outermost(tiny)
         ({"tokens": [8, 65], "placements": ["linear"]}, "`ep_sizes` 4: must divide the `tokens`, 65"),
         ({"exchanges": ["tokens"]}, "--exchange 'tokens' is not known; did you mean token"),
         ({"exchanges": []}, "--exchange must name at least one"),
-        ({"placements": ["round"]}, "`placements` 'round' is not known"),
+        ({"placements": ["round"]}, "`strategy` 'round' is not known"),
         ({"steps": 0}, "`steps` 0"),
     ],
 )

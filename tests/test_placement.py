@@ -156,7 +156,7 @@ def test_file_placements(tmp_path):
         ("[0, 1, 1, -1]", "from 0 to 1, not -1"),
         ("[0, 1, 1, true]", "from 0 to 1"),
         ("[0, 1, 1, 0.0]", "from 0 to 1"),
-        ("[0, 0, 0, 0]", "rank 1 of --ep 2 holds no expert"),
+        ("[0, 0, 0, 0]", "rank 1 of `ep_size` 2 holds no expert"),
         ("[]", "must be a list"),
         ("{}", "must be a list"),
         ("[[0, 1, 1, 0], 3]", "layer 1"),
