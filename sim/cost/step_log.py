@@ -93,11 +93,9 @@ def _distribution(values: np.ndarray, layer_set: np.ndarray) -> dict[str, float]
         residual = values - (total / n)[layer_set]
         within_square = float(np.sum(residual**2)) / (len(values) - len(n))
         within = within_square**0.5
-        if (
-            low == high
-        ):  # means of few sets that are equal by chance, as counts of experts often are: the steps' own noise
-            half = -float(stdtrit(len(n) - 1, 0.025)) * (within_square / len(values)) ** 0.5
-            row |= {"low": mean - half, "high": mean + half}
+        if 1 < len(n) < 4:  # the means of so few sets often agree by chance: no less than the noise of the steps
+            noise = -float(stdtrit(len(n) - 1, 0.025)) * (within_square / len(values)) ** 0.5
+            row |= {"low": min(low, mean - noise), "high": max(high, mean + noise)}
         if len(n) > 1:
             of_means = float(np.var(total / n, ddof=1))
             between = max(of_means - within_square * float(np.mean(1 / n)), 0.0) ** 0.5
