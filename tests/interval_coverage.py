@@ -1,4 +1,4 @@
-"""Coverage of the 95 % intervals where it is not plain: `python tests/coverage.py [CASE ...] [--seeds N]`. Not a test.
+"""Coverage of the 95 % intervals where it is not plain: `python tests/interval_coverage.py [CASE ...] [--seeds N]`. Not a test.
 
 Each case runs many seeds of a tiny model and counts how often the interval holds the truth, which is the mean over a run far
 longer than any of them. Prints one row per case, look and quantity: runs, share that holds the truth, and the standard error
