@@ -65,3 +65,8 @@ def __getattr__(name: str) -> Any:
     value = getattr(import_module(f"sim.{_ROOM_OF[name]}"), name)
     globals()[name] = value
     return value
+
+
+def __dir__() -> list[str]:
+    """The public names, for tab completion."""
+    return sorted([*__all__, *(name for name in globals() if name.startswith("__"))])

@@ -109,7 +109,8 @@ def write_table(table: pd.DataFrame, folder: Path, name: str, identity: dict[str
 
 def _write_whole(folder: Path, tables: dict[str, bytes], about: str, what: dict[str, Any]) -> None:
     """Write tables and a file `about` them, all or nothing."""
-    digests = {name: hashlib.sha256(data).hexdigest() for name, data in tables.items()}
+    digests = {name: digest_of(part) for name, part in what.items()}
+    digests |= {name: hashlib.sha256(data).hexdigest() for name, data in tables.items()}
     text = json.dumps(provenance(what, digests), indent=1) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
     with whole_files(*(folder / name for name in (*tables, about))) as names:
@@ -117,8 +118,13 @@ def _write_whole(folder: Path, tables: dict[str, bytes], about: str, what: dict[
             path.write_bytes(data)
 
 
+def digest_of(identity: Any) -> str:
+    """Digest of JSON values, whatever the order of their keys."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
 def provenance(what: dict[str, Any], digests: dict[str, str]) -> dict[str, Any]:
-    """What made a result: its identity, versions, command and time; and the digests of its files."""
+    """What made a result: its identity, versions, command and time; and the digests of its identity and its files."""
     packages = ("epsim", "numpy", "numba", "pandas", "scipy")
     return {
         **what,
@@ -138,6 +144,9 @@ def _read_provenance(folder: Path) -> dict[str, Any] | None:
     about = read_json(path, str(path))
     if not isinstance(about, dict) or not all(isinstance(about.get(key), dict) for key in ("sweep", "sha256")):
         raise InputError(f"{path} does not describe a sweep of this version of epsim")
+    digest = about["sha256"].get("sweep")  # folders that were written before it was kept have none
+    if about["sweep"].get("schema") == SCHEMA and digest is not None and digest != digest_of(about["sweep"]):
+        raise InputError(f"{path} is damaged or was changed: it names another sweep than the one that wrote the tables")
     return about
 
 
@@ -147,8 +156,14 @@ def read_identity(folder: Path) -> dict[str, Any] | None:
     return None if about is None else about["sweep"]
 
 
-def read_result(folder: Path | str) -> SweepResult:
+def read_result(folder: Path | str, *, sealed: bool = False) -> SweepResult:
     """Read what `write_result` wrote; the counts may be absent.
+
+    Parameters
+    ----------
+    folder : Path or str
+    sealed : bool
+        Refuse a folder whose identity has no digest, as earlier versions wrote it: it cannot be told whether it was changed.
 
     Raises
     ------
@@ -161,6 +176,10 @@ def read_result(folder: Path | str) -> SweepResult:
         raise InputError(f"{folder} holds no finished sweep ({PROVENANCE} is missing)")
     if about["sweep"].get("schema") != SCHEMA:
         raise InputError(f"{folder} was written by another version of epsim; run its sweep again")
+    if sealed and "sweep" not in about["sha256"]:
+        raise InputError(
+            f"{folder}: {PROVENANCE} has no digest of the sweep's identity (an earlier version wrote it); run its sweep again"
+        )
     data = {}
     for name in (SUMMARY, TAIL, COUNTS):
         try:

@@ -117,7 +117,7 @@ def test_the_rule_names_its_bounds():
 def test_candidates_have_equal_slots_on_every_rank():
     assert candidates(V3, 16) == ["round_robin", "random", "eplb", "eplb+16", "eplb+32"]
     assert candidates(V3, 12, 24) == ["round_robin", "random", "eplb+8", "eplb+32", "eplb+56"]
-    with pytest.raises(InputError, match="--redundant 10: must be a multiple of --ep 16"):
+    with pytest.raises(InputError, match="`redundant` 10: must be a multiple of `ep_size` 16"):
         candidates(V3, 16, 10)
 
 
@@ -325,7 +325,7 @@ def test_load_counts_are_advised_on_too(toy_files, capsys):
         (["--worth", "0"], "--worth 0: must be from"),
         (["--worth", "much"], "--worth 'much': expected a share"),
         (["--moe-share", "40%", "--step-ms", "10", "--tokens", "8"], "--moe-share and --step-ms say the same"),
-        (["--step-ms", "1e-3", "--tokens", "8"], "--step-ms 0.001: below the"),
+        (["--step-ms", "1e-3", "--tokens", "8"], "--step-ms: 0.001 ms is below the"),
         (["--step-ms", "50"], "--step-ms is the time of steps of one size"),
         (["--traffic", "absent.npz"], "absent.npz"),
         (["--traffic", "hot.npz", "--fit-on", "hot.npz"], "is the traffic that is scored"),

@@ -49,7 +49,7 @@ def test_phases_of_a_fitted_file(path):
     prefill = load_workload(path, phase="prefill")
     assert (prefill.request_sigma, prefill.tokens_per_request) == (0.5, 64)
     assert prefill.layers.request_loadings.shape == (3, 2, 64)
-    with pytest.raises(InputError, match="--phase must be"):
+    with pytest.raises(InputError, match="`phase` must be"):
         load_workload(path, phase="train")
 
 

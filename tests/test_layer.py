@@ -157,12 +157,12 @@ def test_what_goes_first_changes_from_step_to_step_and_steps_are_outermost(tiny)
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"ep_size": 3, "placements": ["linear"]}, "--ep 3: must divide the experts"),
-        ({"tokens": [8, 65], "placements": ["linear"]}, "--ep 4: must divide the --tokens, 65"),
+        ({"ep_size": 3, "placements": ["linear"]}, "`ep_sizes` 3: must divide the experts"),
+        ({"tokens": [8, 65], "placements": ["linear"]}, "`ep_sizes` 4: must divide the `tokens`, 65"),
         ({"exchanges": ["tokens"]}, "--exchange 'tokens' is not known; did you mean token"),
         ({"exchanges": []}, "--exchange must name at least one"),
-        ({"placements": ["round"]}, "--placement 'round' is not known"),
-        ({"steps": 0}, "--steps 0"),
+        ({"placements": ["round"]}, "`strategy` 'round' is not known"),
+        ({"steps": 0}, "`steps` 0"),
     ],
 )
 def test_a_layer_that_cannot_be_measured_is_refused_in_one_line(tiny, changes, message):

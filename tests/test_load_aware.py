@@ -309,13 +309,13 @@ def test_a_precision_goes_on_with_fresh_layers_and_their_own_fits():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"ep_sizes": [12]}, "--placement eplb at --ep 12: .* do not divide by 12 ranks"),
-        ({"fit_tokens": 0}, "--fit-tokens 0"),
-        ({"fit_tokens": 2**25}, "--fit-tokens 33554432"),
-        ({"placements": "linear"}, "--fit-tokens goes with a load-aware placement"),
-        ({"placements": "linear", "fit_tokens": None, "fit_on": "chat"}, "--fit-on goes with a load-aware placement"),
-        ({"fit_on": "mixed", "fit_tokens": None}, "--fit-on mixed: goes with recorded or fitted traffic"),
-        ({"replica_choice": "hash"}, "--replica-choice 'hash' is not known"),
+        ({"ep_sizes": [12]}, "`strategy` eplb at `ep_size` 12: .* do not divide by 12 ranks"),
+        ({"fit_tokens": 0}, "`fit_tokens` 0"),
+        ({"fit_tokens": 2**25}, "`fit_tokens` 33554432"),
+        ({"placements": "linear"}, "`fit_tokens` goes with a load-aware placement"),
+        ({"placements": "linear", "fit_tokens": None, "fit_on": "chat"}, "`fit_on` goes with a load-aware placement"),
+        ({"fit_on": "mixed", "fit_tokens": None}, "`fit_on` mixed: goes with recorded or fitted traffic"),
+        ({"replica_choice": "hash"}, "`replica_choice` 'hash' is not known"),
         ({"replica_choice": "vllm_hash", "tokens": 2**21}, "at most 1048576 tokens"),
     ],
 )
@@ -350,5 +350,5 @@ def test_fitted_traffic_is_balanced_by_other_traffic_of_its_layers(tmp_path):
     with pytest.raises(InputError, match="exclude each other"):
         make_plan(model, law, ep_sizes=8, tokens=8, placements="eplb", fit_tokens=9, fit_on=loads["a"])
     same = dataclasses.replace(law, source=f"fitted to a, digest {loads['a'].digest}")
-    with pytest.raises(InputError, match="--fit-on a is the traffic that is scored"):
+    with pytest.raises(InputError, match="`fit_on` a is the traffic that is scored"):
         make_plan(model, same, ep_sizes=8, tokens=8, placements="eplb", fit_on=loads["a"])

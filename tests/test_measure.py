@@ -183,12 +183,12 @@ def test_a_seed_gives_the_same_ranks_and_every_other_rank_gets_its_turn():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"steps": 0}, "--steps 0: must be a whole number from 1"),
-        ({"tokens": [0]}, "--tokens 0"),
-        ({"tokens": []}, "--tokens must name at least one"),
-        ({"ep_sizes": [257]}, "--ep 257"),
+        ({"steps": 0}, "`steps` 0: must be a whole number from 1"),
+        ({"tokens": [0]}, "`tokens` 0"),
+        ({"tokens": []}, "`tokens` must name at least one"),
+        ({"ep_sizes": [257]}, "`ep_sizes` 257"),
         ({"placements": ["linera"]}, "did you mean linear"),
-        ({"seed": -1}, "--seed -1"),
+        ({"seed": -1}, "`seed` -1"),
     ],
 )
 def test_bad_steps_are_refused(change, message):
@@ -427,7 +427,7 @@ def test_gains_by_hand(tmp_path):
     # A step where one of the two was not measured does not count.
     torn = rows.drop(rows.index[(rows.step == 1) & (rows.placement == "linear")])
     assert set(gains(torn).steps) == {2}
-    with pytest.raises(InputError, match="--placement random: measured were linear, round_robin"):
+    with pytest.raises(InputError, match="`placements` random: measured were linear, round_robin"):
         gains(rows, "linear", "random")
 
 

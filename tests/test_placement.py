@@ -92,7 +92,7 @@ def test_group_aware_is_round_robin():
 
 @pytest.mark.parametrize("ep_size", [0, -1, 257])
 def test_ep_size_out_of_range(ep_size):
-    with pytest.raises(InputError, match=f"--ep {ep_size}: EP size must lie from 1 to the 256"):
+    with pytest.raises(InputError, match=f"`ep_size` {ep_size}: EP size must lie from 1 to the 256"):
         place("linear", V3, ep_size)
 
 
@@ -126,8 +126,8 @@ def test_in_a_sweep_each_placement_must_fill_the_ranks():
     plan = make_plan("deepseek-v3", "chat", placements=["eplb+64", "linear+64"], **options)
     assert plan.grid.largest_rank == (1, 1)
     for names, message in {
-        ("linear", "eplb+64"): "--placement linear at --ep 320: .* do not fill 320 ranks; linear[+]64 does",
-        ("random", "eplb+64"): "--placement random at --ep 320: .* do not fill 320 ranks; eplb[+]64 does",
+        ("linear", "eplb+64"): "`strategy` linear at `ep_size` 320: .* do not fill 320 ranks; linear[+]64 does",
+        ("random", "eplb+64"): "`strategy` random at `ep_size` 320: .* do not fill 320 ranks; eplb[+]64 does",
         ("round_robin",): "as in eplb[+]64",
     }.items():
         with pytest.raises(InputError, match=message):
@@ -156,7 +156,7 @@ def test_file_placements(tmp_path):
         ("[0, 1, 1, -1]", "from 0 to 1, not -1"),
         ("[0, 1, 1, true]", "from 0 to 1"),
         ("[0, 1, 1, 0.0]", "from 0 to 1"),
-        ("[0, 0, 0, 0]", "rank 1 of --ep 2 holds no expert"),
+        ("[0, 0, 0, 0]", "rank 1 of `ep_size` 2 holds no expert"),
         ("[]", "must be a list"),
         ("{}", "must be a list"),
         ("[[0, 1, 1, 0], 3]", "layer 1"),

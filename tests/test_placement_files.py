@@ -229,7 +229,7 @@ def test_tensorrt_llms_start_without_assignments(tmp_path):
     found = read_placement(path, plain(8), 4)
     assert found.experts.tolist() == [[0, 1, 2, 2, 3, 4, 4, 5, 6, 6, 7, 0]]
     assert "no initial_global_assignments" in found.notes[0]
-    with pytest.raises(InputError, match="num_slots 12 does not divide by --ep 5"):
+    with pytest.raises(InputError, match="num_slots 12 does not divide by `ep_size` 5"):
         read_placement(path, plain(8), 5)
     with pytest.raises(InputError, match="its 12 slots must be from the model's 16 experts"):
         read_placement(path, plain(16), 4)
@@ -269,7 +269,7 @@ ASCEND = (
     ("content", "message"),
     [
         (MAP % "[[0, 1, 2, 0], [0, 1, 2]]", "layer 1 has 3 slots, the first layer has 4"),
-        (MAP % "[[0, 1, 2]]", "its 3 slots must be from the model's 3 experts to 32771, and divide by --ep 2"),
+        (MAP % "[[0, 1, 2]]", "its 3 slots must be from the model's 3 experts to 32771, and divide by `ep_size` 2"),
         (MAP % "[[0, 1, 1, 0]]", "layer 0: expert 2 of the model's 3 has no slot"),
         (MAP % "[[0, 1, 2, 3]]", "layer 0: slot 3 must have an expert from 0 to 2, not 3"),
         (MAP % "[[0, 1, 2, -1]]", "not -1"),
@@ -281,7 +281,7 @@ ASCEND = (
         (MAP % "{}", "must be a list of layers"),
         (MAP % "[[0, 1, 2, 0]", "is not JSON"),
         (ASCEND % (2, 2, "[0, 1]", 1), "as many layers as moe_layer_count says"),
-        (ASCEND % (1, 4, "[0, 1]", 1), "must have the devices 0 to 1 of --ep 2"),
+        (ASCEND % (1, 4, "[0, 1]", 1), "must have the devices 0 to 1 of `ep_size` 2"),
         (ASCEND % (1, 2, "[0, 1]", 2), "must have the devices 0 to 1"),
         (ASCEND % (1, 2, "[0, 1]", 0), "must have the devices 0 to 1"),
         (ASCEND % (1, 2, "[0, 1]", '"1"'), "must have the devices 0 to 1"),

@@ -310,7 +310,7 @@ def test_gain_prints_and_writes(tmp_path, capsys):
         ("gain --exchange nccl", "--exchange 'nccl' is not known"),
         ("gain --moe-share 40% --step-ms 20", "give one of them"),
         ("gain --moe-share 140%", "--moe-share 1.4"),
-        ("gain --step-ms 0.1 --steps 1 --layer-sets 1 --ep 8 --tokens 1", "--step-ms 0.1: below the"),
+        ("gain --step-ms 0.1 --steps 1 --layer-sets 1 --ep 8 --tokens 1", "--step-ms: 0.1 ms is below the"),
         ("gain --step-ms 0", "--step-ms '0'"),
         ("gain --network-gb x", "--network-gb 'x'"),
         ("gain --tokens 0", "--tokens 0"),

@@ -7,6 +7,7 @@ from conftest import ROOT
 ROOMS = [
     "errors",
     "files",
+    "options",
     "kernels",
     "streams",
     "stats",

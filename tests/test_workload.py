@@ -29,7 +29,7 @@ def test_overrides_files_and_misspellings(tmp_path):
         load_workload("chta")
     with pytest.raises(InputError, match="did you mean sigma"):
         load_workload("chat", sgma=1.0)
-    with pytest.raises(InputError, match="--phase goes with"):
+    with pytest.raises(InputError, match="`phase` goes with"):
         load_workload("chat", phase="prefill")
     for bad in (
         'popularity = "zipf"',
@@ -183,7 +183,7 @@ def test_unsound_files_are_refused(tmp_path, trace):
         np.lib.format.write_array_header_1_0(member, {"descr": "<i2", "fortran_order": False, "shape": (2**40, 60, 8)})
     with pytest.raises(InputError, match="larger than 8 GiB"):
         read_recorded(torn)
-    with pytest.raises(InputError, match="--phase must be"):
+    with pytest.raises(InputError, match="`phase` must be"):
         read_recorded(trace, "train")
 
 

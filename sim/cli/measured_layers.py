@@ -6,7 +6,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from sim.cli.text import estimate, names, note, print_table, seconds, table, whole_number, whole_numbers
+from sim.cli.text import estimate, note, note_compiling, print_table, table
 from sim.errors import InputError, unknown
 
 _TABLES = {
@@ -18,7 +18,6 @@ _TABLES = {
 def measure_all(arguments: Namespace) -> None:
     """Measure whole layers: `epsim measure --layer`."""
     started = time.monotonic()
-    from sim.kernels import is_cold
     from sim.measure.layer import gpus_for, measure_layers
     from sim.measure.layer_plan import EXCHANGES, sample_layers
     from sim.model import load_model
@@ -26,26 +25,23 @@ def measure_all(arguments: Namespace) -> None:
 
     if arguments.out is None or not arguments.out.endswith(".csv"):
         raise InputError("--out FILE.csv must say where the rows go")
-    if arguments.device not in ("cuda", "cpu"):
-        raise unknown("--device", arguments.device, ["cuda", "cpu"])
-    if arguments.dtype not in (None, "bf16"):
-        raise InputError(f"--dtype {arguments.dtype}: a layer is measured in bf16")
-    limit_s = float("inf") if arguments.time_limit is None else seconds("--time-limit")(arguments.time_limit)
-    sizes = whole_numbers("--ep")(arguments.ep) if arguments.ep else [None]
+    if arguments.dtype not in (None, ["bf16"]):
+        raise InputError(f"--dtype {','.join(arguments.dtype)}: a layer is measured in bf16")
+    limit_s = float("inf") if arguments.time_limit is None else arguments.time_limit
+    sizes = arguments.ep or [None]
     if len(sizes) > 1:
-        raise InputError(f"--ep {arguments.ep}: a layer is measured at one EP size, a GPU for each rank")
+        raise InputError(f"--ep {','.join(map(str, sizes))}: a layer is measured at one EP size, a GPU for each rank")
     ep_size = gpus_for(sizes[0], arguments.device)
-    if is_cold():
-        note("compiling the kernels, once for this version: about 30 seconds")
+    note_compiling()
     steps = sample_layers(
         load_model(arguments.model),
-        [load_workload(name) for name in names("--workload")(arguments.workload or "chat,gpqa-tilted")],
+        [load_workload(name) for name in arguments.workload or ["chat", "gpqa-tilted"]],
         ep_size=ep_size,
-        tokens=whole_numbers("--tokens")(arguments.tokens or "8,64,512,2048,8192,16384"),
-        placements=names("--placement")(arguments.placement or "linear,round_robin"),
-        exchanges=names("--exchange")(arguments.exchange or ",".join(EXCHANGES)),
-        steps=whole_number("--steps")(arguments.steps),
-        seed=whole_number("--seed")(arguments.seed),
+        tokens=arguments.tokens or [8, 64, 512, 2048, 8192, 16384],
+        placements=arguments.placement or ["linear", "round_robin"],
+        exchanges=arguments.exchange or list(EXCHANGES),
+        steps=arguments.steps,
+        seed=arguments.seed,
     )
     if arguments.device == "cpu":
         note("times on a CPU test the path, and say nothing about a GPU")
@@ -70,21 +66,16 @@ def show(arguments: Namespace) -> None:
     if arguments.placement is None:
         baseline, others = "linear", []
     else:
-        baseline, *others = (ALIASES.get(name, name) for name in names("--placement")(arguments.placement))
+        baseline, *others = (ALIASES.get(name, name) for name in arguments.placement)
     layers = read_layers(arguments.show)
-    for option, column, of in (
-        ("exchange", "exchange", names),
-        ("workload", "workload", names),
-        ("tokens", "tokens", whole_numbers),
-    ):
-        text = getattr(arguments, option)
-        if text is not None:
-            wanted: list[Any] = of(f"--{option}")(text)
+    for option in ("exchange", "workload", "tokens"):
+        wanted = getattr(arguments, option)
+        if wanted is not None:
             for value in wanted:
-                if value not in set(layers[column]):
-                    there = ", ".join(map(str, layers[column].unique()))
+                if value not in set(layers[option]):
+                    there = ", ".join(map(str, layers[option].unique()))
                     raise InputError(f"--{option} {value}: {arguments.show} has {there}")
-            layers = layers[layers[column].isin(wanted)]
+            layers = layers[layers[option].isin(wanted)]
     if arguments.table is None:
         first = layers.iloc[0]
         print(

@@ -94,7 +94,7 @@ def predict_gain(
     names = [name if name == PERFECT else strategy_name(name) for name in placements]
     if strategy_name(baseline) in names:
         same = placements[names.index(strategy_name(baseline))]
-        raise InputError(f"--baseline {baseline} and --placement {same} are the same: there is nothing to compare")
+        raise InputError(f"`baseline` {baseline} and `placement` {same} are the same: there is nothing to compare")
     names, baseline = list(dict.fromkeys(names)), strategy_name(baseline)
     check_exchange(exchange)
     rest = _check_rest(moe_share, step_us)
@@ -124,11 +124,11 @@ def predict_gain(
 
 def _check_rest(moe_share: float | None, step_us: float | None) -> Rest:
     if moe_share is not None and step_us is not None:
-        raise InputError("--moe-share and --step-ms say the same: give one of them")
+        raise InputError("`moe_share` and `step_us` say the same: give one of them")
     if moe_share is not None:
-        as_numbers("--moe-share", moe_share, 1e-6, 1)
+        as_numbers("`moe_share`", moe_share, 1e-6, 1)
     if step_us is not None:
-        as_numbers("--step-ms", step_us / 1e3, 1e-3, 1e9)
+        as_numbers("`step_us`", step_us, 1e-3, 1e9)
     return Rest(moe_share, step_us)
 
 
@@ -152,7 +152,7 @@ def _times_row(sample: StepSample, base: int, old: CellTimes, new: CellTimes, re
         if share > 1:
             grid = sample.plan.grid
             raise InputError(
-                f"--step-ms {rest.step_us / 1e3:g}: below the {share * rest.step_us / 1e3:.3g} ms that routed experts and "
+                f"`step_us`: {rest.step_us / 1e3:g} ms is below the {share * rest.step_us / 1e3:.3g} ms that routed experts and "
                 f"exchange take alone at EP {grid.ep_size_of_cell[base]} and {grid.tokens_of_cell[base]} tokens"
             )
     share = np.nan if share is None else share

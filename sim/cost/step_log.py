@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy.special import stdtrit
 
 from sim.cost.expert import expert_rates
 from sim.cost.gpu import Gpu
@@ -91,6 +92,9 @@ def _distribution(values: np.ndarray, layer_set: np.ndarray) -> dict[str, float]
         residual = values - (total / n)[layer_set]
         within_square = float(np.sum(residual**2)) / (len(values) - len(n))
         within = within_square**0.5
+        if 1 < len(n) < 4:  # the means of so few sets often agree by chance: no less than the noise of the steps
+            noise = -float(stdtrit(len(n) - 1, 0.025)) * (within_square / len(values)) ** 0.5
+            row |= {"low": min(low, mean - noise), "high": max(high, mean + noise)}
         if len(n) > 1:
             of_means = float(np.var(total / n, ddof=1))
             between = max(of_means - within_square * float(np.mean(1 / n)), 0.0) ** 0.5

@@ -11,17 +11,16 @@ from typing import Any
 import numpy as np
 
 from sim.cost.expert import ExpertRates
-from sim.errors import InputError, whole_number
+from sim.errors import InputError
 from sim.kernels import kernel, usable_processors
 from sim.model import ModelSpec
+from sim.options import LAYER_SETS, MOST_STEPS, StepOptions, check
 from sim.scoring import METRICS
 from sim.sweeps import make_plan
 from sim.sweeps.plan import Plan
 from sim.sweeps.steps import Blocks, Group, StepScorer, place_pairs
 from sim.traffic import Workload
 
-LAYER_SETS = 32
-MOST_STEPS = 512
 BUDGET_TOKENS = 2**24
 _CHUNK_TOKENS = 2**19
 _CHUNK_LAYERS = 256
@@ -106,8 +105,7 @@ def sample_steps(
     InputError
         As `sim.sweep`, and for a model whose number of MoE layers is not known.
     """
-    whole_number("--layer-sets", layer_sets, 1, 4096)
-    whole_number("--steps", most_steps, 1, 10**6)
+    check(StepOptions, layer_sets=layer_sets, most_steps=most_steps)
     plan = make_plan(model, workload, bound_layers=0, trials=1, **of_plan)
     n_layers = plan.workload.n_layers or plan.model.n_moe_layers
     if not n_layers:

@@ -114,7 +114,7 @@ def gains(predicted: pd.DataFrame, baseline: str = "linear", other: str = "round
     there = sorted(set(predicted.placement))
     for name in (baseline, other):
         if name not in there:
-            raise InputError(f"--placement {name}: measured were {', '.join(there)}")
+            raise InputError(f"`placements` {name}: measured were {', '.join(there)}")
     wide = layer_times(predicted).unstack("placement")[
         [(c, p) for c in ("time_us", "predicted_us") for p in (baseline, other)]
     ]

@@ -182,7 +182,7 @@ def gpus_for(ep_size: int | None, device: str) -> int:
     there = max(2, ep_size or 2) if device == "cpu" else int(cuda_torch().cuda.device_count())
     if not 2 <= (ep_size or there) <= there:
         raise InputError(
-            f"--layer{'' if ep_size is None else f' --ep {ep_size}'}: needs a GPU for each rank, two at least, and this "
+            f"--layer{'' if ep_size is None else f' `ep_sizes` {ep_size}'}: needs a GPU for each rank, two at least, and this "
             f"machine has {there} (--device cpu runs the same path at toy sizes)"
         )
     return ep_size or there

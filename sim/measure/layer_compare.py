@@ -118,7 +118,7 @@ def layer_gains(layers: pd.DataFrame, baseline: str = "linear", others: Sequence
     there = list(dict.fromkeys(layers.placement))
     for name in (baseline, *others):
         if name not in there:
-            raise InputError(f"--placement {name}: measured were {', '.join(there)}")
+            raise InputError(f"`placements` {name}: measured were {', '.join(there)}")
     table = []
     for setting, part in layers.groupby(_SETTING, sort=False):
         wide = part.pivot_table(index="step", columns="placement", values=["layer_us", "experts_us", "exchange_us"])

@@ -272,16 +272,16 @@ def sample_layers(
         raise InputError("--exchange must name at least one")
     for workload in workloads:
         if not isinstance(workload, SyntheticTraffic):
-            raise InputError(f"--workload {workload.name}: a layer is measured under synthetic traffic")
+            raise InputError(f"`workload` {workload.name}: a layer is measured under synthetic traffic")
     counted = plan_measurement(
         model, workloads, ep_sizes=[ep_size], tokens=tokens, placements=placements, steps=steps, seed=seed
     )
-    for what, n in [(f"experts of {model.name}", model.n_experts), *(("--tokens", n) for n in counted.tokens)]:
+    for what, n in [(f"experts of {model.name}", model.n_experts), *(("`tokens`", n) for n in counted.tokens)]:
         if n % ep_size:
-            raise InputError(f"--ep {ep_size}: must divide the {what}, {n}")
+            raise InputError(f"`ep_sizes` {ep_size}: must divide the {what}, {n}")
     for (_, name, _), placed in counted.placed.items():
         if (placed.ranks != np.arange(placed.n_slots) // (placed.n_slots // ep_size)).any():
-            raise InputError(f"--placement {name}: all ranks must hold the same number of slots")
+            raise InputError(f"`placements` {name}: all ranks must hold the same number of slots")
     most = counted.tokens[-1]
     ids = {
         workload.name: draw_trials(model, workload, seed, range(steps), steps, np.array(counted.tokens), n_ids=most)[1]

@@ -170,16 +170,16 @@ def plan_measurement(
         Unknown names, numbers out of range, or a workload that does not go with the model.
     """
     model = load_model(model)
-    whole_number("--steps", steps, 1, 10_000)
-    asked = {"--workload": workloads, "--ep": ep_sizes, "--tokens": tokens, "--placement": placements}
+    whole_number("`steps`", steps, 1, 10_000)
+    asked = {"`workload`": workloads, "`ep_sizes`": ep_sizes, "`tokens`": tokens, "`placements`": placements}
     for option, values in asked.items():
         if not values:
             raise InputError(f"{option} must name at least one")
     for count in tokens:
-        whole_number("--tokens", count, 1, 2**20)
+        whole_number("`tokens`", count, 1, 2**20)
     names = list(dict.fromkeys(strategy_name(name) for name in placements))
     for ep_size in ep_sizes:
-        check_ep_size(model, ep_size, names)
+        check_ep_size(model, ep_size, names, "ep_sizes")
     asked_for: list[str | Placement] = []
     for name in names:
         same_for_all = name == "random"
@@ -189,7 +189,7 @@ def plan_measurement(
     most_pairs = 0
     for workload in (load_workload(name) if isinstance(name, str | Path) else name for name in workloads):
         if any(map(is_load_aware, names)) and not isinstance(workload, SyntheticTraffic):
-            raise InputError(f"--workload {workload.name}: load-aware placements are measured under synthetic traffic")
+            raise InputError(f"`workload` {workload.name}: load-aware placements are measured under synthetic traffic")
         plan = make_plan(
             model,
             workload,

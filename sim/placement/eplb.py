@@ -249,7 +249,7 @@ def spread_copies(placement: Placement, loads: np.ndarray) -> Placement:
         if not _spread(experts[row].reshape(placement.ep_size, -1), loads[row]):  # a view
             layer = placement.layer_ids[row] if placement.layer_ids else row
             raise InputError(
-                f"--placement {placement.strategy}: a rank of layer {layer} holds two copies of one expert, and none can move "
+                f"`strategy` {placement.strategy}: a rank of layer {layer} holds two copies of one expert, and none can move "
                 "without making the heaviest rank heavier"
             )
     return replace(placement, experts=experts)

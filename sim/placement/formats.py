@@ -189,7 +189,7 @@ def _from_trtllm(text: str, name: str, model: ModelSpec, ep_size: int, where: st
     n_slots, of_layer = read_assignments(text, where)
     if of_layer is None:
         if n_slots % ep_size:
-            raise InputError(f"{where}: num_slots {n_slots} does not divide by --ep {ep_size}")
+            raise InputError(f"{where}: num_slots {n_slots} does not divide by `ep_size` {ep_size}")
         n = model.n_experts
         start = [(rank * n // ep_size + slot) % n for rank in range(ep_size) for slot in range(n_slots // ep_size)]
         note = "no initial_global_assignments: slot s of rank r has expert (r * experts // ranks + s) % experts, as at the start"
@@ -252,7 +252,7 @@ def _device_experts(row: dict[str, Any], ep_size: int, at: str) -> list[Any]:
         or not all(isinstance(experts, list) for experts in held.values())
     ):
         raise InputError(
-            f"{at}: must have the devices 0 to {ep_size - 1} of --ep {ep_size}, each with its device_expert"
+            f"{at}: must have the devices 0 to {ep_size - 1} of `ep_size` {ep_size}, each with its device_expert"
         )
     if len({len(experts) for experts in held.values()}) > 1:
         raise InputError(f"{at}: devices hold different numbers of experts")
@@ -283,7 +283,7 @@ def _from_slots(
         if len(row) % ep_size or not n_experts <= len(row) <= n_experts + _MOST_SLOTS:
             raise InputError(
                 f"{at}: its {len(row)} slots must be from the model's {n_experts} experts to {n_experts + _MOST_SLOTS}, and "
-                f"divide by --ep {ep_size}"
+                f"divide by `ep_size` {ep_size}"
             )
         missing = set(range(n_experts)) - set(row)
         if missing:
@@ -309,7 +309,7 @@ def _ranks(rows: dict[int, Any], n_experts: int, ep_size: int, where: str) -> np
             raise InputError(f"{at}: expected the ranks of {n_experts} experts, found {found}")
         _check_ids(row, ep_size, f"{at}: expert", "a rank", at)
         if len(set(row)) < ep_size:
-            raise InputError(f"{at}: rank {min(set(range(ep_size)) - set(row))} of --ep {ep_size} holds no expert")
+            raise InputError(f"{at}: rank {min(set(range(ep_size)) - set(row))} of `ep_size` {ep_size} holds no expert")
     return np.array(list(rows.values()), np.int32)
 
 

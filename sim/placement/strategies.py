@@ -32,7 +32,7 @@ _WITH_COPIES = ("linear", *LOAD_AWARE)
 _MOST_REDUNDANT = 2**15 - 1
 
 
-def check_ep_size(model: ModelSpec, ep_size: Any, placements: Iterable[str] = ()) -> None:
+def check_ep_size(model: ModelSpec, ep_size: Any, placements: Iterable[str] = (), parameter: str = "ep_size") -> None:
     """Refuse an EP size that leaves ranks without experts: more ranks than experts need redundant slots that fill them.
 
     placements: names as `strategy_name` gives them. Which of them fill the ranks is up to `check_slots`.
@@ -54,29 +54,29 @@ def check_ep_size(model: ModelSpec, ep_size: Any, placements: Iterable[str] = ()
         )
     slots = f" and {redundant} redundant slots" if redundant else ""
     raise InputError(
-        f"--ep {shown(ep_size)}: EP size must lie from 1 to the {model.n_experts} experts of {model.name}{slots}{more}"
+        f"`{parameter}` {shown(ep_size)}: EP size must lie from 1 to the {model.n_experts} experts of {model.name}{slots}{more}"
     )
 
 
-def strategy_name(strategy: Any) -> str:
+def strategy_name(strategy: Any, parameter: str = "strategy") -> str:
     """The strategy's own name, for a name or an alias, with its redundant slots if there are any; others are refused."""
     if not isinstance(strategy, str):
-        raise InputError(f"--placement {shown(strategy)}: must be a name")
+        raise InputError(f"`{parameter}` {shown(strategy)}: must be a name")
     if strategy.startswith("file:"):
         return strategy
     base, plus, number = strategy.partition("+")
     base = ALIASES.get(base, base)
     if base not in _STATIC + LOAD_AWARE:
         known = [*_STATIC, *LOAD_AWARE, *ALIASES]
-        raise unknown("--placement", base if plus else strategy, known, " (or file:PATH)")
+        raise unknown(f"`{parameter}`", base if plus else strategy, known, " (or file:PATH)")
     if not plus:
         return base
     if not re.fullmatch("[0-9]{1,5}", number) or int(number) > _MOST_REDUNDANT:
         raise InputError(
-            f"--placement {shown(strategy)}: redundant slots are a whole number up to {_MOST_REDUNDANT}, as in {base}+32"
+            f"`{parameter}` {shown(strategy)}: redundant slots are a whole number up to {_MOST_REDUNDANT}, as in {base}+32"
         )
     if int(number) and base not in _WITH_COPIES:
-        raise InputError(f"--placement {strategy}: redundant slots go with linear, eplb and eplb_refined")
+        raise InputError(f"`{parameter}` {strategy}: redundant slots go with linear, eplb and eplb_refined")
     return f"{base}+{int(number)}" if int(number) else base
 
 
@@ -105,7 +105,7 @@ def check_slots(name: str, model: ModelSpec, ep_size: int) -> None:
         enough = max(ep_size, model.n_experts + 1)
         fitting = -(-enough // ep_size) * ep_size - model.n_experts
         raise InputError(
-            f"--placement {name} at --ep {ep_size}: {model.n_experts} experts + {redundant} redundant slots do not "
+            f"`strategy` {name} at `ep_size` {ep_size}: {model.n_experts} experts + {redundant} redundant slots do not "
             f"{'fill' if ep_size > slots else 'divide by'} {ep_size} ranks; "
             f"{base if base in _WITH_COPIES else 'eplb'}+{fitting} does"
         )
@@ -168,21 +168,21 @@ def place(
     name = strategy_name(strategy)
     if whole_number("redundant", redundant, 0, _MOST_REDUNDANT):
         if split_name(name)[1] not in (0, redundant):
-            raise InputError(f"--placement {strategy} has another number of redundant slots than redundant={redundant}")
+            raise InputError(f"`strategy` {strategy} has another number of redundant slots than redundant={redundant}")
         if name.startswith("file:"):
-            raise InputError(f"--placement {strategy}: a file has its own redundant slots")
+            raise InputError(f"`strategy` {strategy}: a file has its own redundant slots")
         name = strategy_name(f"{split_name(name)[0]}+{redundant}")
     check_ep_size(model, ep_size, [name])
     check_slots(name, model, ep_size)
-    whole_number("--ranks-per-node", ranks_per_node, 1, 2**15)
-    whole_number("--seed", seed, 0, 2**63 - 1)
+    whole_number("`ranks_per_node`", ranks_per_node, 1, 2**15)
+    whole_number("`seed`", seed, 0, 2**63 - 1)
     if is_load_aware(name):
         if loads is None:
-            raise InputError(f"--placement {name} needs the loads of the experts")
+            raise InputError(f"`strategy` {name} needs the loads of the experts")
         table = check_loads(loads, model.n_experts, f"loads of {name}")
         return place_balanced(name, model, ep_size, ranks_per_node, table[None])
     if loads is not None:
-        raise InputError(f"--placement {name} takes no loads: it does not depend on them; loads go with eplb")
+        raise InputError(f"`strategy` {name} takes no loads: it does not depend on them; loads go with eplb")
     if name == "random":
         return Placement.of_ranks(name, int(ep_size), random_ranks(model.n_experts, ep_size, seed, 0, 1))
     return place_fixed(name, model, int(ep_size), ranks_per_node)

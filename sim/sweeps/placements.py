@@ -57,13 +57,13 @@ def read_placements(
     if values and isinstance(values[0], int | np.integer) and values[0] is not placements:
         values = [values]  # the rank of each expert
     if not values:
-        raise InputError("--placement needs at least one value")
-    strategies = {strategy_name(value) for value in values if isinstance(value, str)}
+        raise InputError("`placements` needs at least one value")
+    strategies = {strategy_name(value, "placements") for value in values if isinstance(value, str)}
     names: list[str] = []
     given: Given = {}
     for value in values:
         if isinstance(value, str):
-            names.append(strategy_name(value))
+            names.append(strategy_name(value, "placements"))
             continue
         placement = value if isinstance(value, Placement) else _placement_of_array(value)
         _check_placement(placement, model)
@@ -75,12 +75,14 @@ def read_placements(
         names.append(name)
     for name, size in given:
         if size not in ep_sizes:
-            raise InputError(f"--placement {name} is on {size} ranks, which --ep {_listed(ep_sizes)} does not have")
+            raise InputError(
+                f"`placements` {name} is on {size} ranks, which `ep_sizes` {_listed(ep_sizes)} does not have"
+            )
     for name in dict.fromkeys(name for name, _ in given):
         for size in ep_sizes:
             if (name, size) not in given:
                 has = _listed([of for key, of in given if key == name])
-                raise InputError(f"--placement {name} is given for {has} ranks, not for --ep {size}")
+                raise InputError(f"`placements` {name} is given for {has} ranks, not for `ep_sizes` {size}")
     return list(dict.fromkeys(names)), given
 
 
@@ -96,11 +98,11 @@ def _placement_of_array(value: Any) -> Placement:
         ranks = np.empty(0)
     if ranks.ndim not in (1, 2) or ranks.dtype.kind not in "iu" or not ranks.size:
         raise InputError(
-            f"--placement {shown(value)}: must be a name, a Placement, or the rank of each expert as whole numbers "
+            f"`placements` {shown(value)}: must be a name, a Placement, or the rank of each expert as whole numbers "
             "[n_experts] or [layers, n_experts]"
         )
     if ranks.min() < 0 or ranks.max() >= 2**15:
-        raise InputError(f"--placement array: ranks must be from 0 to {2**15 - 1}")
+        raise InputError(f"`placements` array: ranks must be from 0 to {2**15 - 1}")
     return Placement.of_ranks("array", int(ranks.max()) + 1, np.atleast_2d(ranks).astype(np.int32))
 
 
@@ -109,15 +111,15 @@ def _check_placement(placement: Placement, model: ModelSpec) -> None:
     name, n_experts, size = placement.strategy, model.n_experts, placement.ep_size
     ranks, experts = placement.ranks, placement.experts
     if placement.n_experts != n_experts:
-        raise InputError(f"--placement {name} is of {placement.n_experts} experts, model {model.name} has {n_experts}")
+        raise InputError(f"`placements` {name} is of {placement.n_experts} experts, model {model.name} has {n_experts}")
     is_whole = ranks.ndim == 2 and ranks.shape == experts.shape and n_experts <= ranks.shape[1] < 2**16
     if not is_whole or ranks.min() < 0 or ranks.max() >= size or experts.min() < 0 or experts.max() >= n_experts:
-        raise InputError(f"--placement {name}: ranks and experts do not fit {size} ranks and {n_experts} experts")
+        raise InputError(f"`placements` {name}: ranks and experts do not fit {size} ranks and {n_experts} experts")
     for row, (of_slot, expert) in enumerate(zip(ranks, experts, strict=True)):
         for what, held, n in (("rank", of_slot, size), ("expert", expert, n_experts)):
             missing = np.flatnonzero(np.bincount(held, minlength=n) == 0)
             if missing.size:
-                raise InputError(f"--placement {name}, layer {row}: {what} {missing[0]} of {n} is in no slot")
+                raise InputError(f"`placements` {name}, layer {row}: {what} {missing[0]} of {n} is in no slot")
 
 
 def place_pair(
@@ -160,29 +162,29 @@ def fitted_on(names: list[str], model: ModelSpec, workload: Workload, tokens: in
     or what was read from one) of the same layers. `names` are those of strategies.
     """
     if not any(map(is_load_aware, names)):
-        for option, value in (("--fit-tokens", tokens), ("--fit-on", other)):
+        for option, value in (("`fit_tokens`", tokens), ("`fit_on`", other)):
             if value is not None:
                 raise InputError(f"{option} goes with a load-aware placement (eplb, eplb_refined); there is none")
         return FittedOn(workload)
     if other is not None and workload.n_layers is None:
         raise InputError(
-            f"--fit-on {shown(str(other))}: goes with recorded or fitted traffic; the layers of {workload.name} are drawn, and "
-            "those of other traffic are unrelated to them (--fit-tokens sets what is fitted)"
+            f"`fit_on` {shown(str(other))}: goes with recorded or fitted traffic; the layers of {workload.name} are drawn, and "
+            "those of other traffic are unrelated to them (`fit_tokens` sets what is fitted)"
         )
     if other is not None and tokens is not None:
-        raise InputError("--fit-tokens and --fit-on exclude each other: tokens of the same layers, or other traffic")
+        raise InputError("`fit_tokens` and `fit_on` exclude each other: tokens of the same layers, or other traffic")
     if isinstance(workload, SyntheticTraffic) and other is None:
-        n = whole_number("--fit-tokens", DEFAULT_FIT_TOKENS if tokens is None else tokens, 1, MAX_TOKENS)
+        n = whole_number("`fit_tokens`", DEFAULT_FIT_TOKENS if tokens is None else tokens, 1, MAX_TOKENS)
         return FittedOn(workload, f"{n} other tokens of each layer draw", n)
     if tokens is not None:
         raise InputError(
-            "--fit-tokens goes with synthetic traffic; recorded traffic is fitted on every second sequence"
+            "`fit_tokens` goes with synthetic traffic; recorded traffic is fitted on every second sequence"
         )
     if isinstance(workload, RecordedTraffic) and other is None:
         fitted, scored = workload.halves()
         return FittedOn(scored, "even sequences of the record", loads=fitted.expert_counts(model.n_experts))
     table = load_table(Path(other.removeprefix("file:")) if isinstance(other, str) else other, model)
-    about = f"--fit-on {table.name.removeprefix('file:')}"
+    about = f"`fit_on` {table.name.removeprefix('file:')}"
     loads = check_loads(table.loads, model.n_experts, about, layers=True)
     if len(loads) != workload.n_layers:
         raise InputError(f"{about} has {len(loads)} layers, workload {workload.name} has {workload.n_layers}")
@@ -196,12 +198,12 @@ def fitted_on(names: list[str], model: ModelSpec, workload: Workload, tokens: in
 def check_replica_choice(choice: str, workload: Workload, largest_step: int) -> None:
     """Refuse a choice that is not known, or that needs tokens which cannot be had."""
     if choice not in REPLICA_CHOICES:
-        raise unknown("--replica-choice", shown(choice), REPLICA_CHOICES)
+        raise unknown("`replica_choice`", shown(choice), REPLICA_CHOICES)
     if choice != "vllm_hash":
         return
     if isinstance(workload, RecordedTraffic) and workload.phase == "prefill":
-        raise InputError("--replica-choice vllm_hash: not with --phase prefill of recorded traffic")
+        raise InputError("`replica_choice` vllm_hash: not with `phase` prefill of recorded traffic")
     if largest_step > _MOST_HASHED_TOKENS:
         raise InputError(
-            f"--replica-choice vllm_hash holds every token of a step: at most {_MOST_HASHED_TOKENS} tokens, not {largest_step}"
+            f"`replica_choice` vllm_hash holds every token of a step: at most {_MOST_HASHED_TOKENS} tokens, not {largest_step}"
         )

@@ -71,12 +71,12 @@ def _of_phase(name: str, fields: dict[str, Any], phase: str | None) -> dict[str,
     says what is other where the tokens of a request follow each other.
     """
     if phase not in (None, *PHASES):
-        raise InputError(f"--phase must be one of {', '.join(PHASES)}, not '{phase}'")
+        raise InputError(f"`phase` must be one of {', '.join(PHASES)}, not '{phase}'")
     prefill = fields.pop("prefill", None)
     if prefill is not None and not isinstance(prefill, dict):
         raise InputError(f"workload {name}: prefill must be a table")
     if phase is not None and prefill is None:
         raise InputError(
-            f"--phase goes with a recorded workload (file:TRACE) or one fitted to sequences, not with '{name}'"
+            f"`phase` goes with a recorded workload (file:TRACE) or one fitted to sequences, not with '{name}'"
         )
     return fields | (prefill or {}) if phase == "prefill" else fields

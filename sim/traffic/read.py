@@ -56,7 +56,7 @@ def read_traffic(path: Path | str, model: ModelSpec | None = None, phase: str = 
     path = Path(path)
     where = f"workload file {path}"
     if phase not in PHASES:
-        raise InputError(f"--phase must be one of {', '.join(PHASES)}, not '{phase}'")
+        raise InputError(f"`phase` must be one of {', '.join(PHASES)}, not '{phase}'")
     if path.suffix not in SUFFIXES:
         raise InputError(f"{where}: the ending must be one of {', '.join(SUFFIXES)}")
     check_regular(path, where)

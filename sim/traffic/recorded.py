@@ -117,7 +117,7 @@ def build_record(
         Shapes or ids that no router gives; `where` begins the message.
     """
     if phase not in PHASES:
-        raise InputError(f"--phase must be one of {', '.join(PHASES)}, not '{phase}'")
+        raise InputError(f"`phase` must be one of {', '.join(PHASES)}, not '{phase}'")
     if ids.ndim != 3 or 0 in ids.shape:
         raise InputError(f"{where}: topk_ids must have shape [tokens, layers, top_k], not {list(ids.shape)}")
     if lengths.ndim != 1 or lengths.size == 0 or lengths.min() < 1:

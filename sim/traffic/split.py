@@ -130,7 +130,7 @@ def cut_windows(data: MeasuredTraffic, n_experts: int, n_windows: int) -> Window
     InputError
         There are fewer than two sequences, or steps, per window, or a layer has no load in a half.
     """
-    whole_number("--windows", n_windows, 2, MOST_WINDOWS)
+    whole_number("`n_windows`", n_windows, 2, MOST_WINDOWS)
     items = sequences_or_steps(data, n_experts)
     n_items = len(items.weights)
     if items.name == "steps" and n_items == 1:
@@ -139,7 +139,7 @@ def cut_windows(data: MeasuredTraffic, n_experts: int, n_windows: int) -> Window
         )
     if n_items < 2 * n_windows:
         raise InputError(
-            f"{data.name} has {n_items} {items.name} with load; --windows {n_windows} takes at least {2 * n_windows}: in each "
+            f"{data.name} has {n_items} {items.name} with load; `n_windows` {n_windows} takes at least {2 * n_windows}: in each "
             "window one to fit on and one to score"
         )
     bounds = _bounds(items.weights, n_windows)
@@ -147,7 +147,7 @@ def cut_windows(data: MeasuredTraffic, n_experts: int, n_windows: int) -> Window
     parts = [np.arange(first, last) for first, last in itertools.pairwise(bounds)]
     unit = "steps" if items.name == "steps" else "tokens"
     return Windows(
-        _even_and_odd(data, items, parts, "a window; take fewer --windows"), (before[:-1] + before[1:]) / 2, unit
+        _even_and_odd(data, items, parts, "a window; take fewer `n_windows`"), (before[:-1] + before[1:]) / 2, unit
     )
 
 

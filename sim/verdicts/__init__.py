@@ -82,15 +82,15 @@ def claims(
     """
     traffic = workload if isinstance(workload, Workload) else load_workload(workload)
     if not isinstance(traffic, SyntheticTraffic):
-        raise InputError(f"--workload {traffic.name}: claims are examined under synthetic traffic, not under a record")
+        raise InputError(f"`workload` {traffic.name}: claims are examined under synthetic traffic, not under a record")
     for name in only or []:
         if name not in CLAIMS:
             raise unknown("claim", name, CLAIMS)
     if not 0.01 <= effort <= 100:
-        raise InputError(f"--effort {effort:g}: must be from 0.01 to 100")
+        raise InputError(f"`effort` {effort:g}: must be from 0.01 to 100")
     if not 0 < plausible_share <= 1:
-        raise InputError(f"--plausible-share {plausible_share:g}: must be above 0 and at most 1")
-    conditions = Conditions(traffic, whole_number("--seed", seed, 0, 2**63 - 1), effort, plausible_share, threads)
+        raise InputError(f"`plausible_share` {plausible_share:g}: must be above 0 and at most 1")
+    conditions = Conditions(traffic, whole_number("`seed`", seed, 0, 2**63 - 1), effort, plausible_share, threads)
     return pd.DataFrame([_row(name, conditions) for name in only or CLAIMS])
 
 
