@@ -23,7 +23,16 @@ if TYPE_CHECKING:
     from sim.results import SweepResult, read_result, write_result
     from sim.router import route
     from sim.sweeps import sweep
-    from sim.traffic import RecordedTraffic, SyntheticTraffic, Workload, load_workload, workload_names
+    from sim.traffic import (
+        LoadCounts,
+        RecordedTraffic,
+        SyntheticTraffic,
+        Workload,
+        load_workload,
+        read_traffic,
+        synthetic_traffic,
+        workload_names,
+    )
     from sim.verdicts import claims
 
 _ROOM_OF = {
@@ -34,7 +43,10 @@ _ROOM_OF = {
     "Workload": "traffic",
     "SyntheticTraffic": "traffic",
     "RecordedTraffic": "traffic",
+    "LoadCounts": "traffic",
     "load_workload": "traffic",
+    "synthetic_traffic": "traffic",
+    "read_traffic": "traffic",
     "workload_names": "traffic",
     "route": "router",
     "Placement": "placement",

@@ -34,7 +34,7 @@ def draw_ids(popularity, n_tokens, seed=0, n_layers=3):
 
 def record(ids, sequences=40):
     lengths = np.full(sequences, len(ids) // sequences)
-    return build_record("toy", "file:toy.npz", ids, lengths, "decode", "toy.npz")[0]
+    return build_record("toy", "file:toy.npz", ids, lengths, "decode", "toy.npz")
 
 
 SKEWED = np.repeat([8.0, 1.0], 8)  # linear puts the popular half of the experts on the first ranks

@@ -88,7 +88,7 @@ def _of_counts(model: ModelSpec, counts: LoadCounts, seed: int, threads: int | N
 
 
 def _part(whole: LoadCounts, counts: np.ndarray, what: str) -> LoadCounts:
-    part, n_empty = build_counts(f"{whole.name}, {what}", f"{whole.name} [{what}]", counts, whole.layers)
+    part, n_empty = build_counts(f"{whole.name}, {what}", f"{whole.name} [{what}]", counts, whole.layer_ids)
     if n_empty:
         raise InputError(
             f"{whole.name}: {n_empty} layers have no load in {what}; give other traffic to fit on, --fit-on"

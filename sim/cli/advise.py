@@ -105,7 +105,7 @@ def _read(arguments: Namespace, model: Any) -> tuple[Any, Any]:
         )
         for text in found.notes:
             note(text)
-        return found.data
+        return found
 
     name, dummies = arguments.traffic, dummy_tokens(arguments)
     if not names_file(name):

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from sim.cli.text import folder as folder_name
-from sim.cli.text import names, print_table
+from sim.cli.text import names, note, print_table
 from sim.cli.timed import add_timed_arguments, chosen_gpus, identity_of, say_about_times, timed_options
 from sim.errors import InputError, unknown
 
@@ -26,7 +26,12 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--placement", default="linear,round_robin", metavar="LIST", help="placements (default: linear,round_robin)"
     )
     add_timed_arguments(parser, ep="8,16", tokens="64,4096")
-    parser.add_argument("--log", type=Path, metavar="FILE", help="your own log, a number a line, to lay beside")
+    parser.add_argument(
+        "--log",
+        type=Path,
+        metavar="FILE",
+        help="your own log to lay beside: vLLM's or SGLang's lines with balancedness, or a number a line",
+    )
     parser.add_argument(
         "--log-metric", default="balancedness_vllm", metavar="NAME", help=f"what the log holds: {', '.join(_SHORT)}"
     )
@@ -46,11 +51,13 @@ def run(arguments: Namespace) -> None:
     from sim.cost.step_log import compare_log, predict_steps, read_log
 
     log = None if arguments.log is None else read_log(arguments.log, arguments.log_metric)
+    for text in log.notes if log is not None else ():
+        note(text)
     say_about_times(options, gpus)
     steps = predict_steps(gpu=gpus[0], placements=placements, **options)
     _print_steps(steps, arguments.markdown)
     if log is not None:
-        _print_log(compare_log(steps, arguments.log_metric, log), arguments)
+        _print_log(compare_log(steps, arguments.log_metric, log.values), arguments)
     if folder is not None:
         from sim.results import writable_folder, write_table
 

@@ -92,14 +92,14 @@ def run(arguments: Namespace) -> None:
     traffic = read_traffic(arguments.file, model)
     for text in traffic.notes:
         note(text)
-    {"show": _show, "fit": _fit, "decay": print_decay}[arguments.action](arguments, model, traffic.data)
+    {"show": _show, "fit": _fit, "decay": print_decay}[arguments.action](arguments, model, traffic)
 
 
 def _show(arguments: Namespace, model: Any, data: Any) -> None:
     from sim.fit.description import describe
     from sim.traffic import read_traffic
 
-    other = None if arguments.against is None else read_traffic(arguments.against, model).data
+    other = None if arguments.against is None else read_traffic(arguments.against, model)
     about = describe(data, model, other)
     per_token = "" if about.top_k is None else f", {about.n_tokens} tokens in {about.n_sequences} sequences"
     steps = f", {about.n_steps} steps" if about.n_steps > 1 else ""

@@ -67,7 +67,7 @@ def _print_files(arguments: Namespace, model: Any, data: Any, chosen: dict[str, 
     other = read_traffic(arguments.against, model)
     for text in other.notes:
         note(text)
-    first, second = (cut_file(part, model.n_experts, seed=arguments.seed) for part in (data, other.data))
+    first, second = (cut_file(part, model.n_experts, seed=arguments.seed) for part in (data, other))
     table = decay_against(model, first, second, **chosen)
     cells = [
         [

@@ -194,6 +194,6 @@ def _checked(data: Traffic, fitted: np.ndarray, scored: np.ndarray, about: str, 
     empty = np.argwhere(~(fitted.any(axis=2) & scored.any(axis=2)))
     if len(empty):
         layer = int(empty[0, 1])
-        number = data.layers[layer] if isinstance(data, LoadCounts) else layer
+        number = data.layer_ids[layer]
         raise InputError(f"{data.name}: layer {number} has no load in a half of {of}")
     return Halves(data.name, data.digest, fitted.astype(float), scored.astype(float), about)

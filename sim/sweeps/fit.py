@@ -49,7 +49,7 @@ def choose_fit(names: list[str], model: ModelSpec, workload: Workload, tokens: i
         raise InputError("--fit-tokens goes with traffic by law; recorded traffic is fitted on every second sequence")
     if isinstance(workload, RecordedTraffic) and other is None:
         fitted, scored = workload.halves()
-        return Fit(scored, "even sequences of the record", loads=fitted.expert_counts(model.n_experts))
+        return Fit(scored, "even sequences of the record", loads=fitted.count_experts(model.n_experts).astype(float))
     table = load_table(Path(other.removeprefix("file:")) if isinstance(other, str) else other, model)
     about = f"--fit-on {table.name.removeprefix('file:')}"
     loads = check_loads(table.loads, model.n_experts, about, layers=True)
