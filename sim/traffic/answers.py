@@ -317,18 +317,24 @@ def _shaped(flat: np.ndarray, here: str, model: ModelSpec) -> np.ndarray:
     n_decoder = int(getattr(model, "n_layers", 0) or 0)
     moe = getattr(model, "moe_layer_ids", None)
     tried = [n for n in (n_decoder, *range(n_moe, min(n_rows, _MOST_LAYERS) + 1)) if n >= n_moe and n_rows % n == 0]
+    best: tuple[int, np.ndarray] | None = None  # fewest tokens without routing
     for n_layers in dict.fromkeys(tried) if not rest else ():
         ids = flat.reshape(-1, n_layers, top_k)
         if top_k == 1:  # 0 is an expert too: only the model tells which layers are dense
-            if n_layers == n_moe:
-                return ids
             if moe and n_layers == n_decoder and not np.delete(ids, moe, axis=1).any():
                 return ids[:, list(moe)]
+            if n_layers == n_moe:
+                return ids
             continue
         zero = ~np.asarray(ids.any(axis=2))
         routed = ~zero.all(axis=1)
         if routed.any() and zero[routed][0].sum() == n_layers - n_moe and (zero[routed] == zero[routed][0]).all():
-            return ids
+            n_without = int((~routed).sum())
+            best = (n_without, ids) if best is None or n_without < best[0] else best
+            if n_layers == n_decoder or n_without == 0:
+                return ids
+    if best is not None:
+        return best[1]
     raise InputError(
         f"{here}: {flat.size} ids are no whole tokens of {n_moe} MoE layers with {top_k} experts each (model {model.name}), "
         "however many dense layers of zeros lie between"

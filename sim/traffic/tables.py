@@ -130,7 +130,9 @@ def read_csv(path: Path, where: str) -> CountTable:
         n_numbers = 0
         try:
             for chunk in _chunks(file, len(cells), separator):
-                rows.append(chunk.to_numpy())
+                if any(kind.kind not in "iuf" for kind in chunk.dtypes):  # text, or booleans
+                    raise ValueError("a column is not of numbers")
+                rows.append(chunk.to_numpy(float))
                 n_numbers += rows[-1].size
                 if n_numbers > MOST_COUNTS:
                     raise InputError(f"{where} has more than {MOST_COUNTS} counts; add up steps first")
@@ -161,8 +163,8 @@ def _first_line(file: IO[bytes], where: str) -> tuple[int, str]:
 
 
 def _chunks(file: IO[bytes], width: int, separator: str) -> Iterable[pd.DataFrame]:
-    """The rows that follow, float64, some at a time."""
-    options: dict[str, Any] = {"header": None, "names": range(width), "index_col": False, "dtype": np.float64}
+    """The rows that follow, some at a time."""
+    options: dict[str, Any] = {"header": None, "names": range(width), "index_col": False}
     options |= {"sep": separator, "comment": "#", "skipinitialspace": True}
     with pd.read_csv(file, chunksize=max(1, 2**20 // width), **options) as chunks:
         yield from chunks
