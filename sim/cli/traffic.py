@@ -33,8 +33,12 @@ def add_arguments(parser: ArgumentParser) -> None:
         "file",
         type=Path,
         metavar="FILE",
-        help="expert ids of tokens (.npz, .npy, JSON lines; vLLM's and SGLang's routed_experts) or load counts (.npz, "
-        ".npy, .csv; .pt of SGLang's recorder with the extra epsim[torch])",
+        help="experts of tokens (answers of vLLM and SGLang with routed_experts as JSON, .npz, .npy; a folder with a JSON file "
+        "for each request) or loads of experts (.csv, .json, .npz, .npy, TensorRT-LLM's folder of expert statistics); .pt of "
+        "SGLang's recorder with the extra epsim[torch]; text may be packed as .gz",
+    )
+    parser.add_argument(
+        "--phase", metavar="PHASE", help="decode or prefill: which steps of a trace set are read (default: decode)"
     )
     parser.add_argument(
         "--model", help="the model that the file was taken on: preset or config.json (fit and decay need it)"
@@ -89,7 +93,7 @@ def run(arguments: Namespace) -> None:
     from sim.traffic import read_traffic
 
     model = None if arguments.model is None else load_model(arguments.model)
-    traffic = read_traffic(arguments.file, model)
+    traffic = read_traffic(arguments.file, model, arguments.phase or "decode")
     for text in traffic.notes:
         note(text)
     {"show": _show, "fit": _fit, "decay": print_decay}[arguments.action](arguments, model, traffic)
@@ -99,7 +103,7 @@ def _show(arguments: Namespace, model: Any, data: Any) -> None:
     from sim.fit.description import describe
     from sim.traffic import read_traffic
 
-    other = None if arguments.against is None else read_traffic(arguments.against, model)
+    other = None if arguments.against is None else read_traffic(arguments.against, model, arguments.phase or "decode")
     about = describe(data, model, other)
     per_token = "" if about.top_k is None else f", {about.n_tokens} tokens in {about.n_sequences} sequences"
     steps = f", {about.n_steps} steps" if about.n_steps > 1 else ""

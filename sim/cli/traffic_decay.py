@@ -64,7 +64,7 @@ def _print_files(arguments: Namespace, model: Any, data: Any, chosen: dict[str, 
     for option, why in (("windows", "each file is one window"), ("plot", "it draws ages, and two files have none")):
         if getattr(arguments, option) is not None:
             raise InputError(f"--{option} does not go with --against in epsim traffic decay: {why}")
-    other = read_traffic(arguments.against, model)
+    other = read_traffic(arguments.against, model, arguments.phase or "decode")
     for text in other.notes:
         note(text)
     first, second = (cut_file(part, model.n_experts, seed=arguments.seed) for part in (data, other))

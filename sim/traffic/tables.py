@@ -138,14 +138,17 @@ def read_csv(path: Path, where: str) -> CountTable:
                     raise InputError(f"{where} has more than {MOST_COUNTS} counts; add up steps first")
         except pd.errors.EmptyDataError:
             pass
+        except InputError:
+            raise
         except (ValueError, pd.errors.ParserWarning):
-            _name_fault(path, where, number, len(cells), separator)
+            _name_fault(path, where, (number, sum(map(len, rows[int(is_data) :]))), len(cells), separator)
             raise
     if not rows or not sum(map(len, rows)):
         raise InputError(f"{where} has no rows of counts")
     table = np.concatenate(rows)
     if np.isnan(table).any():
-        _name_fault(path, where, number, len(cells), separator)
+        first_nan = int(np.isnan(table).any(axis=1).argmax())
+        _name_fault(path, where, (number, max(0, first_nan - is_data)), len(cells), separator)
     found = _table_of_columns(table, names, where, "CSV")
     found.notes += notes
     return found
@@ -170,15 +173,21 @@ def _chunks(file: IO[bytes], width: int, separator: str) -> Iterable[pd.DataFram
         yield from chunks
 
 
-def _name_fault(path: Path, where: str, first: int, width: int, separator: str) -> None:
-    """Raise the error that names the line which is not a row of `width` numbers; none where each is."""
+def _name_fault(path: Path, where: str, sound: tuple[int, int], width: int, separator: str) -> None:
+    """Raise the error that names the line which is not a row of `width` numbers; none where each is. `sound`: the first line,
+    and how many rows after it are known to be sound.
+    """
+    n_rows = 0
     with open_stream(path, where) as file:
         for number, line in enumerate(iter(lambda: file.readline(_MAX_LINE), b""), 1):
             if len(line) >= _MAX_LINE:
                 raise InputError(f"{where}, line {number}: longer than {_MAX_LINE >> 20} MiB")
-            text = line.decode("utf-8-sig", "replace").strip("\r\n")
-            if number <= first or not text.strip() or text.startswith("#"):
+            if number <= sound[0] or line.isspace() or line.startswith(b"#"):
                 continue
+            n_rows += 1
+            if n_rows <= sound[1]:
+                continue
+            text = line.decode("utf-8-sig", "replace").strip("\r\n")
             cells = re.split(separator, text.strip() if separator == r"\s+" else text)
             bad = [cell for cell in cells if _number(cell.strip().strip('"')) is None]
             if bad:
