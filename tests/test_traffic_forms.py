@@ -595,6 +595,8 @@ def test_json_tables(tmp_path):
         {str(3 + i): {str(e): n for e, n in enumerate(row)} for i, row in enumerate(rows)},
         {"expert_counts": {str(3 + i): row for i, row in enumerate(rows)}},
         {"counts": rows, "layer_ids": [3, 4, 5]},
+        {"layers": {str(3 + i): row for i, row in enumerate(rows)}},
+        [{"layer_id": 3 + i, "counts": row} for i, row in enumerate(rows)],
         [{"layer": 3 + i, "expert": e, "count": n} for i, row in enumerate(rows) for e, n in enumerate(row)],
     ]
     for value in values:
@@ -603,8 +605,14 @@ def test_json_tables(tmp_path):
             found = read_traffic(tmp_path / "x.json", SMALL)
             np.testing.assert_array_equal(found.expert_counts, COUNTS)
             assert found.layer_ids.tolist() == [3, 4, 5]
-    found = read_traffic(lines(tmp_path / "x.jsonl", values[-1]))
-    np.testing.assert_array_equal(found.expert_counts, COUNTS)
+    for value in values[-2:]:
+        np.testing.assert_array_equal(read_traffic(lines(tmp_path / "x.jsonl", value)).expert_counts, COUNTS)
+    steps = [{str(3 + i): row for i, row in enumerate(table)} for table in (rows, rows)]
+    (tmp_path / "x.json").write_text(json.dumps(steps))
+    for path in (tmp_path / "x.json", lines(tmp_path / "x.jsonl", steps)):
+        found = read_traffic(path)
+        np.testing.assert_array_equal(found.expert_counts, 2 * COUNTS)
+        assert (found.n_steps, found.layer_ids.tolist()) == (2, [3, 4, 5])
     for value, steps in ((rows, None), ({"logical_count": [rows, rows]}, 2)):
         (tmp_path / "x.json").write_text(json.dumps(value))
         found = read_traffic(tmp_path / "x.json")
@@ -627,6 +635,10 @@ def test_json_tables(tmp_path):
         ([[1, 2], 3], "(regular|whole numbers)"),
         ({"0": [0, 0]}, "every count is 0"),
         ({"0": [1, float("nan")]}, "found NaN"),
+        ([{"0": [1, 2]}, {"1": [1, 2]}], "differ in their layers"),
+        ([{"0": [1, 2]}, {"0": None}], "have no counts"),
+        ({"0": None, "3": [[1, 2], [3, 4]]}, "one step"),
+        ({"layer": 0, "counts": [1, 2], "slot": 3}, "no key 'routed_experts'"),
     ],
 )
 def test_bad_json_tables_are_refused(tmp_path, value, message):

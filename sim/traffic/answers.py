@@ -109,7 +109,7 @@ class Requests:
     def joined(self) -> tuple[np.ndarray, np.ndarray]:
         """Ids [tokens, layers, top_k] and lengths [sequences] of all requests."""
         if not any(map(len, self.arrays)):
-            raise InputError(f"{self.where} holds no tokens")
+            raise InputError(f"{self.where} holds no tokens" + (f": {self.notes[0]}" if self.notes else ""))
         ids = self.arrays[0] if len(self.arrays) == 1 else np.concatenate(self.arrays)
         lengths = np.concatenate(self.lengths).astype(np.int64)
         return ids, lengths[lengths > 0]

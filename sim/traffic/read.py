@@ -25,7 +25,7 @@ from sim.traffic.arrays import Archive, open_archive
 from sim.traffic.counts import MOST_COUNTS, LoadCounts, build_counts
 from sim.traffic.dumps import read_recorder, read_statistics
 from sim.traffic.recorded import PHASES, RecordedTraffic, build_record
-from sim.traffic.tables import COUNT_NAMES, CountTable, add_tables, depth_of, read_csv, table_of_json
+from sim.traffic.tables import COUNT_NAMES, CountTable, add_tables, depth_of, is_row, read_csv, table_of_json
 
 _KINDS = {
     ".npz": "archive", ".npy": "archive", ".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".tsv": "csv",
@@ -226,8 +226,10 @@ def _read_json(path: Path, where: str, requests: Requests, phase: str) -> tuple[
         values = iter([(held, where) for held in rows[1:]])
     table = None if is_trace(first) else table_of_json(first, here) or _counts_of_list(first, here)
     if table is not None:
-        if next(values, None) is not None:
-            raise InputError(f"{where}: more follows after {table.form}")
+        more = [held for held, _ in itertools.islice(values, _MOST_ROWS)]
+        table = table_of_json([first, *more], where) if more else table  # a step, or a layer, on each line
+        if table is None:
+            raise InputError(f"{where}: its lines are no rows of one table of loads")
         return table, table.form, 0
     n_keyed = n_other = 0
     form = _TRACE if is_trace(first) else _ANSWERS
@@ -245,12 +247,8 @@ def _read_json(path: Path, where: str, requests: Requests, phase: str) -> tuple[
 
 
 def _is_flat(held: Any) -> bool:
-    """Whether a value of JSON may be a row of a table: names and numbers, with one for the layer."""
-    return (
-        isinstance(held, dict)
-        and set(map(type, held.values())) <= {int, float}
-        and table_of_json([held], "") is not None
-    )
+    """Whether a value of JSON may be a row of a table: names with numbers, or with one list of them, one for the layer."""
+    return isinstance(held, dict) and set(map(type, held.values())) <= {int, float, list} and is_row(held)
 
 
 def _refuse_known(held: Any, here: str) -> None:
@@ -265,6 +263,8 @@ def _refuse_known(held: Any, here: str) -> None:
     ):
         if key in held and "routed_experts" not in held and not any(name in held for name in COUNT_NAMES):
             raise InputError(f"{here}: {what}, and no traffic")
+    if held and is_trace([held]) and not all(value is None for value in held.values()):
+        raise InputError(f"{here}: one step {{layer: [[expert ids] of each token]}}; a request is a list of such steps")
 
 
 def _counts_of_list(held: Any, here: str) -> CountTable | None:
@@ -316,7 +316,11 @@ def _read_archive(archive: Archive, requests: Requests, is_one: bool) -> tuple[C
         if not of_ids or (dtype.kind in "iu" and len(shape) == 3 and _are_counts(archive.head(names[0], _SAMPLE))):
             table = _array_counts(archive, names[0])
             return table, table.form
-    add_arrays(requests, archive, ["routed_experts"] if "routed_experts" in names else names)
+    parts: list[str] = [key for key in ("prompt_routed_experts", "routed_experts") if key in names]
+    if len(parts) == 2:
+        requests.add(np.concatenate([archive.read_ids(key) for key in parts]), where)
+    else:
+        add_arrays(requests, archive, parts or names)
     return None, "arrays of expert ids [tokens, layers, top_k], one for each request"
 
 

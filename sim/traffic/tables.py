@@ -328,7 +328,8 @@ def table_of_json(held: Any, where: str) -> CountTable | None:
     [steps][layers][experts] under one of COUNT_NAMES); a list of objects whose keys name the columns of a table.
     """
     if isinstance(held, dict):
-        named = next((name for name in COUNT_NAMES if isinstance(held.get(name), list | dict)), None)
+        named = next((name for name in (*COUNT_NAMES, "layers") if isinstance(held.get(name), list | dict)), None)
+        named = None if named == "layers" and not isinstance(held[named], dict) else named
         if named is not None:
             inner = held[named]
             if isinstance(inner, list) and depth_of(inner) in (2, 3):
@@ -340,16 +341,41 @@ def table_of_json(held: Any, where: str) -> CountTable | None:
         return _table_of_layers(held, where)
     if not isinstance(held, list) or not held:
         return None
-    if all(isinstance(row, dict) for row in held):
+    if all(isinstance(row, dict) and row for row in held):
+        by_step = _steps_of_layers(held, where)
+        if by_step is not None:
+            return by_step
         keys = list(held[0])
         if "layer" not in [_role(key) for key in keys] or any(list(row) != keys for row in held):
             return None
+        listed = [key for key in keys if isinstance(held[0][key], list)]
+        if len(listed) == 1 and _role(listed[0]) in ("count", "expert"):  # a row per layer, its counts in a list
+            others = [key for key in keys if key != listed[0]]
+            rows = [
+                [row[key] for key in others] + (row[listed[0]] if isinstance(row[listed[0]], list) else [])
+                for row in held
+            ]
+            table = _regular(rows, where)
+            if any(_role(key) not in ("layer", "step", "rank") for key in others):
+                raise InputError(
+                    f"{where}: beside '{listed[0]}', keys must be layer, step or rank: {shown(', '.join(others))}"
+                )
+            names = [_role(key) or "" for key in others] + [str(e) for e in range(table.shape[1] - len(others))]
+            return _table_of_columns(table.astype(float), names, where, "JSON")
         names = _names(keys, where)
         cells = [list(row.values()) for row in held]
         return _table_of_columns(_regular(cells, where).astype(float), names, where, "JSON")
     if depth_of(held) == 2:
         return CountTable(_regular(held, where), "a JSON list of loads [layers][experts]")
     return None
+
+
+def is_row(held: dict[str, Any]) -> bool:
+    """Whether the keys of an object of JSON are those of a row of a table: one is a layer's, and all are known."""
+    roles = [_role(key) for key in held]
+    return "layer" in roles and all(
+        role or re.fullmatch(_EXPERT_COLUMN, str(key).lower()) for key, role in zip(held, roles, strict=True)
+    )
 
 
 def layer_of_key(key: str) -> int | None:
@@ -396,6 +422,27 @@ def _table_of_layers(held: dict[str, Any], where: str) -> CountTable | None:
         return None
     order = np.argsort(ids)
     return CountTable(counts[order], form, ids[order], is_open=is_open)
+
+
+def _steps_of_layers(held: list[Any], where: str) -> CountTable | None:
+    """Counts of a list of steps {layer: [count of each expert]}; None where it is none."""
+    first = _table_of_layers(held[0], where)
+    if first is None or first.layer_ids is None:
+        return None
+    tables = [table for table in (_table_of_layers(step, where) for step in held) if table is not None]
+    if len(tables) < len(held):
+        raise InputError(f"{where}: of its {len(held)} steps {len(held) - len(tables)} have no counts")
+    width = max(table.counts.shape[1] for table in tables)
+    rows = []
+    for table in tables:
+        assert table.layer_ids is not None
+        if table.layer_ids.tolist() != first.layer_ids.tolist() or (
+            table.counts.shape[1] < width and not table.is_open
+        ):
+            raise InputError(f"{where}: its steps differ in their layers or experts")
+        rows.append(np.pad(table.counts, ((0, 0), (0, width - table.counts.shape[1]))))
+    form = f"a JSON list of steps, each {first.form.removeprefix('JSON ')}"
+    return CountTable(np.stack(rows), form, first.layer_ids, is_open=first.is_open)
 
 
 def _regular(rows: list[Any], where: str) -> np.ndarray:
