@@ -12,6 +12,10 @@ class InputError(ValueError):
     """A wrong argument or an input file that is missing, unreadable or invalid. Its message is one line for the user."""
 
 
+class RunError(RuntimeError):
+    """A run that began well and failed, by no fault of its arguments. Its message is one line for the user."""
+
+
 def unknown(what: str, name: str, known: Iterable[str], more: str = "") -> InputError:
     """Error for a name that is not known, with the nearest known ones."""
     known = sorted(known)

@@ -13,6 +13,11 @@ CONFIDENCE = 0.95
 _TAIL = (1 - CONFIDENCE) / 2
 
 
+def student_quantile(degrees: Any) -> Any:
+    """Half-width of a 95 % Student interval in standard errors, for the degrees of freedom given, at least 1."""
+    return -stdtrit(degrees, _TAIL)
+
+
 class Moments(NamedTuple):
     """Sums over draws, arrays of one shape: of Y_d, of Y_d squared, and of n_d * Y_d."""
 
@@ -47,7 +52,7 @@ def _variance_of_mean(moments: Moments, design: Design) -> np.ndarray:
 def mean_interval(moments: Moments, design: Design) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Mean over blocks with its 95 % Student interval over draws: (mean, low, high)."""
     mean = moments.total / design.blocks
-    half = -stdtrit(np.maximum(design.draws - 1, 1), _TAIL) * np.sqrt(_variance_of_mean(moments, design))
+    half = student_quantile(np.maximum(design.draws - 1, 1)) * np.sqrt(_variance_of_mean(moments, design))
     return mean, mean - half, mean + half
 
 
@@ -63,7 +68,7 @@ def effective_blocks(moments: Moments, design: Design) -> np.ndarray:
     variance = _variance_of_mean(moments, design)
     with np.errstate(divide="ignore", invalid="ignore"):
         blocks = p * (1 - p) / variance
-    degrees = (stdtrit(np.maximum(all_blocks - 1, 1), _TAIL) / stdtrit(np.maximum(draws - 1, 1), _TAIL)) ** 2
+    degrees = (student_quantile(np.maximum(all_blocks - 1, 1)) / student_quantile(np.maximum(draws - 1, 1))) ** 2
     known = (p > 0) & (p < 1) & (variance > 0)
     clustered = np.where(known, np.clip(blocks * degrees, 1, all_blocks), draws)
     return np.where(draws == all_blocks, all_blocks, clustered)
@@ -105,7 +110,7 @@ def ratio_interval(top: np.ndarray, bottom: np.ndarray) -> tuple[float, float, f
     if draws < 2:
         return ratio, np.nan, np.nan
     residual = top - ratio * bottom
-    half = -stdtrit(draws - 1, _TAIL) * np.sqrt(draws / (draws - 1) * float(np.sum(residual**2))) / total
+    half = student_quantile(draws - 1) * np.sqrt(draws / (draws - 1) * float(np.sum(residual**2))) / total
     return ratio, ratio - half, ratio + half
 
 

@@ -15,11 +15,11 @@ from sim import InputError, load_model
 from sim.cli import main
 from sim.figures.decay import decay_by_age
 from sim.figures.style import look
-from sim.fit import cut_file, cut_windows, decay, decay_against
-from sim.fit.windows import deal_halves
+from sim.fit import decay, decay_against
 from sim.model import ModelSpec
 from sim.traffic import RecordedTraffic, read_traffic
 from sim.traffic.counts import build_counts
+from sim.traffic.split import cut_file, cut_windows, split_at_random
 
 SMALL = ModelSpec("small", n_experts=16, top_k=4)
 GROUPED = ModelSpec("grouped", n_experts=16, top_k=4, n_group=4, topk_group=2)
@@ -191,7 +191,7 @@ def test_dealt_halves_conserve_counts_and_have_the_law():
     """4000 dealings of a layer: means n/2 and variances of the hypergeometric law within 5 standard errors (6 of each)."""
     counts = np.array([[0, 1, 7, 40, 100, 53], [5, 5, 5, 5, 0, 0]])
     rng = np.random.default_rng(4)
-    halves = [deal_halves(counts, rng) for _ in range(4000)]
+    halves = [split_at_random(counts, rng) for _ in range(4000)]
     first, second = (np.stack(half) for half in zip(*halves, strict=True))
     np.testing.assert_array_equal(first + second, np.broadcast_to(counts, first.shape))
     assert first.min() == second.min() == 0
@@ -311,7 +311,7 @@ def test_steps_and_single_tables(files, capsys):
     assert run(table, *GPT, "--against", steps) == 0
     text = capsys.readouterr().out
     assert (
-        "file:table.npy its counts dealt at random, mean of 16 times (seed 0), file:steps.npy even and odd steps"
+        "file:table.npy its counts split at random, mean of 16 times (seed 0), file:steps.npy even and odd steps"
         in text
     )
     assert "eplb fitted on table.npy, scored on steps.npy: of the gain that a fit to steps.npy has, it keeps" in text

@@ -29,7 +29,7 @@ from sim.measure import (
     sample_steps,
     with_predictions,
 )
-from sim.measure.compare import _half_width, _ratio, missed
+from sim.measure.compare import half_width, missed, ratio_of_sums
 from sim.measure.experts import reference_layer, round_bf16, round_fp8
 from sim.measure.steps import busiest_ranks, rank_sums
 from sim.measure.table import COLUMNS, partial_path
@@ -436,8 +436,8 @@ def test_intervals_of_a_ratio_cover():
     for _ in range(4000):
         step = np.exp(0.3 * random.normal(size=20))
         above, below = true * step * np.exp(0.1 * random.normal(size=20)), step * np.exp(0.1 * random.normal(size=20))
-        ratio, parts = _ratio(above, below)
-        hits += abs(ratio - true) <= _half_width(parts)
+        ratio, parts = ratio_of_sums(above, below)
+        hits += abs(ratio - true) <= half_width(parts)
     assert 0.95 - 0.014 < hits / 4000 < 0.95 + 0.014
 
 
@@ -577,7 +577,7 @@ def test_graphs_are_captured_once_and_replayed(monkeypatch):
     calls, clock = [], [0.0]
 
     class Graph:
-        def capture_begin(self, pool):
+        def capture_begin(self, pool, capture_error_mode):
             calls.append("begin")
 
         def capture_end(self):

@@ -13,14 +13,22 @@ from test_readers import COUNTS, write
 from sim import InputError, load_model, load_workload, sweep
 from sim.cli import main
 from sim.figures.traffic import load_map, traffic_page
-from sim.fit import fit_text, fit_traffic, hold_out, skew
-from sim.fit.blocks import count_runs, count_sequences, count_tokens, only_sequences, run_starts
-from sim.fit.calibrate import Noise, Popularity, fit_popularity
-from sim.fit.correlation import across_sequences, over_multinomial, same_group, within_sequences
+from sim.fit import description as skew
+from sim.fit import fit_text, fit_traffic, hold_out
+from sim.fit.correlation import (
+    across_sequences,
+    count_runs,
+    count_sequences,
+    count_tokens,
+    over_multinomial,
+    run_starts,
+    same_group,
+    within_sequences,
+)
 from sim.fit.description import describe
-from sim.fit.effects import Taste, draw_tastes, fill_ranks
-from sim.fit.fit import wanted_shares
-from sim.fit.selection import _fill_latest, exp_of_minus, sum_selection
+from sim.fit.effects import RequestEffect, draw_effects, fill_ranks
+from sim.fit.fitting import wanted_shares
+from sim.fit.popularity import Noise, Popularity, _fill_latest, exp_of_minus, fit_popularity, sum_selection
 from sim.model import ModelSpec
 from sim.router import draw_trials, routing_law, score_law
 from sim.streams import REQUEST, stream_key, uniforms
@@ -81,7 +89,7 @@ def test_counts_of_blocks_equal_a_loop():
     starts = record.starts
     ref = [np.bincount(layer[a:b].ravel(), minlength=16) for a, b in itertools.pairwise(starts)]
     np.testing.assert_array_equal(comp, ref)
-    part = only_sequences(record, np.array([0, 2]))
+    part = record.only_sequences(np.array([0, 2]))
     np.testing.assert_array_equal(part.topk_ids, np.delete(record.topk_ids, np.arange(5, 14), axis=1))
     assert part.starts.tolist() == [0, 5, 25]
 
@@ -242,8 +250,8 @@ def test_tastes_are_a_latin_hypercube_of_the_stream():
     """Against the plain formula; each expert's own tastes are the same n quantiles in another order."""
     n, n_experts, key = 1000, 6, stream_key(0, "x")
     rng = np.random.default_rng(4)
-    taste = Taste(rng.uniform(0.5, 1, n_experts), rng.normal(size=(2, n_experts)), 0.1)
-    comp = draw_tastes(taste, key, 3, n)
+    taste = RequestEffect(rng.uniform(0.5, 1, n_experts), rng.normal(size=(2, n_experts)), 0.1)
+    comp = draw_effects(taste, key, 3, n)
     u = uniforms(key, REQUEST, 3, (n, 2 * n_experts + 2))
     u = (np.argsort(np.argsort(u, axis=0), axis=0) + 0.5) / n
     first, second, of_factors = np.split(u, [n_experts, 2 * n_experts], axis=1)
@@ -265,7 +273,7 @@ def test_a_fit_is_the_same_on_any_number_of_threads_and_another_with_another_see
 
 def test_a_fit_that_does_not_converge_gives_its_best():
     """Shares that ask for more than the largest strength still end."""
-    taste = Taste(np.ones(16), np.zeros((0, 16)), 0.9999)
+    taste = RequestEffect(np.ones(16), np.zeros((0, 16)), 0.9999)
     found = fit_popularity(Noise(SMALL, 0.0, 0, 0), np.full(16, 0.25), taste)
     assert isinstance(found, Popularity)
     assert found.strength <= 5

@@ -9,7 +9,7 @@ import pandas as pd
 
 from sim.advice.engines import BACKENDS, DEFAULT_BACKEND, engine_of
 from sim.advice.rule import ASSUMED_SHARE, LEAST_SAVED, LEAST_SEQUENCES, best_of, judge, judged_ends, overall
-from sim.advice.splits import Source, Split, splits_of
+from sim.advice.splits import Split, splits_of
 from sim.cost import Gpu, predict_gain
 from sim.cost.expert import BYTES_PER_VALUE
 from sim.cost.gain import PERFECT
@@ -19,6 +19,7 @@ from sim.model import ModelSpec
 from sim.placement import check_ep_size, split_name, strategy_name
 from sim.traffic import LoadCounts, RecordedTraffic, Workload, load_workload, read_traffic
 from sim.traffic.read import names_file
+from sim.traffic.split import MeasuredTraffic
 
 PER_RANK = {"tokens": [1, 8, 64, 512], "tokens_per_rank": True}
 """Steps where nobody says."""
@@ -35,7 +36,7 @@ class Advice:
     ----------
     gains : DataFrame
         Columns of `sim.predict_gain` for every split, candidate and number of tokens, and perfect balance; `split` says
-        how the traffic was parted (first the one that load-aware placements save least in), `redundant_bytes` what a GPU
+        how the traffic was split (first the one that load-aware placements save least in), `redundant_bytes` what a GPU
         holds besides.
     verdicts : DataFrame
         placement, tokens, the weakest lower and the strongest upper end of the step's saved share over the splits, near the
@@ -48,7 +49,7 @@ class Advice:
     best : DataFrame
         Of each number of tokens the row of `verdicts` that is named, of what an engine runs (`rule_text`).
     notes : list of str
-        Remarks of the fits, where load counts are scored as a law.
+        Remarks of the fits, where load counts are scored as synthetic traffic.
     """
 
     gains: pd.DataFrame
@@ -82,7 +83,7 @@ def advise(
     gpu: Gpu | str | Path,
     *,
     ep_size: int,
-    fit_on: Source | None = None,
+    fit_on: MeasuredTraffic | None = None,
     backend: str = DEFAULT_BACKEND,
     data_parallel: int | None = None,
     redundant: int | None = None,
@@ -98,8 +99,8 @@ def advise(
     ----------
     model : ModelSpec, str or Path
     traffic : Workload, LoadCounts, str or Path
-        Recorded routing, load counts or a law; the name of a file or of a preset. Load-aware placements are fitted on one
-        part of it and scored on another, in several ways (`splits_of`).
+        Recorded routing, load counts or synthetic traffic; the name of a file or of a preset. Load-aware placements are
+        fitted on one part of it and scored on another, in several ways (`splits_of`).
     gpu : Gpu, str or Path
     ep_size : int
     fit_on : RecordedTraffic or LoadCounts

@@ -1,17 +1,13 @@
-"""Ways to part traffic into what load-aware placements are fitted on and what all placements are scored on."""
+"""Ways to split traffic into what load-aware placements are fitted on and what all placements are scored on."""
 
 from typing import NamedTuple
 
-import numpy as np
-
 from sim.errors import InputError
 from sim.fit import fit_traffic
-from sim.fit.windows import cut_file
 from sim.model import ModelSpec
 from sim.traffic import LoadCounts, RecordedTraffic, Workload
-from sim.traffic.counts import build_counts
+from sim.traffic.split import MeasuredTraffic, halves_of_counts
 
-Source = RecordedTraffic | LoadCounts
 _ONE_TABLE = (
     "both halves of one table of counts are the same traffic: how a placement does on later or other traffic does not show "
     "(--fit-on)"
@@ -23,28 +19,32 @@ class Split(NamedTuple):
 
     about: str
     scored: Workload
-    fitted_on: Source | None  # None for a law: other tokens of the layers that are scored
-    notes: tuple[str, ...] = ()  # remarks of the fit, where loads are scored as a law
+    fitted_on: MeasuredTraffic | None  # None for synthetic traffic: other tokens of the layers that are scored
+    notes: tuple[str, ...] = ()  # remarks of the fit, where load counts are scored as synthetic traffic
 
 
 def splits_of(
-    model: ModelSpec, traffic: Workload | LoadCounts, other: Source | None, seed: int, threads: int | None = None
+    model: ModelSpec,
+    traffic: Workload | LoadCounts,
+    other: MeasuredTraffic | None,
+    seed: int,
+    threads: int | None = None,
 ) -> list[Split]:
     """The splits of some traffic, the main one first.
 
-    Another file, if there is one, is what is fitted. Else recorded sequences are parted in turn, the other way round, and
+    Another file, if there is one, is what is fitted. Else recorded sequences are split in turn, the other way round, and
     by their order in the file; steps of load counts by their order and the other way round; one table of counts at random.
-    Load counts are scored as tokens of the law that is fitted to them (`fit_traffic`).
+    Load counts are scored as tokens of synthetic traffic that is fitted to them (`fit_traffic`).
 
     Raises
     ------
     InputError
-        One sequence; counts that cannot be parted, or that no router of the model gives.
+        One sequence; counts that cannot be split, or that no router of the model gives.
     """
     if isinstance(traffic, LoadCounts):
         if other is None:
             return _of_counts(model, traffic, seed, threads)
-        return [_by_law(model, f"fitted on {other.name.removeprefix('file:')}", traffic, other, seed, threads)]
+        return [_synthetic(model, f"fitted on {other.name.removeprefix('file:')}", traffic, other, seed, threads)]
     if other is not None:
         return [Split(f"fitted on {other.name.removeprefix('file:')}", traffic, other)]
     if not isinstance(traffic, RecordedTraffic):
@@ -58,10 +58,10 @@ def splits_of(
     ]
 
 
-def _by_law(
-    model: ModelSpec, about: str, scored: LoadCounts, fitted_on: Source, seed: int, threads: int | None
+def _synthetic(
+    model: ModelSpec, about: str, scored: LoadCounts, fitted_on: MeasuredTraffic, seed: int, threads: int | None
 ) -> Split:
-    """Counts as tokens of the law that is fitted to them."""
+    """Counts scored as tokens of the synthetic traffic that is fitted to them."""
     if scored.digest == fitted_on.digest:
         raise InputError(f"--fit-on {fitted_on.name.removeprefix('file:')} is the traffic that is scored")
     fit = fit_traffic(model, scored, seed=seed, threads=threads)
@@ -69,28 +69,10 @@ def _by_law(
 
 
 def _of_counts(model: ModelSpec, counts: LoadCounts, seed: int, threads: int | None) -> list[Split]:
-    """First and second half of the steps, or halves of one table dealt at random, both ways round."""
-    if len(counts.counts) > 1:
-        middle = len(counts.counts) // 2
-        halves, names = (
-            (counts.counts[:middle], counts.counts[middle:]),
-            ("the first half of the steps", "the second half of the steps"),
-        )
-    else:
-        dealt = cut_file(counts, model.n_experts, seed=seed)
-        halves, names = (dealt.fitted[:1], dealt.scored[:1]), ("half of the counted pairs at random", "the other half")
-    one, two = (_part(counts, half, name) for half, name in zip(halves, names, strict=True))
+    """First and second half of the steps, or halves of one table split at random, both ways round."""
+    (one, two), names = halves_of_counts(counts, seed)
     splits = [
-        _by_law(model, f"fitted on {names[0]}, scored on {names[1]}", two, one, seed, threads),
-        _by_law(model, f"fitted on {names[1]}, scored on {names[0]}", one, two, seed, threads),
+        _synthetic(model, f"fitted on {names[0]}, scored on {names[1]}", two, one, seed, threads),
+        _synthetic(model, f"fitted on {names[1]}, scored on {names[0]}", one, two, seed, threads),
     ]
     return splits if len(counts.counts) > 1 else [of._replace(notes=(*of.notes, _ONE_TABLE)) for of in splits]
-
-
-def _part(whole: LoadCounts, counts: np.ndarray, what: str) -> LoadCounts:
-    part, n_empty = build_counts(f"{whole.name}, {what}", f"{whole.name} [{what}]", counts, whole.layer_ids)
-    if n_empty:
-        raise InputError(
-            f"{whole.name}: {n_empty} layers have no load in {what}; give other traffic to fit on, --fit-on"
-        )
-    return part

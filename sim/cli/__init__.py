@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NoReturn
 
-from sim.errors import InputError, unknown
+from sim.errors import InputError, RunError, unknown
 
 VERBS = {
     "sweep": "sample routed tokens and score placements on every EP size and step size",
@@ -39,7 +39,7 @@ class _Parser(ArgumentParser):
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command; returns the exit status: 0, 2 for bad usage or input, 1 for a failed write, 130 when interrupted."""
+    """Run the command; its exit status: 0, 2 for bad usage or input, 1 for a failed write or run, 130 when interrupted."""
     words = sys.argv[1:] if arguments is None else arguments
     _open_streams()
     prog = "epsim"
@@ -63,6 +63,8 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout.flush()
     except InputError as error:
         return _fail(prog, str(error), 2)
+    except RunError as error:
+        return _fail(prog, str(error), 1)
     except BrokenPipeError:  # the reader of a pipe has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -35,8 +35,12 @@ def add_arguments(parser: ArgumentParser) -> None:
         metavar="LIST",
         help="tokens per step over the EP group (default: 8..16384, doubling)",
     )
-    add("--placement", default="linear,round_robin", metavar="LIST", help="placements (default: linear,round_robin)")
+    add("--placement", metavar="LIST", help="placements (default: linear,round_robin)")
     add("--dtype", metavar="LIST", help="types of the weights (default: bf16,fp8)")
+    add(
+        "--layer", action="store_true", help="measure whole layers, one rank on each GPU (--ep: how many; default: all)"
+    )
+    add("--exchange", metavar="LIST", help="with --layer: token,pair,gather,reduce (default: all four)")
     add("--steps", default="16", metavar="N", help="steps to sample, each of a fresh layer (default: 16)")
     add("--seed", default="0", metavar="N", help="same seed, same steps and ranks (default: 0)")
     add("--device", default="cuda", help="cuda (needs PyTorch: epsim[gpu]), or cpu for toy sizes (default: cuda)")
@@ -55,13 +59,28 @@ def run(arguments: Namespace) -> None:
         for option in ("plot", "markdown", "table"):
             if getattr(arguments, option):
                 raise InputError(f"--{option} goes with --show FILE.csv")
+        if arguments.exchange is not None and not arguments.layer:
+            raise InputError("--exchange goes with --layer")
+        if arguments.layer:
+            from sim.cli.measured_layers import measure_all
+
+            measure_all(arguments)
+            return
         for option, default in _GRID.items():
             if getattr(arguments, option) is None:
                 setattr(arguments, option, default)
         _measure(arguments)
     else:
-        if arguments.out is not None:
-            raise InputError("--out goes without --show: what was measured is only read")
+        for option in ("out", "layer"):
+            if getattr(arguments, option):
+                raise InputError(f"--{option} goes without --show: what was measured is only read")
+        from sim.measure.layer_compare import is_of_layers
+
+        if is_of_layers(arguments.show):
+            from sim.cli.measured_layers import show
+
+            show(arguments)
+            return
         _show(arguments)
 
 
@@ -93,7 +112,7 @@ def _measure(arguments: Namespace) -> None:
         [load_workload(name) for name in names("--workload")(arguments.workload)],
         ep_sizes=whole_numbers("--ep")(arguments.ep),
         tokens=whole_numbers("--tokens")(arguments.tokens),
-        placements=names("--placement")(arguments.placement),
+        placements=names("--placement")(arguments.placement or "linear,round_robin"),
         steps=whole_number("--steps")(arguments.steps),
         seed=whole_number("--seed")(arguments.seed),
     )
@@ -161,7 +180,7 @@ def _show(arguments: Namespace) -> None:
     from sim.measure.compare import missed
     from sim.placement import ALIASES
 
-    pair = names("--placement")(arguments.placement)
+    pair = names("--placement")(arguments.placement or "linear,round_robin")
     baseline, other = (ALIASES.get(name, name) for name in pair) if len(pair) == 2 else ("", "")
     if baseline == other:
         raise InputError(f"--placement {','.join(pair)}: the gain of one placement over another takes two names")

@@ -160,7 +160,7 @@ def _plot(folder: str, data: Any, about: Any) -> None:
 
 def _fit(arguments: Namespace, model: Any, data: Any) -> None:
     from sim.fit import fit_text, fit_traffic, hold_out
-    from sim.fit.fit import GROUP_SIGMA
+    from sim.fit.fitting import GROUP_SIGMA
     from sim.results import whole_files
 
     out = Path(arguments.out or "")

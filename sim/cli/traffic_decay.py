@@ -28,7 +28,8 @@ def _given(value: str | None, default: str) -> str:
 
 
 def _print_ages(arguments: Namespace, model: Any, data: Any, chosen: dict[str, Any]) -> None:
-    from sim.fit import cut_windows, decay
+    from sim.fit import decay
+    from sim.traffic.split import cut_windows
 
     out = None if arguments.plot is None else folder_name("--plot", arguments.plot)
     n_windows = whole_number("--windows")(_given(arguments.windows, "8"))
@@ -58,8 +59,9 @@ def _print_ages(arguments: Namespace, model: Any, data: Any, chosen: dict[str, A
 
 
 def _print_files(arguments: Namespace, model: Any, data: Any, chosen: dict[str, Any]) -> None:
-    from sim.fit import cut_file, decay_against
+    from sim.fit import decay_against
     from sim.traffic import read_traffic
+    from sim.traffic.split import cut_file
 
     for option, why in (("windows", "each file is one window"), ("plot", "it draws ages, and two files have none")):
         if getattr(arguments, option) is not None:

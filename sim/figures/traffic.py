@@ -8,8 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from sim.figures.style import log2_ticks, panels, styled, title_panel
-from sim.fit.description import Description
-from sim.fit.skew import shares
+from sim.fit.description import Description, shares
 
 _BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#999999"
 _MOST_LINES = 64

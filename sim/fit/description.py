@@ -1,4 +1,8 @@
-"""All statistics of recorded routing or of measured loads."""
+"""What recorded routing or measured loads look like: skew of experts, dependence of tokens, drift.
+
+Statistics of skew take loads, float or int [..., experts]; the last axis is of experts. A load of 0 everywhere has no skew
+and is not allowed.
+"""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -6,10 +10,13 @@ from typing import NamedTuple
 import numpy as np
 
 from sim.errors import InputError
-from sim.fit import correlation, skew
-from sim.fit.blocks import load_of, only_sequences
+from sim.fit import correlation
 from sim.model import ModelSpec
 from sim.traffic import LoadCounts, RecordedTraffic
+from sim.traffic.split import cut_in_order, load_of
+
+TOP_SHARE = 0.125
+"""Share of the experts whose load `top_share` takes by default."""
 
 
 class Drift(NamedTuple):
@@ -83,15 +90,15 @@ def describe(
         load, layers = data.total, data.layer_ids
         n_experts = load.shape[1]
     by_layer = {
-        "CV": skew.variation(load),
-        "max/mean": skew.max_over_mean(load),
-        "Gini": skew.gini(load),
-        "top 12.5 %": skew.top_share(load),
-        "tilt": skew.index_tilt(load),
+        "CV": variation(load),
+        "max/mean": max_over_mean(load),
+        "Gini": gini(load),
+        "top 12.5 %": top_share(load),
+        "tilt": index_tilt(load),
     }
     groups = None
     if model is not None and model.is_grouped:
-        groups = skew.group_shares(load, model.n_group)
+        groups = group_shares(load, model.n_group)
         if recorded is not None and model.top_k > 1:
             by_layer["same group"] = correlation.same_group(recorded, model.n_group, n_experts)
     within: dict[int, np.ndarray] = {}
@@ -111,12 +118,12 @@ def describe(
 def _drift(names: tuple[str, str], first: np.ndarray, second: np.ndarray) -> Drift | None:
     if not (first.any(axis=1) & second.any(axis=1)).all():
         return None
-    return Drift(names, first, second, skew.distance(first, second), skew.alikeness(first, second))
+    return Drift(names, first, second, distance(first, second), alikeness(first, second))
 
 
 def _against(data: RecordedTraffic | LoadCounts, load: np.ndarray, other: RecordedTraffic | LoadCounts) -> Drift | None:
     """Drift from one file to another."""
-    second = load_of(other, load.shape[1]).astype(float) if isinstance(other, RecordedTraffic) else other.total
+    second = load_of(other, load.shape[1]).astype(float)
     if second.shape != load.shape:
         raise InputError(
             f"--against {other.name} has {second.shape[0]} layers of {second.shape[1]} experts, {data.name} "
@@ -127,12 +134,61 @@ def _against(data: RecordedTraffic | LoadCounts, load: np.ndarray, other: Record
 
 def _halves(data: RecordedTraffic | LoadCounts, n_experts: int) -> Drift | None:
     """From the first half of the sequences, or of the steps, to the second."""
-    n = len(data.starts) - 1 if isinstance(data, RecordedTraffic) else len(data.counts)
-    if n < 2:
-        return None
-    if isinstance(data, LoadCounts):
-        first, second = data.counts[: n // 2].sum(axis=0, dtype=float), data.counts[n // 2 :].sum(axis=0, dtype=float)
-        return _drift(("first half of the steps", "second half"), first, second)
-    parts = [only_sequences(data, part) for part in (np.arange(n // 2), np.arange(n // 2, n))]
-    first, second = (load_of(part, n_experts).astype(float) for part in parts)
-    return _drift(("first half of the sequences", "second half"), first, second)
+    halves = cut_in_order(data, n_experts)
+    what = "sequences" if isinstance(data, RecordedTraffic) else "steps"
+    return None if halves is None else _drift((f"first half of the {what}", "second half"), *halves)
+
+
+def shares(load: np.ndarray) -> np.ndarray:
+    """Load over the sum of loads, float64 [..., experts]."""
+    return load / load.sum(axis=-1, keepdims=True, dtype=float)
+
+
+def variation(load: np.ndarray) -> np.ndarray:
+    """Coefficient of variation: standard deviation over experts / mean; 0 for balance."""
+    return (load / load.mean(axis=-1, keepdims=True)).std(axis=-1)
+
+
+def max_over_mean(load: np.ndarray) -> np.ndarray:
+    """Largest load of an expert / mean."""
+    return load.max(axis=-1) / load.mean(axis=-1)
+
+
+def gini(load: np.ndarray) -> np.ndarray:
+    """Gini coefficient: half the mean absolute difference of two experts / mean; 0 for balance, 1 - 1/experts at most."""
+    n = load.shape[-1]
+    ordered = np.sort(load, axis=-1)
+    weight = 2 * np.arange(1, n + 1) - n - 1
+    return (ordered * weight).sum(axis=-1) / (n * ordered.sum(axis=-1, dtype=float))
+
+
+def top_share(load: np.ndarray, share: float = TOP_SHARE) -> np.ndarray:
+    """Share of the load that the most used `share` of the experts (rounded up to whole experts) takes."""
+    n_top = int(np.ceil(share * load.shape[-1] - 1e-9))
+    return np.sort(load, axis=-1)[..., load.shape[-1] - n_top :].sum(axis=-1) / load.sum(axis=-1, dtype=float)
+
+
+def group_shares(load: np.ndarray, n_group: int) -> np.ndarray:
+    """Load of each expert group over the mean of groups, float64 [..., n_group]; 1 for balance."""
+    of_group = load.reshape(*load.shape[:-1], n_group, -1).sum(axis=-1, dtype=float)
+    return of_group / of_group.mean(axis=-1, keepdims=True)
+
+
+def index_tilt(load: np.ndarray) -> np.ndarray:
+    """Slope of the least-squares line of load / mean on (index + 1/2) / experts: -1 falls from 1.5 to 0.5, 0 is level."""
+    n = load.shape[-1]
+    v = (np.arange(n) + 0.5) / n
+    v -= v.mean()
+    return (load / load.mean(axis=-1, keepdims=True)) @ v / (v @ v)
+
+
+def distance(load: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Total variation distance of the shares of two loads: the share of the load that would have to move, 0 to 1."""
+    return np.abs(shares(load) - shares(other)).sum(axis=-1) / 2
+
+
+def alikeness(load: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Correlation over experts of the shares of two loads; nan where one of them is level."""
+    a, b = (shares(x) - 1 / x.shape[-1] for x in (load, other))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return (a * b).sum(axis=-1) / np.sqrt((a * a).sum(axis=-1) * (b * b).sum(axis=-1))

@@ -1,4 +1,4 @@
-"""What the requests of a layer prefer: the law of their tastes, and requests drawn from it by a Latin hypercube."""
+"""Request effects: what a request adds to the logits of a layer, and requests drawn by a Latin hypercube."""
 
 from typing import NamedTuple
 
@@ -8,18 +8,18 @@ from scipy.special import ndtri
 from sim.kernels import kernel
 from sim.streams import REQUEST, fill_words
 
-_OWN = 4  # own tastes of an expert that a request is averaged over
+_OWN = 4  # draws of an expert's own effect that a request is averaged over
 
 
-class Taste(NamedTuple):
-    """What requests of a layer prefer, in units of a strength: see `FittedLayers`."""
+class RequestEffect(NamedTuple):
+    """Distribution of the request effect of a layer, in units of its strength: see `FittedLayers`."""
 
     sd: np.ndarray  # float64 [experts]
     loadings: np.ndarray  # float64 [factors, experts]
     correlation: float  # of two tokens' picks, that the strength is to give: covariance / variance, summed over experts
 
 
-class Tastes(NamedTuple):
+class DrawnEffects(NamedTuple):
     """What drawn requests add to the logits, per unit of strength: by common factors, and by experts' own (see
     `sum_selection`).
     """
@@ -59,7 +59,7 @@ def fill_ranks(words, ranks):
 
 @kernel
 def fill_own(ranks, quantiles, sd, own):
-    """Experts' own tastes: ranks int32 [2 experts, n], of the taste and then of its strata; quantiles float64
+    """Experts' own effects: ranks int32 [2 experts, n], of the effect and then of its strata; quantiles float64
     [n, 1 + strata], of one and the other; sd float64 [experts]; own float32 [n, 1 + strata, experts].
     """
     n_experts = sd.size
@@ -71,18 +71,18 @@ def fill_own(ranks, quantiles, sd, own):
                 own[q, i, e] = in_strata[i] * sd[e]
 
 
-def draw_tastes(taste: Taste, key: np.ndarray, layer: int, n: int) -> Tastes:
-    """Tastes of n requests. An expert's own are stratified: the _OWN of a request that `sum_selection` averages over, and
+def draw_effects(effect: RequestEffect, key: np.ndarray, layer: int, n: int) -> DrawnEffects:
+    """Effects of n requests. An expert's own are stratified: the _OWN of a request that `sum_selection` averages over, and
     those of all requests by a Latin hypercube, so each is one of n quantiles.
     """
-    n_factors, n_experts = taste.loadings.shape
+    n_factors, n_experts = effect.loadings.shape
     words = np.empty((-(-(2 * n_experts + n_factors) // 4) * 4, n), np.uint32)
     fill_words(key, REQUEST, layer, 0, n, words)
     ranks = np.empty((2 * n_experts + n_factors, n), np.int32)
-    for of_taste, out in zip(words, ranks, strict=False):  # the last block has words to spare
-        fill_ranks(of_taste, out)
+    for of_effect, out in zip(words, ranks, strict=False):  # the last block has words to spare
+        fill_ranks(of_effect, out)
     levels = (np.arange(n) + 0.5) / n
     quantiles = ndtri(np.stack([levels, *((stratum + levels) / _OWN for stratum in range(_OWN))], axis=1))
     own = np.empty((n, 1 + _OWN, n_experts), np.float32)
-    fill_own(ranks[: 2 * n_experts], quantiles, taste.sd, own)
-    return Tastes(quantiles[ranks[2 * n_experts :], 0].T @ taste.loadings, own)
+    fill_own(ranks[: 2 * n_experts], quantiles, effect.sd, own)
+    return DrawnEffects(quantiles[ranks[2 * n_experts :], 0].T @ effect.loadings, own)

@@ -6,12 +6,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sim.fit.blocks import count_runs, count_tokens, only_sequences
-from sim.fit.correlation import BLOCKS
-from sim.fit.fit import GROUP_SIGMA, Fit, fit_traffic
+from sim.fit.correlation import BLOCKS, count_runs, count_tokens
+from sim.fit.fitting import GROUP_SIGMA, FittedTraffic, fit_traffic
 from sim.model import ModelSpec
 from sim.placement import place
 from sim.router import draw_trials
+from sim.stats import student_quantile
 from sim.streams import REPLAY, stream_key, uniforms
 from sim.traffic import LoadCounts, RecordedTraffic, SyntheticTraffic
 from sim.traffic.counts import build_counts
@@ -22,7 +22,6 @@ _JACKKNIFE = 8  # groups of sequences, of which one at a time is left out
 _LEAST_SEQUENCES = 32
 _LEAST_STEPS = 4
 _MOST_STEPS = 32
-_HALF_WIDTH = 2.365  # Student's t of 7 degrees of freedom, 95 %
 
 
 class Held(NamedTuple):
@@ -44,7 +43,7 @@ def hold_out(
     seed: int = 0,
     group_sigma: float = GROUP_SIGMA,
     threads: int | None = None,
-) -> tuple[Fit, list[Held]] | None:
+) -> tuple[FittedTraffic, list[Held]] | None:
     """Fit one half, predict the other: the even-numbered sequences and the odd ones, or the first and the last steps.
 
     Real decode blocks are tokens drawn from all of the other half, with equal chances; real prefill blocks are consecutive
@@ -58,11 +57,9 @@ def hold_out(
     n = len(data.starts) - 1
     if n < _LEAST_SEQUENCES:
         return None
-    fit = fit_half(only_sequences(data, np.arange(0, n, 2)))
-    other = only_sequences(data, np.arange(1, n, 2))
-    parts = [
-        only_sequences(other, np.flatnonzero(np.arange(n // 2) % _JACKKNIFE != left)) for left in range(_JACKKNIFE)
-    ]
+    fit = fit_half(data.only_sequences(np.arange(0, n, 2)))
+    other = data.only_sequences(np.arange(1, n, 2))
+    parts = [other.only_sequences(np.flatnonzero(np.arange(n // 2) % _JACKKNIFE != left)) for left in range(_JACKKNIFE)]
     rows = []
     for phase, workload in (("decode", fit.decode), ("prefill", fit.prefill)):
         for tokens in BLOCKS:
@@ -83,10 +80,20 @@ def _compare(
     for size in sizes:
         real = np.array([_imbalance(counts, model, size).mean() for counts in draws])
         left_out = real[1:]
-        half = _HALF_WIDTH * np.sqrt((len(left_out) - 1) * left_out.var())
+        half = student_quantile(len(left_out) - 1) * np.sqrt((len(left_out) - 1) * left_out.var())
         found = _imbalance(simulated, model, size)
-        error = found.std(axis=0).mean() / np.sqrt(found.size)
-        rows.append(Held(phase, tokens, size, float(real[0]), float(half), float(found.mean()), float(1.96 * error)))
+        error = student_quantile(len(found) - 1) * found.std(axis=0).mean() / np.sqrt(found.size)
+        rows.append(
+            Held(
+                phase,
+                tokens,
+                size,
+                float(real[0]),
+                float(half),
+                float(found.mean()),
+                float(error),
+            )
+        )
     return rows
 
 
@@ -134,8 +141,8 @@ def _simulated(model: ModelSpec, workload: SyntheticTraffic, n_tokens: int, seed
 
 
 def _hold_out_steps(
-    model: ModelSpec, data: LoadCounts, sizes: list[int], seed: int, fit_half: Callable[[LoadCounts], Fit]
-) -> tuple[Fit, list[Held]] | None:
+    model: ModelSpec, data: LoadCounts, sizes: list[int], seed: int, fit_half: Callable[[LoadCounts], FittedTraffic]
+) -> tuple[FittedTraffic, list[Held]] | None:
     """The first half of the steps fitted, the second predicted, each step with as many tokens as it had."""
     counts = data.counts
     if len(counts) < _LEAST_STEPS:
@@ -160,7 +167,13 @@ def _hold_out_steps(
     for size in sizes:
         real = _imbalance(later, model, size).mean(axis=1)
         found = _imbalance(drawn, model, size).mean(axis=(1, 2))
-        halves = [2.0 * x.std(ddof=1) / np.sqrt(len(x)) if len(x) > 1 else np.inf for x in (real, found)]
+        halves = [_half_width(x) for x in (real, found)]
         mean_tokens = int(np.round(tokens.mean()))
         rows.append(Held("steps", mean_tokens, size, float(real.mean()), halves[0], float(found.mean()), halves[1]))
     return fit, rows
+
+
+def _half_width(of_step: np.ndarray) -> float:
+    """Half-width of the 95 % Student interval of a mean over steps; infinite with one."""
+    n = len(of_step)
+    return student_quantile(n - 1) * of_step.std(ddof=1) / np.sqrt(n) if n > 1 else np.inf

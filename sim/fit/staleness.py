@@ -6,7 +6,6 @@ import numpy as np
 import pandas as pd
 
 from sim.errors import InputError, whole_number
-from sim.fit.windows import Halves, Windows
 from sim.model import ModelSpec
 from sim.placement import (
     Placement,
@@ -18,6 +17,7 @@ from sim.placement import (
     strategy_name,
 )
 from sim.stats import ratio_interval
+from sim.traffic.split import Halves, Windows
 
 _Interval = tuple[float, float, float]
 _ENDS = ("mean", "low", "high")
@@ -81,7 +81,7 @@ def decay(
     Loads of 4 experts that move by one expert from the first window to the second:
 
     >>> from sim.model import ModelSpec
-    >>> from sim.fit.windows import cut_windows
+    >>> from sim.traffic.split import cut_windows
     >>> from sim.traffic.counts import build_counts
     >>> loads = np.array([[8, 4, 2, 1], [8, 4, 2, 1], [1, 8, 4, 2], [1, 8, 4, 2]])
     >>> steps, _ = build_counts("toy", "toy", loads[:, None])
@@ -126,7 +126,7 @@ def decay_against(
     of_file = np.split(cuts, [len(first.fitted)])
     pairs = []
     for i, j in ((0, 0), (0, 1), (1, 1), (1, 0)):
-        # Within a file a half of one dealing shares pairs with the other half of another dealing; between files none do.
+        # Within a file a half of one random split shares pairs with the other half of another; between files none do.
         grid = (of_file[i], of_file[i]) if i == j else np.meshgrid(of_file[i], of_file[j])
         pairs.append(_Pairs({"fitted": names[i], "scored": names[j]}, grid[0].ravel(), grid[1].ravel()))
     fitted, scored = np.concatenate([first.fitted, second.fitted]), np.concatenate([first.scored, second.scored])

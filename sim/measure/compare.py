@@ -74,8 +74,8 @@ def errors(predicted: pd.DataFrame) -> pd.DataFrame:
     table = []
     for (dtype, bound), part in predicted.groupby(["dtype", "bound"]):
         by_step = part.groupby("step").error.agg(["sum", "size"])
-        mean, parts = _ratio(by_step["sum"].to_numpy(float), by_step["size"].to_numpy(float))
-        half = _half_width(parts)
+        mean, parts = ratio_of_sums(by_step["sum"].to_numpy(float), by_step["size"].to_numpy(float))
+        half = half_width(parts)
         p10, p50, p90 = part.error.quantile([0.1, 0.5, 0.9])
         within = float((part.error.abs() <= _WITHIN).mean())
         table.append([dtype, bound, len(part), len(by_step), mean, mean - half, mean + half, p10, p50, p90, within])
@@ -121,9 +121,9 @@ def gains(predicted: pd.DataFrame, baseline: str = "linear", other: str = "round
     ]
     table = []
     for cell, part in wide.dropna().groupby(level=CELL):
-        measured, parts = _ratio(*(part["time_us", name].to_numpy() for name in (baseline, other)))
-        model, model_parts = _ratio(*(part["predicted_us", name].to_numpy() for name in (baseline, other)))
-        half, apart = _half_width(parts), _half_width(parts - model_parts)
+        measured, parts = ratio_of_sums(*(part["time_us", name].to_numpy() for name in (baseline, other)))
+        model, model_parts = ratio_of_sums(*(part["predicted_us", name].to_numpy() for name in (baseline, other)))
+        half, apart = half_width(parts), half_width(parts - model_parts)
         gain = [measured - 1, measured - 1 - half, measured - 1 + half, model - 1]
         difference = [measured - model, measured - model - apart, measured - model + apart]
         table.append([*cell, len(part), *gain, *difference, *part["time_us"][[baseline, other]].mean()])
@@ -191,13 +191,13 @@ def _fit(rows: pd.DataFrame, start: list[float] | np.ndarray) -> np.ndarray:
     return np.where(np.abs(found.jac).max(axis=0) > 0, np.exp(found.x), np.nan)
 
 
-def _ratio(above: np.ndarray, below: np.ndarray) -> tuple[float, np.ndarray]:
+def ratio_of_sums(above: np.ndarray, below: np.ndarray) -> tuple[float, np.ndarray]:
     """Sum over steps of `above` over that of `below`, and what each step adds to its error (linearised)."""
     ratio = above.sum() / below.sum()
     return float(ratio), (above - ratio * below) / below.sum()
 
 
-def _half_width(parts: np.ndarray) -> float:
+def half_width(parts: np.ndarray) -> float:
     """Half-width of the 95 % interval of a ratio whose error has these parts; nan with one step."""
     n = len(parts)
     return float(_student(n) * np.sqrt((parts**2).sum() * n / (n - 1))) if n > 1 else float("nan")

@@ -144,7 +144,12 @@ def _no_collection() -> Iterator[None]:
 
 def versions(backend: Backend) -> str:
     """Versions of what computes, as one text."""
-    return f"epsim {version_of('epsim')}; python {platform.python_version()}; {backend.versions}"
+    return f"{software()}; {backend.versions}"
+
+
+def software() -> str:
+    """Versions of what does not depend on the device."""
+    return f"epsim {version_of('epsim')}; python {platform.python_version()}"
 
 
 def _one_line(error: Exception) -> str:

@@ -110,7 +110,10 @@ class RecordedTraffic:
             raise InputError(f"workload {self.name} has one sequence: none is left to score what is fitted on it")
         names = ("first half", "second half") if in_order else ("even sequences", "odd sequences")
         is_first = np.arange(n) < n // 2 if in_order else np.arange(n) % 2 == 0
-        one, other = self._part(is_first, names[0]), self._part(~is_first, names[1])
+        one, other = (
+            self.only_sequences(np.flatnonzero(mine), f"{self.name} [{name}]")
+            for mine, name in zip((is_first, ~is_first), names, strict=True)
+        )
         if one.digest == other.digest:
             raise InputError(
                 f"workload {self.name}: its {names[0]} and its {names[1]} hold the same tokens: what is fitted on one would be "
@@ -118,11 +121,14 @@ class RecordedTraffic:
             )
         return one, other
 
-    def _part(self, mine: np.ndarray, what: str) -> "RecordedTraffic":
+    def only_sequences(self, chosen: np.ndarray, name: str = "") -> "RecordedTraffic":
+        """The record of some of its sequences: chosen int64, ascending; its digest is that of what is left."""
+        mine = np.zeros(len(self.starts) - 1, bool)
+        mine[chosen] = True
         lengths = np.diff(self.starts)
         ids = np.ascontiguousarray(self.topk_ids[:, np.repeat(mine, lengths)])
         starts = np.concatenate([[0], np.cumsum(lengths[mine])])
-        return replace(self, name=f"{self.name} [{what}]", topk_ids=ids, starts=starts, digest=_digest(ids, starts))
+        return replace(self, name=name or self.name, topk_ids=ids, starts=starts, digest=_digest(ids, starts))
 
     def sample(
         self, key: np.ndarray, first_trial: int, tokens: np.ndarray, counts: np.ndarray, ids: np.ndarray

@@ -1,4 +1,7 @@
-"""Traffic in halves, one that placements are fitted on and one that is scored, never the same: of windows, or of a file."""
+"""Parts of traffic: what load-aware placements are fitted on, and what is scored; never the same tokens.
+
+Sequences of a record and steps of load counts are kept whole. A single table of counts is split at random.
+"""
 
 import itertools
 from collections.abc import Callable
@@ -7,14 +10,60 @@ from typing import NamedTuple
 import numpy as np
 
 from sim.errors import InputError, whole_number
-from sim.fit.blocks import load_of, only_sequences
 from sim.streams import stream_key
-from sim.traffic import LoadCounts, RecordedTraffic
+from sim.traffic.counts import LoadCounts, build_counts
+from sim.traffic.recorded import RecordedTraffic
 
 MOST_WINDOWS = 100
-_MOST_DEALT = 10**9  # pairs of a layer that numpy's hypergeometric draw takes
-_DEALINGS = 16  # of one table of counts: a placement that is off its traffic differs much from one to the next
-Traffic = RecordedTraffic | LoadCounts
+_MOST_PAIRS = 10**9  # of a layer, for numpy's hypergeometric draw
+_RANDOM_SPLITS = 16  # of one table of counts: a placement that is off its traffic differs much from one to the next
+MeasuredTraffic = RecordedTraffic | LoadCounts
+"""Traffic that was measured: recorded tokens, or load counts."""
+
+
+def load_of(data: MeasuredTraffic, n_experts: int) -> np.ndarray:
+    """Load of each expert over all tokens or steps, [layers, n_experts]: int64 of tokens, float64 of counts."""
+    if isinstance(data, LoadCounts):
+        return data.total
+    return data.count_experts(n_experts)
+
+
+def cut_in_order(data: MeasuredTraffic, n_experts: int) -> tuple[np.ndarray, np.ndarray] | None:
+    """Loads of the first and the second half of a file's sequences or steps, float64 [layers, n_experts] each; None of one."""
+    items = sequences_or_steps(data, n_experts, all_steps=True)
+    n = len(items.weights)
+    if n < 2:
+        return None
+    first, second = (items.load(part).astype(float) for part in (np.arange(n // 2), np.arange(n // 2, n)))
+    return first, second
+
+
+def halves_of_counts(data: LoadCounts, seed: int) -> tuple[tuple[LoadCounts, LoadCounts], tuple[str, str]]:
+    """Two halves of load counts, and what each is in words: by the order of the steps, or of one table at random.
+
+    Raises
+    ------
+    InputError
+        A layer has no load in a half; one table of counts that are no whole numbers, or 1e9 and more in a layer.
+    """
+    if len(data.counts) > 1:
+        middle = len(data.counts) // 2
+        names = ("the first half of the steps", "the second half of the steps")
+        parts = (data.counts[:middle], data.counts[middle:])
+    else:
+        names = ("half of the counted pairs at random", "the other half")
+        halves = cut_file(data, data.counts.shape[2], seed=seed)
+        parts = (halves.fitted[:1], halves.scored[:1])
+    return (_whole_layers(data, parts[0], names[0]), _whole_layers(data, parts[1], names[1])), names
+
+
+def _whole_layers(data: LoadCounts, counts: np.ndarray, what: str) -> LoadCounts:
+    part, n_empty = build_counts(f"{data.name}, {what}", f"{data.name} [{what}]", counts, data.layer_ids)
+    if n_empty:
+        raise InputError(
+            f"{data.name}: {n_empty} layers have no load in {what}; give other traffic to fit on, --fit-on"
+        )
+    return part
 
 
 class Halves(NamedTuple):
@@ -55,7 +104,7 @@ class Windows(NamedTuple):
     unit: str
 
 
-class _Items(NamedTuple):
+class Items(NamedTuple):
     """What is kept whole: the sequences or the steps of a file."""
 
     name: str  # 'sequences' or 'steps'
@@ -63,7 +112,7 @@ class _Items(NamedTuple):
     load: Callable[[np.ndarray], np.ndarray]  # of some of them, [layers, n_experts]
 
 
-def cut_windows(data: Traffic, n_experts: int, n_windows: int) -> Windows:
+def cut_windows(data: MeasuredTraffic, n_experts: int, n_windows: int) -> Windows:
     """Cut traffic into windows of about equal load, and each into its even and its odd sequences (or steps).
 
     Sequences and steps are kept whole; steps without any load are left out.
@@ -82,7 +131,7 @@ def cut_windows(data: Traffic, n_experts: int, n_windows: int) -> Windows:
         There are fewer than two sequences, or steps, per window, or a layer has no load in a half.
     """
     whole_number("--windows", n_windows, 2, MOST_WINDOWS)
-    items = _items(data, n_experts)
+    items = sequences_or_steps(data, n_experts)
     n_items = len(items.weights)
     if items.name == "steps" and n_items == 1:
         raise InputError(
@@ -102,11 +151,11 @@ def cut_windows(data: Traffic, n_experts: int, n_windows: int) -> Windows:
     )
 
 
-def cut_file(data: Traffic, n_experts: int, *, seed: int = 0) -> Halves:
+def cut_file(data: MeasuredTraffic, n_experts: int, *, seed: int = 0) -> Halves:
     """Cut a whole file into its even and its odd sequences (or steps).
 
-    The pairs of token and expert of one table of counts are dealt to two halves at random, 16 times: such halves are more
-    alike than those of other sequences would be.
+    The (token, expert) pairs of one table of counts are split at random, 16 times: such halves are more alike than those
+    of other sequences would be.
 
     Parameters
     ----------
@@ -114,35 +163,35 @@ def cut_file(data: Traffic, n_experts: int, *, seed: int = 0) -> Halves:
         Traffic of a model with `n_experts` (`read_traffic` with the model checks it).
     n_experts : int
     seed : int
-        Of the dealing.
+        Of the random split.
 
     Raises
     ------
     InputError
-        There is one sequence; a layer has no load in a half; counts that are to be dealt are no whole numbers, or 1e9 and
+        There is one sequence; a layer has no load in a half; counts to be split at random are no whole numbers, or 1e9 and
         more in a layer.
     """
-    items = _items(data, n_experts)
+    items = sequences_or_steps(data, n_experts)
     if len(items.weights) > 1:
         return _even_and_odd(data, items, [np.arange(len(items.weights))], "the file")
     if isinstance(data, RecordedTraffic):
         raise InputError(f"{data.name} has one sequence: none is left to score what is fitted on it")
     table = data.total
-    if (table != np.floor(table)).any() or table.sum(axis=1).max() >= _MOST_DEALT:
+    if (table != np.floor(table)).any() or table.sum(axis=1).max() >= _MOST_PAIRS:
         raise InputError(
-            f"{data.name} is one table of counts, which is dealt to halves at random: its counts must be whole numbers, less "
+            f"{data.name} is one table of counts, which is split at random: its counts must be whole numbers, less "
             "than 1e9 in a layer"
         )
     random = np.random.default_rng(stream_key(seed, f"halves {data.digest}"))
-    dealt = [deal_halves(table.astype(np.int64), random) for _ in range(_DEALINGS)]
-    fitted, scored = (np.stack(half) for half in zip(*dealt, strict=True))
+    split = [split_at_random(table.astype(np.int64), random) for _ in range(_RANDOM_SPLITS)]
+    fitted, scored = (np.stack(half) for half in zip(*split, strict=True))
     return _checked(
-        data, fitted, scored, f"its counts dealt at random, mean of {_DEALINGS} times (seed {seed})", "the file"
+        data, fitted, scored, f"its counts split at random, mean of {_RANDOM_SPLITS} times (seed {seed})", "the file"
     )
 
 
-def deal_halves(counts: np.ndarray, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Deal the pairs of each layer to two halves of equal size at random (multivariate hypergeometric).
+def split_at_random(counts: np.ndarray, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Split the (token, expert) pairs of each layer into halves of equal size at random (multivariate hypergeometric).
 
     Parameters
     ----------
@@ -159,13 +208,14 @@ def deal_halves(counts: np.ndarray, random: np.random.Generator) -> tuple[np.nda
     return first, counts - first
 
 
-def _items(data: Traffic, n_experts: int) -> _Items:
+def sequences_or_steps(data: MeasuredTraffic, n_experts: int, *, all_steps: bool = False) -> Items:
+    """What a file is cut by; steps without any load are left out, or kept with `all_steps`."""
     if isinstance(data, RecordedTraffic):
         lengths = np.diff(data.starts).astype(float)
-        return _Items("sequences", lengths, lambda i: load_of(only_sequences(data, i), n_experts))
+        return Items("sequences", lengths, lambda i: load_of(data.only_sequences(i), n_experts))
     load_of_step = data.counts.sum(axis=(1, 2), dtype=float)
-    steps = np.flatnonzero(load_of_step)
-    return _Items("steps", load_of_step[steps], lambda i: data.counts[steps[i]].sum(axis=0))
+    steps = np.arange(len(load_of_step)) if all_steps else np.flatnonzero(load_of_step)
+    return Items("steps", load_of_step[steps], lambda i: data.counts[steps[i]].sum(axis=0))
 
 
 def _before(weights: np.ndarray) -> np.ndarray:
@@ -184,12 +234,12 @@ def _bounds(weights: np.ndarray, n_windows: int) -> np.ndarray:
     return np.array([*bounds, len(weights)])
 
 
-def _even_and_odd(data: Traffic, items: _Items, parts: list[np.ndarray], of: str) -> Halves:
+def _even_and_odd(data: MeasuredTraffic, items: Items, parts: list[np.ndarray], of: str) -> Halves:
     even, odd = (np.stack([items.load(part[first::2]) for part in parts]) for first in (0, 1))
     return _checked(data, even, odd, f"even and odd {items.name}", of)
 
 
-def _checked(data: Traffic, fitted: np.ndarray, scored: np.ndarray, about: str, of: str) -> Halves:
+def _checked(data: MeasuredTraffic, fitted: np.ndarray, scored: np.ndarray, about: str, of: str) -> Halves:
     """Halves whose layers all have load; `of` ends the message where one has none."""
     empty = np.argwhere(~(fitted.any(axis=2) & scored.any(axis=2)))
     if len(empty):

@@ -1,4 +1,4 @@
-"""A workload by law that has the measured loads of a model's layers and, where tokens are known, its requests' taste."""
+"""Synthetic traffic fitted to measured loads of a model's layers and, where tokens are known, to the effect of requests."""
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -7,20 +7,21 @@ from itertools import repeat
 from pathlib import Path
 
 import numpy as np
+import tomli_w
 
 from sim.errors import InputError
-from sim.fit.blocks import load_of, sequence_counts
-from sim.fit.calibrate import fit_layer
-from sim.fit.correlation import within_sequences
-from sim.fit.effects import Taste
+from sim.fit.correlation import sequence_counts, within_sequences
+from sim.fit.effects import RequestEffect
+from sim.fit.popularity import fit_layer
 from sim.kernels import usable_processors
 from sim.model import ModelSpec
 from sim.traffic import FittedLayers, LoadCounts, RecordedTraffic, SyntheticTraffic
+from sim.traffic.split import load_of
 
 GROUP_SIGMA = 0.4
 """Group effect of grouped routers, which loads do not identify: that of the presets, fitted to DeepSeek-R1."""
 FACTORS = 2
-"""Factors that experts share in a request's taste: with 2 held-out blocks of gpt-oss agree; more gain nothing."""
+"""Factors that experts share in a request's effect: with 2 held-out blocks of gpt-oss agree; more gain nothing."""
 _BLOCK, _SHORT_BLOCK = 64, 16
 _LEAST_SEQUENCES = 16
 _MOST_SEQUENCES = 20_000
@@ -29,7 +30,7 @@ _WANTED_RMS = 0.01
 
 
 @dataclass(frozen=True, eq=False)
-class Fit:
+class FittedTraffic:
     """A fitted workload.
 
     Attributes
@@ -37,7 +38,7 @@ class Fit:
     decode : SyntheticTraffic
         Every token a request of its own.
     prefill : SyntheticTraffic or None
-        The tokens of a request share its taste; None where sequences do not show one.
+        The tokens of a request share its effect; None where sequences do not show one.
     rms : float64 [phases, layers]
         Root mean square over experts of fitted / measured share - 1, on other random numbers than those of the fit.
     seconds : float64 [layers]
@@ -59,10 +60,10 @@ def fit_traffic(
     seed: int = 0,
     group_sigma: float = GROUP_SIGMA,
     threads: int | None = None,
-) -> Fit:
+) -> FittedTraffic:
     """Fit traffic to the measured loads of each layer, and to the correlation within sequences where tokens are known.
 
-    Popularity is such that the router picks each expert as often as measured (see `calibrate`). Of a request's taste the
+    Popularity is such that the router picks each expert as often as measured (see `fit_layer`). Of the request effect the
     covariance between experts comes from the loads of the sequences; its strength is such that the variance over
     multinomial within sequences, at 64 tokens, is the measured one.
 
@@ -82,13 +83,13 @@ def fit_traffic(
     InputError
         Loads that no router of this model gives.
     """
-    load = load_of(data, model.n_experts) if isinstance(data, RecordedTraffic) else data.total
+    load = load_of(data, model.n_experts)
     wanted, notes = wanted_shares(load, model, data.name)
     group_sigma = group_sigma if model.is_grouped else 0.0
-    tastes = _tastes(data, model.n_experts, notes)
+    effects = _request_effects(data, model.n_experts, notes)
     fit_one = partial(fit_layer, model, seed=seed, group_sigma=group_sigma)
     with ThreadPoolExecutor(threads or usable_processors()) as pool:
-        found = list(pool.map(fit_one, range(len(load)), wanted, tastes or repeat(None)))
+        found = list(pool.map(fit_one, range(len(load)), wanted, effects or repeat(None)))
     rms = np.array([layer.rms for layer in found]).T
     if (n_bad := int((rms.max(axis=0) > _WANTED_RMS).sum())) > 0:
         notes.append(f"{n_bad} of {len(load)} layers are fitted to worse than {_WANTED_RMS:.0%} (rms {rms.max():.1%})")
@@ -100,21 +101,21 @@ def fit_traffic(
         layers=FittedLayers.of(np.round([layer.decode.mu for layer in found], 4)),
     )  # fmt: skip
     of_prefill = None
-    if tastes and isinstance(data, RecordedTraffic):
+    if effects and isinstance(data, RecordedTraffic):
         prefill = [layer.prefill for layer in found if layer.prefill is not None]
         request_sigma = float(np.sqrt(np.mean([layer.strength**2 for layer in prefill])))
         scale = [layer.strength / request_sigma for layer in prefill]
         layers = FittedLayers.of(
             np.round([layer.mu for layer in prefill], 4),
-            np.round([s * taste.sd for s, taste in zip(scale, tastes, strict=True)], 4),
-            np.round([s * taste.loadings for s, taste in zip(scale, tastes, strict=True)], 4),
+            np.round([s * effect.sd for s, effect in zip(scale, effects, strict=True)], 4),
+            np.round([s * effect.loadings for s, effect in zip(scale, effects, strict=True)], 4),
         )
         of_prefill = SyntheticTraffic(
-            name, about="prefill: the tokens of a request share its taste", **common,  # type: ignore[arg-type]
+            name, about="prefill: the tokens of a request share its effect", **common,  # type: ignore[arg-type]
             request_sigma=round(request_sigma, 4), tokens_per_request=round(float(np.diff(data.starts).mean())),
             layers=layers,
         )  # fmt: skip
-    return Fit(of_decode, of_prefill, rms, np.array([layer.seconds for layer in found]), notes)
+    return FittedTraffic(of_decode, of_prefill, rms, np.array([layer.seconds for layer in found]), notes)
 
 
 def wanted_shares(load: np.ndarray, model: ModelSpec, name: str) -> tuple[np.ndarray, list[str]]:
@@ -145,8 +146,8 @@ def wanted_shares(load: np.ndarray, model: ModelSpec, name: str) -> tuple[np.nda
     return p, notes
 
 
-def _tastes(data: RecordedTraffic | LoadCounts, n_experts: int, notes: list[str]) -> list[Taste]:
-    """Taste of each layer's requests; empty where the data do not show any."""
+def _request_effects(data: RecordedTraffic | LoadCounts, n_experts: int, notes: list[str]) -> list[RequestEffect]:
+    """Request effect of each layer; empty where the data do not show any."""
     if isinstance(data, LoadCounts):
         notes.append("loads do not show requests: the workload has no prefill phase")
         return []
@@ -163,11 +164,11 @@ def _tastes(data: RecordedTraffic | LoadCounts, n_experts: int, notes: list[str]
     correlation = np.maximum((variance - 1) / (block - 1), _LEAST_CORRELATION)
     chosen = np.unique(np.linspace(0, len(lengths) - 1, min(len(lengths), _MOST_SEQUENCES)).astype(np.int64))
     counts = sequence_counts(data, n_experts)[:, chosen]
-    return [_taste(n, lengths[chosen], float(rho)) for n, rho in zip(counts, correlation, strict=True)]
+    return [_request_effect(n, lengths[chosen], float(rho)) for n, rho in zip(counts, correlation, strict=True)]
 
 
-def _taste(counts: np.ndarray, lengths: np.ndarray, correlation: float) -> Taste:
-    """Taste of requests by principal factors of the covariance of their logits, counts int64 [sequences, experts].
+def _request_effect(counts: np.ndarray, lengths: np.ndarray, correlation: float) -> RequestEffect:
+    """Request effect by principal factors of the covariance of their logits, counts int64 [sequences, experts].
 
     A sequence's shares are drawn towards the layer's as by a beta prior with the correlation, and turned into logits by
     ln(-ln(1 - p)). The factors with the largest variances are kept, and what they leave of each expert's variance is its
@@ -185,39 +186,24 @@ def _taste(counts: np.ndarray, lengths: np.ndarray, correlation: float) -> Taste
     loadings = (factor[:, -FACTORS:] * np.sqrt(np.maximum(variance[-FACTORS:], 0))).T
     loadings *= np.where(loadings.sum(axis=1, keepdims=True) < 0, -1.0, 1.0)  # the sign is free: the same everywhere
     own = np.sqrt(np.maximum(np.diag(covariance) - (loadings**2).sum(axis=0), 0))
-    return Taste(own, loadings, correlation)
+    return RequestEffect(own, loadings, correlation)
 
 
-def fit_text(fit: Fit) -> str:
+def fit_text(fit: FittedTraffic) -> str:
     """A fitted workload as the text of a TOML file that `load_workload` reads."""
     decode, prefill = fit.decode, fit.prefill
     assert decode.layers is not None
-    lines = [
-        f"about = {_quoted(decode.about)}",
-        f"source = {_quoted(decode.source)}",
-        f"fitted_to = {_quoted(decode.fitted_to)}",
-        'popularity = "fitted"',
-        f"group_sigma = {decode.group_sigma}",
-        *_table("mu", decode.layers.mu),
-    ]
+    head = {"about": decode.about, "source": decode.source, "fitted_to": decode.fitted_to, "popularity": "fitted"}
+    text = tomli_w.dumps(head | {"group_sigma": decode.group_sigma}) + _table("mu", decode.layers.mu)
     if prefill is not None and prefill.layers is not None:
-        lines += [
-            "\n[prefill]  # --phase prefill: what is other where the tokens of a request follow each other",
-            f"about = {_quoted(prefill.about)}",
-            f"request_sigma = {prefill.request_sigma}",
-            f"tokens_per_request = {prefill.tokens_per_request}",
-            *_table("mu", prefill.layers.mu),
-            *_table("request_sd", prefill.layers.request_sd),
-            *_table("request_loadings", prefill.layers.request_loadings),
-        ]
-    return "\n".join(lines) + "\n"
+        of_requests = {key: getattr(prefill, key) for key in ("about", "request_sigma", "tokens_per_request")}
+        text += "\n[prefill]  # --phase prefill: what differs where the tokens of a request follow each other\n"
+        text += tomli_w.dumps(of_requests)
+        text += "".join(_table(key, getattr(prefill.layers, key)) for key in ("mu", "request_sd", "request_loadings"))
+    return text
 
 
-def _table(name: str, values: np.ndarray) -> list[str]:
-    return [f"{name} = [", *(f"  {np.round(row, 4).tolist()}," for row in values), "]"]
-
-
-def _quoted(text: str) -> str:
-    """A TOML basic string."""
-    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
-    return '"' + "".join(letter if letter.isprintable() else f"\\U{ord(letter):08X}" for letter in escaped) + '"'
+def _table(name: str, values: np.ndarray) -> str:
+    """A table with a row to a line, where tomli_w would take a line for each number."""
+    rows = "".join(f"  {np.round(row, 4).tolist()},\n" for row in values)
+    return f"{name} = [\n{rows}]\n"

@@ -1,0 +1,289 @@
+"""Popularity of a layer such that the router picks each expert as often as measured.
+
+Probability that the router picks each expert, given the scores of all others: closed in the expert's own noise.
+
+A logit is ln(w_e) + ln(f_e) + Gumbel noise, so expert e arrives at an exponential time of rate w_e f_e and the first win
+(see `sim.router.sampler`). Given the times of all others there is a latest time theta_e at which e would still be picked,
+so its probability is 1 - exp(-w_e f_e theta_e). Averaged over the others' times this has far less noise than counting
+picks, and it has a derivative. Ungrouped, theta_e is the k-th time of the others. Grouped, e must also come early enough
+for its group to be kept, which is monotone too: the other groups' scores do not depend on e, and the k-th time is taken
+over the groups that are kept together with e's.
+"""
+
+import time
+from math import factorial
+from typing import NamedTuple
+
+import numpy as np
+from scipy.special import ndtri
+
+from sim.fit.effects import DrawnEffects, RequestEffect, draw_effects
+from sim.kernels import kernel
+from sim.model import ModelSpec
+from sim.router import score_law
+from sim.streams import GROUP, TOKEN, stream_key, uniforms
+from sim.traffic.synthetic import MOST_LOGIT
+
+_NUMBERS = 2**22  # experts times requests
+_MOST_REQUESTS, _LEAST_REQUESTS = 2**16, 2**12
+_FEW = 1024  # requests that the first rounds take, until
+_NEAR = 0.03  # this rms
+_MOST_ROUNDS = 60
+_TOLERANCE = 1e-3  # rms of p fitted / p measured - 1
+_MOST_STEP = 2.0
+_MOST_STRENGTH = 5.0
+_MOST = 700.0  # beyond it an expert is picked, and exp(-x) is hardly a number
+_LOG2E = 1 / np.log(2)
+_LN2_HIGH, _LN2_LOW = 6.93147180369123816490e-01, 1.90821492927058770002e-10
+_ROUND = 1.5 * 2.0**52  # added to a number, leaves its nearest whole number in the last bits
+_BIAS, _52 = np.int64(1023), np.int64(52)
+_E = tuple(1 / factorial(n) for n in range(13))
+_E0, _E1, _E2, _E3, _E4, _E5, _E6, _E7, _E8, _E9, _E10, _E11, _E12 = _E
+
+
+class Popularity(NamedTuple):
+    """Fitted popularity of a layer."""
+
+    mu: np.ndarray  # float64 [experts], centred
+    strength: float  # of the request effect
+    rms: float  # of picks / wanted - 1 (or what the strength is off by, if more), on the random numbers of the fit
+    rounds: int
+
+
+class LayerFit(NamedTuple):
+    """A layer fitted, and checked on other random numbers."""
+
+    decode: Popularity
+    prefill: Popularity | None  # with the request effect
+    rms: list[float]  # of fitted / measured share - 1, of decode, and of prefill if there is one
+    seconds: float
+
+
+class Noise:
+    """The random numbers of a layer: the same in every round of its fit, and others for its check."""
+
+    def __init__(self, model: ModelSpec, group_sigma: float, seed: int, layer: int, what: str = "fit") -> None:
+        self.n = max(min(_NUMBERS // model.n_experts, _MOST_REQUESTS), _LEAST_REQUESTS)
+        key, shape = stream_key(seed, f"popularity {what}"), (self.n, model.n_experts)
+        self.model, self.law = model, score_law(model)
+        noise = [-np.log1p(-uniforms(key, TOKEN, 2 * layer + t, shape)).astype(np.float32) for t in range(2)]
+        self.noise = np.stack(noise, axis=1)
+        self.groups = np.zeros((1, 1, model.n_experts), np.float32)
+        if model.is_grouped and group_sigma > 0:
+            drawn = group_sigma * ndtri(uniforms(key, GROUP, layer, (self.n, 2 * model.n_group)))
+            of_token = drawn.astype(np.float32).reshape(self.n, 2, model.n_group)
+            self.groups = np.repeat(of_token, model.group_size, axis=2)
+        self.key, self.layer = key, layer
+
+    def draw(self, effect: RequestEffect | None) -> DrawnEffects | None:
+        """Requests with this effect; None without."""
+        return None if effect is None else draw_effects(effect, self.key, self.layer, self.n)
+
+    def picks(self, mu: np.ndarray, drawn: DrawnEffects | None, strength: float, n: int | None = None) -> np.ndarray:
+        """Share of tokens that pick each expert, its derivative by mu, and of pairs of tokens of a request that both do:
+        float64 [3, experts], from the first n requests (default: all).
+        """
+        model, sums, n = self.model, np.empty((3, len(mu))), n or self.n
+        shared, own = self.groups[:n], np.zeros((1, 2, len(mu)), np.float32)
+        if drawn is not None:
+            shared = (shared + strength * drawn.shared[:n, None, :]).astype(np.float32)
+            own = np.float32(strength) * drawn.own[:n]
+        router = np.array([model.n_group, model.topk_group, model.top_k])
+        sum_selection(np.exp(mu), self.noise[:n], np.exp(shared), np.exp(own, out=own), router, self.law, sums)
+        sums /= n
+        scale = model.top_k / sums[0].sum()  # a token picks top_k experts: takes off the noise that all share
+        return sums * np.array([scale, scale, scale * scale])[:, None]
+
+
+def fit_popularity(noise: Noise, p: np.ndarray, effect: RequestEffect | None = None) -> Popularity:
+    """Newton's method, expert by expert, on ln(-ln(1 - P)) of the probability P of being picked.
+
+    Parameters
+    ----------
+    noise : Noise
+    p : float64 [experts]
+        Share of tokens that pick each expert, above 0 and below 1; sums to top_k.
+    effect : RequestEffect, optional
+        Its strength is fitted along, so that the picks of two tokens of a request have its correlation.
+    """
+    target = np.log(-np.log1p(-p))
+    mu = target - target.mean()
+    drawn, strength = noise.draw(effect), 1.0
+    n = _FEW
+    best = Popularity(mu, strength, np.inf, 0)
+    for rounds in range(1, _MOST_ROUNDS + 1):
+        share, slope, both = noise.picks(mu, drawn, strength, n)
+        rms = float(np.sqrt(np.mean((share / p - 1) ** 2)))
+        found = float((both - share**2).sum() / (share * (1 - share)).sum())
+        off = max(rms, 0.0 if effect is None else abs(found / effect.correlation - 1))
+        if n == noise.n and off < best.rms:
+            best = Popularity(mu, strength, off, rounds)
+        if n == noise.n and off < _TOLERANCE:
+            break
+        n = noise.n if off < _NEAR or rounds >= _MOST_ROUNDS // 2 else n
+        if effect is not None:
+            strength *= float(np.clip(np.sqrt(effect.correlation / max(found, 1e-6)), 0.5, 2.0))
+            strength = min(strength, _MOST_STRENGTH)
+        share = np.clip(share, 1e-12, 1 - 1e-9)
+        hazard = -np.log1p(-share)
+        rate = np.clip(slope / ((1 - share) * hazard), 0.05, 1.0)
+        mu = mu + np.clip((target - np.log(hazard)) / rate, -_MOST_STEP, _MOST_STEP)
+        mu = np.clip(mu - mu.mean(), -MOST_LOGIT, MOST_LOGIT)
+    return best
+
+
+def fit_layer(
+    model: ModelSpec, layer: int, p: np.ndarray, effect: RequestEffect | None, *, seed: int, group_sigma: float
+) -> LayerFit:
+    """Fit the popularity of a layer without and, if they have one, with its request effect (see `fit_popularity`), and
+    check what is written of it: mu to 4 digits.
+    """
+    started = time.perf_counter()
+    noise = Noise(model, group_sigma, seed, layer)
+    effects = [None] if effect is None else [None, effect]
+    found = [fit_popularity(noise, p, of_phase) for of_phase in effects]
+    check = Noise(model, group_sigma, seed, layer, "check")
+    rms = []
+    for popularity, of_phase in zip(found, effects, strict=True):
+        share = check.picks(np.round(popularity.mu, 4), check.draw(of_phase), popularity.strength)[0]
+        rms.append(float(np.sqrt(np.mean((share / p - 1) ** 2))))
+    return LayerFit(found[0], found[1] if len(found) > 1 else None, rms, time.perf_counter() - started)
+
+
+@kernel(forceinline=True)
+def exp_of_minus(x):
+    """exp(-x), float64, for x from 0 to 700, to 4e-16 relative: unlike a call into a maths library it vectorises."""
+    shifted = np.float64(_ROUND - x * _LOG2E)
+    k = shifted - _ROUND
+    r = -x - k * _LN2_HIGH - k * _LN2_LOW
+    p = _E12
+    p = p * r + _E11
+    p = p * r + _E10
+    p = p * r + _E9
+    p = p * r + _E8
+    p = p * r + _E7
+    p = p * r + _E6
+    p = p * r + _E5
+    p = p * r + _E4
+    p = p * r + _E3
+    p = p * r + _E2
+    p = p * r + _E1
+    p = p * r + _E0
+    return p * np.int64((shifted.view(np.int64) + _BIAS) << _52).view(np.float64)
+
+
+@kernel
+def _first_times(time, lo, hi, first, n_first):
+    """Merge time[lo:hi] into the ascending list `first` of the earliest times, of which n_first are filled; returns n_first."""
+    most = first.size
+    for e in range(lo, hi):
+        t = time[e]
+        if n_first < most or t < first[n_first - 1]:
+            place = n_first if n_first < most else most - 1
+            while place > 0 and first[place - 1] > t:
+                first[place] = first[place - 1]
+                place -= 1
+            first[place] = t
+            n_first = min(n_first + 1, most)
+    return n_first
+
+
+@kernel
+def _score(time, law):
+    """Score of an arrival, 1 / (b + a t)."""
+    return 1.0 / (law[0] + law[1] * time)
+
+
+@kernel
+def _latest_for_group(others_best, others_second, cut, law):
+    """Latest time at which an expert lifts its group's score above `cut`, given the two best scores beside it."""
+    both = law[2] > 0
+    alone = others_best + (others_second if both else 0.0)
+    if alone > cut:
+        return np.inf
+    needed = cut - (others_best if both else 0.0)
+    if needed <= 0.0:
+        return np.inf
+    return max((1.0 / needed - law[0]) / law[1], 0.0)
+
+
+@kernel
+def _fill_latest(time, n_group, topk_group, top_k, law, latest):
+    """theta of every expert, float64 [experts], from the arrival times of all."""
+    first = np.empty(top_k + 1)
+    n_experts = time.size
+    size = n_experts // n_group
+    if n_group == 1:
+        _first_times(time, 0, n_experts, first, 0)
+        last = first[top_k - 1]
+        for e in range(n_experts):
+            latest[e] = first[top_k] if time[e] <= last else last
+        return
+    best, score = np.empty((n_group, 3)), np.empty(n_group)
+    for g in range(n_group):
+        best[g] = np.inf
+        _first_times(time, g * size, (g + 1) * size, best[g][: min(3, size)], 0)
+        score[g] = _score(best[g, 0], law) + (_score(best[g, 1], law) if law[2] > 0 else 0.0)
+    order = np.argsort(-score)
+    for g in range(n_group):
+        # The groups that are kept with g, and the score that g must beat.
+        n_first, n_kept, cut = _first_times(time, g * size, (g + 1) * size, first, 0), 1, -np.inf
+        for i in range(n_group):
+            h = order[i]
+            if h != g:
+                if n_kept < topk_group:
+                    n_first = _first_times(time, h * size, (h + 1) * size, first, n_first)
+                else:
+                    cut = score[h]
+                    break
+                n_kept += 1
+        full = n_first > top_k  # else the kept groups hold no more than top_k experts, and all of them are picked
+        for e in range(g * size, (g + 1) * size):
+            late = np.inf
+            if full:
+                late = first[top_k] if time[e] <= first[top_k - 1] else first[top_k - 1]
+            if cut > -np.inf:
+                i = 1 if time[e] == best[g, 0] else 0
+                j = i + 1 if time[e] != best[g, 1] or i == 1 else 2
+                second = _score(best[g, j], law) if j < min(3, size) else 0.0
+                beside = _score(best[g, i], law) if i < min(3, size) else 0.0
+                late = min(late, _latest_for_group(beside, second, cut, law))
+            latest[e] = late
+
+
+@kernel
+def sum_selection(weight, noise, shared, own, router, law, sums):
+    """Sums over requests of each expert's probability of being picked.
+
+    weight float64 [experts]; noise float32 [requests, tokens of a request, experts], standard exponentials; shared float32
+    [requests or 1, tokens or 1, experts], the part of f that a token's experts have from common causes; own float32
+    [requests or 1, 1 + draws, experts], the part that is an expert's alone: first what all experts have where another one
+    is looked at, then draws of an expert's own effect that its probability is averaged over; router int64 [3], n_group,
+    topk_group, top_k; law as `router.score_law`; sums float64 [3, experts]: probabilities (mean over tokens), their
+    derivatives by ln(weight), and products of those of the first and last token.
+    """
+    n_experts, n_tokens, n_draws = weight.size, noise.shape[1], own.shape[1] - 1
+    time, latest = np.empty(n_experts), np.empty(n_experts)
+    rate, picked = np.empty((n_tokens, n_experts)), np.empty((n_tokens, n_experts))
+    sums[:] = 0.0
+    for q in range(noise.shape[0]):
+        of_request, alone = shared[q % shared.shape[0]], own[q % own.shape[0]]
+        for t in range(n_tokens):
+            common = of_request[t % of_request.shape[0]]
+            for e in range(n_experts):
+                time[e] = noise[q, t, e] / (weight[e] * common[e] * alone[0, e])
+            _fill_latest(time, router[0], router[1], router[2], law, latest)
+            for e in range(n_experts):
+                rate[t, e] = weight[e] * common[e] * latest[e]
+        for i in range(1, 1 + n_draws):
+            for t in range(n_tokens):
+                for e in range(n_experts):
+                    x = min(rate[t, e] * alone[i, e], _MOST)
+                    missed = exp_of_minus(x)
+                    picked[t, e] = 1.0 - missed
+                    sums[0, e] += picked[t, e]
+                    sums[1, e] += x * missed
+            for e in range(n_experts):
+                sums[2, e] += picked[0, e] * picked[-1, e]
+    sums[:2] /= n_tokens * n_draws
+    sums[2] /= n_draws
