@@ -391,7 +391,7 @@ def _decoder_layers(
     """Ids of the decoder layers, by the file's own numbers and by the model's MoE layers."""
     moe = np.array(getattr(model, "moe_layer_ids", None) or (), np.int64)
     ids = data.layer_ids
-    if not moe.size:
+    if not moe.size or (moe[-1] == len(moe) - 1 != getattr(model, "n_layers", 0) - 1):  # only their number is known
         return ids, []
     if not is_told:
         if len(ids) == len(moe):

@@ -130,7 +130,7 @@ def read_csv(path: Path, where: str) -> CountTable:
         n_numbers = 0
         try:
             for chunk in _chunks(file, len(cells), separator):
-                if any(kind.kind not in "iuf" for kind in chunk.dtypes):  # text, or booleans
+                if len(chunk) and any(kind.kind not in "iuf" for kind in chunk.dtypes):  # text, or booleans
                     raise ValueError("a column is not of numbers")
                 rows.append(chunk.to_numpy(float))
                 n_numbers += rows[-1].size
