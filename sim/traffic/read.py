@@ -427,11 +427,24 @@ def read_recorded(path: Path, phase: str = "decode") -> RecordedTraffic:
 
 
 class LoadTable(NamedTuple):
-    """Loads of experts by layer: what a load balancer is fitted on."""
+    """Loads of experts by layer: what a load balancer is fitted on.
+
+    Attributes
+    ----------
+    name, digest : str
+        Of what was read.
+    loads : float64 [layers, n_experts]
+    layer_ids : int64 [layers]
+        Decoder layers, where the file or the model tells them, else 0, 1, ...
+    notes : tuple of str
+        What the file was recognised as, and what was left out.
+    """
 
     name: str
-    loads: np.ndarray  # float64 [layers, n_experts]
-    digest: str  # of what was read
+    loads: np.ndarray
+    digest: str
+    layer_ids: np.ndarray | None = None
+    notes: tuple[str, ...] = ()
 
 
 def load_table(source: Path | str | RecordedTraffic | LoadCounts, model: ModelSpec) -> LoadTable:
@@ -441,7 +454,9 @@ def load_table(source: Path | str | RecordedTraffic | LoadCounts, model: ModelSp
     """
     if isinstance(source, Path | str):
         source = read_traffic(source, model)
-    if isinstance(source, LoadCounts):
-        return LoadTable(source.name, source.total, source.digest)
-    source.check_model(model.n_experts, model.top_k, model.name)
-    return LoadTable(source.name, source.count_experts(model.n_experts).astype(float), source.digest)
+    if isinstance(source, RecordedTraffic):
+        source.check_model(model.n_experts, model.top_k, model.name)
+        loads = source.count_experts(model.n_experts).astype(float)
+    else:
+        loads = source.total
+    return LoadTable(source.name, loads, source.digest, source.layer_ids, source.notes)
