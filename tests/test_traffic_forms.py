@@ -1,7 +1,6 @@
 """Forms that engines and trace sets give traffic in: each is recognised, and gives its right counts, layers and tokens."""
 
 import base64
-import dataclasses
 import gzip
 import io
 import json
@@ -33,15 +32,6 @@ def counts_of(requests, n_experts=8):
                 for expert in experts:
                     total[layer, expert] += 1
     return total
-
-
-def placed(model, moe_layer_ids, n_layers):
-    """The model with its MoE layers among so many decoder layers."""
-    if hasattr(model, "moe_layer_ids"):
-        return dataclasses.replace(model, moe_layer_ids=tuple(moe_layer_ids), n_layers=n_layers)
-    fields = [("moe_layer_ids", tuple, tuple(moe_layer_ids)), ("n_layers", int, n_layers)]
-    cls = dataclasses.make_dataclass("Placed", fields, bases=(ModelSpec,), frozen=True)
-    return cls(**{field.name: getattr(model, field.name) for field in dataclasses.fields(model)})
 
 
 def lines(path, values):
@@ -241,6 +231,18 @@ def test_any_number_of_dense_layers_is_found_by_their_zeros(tmp_path, dense):
         traffic = read_traffic(path, SMALL)
         np.testing.assert_array_equal(traffic.expert_counts, counts_of(REQUESTS))
         assert traffic.layer_ids.tolist() == moe
+
+
+def test_with_one_expert_per_token_the_model_tells_which_layers_are_dense(tmp_path):
+    """Expert 0 of a top-1 router is written as a dense layer is."""
+    model = ModelSpec("top-1", 8, 1, n_layers=4, moe_layer_ids=(1, 3))
+    ids = np.zeros((12, 4, 1), int)
+    ids[:, [1, 3], 0] = RNG.integers(0, 8, (12, 2))
+    for value in (raw(ids), ids.tolist()):
+        traffic = read_traffic(lines(tmp_path / "x.jsonl", [{"routed_experts": value}]), model)
+        np.testing.assert_array_equal(traffic.expert_counts, counts_of([ids[:, [1, 3]]]))
+        assert traffic.layer_ids.tolist() == [1, 3]
+        assert traffic.notes[1] == "2 layers that are dense in top-1 are left out"
 
 
 def test_another_model_is_said_with_both_numbers_only_where_it_is_one(tmp_path, capsys):
@@ -720,7 +722,7 @@ def test_bad_statistics_are_refused(statistics):
 
 
 def test_layers_are_those_of_the_file_or_of_the_model(tmp_path):
-    model = placed(SMALL, (1, 3, 5), 6)
+    model = ModelSpec("small", 8, 2, n_layers=6, moe_layer_ids=(1, 3, 5))
     rows = "\n".join(",".join(map(str, row)) for row in COUNTS)
     path = tmp_path / "x.csv"
     path.write_text(rows)

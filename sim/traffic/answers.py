@@ -314,15 +314,14 @@ def _shaped(flat: np.ndarray, here: str, model: ModelSpec) -> np.ndarray:
     """Flat ids as [tokens, layers, top_k]: as many layers as leave the model's MoE layers once those of zeros are dense."""
     n_moe, top_k = model.n_moe_layers, model.top_k
     n_rows, rest = divmod(flat.size, top_k)
-    n_decoder = int(getattr(model, "n_layers", 0) or 0)
-    moe = getattr(model, "moe_layer_ids", None)
+    n_decoder, moe = model.n_layers, list(model.moe_layer_ids)
     tried = [n for n in (n_decoder, *range(n_moe, min(n_rows, _MOST_LAYERS) + 1)) if n >= n_moe and n_rows % n == 0]
     best: tuple[int, np.ndarray] | None = None  # fewest tokens without routing
     for n_layers in dict.fromkeys(tried) if not rest else ():
         ids = flat.reshape(-1, n_layers, top_k)
         if top_k == 1:  # 0 is an expert too: only the model tells which layers are dense
             if moe and n_layers == n_decoder and not np.delete(ids, moe, axis=1).any():
-                return ids[:, list(moe)]
+                return ids
             if n_layers == n_moe:
                 return ids
             continue

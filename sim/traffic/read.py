@@ -129,6 +129,11 @@ def read_traffic(
         return _loads(found, where, name, model)
     ids, lengths = found.joined()
     layer_ids = None if found.layer_ids is None else np.array(found.layer_ids)
+    if model is not None and ids.shape[1:] == (model.n_layers, 1) and model.n_moe_layers < model.n_layers:
+        moe = np.array(model.moe_layer_ids)  # with one expert per token zeros do not tell dense layers
+        if not np.delete(ids, moe, axis=1).any():
+            ids, layer_ids = ids[:, moe], moe
+            more.append(f"{model.n_layers - len(moe)} layers that are dense in {model.name} are left out")
     record = build_record(where, name, ids, lengths, phase, source, layer_ids)
     notes = (f"read as {form}", *found.notes, *record.notes, *more)
     return _of_model(replace(record, notes=notes, n_steps=found.n_steps), layer_ids is not None, model, ids.shape[1])
@@ -389,9 +394,9 @@ def _decoder_layers(
     data: RecordedTraffic | LoadCounts, is_told: bool, model: ModelSpec
 ) -> tuple[np.ndarray, list[str]]:
     """Ids of the decoder layers, by the file's own numbers and by the model's MoE layers."""
-    moe = np.array(getattr(model, "moe_layer_ids", None) or (), np.int64)
+    moe = np.array(model.moe_layer_ids, np.int64)
     ids = data.layer_ids
-    if not moe.size or (moe[-1] == len(moe) - 1 != getattr(model, "n_layers", 0) - 1):  # only their number is known
+    if not moe.size or (moe[-1] == len(moe) - 1 != model.n_layers - 1):  # only their number is known
         return ids, []
     if not is_told:
         if len(ids) == len(moe):
