@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from sim.placement import Placement, place
     from sim.results import SweepResult, read_result, write_result
     from sim.router import route
+    from sim.scoring import score, score_tokens
     from sim.sweeps import sweep
     from sim.traffic import (
         LoadCounts,
@@ -51,6 +52,8 @@ _ROOM_OF = {
     "route": "router",
     "Placement": "placement",
     "place": "placement",
+    "score": "scoring",
+    "score_tokens": "scoring",
     "SweepResult": "results",
     "read_result": "results",
     "write_result": "results",

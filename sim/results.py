@@ -9,7 +9,7 @@ import platform
 import shlex
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -41,12 +41,15 @@ class SweepResult:
         Raw histograms; empty where a folder was read that does not hold them.
     identity : dict
         All that the tables depend on.
+    notes : list of str
+        What could not be computed, and why.
     """
 
     summary: pd.DataFrame
     tail: pd.DataFrame
     counts: pd.DataFrame
     identity: dict[str, Any]
+    notes: list[str] = field(default_factory=list)
 
 
 @contextlib.contextmanager
@@ -94,7 +97,8 @@ def write_result(result: SweepResult, folder: Path) -> None:
         TAIL: result.tail.to_csv(index=False, float_format=_FLOAT).encode(),
         COUNTS: buffer.getvalue(),
     }
-    _write_whole(folder, tables, PROVENANCE, {"sweep": result.identity})
+    notes = {"notes": result.notes} if result.notes else {}
+    _write_whole(folder, tables, PROVENANCE, {"sweep": result.identity, **notes})
 
 
 def write_table(table: pd.DataFrame, folder: Path, name: str, identity: dict[str, Any]) -> None:
@@ -168,7 +172,10 @@ def read_result(folder: Path | str) -> SweepResult:
         if hashlib.sha256(data[name]).hexdigest() != about["sha256"].get(name):
             raise InputError(f"{folder / name} is damaged or was changed: it is not what the sweep wrote")
     tables = {name: _parse(folder / name, data[name]) for name in data}
-    return SweepResult(tables[SUMMARY], tables[TAIL], tables.get(COUNTS, pd.DataFrame()), about["sweep"])
+    counts = tables.get(COUNTS, pd.DataFrame())
+    return SweepResult(
+        tables[SUMMARY], tables[TAIL], counts, about["sweep"], [str(note) for note in about.get("notes", [])]
+    )
 
 
 _COLUMNS = {
@@ -184,12 +191,19 @@ def _parse(path: Path, data: bytes) -> pd.DataFrame:
         if path.name == COUNTS:
             table = pd.read_parquet(io.BytesIO(data))
         else:
-            table = pd.read_csv(io.BytesIO(data), keep_default_na=path.name == SUMMARY)
+            unknown_blocks = {"effective_blocks": [""]}  # in other columns of the tail, empty is a value
+            table = pd.read_csv(
+                io.BytesIO(data),
+                keep_default_na=path.name == SUMMARY,
+                na_values=unknown_blocks if path.name == TAIL else None,
+            )
     except (ValueError, OSError) as error:  # what parsers raise: ParserError, UnicodeDecodeError, ArrowInvalid ...
         raise InputError(f"{path} is not a table ({type(error).__name__})") from None
     missing = [name for name in [*CELL, *_COLUMNS[path.name]] if name not in table.columns]
     if missing:
         raise InputError(f"{path} has no column '{missing[0]}'")
+    if path.name == TAIL and "effective_blocks" not in table:  # written before there was one
+        table["effective_blocks"] = np.nan
     return table
 
 

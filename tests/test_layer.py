@@ -20,7 +20,7 @@ from sim.errors import InputError, RunError
 from sim.measure.layer import LAYER_COLUMNS, running_ranks
 from sim.measure.layer_compare import layer_gains, read_layers, sums
 from sim.measure.layer_plan import EXCHANGES, plan_rank, sample_layers
-from sim.measure.steps import sample_steps
+from sim.measure.steps import plan_measurement
 from sim.model import load_model
 from sim.traffic import load_workload
 
@@ -97,6 +97,14 @@ def test_plans_give_each_token_the_weighted_sum_of_its_own_experts(tiny, exchang
             np.testing.assert_allclose(comp_y, ref_y, rtol=1e-12)
 
 
+@pytest.mark.parametrize("exchange", ALL)
+def test_plans_lie_row_by_row_as_the_device_kernels_read_them(tiny, exchange):
+    steps = layers_of(tiny)
+    for rank in range(steps.ep_size):
+        plan = plan_rank(steps.routed(*next(iter(steps.placed)), 0, 64), exchange, rank)
+        assert all(isinstance(part, list) or part.flags.c_contiguous for part in plan)
+
+
 def test_slots_hold_the_experts_that_the_router_chose(tiny):
     steps = layers_of(tiny)
     for (workload, placement), placed in steps.placed.items():
@@ -119,7 +127,7 @@ def test_tokens_are_those_that_the_other_measurement_counts(tiny):
     steps = layers_of(tiny, placements=["linear"])
     workloads = [load_workload("chat"), load_workload("gpqa-tilted")]
     asked = {"ep_sizes": [4], "tokens": [8, 64], "placements": ["linear"], "steps": 3, "seed": 1}
-    counted = sample_steps(load_model(tiny), workloads, **asked)
+    counted = plan_measurement(load_model(tiny), workloads, **asked)
     for workload, ids in steps.ids.items():
         for step in range(3):
             for size, tokens in enumerate([8, 64]):

@@ -25,16 +25,17 @@ from sim.measure import (
     errors,
     gains,
     measure,
+    plan_measurement,
     read_measured,
-    sample_steps,
     with_predictions,
 )
-from sim.measure.compare import half_width, missed, ratio_of_sums
+from sim.measure.compare import missed
 from sim.measure.experts import reference_layer, round_bf16, round_fp8
 from sim.measure.steps import busiest_ranks, rank_sums
 from sim.measure.table import COLUMNS, partial_path
 from sim.measure.timers import GraphTimer
 from sim.model import ModelSpec, load_model
+from sim.stats import half_width, ratio_parts
 from sim.traffic import load_workload
 
 TINY = {
@@ -54,7 +55,9 @@ def tiny(tmp_path_factory):
 
 def steps_of(model="deepseek-v3", **changes):
     asked = {"ep_sizes": [8, 32], "tokens": [8, 512], "placements": ["linear", "round_robin"], "steps": 3, "seed": 1}
-    return sample_steps(load_model(model), [load_workload("chat"), load_workload("gpqa-tilted")], **(asked | changes))
+    return plan_measurement(
+        load_model(model), [load_workload("chat"), load_workload("gpqa-tilted")], **(asked | changes)
+    )
 
 
 class MadeUp:
@@ -436,7 +439,7 @@ def test_intervals_of_a_ratio_cover():
     for _ in range(4000):
         step = np.exp(0.3 * random.normal(size=20))
         above, below = true * step * np.exp(0.1 * random.normal(size=20)), step * np.exp(0.1 * random.normal(size=20))
-        ratio, parts = ratio_of_sums(above, below)
+        ratio, parts = ratio_parts(above, below)
         hits += abs(ratio - true) <= half_width(parts)
     assert 0.95 - 0.014 < hits / 4000 < 0.95 + 0.014
 

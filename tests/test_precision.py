@@ -13,7 +13,7 @@ from sim.results import read_result
 from sim.sweeps import Journal, combine, executors, make_plan, run_plan
 from sim.sweeps.chunk import stage_chunks
 from sim.sweeps.precision import first_stage
-from sim.sweeps.raw import build_counts, read_counts
+from sim.sweeps.tally import build_counts, read_counts
 
 GRID = {"ep_sizes": [8, 64], "tokens": [1, 64], "placements": ["linear", "random"], "bound_layers": 0}
 ONE_THREAD = executors.threads(1)

@@ -15,7 +15,6 @@ ROOMS = [
     "traffic",
     "router",
     "placement",
-    "replicas",
     "scoring",
     "theory",
     "sweeps",

@@ -13,9 +13,9 @@ from sim.advice.splits import Split, splits_of
 from sim.cost import Gpu, predict_gain
 from sim.cost.expert import BYTES_PER_VALUE
 from sim.cost.gain import PERFECT
-from sim.cost.inputs import as_model, as_numbers, expert_parameters
+from sim.cost.inputs import as_numbers, expert_parameters
 from sim.errors import InputError, shown, unknown, whole_number
-from sim.model import ModelSpec
+from sim.model import ModelSpec, load_model
 from sim.placement import check_ep_size, split_name, strategy_name
 from sim.traffic import LoadCounts, RecordedTraffic, Workload, load_workload, read_traffic
 from sim.traffic.read import names_file
@@ -127,7 +127,7 @@ def advise(
     InputError
         As `sim.predict_gain`, and for names and numbers that are not allowed.
     """
-    model = as_model(model)
+    model = load_model(model)
     traffic = _as_traffic(traffic, model) if isinstance(traffic, str | Path) else traffic
     check_ep_size(model, ep_size)
     if ep_size < 2:

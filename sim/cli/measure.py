@@ -88,7 +88,7 @@ def _measure(arguments: Namespace) -> None:
     started = time.monotonic()
     from sim.cost import load_gpu
     from sim.kernels import is_cold
-    from sim.measure import Shape, measure, sample_steps
+    from sim.measure import Shape, measure, plan_measurement
     from sim.measure.experts import DTYPES
     from sim.model import load_model
     from sim.results import whole_files
@@ -107,7 +107,7 @@ def _measure(arguments: Namespace) -> None:
     if is_cold():
         note("compiling the kernels, once for this version: about 30 seconds")
     model = load_model(arguments.model)
-    steps = sample_steps(
+    steps = plan_measurement(
         model,
         [load_workload(name) for name in names("--workload")(arguments.workload)],
         ep_sizes=whole_numbers("--ep")(arguments.ep),

@@ -91,6 +91,8 @@ def run(arguments: Namespace) -> None:
                 journal.clear()
         if progress:
             print("\r\033[K", end="", file=sys.stderr)
+        for text in result.notes:
+            note(text)
         note(_outcome(result, time.monotonic() - started))
     print_result(result)
     print(
@@ -159,9 +161,13 @@ def _difference(held: dict[str, Any], wanted: dict[str, Any]) -> str:
 
 
 def _say_notes(plan: Any) -> None:
-    from sim.placement import why_linear
+    from sim.placement import notes_on, why_linear
 
     say_about_inputs(plan.model, plan.workload)
+    for text in dict.fromkeys(
+        text for placement in plan.placements if placement is not None for text in notes_on(placement)
+    ):
+        note(text)
     if plan.fit:
         note(f"load-aware placements are fitted on {plan.fit}, and scored on none of these")
     if "round_robin" in plan.grid.placements:

@@ -1,5 +1,6 @@
 """Predicted gain of one placement over another: time of a layer and of a step, on the same sampled tokens."""
 
+from collections.abc import Iterable
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,13 +10,13 @@ import pandas as pd
 
 from sim.cost.expert import crossover_tokens, expert_rates
 from sim.cost.gpu import Gpu
-from sim.cost.inputs import as_model, as_numbers
+from sim.cost.inputs import as_numbers
 from sim.cost.steps import StepSample, sample_steps
 from sim.cost.times import CellTimes, balanced_times, cell_times, check_exchange, with_network
 from sim.errors import InputError
-from sim.model import ModelSpec
+from sim.model import ModelSpec, load_model
 from sim.placement import strategy_name
-from sim.stats import clustered_quantile, ratio_interval
+from sim.stats import bounded_mean_interval, clustered_quantile, moments_of_draws, ratio_interval
 from sim.traffic import Workload
 
 PERFECT = "perfect balance"
@@ -88,7 +89,7 @@ def predict_gain(
     InputError
         Names that are not known, equal placements, a model without sizes, numbers out of range.
     """
-    model = as_model(model)
+    model = load_model(model)
     placements = placement if isinstance(placement, list) else [placement]
     names = [name if name == PERFECT else strategy_name(name) for name in placements]
     if strategy_name(baseline) in names:
@@ -160,17 +161,23 @@ def _times_row(sample: StepSample, base: int, old: CellTimes, new: CellTimes, re
 
 
 def _loads_row(sample: StepSample, cell: int | None, prefix: str) -> dict[str, object]:
-    """Imbalance, idle ranks and fan-out of a cell with their intervals; of perfect balance, None, only the imbalance."""
+    """Imbalance, idle ranks and fan-out of a cell with their intervals; of perfect balance (None) the imbalance alone."""
     row: dict[str, object] = {}
     if cell is None:
         return row | _with_ends("imbalance", (1.0, 1.0, 1.0))
     grid = sample.plan.grid
+    imbalance = sample.max_load[cell] / float(grid.mean_load(cell))
+    row |= _with_ends(
+        prefix + "imbalance", ratio_of_draws(imbalance, np.ones(imbalance.shape), _draws(sample, len(imbalance)))
+    )
     reached = sample.reached[int(grid.pair_of_cell[cell])]
-    values = {"imbalance": sample.max_load[cell] / float(grid.mean_load(cell)), "idle_ranks": sample.idle_ranks[cell]}
-    values |= {"ranks_per_token": reached[..., 0], "nodes_per_token": reached[..., 1]}
-    for name, of_block in values.items():
-        draw = _draws(sample, len(of_block))
-        row |= _with_ends(prefix + name, ratio_of_draws(of_block, np.ones(of_block.shape), draw))
+    counted = {"idle_ranks": (sample.idle_ranks[cell], *(end[cell] for end in grid.idle_range))}
+    for i, name in enumerate(("ranks_per_token", "nodes_per_token")):
+        counted[name] = (reached[..., i], *(end[cell, i] for end in grid.reached_range))
+    for name, (of_block, least, most) in counted.items():
+        moments, design = moments_of_draws(of_block.reshape(-1), _draws(sample, len(of_block)))
+        ends = (float(end) for end in bounded_mean_interval(moments, design, least, most))
+        row |= _with_ends(prefix + name, ends)
     return row
 
 
@@ -180,7 +187,7 @@ def _draws(sample: StepSample, n_steps: int) -> np.ndarray:
     return (sets[:, None] * sample.n_layers + np.arange(sample.n_layers)).reshape(-1)
 
 
-def _with_ends(name: str, values: tuple[float, float, float]) -> dict[str, float]:
+def _with_ends(name: str, values: Iterable[float]) -> dict[str, float]:
     """Columns of an estimate and its interval."""
     return dict(zip((name, f"{name}_low", f"{name}_high"), values, strict=True))
 

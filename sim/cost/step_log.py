@@ -9,13 +9,12 @@ import pandas as pd
 
 from sim.cost.expert import expert_rates
 from sim.cost.gpu import Gpu
-from sim.cost.inputs import as_model
 from sim.cost.layer import sglang_over_layers, vllm_over_layers
 from sim.cost.steps import StepSample, sample_steps
 from sim.cost.times import cell_times, check_exchange, with_network
 from sim.errors import InputError, shown
 from sim.files import open_stream, reading
-from sim.model import ModelSpec
+from sim.model import ModelSpec, load_model
 from sim.stats import ratio_interval
 from sim.traffic import Workload
 
@@ -25,7 +24,7 @@ METRICS = {
     "slowest_rank_ms": "sum over layers of the slowest rank's expert time",
     "moe_ms": "the same with dispatch and combine",
 }
-_BALANCEDNESS = re.compile(r"(?<![a-z])(?:current_pass_)?balancedness\"?\s*[=:]\s*([-+.\w]+)")
+_BALANCEDNESS = re.compile(r"(?<![a-z])(?<!average_)(?:current_pass_)?balancedness\"?\s*[=:]\s*([-+.\w]+)")
 """The step's own value in a line of an engine's log; averages over passes (last_10_average_balancedness) are not."""
 _MAX_LINE = 1 << 20
 _MOST_STEPS = 10**8
@@ -54,7 +53,7 @@ def predict_steps(
         and two standard deviations: between layer sets (one deployment and another; nan with fewer than two steps of
         each) and within them (one deployment's steps).
     """
-    model, chip = as_model(model), with_network(gpu, network_gb_per_s)
+    model, chip = load_model(model), with_network(gpu, network_gb_per_s)
     check_exchange(exchange)
     sample = sample_steps(model, workload, [expert_rates(model, chip, dtype)], placements=placements, **sampling)
     grid, rows = sample.plan.grid, []

@@ -10,10 +10,10 @@ import numpy as np
 import pandas as pd
 
 from sim.errors import InputError
-from sim.measure.compare import half_width, ratio_of_sums
 from sim.measure.layer import LAYER_COLUMNS
 from sim.measure.layer_plan import EXCHANGES
 from sim.measure.table import check_rows, read_header, read_typed
+from sim.stats import half_width, ratio_parts
 
 _SETTING = ["exchange", "workload", "tokens"]
 
@@ -82,9 +82,7 @@ def sums(layers: pd.DataFrame) -> pd.DataFrame:
     table = []
     for setting, part in layers.groupby(_SETTING, sort=False):
         by_step = part.groupby("step")[["layer_us", "experts_us", "exchange_us"]].sum()
-        excess, parts = ratio_of_sums(
-            by_step.layer_us.to_numpy(), (by_step.experts_us + by_step.exchange_us).to_numpy()
-        )
+        excess, parts = ratio_parts(by_step.layer_us.to_numpy(), (by_step.experts_us + by_step.exchange_us).to_numpy())
         half = half_width(parts)
         means = part[["layer_us", "experts_us", "exchange_us"]].mean()
         table.append([*setting, len(by_step), *means, excess - 1, excess - 1 - half, excess - 1 + half])
@@ -129,7 +127,7 @@ def layer_gains(layers: pd.DataFrame, baseline: str = "linear", others: Sequence
                 continue
             both = wide.dropna(subset=[("layer_us", baseline), ("layer_us", other)])
             found = {
-                what: ratio_of_sums(both[what, baseline].to_numpy(), both[what, other].to_numpy())
+                what: ratio_parts(both[what, baseline].to_numpy(), both[what, other].to_numpy())
                 for what in ("layer_us", "experts_us", "exchange_us")
             }
             (gain, parts), half = found["layer_us"], half_width(found["layer_us"][1])

@@ -13,11 +13,11 @@ from typing import NamedTuple
 import numpy as np
 
 from sim.errors import InputError, unknown
-from sim.measure.steps import sample_steps
+from sim.measure.steps import plan_measurement
 from sim.model import ModelSpec
 from sim.placement import Placement
-from sim.replicas import find_copies
 from sim.router import draw_trials
+from sim.scoring import find_copies
 from sim.traffic import SyntheticTraffic, Workload
 
 EXCHANGES = {
@@ -147,13 +147,13 @@ def _home_of_pairs(routed: Routed, rank: int) -> tuple[np.ndarray, np.ndarray]:
 def _sent_tokens(routed: Routed, rank: int) -> tuple[np.ndarray, list[int], list[int]]:
     needed = routed.needed[routed.own(rank)]
     received = routed.needed[:, rank].reshape(routed.ep_size, -1).sum(axis=1)
-    return np.nonzero(needed.T)[1], needed.sum(axis=0).tolist(), received.tolist()
+    return np.ascontiguousarray(np.nonzero(needed.T)[1]), needed.sum(axis=0).tolist(), received.tolist()
 
 
 def _home_of_tokens(routed: Routed, rank: int) -> tuple[np.ndarray, np.ndarray]:
     needed = routed.needed[routed.own(rank)].T
     row = (np.cumsum(needed) - 1).reshape(needed.shape)  # destination by destination, as they were sent
-    return np.where(needed, row, -1).T.astype(np.int32), needed.T.astype(np.float32)
+    return np.where(needed, row, -1).T.astype(np.int32, order="C"), needed.T.astype(np.float32, order="C")
 
 
 class Cell(NamedTuple):
@@ -257,12 +257,12 @@ def sample_layers(
 ) -> LayerSteps:
     """Sample steps of each workload token by token, and place the experts; every step has a fresh layer.
 
-    The tokens are those that `sample_steps` counts under the same seed.
+    The tokens are those that `plan_measurement` counts under the same seed.
 
     Raises
     ------
     InputError
-        As `sample_steps`; also an EP size that divides the experts or some number of tokens with a remainder, a placement
+        As `plan_measurement`; also an EP size that divides the experts or some number of tokens with a remainder, a placement
         with unequal ranks, an unknown exchange, and traffic that is not synthetic.
     """
     for name in exchanges:
@@ -273,7 +273,7 @@ def sample_layers(
     for workload in workloads:
         if not isinstance(workload, SyntheticTraffic):
             raise InputError(f"--workload {workload.name}: a layer is measured under synthetic traffic")
-    counted = sample_steps(
+    counted = plan_measurement(
         model, workloads, ep_sizes=[ep_size], tokens=tokens, placements=placements, steps=steps, seed=seed
     )
     for what, n in [(f"experts of {model.name}", model.n_experts), *(("--tokens", n) for n in counted.tokens)]:

@@ -147,6 +147,7 @@ class TorchLayer:
 
     def _on_device(self, plan: RankPlan) -> DevicePlan:
         tensors = [p if isinstance(p, list) else self._torch.from_numpy(p).to(self._device) for p in plan]
+        assert all(isinstance(t, list) or t.is_contiguous() for t in tensors)  # the Triton kernels count on it
         return DevicePlan(*tensors)
 
     def _start(self, exchange: str, tokens: int, x: Tensor) -> Tensor:

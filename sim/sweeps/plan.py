@@ -1,6 +1,6 @@
 """What a sweep computes, checked, and everything that identifies it."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from numbers import Real
@@ -11,11 +11,19 @@ import numpy as np
 
 from sim.errors import InputError, shown, whole_number
 from sim.model import ModelSpec, load_model
-from sim.placement import Placement, check_ep_size, check_slots, is_load_aware, split_name, strategy_name
+from sim.placement import Placement, check_ep_size, is_load_aware, split_name
 from sim.results import SCHEMA
 from sim.router import check_pair, routing_law
-from sim.sweeps.fit import MAX_TOKENS, check_replica_choice, choose_fit, layout_id, slots_of_pair
 from sim.sweeps.grid import Grid
+from sim.sweeps.placements import (
+    MAX_TOKENS,
+    PlacementLike,
+    check_replica_choice,
+    fitted_on,
+    layout_id,
+    place_pair,
+    read_placements,
+)
 from sim.traffic import LoadCounts, RecordedTraffic, SyntheticTraffic, Workload, load_workload
 
 THRESHOLDS = (1.1, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0)
@@ -45,7 +53,7 @@ class Plan:
         Its cells.
     model, workload, trials, draws, seed, ranks_per_node
         As in `sim.sweep`; under a precision, `trials` are the most, and `draws` None where every trial is a draw.
-    slots : list of Placement
+    placements : list of Placement
         Of each pair, of one layer or of several that draws take in turn; None where each draw has its own (random, fitted).
     fit_tokens : int
         Other tokens of each draw that load-aware placements are fitted on; 0 where none is fitted to draws.
@@ -61,7 +69,7 @@ class Plan:
     grid: Grid
     model: ModelSpec
     workload: Workload
-    slots: list[Placement | None]
+    placements: list[Placement | None]
     fit_tokens: int
     fit: str
     replica_choice: str
@@ -76,7 +84,7 @@ class Plan:
     def identity(self) -> dict[str, object]:
         """All that the tables depend on, as JSON values: two sweeps are the same if these are equal."""
         identity: dict[str, object] = {"schema": SCHEMA, **self.grid.identity}
-        identity |= {"law": routing_law(self.model, self.workload), "ranks_per_node": self.ranks_per_node}
+        identity |= {"law": routing_law(self.model, self.workload)}
         identity |= {"trials": self.trials, "draws": self.draws or self.trials, "seed": self.seed}
         identity |= {"bound_layers": self.bound_layers}
         identity |= {"fit": self.fit} if self.fit else {}
@@ -87,23 +95,24 @@ class Plan:
     def has_replicas(self) -> list[bool]:
         """Of each pair whether an expert may be in several slots."""
         return [
-            split_name(name)[1] > 0 if slots is None else slots.has_replicas
-            for (name, _), slots in zip(self.grid.pairs, self.slots, strict=True)
+            split_name(name)[1] > 0 if placement is None else placement.has_replicas
+            for (name, _), placement in zip(self.grid.pairs, self.placements, strict=True)
         ]
 
     @cached_property
     def slots_of_draw(self) -> int:
-        """Placement of all pairs that are fitted to each draw."""
-        fitted = [name for (name, _), slots in zip(self.grid.pairs, self.slots, strict=True) if slots is None]
-        return sum(self.model.n_experts + split_name(name)[1] for name in fitted if is_load_aware(name))
+        """Slots of all pairs that are fitted to each draw."""
+        pairs = zip(self.grid.pairs, self.placements, strict=True)
+        fitted = [name for (name, _), placement in pairs if placement is None and is_load_aware(name)]
+        return sum(self.model.n_experts + split_name(name)[1] for name in fitted)
 
     @cached_property
     def most_slots(self) -> int:
         """Most slots of a pair with replicas; 0 without any."""
         n_experts = self.model.n_experts
         numbers = [
-            n_experts + split_name(name)[1] if slots is None else slots.ranks.shape[1]
-            for (name, _), slots in zip(self.grid.pairs, self.slots, strict=True)
+            n_experts + split_name(name)[1] if placement is None else placement.n_slots
+            for (name, _), placement in zip(self.grid.pairs, self.placements, strict=True)
         ]
         return max((n for n, has in zip(numbers, self.has_replicas, strict=True) if has), default=0)
 
@@ -123,7 +132,7 @@ def make_plan(
     *,
     ep_sizes: int | Iterable[int],
     tokens: int | Iterable[int],
-    placements: str | Sequence[str],
+    placements: PlacementLike | Iterable[PlacementLike],
     trials: int | None = None,
     draws: int | None = None,
     seed: int = 0,
@@ -139,55 +148,55 @@ def make_plan(
     replica_choice: str = "even",
 ) -> Plan:
     """Check the arguments of `sim.sweep`. Raises InputError for whatever is wrong."""
-    if not isinstance(model, ModelSpec):
-        model = load_model(model)
+    model = load_model(model)
     if not isinstance(workload, Workload):
         workload = load_workload(workload)
     check_pair(model, workload)
     sizes = _listed("--ep", ep_sizes)
-    for size in sizes:
-        check_ep_size(model, size)
     step_option = "--tokens-per-rank" if tokens_per_rank else "--tokens"
     steps = [whole_number(step_option, step, 1, MAX_TOKENS) for step in _listed(step_option, tokens)]
-    names = [strategy_name(name) for name in _listed("--placement", placements)]
+    names, given = read_placements(placements, model, sizes)
+    strategies = [name for name in names if all(name != of_given for of_given, _ in given)]
+    for size in sizes if strategies else ():  # on other sizes no placement was given
+        check_ep_size(model, size, strategies)
     trials, target = _choose_trials(trials, precision, precision_tail, max_trials)
     levels = _listed("--thresholds", thresholds)
     for level in levels:
         if isinstance(level, bool) or not isinstance(level, Real) or not 1 <= float(level) <= 2**15:
             raise InputError(f"--thresholds {shown(level)}: must be a number from 1 (balance) to 32768")
     whole_number("--ranks-per-node", ranks_per_node, 1, 2**15)
-    pairs = [(name, int(size)) for name in dict.fromkeys(names) for size in sizes]
-    for name, size in pairs:
-        check_slots(name, model, size)
-    fit = choose_fit(list(dict(pairs)), model, workload, fit_tokens, fit_on)
-    slots = [slots_of_pair(name, model, size, ranks_per_node, fit.loads) for name, size in pairs]
-    _check_layers(pairs, slots, fit.scored)
+    pairs = [(name, int(size)) for name in names for size in sizes]
+    fit = fitted_on(strategies, model, workload, fit_tokens, fit_on)
+    placed = [place_pair(name, model, size, ranks_per_node, given, fit.loads) for name, size in pairs]
+    _check_layers(pairs, placed, fit.scored)
     check_replica_choice(replica_choice, fit.scored, max(steps) * (max(sizes) if tokens_per_rank else 1))
     grid = Grid(
         model=model.name,
         workload=fit.scored.name,
         top_k=model.top_k,
-        placements=tuple(dict.fromkeys(names)),
+        placements=tuple(names),
         ep_sizes=tuple(int(size) for size in sizes),
         tokens=tuple(dict.fromkeys(steps)),
         per_rank=bool(tokens_per_rank),
         thresholds=tuple(sorted({float(level) for level in levels})),
         layouts=tuple(
-            layout_id(name, of_pair, fit.about, replica_choice) for (name, _), of_pair in zip(pairs, slots, strict=True)
+            layout_id(name, of_pair, fit.about, replica_choice)
+            for (name, _), of_pair in zip(pairs, placed, strict=True)
         ),
         largest_rank=tuple(
             -(-(model.n_experts + split_name(name)[1]) // size)
             if of_pair is None
             else max(int(np.bincount(row).max()) for row in of_pair.ranks)
-            for (name, size), of_pair in zip(pairs, slots, strict=True)
+            for (name, size), of_pair in zip(pairs, placed, strict=True)
         ),
+        ranks_per_node=int(ranks_per_node),
         dummy_tokens=workload.dummy_tokens,
     )
     plan = Plan(
         grid=grid,
         model=model,
         workload=fit.scored,
-        slots=slots,
+        placements=placed,
         fit_tokens=fit.tokens,
         fit=fit.about,
         replica_choice=replica_choice,
@@ -234,7 +243,7 @@ def _choose_trials(trials: int | None, mean: Any, tail: Any, max_trials: int | N
 
 
 def _choose_draws(workload: Workload, trials: int, draws: int | None) -> int | None:
-    """Layer draws; None for as many as trials: by default every step has a fresh layer of a law."""
+    """Layer draws; None for as many as trials: by default every step of synthetic traffic has a fresh layer."""
     if workload.n_layers is not None:
         if draws not in (None, workload.n_layers):
             raise InputError(
@@ -257,9 +266,9 @@ def _check_sums_fit(plan: Plan) -> None:
         )
 
 
-def _check_layers(pairs: list[tuple[str, int]], slots: list[Placement | None], workload: Workload) -> None:
+def _check_layers(pairs: list[tuple[str, int]], placed: list[Placement | None], workload: Workload) -> None:
     """A placement with a row per layer must have as many rows as the recorded layers that it is applied to."""
-    for (placement, _), of_pair in zip(pairs, slots, strict=True):
+    for (placement, _), of_pair in zip(pairs, placed, strict=True):
         if workload.n_layers is not None and of_pair is not None and len(of_pair.ranks) not in (1, workload.n_layers):
             raise InputError(
                 f"placement {placement} has {len(of_pair.ranks)} layers, workload {workload.name} has {workload.n_layers}"

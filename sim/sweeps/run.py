@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -18,13 +18,13 @@ from sim.router import routing_law
 from sim.sweeps import executors
 from sim.sweeps.bounds import build_bounds
 from sim.sweeps.chunk import Stage, stage_chunks
-from sim.sweeps.events import events_of
+from sim.sweeps.grid import events_of
 from sim.sweeps.journal import Journal
+from sim.sweeps.placements import PlacementLike
 from sim.sweeps.plan import THRESHOLDS, Plan, make_plan
 from sim.sweeps.precision import first_stage, next_stage
-from sim.sweeps.raw import build_counts, only_cells
 from sim.sweeps.tables import build_summary, build_tail
-from sim.sweeps.tally import Tally
+from sim.sweeps.tally import Tally, build_counts, only_cells
 from sim.traffic import LoadCounts, RecordedTraffic, Workload
 
 Progress = Callable[[int, int], None]
@@ -36,7 +36,7 @@ def sweep(
     *,
     ep_sizes: int | Iterable[int],
     tokens: int | Iterable[int],
-    placements: str | Sequence[str],
+    placements: PlacementLike | Iterable[PlacementLike],
     trials: int | None = None,
     draws: int | None = None,
     seed: int = 0,
@@ -60,13 +60,14 @@ def sweep(
         Names or paths as `load_model` and `load_workload` take them, or what those return.
     ep_sizes, tokens : int or list of int
         EP sizes, and tokens per step over the whole EP group (per rank with `tokens_per_rank`).
-    placements : str or list of str
-        Strategies of `sim.place`; changes are given against the first.
+    placements : str, Placement, int array, or list of these
+        Names of strategies of `sim.place`; placements (several of one name are taken as one on several EP sizes); or the rank
+        of each expert, [n_experts] or [layers, n_experts]. Changes are given against the first.
     trials : int, optional
         Steps scored in each cell; default 10,000. Not with a precision.
     draws : int, optional
-        Independent layer draws that the trials come from; by default a fresh layer for every step of a law, and every
-        layer of recorded traffic. Intervals rest on the variation between draws.
+        Independent layer draws that the trials come from; by default a fresh layer for every step of synthetic
+        traffic, and every layer of recorded or fitted traffic. Intervals rest on the variation between draws.
     seed : int
         Same seed, same rows, on any number of threads.
     ranks_per_node : int
@@ -79,11 +80,11 @@ def sweep(
     max_trials : int, optional
         The most trials under a precision; default 1,000,000.
     bound_layers : int, optional
-        Layer draws that the bounds past sampling are taken over where popularity is drawn; default up to 32, and
-        none in grids that are large for their trials. 0 for no bounds.
+        Layers used for analytic tail bounds where popularity is drawn; default up to 32, and none in grids that are large for
+        their trials. 0 for no bounds.
     fit_tokens : int, optional
-        Of traffic by law: tokens of each layer draw, other than those that are scored, that load-aware placements (eplb) are
-        fitted on; default 16384.
+        Of synthetic traffic: tokens of each layer draw, other than those that are scored, that load-aware placements (eplb)
+        are fitted on; default 16384.
     fit_on : str, Path, RecordedTraffic or LoadCounts, optional
         Of recorded or fitted traffic: other traffic of the same layers to fit on. By default recorded traffic is fitted on every
         second sequence, and all placements are scored on the others; fitted traffic, as `fit_tokens` says.
@@ -95,12 +96,22 @@ def sweep(
     Returns
     -------
     SweepResult
-        `.summary`, `.tail` and `.counts` are DataFrames.
+        `.summary`, `.tail` and `.counts` are DataFrames; `.notes` says which bounds could not be computed.
 
     Raises
     ------
     InputError (a ValueError)
         An argument is out of range, or an input file is missing or invalid.
+
+    Examples
+    --------
+    >>> import sim
+    >>> mine = [(255 - expert) // 32 for expert in range(256)]
+    >>> result = sim.sweep(
+    ...     "deepseek-v3", "uniform", ep_sizes=8, tokens=64, placements=["linear", mine], trials=100, bound_layers=0, threads=1
+    ... )
+    >>> result.summary.placement.tolist()
+    ['linear', 'array']
     """
     plan = make_plan(
         model, workload, ep_sizes=ep_sizes, tokens=tokens, placements=placements, trials=trials, draws=draws, seed=seed,
@@ -127,12 +138,14 @@ def run_plan(
     is called after every chunk; chunks that the journal holds are not computed.
     """
     tally, stopped = _run_stages(plan, executor, progress, journal, time_limit_s)
-    tail = [build_tail(plan.grid, tally), build_bounds(plan, tally, n_threads)]
+    bounds, notes = build_bounds(plan, tally, n_threads)
+    tail = [build_tail(plan.grid, tally), bounds]
     return SweepResult(
         build_summary(plan.grid, tally, stopped, cell_ids(plan)),
         pd.concat([part for part in tail if len(part)], ignore_index=True),
         build_counts(plan.grid, tally),
         plan.identity,
+        notes,
     )
 
 
