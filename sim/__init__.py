@@ -22,8 +22,18 @@ if TYPE_CHECKING:
     from sim.placement import Placement, place
     from sim.results import SweepResult, read_result, write_result
     from sim.router import route
+    from sim.scoring import score, score_tokens
     from sim.sweeps import sweep
-    from sim.traffic import RecordedTraffic, SyntheticTraffic, Workload, load_workload, workload_names
+    from sim.traffic import (
+        LoadCounts,
+        RecordedTraffic,
+        SyntheticTraffic,
+        Workload,
+        load_workload,
+        read_traffic,
+        synthetic_traffic,
+        workload_names,
+    )
     from sim.verdicts import claims
 
 _ROOM_OF = {
@@ -34,11 +44,16 @@ _ROOM_OF = {
     "Workload": "traffic",
     "SyntheticTraffic": "traffic",
     "RecordedTraffic": "traffic",
+    "LoadCounts": "traffic",
     "load_workload": "traffic",
+    "synthetic_traffic": "traffic",
+    "read_traffic": "traffic",
     "workload_names": "traffic",
     "route": "router",
     "Placement": "placement",
     "place": "placement",
+    "score": "scoring",
+    "score_tokens": "scoring",
     "SweepResult": "results",
     "read_result": "results",
     "write_result": "results",
@@ -62,3 +77,8 @@ def __getattr__(name: str) -> Any:
     value = getattr(import_module(f"sim.{_ROOM_OF[name]}"), name)
     globals()[name] = value
     return value
+
+
+def __dir__() -> list[str]:
+    """The public names, for tab completion."""
+    return sorted([*__all__, *(name for name in globals() if name.startswith("__"))])

@@ -9,7 +9,15 @@ _MOST_NAMES = 20  # more names than these are not listed in a message
 
 
 class InputError(ValueError):
-    """A wrong argument or an input file that is missing, unreadable or invalid. Its message is one line for the user."""
+    """A wrong argument or an input file that is missing, unreadable or invalid. Its message is one line for the user.
+
+    A message names a parameter in backquotes, as in "`ep_sizes` 300: ..."; the command line writes the option in its place,
+    "--ep 300: ..." (`sim.options`).
+    """
+
+
+class RunError(RuntimeError):
+    """A run that began well and failed, by no fault of its arguments. Its message is one line for the user."""
 
 
 def unknown(what: str, name: str, known: Iterable[str], more: str = "") -> InputError:

@@ -9,7 +9,7 @@ import platform
 import shlex
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -41,12 +41,15 @@ class SweepResult:
         Raw histograms; empty where a folder was read that does not hold them.
     identity : dict
         All that the tables depend on.
+    notes : list of str
+        What could not be computed, and why.
     """
 
     summary: pd.DataFrame
     tail: pd.DataFrame
     counts: pd.DataFrame
     identity: dict[str, Any]
+    notes: list[str] = field(default_factory=list)
 
 
 @contextlib.contextmanager
@@ -94,7 +97,8 @@ def write_result(result: SweepResult, folder: Path) -> None:
         TAIL: result.tail.to_csv(index=False, float_format=_FLOAT).encode(),
         COUNTS: buffer.getvalue(),
     }
-    _write_whole(folder, tables, PROVENANCE, {"sweep": result.identity})
+    notes = {"notes": result.notes} if result.notes else {}
+    _write_whole(folder, tables, PROVENANCE, {"sweep": result.identity, **notes})
 
 
 def write_table(table: pd.DataFrame, folder: Path, name: str, identity: dict[str, Any]) -> None:
@@ -105,7 +109,8 @@ def write_table(table: pd.DataFrame, folder: Path, name: str, identity: dict[str
 
 def _write_whole(folder: Path, tables: dict[str, bytes], about: str, what: dict[str, Any]) -> None:
     """Write tables and a file `about` them, all or nothing."""
-    digests = {name: hashlib.sha256(data).hexdigest() for name, data in tables.items()}
+    digests = {name: digest_of(part) for name, part in what.items()}
+    digests |= {name: hashlib.sha256(data).hexdigest() for name, data in tables.items()}
     text = json.dumps(provenance(what, digests), indent=1) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
     with whole_files(*(folder / name for name in (*tables, about))) as names:
@@ -113,8 +118,13 @@ def _write_whole(folder: Path, tables: dict[str, bytes], about: str, what: dict[
             path.write_bytes(data)
 
 
+def digest_of(identity: Any) -> str:
+    """Digest of JSON values, whatever the order of their keys."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
 def provenance(what: dict[str, Any], digests: dict[str, str]) -> dict[str, Any]:
-    """What made a result: its identity, versions, command and time; and the digests of its files."""
+    """What made a result: its identity, versions, command and time; and the digests of its identity and its files."""
     packages = ("epsim", "numpy", "numba", "pandas", "scipy")
     return {
         **what,
@@ -134,6 +144,9 @@ def _read_provenance(folder: Path) -> dict[str, Any] | None:
     about = read_json(path, str(path))
     if not isinstance(about, dict) or not all(isinstance(about.get(key), dict) for key in ("sweep", "sha256")):
         raise InputError(f"{path} does not describe a sweep of this version of epsim")
+    digest = about["sha256"].get("sweep")  # folders that were written before it was kept have none
+    if about["sweep"].get("schema") == SCHEMA and digest is not None and digest != digest_of(about["sweep"]):
+        raise InputError(f"{path} is damaged or was changed: it names another sweep than the one that wrote the tables")
     return about
 
 
@@ -143,8 +156,14 @@ def read_identity(folder: Path) -> dict[str, Any] | None:
     return None if about is None else about["sweep"]
 
 
-def read_result(folder: Path | str) -> SweepResult:
+def read_result(folder: Path | str, *, sealed: bool = False) -> SweepResult:
     """Read what `write_result` wrote; the counts may be absent.
+
+    Parameters
+    ----------
+    folder : Path or str
+    sealed : bool
+        Refuse a folder whose identity has no digest, as earlier versions wrote it: it cannot be told whether it was changed.
 
     Raises
     ------
@@ -157,6 +176,10 @@ def read_result(folder: Path | str) -> SweepResult:
         raise InputError(f"{folder} holds no finished sweep ({PROVENANCE} is missing)")
     if about["sweep"].get("schema") != SCHEMA:
         raise InputError(f"{folder} was written by another version of epsim; run its sweep again")
+    if sealed and "sweep" not in about["sha256"]:
+        raise InputError(
+            f"{folder}: {PROVENANCE} has no digest of the sweep's identity (an earlier version wrote it); run its sweep again"
+        )
     data = {}
     for name in (SUMMARY, TAIL, COUNTS):
         try:
@@ -168,7 +191,10 @@ def read_result(folder: Path | str) -> SweepResult:
         if hashlib.sha256(data[name]).hexdigest() != about["sha256"].get(name):
             raise InputError(f"{folder / name} is damaged or was changed: it is not what the sweep wrote")
     tables = {name: _parse(folder / name, data[name]) for name in data}
-    return SweepResult(tables[SUMMARY], tables[TAIL], tables.get(COUNTS, pd.DataFrame()), about["sweep"])
+    counts = tables.get(COUNTS, pd.DataFrame())
+    return SweepResult(
+        tables[SUMMARY], tables[TAIL], counts, about["sweep"], [str(note) for note in about.get("notes", [])]
+    )
 
 
 _COLUMNS = {
@@ -184,12 +210,19 @@ def _parse(path: Path, data: bytes) -> pd.DataFrame:
         if path.name == COUNTS:
             table = pd.read_parquet(io.BytesIO(data))
         else:
-            table = pd.read_csv(io.BytesIO(data), keep_default_na=path.name == SUMMARY)
+            unknown_blocks = {"effective_blocks": [""]}  # in other columns of the tail, empty is a value
+            table = pd.read_csv(
+                io.BytesIO(data),
+                keep_default_na=path.name == SUMMARY,
+                na_values=unknown_blocks if path.name == TAIL else None,
+            )
     except (ValueError, OSError) as error:  # what parsers raise: ParserError, UnicodeDecodeError, ArrowInvalid ...
         raise InputError(f"{path} is not a table ({type(error).__name__})") from None
     missing = [name for name in [*CELL, *_COLUMNS[path.name]] if name not in table.columns]
     if missing:
         raise InputError(f"{path} has no column '{missing[0]}'")
+    if path.name == TAIL and "effective_blocks" not in table:  # written before there was one
+        table["effective_blocks"] = np.nan
     return table
 
 

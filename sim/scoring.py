@@ -1,4 +1,4 @@
-"""Loads of ranks and what they are summed up by. One block = one step of one MoE layer.
+"""Counts and tokens under placements: loads of ranks, and what they are summed up by. One block = one step of one MoE layer.
 
 load of a rank
     (token, expert) pairs that it computes.
@@ -17,18 +17,33 @@ distinct experts
     and the most over ranks.
 fan-out
     Distinct ranks (nodes) that one token is sent to; a node is a run of `ranks_per_node` ranks joined by NVLink.
+received tokens
+    Distinct tokens of a step with at least one expert on a rank (node), those that already sit there included: what arrives
+    where a kernel sends a token once to each rank, and what its buffers hold.
 
-Where experts have replicas, slots stand in for experts: their pairs are dealt to slots first (`sim.replicas`), and distinct
-experts are slots with at least one token.
+Where experts have replicas, physical experts (slots) stand in for experts: a step's pairs are assigned to them first, and
+distinct experts are slots with at least one token. Which copy a token goes to is one of REPLICA_CHOICES:
+
+even
+    A step's pairs of an expert are split over its copies as evenly as whole numbers allow, the first copies taking the
+    remainder. What EPLB assumes, and near what a round robin over tokens gives.
+vllm_hash
+    vLLM's choice: copy (index * 2654435769 mod 2**32) % copies, for the index of the token in its step. There the index is
+    that in the batch of the rank that the token comes from; here it runs over the whole step.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from sim.errors import InputError, shown, whole_number
 from sim.kernels import kernel
+from sim.placement import Placement
 
 METRICS = ("max_load", "idle_ranks", "distinct_experts_busiest", "distinct_experts_max")
+REPLICA_CHOICES = ("even", "vllm_hash")
+_MULTIPLIER, _LOW = np.uint64(2654435769), np.uint64(0xFFFFFFFF)
+_MOST_COUNT = 2**53  # pairs of an expert in a block
 
 
 class Layouts(NamedTuple):
@@ -36,9 +51,7 @@ class Layouts(NamedTuple):
 
     ranks: np.ndarray  # int32 [layouts, n_experts], the rank of each expert
     experts: np.ndarray  # int16 [layouts, n_experts], the experts rank by rank
-    bounds: (
-        np.ndarray
-    )  # int32 [layouts, largest EP size + 2]: EP size, begin of each rank in `experts`, end of the last
+    bounds: np.ndarray  # int32 [layouts, most ranks + 2]: EP size, begin of each rank in `experts`, end of the last
 
 
 def lay_out(ranks: np.ndarray, ep_sizes: np.ndarray) -> Layouts:
@@ -127,3 +140,358 @@ def fan_out(ids, pairs, layout_of_pair, layouts, ranks_per_node, reached):
                 n_nodes += new_node
             reached[t, pairs[p], 0] = n_ranks
             reached[t, pairs[p], 1] = n_nodes
+
+
+class Copies(NamedTuple):
+    """Copies of the experts of some layouts."""
+
+    slots: np.ndarray  # int32 [layouts, slots], expert by expert, the copies of one in order
+    first: np.ndarray  # int32 [layouts, n_experts + 1], where the copies of each expert begin, and the end
+
+
+def find_copies(experts: np.ndarray, n_experts: int) -> Copies:
+    """Copies of the layouts `experts` int16 [layouts, slots], the expert in each slot."""
+    slots = np.argsort(experts, axis=1, kind="stable").astype(np.int32)
+    first = np.zeros((len(experts), n_experts + 1), np.int32)
+    for row, of_slot in zip(first, experts, strict=True):
+        np.cumsum(np.bincount(of_slot, minlength=n_experts), out=row[1:])
+    return Copies(slots, first)
+
+
+@kernel
+def assign_evenly(counts, layout_of_trial, copies, assigned):
+    """Split the pairs of each expert evenly: counts int32 [trials, steps, n_experts]; layout_of_trial int64 [trials];
+    assigned int32 [trials, steps, slots].
+    """
+    for t in range(counts.shape[0]):
+        slots, first = copies.slots[layout_of_trial[t]], copies.first[layout_of_trial[t]]
+        for step in range(counts.shape[1]):
+            for e in range(counts.shape[2]):
+                n, count = first[e + 1] - first[e], counts[t, step, e]
+                if n == 1:
+                    assigned[t, step, slots[first[e]]] = count
+                    continue
+                for k in range(n):
+                    assigned[t, step, slots[first[e] + k]] = count // n + (k < count % n)
+
+
+@kernel
+def _hashed(index):
+    return (np.uint64(index) * _MULTIPLIER) & _LOW
+
+
+@kernel
+def assign_by_hash(ids, tokens, layout_of_trial, copies, assigned):
+    """Send each token to the copies of vLLM's choice: ids int16 [trials, tokens of the largest step, top_k]; tokens int64
+    [steps], ascending; assigned int32 [trials, steps, slots].
+    """
+    running = np.empty(assigned.shape[2], np.int32)
+    for t in range(ids.shape[0]):
+        slots, first = copies.slots[layout_of_trial[t]], copies.first[layout_of_trial[t]]
+        running[:] = 0
+        step = 0
+        for i in range(ids.shape[1]):
+            word = _hashed(i)
+            for k in range(ids.shape[2]):
+                begin = first[ids[t, i, k]]
+                n = first[ids[t, i, k] + 1] - begin
+                running[slots[begin + np.int64(word % np.uint64(n))]] += 1
+            if i + 1 == tokens[step]:
+                assigned[t, step] = running
+                step += 1
+
+
+@kernel
+def pick_slots(ids, first_trial, layout_of_trial, copies, slot):
+    """Slots of one token per trial, ids int16 [trials, top_k], whose index in its step is as good as random: slot int64
+    [trials, top_k].
+    """
+    for t in range(ids.shape[0]):
+        slots, first = copies.slots[layout_of_trial[t]], copies.first[layout_of_trial[t]]
+        word = _hashed(first_trial + t)  # its high bits decide: the draw may fix the low ones
+        for k in range(ids.shape[1]):
+            begin = first[ids[t, k]]
+            n = first[ids[t, k] + 1] - begin
+            slot[t, k] = slots[begin + np.int64(word * np.uint64(n) >> np.uint64(32))]
+
+
+@kernel
+def slots_by_hash(ids, layout_of_trial, copies, slot):
+    """Slots that the tokens of steps go to under vLLM's choice: ids int16 [trials, tokens, top_k]; slot int32 of that shape."""
+    for t in range(ids.shape[0]):
+        slots, first = copies.slots[layout_of_trial[t]], copies.first[layout_of_trial[t]]
+        for i in range(ids.shape[1]):
+            word = _hashed(i)
+            for k in range(ids.shape[2]):
+                begin = first[ids[t, i, k]]
+                n = first[ids[t, i, k] + 1] - begin
+                slot[t, i, k] = slots[begin if n == 1 else begin + np.int64(word % np.uint64(n))]
+
+
+class Receivers(NamedTuple):
+    """Ranks, then nodes, of all pairs (placement, EP size), each a bit of a token's mask."""
+
+    first_rank: np.ndarray  # int64 [pairs + 1], where a pair's ranks begin, and the end of all
+    first_node: np.ndarray  # int64 [pairs + 1], where a pair's nodes begin among the nodes, and the end of all
+    ranks_per_node: int
+
+
+def receivers(ep_sizes: np.ndarray, ranks_per_node: int) -> Receivers:
+    """Receivers of pairs on `ep_sizes` int64 [pairs] ranks."""
+    first_rank, first_node = (np.concatenate([[0], np.cumsum(n)]) for n in (ep_sizes, -(-ep_sizes // ranks_per_node)))
+    return Receivers(first_rank, first_node, ranks_per_node)
+
+
+def count_received(
+    ids: np.ndarray, steps: np.ndarray, layout_of_pair: np.ndarray, layouts: Layouts, to: Receivers
+) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens that each rank, and each node, of all pairs receives in each step, int32 [trials, steps, ranks or nodes].
+
+    ids int [trials, tokens, top_k], experts or slots of the tokens of the largest step, of which smaller ones are the first;
+    steps int64, ascending; layout_of_pair int64 [trials, pairs].
+
+    A token's receivers are the bits of a mask over the ranks and nodes of all pairs, the union of its experts' masks; masks
+    are added up 64 bits at a time, in carry-save counters. So the cost is that of the union, not of each pair.
+    """
+    n_ranks, n_nodes = int(to.first_rank[-1]), int(to.first_node[-1])
+    received = np.empty((len(ids), len(steps), n_ranks), np.int32)
+    by_nodes = np.empty((len(ids), len(steps), n_nodes), np.int32)
+    _count_received(ids, steps, layout_of_pair, layouts.ranks, to, received, by_nodes)
+    return received, by_nodes
+
+
+@kernel
+def _flip_bits(ranks, first_rank, first_node, ranks_per_node, masks):
+    """Turn the bits of each expert's rank and node on, or off again: masks uint64 [n_experts, words]."""
+    for e in range(ranks.size):
+        for bit in (first_rank + ranks[e], first_node + ranks[e] // ranks_per_node):
+            masks[e, bit >> 6] ^= np.uint64(1) << np.uint64(bit & 63)
+
+
+@kernel
+def _count_received(ids, steps, layout_of_pair, ranks, to, received, by_nodes):
+    n_ranks, n_bits = to.first_rank[-1], to.first_rank[-1] + to.first_node[-1]
+    words = (n_bits + 63) // 64
+    masks = np.zeros((ranks.shape[1], words), np.uint64)  # the receivers of each expert
+    levels = 1
+    while (1 << levels) <= ids.shape[1]:
+        levels += 1
+    # Level l counts in units of 2**l: of its two words of each 64 counters, `waiting` holds every second carry of the level
+    # below, and the next one is added with it, so that a token costs one addition of three words.
+    total, waiting = np.empty((levels + 1, words), np.uint64), np.empty((levels + 1, words), np.uint64)
+    carry, counts = np.empty(words, np.uint64), np.empty(64 * words, np.int32)
+    for t in range(ids.shape[0]):
+        for p in range(layout_of_pair.shape[1]):
+            row, before = layout_of_pair[t, p], layout_of_pair[t - 1, p] if t else -1
+            if row != before:
+                first_node = n_ranks + to.first_node[p]
+                if t:
+                    _flip_bits(ranks[before], to.first_rank[p], first_node, to.ranks_per_node, masks)
+                _flip_bits(ranks[row], to.first_rank[p], first_node, to.ranks_per_node, masks)
+        total[:] = 0
+        step = 0
+        for i in range(steps[-1]):
+            carry[:] = masks[ids[t, i, 0]]
+            for k in range(1, ids.shape[2]):
+                mask = masks[ids[t, i, k]]
+                for w in range(words):
+                    carry[w] |= mask[w]
+            level, n = 0, i
+            while n & 1:
+                above, beside = total[level], waiting[level]
+                for w in range(words):
+                    a, b, c = above[w], beside[w], carry[w]
+                    odd = a ^ b
+                    above[w] = odd ^ c
+                    carry[w] = (a & b) | (odd & c)
+                level += 1
+                n >>= 1
+            waiting[level] = carry
+            if i + 1 == steps[step]:
+                _read_counters(total, waiting, i + 1, levels, counts)
+                received[t, step] = counts[:n_ranks]
+                by_nodes[t, step] = counts[n_ranks:n_bits]
+                step += 1
+
+
+@kernel
+def _read_counters(total, waiting, n_tokens, levels, counts):
+    """Counts int32 [64 * words] after `n_tokens` tokens: level l's carries wait where bit l of the number of tokens is set."""
+    counts[:] = 0
+    for level in range(levels):
+        pending = (n_tokens >> level) & 1
+        for w in range(total.shape[1]):
+            a, b = total[level, w], waiting[level, w] if pending else np.uint64(0)
+            if a | b:
+                for bit in range(64):
+                    shift = np.uint64(bit)
+                    ones = ((a >> shift) & np.uint64(1)) + ((b >> shift) & np.uint64(1))
+                    counts[64 * w + bit] += np.int32(ones << np.uint64(level))
+
+
+class Score(NamedTuple):
+    """What the counts of blocks decide; `...` are the leading axes of the counts."""
+
+    loads: np.ndarray  # int64 [..., ranks], pairs
+    max_load: np.ndarray  # int64 [...]
+    mean_load: np.ndarray  # float64 [...]
+    imbalance: np.ndarray  # float64 [...], max / mean; NaN without tokens
+    balancedness: np.ndarray  # float64 [...], mean / max; NaN without tokens
+    idle_ranks: np.ndarray  # int64 [...]
+    distinct_experts: np.ndarray  # int64 [..., ranks], with replicas slots
+    distinct_experts_busiest: np.ndarray  # int64 [...], on the rank of the largest load, the lowest of equals
+    distinct_experts_max: np.ndarray  # int64 [...]
+
+
+class TokenScore(NamedTuple):
+    """What single tokens decide; `...` is [layers] for ids of several layers."""
+
+    loads: np.ndarray  # int64 [..., ranks], pairs
+    received_tokens: np.ndarray  # int64 [..., ranks], distinct tokens with at least one expert there
+    received_node_tokens: np.ndarray  # int64 [..., nodes]
+    ranks_per_token: np.ndarray  # int64 [..., tokens], distinct ranks that a token is sent to
+    nodes_per_token: np.ndarray  # int64 [..., tokens]
+
+
+def score(placement: Placement, counts: Any) -> Score:
+    """Loads of ranks, and the metrics that they give, of counts of experts under a placement.
+
+    Parameters
+    ----------
+    placement : Placement
+    counts : int [..., n_experts]
+        Tokens of each expert, in any number of blocks; [..., layers, n_experts] where the placement has a row for each of
+        several layers. Replicas: each expert's count is split evenly over its copies, the first taking the remainder.
+
+    Returns
+    -------
+    Score
+
+    Raises
+    ------
+    InputError
+        Counts that are no whole numbers from 0 to 2**53, or not of this shape.
+
+    Examples
+    --------
+    >>> from sim import place, score
+    >>> result = score(place("linear", "mixtral-8x7b", 4), [[3, 1, 0, 0, 2, 2, 0, 0], [1, 1, 1, 1, 1, 1, 1, 1]])
+    >>> result.loads.tolist(), result.imbalance.tolist(), result.idle_ranks.tolist()
+    ([[4, 0, 4, 0], [2, 2, 2, 2]], [2.0, 1.0], [2, 0])
+    """
+    table = _whole_numbers("counts", counts, _MOST_COUNT)
+    rows, n_experts = placement.n_rows, placement.n_experts
+    if table.ndim < 1 + (rows > 1) or table.shape[-1] != n_experts or (rows > 1 and table.shape[-2] != rows):
+        wanted = f"[..., {rows}, {n_experts}]" if rows > 1 else f"[..., {n_experts}]"
+        raise InputError(f"counts must have shape {wanted} under {placement.strategy}, not {list(table.shape)}")
+    blocks = np.ascontiguousarray(table.reshape(-1, n_experts), np.int64)
+    loads = np.zeros((len(blocks), placement.ep_size), np.int64)
+    distinct = np.zeros_like(loads)
+    _add_loads(blocks, placement.ranks, find_copies(placement.experts, n_experts), loads, distinct)
+    busiest = np.take_along_axis(distinct, loads.argmax(axis=1)[:, None], axis=1)[:, 0]
+    most, mean = loads.max(axis=1), loads.mean(axis=1)
+    with np.errstate(invalid="ignore"):  # 0 / 0 without tokens
+        ratios = most / mean, mean / most
+    found = (loads, most, mean, *ratios, (loads == 0).sum(axis=1), distinct, busiest, distinct.max(axis=1))
+    return Score(*(array.reshape(table.shape[:-1] + array.shape[1:]) for array in found))
+
+
+def score_tokens(placement: Placement, ids: Any, ranks_per_node: int = 8) -> TokenScore:
+    """Tokens that ranks and nodes receive, and how far each token is spread, of one step's routing under a placement.
+
+    Parameters
+    ----------
+    placement : Placement
+    ids : int [tokens, top_k]
+        Experts of each token; [layers, tokens, top_k] for several layers, which a placement with a row per layer needs.
+        Replicas: the copy that vLLM's hash of the token's index takes.
+    ranks_per_node : int
+        A node is a run of so many ranks; the last may have fewer.
+
+    Returns
+    -------
+    TokenScore
+
+    Raises
+    ------
+    InputError
+        Ids that are no experts of the placement, or not of this shape.
+
+    Examples
+    --------
+    >>> from sim import place, score_tokens
+    >>> result = score_tokens(place("linear", "mixtral-8x7b", 4), [[0, 1], [1, 2], [6, 0]], ranks_per_node=2)
+    >>> result.received_tokens.tolist(), result.received_node_tokens.tolist(), result.ranks_per_token.tolist()
+    ([3, 1, 0, 1], [3, 1], [1, 2, 2])
+    """
+    table = _whole_numbers("ids", ids, placement.n_experts - 1)
+    per_node, rows = whole_number("ranks_per_node", ranks_per_node, 1, 2**15), placement.n_rows
+    if table.ndim not in ((2, 3) if rows == 1 else (3,)) or (rows > 1 and len(table) != rows):
+        wanted = "[tokens, top_k]" if rows == 1 else f"[{rows}, tokens, top_k]"
+        raise InputError(f"ids must have shape {wanted} under {placement.strategy}, not {list(table.shape)}")
+    layers = np.ascontiguousarray(table if table.ndim == 3 else table[None], np.int64)
+    n_nodes, n_layers, n_tokens = -(-placement.ep_size // per_node), *layers.shape[:2]
+    loads = np.zeros((n_layers, placement.ep_size), np.int64)
+    received, of_node = np.zeros_like(loads), np.zeros((n_layers, n_nodes), np.int64)
+    spread = np.zeros((2, n_layers, n_tokens), np.int64)
+    copies = find_copies(placement.experts, placement.n_experts)
+    _add_tokens(layers, placement.ranks, copies, per_node, loads, received, of_node, spread)
+    found = TokenScore(loads, received, of_node, spread[0], spread[1])
+    return found if table.ndim == 3 else TokenScore(*(array[0] for array in found))
+
+
+def _whole_numbers(what: str, values: Any, most: int) -> np.ndarray:
+    """Values as an array of integers from 0 to `most`, or an error."""
+    try:
+        table = np.asarray(values)
+    except ValueError:  # rows of different lengths
+        table = np.empty(0, object)
+    if table.dtype.kind not in "iu":
+        raise InputError(f"{what} must be an array of whole numbers, not {shown(values)}")
+    if table.size and (table.min() < 0 or table.max() > most):
+        bad = table.min() if table.min() < 0 else table.max()
+        raise InputError(f"{what} must lie from 0 to {most}, not {bad}")
+    return table
+
+
+@kernel
+def _add_loads(counts, ranks, copies, loads, distinct):
+    """Loads and distinct slots of each rank, int64 [blocks, ranks]: counts int64 [blocks, n_experts]; ranks int32 [rows,
+    slots]; block b lies under row b % rows.
+    """
+    for b in range(counts.shape[0]):
+        row = b % ranks.shape[0]
+        rank, slots, first = ranks[row], copies.slots[row], copies.first[row]
+        for e in range(counts.shape[1]):
+            n, count = first[e + 1] - first[e], counts[b, e]
+            for k in range(n):
+                pairs = count // n + (k < count % n)
+                loads[b, rank[slots[first[e] + k]]] += pairs
+                distinct[b, rank[slots[first[e] + k]]] += pairs > 0
+
+
+@kernel
+def _add_tokens(ids, ranks, copies, ranks_per_node, loads, received, of_node, spread):
+    """Pairs and tokens of each rank, int64 [layers, ranks], tokens of each node, int64 [layers, nodes], and ranks and nodes of
+    each token, int64 [2, layers, tokens]: ids int64 [layers, tokens, top_k]; ranks int32 [rows, slots].
+    """
+    for layer in range(ids.shape[0]):
+        row = layer % ranks.shape[0]
+        rank, slots, first = ranks[row], copies.slots[row], copies.first[row]
+        last_of_rank = np.full(received.shape[1], -1)  # the last token that each rank and node received
+        last_of_node = np.full(of_node.shape[1], -1)
+        for t in range(ids.shape[1]):
+            word = _hashed(t)
+            for k in range(ids.shape[2]):
+                begin = first[ids[layer, t, k]]
+                n = first[ids[layer, t, k] + 1] - begin
+                r = rank[slots[begin + np.int64(word % np.uint64(n))]]
+                loads[layer, r] += 1
+                if last_of_rank[r] != t:
+                    last_of_rank[r] = t
+                    received[layer, r] += 1
+                    spread[0, layer, t] += 1
+                if last_of_node[r // ranks_per_node] != t:
+                    last_of_node[r // ranks_per_node] = t
+                    of_node[layer, r // ranks_per_node] += 1
+                    spread[1, layer, t] += 1

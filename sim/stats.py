@@ -7,15 +7,16 @@ layer); its sum of a quantity is Y_d. Sums over draws of Y_d, Y_d**2 and n_d * Y
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.special import bdtrik, betaincinv, stdtrit
+from scipy.special import bdtrik, betaincinv, gammaincinv, ndtri, stdtrit
 
 CONFIDENCE = 0.95
 _TAIL = (1 - CONFIDENCE) / 2
+_MANY_HITS = 100  # beyond them a count is near enough to a normal one
 
 
 def student_quantile(degrees: Any) -> Any:
     """Half-width of a 95 % Student interval in standard errors, for the degrees of freedom given, at least 1."""
-    return -stdtrit(degrees, _TAIL)
+    return -stdtrit(np.maximum(degrees, 1), _TAIL)
 
 
 class Moments(NamedTuple):
@@ -35,9 +36,18 @@ class Design(NamedTuple):
 
     @classmethod
     def of(cls, trials: int, draws: int) -> "Design":
-        """`trials` blocks dealt evenly to `draws` draws."""
+        """`trials` blocks, evenly from `draws` draws."""
         q, m = divmod(trials, draws)
         return cls(trials, draws, m * (q + 1) ** 2 + (draws - m) * q**2)
+
+
+def moments_of_draws(values: np.ndarray, draw: np.ndarray) -> tuple[Moments, Design]:
+    """Moments of single blocks and their design: `values` [blocks], `draw` int64 [blocks], the draw of each."""
+    blocks = np.bincount(draw)
+    total = np.bincount(draw, weights=values)[blocks > 0]
+    blocks = blocks[blocks > 0]
+    moments = Moments(total.sum(), (total**2).sum(), (total * blocks).sum())
+    return moments, Design(blocks.sum(), len(blocks), (blocks**2).sum())
 
 
 def _variance_of_mean(moments: Moments, design: Design) -> np.ndarray:
@@ -52,8 +62,46 @@ def _variance_of_mean(moments: Moments, design: Design) -> np.ndarray:
 def mean_interval(moments: Moments, design: Design) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Mean over blocks with its 95 % Student interval over draws: (mean, low, high)."""
     mean = moments.total / design.blocks
-    half = student_quantile(np.maximum(design.draws - 1, 1)) * np.sqrt(_variance_of_mean(moments, design))
+    half = student_quantile(design.draws - 1) * np.sqrt(_variance_of_mean(moments, design))
     return mean, mean - half, mean + half
+
+
+def bounded_mean_interval(
+    moments: Moments, design: Design, least: np.ndarray, most: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean over blocks of a whole number from `least` to `most`, with a 95 % interval that holds for rare outcomes.
+
+    Where nearly every block is at one end of the range, the mean's distance from it comes from few draws, and Student's
+    interval misses the truth (14 % of the time for 5 outcomes). The distance is then taken for a sum of counts of different
+    weights, with the interval of Fay and Feuer (1997): a gamma distribution with its mean and variance, at the upper end
+    with those of one outcome more. That outcome is as large as those seen, by their squares, and larger by as much as they
+    differ from 1; of outcomes that all are 1 it is Garwood's interval (1936) of a count. Student's is left from 100 outcomes
+    on. Where all blocks are equal, another value has at most the probability of what was never seen in as many draws.
+    """
+    mean, low, high = mean_interval(moments, design)
+    variance = _variance_of_mean(moments, design)
+    blocks, draws = np.asarray(design.blocks, float), np.asarray(design.draws, float)
+    widened = variance * (student_quantile(draws - 1) / ndtri(1 - _TAIL)) ** 2  # as much as Student's interval
+    below, above = mean - least, most - mean
+    for is_rare, end, away, side in ((below <= above, least, below, 1), (below > above, most, above, -1)):
+        with np.errstate(divide="ignore", invalid="ignore"):
+            size = variance / away * blocks  # of an outcome, as seen
+            more = np.maximum(2 * size - 1, 2) / blocks
+            inner = _gamma_quantile(away, widened, _TAIL)
+            outer = _gamma_quantile(away + more, widened + more**2, 1 - _TAIL)
+            is_rare = is_rare & (widened > 0) & (away**2 < _MANY_HITS * widened)
+        near, far = (low, high) if side > 0 else (high, low)
+        near, far = np.where(is_rare, end + side * inner, near), np.where(is_rare, end + side * outer, far)
+        low, high = (near, far) if side > 0 else (far, near)
+    unseen = probability_interval(np.zeros_like(draws), draws)[1]
+    constant = (variance == 0) | (below == 0) | (above == 0)
+    low, high = np.where(constant, mean - below * unseen, low), np.where(constant, mean + above * unseen, high)
+    return mean, np.maximum(low, least), np.minimum(high, most)
+
+
+def _gamma_quantile(mean: np.ndarray, variance: np.ndarray, p: float) -> np.ndarray:
+    """Quantile of the gamma distribution of this mean and variance."""
+    return gammaincinv(mean**2 / variance, p) * variance / mean
 
 
 def effective_blocks(moments: Moments, design: Design) -> np.ndarray:
@@ -68,7 +116,7 @@ def effective_blocks(moments: Moments, design: Design) -> np.ndarray:
     variance = _variance_of_mean(moments, design)
     with np.errstate(divide="ignore", invalid="ignore"):
         blocks = p * (1 - p) / variance
-    degrees = (student_quantile(np.maximum(all_blocks - 1, 1)) / student_quantile(np.maximum(draws - 1, 1))) ** 2
+    degrees = (student_quantile(all_blocks - 1) / student_quantile(draws - 1)) ** 2
     known = (p > 0) & (p < 1) & (variance > 0)
     clustered = np.where(known, np.clip(blocks * degrees, 1, all_blocks), draws)
     return np.where(draws == all_blocks, all_blocks, clustered)
@@ -103,15 +151,26 @@ class Histogram(NamedTuple):
 def ratio_interval(top: np.ndarray, bottom: np.ndarray) -> tuple[float, float, float]:
     """Ratio of two sums over draws with its 95 % Student interval, paired: (ratio, low, high).
 
-    `top` and `bottom` are float64 [draws], the sums of each draw (linearised ratio estimator; nan bounds with one draw).
+    `top` and `bottom` are float64 [draws], the sums of each draw; nan bounds with one draw.
     """
-    draws, total = len(top), float(np.sum(bottom))
-    ratio = float(np.sum(top)) / total
-    if draws < 2:
-        return ratio, np.nan, np.nan
-    residual = top - ratio * bottom
-    half = student_quantile(draws - 1) * np.sqrt(draws / (draws - 1) * float(np.sum(residual**2))) / total
+    ratio, parts = ratio_parts(top, bottom)
+    half = half_width(parts)
     return ratio, ratio - half, ratio + half
+
+
+def ratio_parts(top: np.ndarray, bottom: np.ndarray) -> tuple[float, np.ndarray]:
+    """Ratio of two sums over draws, and what each draw adds to its error (linearised), float64 [draws]."""
+    total = float(np.sum(bottom))
+    ratio = float(np.sum(top)) / total
+    return ratio, (top - ratio * bottom) / total
+
+
+def half_width(parts: np.ndarray) -> float:
+    """Half-width of the 95 % Student interval of a sum over draws whose error has these parts; nan with one draw."""
+    draws = len(parts)
+    if draws < 2:
+        return np.nan
+    return float(student_quantile(draws - 1) * np.sqrt(draws / (draws - 1) * float(np.sum(parts**2))))
 
 
 def clustered_quantile(values: np.ndarray, draw: np.ndarray, q: float) -> tuple[float, float, float]:
@@ -121,12 +180,7 @@ def clustered_quantile(values: np.ndarray, draw: np.ndarray, q: float) -> tuple[
     """
     distinct, counts = np.unique(values, return_counts=True)
     at = Histogram(distinct, counts).quantile(q)
-    n_blocks = np.bincount(draw)
-    n_above = np.bincount(draw, weights=values > at)[n_blocks > 0]
-    n_blocks = n_blocks[n_blocks > 0]
-    moments = Moments(n_above.sum(), (n_above**2).sum(), (n_above * n_blocks).sum())
-    design = Design(n_blocks.sum(), len(n_blocks), (n_blocks**2).sum())
-    blocks = effective_blocks(moments, design)
+    blocks = effective_blocks(*moments_of_draws(values > at, draw))
     return quantile_interval(Histogram(distinct, counts), q, float(np.floor(blocks)))
 
 

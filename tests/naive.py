@@ -70,37 +70,40 @@ def draw_logits(rng, mu, n_tokens, n_group, group_sigma):
 
 
 def pack(loads, n_packs):
-    """EPLB's balanced packing: (pack, place in it) of each item."""
+    """EPLB's balanced packing, in float32: (pack, place in it) of each item."""
     if len(loads) == n_packs:
         return [(i, 0) for i in range(n_packs)]
-    packs = [[] for _ in range(n_packs)]
-    where = {}
+    total, held, where = [np.float32(0)] * n_packs, [0] * n_packs, {}
     for i in best(loads, len(loads)):
-        p = min((p for p in range(n_packs) if len(packs[p]) < len(loads) // n_packs), key=lambda p: sum(packs[p], 0.0))
-        where[i] = p, len(packs[p])
-        packs[p].append(loads[i])
+        p = min((p for p in range(n_packs) if held[p] < len(loads) // n_packs), key=total.__getitem__)
+        where[i] = p, held[p]
+        total[p] += loads[i]
+        held[p] += 1
     return [where[i] for i in range(len(loads))]
 
 
 def eplb(loads, n_slots, n_group, n_nodes, ep_size):
-    """DeepSeek's EPLB, as FIELD states it: the expert of each slot."""
+    """DeepSeek's EPLB, as FIELD states it, in float32: the expert of each slot."""
+    loads = np.asarray(loads, np.float32)
     if n_group % n_nodes:
         n_group = n_nodes = 1
     size, per_node, phy2log = len(loads) // n_group, n_group // n_nodes, []
     nodes = [[None] * per_node for _ in range(n_nodes)]
     for group, (node, place) in enumerate(
-        pack([sum(loads[g * size : (g + 1) * size], 0.0) for g in range(n_group)], n_nodes)
+        pack([loads[g * size : (g + 1) * size].sum() for g in range(n_group)], n_nodes)
     ):
         nodes[node][place] = group
     for groups in nodes:
         here = [g * size + i for g in groups for i in range(size)]
         copies, slots = dict.fromkeys(here, 1), list(here)
         while len(slots) < n_slots // n_nodes:
-            hot = max(here, key=lambda e: loads[e] / copies[e])
+            hot = max(here, key=lambda e: loads[e] / np.float32(copies[e]))
             copies[hot] += 1
             slots.append(hot)
         ranks = [{} for _ in range(ep_size // n_nodes)]
-        for slot, (rank, place) in zip(slots, pack([loads[e] / copies[e] for e in slots], len(ranks)), strict=True):
+        for slot, (rank, place) in zip(
+            slots, pack([loads[e] / np.float32(copies[e]) for e in slots], len(ranks)), strict=True
+        ):
             ranks[rank][place] = slot
         phy2log += [rank[place] for rank in ranks for place in sorted(rank)]
     return phy2log
@@ -157,3 +160,36 @@ def picked_experts(weight, arrivals, n_group, topk_group, top_k, score_law):
     """Probability that each expert is picked, given the others' arrivals, one token: float64 [experts]."""
     latest = [latest_time(arrivals, e, n_group, topk_group, top_k, score_law) for e in range(len(weight))]
     return 1 - np.exp(-np.array(weight) * np.array(latest))
+
+
+def received(ids, phy2log, rank_of_slot, n_ranks, ranks_per_node):
+    """Of one step [tokens][top_k]: tokens that each rank and each node receives, and those that each token is sent to.
+
+    Copies: that of vLLM's hash of the token's index.
+    """
+    copies = {e: [s for s, expert in enumerate(phy2log) if expert == e] for e in set(phy2log)}
+    n_nodes = -(-n_ranks // ranks_per_node)
+    of_rank, of_node, ranks_per_token, nodes_per_token = [0] * n_ranks, [0] * n_nodes, [], []
+    for index, row in enumerate(ids):
+        slots = [copies[e][index * 2654435769 % 2**32 % len(copies[e])] for e in row]
+        ranks = {rank_of_slot[s] for s in slots}
+        nodes = {rank // ranks_per_node for rank in ranks}
+        for rank in ranks:
+            of_rank[rank] += 1
+        for node in nodes:
+            of_node[node] += 1
+        ranks_per_token.append(len(ranks))
+        nodes_per_token.append(len(nodes))
+    return of_rank, of_node, ranks_per_token, nodes_per_token
+
+
+def score(counts, phy2log, rank_of_slot, n_ranks):
+    """Loads and distinct physical experts of each rank: counts of one block, split evenly over the copies."""
+    copies = {e: [s for s, expert in enumerate(phy2log) if expert == e] for e in range(len(counts))}
+    loads, distinct = [0] * n_ranks, [0] * n_ranks
+    for e, count in enumerate(counts):
+        for i, s in enumerate(copies[e]):
+            pairs = count // len(copies[e]) + (i < count % len(copies[e]))
+            loads[rank_of_slot[s]] += pairs
+            distinct[rank_of_slot[s]] += pairs > 0
+    return loads, distinct

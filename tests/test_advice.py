@@ -34,7 +34,7 @@ def draw_ids(popularity, n_tokens, seed=0, n_layers=3):
 
 def record(ids, sequences=40):
     lengths = np.full(sequences, len(ids) // sequences)
-    return build_record("toy", "file:toy.npz", ids, lengths, "decode", "toy.npz")[0]
+    return build_record("toy", "file:toy.npz", ids, lengths, "decode", "toy.npz")
 
 
 SKEWED = np.repeat([8.0, 1.0], 8)  # linear puts the popular half of the experts on the first ranks
@@ -117,7 +117,7 @@ def test_the_rule_names_its_bounds():
 def test_candidates_have_equal_slots_on_every_rank():
     assert candidates(V3, 16) == ["round_robin", "random", "eplb", "eplb+16", "eplb+32"]
     assert candidates(V3, 12, 24) == ["round_robin", "random", "eplb+8", "eplb+32", "eplb+56"]
-    with pytest.raises(InputError, match="--redundant 10: must be a multiple of --ep 16"):
+    with pytest.raises(InputError, match="`redundant` 10: must be a multiple of `ep_size` 16"):
         candidates(V3, 16, 10)
 
 
@@ -241,7 +241,7 @@ def toy_files(tmp_path, monkeypatch):
     np.savetxt(tmp_path / "load.csv", np.outer([1, 2, 3], SKEWED * 100).astype(int), fmt="%d", delimiter=",")
     np.savez(tmp_path / "same.npz", topk_ids=np.tile([1, 2], (400, 3, 1)), sequence_lengths=np.full(40, 10))
     late = np.random.default_rng(0).poisson(50, (8, 3, 16))
-    late[3:] = 0
+    late[4:, 1] = 0  # steps without any load are left out; a layer without is kept
     np.save(tmp_path / "late.npy", late)
     np.savez(tmp_path / "shallow.npz", topk_ids=draw_ids(SKEWED, 4000, n_layers=1), sequence_lengths=np.full(40, 100))
     return tmp_path
@@ -325,7 +325,7 @@ def test_load_counts_are_advised_on_too(toy_files, capsys):
         (["--worth", "0"], "--worth 0: must be from"),
         (["--worth", "much"], "--worth 'much': expected a share"),
         (["--moe-share", "40%", "--step-ms", "10", "--tokens", "8"], "--moe-share and --step-ms say the same"),
-        (["--step-ms", "1e-3", "--tokens", "8"], "--step-ms 0.001: below the"),
+        (["--step-ms", "1e-3", "--tokens", "8"], "--step-ms: 0.001 ms is below the"),
         (["--step-ms", "50"], "--step-ms is the time of steps of one size"),
         (["--traffic", "absent.npz"], "absent.npz"),
         (["--traffic", "hot.npz", "--fit-on", "hot.npz"], "is the traffic that is scored"),
@@ -334,7 +334,7 @@ def test_load_counts_are_advised_on_too(toy_files, capsys):
         (["--model", "deepseek-v3"], "model deepseek-v3 has top_k 8"),
         (["--traffic", "chat", "--fit-on", "hot.npz"], "the layers of chat are drawn"),
         (["--traffic", "same.npz"], "its even sequences and its odd sequences hold the same tokens"),
-        (["--traffic", "late.npy"], "the second half of the steps: every count is 0"),
+        (["--traffic", "late.npy"], "1 layers have no load in the second half of the steps"),
         (["--tokens", ""], "--tokens '': expected whole numbers"),
         (["--phase", ""], "--phase must be one of decode, prefill, not ''"),
         (["--redundant", "16384"], "--redundant 16384: must be a whole number from 1 to 8192"),

@@ -1,5 +1,6 @@
 """The commands, called in process in temporary folders."""
 
+import inspect
 import json
 import shutil
 import subprocess
@@ -10,7 +11,9 @@ import pandas as pd
 import pytest
 from conftest import ROOT
 
+import sim
 from sim.cli import VERBS, main
+from sim.options import SweepOptions, declarations, flag_of
 
 RUN = ["sweep", "--ep", "2,12", "--tokens", "1,16", "--trials", "40", "--placement", "linear,linear_legacy,group_aware"]
 SUMMARY = ["model", "workload", "placement", "ep_size", "tokens", "trials", "draws", "mean_load", "max_load_mean",
@@ -18,7 +21,7 @@ SUMMARY = ["model", "workload", "placement", "ep_size", "tokens", "trials", "dra
            "balancedness_mean", "idle_ranks_mean", "idle_ranks_p99", "distinct_experts_max_mean", "ranks_per_token_mean",
            "nodes_per_token_mean"]  # fmt: skip
 TAIL = ["model", "workload", "placement", "ep_size", "tokens", "trials", "draws",
-        "metric", "threshold", "probability", "low", "high", "method", "given"]  # fmt: skip
+        "metric", "threshold", "probability", "low", "high", "method", "given", "effective_blocks"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -239,8 +242,54 @@ def test_lists_and_help(capsys):
     assert all(verb in capsys.readouterr().out for verb in ("sweep",))
     for verb in VERBS:
         assert main([verb, "--help"]) == 0
-    capsys.readouterr()
+    for verb in ("show", "fit", "decay"):
+        assert main(["traffic", verb, "--help"]) == 0
+        assert f"usage: epsim traffic {verb}" in capsys.readouterr().out
     fails(capsys, ["sweeep"], "did you mean sweep")
+    fails(capsys, ["sweep", "--trails", "5"], "--trails does not go with epsim sweep; did you mean --trials?")
+    fails(capsys, ["traffic", "shw", "x"], "show", "fit", "decay")
+    fails(capsys, ["traffic"], "epsim traffic needs show|fit|decay")
+
+
+def test_the_exit_status_of_an_interrupt_is_documented(capsys):
+    assert main(["--help"]) == 0
+    assert "130 after an interrupt" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "in_python", "words", "on_the_command_line"),
+    [
+        ({"seed": -1}, "`seed` -1: must be", ["--seed", "-1"], "--seed -1: must be"),
+        (
+            {"max_trials": 5},
+            "`max_trials` goes with `precision`",
+            ["--max-trials", "5"],
+            "--max-trials goes with --precision",
+        ),
+        ({"draws": 50_000}, "`draws` 50000", ["--draws", "50000"], "--draws 50000"),
+    ],
+)
+def test_an_error_names_the_parameter_in_python_and_the_option_on_the_command_line(
+    change, in_python, words, on_the_command_line, tmp_path, capsys
+):
+    with pytest.raises(sim.InputError) as error:
+        sim.sweep("deepseek-v3", "chat", **{"ep_sizes": 8, "tokens": 1, "placements": "linear"} | change)
+    assert str(error.value).startswith(in_python)
+    fails(capsys, ["sweep", *words, "--out", tmp_path / "x"], f"epsim sweep: error: {on_the_command_line}")
+
+
+def test_every_declared_option_is_an_option_a_key_and_a_parameter(capsys):
+    assert main(["sweep", "--help"]) == 0
+    words = capsys.readouterr().out.split()
+    parameters = inspect.signature(sim.sweep).parameters
+    for name, (declared, _) in declarations(SweepOptions).items():
+        assert flag_of(name, declared) in {word.strip("[]|") for word in words}
+        assert name in parameters
+        assert f"{name} : " in sim.sweep.__doc__
+
+
+def test_public_names_are_completed():
+    assert set(sim.__all__) <= set(dir(sim))
 
 
 def test_ranges(tmp_path):

@@ -1,4 +1,4 @@
-"""Load-aware placements and replicas in sweeps: what they are fitted on, how pairs are dealt to copies, what the tables say."""
+"""Load-aware placements and replicas in sweeps: what they are fitted on, which copies take pairs, what the tables say."""
 
 import dataclasses
 import json
@@ -14,8 +14,8 @@ from naive import slot_counts as ref_slot_counts
 from sim import InputError, load_model, load_workload, place, sweep
 from sim.cli import main
 from sim.placement import Placement, place_fixed, placement_text
-from sim.replicas import deal_by_hash, deal_evenly, find_copies, pick_slots
 from sim.router import draw_loads, draw_trials
+from sim.scoring import assign_by_hash, assign_evenly, find_copies, pick_slots
 from sim.sweeps import Journal, combine, executors, make_plan, run_plan
 from sim.sweeps.chunk import run_chunk
 from sim.sweeps.precision import first_stage
@@ -33,7 +33,7 @@ def same(a, b):
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 9), st.integers(0, 6), st.sampled_from(["even", "vllm_hash"]))
-def test_pairs_are_dealt_to_copies_as_the_reference_does(seed, n_experts, redundant, choice):
+def test_pairs_are_assigned_to_copies_as_the_reference_does(seed, n_experts, redundant, choice):
     rng = np.random.default_rng(seed)
     maps = [rng.permutation([*range(n_experts), *rng.integers(0, n_experts, redundant)]) for _ in range(2)]
     top_k = int(rng.integers(1, n_experts + 1))
@@ -43,9 +43,9 @@ def test_pairs_are_dealt_to_copies_as_the_reference_does(seed, n_experts, redund
     comp = np.empty((3, 3, n_experts + redundant), np.int32)
     copies = find_copies(np.array(maps, np.int16), n_experts)
     if choice == "even":
-        deal_evenly(counts, layout, copies, comp)
+        assign_evenly(counts, layout, copies, comp)
     else:
-        deal_by_hash(ids, steps, layout, copies, comp)
+        assign_by_hash(ids, steps, layout, copies, comp)
     for t in range(3):
         for j, n in enumerate(steps):
             ref = ref_slot_counts(ids[t, :n].tolist(), maps[layout[t]].tolist(), n_experts, choice)
@@ -229,11 +229,11 @@ def test_recorded_traffic_is_fitted_on_every_second_sequence(trace):
     assert scored.summary.imbalance_mean[0] == fitted.summary.imbalance_mean[0]
     means = fitted.summary.set_index("placement").imbalance_mean
     assert means["eplb"] < means["linear"]
-    loads = even.expert_counts(32)
+    loads = even.count_experts(32)
     plan = make_plan("gpt-oss-20b", record, **options, placements="eplb+8")
     for layer in range(3):
         ref = place("eplb+8", load_model("gpt-oss-20b"), 4, loads=loads[layer]).logical_of_slot
-        np.testing.assert_array_equal(plan.slots[0].experts[layer], ref)
+        np.testing.assert_array_equal(plan.placements[0].experts[layer], ref)
 
 
 def test_fit_on_another_record(trace, tmp_path, capsys):
@@ -261,7 +261,7 @@ def test_fit_on_another_record(trace, tmp_path, capsys):
         ("--fit-on", str(short)): "has 2 layers, workload file:mine.npz has 3",
         ("--fit-on", str(mine)): "is the traffic that is scored",
         ("--fit-on", "absent.npz"): "does not exist",
-        ("--fit-tokens", "5"): "--fit-tokens goes with traffic by law",
+        ("--fit-tokens", "5"): "--fit-tokens goes with synthetic traffic",
         ("--replica-choice", "vllm_hash", "--phase", "prefill"): "not with --phase prefill",
     }.items():
         assert main([*run, *options, "--out", str(tmp_path / "b")]) == 2
@@ -309,13 +309,13 @@ def test_a_precision_goes_on_with_fresh_layers_and_their_own_fits():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"ep_sizes": [12]}, "--placement eplb at --ep 12: .* do not divide by 12 ranks"),
-        ({"fit_tokens": 0}, "--fit-tokens 0"),
-        ({"fit_tokens": 2**25}, "--fit-tokens 33554432"),
-        ({"placements": "linear"}, "--fit-tokens goes with a load-aware placement"),
-        ({"placements": "linear", "fit_tokens": None, "fit_on": "chat"}, "--fit-on goes with a load-aware placement"),
-        ({"fit_on": "mixed", "fit_tokens": None}, "--fit-on mixed: goes with recorded or fitted traffic"),
-        ({"replica_choice": "hash"}, "--replica-choice 'hash' is not known"),
+        ({"ep_sizes": [12]}, "`strategy` eplb at `ep_size` 12: .* do not divide by 12 ranks"),
+        ({"fit_tokens": 0}, "`fit_tokens` 0"),
+        ({"fit_tokens": 2**25}, "`fit_tokens` 33554432"),
+        ({"placements": "linear"}, "`fit_tokens` goes with a load-aware placement"),
+        ({"placements": "linear", "fit_tokens": None, "fit_on": "chat"}, "`fit_on` goes with a load-aware placement"),
+        ({"fit_on": "mixed", "fit_tokens": None}, "`fit_on` mixed: goes with recorded or fitted traffic"),
+        ({"replica_choice": "hash"}, "`replica_choice` 'hash' is not known"),
         ({"replica_choice": "vllm_hash", "tokens": 2**21}, "at most 1048576 tokens"),
     ],
 )
@@ -350,5 +350,5 @@ def test_fitted_traffic_is_balanced_by_other_traffic_of_its_layers(tmp_path):
     with pytest.raises(InputError, match="exclude each other"):
         make_plan(model, law, ep_sizes=8, tokens=8, placements="eplb", fit_tokens=9, fit_on=loads["a"])
     same = dataclasses.replace(law, source=f"fitted to a, digest {loads['a'].digest}")
-    with pytest.raises(InputError, match="--fit-on a is the traffic that is scored"):
+    with pytest.raises(InputError, match="`fit_on` a is the traffic that is scored"):
         make_plan(model, same, ep_sizes=8, tokens=8, placements="eplb", fit_on=loads["a"])

@@ -25,16 +25,17 @@ from sim.measure import (
     errors,
     gains,
     measure,
+    plan_measurement,
     read_measured,
-    sample_steps,
     with_predictions,
 )
-from sim.measure.compare import _half_width, _ratio, missed
+from sim.measure.compare import missed
 from sim.measure.experts import reference_layer, round_bf16, round_fp8
 from sim.measure.steps import busiest_ranks, rank_sums
 from sim.measure.table import COLUMNS, partial_path
 from sim.measure.timers import GraphTimer
 from sim.model import ModelSpec, load_model
+from sim.stats import half_width, ratio_parts
 from sim.traffic import load_workload
 
 TINY = {
@@ -54,7 +55,9 @@ def tiny(tmp_path_factory):
 
 def steps_of(model="deepseek-v3", **changes):
     asked = {"ep_sizes": [8, 32], "tokens": [8, 512], "placements": ["linear", "round_robin"], "steps": 3, "seed": 1}
-    return sample_steps(load_model(model), [load_workload("chat"), load_workload("gpqa-tilted")], **(asked | changes))
+    return plan_measurement(
+        load_model(model), [load_workload("chat"), load_workload("gpqa-tilted")], **(asked | changes)
+    )
 
 
 class MadeUp:
@@ -180,12 +183,12 @@ def test_a_seed_gives_the_same_ranks_and_every_other_rank_gets_its_turn():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"steps": 0}, "--steps 0: must be a whole number from 1"),
-        ({"tokens": [0]}, "--tokens 0"),
-        ({"tokens": []}, "--tokens must name at least one"),
-        ({"ep_sizes": [257]}, "--ep 257"),
+        ({"steps": 0}, "`steps` 0: must be a whole number from 1"),
+        ({"tokens": [0]}, "`tokens` 0"),
+        ({"tokens": []}, "`tokens` must name at least one"),
+        ({"ep_sizes": [257]}, "`ep_sizes` 257"),
         ({"placements": ["linera"]}, "did you mean linear"),
-        ({"seed": -1}, "--seed -1"),
+        ({"seed": -1}, "`seed` -1"),
     ],
 )
 def test_bad_steps_are_refused(change, message):
@@ -424,7 +427,7 @@ def test_gains_by_hand(tmp_path):
     # A step where one of the two was not measured does not count.
     torn = rows.drop(rows.index[(rows.step == 1) & (rows.placement == "linear")])
     assert set(gains(torn).steps) == {2}
-    with pytest.raises(InputError, match="--placement random: measured were linear, round_robin"):
+    with pytest.raises(InputError, match="`placements` random: measured were linear, round_robin"):
         gains(rows, "linear", "random")
 
 
@@ -436,8 +439,8 @@ def test_intervals_of_a_ratio_cover():
     for _ in range(4000):
         step = np.exp(0.3 * random.normal(size=20))
         above, below = true * step * np.exp(0.1 * random.normal(size=20)), step * np.exp(0.1 * random.normal(size=20))
-        ratio, parts = _ratio(above, below)
-        hits += abs(ratio - true) <= _half_width(parts)
+        ratio, parts = ratio_parts(above, below)
+        hits += abs(ratio - true) <= half_width(parts)
     assert 0.95 - 0.014 < hits / 4000 < 0.95 + 0.014
 
 
@@ -577,7 +580,7 @@ def test_graphs_are_captured_once_and_replayed(monkeypatch):
     calls, clock = [], [0.0]
 
     class Graph:
-        def capture_begin(self, pool):
+        def capture_begin(self, pool, capture_error_mode):
             calls.append("begin")
 
         def capture_end(self):

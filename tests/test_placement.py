@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from naive import linear as ref_linear
 
 from sim import InputError, ModelSpec, load_model, place
-from sim.placement import random_ranks, why_linear
+from sim.placement import LINEAR_BACKENDS, ROUND_ROBIN_BACKENDS, random_ranks, why_linear
+from sim.sweeps import make_plan
 
 NAMES = ["linear", "linear_legacy", "round_robin", "random", "node_aware"]
 V3 = load_model("deepseek-v3")
@@ -91,8 +92,46 @@ def test_group_aware_is_round_robin():
 
 @pytest.mark.parametrize("ep_size", [0, -1, 257])
 def test_ep_size_out_of_range(ep_size):
-    with pytest.raises(InputError, match=f"--ep {ep_size}: EP size must lie from 1 to the 256"):
+    with pytest.raises(InputError, match=f"`ep_size` {ep_size}: EP size must lie from 1 to the 256"):
         place("linear", V3, ep_size)
+
+
+def test_redundant_slots_fill_more_ranks_than_experts():
+    """DeepSeek-V3's decode deployment: 320 slots, one on each rank; the 64 hottest experts have two."""
+    loads = np.random.default_rng(0).lognormal(size=256)
+    placement = place("eplb+64", "deepseek-v3", 320, loads=loads)
+    assert placement.rank_of_slot.tolist() == list(range(320))
+    assert set(placement.logical_of_slot.tolist()) == set(range(256))
+    assert place("linear+64", V3, 320).logical_of_slot.tolist() == [*range(256), *range(64)]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "linear",
+            "the 256 experts of deepseek-v3; so many ranks need redundant slots that fill them, as in eplb[+]64",
+        ),
+        ("linear+32", "and 32 redundant slots; so many ranks need redundant slots that fill them, as in eplb[+]64"),
+        ("linear+100", "256 experts [+] 100 redundant slots do not divide by 320 ranks; linear[+]64 does"),
+    ],
+)
+def test_slots_that_do_not_fill_the_ranks_name_what_would(name, message):
+    with pytest.raises(InputError, match=message):
+        place(name, V3, 320)
+
+
+def test_in_a_sweep_each_placement_must_fill_the_ranks():
+    options = {"ep_sizes": 320, "tokens": 8, "trials": 2}
+    plan = make_plan("deepseek-v3", "chat", placements=["eplb+64", "linear+64"], **options)
+    assert plan.grid.largest_rank == (1, 1)
+    for names, message in {
+        ("linear", "eplb+64"): "`strategy` linear at `ep_size` 320: .* do not fill 320 ranks; linear[+]64 does",
+        ("random", "eplb+64"): "`strategy` random at `ep_size` 320: .* do not fill 320 ranks; eplb[+]64 does",
+        ("round_robin",): "as in eplb[+]64",
+    }.items():
+        with pytest.raises(InputError, match=message):
+            make_plan("deepseek-v3", "chat", placements=list(names), **options)
 
 
 def test_unknown_name_suggests_the_nearest():
@@ -117,7 +156,7 @@ def test_file_placements(tmp_path):
         ("[0, 1, 1, -1]", "from 0 to 1, not -1"),
         ("[0, 1, 1, true]", "from 0 to 1"),
         ("[0, 1, 1, 0.0]", "from 0 to 1"),
-        ("[0, 0, 0, 0]", "rank 1 of --ep 2 holds no expert"),
+        ("[0, 0, 0, 0]", "rank 1 of `ep_size` 2 holds no expert"),
         ("[]", "must be a list"),
         ("{}", "must be a list"),
         ("[[0, 1, 1, 0], 3]", "layer 1"),
@@ -138,3 +177,11 @@ def test_notes_where_vllm_runs_linear_instead():
     assert why_linear(V3, 8) == ""
     assert "EP size is 1" in why_linear(V3, 1)
     assert "n_group = 1" in why_linear(load_model("kimi-k2"), 8)
+    assert why_linear(V3, 8, "deepep_v2", 1) == ""
+    for backend in LINEAR_BACKENDS:
+        assert f"(8 ranks) on {backend}; it would run with deepep_low_latency or nixl_ep" in why_linear(
+            V3, 8, backend, 8
+        )
+    assert not set(LINEAR_BACKENDS) & set(ROUND_ROBIN_BACKENDS)
+    for backend in ROUND_ROBIN_BACKENDS:
+        assert why_linear(V3, 8, backend, 8) == ""

@@ -9,13 +9,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sim import InputError, ModelSpec, place
+from sim import InputError, ModelSpec, load_model, place
 from sim.cli import main
-from sim.placement import FORMATS, Placement, placement_text, read_placement
+from sim.placement import FORMATS, Placement, notes_on, place_balanced, placement_text, read_placement, spread_copies
 
 
 def plain(n_experts):
     return ModelSpec("plain", n_experts, 1)
+
+
+def layered(n_experts, moe_layer_ids, n_layers):
+    return ModelSpec("layered", n_experts, 1, moe_layer_ids=moe_layer_ids, n_layers=n_layers)
 
 
 def random_slots(seed, n_layers, n_experts, ep_size, n_slots):
@@ -26,34 +30,209 @@ def random_slots(seed, n_layers, n_experts, ep_size, n_slots):
     return Placement.of_slots("file", ep_size, n_experts, np.array([rng.permutation(row) for row in rows], np.int16))
 
 
-@given(st.integers(0, 2**32 - 1), st.sampled_from(FORMATS), st.integers(1, 4), st.integers(1, 5), st.integers(0, 60))
-def test_what_is_written_is_read_back(tmp_path_factory, seed, form, n_layers, ep_size, first_layer):
-    slots = random_slots(seed, n_layers, 7, ep_size, 3 * ep_size + 10 - 10 % ep_size)
+@given(
+    st.integers(0, 2**32 - 1),
+    st.sampled_from(FORMATS),
+    st.lists(st.integers(0, 60), min_size=1, max_size=4, unique=True),
+    st.integers(1, 5),
+    st.integers(0, 3),
+)
+def test_what_is_written_is_read_back_as_the_layers_of_the_model(tmp_path_factory, seed, form, ids, ep_size, more):
+    model = layered(7, tuple(sorted(ids)), max(ids) + 1 + more)
+    slots = random_slots(seed, len(ids), 7, ep_size, 7 + -7 % ep_size).for_layers(model.moe_layer_ids)
     path = tmp_path_factory.mktemp("x") / "map"
-    path.write_text(placement_text(slots, form, ep_size, first_layer))
-    found = read_placement(path, 7, ep_size)
+    if form == "vllm-ascend" and slots.idle_copies.any():
+        with pytest.raises(InputError, match="a rank holds an expert twice"):
+            placement_text(slots, form)
+        return
+    path.write_text(placement_text(slots, form, model.n_layers))
+    found = read_placement(path, model, ep_size)
     np.testing.assert_array_equal(found.experts, slots.experts)
-    np.testing.assert_array_equal(found.ranks, slots.ranks)
+    assert found.layer_ids == (
+        model.moe_layer_ids if found.n_rows > 1 or (model.n_layers > 1 and form == "sglang") else None
+    )
+    assert not found.notes
 
 
 def test_the_formats_are_as_the_engines_have_them():
     slots = Placement.of_slots("file", 2, 3, np.array([[0, 1, 2, 0], [2, 1, 0, 1]], np.int16))
-    vllm = json.loads(placement_text(slots, "vllm", 2))
-    assert (
-        vllm
-        == {"physical_to_logical_map": [[0, 1, 2, 0], [2, 1, 0, 1]]}
-        == json.loads(placement_text(slots, "sglang", 2))
+    named = slots.for_layers((1, 3))
+    vllm = json.loads(placement_text(named, "vllm"))
+    assert vllm == {"physical_to_logical_map": [[0, 1, 2, 0], [2, 1, 0, 1]]}
+    assert json.loads(placement_text(slots, "sglang")) == vllm
+    assert json.loads(placement_text(named, "sglang", 5)) == {
+        "physical_to_logical_map": [[0, 1, 2, 0], [0, 1, 2, 0], [0, 1, 2, 0], [2, 1, 0, 1], [0, 1, 2, 0]]
+    }
+    assert placement_text(named, "trtllm") == (
+        "num_slots: 4\ninitial_global_assignments:\n  1: [0, 1, 2, 0]\n  3: [2, 1, 0, 1]\nlayer_updates_per_iter: 0\n"
     )
-    assert placement_text(slots, "trtllm", 2, 3) == (
-        "num_slots: 4\ninitial_global_assignments:\n  3: [0, 1, 2, 0]\n  4: [2, 1, 0, 1]\nlayer_updates_per_iter: 0\n"
-    )
-    ascend = json.loads(placement_text(slots, "vllm-ascend", 2, 3))
+    ascend = json.loads(placement_text(named, "vllm-ascend"))
     assert ascend["moe_layer_count"] == 2
     assert ascend["layer_list"][1] == {
-        "layer_id": 4,
+        "layer_id": 3,
         "device_count": 2,
         "device_list": [{"device_id": 0, "device_expert": [2, 1]}, {"device_id": 1, "device_expert": [0, 1]}],
     }
+
+
+V3_LAYERS = tuple(range(3, 61))  # of 61
+
+
+@pytest.fixture(scope="module")
+def v3_map():
+    loads = np.random.default_rng(11).lognormal(0, 0.65, (58, 256))
+    return place_balanced("eplb+32", load_model("deepseek-v3"), 32, 8, loads, V3_LAYERS), loads
+
+
+def test_sglang_finds_58_of_58_layers_of_v3_where_it_looks(v3_map):
+    """SGLang 0.5.23: a token of decoder layer L goes to a slot of logical_to_all_physical_map[L], which has a row for each row
+    of the file; DeepSeek's model code passes its decoder layer id (expert_location.py, expert_location_dispatch.py)."""
+    placement, _ = v3_map
+    rows = json.loads(placement_text(placement, "sglang", 61))["physical_to_logical_map"]
+    assert len(rows) == 61  # num_hidden_layers, which _compute_logical_to_all_physical_map is made for
+    slots_of = [{e: [s for s, expert in enumerate(row) if expert == e] for e in range(256)} for row in rows]
+    right = 0
+    for i, layer in enumerate(V3_LAYERS):
+        wanted = placement.experts[i].tolist()
+        right += all(wanted[s] == e for e in range(256) for s in slots_of[layer][e]) and wanted == rows[layer]
+    assert right == 58
+    assert all(len(slots) >= 1 for of_layer in slots_of for slots in of_layer.values())  # dense layers too
+
+
+def test_tensorrt_llm_finds_58_of_58_layers_of_v3_where_it_looks(v3_map):
+    """MoeLoadBalancerConfig: a layer's row is initial_global_assignments[layer_idx], of num_slots slots and with every expert;
+    slot s is on rank s // (num_slots / ep_size)."""
+    placement, _ = v3_map
+    text = placement_text(placement, "trtllm")
+    of_layer = {
+        int(key): json.loads(row)
+        for key, row in (line.split(": ", 1) for line in text.splitlines() if line[:2] == "  ")
+    }
+    assert sorted(of_layer) == list(V3_LAYERS)
+    right = sum(
+        of_layer[layer] == placement.experts[i].tolist() and set(of_layer[layer]) == set(range(256))
+        for i, layer in enumerate(V3_LAYERS)
+    )
+    assert right == 58
+
+
+def test_vllm_ascend_finds_58_of_58_layers_of_v3_and_all_slots(v3_map):
+    """vllm-ascend, eplb_utils.py: MoE layer i is layer_list[i]; an expert's place on a rank is its last place in device_expert,
+    and its physical id rank * (distinct experts of rank 0) + place."""
+    placement, loads = v3_map
+    assert placement.idle_copies.any()  # as EPLB has it, 1 layer or more would go wrong
+    with pytest.raises(InputError, match="counts distinct experts as slots"):
+        placement_text(placement, "vllm-ascend")
+    moved = spread_copies(placement, loads)
+    layer_list = json.loads(placement_text(moved, "vllm-ascend"))["layer_list"]
+    assert [row["layer_id"] for row in layer_list] == list(V3_LAYERS)
+    for i, row in enumerate(layer_list):
+        held = [device["device_expert"] for device in row["device_list"]]
+        slots_of_rank_0 = len(set(held[0]))
+        for rank, experts in enumerate(held):
+            place = {e: p for p, e in enumerate(experts)}
+            assert all(moved.experts[i][rank * slots_of_rank_0 + p] == e for e, p in place.items())
+
+
+def test_copies_that_shared_a_rank_are_moved_and_no_rank_gets_heavier(v3_map):
+    def heaviest(placement):
+        copies = np.array([np.bincount(row, minlength=256) for row in placement.experts])
+        share = np.take_along_axis(loads / copies, placement.experts.astype(int), axis=1)
+        return share.reshape(58, 32, 9).sum(axis=2).max(axis=1)
+
+    placement, loads = v3_map
+    moved = spread_copies(placement, loads)
+    assert not moved.idle_copies.any()
+    assert (heaviest(moved) <= heaviest(placement) * (1 + 1e-9)).all()
+    untouched = placement.idle_copies == 0
+    np.testing.assert_array_equal(moved.experts[untouched], placement.experts[untouched])
+    assert all(set(row) == set(range(256)) for row in moved.experts.tolist())
+
+
+def test_a_copy_that_cannot_move_is_refused():
+    slots = Placement.of_slots("eplb+2", 2, 2, np.array([[0, 0, 1, 1]], np.int16))
+    moved = spread_copies(slots, np.array([[3.0, 1.0]]))
+    assert moved.experts.tolist() in ([[0, 1, 0, 1]], [[1, 0, 0, 1]], [[0, 1, 1, 0]], [[1, 0, 1, 0]])
+    with pytest.raises(InputError, match="layer 0 holds two copies of one expert, and none can move"):
+        spread_copies(Placement.of_slots("eplb+4", 2, 2, np.array([[0, 0, 1, 1, 1, 0]], np.int16)), np.ones((1, 2)))
+
+
+MAPS = {
+    "sglang": lambda ids, rows: json.dumps({"physical_to_logical_map": rows}),
+    "trtllm": lambda ids, rows: (
+        "num_slots: 4\ninitial_global_assignments:\n"
+        + "".join(f"  {i}: {row}\n" for i, row in zip(ids, rows, strict=True))
+    ),
+    "vllm-ascend": lambda ids, rows: json.dumps(
+        {
+            "moe_layer_count": len(rows),
+            "layer_list": [
+                {
+                    "layer_id": i,
+                    "device_count": 2,
+                    "device_list": [{"device_id": r, "device_expert": row[2 * r : 2 * r + 2]} for r in range(2)],
+                }
+                for i, row in zip(ids, rows, strict=True)
+            ],
+        }
+    ),
+    "ranks": lambda ids, rows: json.dumps(
+        [[s // 2 for _, s in sorted((e, s) for s, e in enumerate(row))] for row in rows]
+    ),
+}
+ROWS = [[3, 2, 1, 0], [0, 1, 2, 3], [1, 0, 3, 2], [0, 2, 1, 3], [2, 0, 1, 3]]
+
+
+@pytest.mark.parametrize(
+    ("form", "ids", "wanted", "note"),
+    [
+        ("sglang", range(4), [1, 3], ""),  # decoder layers of a model whose layers 1 and 3 have experts
+        ("sglang", range(2), [0, 1], ""),  # as many as MoE layers
+        ("sglang", range(5), [1, 3], "layer 4 left out"),
+        ("sglang", range(3), None, "has 3 layers; layered has 4 decoder layers, 2 of them with experts"),
+        ("ranks", range(4), [1, 3], ""),
+        ("trtllm", [1, 3], [0, 1], ""),
+        ("trtllm", [0, 1, 2, 3], [1, 3], ""),
+        ("trtllm", [1, 3, 4], [0, 1], "layer 4 left out"),
+        ("trtllm", [0, 1], [0, 1], "layers 0 to 1 taken for the MoE layers in order; TensorRT-LLM looks for 1 to 3"),
+        ("trtllm", [0, 1, 2], None, "the 2 MoE layers of layered are 1 to 3, and 3 is not there"),
+        ("vllm-ascend", [1, 3], [0, 1], ""),
+        ("vllm-ascend", [0, 1], [0, 1], ""),
+        ("vllm-ascend", [0, 1, 2], [0, 1], "the last 1 of its layers left out"),
+    ],
+)
+def test_rows_of_a_file_become_the_layers_that_the_engine_takes_them_for(tmp_path, form, ids, wanted, note):
+    model = layered(4, (1, 3), 4)
+    path = tmp_path / "map"
+    path.write_text(MAPS[form](list(ids), ROWS[: len(ids)]))
+    if wanted is None:
+        with pytest.raises(InputError, match=note):
+            read_placement(path, model, 2)
+        return
+    found = read_placement(path, model, 2)
+    assert found.layer_ids == (1, 3)
+    ref = np.array([np.argsort(np.argsort(ROWS[i])) // 2 if form == "ranks" else ROWS[i] for i in wanted])
+    if form != "ranks":
+        np.testing.assert_array_equal(found.experts, ref)
+    else:
+        ref_ranks = [[ROWS[i].index(e) // 2 for e in range(4)] for i in wanted]
+        np.testing.assert_array_equal(found.expert_ranks, ref_ranks)
+    assert note in " ".join(found.notes)
+    assert bool(note) == bool(found.notes)
+    assert notes_on(found) == [f"file:{path}: {text}" for text in found.notes]
+
+
+def test_tensorrt_llms_start_without_assignments(tmp_path):
+    """fused_moe/interface.py: expert (rank * num_experts // ep_size + local slot) % num_experts."""
+    path = tmp_path / "online.yaml"
+    path.write_text("num_slots: 12\nlayer_updates_per_iter: 1\n")
+    found = read_placement(path, plain(8), 4)
+    assert found.experts.tolist() == [[0, 1, 2, 2, 3, 4, 4, 5, 6, 6, 7, 0]]
+    assert "no initial_global_assignments" in found.notes[0]
+    with pytest.raises(InputError, match="num_slots 12 does not divide by `ep_size` 5"):
+        read_placement(path, plain(8), 5)
+    with pytest.raises(InputError, match="its 12 slots must be from the model's 16 experts"):
+        read_placement(path, plain(16), 4)
 
 
 YAML = """# a comment
@@ -74,7 +253,7 @@ layer_updates_per_iter: 0
 def test_yaml_in_block_and_flow_style(tmp_path):
     path = tmp_path / "lb.yaml"
     path.write_text(YAML)
-    found = read_placement(path, 3, 2)
+    found = read_placement(path, plain(3), 2)
     assert found.experts.tolist() == [[0, 1, 2, 0], [2, 1, 0, 1]]
     assert place(f"file:{path}", plain(3), 2).logical_of_slot.tolist() == [[0, 1, 2, 0], [2, 1, 0, 1]]
 
@@ -90,7 +269,7 @@ ASCEND = (
     ("content", "message"),
     [
         (MAP % "[[0, 1, 2, 0], [0, 1, 2]]", "layer 1 has 3 slots, the first layer has 4"),
-        (MAP % "[[0, 1, 2]]", "its 3 slots must be from the model's 3 experts to 32771, and divide by --ep 2"),
+        (MAP % "[[0, 1, 2]]", "its 3 slots must be from the model's 3 experts to 32771, and divide by `ep_size` 2"),
         (MAP % "[[0, 1, 1, 0]]", "layer 0: expert 2 of the model's 3 has no slot"),
         (MAP % "[[0, 1, 2, 3]]", "layer 0: slot 3 must have an expert from 0 to 2, not 3"),
         (MAP % "[[0, 1, 2, -1]]", "not -1"),
@@ -102,13 +281,16 @@ ASCEND = (
         (MAP % "{}", "must be a list of layers"),
         (MAP % "[[0, 1, 2, 0]", "is not JSON"),
         (ASCEND % (2, 2, "[0, 1]", 1), "as many layers as moe_layer_count says"),
-        (ASCEND % (1, 4, "[0, 1]", 1), "must have the devices 0 to 1 of --ep 2"),
+        (ASCEND % (1, 4, "[0, 1]", 1), "must have the devices 0 to 1 of `ep_size` 2"),
         (ASCEND % (1, 2, "[0, 1]", 2), "must have the devices 0 to 1"),
         (ASCEND % (1, 2, "[0, 1]", 0), "must have the devices 0 to 1"),
         (ASCEND % (1, 2, "[0, 1]", '"1"'), "must have the devices 0 to 1"),
         (ASCEND % (1, 2, "[0, 1]", "[1]"), "must have the devices 0 to 1"),
         (ASCEND % (1, 2, "3", 1), "each with its device_expert"),
         (ASCEND % (1, 2, "[0, 1, 2]", 1), "devices hold different numbers"),
+        (ASCEND % ("true", 2, "[0, 1]", 1), "as many layers as moe_layer_count says"),
+        (ASCEND % (1, "true", "[0, 1]", 1), "must have the devices 0 to 1"),
+        (ASCEND % (1, 2, "[0, true]", 1), "not True"),
         ('{"layer_list": []}', "at least one"),
         ('{"moe_layer_count": 1, "layer_list": [3]}', "needs a layer_id of its own"),
         ('{"logical_count": [[1, 2, 3]]}', "physical_to_logical_map"),
@@ -130,7 +312,7 @@ def test_bad_files(tmp_path, content, message):
     path = tmp_path / "map"
     path.write_text(content)
     with pytest.raises(InputError) as error:
-        read_placement(path, 3, 2)
+        read_placement(path, plain(3), 2)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -139,11 +321,11 @@ def test_huge_and_binary_files(tmp_path, monkeypatch):
     path = tmp_path / "map"
     path.write_bytes(b"\x80\x04\x95")
     with pytest.raises(InputError, match="not text in UTF-8"):
-        read_placement(path, 3, 2)
+        read_placement(path, plain(3), 2)
     monkeypatch.setattr("sim.files.MAX_BYTES", 10)
     path.write_text(MAP % "[[0, 1, 2, 0]]")
     with pytest.raises(InputError, match="is larger than"):
-        read_placement(path, 3, 2)
+        read_placement(path, plain(3), 2)
 
 
 @pytest.fixture
@@ -164,10 +346,10 @@ def test_export(trace, tmp_path, capsys, form):
     assert "3 layers x 36 slots on 4 ranks" in capsys.readouterr().out
     with np.load(trace) as arrays:
         loads = [np.bincount(layer.ravel(), minlength=32) for layer in arrays["topk_ids"].transpose(1, 0, 2)]
-    found = read_placement(out, 32, 4)
-    for layer, row in enumerate(loads):
-        ref = place("eplb", ModelSpec("x", 32, 4), 4, loads=row, redundant=4)
-        np.testing.assert_array_equal(found.experts[layer], ref.logical_of_slot)
+    found = read_placement(out, load_model("gpt-oss-20b"), 4)
+    ref = place_balanced("eplb+4", ModelSpec("x", 32, 4), 4, 8, np.array(loads, float))
+    ref = spread_copies(ref, np.array(loads, float)) if form == "vllm-ascend" else ref
+    np.testing.assert_array_equal(found.experts, ref.experts)
 
 
 def test_export_of_static_placements_and_conversion(tmp_path):
@@ -177,7 +359,9 @@ def test_export_of_static_placements_and_conversion(tmp_path):
     assert a.read_text().splitlines()[2].startswith("  3: [0, 4, 8, 12")
     assert main([*EXPORT, "--placement", f"file:{a}", "--format", "sglang", "--out", str(b)]) == 0
     rows = json.loads(b.read_text())["physical_to_logical_map"]
-    assert rows == [[r + 4 * i for r in range(4) for i in range(8)]] * 2
+    assert len(rows) == 24  # a row for each decoder layer; the engine's start where the map has none
+    assert rows[3:5] == [[r + 4 * i for r in range(4) for i in range(8)]] * 2
+    assert rows[:3] + rows[5:] == [list(range(32))] * 22
     assert main([*EXPORT, "--placement", "linear", "--format", "vllm", "--out", str(b)]) == 0
     assert len(json.loads(b.read_text())["physical_to_logical_map"]) == 24
 
@@ -236,7 +420,7 @@ def test_a_list_over_many_lines_is_read_in_one_pass(tmp_path):
     path = tmp_path / "map"
     path.write_text("num_slots: 3\ninitial_global_assignments:\n 0: [\n" + "1,\n" * 200_000 + "]\n")
     with pytest.raises(InputError, match="num_slots = 3 slots; layer 0 has 200000"):
-        read_placement(path, 3, 1)
+        read_placement(path, plain(3), 1)
 
 
 def test_a_failed_write_is_status_1(tmp_path, capsys):
@@ -246,12 +430,13 @@ def test_a_failed_write_is_status_1(tmp_path, capsys):
 
 
 def test_an_exported_map_scores_as_the_placement_itself_in_every_format(trace, tmp_path, capsys):
-    """Fitted on one record, scored on another: the strategy and its map, through each engine's format and back."""
+    """Fitted on one record, scored on another: the strategy and its map, through each format and back; that of
+    vllm-ascend moves a copy that shares a rank with another, and is scored as the map that it is."""
     ids = np.load(trace)["topk_ids"]
     other = tmp_path / "other.npz"
     np.savez(other, topk_ids=ids[::-1], sequence_lengths=np.load(trace)["sequence_lengths"][::-1])
     names = []
-    for form in FORMATS:
+    for form in FORMATS[:3]:
         path = tmp_path / f"map.{form}"
         words = ["export", "--model", "gpt-oss-20b", "--placement", "eplb+4", "--ep", "4", "--traffic", str(trace)]
         assert main([*words, "--format", form, "--out", str(path)]) == 0
@@ -264,3 +449,104 @@ def test_an_exported_map_scores_as_the_placement_itself_in_every_format(trace, t
     for name in names:
         pd.testing.assert_series_equal(summary.loc[name, scores], summary.loc["eplb+4", scores], check_names=False)
     assert summary.imbalance_mean["eplb+4"] != summary.imbalance_mean["linear"]
+
+
+@pytest.fixture
+def cases(shared):
+    return shared / "cases"
+
+
+def export(cases, tmp_path, form, *words):
+    out = tmp_path / f"map.{form}.json"
+    assert main(["export", "--format", form, "--out", str(out), *words]) == 0
+    return out
+
+
+def test_case_d14_a_hot_expert_has_two_copies_on_a_rank_and_the_report_says_so(cases, tmp_path, capsys):
+    words = ["--model", str(cases / "small-model.json"), "--placement", "eplb+4", "--ep", "4"]
+    words += ["--traffic", str(cases / "d14-hot-expert.csv")]
+    out = export(cases, tmp_path, "sglang", *words)
+    rows = json.loads(out.read_text())["physical_to_logical_map"]
+    ref = place("eplb+4", plain(8), 4, loads=[1000] + 7 * [1]).logical_of_slot.tolist()
+    assert rows == [ref] * 3
+    note = "a rank holds two copies of one expert in 3 of 3 layers; they balance nothing (3 of 36 slots)"
+    assert note in capsys.readouterr().err
+    ascend = json.loads(export(cases, tmp_path, "vllm-ascend", *words).read_text())
+    assert "moved in 3 of 3 layers" in capsys.readouterr().err
+    for row in ascend["layer_list"]:
+        held = [device["device_expert"] for device in row["device_list"]]
+        assert all(len(set(experts)) == 3 for experts in held)
+        assert sum(experts.count(0) for experts in held) == 4
+
+
+def test_case_d13_a_trtllm_file_without_assignments_is_the_engines_start(cases, tmp_path, capsys):
+    words = ["sweep", "--model", str(cases / "small-model.json"), "--workload", "uniform", "--ep", "4", "--tokens", "4"]
+    words += [
+        "--trials",
+        "10",
+        "--placement",
+        f"file:{cases / 'd13-trtllm-online.yaml'}",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    assert main(words) == 0
+    assert "no initial_global_assignments" in capsys.readouterr().err
+    found = place(f"file:{cases / 'd13-trtllm-online.yaml'}", cases / "small-model.json", 4)
+    assert found.logical_of_slot.tolist() == [(r * 8 // 4 + s) % 8 for r in range(4) for s in range(3)]
+
+
+def test_case_m01_a_draft_layer_is_left_out_with_a_note(cases, tmp_path, capsys):
+    words = ["sweep", "--model", str(cases / "small-model.json"), "--workload", "uniform", "--ep", "4", "--tokens", "4"]
+    words += [
+        "--trials",
+        "10",
+        "--placement",
+        f"file:{cases / 'm01-map-of-4-layers.json'}",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    assert main(words) == 0
+    assert "layer 3 left out: past the 3 decoder layers" in capsys.readouterr().err
+
+
+def test_case_e01_rows_are_decoder_layers_for_sglang_and_keys_for_tensorrt_llm(cases, tmp_path):
+    model = load_model(cases / "e01-one-dense-layer.json")
+    words = ["--model", str(cases / "e01-one-dense-layer.json"), "--placement", "eplb", "--ep", "4"]
+    words += ["--traffic", str(cases / "e01-counts.csv")]
+    counts = np.loadtxt(cases / "e01-counts.csv", delimiter=",")
+    ref = [place("eplb", model, 4, loads=row).logical_of_slot.tolist() for row in counts[1:]]
+    rows = json.loads(export(cases, tmp_path, "sglang", *words).read_text())["physical_to_logical_map"]
+    assert rows[1:] == ref
+    assert sorted(rows[0]) == list(range(8))
+    lines = export(cases, tmp_path, "trtllm", *words).read_text().splitlines()
+    assert lines[2:5] == [f"  {layer}: {row}" for layer, row in zip((1, 2, 3), ref, strict=True)]
+
+
+def test_first_layer_places_the_layers_of_a_model_that_does_not_know_its_own(tmp_path):
+    config = tmp_path / "config.json"
+    config.write_text('{"num_local_experts": 8, "num_experts_per_tok": 2}')
+    words = ["--model", str(config), "--placement", "round_robin", "--ep", "4", "--layers", "2", "--first-layer", "3"]
+    out = tmp_path / "map.json"
+    assert main(["export", *words, "--format", "sglang", "--out", str(out)]) == 0
+    rows = json.loads(out.read_text())["physical_to_logical_map"]
+    assert rows == [list(range(8))] * 3 + [[0, 4, 1, 5, 2, 6, 3, 7]] * 2
+    assert main(["export", *words, "--format", "trtllm", "--out", str(out)]) == 0
+    assert [line.split(":")[0] for line in out.read_text().splitlines()[2:4]] == ["  3", "  4"]
+
+
+@pytest.mark.parametrize(
+    ("form", "says"),
+    [
+        ("vllm", "vLLM 0.33 has no option that reads a map file: a fixed map needs patched code"),
+        ("sglang", "--init-expert-location map.json --ep-num-redundant-experts 4."),
+        ("trtllm", "ignores the file in silence unless the architecture is on its list"),
+        ("vllm-ascend", '"expert_map_path": "map.json"'),
+    ],
+)
+def test_a_report_ends_with_the_flag_that_loads_the_file_and_when_it_is_ignored(
+    form, says, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    words = ["export", "--model", "mixtral-8x7b", "--placement", "linear+4", "--ep", "4", "--format", form]
+    assert main([*words, "--out", "map.json"]) == 0
+    assert says in capsys.readouterr().out.splitlines()[-1]

@@ -13,7 +13,7 @@ from sim.results import read_result
 from sim.sweeps import Journal, combine, executors, make_plan, run_plan
 from sim.sweeps.chunk import stage_chunks
 from sim.sweeps.precision import first_stage
-from sim.sweeps.raw import build_counts, read_counts
+from sim.sweeps.tally import build_counts, read_counts
 
 GRID = {"ep_sizes": [8, 64], "tokens": [1, 64], "placements": ["linear", "random"], "bound_layers": 0}
 ONE_THREAD = executors.threads(1)
@@ -104,13 +104,13 @@ def test_out_of_time_the_same_command_goes_on(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"trials": 100}, "--trials and a precision exclude each other"),
-        ({"precision": 0}, "--precision 0"),
-        ({"precision": 1.5}, "--precision 1.5"),
-        ({"precision": None, "precision_tail": float("nan")}, "--precision-tail nan"),
-        ({"max_trials": 0}, "--max-trials 0"),
-        ({"precision": None, "max_trials": 5}, "--max-trials goes with"),
-        ({"bound_layers": -1}, "--bound-layers -1"),
+        ({"trials": 100}, "`trials` and a precision exclude each other"),
+        ({"precision": 0}, "`precision` 0"),
+        ({"precision": 1.5}, "`precision` 1.5"),
+        ({"precision": None, "precision_tail": float("nan")}, "`precision_tail` nan"),
+        ({"max_trials": 0}, "`max_trials` 0"),
+        ({"precision": None, "max_trials": 5}, "`max_trials` goes with"),
+        ({"bound_layers": -1}, "`bound_layers` -1"),
     ],
 )
 def test_bad_precisions(change, message):
@@ -127,6 +127,26 @@ def test_a_result_of_another_version_is_refused(tmp_path, capsys):
         for words in (["show", "a"], ["plot", "a"], ["combine", "a", "a", "--out", "b"]):
             assert main([word if word != "a" else str(tmp_path / "a") for word in words]) == 2
             assert "another version" in capsys.readouterr().err
+
+
+def test_an_identity_that_was_changed_is_refused(tmp_path, capsys):
+    """With another seed in it, combine would count the same draws twice."""
+    for name in ("a", "b"):
+        assert main(["sweep", "--ep", "4", "--tokens", "2", "--trials", "20", "--out", str(tmp_path / name)]) == 0
+    about = json.loads((tmp_path / "b/provenance.json").read_text())
+    about["sweep"]["seed"] = 1
+    (tmp_path / "b/provenance.json").write_text(json.dumps(about))
+    command = ["combine", str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path / "sum")]
+    capsys.readouterr()
+    for words in (command, ["show", str(tmp_path / "b")], ["plot", str(tmp_path / "b")]):
+        assert main(words) == 2
+        assert "provenance.json is damaged or was changed" in capsys.readouterr().err
+    del about["sha256"]["sweep"]  # as earlier versions wrote it
+    (tmp_path / "b/provenance.json").write_text(json.dumps(about))
+    assert main(["show", str(tmp_path / "b")]) == 0
+    assert main(command) == 2
+    assert "has no digest of the sweep's identity" in capsys.readouterr().err
+    assert not (tmp_path / "sum").exists()
 
 
 @pytest.mark.parametrize("name", ["summary.csv", "tail.csv", "counts.parquet"])

@@ -1,5 +1,6 @@
 """A sweep that was stopped goes on, and ends with the same bytes."""
 
+import json
 import os
 import random
 import signal
@@ -10,7 +11,7 @@ import time
 import pytest
 
 from sim import InputError
-from sim.sweeps import Journal, executors, make_plan, run_plan
+from sim.sweeps import Journal, executors, journal, make_plan, run_plan
 from sim.sweeps.chunk import stage_chunks
 from sim.sweeps.precision import first_stage
 
@@ -49,6 +50,15 @@ def _count_chunks(monkeypatch, stop_after=None):
     return computed
 
 
+def _stop_after(plan, folder, monkeypatch, n_chunks):
+    """Stop a sweep after some chunks; the files of its journal."""
+    _count_chunks(monkeypatch, stop_after=n_chunks)
+    with pytest.raises(Stopped):
+        run_plan(plan, ONE_THREAD, journal=Journal(folder, plan))
+    monkeypatch.undo()
+    return sorted((folder / ".partial").glob("*.npz"))
+
+
 def test_finished_chunks_are_not_computed_again(plan, tmp_path, monkeypatch):
     whole = run_plan(plan, ONE_THREAD)
     n_chunks = len(stage_chunks(plan, first_stage(plan)))
@@ -68,13 +78,78 @@ def test_finished_chunks_are_not_computed_again(plan, tmp_path, monkeypatch):
 
 
 def test_a_damaged_chunk_is_computed_again(plan, tmp_path, monkeypatch):
-    whole = run_plan(plan, ONE_THREAD, journal=Journal(tmp_path, plan))
-    files = sorted((tmp_path / ".partial").glob("*.npz"))
+    whole = run_plan(plan, ONE_THREAD)
+    n_chunks = len(stage_chunks(plan, first_stage(plan)))
+    files = _stop_after(plan, tmp_path, monkeypatch, 5)
     files[0].write_bytes(files[0].read_bytes()[:-100])
     files[1].write_bytes(b"")
     computed = _count_chunks(monkeypatch)
     assert run_plan(plan, ONE_THREAD, journal=Journal(tmp_path, plan)).summary.equals(whole.summary)
-    assert len(computed) == 2
+    assert len(computed) == n_chunks - len(files) + 2
+
+
+def test_the_number_of_journal_files_is_bounded(plan, tmp_path, monkeypatch):
+    """Runs of `_FOLD` chunks become one file, runs of runs too, and a stage that is finished is a single file."""
+    monkeypatch.setattr(journal, "_FOLD", 3)
+    whole = run_plan(plan, ONE_THREAD)
+    n_chunks = len(stage_chunks(plan, first_stage(plan)))
+    most = []
+    original = Journal.add
+
+    def counted(self, stage, draws, tally):
+        original(self, stage, draws, tally)
+        most.append(len(list((tmp_path / ".partial").glob("*.npz"))))
+
+    monkeypatch.setattr(Journal, "add", counted)
+    result = run_plan(plan, ONE_THREAD, journal=Journal(tmp_path, plan))
+    assert len(most) == n_chunks > 9
+    assert max(most) <= 2 * 3 + 2  # two of each of three levels, and what two chunks in flight leave behind
+    assert most[-1] == 1
+    assert result.counts.equals(whole.counts)
+    again = run_plan(plan, ONE_THREAD, journal=Journal(tmp_path, plan))
+    assert again.counts.equals(whole.counts)
+    assert len(most) == n_chunks
+
+
+@pytest.mark.parametrize("stop", [1, 4, 8, 11])
+def test_folded_chunks_and_single_ones_go_on_together(plan, tmp_path, monkeypatch, stop):
+    whole = run_plan(plan, ONE_THREAD)
+    _stop_after(plan, tmp_path, monkeypatch, stop)
+    monkeypatch.setattr(journal, "_FOLD", 3)
+    assert run_plan(plan, ONE_THREAD, journal=Journal(tmp_path, plan)).counts.equals(whole.counts)
+    assert len(list((tmp_path / ".partial").glob("*.npz"))) == 1
+
+
+@pytest.mark.parametrize("head", [b"", b"{", b"\xff", b"[1]", b"{}", b'{"sweep": {"seed": 1}, "sha256": "0"}'])
+def test_a_damaged_head_is_set_aside_and_the_sweep_goes_on(plan, tmp_path, monkeypatch, head):
+    n_kept = len(_stop_after(plan, tmp_path, monkeypatch, 5))
+    n_chunks = len(stage_chunks(plan, first_stage(plan)))
+    (tmp_path / ".partial" / "sweep.json").write_bytes(head)
+    kept = Journal(tmp_path, plan)
+    assert len(kept.notes) == 1
+    assert "set aside as sweep.json.damaged" in kept.notes[0]
+    assert (tmp_path / ".partial" / "sweep.json.damaged").read_bytes() == head
+    computed = _count_chunks(monkeypatch)
+    run_plan(plan, ONE_THREAD, journal=kept)
+    assert len(computed) == n_chunks - n_kept
+    assert not Journal(tmp_path, plan).notes
+
+
+def test_chunks_of_another_sweep_under_a_damaged_head_are_not_used(plan, tmp_path, monkeypatch):
+    other = make_plan("deepseek-v3", "chat", **ARGUMENTS, seed=1)
+    _stop_after(other, tmp_path, monkeypatch, 5)
+    (tmp_path / ".partial" / "sweep.json").write_bytes(b"")
+    whole = run_plan(plan, ONE_THREAD)
+    computed = _count_chunks(monkeypatch)
+    assert run_plan(plan, ONE_THREAD, journal=Journal(tmp_path, plan)).counts.equals(whole.counts)
+    assert len(computed) == len(stage_chunks(plan, first_stage(plan)))
+
+
+def test_an_unfinished_sweep_of_an_earlier_version_is_refused(plan, tmp_path):
+    (tmp_path / ".partial").mkdir()
+    (tmp_path / ".partial" / "sweep.json").write_text(json.dumps(plan.identity))
+    with pytest.raises(InputError, match="earlier version"):
+        Journal(tmp_path, plan)
 
 
 def test_a_journal_of_another_sweep_is_refused(plan, tmp_path):

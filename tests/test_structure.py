@@ -7,6 +7,7 @@ from conftest import ROOT
 ROOMS = [
     "errors",
     "files",
+    "options",
     "kernels",
     "streams",
     "stats",
@@ -15,7 +16,6 @@ ROOMS = [
     "traffic",
     "router",
     "placement",
-    "replicas",
     "scoring",
     "theory",
     "sweeps",

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import numpy as np
@@ -8,6 +9,7 @@ from naive import scores as ref_scores
 
 from sim import InputError, SyntheticTraffic, load_model, load_workload, place, sweep
 from sim.placement import random_ranks
+from sim.results import read_result, write_result
 from sim.router import draw_trials
 from sim.sweeps import make_plan
 from sim.sweeps.chunk import run_chunk, stage_chunks
@@ -212,24 +214,24 @@ def test_committed_results_are_as_precise_as_promised(workload):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"trials": 0}, "--trials 0"),
-        ({"tokens": [0]}, "--tokens 0"),
-        ({"tokens": []}, "--tokens needs at least one"),
-        ({"tokens": [1.5]}, "--tokens 1.5"),
-        ({"ep_sizes": [257]}, "--ep 257: EP size must lie from 1 to the 256"),
-        ({"ep_sizes": ["8"]}, "--ep 8"),
-        ({"ep_sizes": []}, "--ep needs"),
-        ({"placements": []}, "--placement needs"),
+        ({"trials": 0}, "`trials` 0"),
+        ({"tokens": [0]}, "`tokens` 0"),
+        ({"tokens": []}, "`tokens` needs at least one"),
+        ({"tokens": [1.5]}, "`tokens` 1.5"),
+        ({"ep_sizes": [257]}, "`ep_sizes` 257: EP size must lie from 1 to the 256"),
+        ({"ep_sizes": ["8"]}, "`ep_sizes` 8"),
+        ({"ep_sizes": []}, "`ep_sizes` needs"),
+        ({"placements": []}, "`placements` needs"),
         ({"placements": "roundrobin"}, "did you mean round_robin"),
-        ({"draws": 61}, "--draws 61"),
-        ({"seed": -1}, "--seed -1"),
-        ({"ranks_per_node": 0}, "--ranks-per-node 0"),
-        ({"thresholds": [0.5]}, "--thresholds 0.5"),
-        ({"ep_sizes": 8.0}, "--ep 8.0"),
-        ({"tokens": None}, "--tokens None"),
-        ({"trials": [5]}, r"--trials \[5\]"),
-        ({"placements": 5}, "--placement 5"),
-        ({"thresholds": "12"}, "--thresholds 12"),
+        ({"draws": 61}, "`draws` 61"),
+        ({"seed": -1}, "`seed` -1"),
+        ({"ranks_per_node": 0}, "`ranks_per_node` 0"),
+        ({"thresholds": [0.5]}, "`thresholds` 0.5"),
+        ({"ep_sizes": 8.0}, "`ep_sizes` 8.0"),
+        ({"tokens": None}, "`tokens` None"),
+        ({"trials": [5]}, r"`trials` \[5\]"),
+        ({"placements": 5}, "`placements` 5"),
+        ({"thresholds": "12"}, "`thresholds` 12"),
         ({"trials": 10**9, "draws": 1, "tokens": 2**20}, "would not fit 64-bit integers"),
     ],
 )
@@ -245,3 +247,113 @@ def test_an_unknown_scoring_is_refused_where_it_matters():
     with pytest.raises(InputError, match="sqrtsoftplus"):
         make_plan(grouped, "chat", **SMALL)
     make_plan("deepseek-v4-flash", SyntheticTraffic("mine"), **SMALL | {"ep_sizes": 8})
+
+
+# Placements as values
+
+
+GPT = "gpt-oss-20b"
+ONE = {"ep_sizes": [4, 8], "tokens": [2, 32], "trials": 80, "bound_layers": 0, "seed": 3}
+
+
+def without_names(table):
+    return table.drop(columns=["placement", "baseline", "cell_id"], errors="ignore")
+
+
+def test_placements_and_arrays_score_like_the_names_that_they_are_of():
+    """Of each EP size one value; two of a name are numbered; a list of ranks is an array."""
+    ref = sweep(GPT, "chat", placements=["linear", "round_robin"], **ONE)
+    of_linear = [place("linear", load_model(GPT), size) for size in (4, 8)]
+    arrays = [np.arange(32) % 4, (np.arange(32) % 8).tolist()]
+    comp = sweep(GPT, "chat", placements=[*of_linear, *arrays], **ONE)
+    assert comp.summary.placement.unique().tolist() == ["linear", "array"]
+    for name in ("summary", "tail"):
+        pd.testing.assert_frame_equal(without_names(getattr(comp, name)), without_names(getattr(ref, name)))
+    assert comp.identity["layouts"] == ref.identity["layouts"]
+    twice = sweep(GPT, "chat", placements=["linear", *of_linear, *arrays, *arrays], **ONE)
+    assert twice.identity["placements"] == ["linear", "linear 2", "array", "array 2"]
+
+
+def test_a_placement_with_replicas_scores_like_its_name():
+    loads = np.arange(1.0, 33)
+    fitted = place("eplb", load_model(GPT), 8, loads=loads, redundant=8)
+    result = sweep(GPT, "chat", placements=fitted, **ONE | {"ep_sizes": 8})
+    counts, _ = draw_trials(load_model(GPT), load_workload("chat"), 3, range(80), 80, np.array([2, 32]))
+    copies = np.bincount(fitted.logical_of_slot, minlength=32)
+    means = [np.bincount(fitted.rank_of_slot, (c / copies)[fitted.logical_of_slot], 8).max() for c in counts[:, 1]]
+    found = result.summary[result.summary.tokens == 32].max_load_mean.iloc[0]
+    assert np.mean(means) <= found <= np.mean(means) + 5  # whole tokens: at most one more in each slot of a rank
+
+
+def test_rows_of_an_array_are_layers():
+    rng = np.random.default_rng(0)
+    rows = np.stack([rng.permutation(32) % 4 for _ in range(3)])
+    result = sweep(GPT, "chat", placements=[rows], **ONE | {"ep_sizes": 4, "tokens": 32})
+    counts, _ = draw_trials(load_model(GPT), load_workload("chat"), 3, range(80), 80, np.array([32]))
+    loads = [np.bincount(rows[trial % 3], c[0], 4).max() for trial, c in enumerate(counts)]
+    assert result.summary.max_load_mean.iloc[0] == np.mean(loads)
+
+
+@pytest.mark.parametrize(
+    ("placements", "message"),
+    [
+        ([np.arange(32) % 4], "`placements` array is given for 4 ranks, not for `ep_sizes` 8"),
+        ([np.arange(32) % 16], "`placements` array is on 16 ranks, which `ep_sizes` 4, 8 does not have"),
+        ([np.arange(30) % 4], "`placements` array is of 30 experts, model gpt-oss-20b has 32"),
+        ([np.arange(32) % 4 * 2], "`placements` array, layer 0: rank 1 of 7 is in no slot"),
+        ([np.arange(32) - 1], "`placements` array: ranks must be from 0"),
+        ([np.ones(32)], "must be a name, a Placement, or the rank of each expert"),
+        ([[[0, 1], [0]]], "must be a name, a Placement, or the rank of each expert"),
+    ],
+)
+def test_values_that_are_no_placement_of_the_model_are_refused(placements, message):
+    with pytest.raises(InputError, match=message):
+        make_plan(GPT, "chat", placements=placements, **ONE)
+
+
+# Bounds that fail
+
+
+def test_a_bound_that_fails_costs_its_rows_alone(monkeypatch, tmp_path):
+    from sim.sweeps import bounds
+
+    asked = {"ep_sizes": [4, 8], "tokens": [2], "placements": ["linear"], "trials": 50}
+    whole = sweep(GPT, "uniform", **asked)
+    rows_of_pair = bounds._rows_of_pair
+
+    def broken(plan, pair, source):
+        if pair == 1:
+            raise ArithmeticError("the spreads do not add up")
+        return rows_of_pair(plan, pair, source)
+
+    monkeypatch.setattr(bounds, "_rows_of_pair", broken)
+    part = sweep(GPT, "uniform", **asked)
+    assert len(part.notes) == 1
+    assert part.notes[0].startswith("no bounds past sampling for linear at EP 8")
+    assert "the spreads do not add up" in part.notes[0]
+    left = whole.tail[(whole.tail.ep_size == 4) | whole.tail.effective_blocks.notna()].reset_index(drop=True)
+    pd.testing.assert_frame_equal(part.tail, left)
+    pd.testing.assert_frame_equal(part.summary, whole.summary)
+    write_result(part, tmp_path)
+    assert read_result(tmp_path).notes == part.notes
+    monkeypatch.setattr(bounds, "_sources", lambda *_: 1 / 0)
+    none = sweep(GPT, "uniform", **asked)
+    assert none.notes == ["no bounds past sampling: they could not be computed (ZeroDivisionError: division by zero)"]
+    assert none.tail.effective_blocks.notna().all()
+
+
+def test_tail_keeps_effective_blocks(tmp_path):
+    """Fresh layers count fully; blocks of a draw, by how they cluster; an event that was never seen, by draws. The column is read
+    back, and a folder without it is read as well."""
+    asked = {"ep_sizes": [8], "tokens": [16], "placements": ["linear"], "trials": 400}
+    assert (sweep(GPT, "chat", **asked, bound_layers=0).tail.effective_blocks == 400).all()
+    clustered = sweep(GPT, "chat", **asked, draws=20)
+    rows = clustered.tail[clustered.tail.method != "bound"]
+    seen = (rows.probability > 0) & (rows.probability < 1)
+    assert rows.effective_blocks[seen].between(1, 400).all()
+    assert (rows.effective_blocks[~seen] == 20).all()
+    write_result(clustered, tmp_path / "new")
+    np.testing.assert_allclose(read_result(tmp_path / "new").tail.effective_blocks, clustered.tail.effective_blocks)
+    old = dataclasses.replace(clustered, tail=clustered.tail.drop(columns="effective_blocks"))
+    write_result(old, tmp_path / "old")
+    assert read_result(tmp_path / "old").tail.effective_blocks.isna().all()

@@ -29,7 +29,7 @@ def test_overrides_files_and_misspellings(tmp_path):
         load_workload("chta")
     with pytest.raises(InputError, match="did you mean sigma"):
         load_workload("chat", sgma=1.0)
-    with pytest.raises(InputError, match="--phase goes with"):
+    with pytest.raises(InputError, match="`phase` goes with"):
         load_workload("chat", phase="prefill")
     for bad in (
         'popularity = "zipf"',
@@ -147,7 +147,8 @@ GOOD = np.tile([0, 1], (6, 1, 1))
 @pytest.mark.parametrize(
     ("ids", "lengths", "message"),
     [
-        (GOOD - 1, [6], "from 0 to 32767"),
+        (GOOD - 2, [6], "from 0 to 32767"),
+        (GOOD * 0 - 1, [6], "no tokens with routing"),
         (GOOD + 40000, [6], "from 0 to 32767"),
         (np.zeros((6, 1, 2), int) + 3, [6], "same expert id twice"),
         (GOOD[:, 0], [6], "shape"),
@@ -183,7 +184,7 @@ def test_unsound_files_are_refused(tmp_path, trace):
         np.lib.format.write_array_header_1_0(member, {"descr": "<i2", "fortran_order": False, "shape": (2**40, 60, 8)})
     with pytest.raises(InputError, match="larger than 8 GiB"):
         read_recorded(torn)
-    with pytest.raises(InputError, match="--phase must be"):
+    with pytest.raises(InputError, match="`phase` must be"):
         read_recorded(trace, "train")
 
 

@@ -13,9 +13,9 @@ from sim.advice.splits import Split, splits_of
 from sim.cost import Gpu, predict_gain
 from sim.cost.expert import BYTES_PER_VALUE
 from sim.cost.gain import PERFECT
-from sim.cost.inputs import as_model, as_numbers, expert_parameters
+from sim.cost.inputs import as_numbers, expert_parameters
 from sim.errors import InputError, shown, unknown, whole_number
-from sim.model import ModelSpec
+from sim.model import ModelSpec, load_model
 from sim.placement import check_ep_size, split_name, strategy_name
 from sim.traffic import LoadCounts, RecordedTraffic, Workload, load_workload, read_traffic
 from sim.traffic.read import names_file
@@ -69,9 +69,11 @@ def candidates(model: ModelSpec, ep_size: int, redundant: int | None = None) -> 
 
     R is `redundant`, by default one slot per rank.
     """
-    extra = ep_size if redundant is None else whole_number("--redundant", redundant, 1, 2**13)
+    extra = ep_size if redundant is None else whole_number("`redundant`", redundant, 1, 2**13)
     if extra % ep_size:
-        raise InputError(f"--redundant {extra}: must be a multiple of --ep {ep_size}, the same number on every rank")
+        raise InputError(
+            f"`redundant` {extra}: must be a multiple of `ep_size` {ep_size}, the same number on every rank"
+        )
     least = -model.n_experts % ep_size
     of_eplb = [f"eplb+{least + n * extra}" for n in (0, 1, 2)]
     return ["round_robin", "random", *dict.fromkeys(strategy_name(name) for name in of_eplb)]
@@ -127,17 +129,17 @@ def advise(
     InputError
         As `sim.predict_gain`, and for names and numbers that are not allowed.
     """
-    model = as_model(model)
+    model = load_model(model)
     traffic = _as_traffic(traffic, model) if isinstance(traffic, str | Path) else traffic
     check_ep_size(model, ep_size)
     if ep_size < 2:
-        raise InputError(f"--ep {ep_size}: there is nothing to place on one rank")
+        raise InputError(f"`ep_size` {ep_size}: there is nothing to place on one rank")
     if backend not in BACKENDS:
-        raise unknown("--backend", shown(backend), BACKENDS)
-    ranks = whole_number("--data-parallel", ep_size if data_parallel is None else data_parallel, 1, 2**15)
-    as_numbers("--worth", least_saved, 1e-6, 1)
+        raise unknown("`backend`", shown(backend), BACKENDS)
+    ranks = whole_number("`data_parallel`", ep_size if data_parallel is None else data_parallel, 1, 2**15)
+    as_numbers("`least_saved`", least_saved, 1e-6, 1)
     if step_us is not None and np.size(options.get("tokens", PER_RANK["tokens"])) > 1:
-        raise InputError("--step-ms is the time of steps of one size: give one number of --tokens with it")
+        raise InputError("`step_us` is the time of steps of one size: give one number of `tokens` with it")
     names = candidates(model, ep_size, redundant)
     share = ASSUMED_SHARE if moe_share is None and step_us is None else moe_share
     setup: dict[str, Any] = SAMPLED | (PER_RANK if "tokens" not in options else {}) | options
@@ -159,7 +161,7 @@ def advise(
 def _as_traffic(name: str | Path, model: ModelSpec) -> Workload | LoadCounts:
     """What a file of recorded routing or load counts holds, or a workload by its name."""
     if names_file(str(name)):
-        return read_traffic(str(name).removeprefix("file:"), model).data
+        return read_traffic(str(name).removeprefix("file:"), model)
     return load_workload(name)
 
 

@@ -63,7 +63,7 @@ def _synthetic(
 ) -> Split:
     """Counts scored as tokens of the synthetic traffic that is fitted to them."""
     if scored.digest == fitted_on.digest:
-        raise InputError(f"--fit-on {fitted_on.name.removeprefix('file:')} is the traffic that is scored")
+        raise InputError(f"`fit_on` {fitted_on.name.removeprefix('file:')} is the traffic that is scored")
     fit = fit_traffic(model, scored, seed=seed, threads=threads)
     return Split(about, fit.decode, fitted_on, tuple(fit.notes))
 

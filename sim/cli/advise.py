@@ -4,22 +4,10 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
-from sim.cli.text import estimate, note, print_table, share, whole_number
-from sim.cli.text import folder as folder_name
-from sim.cli.timed import (
-    EXTRAPOLATED_TEXT,
-    KNEE_TEXT,
-    add_step_arguments,
-    dummy_tokens,
-    identity_of,
-    say_about_times,
-    share_or_none,
-    step_options,
-    step_us_or_none,
-)
+from sim.cli.text import estimate, note, print_table
+from sim.cli.timed import EXTRAPOLATED_TEXT, KNEE_TEXT, identity_of, say_about_times, step_options
 from sim.errors import InputError
-
-_DEFAULT_PER_RANK = "1,8,64,512"
+from sim.options import Folder, RestOptions, Share, StepOptions, TimeOptions, TrafficOptions, Whole, add_options, given
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -43,33 +31,40 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="all2all backend: allgather_reducescatter (default, as in vLLM), deepep_low_latency, deepep_high_throughput "
         "or nixl_ep",
     )
-    add("--data-parallel", metavar="N", help="data-parallel ranks (default: the EP size)")
-    add("--redundant", metavar="R", help="compare eplb with 0, R and 2R redundant slots (default: the EP size)")
-    add("--worth", default="2%", metavar="SHARE", help="saved share of the step that is worth a trial (default: 2%%)")
-    add("--moe-share", metavar="SHARE", help="share of a step that experts and exchange take (default: 50%%, assumed)")
-    add("--step-ms", metavar="MS", help="instead: the measured step time under linear placement")
-    add_step_arguments(parser, ep="16", tokens="1, 8, 64 and 512 per rank", steps=128, layer_sets=8)
+    add("--data-parallel", type=Whole(), metavar="N", help="data-parallel ranks (default: the EP size)")
+    add(
+        "--redundant",
+        type=Whole(),
+        metavar="R",
+        help="compare eplb with 0, R and 2R redundant slots (default: the EP size)",
+    )
+    add(
+        "--worth",
+        dest="least_saved",
+        type=Share(),
+        default="2%",
+        metavar="SHARE",
+        help="saved share of the step that is worth a trial (default: 2%%)",
+    )
+    add_options(parser, RestOptions)
+    add_options(parser, TrafficOptions, only=("model", "phase", "dummy_tokens"))
+    add_options(parser, StepOptions, ep_sizes="16", tokens=None, most_steps="128", layer_sets="8")
+    add_options(parser, TimeOptions, only=("dtype", "network_gb_per_s"))
     add("--markdown", action="store_true", help="print the table alone, as Markdown")
-    add("--out", metavar="DIR", help="write advice.csv, advice.json and the figure there")
+    add("--out", type=Folder(), metavar="DIR", help="write advice.csv, advice.json and the figure there")
 
 
 def run(arguments: Namespace) -> None:
     """Run `epsim advise`."""
     if arguments.tokens is None and arguments.tokens_per_rank is None:
-        arguments.tokens_per_rank = _DEFAULT_PER_RANK
+        arguments.tokens_per_rank = [1, 8, 64, 512]
     options = step_options(arguments)
     sizes = options.pop("ep_sizes")
     if len(sizes) > 1:
-        raise InputError(f"--ep {arguments.ep}: advice is for one EP size")
-    chosen: dict[str, Any] = {
-        "backend": arguments.backend,
-        "data_parallel": _whole_or_none("--data-parallel", arguments.data_parallel),
-        "redundant": _whole_or_none("--redundant", arguments.redundant),
-        "least_saved": share("--worth")(arguments.worth),
-        "moe_share": share_or_none("--moe-share", arguments.moe_share),
-        "step_us": step_us_or_none(arguments.step_ms),
-    }
-    folder = None if arguments.out is None else folder_name("--out", arguments.out)
+        raise InputError(f"`ep_sizes` {','.join(map(str, sizes))}: advice is for one EP size")
+    chosen = {name: getattr(arguments, name) for name in ("backend", "data_parallel", "redundant", "least_saved")}
+    chosen |= given(arguments, RestOptions)
+    folder = arguments.out
     from sim.cost import load_gpu
     from sim.model import load_model
 
@@ -90,10 +85,6 @@ def run(arguments: Namespace) -> None:
         _write(advice, folder, identity)
 
 
-def _whole_or_none(option: str, text: str | None) -> int | None:
-    return None if text is None else whole_number(option)(text)
-
-
 def _read(arguments: Namespace, model: Any) -> tuple[Any, Any]:
     """Traffic that is scored, and other traffic to fit on or None."""
     from sim.traffic import LoadCounts, load_workload, read_traffic
@@ -105,9 +96,9 @@ def _read(arguments: Namespace, model: Any) -> tuple[Any, Any]:
         )
         for text in found.notes:
             note(text)
-        return found.data
+        return found
 
-    name, dummies = arguments.traffic, dummy_tokens(arguments)
+    name, dummies = arguments.traffic, arguments.dummy_tokens
     if not names_file(name):
         traffic = load_workload(name, phase=arguments.phase, dummy_tokens=dummies)
     elif dummies is not None:
@@ -137,7 +128,7 @@ def _say_about_steps(traffic: Any, parts: int, ep_size: int, options: dict[str, 
 def _print(advice: Any, arguments: Namespace) -> None:
     from sim.advice import changes, rule_text, verdict_text
 
-    least = share("--worth")(arguments.worth)
+    least = arguments.least_saved
     _print_table(advice, arguments.markdown)
     if arguments.markdown:
         return
@@ -148,7 +139,7 @@ def _print(advice: Any, arguments: Namespace) -> None:
     row = advice.gains.iloc[0]
     print(f"\nVerdict: {verdict_text(advice)}\nRule: {rule_text(least)}")
     print(f"Splits: {'; '.join(dict.fromkeys(advice.gains.split))}.")
-    if arguments.moe_share is None and arguments.step_ms is None:
+    if arguments.moe_share is None and arguments.step_us is None:
         print(f"The share {row.moe_share:.0%} is an assumption: give --moe-share, or --step-ms as you measured it.")
     print("\nWhat the engine does:")
     for name, text in advice.engines.items():

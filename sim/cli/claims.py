@@ -6,57 +6,50 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
-from sim.cli.text import names, note, print_table, share, threads, whole_number
-from sim.errors import InputError
+from sim.cli.text import note_compiling, print_table
+from sim.options import NAMES, SEED, THREADS, Folder, Number, Share
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Add the options of `epsim claims`."""
-    parser.add_argument("ids", nargs="*", metavar="ID", help="some of the claims (default: all)")
+    parser.add_argument("ids", nargs="*", type=NAMES, metavar="ID", help="some of the claims (default: all)")
     parser.add_argument("--workload", default="chat", help="decode traffic, a preset or .toml file (default: chat)")
-    parser.add_argument("--seed", default="0", metavar="N", help="same seed, same table (default: 0)")
+    parser.add_argument("--seed", type=SEED, default=0, metavar="N", help="same seed, same table (default: 0)")
     parser.add_argument(
         "--effort",
-        default="1",
+        type=Number(0.01, 100),
+        default=1.0,
         metavar="X",
         help="scales the number of trials; 0.1 is quick, with wide intervals (default: 1)",
     )
     parser.add_argument(
         "--plausible-share",
+        type=Share(),
         default="80%",
         metavar="SHARE",
         help="the most of a step that routed experts and exchange may take for a gain to be put down to them (default: 80%%)",
     )
-    parser.add_argument("--threads", metavar="N", help="default: all processors of this process")
+    parser.add_argument("--threads", type=THREADS, metavar="N", help="default: all processors of this process")
     parser.add_argument("--markdown", action="store_true", help="print a Markdown table of figures and verdicts")
-    parser.add_argument("--out", metavar="DIR", help="also write claims.csv there")
+    parser.add_argument("--out", type=Folder(), metavar="DIR", help="also write claims.csv there")
 
 
 def run(arguments: Namespace) -> None:
     """Run `epsim claims`."""
-    from sim.cli.text import folder as folder_name
-    from sim.kernels import is_cold
-
-    n_threads = threads(arguments.threads)
-    try:
-        effort = float(arguments.effort)
-    except ValueError:
-        raise InputError(f"--effort '{arguments.effort}': expected a number as in 0.1") from None
     options: dict[str, Any] = {
-        "only": [name for text in arguments.ids for name in names("ID")(text)] or None,
-        "seed": whole_number("--seed")(arguments.seed),
-        "effort": effort,
-        "plausible_share": share("--plausible-share")(arguments.plausible_share),
+        "only": [name for names in arguments.ids for name in names] or None,
+        "seed": arguments.seed,
+        "effort": arguments.effort,
+        "plausible_share": arguments.plausible_share,
     }
-    folder = None if arguments.out is None else folder_name("--out", arguments.out)
-    if is_cold():
-        note("compiling the kernels, once for this version: about 30 seconds")
+    folder = arguments.out
+    note_compiling()
     sys.stderr.flush()
     from sim.traffic import load_workload
     from sim.verdicts import claims
 
     workload = load_workload(arguments.workload)
-    table = claims(workload, threads=n_threads, **options)
+    table = claims(workload, threads=arguments.threads, **options)
     if arguments.markdown:
         _print_markdown(table)
     else:

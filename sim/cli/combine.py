@@ -4,8 +4,8 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from sim.cli.show import print_result
-from sim.cli.text import folder
 from sim.errors import InputError
+from sim.options import Folder
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -13,7 +13,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "folders", nargs="+", type=Path, metavar="DIR", help="folders that epsim sweep or combine wrote"
     )
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the sum")
+    parser.add_argument("--out", required=True, type=Folder(), metavar="DIR", help="folder of the sum")
 
 
 def run(arguments: Namespace) -> None:
@@ -21,8 +21,8 @@ def run(arguments: Namespace) -> None:
     from sim.results import read_identity, read_result, writable_folder, write_result
     from sim.sweeps import combine
 
-    out = folder("--out", arguments.out)
-    result = combine([(str(path), read_result(path)) for path in arguments.folders])
+    out = arguments.out
+    result = combine([(str(path), read_result(path, sealed=True)) for path in arguments.folders])
     held = read_identity(out)
     if held is not None and held != result.identity:
         raise InputError(f"--out {out} holds another sweep; choose another folder")

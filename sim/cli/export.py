@@ -1,12 +1,16 @@
-"""Write a placement as a file that a serving engine reads: vLLM, SGLang, TensorRT-LLM or vllm-ascend."""
+"""Write a placement as a file in a serving engine's form: vLLM, SGLang, TensorRT-LLM or vllm-ascend."""
 
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from sim.cli.text import note, whole_number
 from sim.errors import InputError, unknown
 from sim.errors import whole_number as check_whole_number
+
+if TYPE_CHECKING:
+    from sim.model import ModelSpec
+    from sim.placement import Placement
 
 _MOST_LAYERS = 1024
 
@@ -27,88 +31,110 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--layers", metavar="N", help="layers of other placements (default: the model's MoE layers)")
     parser.add_argument(
         "--first-layer",
-        default="0",
         metavar="N",
-        help="id of the first MoE layer in the formats that name layers, trtllm and vllm-ascend: the model's dense layers "
-        "come first, so 3 for DeepSeek-V3 (default: 0)",
+        help="decoder layer of the first MoE layer, for a model that does not say which of its layers are MoE layers; those of "
+        "the map follow one another from there",
     )
 
 
 def run(arguments: Namespace) -> None:
     """Run `epsim export`."""
     from sim.model import load_model
-    from sim.placement import FORMATS, placement_text
+    from sim.placement import FORMATS, decoder_layers, how_to_load, notes_on, placement_text
 
-    if arguments.format not in FORMATS:
-        raise unknown("--format", arguments.format, FORMATS)
-    first_layer = check_whole_number("--first-layer", whole_number("--first-layer")(arguments.first_layer), 0, 2**20)
-    if first_layer and arguments.format in ("vllm", "sglang"):
-        raise InputError(
-            f"--first-layer: {arguments.format} does not name layers; its rows are the MoE layers in order"
-        )
+    form, path = arguments.format, Path(arguments.out)
+    if form not in FORMATS:
+        raise unknown("--format", form, FORMATS)
+    if arguments.first_layer is not None and form == "vllm":
+        raise InputError("--first-layer: vllm does not name layers; its rows are the MoE layers in order")
     model = load_model(arguments.model)
-    ep_size = whole_number("--ep")(arguments.ep)
-    slots = _slots(arguments, model, ep_size)
-    text = placement_text(slots, arguments.format, ep_size, first_layer)
-    _write_checked(Path(arguments.out), text, slots, ep_size)
-    n_layers, n_slots = slots.experts.shape
-    print(
-        f"{n_layers} layers x {n_slots} slots on {ep_size} ranks, {arguments.format} format, written to {arguments.out}"
-    )
+    placement = _placement(arguments, model, whole_number("--ep")(arguments.ep))
+    for text in notes_on(placement):
+        note(text)
+    moe, ids = model.moe_layer_ids, placement.layer_ids or ()
+    named = ids == moe or ids != tuple(range(len(ids)))  # others are numbers of rows, not of decoder layers
+    if moe and len(ids) != len(moe):
+        note(f"the map has {_listed(ids)}, {model.name} has {len(moe)} MoE layers; engines need a row for each")
+    elif moe and ids != moe and model.n_layers:
+        note(f"the map has {_listed(ids)}, the MoE layers of {model.name} are {_listed(moe)}")
+    _write_checked(path, placement_text(placement, form, decoder_layers(model) if named else 0), placement, model)
+    n_layers, n_slots = placement.experts.shape
+    print(f"{n_layers} layers x {n_slots} slots on {placement.ep_size} ranks, {form} format, written to {path}")
+    print(how_to_load(form, path, n_slots - model.n_experts))
 
 
-def _slots(arguments: Namespace, model: Any, ep_size: int) -> Any:
-    """Placement of all layers."""
-    from dataclasses import replace
-
-    import numpy as np
-
-    from sim.placement import (
-        check_ep_size,
-        check_loads,
-        check_slots,
-        is_load_aware,
-        place_balanced,
-        place_fixed,
-        strategy_name,
-    )
-    from sim.traffic import load_table
+def _placement(arguments: Namespace, model: "ModelSpec", ep_size: int) -> "Placement":
+    """Placement with a row for each layer, and the decoder layers that these are."""
+    from sim.placement import check_ep_size, check_slots, is_load_aware, place_fixed, strategy_name
 
     name = strategy_name(arguments.placement)
     ranks_per_node = whole_number("--ranks-per-node")(arguments.ranks_per_node)
     check_whole_number("--ranks-per-node", ranks_per_node, 1, 2**15)
-    check_ep_size(model, ep_size)
+    check_ep_size(model, ep_size, [name])
     check_slots(name, model, ep_size)
+    first = None if arguments.first_layer is None else whole_number("--first-layer")(arguments.first_layer)
+    if first is not None:
+        check_whole_number("--first-layer", first, 0, 2**20)
     if name == "random":
         raise InputError("--placement random: is drawn anew for each layer draw; there is none to export")
     if is_load_aware(name):
-        if arguments.traffic is None:
-            raise InputError(f"--placement {name} needs --traffic FILE to be fitted on")
-        if arguments.layers is not None:
-            raise InputError("--layers goes with placements that are not fitted: --traffic has its own layers")
-        table = load_table(Path(arguments.traffic.removeprefix("file:")), model)
-        loads = check_loads(table.loads, model.n_experts, f"--traffic {arguments.traffic}", layers=True)
-        if model.n_moe_layers not in (0, len(loads)):
-            note(f"{arguments.traffic} has {len(loads)} layers, {model.name} has {model.n_moe_layers} MoE layers")
-        return place_balanced(name, model, ep_size, ranks_per_node, loads)
-    if arguments.traffic is not None:
+        placement = _fitted(arguments, name, model, ep_size, ranks_per_node)
+    elif arguments.traffic is not None:
         raise InputError(f"--traffic goes with a load-aware placement (eplb, eplb_refined), not with {name}")
-    slots = place_fixed(name, model, ep_size, ranks_per_node)
-    if len(slots.ranks) > 1 and arguments.layers is not None:
-        raise InputError(f"--layers goes with placements of one layer: {name} has {len(slots.ranks)}")
-    if len(slots.ranks) > 1:
-        return slots
-    wanted = model.n_moe_layers if arguments.layers is None else whole_number("--layers")(arguments.layers)
-    if arguments.layers is None and not wanted:
-        raise InputError(f"--layers is needed: {model.name} does not say how many MoE layers it has")
-    n_layers = check_whole_number("--layers", wanted, 1, _MOST_LAYERS)
-    return replace(
-        slots, ranks=np.repeat(slots.ranks, n_layers, axis=0), experts=np.repeat(slots.experts, n_layers, axis=0)
+    else:
+        placement = place_fixed(name, model, ep_size, ranks_per_node)
+    n_layers = placement.n_rows
+    if n_layers > 1 and arguments.layers is not None:
+        raise InputError(f"--layers goes with placements of one layer: {name} has {n_layers}")
+    if n_layers == 1 and not is_load_aware(name):
+        wanted = model.n_moe_layers if arguments.layers is None else whole_number("--layers")(arguments.layers)
+        if arguments.layers is None and not wanted:
+            raise InputError(f"--layers is needed: {model.name} does not say how many MoE layers it has")
+        n_layers = check_whole_number("--layers", wanted, 1, _MOST_LAYERS)
+    if first is not None:
+        return placement.for_layers(tuple(range(first, first + n_layers)))
+    moe = model.moe_layer_ids
+    ids = placement.layer_ids or (moe if len(moe) == n_layers else tuple(range(n_layers)))
+    return placement.for_layers(ids)
+
+
+def _fitted(arguments: Namespace, name: str, model: "ModelSpec", ep_size: int, ranks_per_node: int) -> "Placement":
+    """A load-aware placement of the layers of --traffic."""
+    from sim.placement import check_loads, place_balanced, spread_copies
+    from sim.traffic import load_table
+
+    if arguments.traffic is None:
+        raise InputError(f"--placement {name} needs --traffic FILE to be fitted on")
+    if arguments.layers is not None:
+        raise InputError("--layers goes with placements that are not fitted: --traffic has its own layers")
+    table = load_table(Path(arguments.traffic.removeprefix("file:")), model)
+    loads = check_loads(table.loads, model.n_experts, f"--traffic {arguments.traffic}", layers=True)
+    moe, ids = model.moe_layer_ids, getattr(table, "layer_ids", None)
+    if len(loads) == len(moe):
+        ids = moe
+    elif ids is not None:
+        ids = tuple(int(layer) for layer in ids)
+        ids = ids if set(ids) <= set(moe) else None
+    placement = place_balanced(name, model, ep_size, ranks_per_node, loads, ids)
+    if arguments.format != "vllm-ascend" or not placement.idle_copies.any():
+        return placement
+    note(
+        f"copies of an expert that shared a rank were moved in {(placement.idle_copies > 0).sum()} of {placement.n_rows} layers: "
+        "vllm-ascend counts distinct experts as slots"
     )
+    return spread_copies(placement, loads)
 
 
-def _write_checked(path: Path, text: str, slots: Any, ep_size: int) -> None:
-    """Write the file whole or not at all, and only if it reads back as these slots."""
+def _listed(layers: tuple[int, ...]) -> str:
+    if len(layers) == 1:
+        return f"layer {layers[0]}"
+    if layers == tuple(range(layers[0], layers[-1] + 1)):
+        return f"layers {layers[0]} to {layers[-1]}"
+    return "layers " + ", ".join(map(str, layers[:4])) + (f", ... {layers[-1]}" if len(layers) > 4 else "")
+
+
+def _write_checked(path: Path, text: str, placement: "Placement", model: "ModelSpec") -> None:
+    """Write the file whole or not at all, and only if it reads back as this placement."""
     import numpy as np
 
     from sim.placement import read_placement
@@ -118,7 +144,9 @@ def _write_checked(path: Path, text: str, slots: Any, ep_size: int) -> None:
         raise InputError(f"--out {path} is a folder, not a file")
     with whole_files(path) as (temporary,):
         temporary.write_text(text, encoding="utf-8")
-        found = read_placement(temporary, slots.n_experts, ep_size)
-        same = np.array_equal(found.experts, slots.experts) and np.array_equal(found.ranks, slots.ranks)
-        if not same:
+        found = read_placement(temporary, model, placement.ep_size)
+        rows, ids = found.experts, placement.layer_ids or ()
+        if len(rows) > placement.n_rows:  # of layers that are not in the placement the map has the engine's start
+            rows = rows[[found.layer_ids.index(layer) if found.layer_ids else layer for layer in ids]]
+        if not np.array_equal(rows, placement.experts):
             raise RuntimeError(f"{path}: what was written does not read back as the placement")

@@ -4,49 +4,44 @@ from argparse import ArgumentParser, Namespace
 from typing import Any
 
 from sim.cli.text import estimate, print_table
-from sim.cli.text import folder as folder_name
 from sim.cli.timed import (
     EXTRAPOLATED_TEXT,
     KNEE_TEXT,
-    add_timed_arguments,
     chosen_gpus,
     identity_of,
     say_about_times,
-    share_or_none,
-    step_us_or_none,
     timed_options,
 )
 from sim.errors import InputError
+from sim.options import NAMES, Folder, RestOptions, StepOptions, TimeOptions, TrafficOptions, add_options, given
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Add the options of `epsim gain`."""
-    parser.add_argument(
-        "--gpu", default="h20", metavar="LIST", help="GPUs (epsim gpus), or .toml files of your own (default: h20)"
+    add = parser.add_argument
+    add(
+        "--gpu",
+        dest="gpus",
+        type=NAMES,
+        default="h20",
+        metavar="LIST",
+        help="GPUs (epsim gpus), or .toml files of your own (default: h20)",
     )
-    parser.add_argument("--baseline", default="linear", metavar="A", help="placement to compare with (default: linear)")
-    parser.add_argument("--placement", default="round_robin", metavar="B", help="default: round_robin")
-    add_timed_arguments(parser, ep="8,16", tokens="1..16384")
-    parser.add_argument(
-        "--moe-share",
-        metavar="SHARE",
-        help="share of a step that experts and exchange take, as in 40%%: adds step_saved",
-    )
-    parser.add_argument("--step-ms", metavar="MS", help="instead: the baseline's measured step time")
-    parser.add_argument("--markdown", action="store_true", help="print the table alone, as Markdown")
-    parser.add_argument("--out", metavar="DIR", help="also write gain.csv and the figure there")
+    add("--baseline", default="linear", metavar="A", help="placement to compare with (default: linear)")
+    add("--placement", default="round_robin", metavar="B", help="default: round_robin")
+    add_options(parser, TrafficOptions)
+    add_options(parser, StepOptions, ep_sizes="8,16", tokens="1..16384")
+    add_options(parser, TimeOptions)
+    add_options(parser, RestOptions)
+    add("--markdown", action="store_true", help="print the table alone, as Markdown")
+    add("--out", type=Folder(), metavar="DIR", help="also write gain.csv and the figure there")
 
 
 def run(arguments: Namespace) -> None:
     """Run `epsim gain`."""
-    options, gpus = timed_options(arguments), chosen_gpus(arguments.gpu)
-    chosen: dict[str, Any] = {
-        "baseline": arguments.baseline,
-        "placement": arguments.placement,
-        "moe_share": share_or_none("--moe-share", arguments.moe_share),
-        "step_us": step_us_or_none(arguments.step_ms),
-    }
-    folder = None if arguments.out is None else folder_name("--out", arguments.out)
+    options, gpus = timed_options(arguments), chosen_gpus(arguments.gpus)
+    chosen = {"baseline": arguments.baseline, "placement": arguments.placement, **given(arguments, RestOptions)}
+    folder = arguments.out
     from sim.cost.gain import predict_gain
 
     if "," in arguments.baseline + arguments.placement:

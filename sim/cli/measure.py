@@ -10,12 +10,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sim.cli.text import estimate, names, note, print_table, seconds, table, whole_number, whole_numbers
+from sim.cli.text import estimate, note, note_compiling, print_table, table
 from sim.errors import InputError, unknown
+from sim.options import NAMES, WHOLE_NUMBERS, Choice, Seconds, Whole
 
 Cells = tuple[list[str], list[list[str]]]
 
-_GRID = {"workload": "chat,gpqa-tilted", "ep": "8,16,32,64", "tokens": "8..16384", "dtype": "bf16,fp8"}
+_PLACEMENTS = ["linear", "round_robin"]
+_GRID = {
+    "workload": ["chat", "gpqa-tilted"],
+    "ep": [8, 16, 32, 64],
+    "tokens": [2**i for i in range(3, 15)],
+    "dtype": ["bf16", "fp8"],
+}
 _TABLES = {
     "error": "Error of the prediction as it stands, predicted / measured - 1",
     "constants": "Constants that these rows alone would give (a check; the model keeps its own)",
@@ -28,20 +35,40 @@ def add_arguments(parser: ArgumentParser) -> None:
     """Add the options of `epsim measure`."""
     add = parser.add_argument
     add("--model", default="deepseek-v3", help="preset (epsim models) or path of a config.json (default: deepseek-v3)")
-    add("--workload", metavar="LIST", help="traffic (default: chat,gpqa-tilted)")
-    add("--ep", metavar="LIST", help="EP sizes (default: 8,16,32,64)")
+    add("--workload", type=NAMES, metavar="LIST", help="traffic (default: chat,gpqa-tilted)")
+    add("--ep", type=WHOLE_NUMBERS, metavar="LIST", help="EP sizes (default: 8,16,32,64)")
     add(
         "--tokens",
+        type=WHOLE_NUMBERS,
         metavar="LIST",
         help="tokens per step over the EP group (default: 8..16384, doubling)",
     )
-    add("--placement", default="linear,round_robin", metavar="LIST", help="placements (default: linear,round_robin)")
-    add("--dtype", metavar="LIST", help="types of the weights (default: bf16,fp8)")
-    add("--steps", default="16", metavar="N", help="steps to sample, each of a fresh layer (default: 16)")
-    add("--seed", default="0", metavar="N", help="same seed, same steps and ranks (default: 0)")
-    add("--device", default="cuda", help="cuda (needs PyTorch: epsim[gpu]), or cpu for toy sizes (default: cuda)")
+    add(
+        "--placement",
+        type=NAMES,
+        metavar="LIST",
+        help="placements (default: linear,round_robin)",
+    )
+    add("--dtype", type=NAMES, metavar="LIST", help="types of the weights (default: bf16,fp8)")
+    add(
+        "--layer", action="store_true", help="measure whole layers, one rank on each GPU (--ep: how many; default: all)"
+    )
+    add("--exchange", type=NAMES, metavar="LIST", help="with --layer: token,pair,gather,reduce (default: all four)")
+    add("--steps", type=Whole(), default=16, metavar="N", help="steps to sample, each of a fresh layer (default: 16)")
+    add("--seed", type=Whole(), default=0, metavar="N", help="same seed, same steps and ranks (default: 0)")
+    add(
+        "--device",
+        type=Choice(names=("cuda", "cpu")),
+        default="cuda",
+        help="cuda (needs PyTorch: epsim[gpu]), or cpu for toy sizes (default: cuda)",
+    )
     add("--gpu", help="GPU that predictions are for (epsim gpus; default: by the device's name)")
-    add("--time-limit", metavar="TIME", help="stop after this time, as in 90s or 8m; steps that were measured are kept")
+    add(
+        "--time-limit",
+        type=Seconds(),
+        metavar="TIME",
+        help="stop after this time, as in 90s or 8m; steps that were measured are kept",
+    )
     add("--out", metavar="FILE.csv", help="where the rows go; what the device reaches goes to FILE.json")
     add("--show", type=Path, metavar="FILE.csv", help="measure nothing; print the tables of a file that was written")
     add("--plot", action="store_true", help="with --show: draw the figures beside the file, PNG and SVG")
@@ -55,21 +82,35 @@ def run(arguments: Namespace) -> None:
         for option in ("plot", "markdown", "table"):
             if getattr(arguments, option):
                 raise InputError(f"--{option} goes with --show FILE.csv")
+        if arguments.exchange is not None and not arguments.layer:
+            raise InputError("--exchange goes with --layer")
+        if arguments.layer:
+            from sim.cli.measured_layers import measure_all
+
+            measure_all(arguments)
+            return
         for option, default in _GRID.items():
             if getattr(arguments, option) is None:
                 setattr(arguments, option, default)
         _measure(arguments)
     else:
-        if arguments.out is not None:
-            raise InputError("--out goes without --show: what was measured is only read")
+        for option in ("out", "layer"):
+            if getattr(arguments, option):
+                raise InputError(f"--{option} goes without --show: what was measured is only read")
+        from sim.measure.layer_compare import is_of_layers
+
+        if is_of_layers(arguments.show):
+            from sim.cli.measured_layers import show
+
+            show(arguments)
+            return
         _show(arguments)
 
 
 def _measure(arguments: Namespace) -> None:
     started = time.monotonic()
     from sim.cost import load_gpu
-    from sim.kernels import is_cold
-    from sim.measure import Shape, measure, sample_steps
+    from sim.measure import Shape, measure, plan_measurement
     from sim.measure.experts import DTYPES
     from sim.model import load_model
     from sim.results import whole_files
@@ -77,25 +118,22 @@ def _measure(arguments: Namespace) -> None:
 
     if arguments.out is None or not arguments.out.endswith(".csv"):
         raise InputError("--out FILE.csv must say where the rows go")
-    if arguments.device not in ("cuda", "cpu"):
-        raise unknown("--device", arguments.device, ["cuda", "cpu"])
-    dtypes = list(dict.fromkeys(names("--dtype")(arguments.dtype)))
+    dtypes = list(dict.fromkeys(arguments.dtype))
     for dtype in dtypes:
         if dtype not in DTYPES:
             raise unknown("--dtype", dtype, DTYPES)
-    limit_s = float("inf") if arguments.time_limit is None else seconds("--time-limit")(arguments.time_limit)
+    limit_s = float("inf") if arguments.time_limit is None else arguments.time_limit
     gpu = load_gpu(arguments.gpu or _preset_of_device(arguments.device))
-    if is_cold():
-        note("compiling the kernels, once for this version: about 30 seconds")
+    note_compiling()
     model = load_model(arguments.model)
-    steps = sample_steps(
+    steps = plan_measurement(
         model,
-        [load_workload(name) for name in names("--workload")(arguments.workload)],
-        ep_sizes=whole_numbers("--ep")(arguments.ep),
-        tokens=whole_numbers("--tokens")(arguments.tokens),
-        placements=names("--placement")(arguments.placement),
-        steps=whole_number("--steps")(arguments.steps),
-        seed=whole_number("--seed")(arguments.seed),
+        [load_workload(name) for name in arguments.workload],
+        ep_sizes=arguments.ep,
+        tokens=arguments.tokens,
+        placements=arguments.placement or _PLACEMENTS,
+        steps=arguments.steps,
+        seed=arguments.seed,
     )
     shape = Shape.of(model, steps.most_local_experts, steps.most_pairs)
     backend = _backend(arguments.device, shape, steps.seed)
@@ -144,10 +182,9 @@ def _chosen_rows(arguments: Namespace) -> Any:
 
     rows = with_predictions(read_measured(arguments.show), None if arguments.gpu is None else load_gpu(arguments.gpu))
     for option, column in (("workload", "workload"), ("ep", "ep_size"), ("tokens", "tokens"), ("dtype", "dtype")):
-        text = getattr(arguments, option)
-        if text is None:
+        wanted = getattr(arguments, option)
+        if wanted is None:
             continue
-        wanted: list[Any] = (names if option in ("workload", "dtype") else whole_numbers)(f"--{option}")(text)
         for value in wanted:
             if value not in set(rows[column]):
                 there = ", ".join(map(str, rows[column].unique()))
@@ -161,7 +198,7 @@ def _show(arguments: Namespace) -> None:
     from sim.measure.compare import missed
     from sim.placement import ALIASES
 
-    pair = names("--placement")(arguments.placement)
+    pair = arguments.placement or _PLACEMENTS
     baseline, other = (ALIASES.get(name, name) for name in pair) if len(pair) == 2 else ("", "")
     if baseline == other:
         raise InputError(f"--placement {','.join(pair)}: the gain of one placement over another takes two names")

@@ -5,8 +5,9 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
-from sim.cli.text import names, print_table, whole_numbers
+from sim.cli.text import print_table
 from sim.errors import InputError
+from sim.options import NAMES, WHOLE_NUMBERS
 
 _MAX_ROWS = 28
 _KEYS = ["placement", "ep_size", "tokens"]
@@ -16,9 +17,14 @@ _SHORT = {"round_robin": "r_robin", "linear_legacy": "legacy", "node_aware": "no
 def add_arguments(parser: ArgumentParser) -> None:
     """Add the options of `epsim show`."""
     parser.add_argument("folder", type=Path, metavar="DIR", help="folder that epsim sweep wrote")
-    parser.add_argument("--ep", metavar="LIST", help="some of the EP sizes")
-    parser.add_argument("--tokens", metavar="LIST", help="some of the step sizes")
-    parser.add_argument("--placement", metavar="A,B", help="the two placements (default: the baseline and round_robin)")
+    parser.add_argument("--ep", type=WHOLE_NUMBERS, metavar="LIST", help="some of the EP sizes")
+    parser.add_argument("--tokens", type=WHOLE_NUMBERS, metavar="LIST", help="some of the step sizes")
+    parser.add_argument(
+        "--placement",
+        type=NAMES,
+        metavar="A,B",
+        help="the two placements (default: the baseline and round_robin)",
+    )
     parser.add_argument(
         "--worst",
         action="store_true",
@@ -38,15 +44,14 @@ def run(arguments: Namespace) -> None:
     from sim.results import read_result
 
     result = read_result(arguments.folder)
-    ep_sizes, tokens, pair = arguments.ep, arguments.tokens, arguments.placement
     if arguments.worst and arguments.tail:
         raise InputError("--worst and --tail are two tables: give one of them")
     printer = print_worst_cases if arguments.worst else print_tail if arguments.tail else print_result
     printer(
         result,
-        whole_numbers("--ep")(ep_sizes) if ep_sizes is not None else None,
-        whole_numbers("--tokens")(tokens) if tokens is not None else None,
-        [ALIASES.get(name, name) for name in names("--placement")(pair)] if pair is not None else None,
+        arguments.ep,
+        arguments.tokens,
+        None if arguments.placement is None else [ALIASES.get(name, name) for name in arguments.placement],
         arguments.markdown,
     )
 

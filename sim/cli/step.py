@@ -4,10 +4,10 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
-from sim.cli.text import folder as folder_name
-from sim.cli.text import names, print_table
-from sim.cli.timed import add_timed_arguments, chosen_gpus, identity_of, say_about_times, timed_options
-from sim.errors import InputError, unknown
+from sim.cli.text import note, print_table
+from sim.cli.timed import identity_of, say_about_times, timed_options
+from sim.errors import InputError
+from sim.options import Choice, Folder, StepOptions, SweepOptions, TimeOptions, TrafficOptions, add_options
 
 _SHORT = {
     "balancedness_vllm": "balancedness, vLLM",
@@ -22,40 +22,49 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--gpu", default="h200", metavar="GPU", help="a GPU (epsim gpus), or a .toml file (default: h200)"
     )
+    add_options(parser, SweepOptions, only=("placements",), placements="linear,round_robin")
+    add_options(parser, TrafficOptions)
+    add_options(parser, StepOptions, ep_sizes="8,16", tokens="64,4096")
+    add_options(parser, TimeOptions)
     parser.add_argument(
-        "--placement", default="linear,round_robin", metavar="LIST", help="placements (default: linear,round_robin)"
+        "--log",
+        type=Path,
+        metavar="FILE",
+        help="your own log to lay beside: vLLM's or SGLang's lines with balancedness, or a number a line",
     )
-    add_timed_arguments(parser, ep="8,16", tokens="64,4096")
-    parser.add_argument("--log", type=Path, metavar="FILE", help="your own log, a number a line, to lay beside")
     parser.add_argument(
-        "--log-metric", default="balancedness_vllm", metavar="NAME", help=f"what the log holds: {', '.join(_SHORT)}"
+        "--log-metric",
+        type=Choice(names=tuple(_SHORT)),
+        default="balancedness_vllm",
+        metavar="NAME",
+        help=f"what the log holds: {', '.join(_SHORT)}",
     )
     parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
-    parser.add_argument("--out", metavar="DIR", help="also write steps.csv there")
+    parser.add_argument("--out", type=Folder(), metavar="DIR", help="also write steps.csv there")
 
 
 def run(arguments: Namespace) -> None:
     """Run `epsim step`."""
-    options, gpus = timed_options(arguments), chosen_gpus(arguments.gpu)
-    if len(gpus) > 1:
-        raise InputError(f"--gpu {arguments.gpu}: one GPU at a time")
-    if arguments.log_metric not in _SHORT:
-        raise unknown("--log-metric", arguments.log_metric, _SHORT)
-    placements = names("--placement")(arguments.placement)
-    folder = None if arguments.out is None else folder_name("--out", arguments.out)
+    options, folder = timed_options(arguments), arguments.out
+    from sim.cost import load_gpu
     from sim.cost.step_log import compare_log, predict_steps, read_log
 
     log = None if arguments.log is None else read_log(arguments.log, arguments.log_metric)
-    say_about_times(options, gpus)
-    steps = predict_steps(gpu=gpus[0], placements=placements, **options)
+    for text in log.notes if log is not None else ():
+        note(text)
+    if "," in arguments.gpu:
+        raise InputError(f"--gpu {arguments.gpu}: one GPU at a time")
+    gpu = load_gpu(arguments.gpu)
+    say_about_times(options, [gpu])
+    steps = predict_steps(gpu=gpu, placements=arguments.placements, **options)
     _print_steps(steps, arguments.markdown)
     if log is not None:
-        _print_log(compare_log(steps, arguments.log_metric, log), arguments)
+        _print_log(compare_log(steps, arguments.log_metric, log.values), arguments)
     if folder is not None:
         from sim.results import writable_folder, write_table
 
         with writable_folder(folder):
-            write_table(steps, folder, "steps", identity_of(options, gpus, placements=placements))
+            write_table(steps, folder, "steps", identity_of(options, [gpu], placements=arguments.placements))
         print(f"\nwritten to {folder}: steps.csv, steps.json (what made it)")
 
 

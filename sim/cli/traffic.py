@@ -1,105 +1,145 @@
-"""Recorded routing or measured loads: show their statistics, fit a workload, or show how a placement goes stale on them.
+"""Recorded routing or measured loads: show their statistics, fit a workload, or show how a placement goes stale on them."""
 
-epsim traffic show|fit|decay FILE
-"""
-
-from argparse import ArgumentParser, Namespace
+from argparse import SUPPRESS, ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
-from sim.cli.text import note, numbers, table, threads, whole_number
+from sim.cli import Verb, add_verbs
+from sim.cli.text import note, table
 from sim.cli.traffic_decay import print_decay
-from sim.errors import InputError, unknown
-from sim.errors import whole_number as check_whole_number
+from sim.errors import InputError
+from sim.options import FILE, NAMES, SEED, THREADS, WHOLE_NUMBERS, Folder, Number, Whole
 
 _LAYERS_SHOWN = 12
-_OPTIONS = {
-    "show": ("against", "plot", "all_layers"),
-    "fit": ("out", "hold_out", "half", "group_sigma", "threads"),
-    "decay": ("against", "plot", "ep", "placement", "windows", "ranks_per_node", "markdown"),
-}
-"""The options of an action that not all actions have."""
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """Add the options of `epsim traffic`."""
-    parser.add_argument(
-        "action",
-        metavar="show|fit|decay",
-        help="show: statistics; fit: a workload with these loads; decay: a load-aware placement that is fitted on a part of "
-        "the file and scored on later ones, or on another file",
+    """Add the verbs of `epsim traffic`."""
+    add_verbs(
+        parser,
+        {
+            "show": Verb("print the statistics of a file", _add_show, _run_show),
+            "fit": Verb("fit a workload that has these loads", _add_fit, _run_fit),
+            "decay": Verb(
+                "fit a load-aware placement on a part of the file and score it on later ones, or on another file",
+                _add_decay,
+                _run_decay,
+            ),
+        },
     )
-    parser.add_argument(
-        "file",
-        type=Path,
-        metavar="FILE",
-        help="expert ids of tokens (.npz, .npy, JSON lines; vLLM's and SGLang's routed_experts) or load counts (.npz, "
-        ".npy, .csv; .pt of SGLang's recorder with the extra epsim[torch])",
-    )
-    parser.add_argument(
-        "--model", help="the model that the file was taken on: preset or config.json (fit and decay need it)"
-    )
-    parser.add_argument(
-        "--against",
-        type=Path,
-        metavar="FILE",
-        help="show, decay: another file of the same layers, for the drift, or to fit on one and score on the other",
-    )
-    parser.add_argument(
-        "--plot", metavar="DIR", help="show: draw a heat map and a page of plots there; decay: imbalance against age"
-    )
-    parser.add_argument("--all-layers", action="store_true", help="show: a row for every layer")
-    parser.add_argument("--out", metavar="FILE.toml", help="fit: the workload that is written")
-    parser.add_argument(
-        "--hold-out", action="store_true", help="fit: first fit one half and predict the rank imbalance of the other"
-    )
-    parser.add_argument(
-        "--half", action="store_true", help="fit: write the fit of the first half (goes with --hold-out)"
-    )
-    parser.add_argument(
-        "--group-sigma",
-        metavar="X",
-        help="fit: group effect of a grouped router, which loads do not tell (default: 0.4)",
-    )
-    parser.add_argument("--ep", metavar="LIST", help="decay: EP sizes, which must divide the slots")
-    parser.add_argument("--placement", metavar="LIST", help="decay: load-aware placements (default: eplb)")
-    parser.add_argument("--windows", metavar="N", help="decay: windows that the file is cut into (default: 8)")
-    parser.add_argument("--ranks-per-node", metavar="N", help="decay: ranks joined by NVLink, for eplb (default: 8)")
-    parser.add_argument("--markdown", action="store_true", help="decay: print a Markdown table alone")
-    parser.add_argument(
-        "--seed",
-        default="0",
-        metavar="N",
-        help="of the fit's random numbers, and of decay's random halves (default: 0)",
-    )
-    parser.add_argument("--threads", metavar="N", help="fit: default: all processors of this process")
 
 
 def run(arguments: Namespace) -> None:
     """Run `epsim traffic`."""
-    if arguments.action not in _OPTIONS:
-        raise unknown("traffic", arguments.action, _OPTIONS)
-    for option in dict.fromkeys(option for options in _OPTIONS.values() for option in options):
-        if option not in _OPTIONS[arguments.action] and getattr(arguments, option) not in (None, False):
-            raise InputError(f"--{option.replace('_', '-')} does not go with epsim traffic {arguments.action}")
-    arguments.seed = check_whole_number("--seed", whole_number("--seed")(arguments.seed), 0, 2**63 - 1)
-    if arguments.action != "show" and arguments.model is None:
-        raise InputError(f"epsim traffic {arguments.action} needs --model: the router that the loads come from")
+    arguments.run(arguments)
+
+
+def _add_file(parser: ArgumentParser, *, needs_model: bool) -> None:
+    parser.add_argument(
+        "file",
+        type=Path,
+        metavar="FILE",
+        help="experts of tokens (answers of vLLM and SGLang with routed_experts as JSON, .npz, .npy; a folder with a JSON file "
+        "for each request) or loads of experts (.csv, .json, .npz, .npy, TensorRT-LLM's folder of expert statistics); .pt of "
+        "SGLang's recorder with the extra epsim[torch]; text may be packed as .gz",
+    )
+    parser.add_argument(
+        "--phase", metavar="PHASE", help="decode or prefill: which steps of a trace set are read (default: decode)"
+    )
+    parser.add_argument(
+        "--model",
+        required=needs_model,
+        help="the model that the file was taken on: preset or config.json"
+        + ("" if needs_model else " (default: any that fits)"),
+    )
+
+
+def _add_show(parser: ArgumentParser) -> None:
+    add = parser.add_argument
+    _add_file(parser, needs_model=False)
+    add("--against", type=Path, metavar="FILE", help="another file of the same layers, for the drift between them")
+    add("--plot", type=Folder(), metavar="DIR", help="draw a heat map and a page of plots there")
+    add("--all-layers", action="store_true", help="a row for every layer")
+    add("--seed", type=SEED, default=0, help=SUPPRESS)  # statistics have no random numbers
+
+
+def _add_fit(parser: ArgumentParser) -> None:
+    add = parser.add_argument
+    _add_file(parser, needs_model=True)
+    add("--out", type=FILE, default="", metavar="FILE.toml", help="the workload that is written")
+    add("--hold-out", action="store_true", help="first fit one half and predict the rank imbalance of the other")
+    add("--half", action="store_true", help="write the fit of the first half (goes with --hold-out)")
+    add(
+        "--group-sigma",
+        type=Number(0, 5),
+        metavar="X",
+        help="group effect of a grouped router, which loads do not tell (default: 0.4)",
+    )
+    add("--seed", type=SEED, default=0, metavar="N", help="of the fit's random numbers (default: 0)")
+    add("--threads", type=THREADS, metavar="N", help="default: all processors of this process")
+
+
+def _add_decay(parser: ArgumentParser) -> None:
+    add = parser.add_argument
+    _add_file(parser, needs_model=True)
+    add(
+        "--against",
+        type=Path,
+        metavar="FILE",
+        help="another file of the same layers: fit on one, and score on the other",
+    )
+    add("--plot", type=Folder(), metavar="DIR", help="draw imbalance against age there")
+    add(
+        "--ep",
+        dest="ep_sizes",
+        type=WHOLE_NUMBERS,
+        required=True,
+        metavar="LIST",
+        help="EP sizes, which must divide the slots",
+    )
+    add(
+        "--placement",
+        dest="placements",
+        type=NAMES,
+        default="eplb",
+        metavar="LIST",
+        help="load-aware placements (default: eplb)",
+    )
+    add("--windows", dest="n_windows", type=Whole(), metavar="N", help="windows that the file is cut into (default: 8)")
+    add("--ranks-per-node", type=Whole(), default=8, metavar="N", help="ranks joined by NVLink, for eplb (default: 8)")
+    add("--markdown", action="store_true", help="print a Markdown table alone")
+    add("--seed", type=SEED, default=0, metavar="N", help="of the random halves (default: 0)")
+
+
+def _read(arguments: Namespace) -> tuple[Any, Any]:
+    """The model, None where it is not named, and what the file holds."""
     from sim.model import load_model
     from sim.traffic import read_traffic
 
     model = None if arguments.model is None else load_model(arguments.model)
-    traffic = read_traffic(arguments.file, model)
+    traffic = read_traffic(arguments.file, model, arguments.phase or "decode")
     for text in traffic.notes:
         note(text)
-    {"show": _show, "fit": _fit, "decay": print_decay}[arguments.action](arguments, model, traffic.data)
+    return model, traffic
+
+
+def _run_show(arguments: Namespace) -> None:
+    _show(arguments, *_read(arguments))
+
+
+def _run_fit(arguments: Namespace) -> None:
+    _fit(arguments, *_read(arguments))
+
+
+def _run_decay(arguments: Namespace) -> None:
+    print_decay(arguments, *_read(arguments))
 
 
 def _show(arguments: Namespace, model: Any, data: Any) -> None:
     from sim.fit.description import describe
     from sim.traffic import read_traffic
 
-    other = None if arguments.against is None else read_traffic(arguments.against, model).data
+    other = None if arguments.against is None else read_traffic(arguments.against, model, arguments.phase or "decode")
     about = describe(data, model, other)
     per_token = "" if about.top_k is None else f", {about.n_tokens} tokens in {about.n_sequences} sequences"
     steps = f", {about.n_steps} steps" if about.n_steps > 1 else ""
@@ -140,13 +180,11 @@ def _show(arguments: Namespace, model: Any, data: Any) -> None:
         _plot(arguments.plot, data, about)
 
 
-def _plot(folder: str, data: Any, about: Any) -> None:
-    from sim.cli.text import folder as folder_name
+def _plot(out: Path, data: Any, about: Any) -> None:
     from sim.figures import save
     from sim.figures.traffic import load_map, traffic_page
     from sim.results import writable_folder
 
-    out = folder_name("--plot", folder)
     with writable_folder(out):
         for name, figure in (("load_map", load_map(data.name, about)), ("traffic", traffic_page(data.name, about))):
             for suffix in ("png", "svg"):
@@ -159,17 +197,15 @@ def _fit(arguments: Namespace, model: Any, data: Any) -> None:
     from sim.fit.fitting import GROUP_SIGMA
     from sim.results import whole_files
 
-    out = Path(arguments.out or "")
+    out = Path(arguments.out)
     if out.suffix != ".toml":
-        raise InputError(f"--out {arguments.out or ''}: must be the name of a .toml file")
+        raise InputError(f"--out {arguments.out}: must be the name of a .toml file")
     if arguments.half and not arguments.hold_out:
         raise InputError("--half goes with --hold-out")
     if not out.parent.is_dir():
         raise InputError(f"--out {out}: the folder {out.parent} does not exist")
-    seed, text, n_threads = arguments.seed, arguments.group_sigma, threads(arguments.threads)
-    group_sigma, *more = [GROUP_SIGMA] if text is None else numbers("--group-sigma")(text)
-    if more or not 0 <= group_sigma <= 5:
-        raise InputError(f"--group-sigma {text}: must be a number from 0 to 5")
+    seed, n_threads = arguments.seed, arguments.threads
+    group_sigma = GROUP_SIGMA if arguments.group_sigma is None else arguments.group_sigma
     if model.is_grouped and arguments.group_sigma is None:
         note(f"loads do not tell the group effect: group_sigma {GROUP_SIGMA} is that of the presets (--group-sigma)")
     fit = None

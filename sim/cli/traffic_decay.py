@@ -4,8 +4,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from sim.cli.text import estimate, names, note, print_table, whole_number, whole_numbers
-from sim.cli.text import folder as folder_name
+from sim.cli.text import estimate, note, print_table
 from sim.errors import InputError
 
 _HEADS = ["imbalance (95 %)", "fresh", "linear", "minus linear (95 %)", "excess removed (95 %)", "gain lost (95 %)"]
@@ -13,26 +12,19 @@ _HEADS = ["imbalance (95 %)", "fresh", "linear", "minus linear (95 %)", "excess 
 
 def print_decay(arguments: Namespace, model: Any, data: Any) -> None:
     """Compute the table, print it and what it says, and draw it with --plot."""
-    if arguments.ep is None:
-        raise InputError("epsim traffic decay needs --ep: EP sizes")
     chosen: dict[str, Any] = {
-        "placements": names("--placement")(_given(arguments.placement, "eplb")),
-        "ep_sizes": whole_numbers("--ep")(arguments.ep),
-        "ranks_per_node": whole_number("--ranks-per-node")(_given(arguments.ranks_per_node, "8")),
+        "placements": arguments.placements,
+        "ep_sizes": arguments.ep_sizes,
+        "ranks_per_node": arguments.ranks_per_node,
     }
     (_print_ages if arguments.against is None else _print_files)(arguments, model, data, chosen)
-
-
-def _given(value: str | None, default: str) -> str:
-    return default if value is None else value
 
 
 def _print_ages(arguments: Namespace, model: Any, data: Any, chosen: dict[str, Any]) -> None:
     from sim.fit import decay
     from sim.traffic.split import cut_windows
 
-    out = None if arguments.plot is None else folder_name("--plot", arguments.plot)
-    n_windows = whole_number("--windows")(_given(arguments.windows, "8"))
+    out, n_windows = arguments.plot, 8 if arguments.n_windows is None else arguments.n_windows
     windows = cut_windows(data, model.n_experts, n_windows)
     halves, unit = windows.halves, windows.unit
     table = decay(model, windows, **chosen)
@@ -63,13 +55,13 @@ def _print_files(arguments: Namespace, model: Any, data: Any, chosen: dict[str, 
     from sim.traffic import read_traffic
     from sim.traffic.split import cut_file
 
-    for option, why in (("windows", "each file is one window"), ("plot", "it draws ages, and two files have none")):
-        if getattr(arguments, option) is not None:
-            raise InputError(f"--{option} does not go with --against in epsim traffic decay: {why}")
-    other = read_traffic(arguments.against, model)
+    for name, why in (("n_windows", "each file is one window"), ("plot", "it draws ages, and two files have none")):
+        if getattr(arguments, name) is not None:
+            raise InputError(f"`{name}` does not go with --against in epsim traffic decay: {why}")
+    other = read_traffic(arguments.against, model, arguments.phase or "decode")
     for text in other.notes:
         note(text)
-    first, second = (cut_file(part, model.n_experts, seed=arguments.seed) for part in (data, other.data))
+    first, second = (cut_file(part, model.n_experts, seed=arguments.seed) for part in (data, other))
     table = decay_against(model, first, second, **chosen)
     cells = [
         [

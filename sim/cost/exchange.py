@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from sim.cost.gpu import Gpu, load_gpu
-from sim.cost.inputs import as_gpu, as_model, as_numbers, as_whole_numbers, expert_width, together
+from sim.cost.inputs import as_gpu, as_numbers, as_whole_numbers, expert_width, together
 from sim.cost.tables import exchange_profile, measured
 from sim.errors import InputError
 from sim.model import ModelSpec, load_model
@@ -78,7 +78,7 @@ def exchange_time_us(
     InputError
         Unknown names, numbers out of range, a model without sizes, or a GPU without a network bandwidth.
     """
-    model, gpu, kernel = as_model(model), as_gpu(gpu), exchange_profile()
+    model, gpu, kernel = load_model(model), as_gpu(gpu), exchange_profile()
     width = expert_width(model)
     if (ranks_per_token is None) != (nodes_per_token is None):
         raise InputError("ranks_per_token and nodes_per_token go together")

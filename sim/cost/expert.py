@@ -7,10 +7,10 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from sim.cost.gpu import Gpu
-from sim.cost.inputs import as_gpu, as_model, as_numbers, expert_parameters, expert_width, together
+from sim.cost.inputs import as_gpu, as_numbers, expert_parameters, expert_width, together
 from sim.cost.tables import grouped_gemm_profile
 from sim.errors import InputError
-from sim.model import ModelSpec
+from sim.model import ModelSpec, load_model
 
 BYTES_PER_VALUE = {
     "bf16": 2.0,
@@ -32,7 +32,7 @@ class ExpertRates(NamedTuple):
 
 def expert_rates(model: ModelSpec | str | Path, gpu: Gpu | str | Path, dtype: str = "fp8") -> ExpertRates:
     """Constants of `expert_time_us`; same errors."""
-    model, gpu, kernel = as_model(model), as_gpu(gpu), grouped_gemm_profile()
+    model, gpu, kernel = load_model(model), as_gpu(gpu), grouped_gemm_profile()
     peak_tflops = gpu.peak_tflops(dtype)
     weights, width, value = expert_parameters(model), expert_width(model), BYTES_PER_VALUE[dtype]
     bytes_per_us = gpu.hbm_tb_per_s * 1e6 * kernel.bandwidth_fraction
@@ -96,7 +96,7 @@ def expert_time_us(
     >>> expert_time_us("deepseek-v3", "h200", pairs=[0, 8, 256], distinct_experts=[0, 8, 8]).round(0)
     array([ 30., 118., 119.])
     """
-    model = as_model(model)
+    model = load_model(model)
     rates = expert_rates(model, gpu, dtype)
     return rates.launch_us + np.maximum(*_parts_us(model, rates, pairs, distinct_experts))
 
@@ -112,7 +112,7 @@ def ideal_times_us(
     """Times to move the bytes at the whole bandwidth, and to do the operations at the whole peak: the two sides of
     `expert_time_us`, which takes the same arguments, before its constants.
     """
-    model, gpu, kernel = as_model(model), as_gpu(gpu), grouped_gemm_profile()
+    model, gpu, kernel = load_model(model), as_gpu(gpu), grouped_gemm_profile()
     memory_us, compute_us = _parts_us(model, expert_rates(model, gpu, dtype), pairs, distinct_experts)
     return memory_us * kernel.bandwidth_fraction, compute_us * (gpu.peak_fraction or kernel.peak_fraction)
 

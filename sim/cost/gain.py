@@ -1,5 +1,6 @@
 """Predicted gain of one placement over another: time of a layer and of a step, on the same sampled tokens."""
 
+from collections.abc import Iterable
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,13 +10,13 @@ import pandas as pd
 
 from sim.cost.expert import crossover_tokens, expert_rates
 from sim.cost.gpu import Gpu
-from sim.cost.inputs import as_model, as_numbers
+from sim.cost.inputs import as_numbers
 from sim.cost.steps import StepSample, sample_steps
 from sim.cost.times import CellTimes, balanced_times, cell_times, check_exchange, with_network
 from sim.errors import InputError
-from sim.model import ModelSpec
+from sim.model import ModelSpec, load_model
 from sim.placement import strategy_name
-from sim.stats import clustered_quantile, ratio_interval
+from sim.stats import bounded_mean_interval, clustered_quantile, moments_of_draws, ratio_interval
 from sim.traffic import Workload
 
 PERFECT = "perfect balance"
@@ -88,12 +89,12 @@ def predict_gain(
     InputError
         Names that are not known, equal placements, a model without sizes, numbers out of range.
     """
-    model = as_model(model)
+    model = load_model(model)
     placements = placement if isinstance(placement, list) else [placement]
     names = [name if name == PERFECT else strategy_name(name) for name in placements]
     if strategy_name(baseline) in names:
         same = placements[names.index(strategy_name(baseline))]
-        raise InputError(f"--baseline {baseline} and --placement {same} are the same: there is nothing to compare")
+        raise InputError(f"`baseline` {baseline} and `placement` {same} are the same: there is nothing to compare")
     names, baseline = list(dict.fromkeys(names)), strategy_name(baseline)
     check_exchange(exchange)
     rest = _check_rest(moe_share, step_us)
@@ -123,11 +124,11 @@ def predict_gain(
 
 def _check_rest(moe_share: float | None, step_us: float | None) -> Rest:
     if moe_share is not None and step_us is not None:
-        raise InputError("--moe-share and --step-ms say the same: give one of them")
+        raise InputError("`moe_share` and `step_us` say the same: give one of them")
     if moe_share is not None:
-        as_numbers("--moe-share", moe_share, 1e-6, 1)
+        as_numbers("`moe_share`", moe_share, 1e-6, 1)
     if step_us is not None:
-        as_numbers("--step-ms", step_us / 1e3, 1e-3, 1e9)
+        as_numbers("`step_us`", step_us, 1e-3, 1e9)
     return Rest(moe_share, step_us)
 
 
@@ -151,7 +152,7 @@ def _times_row(sample: StepSample, base: int, old: CellTimes, new: CellTimes, re
         if share > 1:
             grid = sample.plan.grid
             raise InputError(
-                f"--step-ms {rest.step_us / 1e3:g}: below the {share * rest.step_us / 1e3:.3g} ms that routed experts and "
+                f"`step_us`: {rest.step_us / 1e3:g} ms is below the {share * rest.step_us / 1e3:.3g} ms that routed experts and "
                 f"exchange take alone at EP {grid.ep_size_of_cell[base]} and {grid.tokens_of_cell[base]} tokens"
             )
     share = np.nan if share is None else share
@@ -160,17 +161,23 @@ def _times_row(sample: StepSample, base: int, old: CellTimes, new: CellTimes, re
 
 
 def _loads_row(sample: StepSample, cell: int | None, prefix: str) -> dict[str, object]:
-    """Imbalance, idle ranks and fan-out of a cell with their intervals; of perfect balance, None, only the imbalance."""
+    """Imbalance, idle ranks and fan-out of a cell with their intervals; of perfect balance (None) the imbalance alone."""
     row: dict[str, object] = {}
     if cell is None:
         return row | _with_ends("imbalance", (1.0, 1.0, 1.0))
     grid = sample.plan.grid
+    imbalance = sample.max_load[cell] / float(grid.mean_load(cell))
+    row |= _with_ends(
+        prefix + "imbalance", ratio_of_draws(imbalance, np.ones(imbalance.shape), _draws(sample, len(imbalance)))
+    )
     reached = sample.reached[int(grid.pair_of_cell[cell])]
-    values = {"imbalance": sample.max_load[cell] / float(grid.mean_load(cell)), "idle_ranks": sample.idle_ranks[cell]}
-    values |= {"ranks_per_token": reached[..., 0], "nodes_per_token": reached[..., 1]}
-    for name, of_block in values.items():
-        draw = _draws(sample, len(of_block))
-        row |= _with_ends(prefix + name, ratio_of_draws(of_block, np.ones(of_block.shape), draw))
+    counted = {"idle_ranks": (sample.idle_ranks[cell], *(end[cell] for end in grid.idle_range))}
+    for i, name in enumerate(("ranks_per_token", "nodes_per_token")):
+        counted[name] = (reached[..., i], *(end[cell, i] for end in grid.reached_range))
+    for name, (of_block, least, most) in counted.items():
+        moments, design = moments_of_draws(of_block.reshape(-1), _draws(sample, len(of_block)))
+        ends = (float(end) for end in bounded_mean_interval(moments, design, least, most))
+        row |= _with_ends(prefix + name, ends)
     return row
 
 
@@ -180,7 +187,7 @@ def _draws(sample: StepSample, n_steps: int) -> np.ndarray:
     return (sets[:, None] * sample.n_layers + np.arange(sample.n_layers)).reshape(-1)
 
 
-def _with_ends(name: str, values: tuple[float, float, float]) -> dict[str, float]:
+def _with_ends(name: str, values: Iterable[float]) -> dict[str, float]:
     """Columns of an estimate and its interval."""
     return dict(zip((name, f"{name}_low", f"{name}_high"), values, strict=True))
 

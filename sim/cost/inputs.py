@@ -7,12 +7,7 @@ from numpy.typing import ArrayLike
 
 from sim.cost.gpu import Gpu, load_gpu
 from sim.errors import InputError, shown
-from sim.model import ModelSpec, load_model
-
-
-def as_model(model: ModelSpec | str | Path) -> ModelSpec:
-    """The model itself, or the one of that name."""
-    return model if isinstance(model, ModelSpec) else load_model(model)
+from sim.model import ModelSpec
 
 
 def as_gpu(gpu: Gpu | str | Path) -> Gpu:

@@ -11,18 +11,16 @@ from typing import Any
 import numpy as np
 
 from sim.cost.expert import ExpertRates
-from sim.errors import InputError, whole_number
+from sim.errors import InputError
 from sim.kernels import kernel, usable_processors
 from sim.model import ModelSpec
-from sim.router import draw_trials
-from sim.scoring import METRICS, fan_out, score_blocks
+from sim.options import LAYER_SETS, MOST_STEPS, StepOptions, check
+from sim.scoring import METRICS
 from sim.sweeps import make_plan
-from sim.sweeps.layouts import Group, chunk_groups
 from sim.sweeps.plan import Plan
+from sim.sweeps.steps import Blocks, Group, StepScorer, place_pairs
 from sim.traffic import Workload
 
-LAYER_SETS = 32
-MOST_STEPS = 512
 BUDGET_TOKENS = 2**24
 _CHUNK_TOKENS = 2**19
 _CHUNK_LAYERS = 256
@@ -107,8 +105,7 @@ def sample_steps(
     InputError
         As `sim.sweep`, and for a model whose number of MoE layers is not known.
     """
-    whole_number("--layer-sets", layer_sets, 1, 4096)
-    whole_number("--steps", most_steps, 1, 10**6)
+    check(StepOptions, layer_sets=layer_sets, most_steps=most_steps)
     plan = make_plan(model, workload, bound_layers=0, trials=1, **of_plan)
     n_layers = plan.workload.n_layers or plan.model.n_moe_layers
     if not n_layers:
@@ -130,9 +127,7 @@ def sample_steps(
         [np.empty((int(blocks.max()), 2), np.int32) for _ in grid.pairs],
     )
     chunks = _chunks(blocks, grid.steps, n_layers * n_sets)
-    groups_of = cache(
-        partial(chunk_groups, plan, pairs=range(len(grid.pairs)))
-    )  # a draw comes again every n_sets steps
+    groups_of = cache(partial(place_pairs, plan, pairs=range(len(grid.pairs))))  # a draw comes again every n_sets steps
     constants = np.array(rates, float).reshape(len(rates), -1)
     with ThreadPoolExecutor(threads or usable_processors()) as pool:
         list(pool.map(lambda trials: _run_chunk(sample, blocks, constants, groups_of, trials), chunks))
@@ -162,36 +157,27 @@ def _run_chunk(
 ) -> None:
     """Fill in some trials of every size that has them."""
     plan, n_draws = sample.plan, sample.n_layers * sample.n_sets
-    grid = plan.grid
     live = np.flatnonzero(of_size > trials.start)
-    cells = np.array([cell for cell, (_, step) in enumerate(grid.cells) if step in live])
+    cells = np.array([cell for cell, (_, step) in enumerate(plan.grid.cells) if step in live])
     first_draw = trials.start % n_draws
-    counts, ids = draw_trials(plan.model, plan.workload, plan.seed, trials, n_draws, grid.steps[live])
+    scorer = StepScorer(plan, cells, groups_of(range(first_draw, first_draw + len(trials))), n_draws)
     slowest_us = np.empty((len(trials), len(cells), len(constants)))
     load_bound = np.empty(slowest_us.shape, np.bool_)
-    scores = np.empty((len(trials), len(cells), len(METRICS)), np.int32)
-    reached = np.zeros((len(trials), len(grid.pairs), 2), np.int64)
-    step_of_cell = np.searchsorted(live, [grid.cells[cell][1] for cell in cells])
-    pair_of_cell = grid.pair_of_cell[cells]
-    for group in groups_of(range(first_draw, first_draw + len(trials))):
-        mine = np.flatnonzero(np.isin(pair_of_cell, group.pairs))
-        of_group = np.searchsorted(group.pairs, pair_of_cell)  # of other groups' cells: not looked at
-        dealt = group.deal(counts, ids, grid.steps[live], plan.replica_choice)
-        blocks = (dealt, mine, step_of_cell, of_group, group.rows, group.layouts)
-        score_blocks(*blocks, scores)
+
+    def time(group: Group, blocks: Blocks) -> None:
         time_slowest_ranks(*blocks, constants, slowest_us, load_bound)
-        first = group.slots_of_first(ids, trials.start)
-        fan_out(first, group.pairs, group.rows, group.layouts, plan.ranks_per_node, reached)
+
+    seen = scorer.score(trials, time)
     there = slice(trials.start, trials.stop)
     for i, cell in enumerate(cells):
         sample.slowest_us[cell][there] = slowest_us[:, i]
         sample.load_bound[cell][there] = load_bound[:, i]
-        sample.max_load[cell][there] = scores[:, i, METRICS.index("max_load")]
-        sample.idle_ranks[cell][there] = scores[:, i, METRICS.index("idle_ranks")]
+        sample.max_load[cell][there] = seen.scores[:, i, METRICS.index("max_load")]
+        sample.idle_ranks[cell][there] = seen.scores[:, i, METRICS.index("idle_ranks")]
     for i, step in enumerate(live):
-        sample.active_experts[step][there] = np.count_nonzero(counts[:, i], axis=1)
+        sample.active_experts[step][there] = np.count_nonzero(seen.counts[:, i], axis=1)
     for pair, of_pair in enumerate(sample.reached):
-        of_pair[there] = reached[:, pair]
+        of_pair[there] = seen.reached[:, pair]
 
 
 @kernel

@@ -32,7 +32,7 @@ def with_network(gpu: Gpu | str | Path, network_gb_per_s: float | None) -> Gpu:
 def check_exchange(exchange: str) -> None:
     """Refuse a name that is not one of EXCHANGES."""
     if exchange not in EXCHANGES:
-        raise unknown("--exchange", shown(exchange), EXCHANGES)
+        raise unknown("`exchange`", shown(exchange), EXCHANGES)
 
 
 class CellTimes(NamedTuple):

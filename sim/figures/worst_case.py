@@ -46,14 +46,12 @@ def _tails(result: SweepResult, metric: str) -> dict[tuple[Any, ...], pd.DataFra
 
 
 def _effective_blocks(rows: pd.DataFrame, at: np.ndarray) -> np.ndarray:
-    """Effective blocks at thresholds `at`: the trials, or, where draws are fewer, read back from the tail's intervals."""
+    """Effective blocks at thresholds `at`: between those of the tail's rows; a draw counts once where none is known."""
     trials, draws = int(rows.trials.iloc[0]), int(rows.draws.iloc[0])
     seen = rows[(rows.probability > 0) & (rows.probability < 1)].sort_values("threshold")
     if trials == draws or seen.empty:
         return np.full(len(at), float(draws))
-    half = ((seen.high - seen.low) / 2).to_numpy()
-    p = seen.probability.to_numpy()
-    return np.interp(at, seen.threshold, np.clip(p * (1 - p) * (1.96 / half) ** 2, 1, trials))
+    return np.interp(at, seen.threshold, seen.effective_blocks.fillna(draws))
 
 
 def _draw_staircase(ax: Axes, histogram: Histogram, mean_load: float, tail: pd.DataFrame, placement: str) -> None:

@@ -167,16 +167,16 @@ def _checked(
 ) -> tuple[list[str], list[int]]:
     """Names and EP sizes that can be fitted, each once."""
     names, sizes = list(dict.fromkeys(map(strategy_name, placements))), list(dict.fromkeys(ep_sizes))
-    whole_number("--ranks-per-node", ranks_per_node, 1, 2**15)
+    whole_number("`ranks_per_node`", ranks_per_node, 1, 2**15)
     for name in names:
         if not is_load_aware(name):
             raise InputError(
-                f"--placement {name}: only load-aware placements go stale: eplb, eplb_refined, eplb+16 ..."
+                f"`placements` {name}: only load-aware placements go stale: eplb, eplb_refined, eplb+16 ..."
             )
     for size in sizes:
-        check_ep_size(model, size)
+        check_ep_size(model, size, parameter="ep_sizes")
         if size == 1:
-            raise InputError("--ep 1: one rank has nothing to balance; EP sizes are from 2 on")
+            raise InputError("`ep_sizes` 1: one rank has nothing to balance; EP sizes are from 2 on")
         for name in names:
             check_slots(name, model, size)
     return names, sizes

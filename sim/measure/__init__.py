@@ -3,21 +3,21 @@
 from sim.measure.compare import constants, errors, gains, with_predictions
 from sim.measure.experts import Backend, BackendError, NumpyExperts, Shape, Timing
 from sim.measure.run import measure
-from sim.measure.steps import Steps, sample_steps
+from sim.measure.steps import Measurement, plan_measurement
 from sim.measure.table import read_measured
 
 __all__ = [
     "Backend",
     "BackendError",
+    "Measurement",
     "NumpyExperts",
     "Shape",
-    "Steps",
     "Timing",
     "constants",
     "errors",
     "gains",
     "measure",
+    "plan_measurement",
     "read_measured",
-    "sample_steps",
     "with_predictions",
 ]

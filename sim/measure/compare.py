@@ -6,14 +6,13 @@ The unit of replication is a step: an independent layer draw, which all cells of
 import numpy as np
 import pandas as pd
 from scipy.optimize import least_squares
-from scipy.special import stdtrit
 
 from sim.cost import Gpu, expert_time_us, load_gpu
 from sim.cost.expert import ideal_times_us
 from sim.cost.tables import grouped_gemm_profile
 from sim.errors import InputError
 from sim.model import load_model
-from sim.stats import CONFIDENCE
+from sim.stats import half_width, ratio_parts, student_quantile
 
 CELL = ["dtype", "workload", "ep_size", "tokens"]
 _WITHIN = 0.2
@@ -74,8 +73,8 @@ def errors(predicted: pd.DataFrame) -> pd.DataFrame:
     table = []
     for (dtype, bound), part in predicted.groupby(["dtype", "bound"]):
         by_step = part.groupby("step").error.agg(["sum", "size"])
-        mean, parts = _ratio(by_step["sum"].to_numpy(float), by_step["size"].to_numpy(float))
-        half = _half_width(parts)
+        mean, parts = ratio_parts(by_step["sum"].to_numpy(float), by_step["size"].to_numpy(float))
+        half = half_width(parts)
         p10, p50, p90 = part.error.quantile([0.1, 0.5, 0.9])
         within = float((part.error.abs() <= _WITHIN).mean())
         table.append([dtype, bound, len(part), len(by_step), mean, mean - half, mean + half, p10, p50, p90, within])
@@ -115,15 +114,15 @@ def gains(predicted: pd.DataFrame, baseline: str = "linear", other: str = "round
     there = sorted(set(predicted.placement))
     for name in (baseline, other):
         if name not in there:
-            raise InputError(f"--placement {name}: measured were {', '.join(there)}")
+            raise InputError(f"`placements` {name}: measured were {', '.join(there)}")
     wide = layer_times(predicted).unstack("placement")[
         [(c, p) for c in ("time_us", "predicted_us") for p in (baseline, other)]
     ]
     table = []
     for cell, part in wide.dropna().groupby(level=CELL):
-        measured, parts = _ratio(*(part["time_us", name].to_numpy() for name in (baseline, other)))
-        model, model_parts = _ratio(*(part["predicted_us", name].to_numpy() for name in (baseline, other)))
-        half, apart = _half_width(parts), _half_width(parts - model_parts)
+        measured, parts = ratio_parts(*(part["time_us", name].to_numpy() for name in (baseline, other)))
+        model, model_parts = ratio_parts(*(part["predicted_us", name].to_numpy() for name in (baseline, other)))
+        half, apart = half_width(parts), half_width(parts - model_parts)
         gain = [measured - 1, measured - 1 - half, measured - 1 + half, model - 1]
         difference = [measured - model, measured - model - apart, measured - model + apart]
         table.append([*cell, len(part), *gain, *difference, *part["time_us"][[baseline, other]].mean()])
@@ -173,7 +172,7 @@ def constants(predicted: pd.DataFrame) -> pd.DataFrame:
         half = np.full(3, np.nan)
         if without is not None:
             n = len(steps)
-            half = _student(n) * np.sqrt((n - 1) / n * ((without - without.mean(axis=0)) ** 2).sum(axis=0))
+            half = student_quantile(n - 1) * np.sqrt((n - 1) / n * ((without - without.mean(axis=0)) ** 2).sum(axis=0))
         for i, name in enumerate(CONSTANTS):
             table.append([dtype, name, of_model[i], fitted[i], fitted[i] - half[i], fitted[i] + half[i]])
     return pd.DataFrame(table, columns=["dtype", "constant", "model", "fitted", "low", "high"])
@@ -189,19 +188,3 @@ def _fit(rows: pd.DataFrame, start: list[float] | np.ndarray) -> np.ndarray:
     known = np.where(np.isfinite(start), start, 1.0)
     found = least_squares(misfit, np.log(known), x_scale=0.1)
     return np.where(np.abs(found.jac).max(axis=0) > 0, np.exp(found.x), np.nan)
-
-
-def _ratio(above: np.ndarray, below: np.ndarray) -> tuple[float, np.ndarray]:
-    """Sum over steps of `above` over that of `below`, and what each step adds to its error (linearised)."""
-    ratio = above.sum() / below.sum()
-    return float(ratio), (above - ratio * below) / below.sum()
-
-
-def _half_width(parts: np.ndarray) -> float:
-    """Half-width of the 95 % interval of a ratio whose error has these parts; nan with one step."""
-    n = len(parts)
-    return float(_student(n) * np.sqrt((parts**2).sum() * n / (n - 1))) if n > 1 else float("nan")
-
-
-def _student(n: int) -> float:
-    return float(-stdtrit(n - 1, (1 - CONFIDENCE) / 2))

@@ -1,4 +1,6 @@
-"""SiLU(gate) * up in one Triton kernel, for FP8 with its rowwise quantisation, as serving engines fuse them."""
+"""Triton kernels, fused as serving engines fuse them: SiLU(gate) * up, for FP8 with its rowwise quantisation, and the weighted
+sum of a token's experts.
+"""
 
 import torch
 import triton
@@ -29,3 +31,27 @@ def silu_mul(gate_up: torch.Tensor, dtype: str) -> tuple[torch.Tensor, torch.Ten
     if rows:
         _silu_mul[(rows,)](gate_up, out, scale, inner, BLOCK=triton.next_power_of_2(inner), QUANTISE=quantise)
     return out, scale if quantise else None
+
+
+@triton.jit
+def _weighted_sum(y, rows, weights, out, width, N: tl.constexpr, BLOCK: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for n in tl.static_range(N):
+        row = tl.load(rows + i * N + n).to(tl.int64)
+        weight = tl.load(weights + i * N + n)
+        value = tl.load(y + row * width + column, mask=(column < width) & (row >= 0), other=0.0)
+        total += weight * value.to(tl.float32)
+    tl.store(out + i * width + column, total.to(out.dtype.element_ty), mask=column < width)
+
+
+def weighted_sum(y: torch.Tensor, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Weighted sums of rows of BF16 y [n, width]: of the rows int32 [sums, N] (-1: none) with float32 weights [sums, N]."""
+    n_sums, width = rows.shape[0], y.shape[1]
+    out = y.new_empty((n_sums, width))
+    if n_sums:
+        block = min(1024, triton.next_power_of_2(width))
+        grid = (n_sums, triton.cdiv(width, block))
+        _weighted_sum[grid](y, rows, weights, out, width, N=rows.shape[1], BLOCK=block)
+    return out

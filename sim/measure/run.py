@@ -11,12 +11,12 @@ from typing import Any
 from sim.cost import Gpu
 from sim.errors import InputError
 from sim.measure.experts import Backend, Say, version_of
-from sim.measure.steps import Layer, Steps
+from sim.measure.steps import MeasuredLayer, Measurement
 from sim.measure.table import Rows, growing_table
 
 
 def measure(
-    steps: Steps,
+    steps: Measurement,
     backend: Backend,
     gpu: Gpu,
     dtypes: Sequence[str],
@@ -32,7 +32,7 @@ def measure(
 
     Parameters
     ----------
-    steps : Steps
+    steps : Measurement
     backend : Backend
     gpu : Gpu
         Whose numbers predict which ranks are busiest.
@@ -86,7 +86,7 @@ def _prepared(backend: Backend, dtypes: Sequence[str], say: Say) -> dict[str, di
 
 
 def _measure_all(
-    steps: Steps, backend: Backend, gpu: Gpu, reached: dict[str, Any], table: Rows, deadline: float, say: Say
+    steps: Measurement, backend: Backend, gpu: Gpu, reached: dict[str, Any], table: Rows, deadline: float, say: Say
 ) -> None:
     left = list(reached)
     fixed: dict[str, Any] = {"model": steps.model.name, "gpu": gpu.name, "device": backend.device}
@@ -110,7 +110,7 @@ def _measure_all(
             return
 
 
-def _measured(backend: Backend, dtype: str, layer: Layer) -> Iterator[dict[str, Any]]:
+def _measured(backend: Backend, dtype: str, layer: MeasuredLayer) -> Iterator[dict[str, Any]]:
     """Rows of the chosen ranks of a layer."""
     for rank in layer.ranks:
         timing = backend.time_layer(dtype, rank.counts)
@@ -144,7 +144,12 @@ def _no_collection() -> Iterator[None]:
 
 def versions(backend: Backend) -> str:
     """Versions of what computes, as one text."""
-    return f"epsim {version_of('epsim')}; python {platform.python_version()}; {backend.versions}"
+    return f"{software()}; {backend.versions}"
+
+
+def software() -> str:
+    """Versions of what does not depend on the device."""
+    return f"epsim {version_of('epsim')}; python {platform.python_version()}"
 
 
 def _one_line(error: Exception) -> str:

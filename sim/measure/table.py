@@ -46,7 +46,7 @@ def partial_path(path: Path) -> Path:
 
 
 @contextmanager
-def growing_table(path: Path) -> Iterator["Rows"]:
+def growing_table(path: Path, columns: Iterable[str] = COLUMNS) -> Iterator["Rows"]:
     """A table that takes its name when the block ends well. A run that fails, or is killed, leaves its rows, whole ones,
     under the partial name; one without rows leaves nothing.
 
@@ -60,7 +60,7 @@ def growing_table(path: Path) -> Iterator["Rows"]:
         if there.exists():
             raise InputError(f"--out {path}: {there} is there already; move it away, or choose another name")
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows = Rows(partial)
+    rows = Rows(partial, list(columns))
     try:
         yield rows
         if rows.written:
@@ -73,10 +73,10 @@ def growing_table(path: Path) -> Iterator["Rows"]:
 class Rows:
     """A file that rows are appended to."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, columns: list[str]) -> None:
+        self._path, self._columns = path, columns
         self.written = 0
-        self._append([dict(zip(COLUMNS, COLUMNS, strict=True))])
+        self._append([dict(zip(columns, columns, strict=True))])
 
     def add(self, rows: list[dict[str, Any]]) -> None:
         """Append rows that belong together."""
@@ -85,7 +85,7 @@ class Rows:
 
     def _append(self, rows: list[dict[str, Any]]) -> None:
         text = io.StringIO()
-        csv.DictWriter(text, list(COLUMNS), lineterminator="\n").writerows(rows)
+        csv.DictWriter(text, self._columns, lineterminator="\n").writerows(rows)
         with self._path.open("ab", buffering=0) as file:  # one write: whole rows, or none of them
             file.write(text.getvalue().encode())
 
@@ -104,6 +104,18 @@ def read_measured(path: Path) -> pd.DataFrame:
         The file is missing, too large, or holds anything but measured times of one model and one GPU.
     """
     where = f"measured times {path}"
+    rows = read_typed(path, where, COLUMNS)
+    _check(rows, where)
+    return rows
+
+
+def read_header(path: Path, where: str) -> list[str]:
+    """Names in the first line of a bounded file."""
+    return read_text(path, where).partition("\n")[0].rstrip("\r").split(",")
+
+
+def read_typed(path: Path, where: str, columns: dict[str, type]) -> pd.DataFrame:
+    """Rows of a bounded file whose first line names these columns, by their types; `where` begins an error's message."""
     text = read_text(path, where)
     if text.count("\n") > _MOST_ROWS:
         raise InputError(f"{where} has more than {_MOST_ROWS} lines")
@@ -111,19 +123,17 @@ def read_measured(path: Path) -> pd.DataFrame:
         lines = list(csv.reader(io.StringIO(text)))
     except csv.Error as error:
         raise InputError(f"{where} is not a table: {error}") from None
-    if not lines or lines[0] != list(COLUMNS):
-        raise InputError(f"{where}: the first line must name the columns {','.join(COLUMNS)}")
+    if not lines or lines[0] != list(columns):
+        raise InputError(f"{where}: the first line must name the columns {','.join(columns)}")
     if len(lines) < 2:
         raise InputError(f"{where} has no rows")
     for number, line in enumerate(lines, 1):
-        if len(line) != len(COLUMNS) or not all(len(field) <= _MOST_LETTERS and field.isprintable() for field in line):
+        if len(line) != len(columns) or not all(len(field) <= _MOST_LETTERS and field.isprintable() for field in line):
             raise InputError(
-                f"{where}, line {number}: expected {len(COLUMNS)} fields of at most {_MOST_LETTERS} printable letters"
+                f"{where}, line {number}: expected {len(columns)} fields of at most {_MOST_LETTERS} printable letters"
             )
-    columns = dict(zip(COLUMNS, zip(*lines[1:], strict=True), strict=True))
-    rows = pd.DataFrame({name: _typed(columns[name], kind, name, where) for name, kind in COLUMNS.items()})
-    _check(rows, where)
-    return rows
+    values = dict(zip(columns, zip(*lines[1:], strict=True), strict=True))
+    return pd.DataFrame({name: _typed(values[name], kind, name, where) for name, kind in columns.items()})
 
 
 def _typed(values: Iterable[str], kind: type, name: str, where: str) -> Any:
@@ -140,7 +150,7 @@ def _check(rows: pd.DataFrame, where: str) -> None:
     for name in ("model", "gpu", "device"):
         if rows[name].nunique() > 1:
             raise InputError(f"{where}: column {name} must be the same in all rows")
-    for wrong, text in (
+    wrongs = (
         (~((rows.time_us > 0) & (rows.time_us < 1e9)), "time_us must be above 0 and below 1e9"),
         (~((rows.spread_us >= 0) & (rows.spread_us < 1e9)), "spread_us must be from 0 to 1e9"),
         (~rows.tokens.between(1, 2**20), "tokens must be from 1 to 1048576"),
@@ -153,10 +163,16 @@ def _check(rows: pd.DataFrame, where: str) -> None:
         (~rows.dtype.isin(["bf16", "fp8"]), "dtype must be bf16 or fp8"),
         (~rows.chosen.isin(["busiest", "random"]), "chosen must be busiest or random"),
         (rows.duplicated(["dtype", "workload", "tokens", "step", "ep_size", "placement", "rank"]), "is measured twice"),
-    ):
+    )
+    check_rows(rows, where, wrongs, "time_us")
+
+
+def check_rows(rows: pd.DataFrame, where: str, wrongs: Iterable[tuple[pd.Series, str]], time: str = "layer_us") -> None:
+    """Refuse the first row that is wrong: masks of rows, and what a right row is."""
+    for wrong, text in wrongs:
         if wrong.any():
             line = int(np.flatnonzero(wrong)[0])
             row = rows.iloc[line]
             raise InputError(
-                f"{where}, line {line + 2}: {text} (tokens {row.tokens}, rank {row['rank']}, time_us {row.time_us})"
+                f"{where}, line {line + 2}: {text} (tokens {row.tokens}, rank {row['rank']}, {time} {row[time]})"
             )

@@ -17,21 +17,21 @@ Work = Callable[[], Any]
 class Timer(Protocol):
     """Takes the time of work that may be done again and again."""
 
-    def times_us(self, work: Work) -> list[float]:
-        """Times of repetitions."""
+    def times_us(self, work: Work, times: int | None = None) -> list[float]:
+        """Times of repetitions: of so many, or as many as its own clock asks for (not for work that waits for others)."""
 
 
 class ProcessorTimer:
-    """Three repetitions by the clock."""
+    """Repetitions by the clock, three by default."""
 
-    def times_us(self, work: Work) -> list[float]:
+    def times_us(self, work: Work, times: int | None = None) -> list[float]:
         """Times of the repetitions."""
-        times = []
-        for _ in range(3):
+        found = []
+        for _ in range(times or 3):
             start = time.perf_counter()
             work()
-            times.append((time.perf_counter() - start) * 1e6)
-        return times
+            found.append((time.perf_counter() - start) * 1e6)
+        return found
 
 
 class GraphTimer:
@@ -39,19 +39,21 @@ class GraphTimer:
 
     def __init__(self) -> None:
         self._torch = torch = cuda_torch()
-        self._stream = torch.cuda.Stream()
+        self._stream = torch.cuda.Stream()  # of the current device
         self._pool = torch.cuda.graph_pool_handle()
         torch.zeros(1, device="cuda")  # loads the kernel, which a capture must not
         self._keeper = self._capture(lambda: torch.zeros(1, device="cuda"))  # keeps the memory of the pool
 
-    def times_us(self, work: Work) -> list[float]:
+    def times_us(self, work: Work, times: int | None = None) -> list[float]:
         """Times of replays, one right after the other, so that the device never waits for the next; `work` has run once
         already, since kernels must be loaded before they are captured.
         """
         graph = self._capture(work)
         with self._torch.cuda.stream(self._stream):
-            probe_us = self._replay(graph, 1)[0]
-            return self._replay(graph, int(np.clip(_REPLAY_US / max(probe_us, 1.0), _FEWEST, _MOST)))
+            if times is None:
+                probe_us = self._replay(graph, 1)[0]
+                times = int(np.clip(_REPLAY_US / max(probe_us, 1.0), _FEWEST, _MOST))
+            return self._replay(graph, times)
 
     def _capture(self, work: Work) -> Any:
         """A graph of the work. By the plain calls: the context manager empties the allocator's cache each time."""
@@ -59,7 +61,7 @@ class GraphTimer:
         graph = cuda.CUDAGraph()
         cuda.synchronize()
         with cuda.stream(self._stream):
-            graph.capture_begin(pool=self._pool)
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")  # NCCL's own threads may go on
             try:
                 work()
             finally:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 Tensor = Any
 Gemm = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 Activation = Callable[[Tensor, str], tuple[Tensor, Tensor]]
+WeightedSum = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class GemmChoice(NamedTuple):
@@ -117,6 +118,26 @@ def _fused(gate_up: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
     from sim.measure.fused import silu_mul
 
     return silu_mul(gate_up, dtype)
+
+
+def weighted_sums(device_type: str) -> list[tuple[str, WeightedSum]]:
+    """Weighted sums of rows y [n, width], of rows int32 [sums, N] (-1: none) and weights [sums, N]; the first is to prefer."""
+    fused = [] if device_type == "cpu" else [("triton weighted_sum", _fused_sum)]
+    return [*fused, ("torch weighted sum", plain_weighted_sum)]
+
+
+def _fused_sum(y: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
+    from sim.measure.fused import weighted_sum
+
+    return weighted_sum(y, rows, weights)
+
+
+def plain_weighted_sum(y: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
+    """The weighted sum by PyTorch's own operators."""
+    if not len(y):
+        return y.new_zeros((len(rows), y.shape[1]))
+    weights = weights * (rows >= 0)
+    return (y[rows.clamp(min=0)].float() * weights[..., None]).sum(dim=1).to(y.dtype)
 
 
 def plain_activation(gate_up: Tensor, dtype: str) -> tuple[Tensor, Tensor]:

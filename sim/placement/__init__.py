@@ -1,11 +1,12 @@
 """Which rank holds which expert: static rules, load balancers with and without replicas, and files of serving engines."""
 
-from sim.placement.eplb import check_loads
-from sim.placement.files import FORMATS, placement_text, read_placement
-from sim.placement.placement import Placement
-from sim.placement.rules import ROUND_ROBIN_BACKENDS, random_ranks, why_linear
+from sim.placement.eplb import check_loads, spread_copies
+from sim.placement.formats import FORMATS, how_to_load, placement_text, read_placement
+from sim.placement.placement import Placement, decoder_layers, notes_on
 from sim.placement.strategies import (
     ALIASES,
+    LINEAR_BACKENDS,
+    ROUND_ROBIN_BACKENDS,
     STRATEGIES,
     check_ep_size,
     check_slots,
@@ -13,20 +14,26 @@ from sim.placement.strategies import (
     place,
     place_balanced,
     place_fixed,
+    random_ranks,
     split_name,
     strategy_name,
+    why_linear,
 )
 
 __all__ = [
     "ALIASES",
     "FORMATS",
+    "LINEAR_BACKENDS",
     "ROUND_ROBIN_BACKENDS",
     "STRATEGIES",
     "Placement",
     "check_ep_size",
     "check_loads",
     "check_slots",
+    "decoder_layers",
+    "how_to_load",
     "is_load_aware",
+    "notes_on",
     "place",
     "place_balanced",
     "place_fixed",
@@ -34,6 +41,7 @@ __all__ = [
     "random_ranks",
     "read_placement",
     "split_name",
+    "spread_copies",
     "strategy_name",
     "why_linear",
 ]

@@ -6,10 +6,17 @@ replica goes to the expert with the largest load per copy, (3) the slots of each
 same with one group and one node. Packing is greedy: the heaviest item first, each to the lightest pack with room. The
 load of an expert splits evenly over its copies, and two copies may land on one rank. Ties go to the lowest index.
 
-Upstream computes in float32 and sorts with an unstable sort, so ties and rounding may give other maps there, of the same
-loads. On nodes that do not divide the ranks upstream fails; vLLM takes one node there, and so does this.
+Upstream computes in float32, and so does this: of packs whose loads differ by less, the lowest takes the item. Its sort is
+unstable, so ties may give other maps there, of the same loads. On nodes that do not divide the ranks upstream fails; vLLM
+takes one node there, and so does this.
+
+`eplb_refined` searches on from EPLB's map, in float64. EPLB gives replicas out without a look at how the slots will pack. Here
+one replica is taken from an expert that misses it least and given to one of the hottest, the slots are packed again, and the
+best of these changes is kept, as long as the heaviest rank gets lighter, or, at the same weight of it, the loads more even.
+The result is never heavier than EPLB's.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,18 +24,54 @@ import numpy as np
 from sim.errors import InputError, shown
 from sim.kernels import kernel
 from sim.model import ModelSpec
-from sim.placement.packing import pack, pack_slots
-from sim.placement.refine import refine
+from sim.placement.placement import Placement
 
-_MOST_LOAD = 1e300  # per layer, so that sums are finite
+_MOST_LOAD = 1e37  # per layer, so that sums are finite in float32
+_CANDIDATES = 4  # experts on each side of a change
+_LEAST_GAIN = 1e-9  # of the largest load
+
+
+@kernel
+def pack(load, n_packs, pack, place):
+    """Pack items of `load` float [items] in packs of equal numbers, the heaviest first, each in the lightest pack with room:
+    pack and place in it, int64 [items]. Packs are added up in the type of `load`.
+
+    As many packs as items: each its own, in order, as upstream does.
+    """
+    if load.size == n_packs:
+        for i in range(load.size):
+            pack[i], place[i] = i, 0
+        return
+    total, held = np.zeros(n_packs, load.dtype), np.zeros(n_packs, np.int64)
+    for i in np.argsort(-load, kind="mergesort"):
+        lightest = -1
+        for p in range(n_packs):
+            if held[p] < load.size // n_packs and (lightest < 0 or total[p] < total[lightest]):
+                lightest = p
+        pack[i], place[i] = lightest, held[lightest]
+        total[lightest] += load[i]
+        held[lightest] += 1
+
+
+@kernel
+def pack_slots(share, n_ranks, expert):
+    """Reorder the experts of slots, int64 [slots], so that they lie rank by rank; share float [experts], the load of one
+    copy.
+    """
+    rank, place = np.empty(expert.size, np.int64), np.empty(expert.size, np.int64)
+    pack(share[expert], n_ranks, rank, place)
+    packed, per_rank = np.empty_like(expert), expert.size // n_ranks
+    for slot in range(expert.size):
+        packed[rank[slot] * per_rank + place[slot]] = expert[slot]
+    expert[:] = packed
 
 
 @kernel
 def _add_replicas(load, expert):
     """Fill the expert of each slot, int64 [slots]: each once, and further slots to the largest load per copy. Returns the
-    copies of each expert, float64.
+    copies of each expert; it and load are float32.
     """
-    copies, share = np.ones(load.size), load.copy()
+    copies, share = np.ones(load.size, np.float32), load.copy()
     for slot in range(expert.size):
         e = slot if slot < load.size else np.argmax(share)
         expert[slot] = e
@@ -39,12 +82,107 @@ def _add_replicas(load, expert):
 
 
 @kernel
-def _balance_layer(load, n_group, n_nodes, ep_size, refined, phy2log):
-    """One layer: load float64 [n_experts]; phy2log int16 [slots], the expert of each slot, rank by rank."""
+def _fill_loads(share, expert, load):
+    """Load of each rank, float64 [ranks], of slots that lie rank by rank."""
+    load[:] = 0.0
+    for s in range(expert.size):
+        load[s // (expert.size // load.size)] += share[expert[s]]
+
+
+@kernel
+def _swap_slots(share, expert, load):
+    """Exchange a slot of the heaviest rank with a lighter one elsewhere, as long as both ranks end below it."""
+    per_rank = expert.size // load.size
+    while True:
+        heaviest = np.argmax(load)
+        least, mine, theirs = load[heaviest] * (1 - _LEAST_GAIN), -1, -1
+        for s in range(heaviest * per_rank, (heaviest + 1) * per_rank):
+            for t in range(expert.size):
+                moved = share[expert[s]] - share[expert[t]]
+                after = max(load[heaviest] - moved, load[t // per_rank] + moved)
+                if moved > 0 and after < least:  # inside the rank itself `after` is above
+                    least, mine, theirs = after, s, t
+        if mine < 0:
+            return
+        moved = share[expert[mine]] - share[expert[theirs]]
+        load[heaviest] -= moved
+        load[theirs // per_rank] += moved
+        expert[mine], expert[theirs] = expert[theirs], expert[mine]
+
+
+@kernel
+def _try_change(total, copies, giver, taker, expert, trial, load):
+    """Give one replica of an expert to another, and fill `trial` int64 [slots] and `load` float64 [ranks] with the outcome."""
+    share = total / copies
+    share[giver] = total[giver] / (copies[giver] - 1)
+    share[taker] = total[taker] / (copies[taker] + 1)
+    trial[:] = expert
+    for s in range(trial.size):
+        if trial[s] == giver:
+            trial[s] = taker
+            break
+    pack_slots(share, load.size, trial)
+    _fill_loads(share, trial, load)
+    _swap_slots(share, trial, load)
+
+
+@kernel
+def _is_lighter(load, than):
+    """Whether the heaviest rank is lighter; of equally heavy ones, whether the squares of all loads add up to less."""
+    heaviest, limit = load.max(), than.max()
+    if abs(heaviest - limit) > _LEAST_GAIN * limit:
+        return heaviest < limit
+    return (load * load).sum() < (than * than).sum() * (1 - _LEAST_GAIN)
+
+
+@kernel
+def _best_change(total, copies, expert, load, best):
+    """Try the changes between candidates; `load` float64 [ranks] and `best` int64 [slots] take the lightest outcome, if it
+    is lighter than `load`. Returns its giver and taker, -1 without any.
+    """
+    trial, new_load = np.empty_like(expert), np.empty_like(load)
+    missed = np.full(total.size, np.inf)  # load per copy without one of them
+    for e in range(total.size):
+        if copies[e] > 1:
+            missed[e] = total[e] / (copies[e] - 1)
+    givers = np.argsort(missed, kind="mergesort")[:_CANDIDATES]
+    takers = np.argsort(-total / copies, kind="mergesort")[:_CANDIDATES]
+    from_, to = -1, -1
+    for giver in givers:
+        for taker in takers:
+            if copies[giver] > 1 and giver != taker:
+                _try_change(total, copies, giver, taker, expert, trial, new_load)
+                if _is_lighter(new_load, load):
+                    from_, to = giver, taker
+                    best[:], load[:] = trial, new_load
+    return from_, to
+
+
+@kernel
+def refine(total, n_ranks, expert):
+    """Improve the experts of slots, int64 [slots], rank by rank, of experts with loads `total` float64 [experts]."""
+    copies, load, best = np.zeros(total.size), np.zeros(n_ranks), np.empty_like(expert)
+    for s in range(expert.size):
+        copies[expert[s]] += 1
+    share = total / copies
+    _fill_loads(share, expert, load)
+    _swap_slots(share, expert, load)
+    while expert.size > total.size:
+        giver, taker = _best_change(total, copies, expert, load, best)
+        if giver < 0:
+            return
+        copies[giver] -= 1
+        copies[taker] += 1
+        expert[:] = best
+
+
+@kernel
+def _balance_layer(load, group_load, n_nodes, ep_size, refined, phy2log):
+    """One layer: load float64 [n_experts]; group_load float32 [groups]; phy2log int16 [slots], the expert of each slot, rank
+    by rank.
+    """
+    n_group = group_load.size
     size, n_here, n_slots = load.size // n_group, load.size // n_nodes, phy2log.size // n_nodes
-    group_load = np.zeros(n_group)
-    for e in range(load.size):
-        group_load[e // size] += load[e]
     node, place = np.empty(n_group, np.int64), np.empty(n_group, np.int64)
     pack(group_load, n_nodes, node, place)
     order = np.empty(load.size, np.int64)  # the experts node by node
@@ -55,19 +193,19 @@ def _balance_layer(load, n_group, n_nodes, ep_size, refined, phy2log):
     slot = np.empty(n_slots, np.int64)
     for n in range(n_nodes):
         here = order[n * n_here : (n + 1) * n_here]
-        load_here = load[here]
-        copies = _add_replicas(load_here, slot)
-        pack_slots(load_here / copies, ep_size // n_nodes, slot)
+        light = load[here].astype(np.float32)
+        copies = _add_replicas(light, slot)
+        pack_slots(light / copies, ep_size // n_nodes, slot)
         if refined:
-            refine(load_here, ep_size // n_nodes, slot)
+            refine(load[here], ep_size // n_nodes, slot)
         for s in range(n_slots):
             phy2log[n * n_slots + s] = here[slot[s]]
 
 
 @kernel
-def _balance_layers(loads, n_group, n_nodes, ep_size, refined, phy2log):
+def _balance_layers(loads, group_loads, n_nodes, ep_size, refined, phy2log):
     for layer in range(loads.shape[0]):
-        _balance_layer(loads[layer], n_group, n_nodes, ep_size, refined, phy2log[layer])
+        _balance_layer(loads[layer], group_loads[layer], n_nodes, ep_size, refined, phy2log[layer])
 
 
 def balance(
@@ -79,7 +217,8 @@ def balance(
     """
     phy2log = np.empty((len(loads), model.n_experts + redundant), np.int16)
     n_group, n_nodes = _hierarchy(model, ep_size, ranks_per_node)
-    _balance_layers(loads, n_group, n_nodes, ep_size, refined, phy2log)
+    group_loads = loads.astype(np.float32).reshape(len(loads), n_group, -1).sum(axis=2)
+    _balance_layers(loads, group_loads, n_nodes, ep_size, refined, phy2log)
     return phy2log
 
 
@@ -88,6 +227,89 @@ def _hierarchy(model: ModelSpec, ep_size: int, ranks_per_node: int) -> tuple[int
     n_nodes = -(-ep_size // ranks_per_node)
     fits = model.n_group % n_nodes == 0 and ep_size % n_nodes == 0
     return (model.n_group, n_nodes) if fits else (1, 1)
+
+
+def spread_copies(placement: Placement, loads: np.ndarray) -> Placement:
+    """The placement without two copies of an expert on one rank: such a copy changes places with a slot of another rank, or
+    becomes a copy of another expert, whichever leaves the heaviest rank lightest.
+
+    Parameters
+    ----------
+    placement : Placement
+        Equal numbers of slots on each rank.
+    loads : float64 [rows, n_experts]
+
+    Raises
+    ------
+    InputError
+        A layer's heaviest rank would get heavier.
+    """
+    experts = placement.experts.copy()
+    for row in np.flatnonzero(placement.idle_copies):
+        if not _spread(experts[row].reshape(placement.ep_size, -1), loads[row]):  # a view
+            layer = placement.layer_ids[row] if placement.layer_ids else row
+            raise InputError(
+                f"`strategy` {placement.strategy}: a rank of layer {layer} holds two copies of one expert, and none can move "
+                "without making the heaviest rank heavier"
+            )
+    return replace(placement, experts=experts)
+
+
+def _spread(slots: np.ndarray, load: np.ndarray) -> bool:
+    """Take copies off ranks that have two, the experts in place: slots int [ranks, slots of a rank]. Then, as long as the
+    heaviest rank is heavier than at first, change its slots. Whether that was possible.
+    """
+    most = None
+    while True:
+        copies = np.bincount(slots.ravel(), minlength=load.size)
+        now = (load / copies)[slots].sum(axis=1)
+        most = now.max() if most is None else most
+        twins = [(rank, i) for rank, held in enumerate(slots.tolist()) for i, e in enumerate(held) if e in held[:i]]
+        if not twins and now.max() <= most * (1 + _LEAST_GAIN):
+            return True
+        places = twins[:1] or [(int(now.argmax()), i) for i in range(slots.shape[1])]
+        found = [_change_slot(slots, load, copies, now, *place) for place in places]
+        outcome, change = min(found, key=lambda result: result[0])
+        if change is None or (not twins and outcome >= (now.max(), (now * now).sum() * (1 - _LEAST_GAIN))):
+            return False
+        slots[:] = change
+
+
+def _change_slot(
+    slots: np.ndarray, load: np.ndarray, copies: np.ndarray, now: np.ndarray, rank: int, place: int
+) -> tuple[tuple[float, float], np.ndarray | None]:
+    """Slots after the best change of one of them, to an expert that its rank has not: as a further copy of it, or by an
+    exchange with another rank. With the heaviest rank after it and the squares of all, infinite where there is none.
+    """
+    mine, share = slots[rank, place], load / copies
+    held = np.array([np.bincount(row, minlength=load.size) for row in slots])  # [ranks, experts]
+    best, change = (np.inf, np.inf), None
+    taken = np.flatnonzero(held[rank] == 0)
+    if copies[mine] > 1 and taken.size:
+        less, more = load[mine] / (copies[mine] - 1), load[taken] / (copies[taken] + 1)
+        after = now + held[:, mine] * (less - share[mine]) + held.T[taken] * (more - share[taken])[:, None]
+        after[:, rank] += more - less
+        best, i = _lightest(after)
+        change = slots.copy()
+        change[rank, place] = taken[i]
+    others, at = np.nonzero((held[rank] == 0)[slots] & (held[:, mine] == 0)[:, None])
+    if others.size:
+        moved = share[slots[others, at]] - share[mine]
+        after = np.repeat(now[None], others.size, axis=0)
+        after[:, rank] += moved
+        after[np.arange(others.size), others] -= moved
+        outcome, i = _lightest(after)
+        if outcome < best:
+            best, change = outcome, slots.copy()
+            change[rank, place], change[others[i], at[i]] = slots[others[i], at[i]], mine
+    return best, change
+
+
+def _lightest(after: np.ndarray) -> tuple[tuple[float, float], int]:
+    """Largest load and squares of loads of the outcome, [outcomes, ranks], that has the lightest heaviest rank."""
+    heaviest, squares = after.max(axis=1), (after * after).sum(axis=1)
+    i = int(np.lexsort((squares, heaviest))[0])
+    return (float(heaviest[i]), float(squares[i])), i
 
 
 def check_loads(loads: Any, n_experts: int, where: str, layers: bool = False) -> np.ndarray:

@@ -1,9 +1,11 @@
 """The one form of a placement: slots with their expert and rank, of one layer or of several, with or without replicas."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
+
+from sim.model import ModelSpec
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,6 +25,8 @@ class Placement:
         Logical expert in each slot; every expert is in at least one.
     layer_ids : tuple of int, optional
         Decoder layers that the rows belong to; None where one row serves all layers, or where the layers are not known.
+    notes : tuple of str
+        What was made of the file that it was read from, such as rows that were left out.
     """
 
     strategy: str
@@ -31,24 +35,38 @@ class Placement:
     ranks: np.ndarray
     experts: np.ndarray
     layer_ids: tuple[int, ...] | None = None
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def of_ranks(
-        cls, strategy: str, ep_size: int, rank_of_expert: np.ndarray, layer_ids: tuple[int, ...] | None = None
+        cls,
+        strategy: str,
+        ep_size: int,
+        rank_of_expert: np.ndarray,
+        layer_ids: tuple[int, ...] | None = None,
+        notes: tuple[str, ...] = (),
     ) -> "Placement":
         """Without replicas: the rank of each expert, int32 [rows, n_experts]."""
         experts = np.argsort(rank_of_expert, axis=1, kind="stable").astype(np.int16)
-        return cls(strategy, ep_size, rank_of_expert.shape[1], np.sort(rank_of_expert, axis=1), experts, layer_ids)
+        return cls(
+            strategy, ep_size, rank_of_expert.shape[1], np.sort(rank_of_expert, axis=1), experts, layer_ids, notes
+        )
 
     @classmethod
     def of_slots(
-        cls, strategy: str, ep_size: int, n_experts: int, experts: np.ndarray, layer_ids: tuple[int, ...] | None = None
+        cls,
+        strategy: str,
+        ep_size: int,
+        n_experts: int,
+        experts: np.ndarray,
+        layer_ids: tuple[int, ...] | None = None,
+        notes: tuple[str, ...] = (),
     ) -> "Placement":
         """Equal numbers of slots on each rank: the expert of each, int16 [rows, slots]."""
         n_slots = experts.shape[1]
         rank = np.arange(n_slots, dtype=np.int32) // (n_slots // ep_size)
         ranks = np.ascontiguousarray(np.broadcast_to(rank, experts.shape))
-        return cls(strategy, ep_size, n_experts, ranks, experts, layer_ids)
+        return cls(strategy, ep_size, n_experts, ranks, experts, layer_ids, notes)
 
     @property
     def n_rows(self) -> int:
@@ -94,3 +112,32 @@ class Placement:
         ranks = np.empty_like(self.ranks)
         np.put_along_axis(ranks, self.experts.astype(np.int64), self.ranks, axis=1)
         return ranks
+
+    def for_layers(self, layer_ids: tuple[int, ...]) -> "Placement":
+        """With these decoder layers for its rows; one row is repeated for each of them."""
+        times = len(layer_ids) if self.n_rows == 1 else 1
+        ranks, experts = np.repeat(self.ranks, times, axis=0), np.repeat(self.experts, times, axis=0)
+        return replace(self, ranks=ranks, experts=experts, layer_ids=layer_ids)
+
+    @cached_property
+    def idle_copies(self) -> np.ndarray:
+        """Slots per row whose expert is already on the same rank, int64 [rows]: such a copy takes memory, and no load off."""
+        on_rank = self.ranks.astype(np.int64) * self.n_experts + self.experts
+        return np.array([row.size - np.unique(row).size for row in on_rank])
+
+
+def notes_on(placement: Placement) -> list[str]:
+    """What a user should know about a placement: what was made of its file, and copies of an expert that share a rank."""
+    notes, idle = [f"{placement.strategy}: {note}" for note in placement.notes], placement.idle_copies
+    if idle.any():
+        layers = f" in {np.count_nonzero(idle)} of {placement.n_rows} layers" if placement.n_rows > 1 else ""
+        notes.append(
+            f"{placement.strategy} at EP size {placement.ep_size}: a rank holds two copies of one expert{layers}; "
+            f"they balance nothing ({idle.sum()} of {placement.experts.size} slots)"
+        )
+    return notes
+
+
+def decoder_layers(model: ModelSpec) -> int:
+    """Decoder layers of a model, dense ones included; the last MoE layer ends them where that is all that is known."""
+    return model.n_layers or max(model.moe_layer_ids, default=-1) + 1

@@ -1,24 +1,25 @@
-"""Placements by name: what a strategy string means, and the slots that it gives."""
+"""Placements by name: what a strategy string means, the static rules of serving engines, and the slots that a name gives."""
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from sim.errors import InputError, shown, unknown, whole_number
-from sim.model import ModelSpec
+from sim.model import ModelSpec, load_model
 from sim.placement.eplb import balance, check_loads
-from sim.placement.files import read_placement
+from sim.placement.formats import read_placement
 from sim.placement.placement import Placement
-from sim.placement.rules import linear, linear_legacy, node_aware, random_ranks
+from sim.streams import PERMUTATION, stream_key, words
 
 STRATEGIES = {
     "linear": "contiguous blocks, the remainder spread over the first ranks (vLLM 0.33)",
     "linear_legacy": "contiguous blocks, the whole remainder on the last rank (vLLM 0.8.2, what PR #15517 set out to change)",
     "round_robin": "expert e on rank e % ep_size (vLLM); alias group_aware",
-    "random": "one random permutation per layer draw, keyed by the seed, dealt in blocks like linear",
-    "node_aware": "each node holds linear's block, dealt round robin over the node's ranks",
+    "random": "one random permutation per layer draw, keyed by the seed, in blocks like linear",
+    "node_aware": "each node holds linear's block, round robin over the node's ranks",
     "eplb": "load-aware: DeepSeek's EPLB, hierarchical where the nodes divide the expert groups, else global",
     "eplb_refined": "EPLB and a search on from its map: on the loads it is given never a heavier rank; takes milliseconds",
     "file:PATH": "ranks of experts (JSON: one row, or one per layer), or slots in a format of `epsim export`",
@@ -27,36 +28,55 @@ ALIASES = {"group_aware": "round_robin"}
 LOAD_AWARE = ("eplb", "eplb_refined")
 """Strategies that need loads of experts."""
 _STATIC = ("linear", "linear_legacy", "round_robin", "random", "node_aware")
+_WITH_COPIES = ("linear", *LOAD_AWARE)
 _MOST_REDUNDANT = 2**15 - 1
 
 
-def check_ep_size(model: ModelSpec, ep_size: Any) -> None:
-    """Refuse an EP size that leaves ranks without experts."""
-    if isinstance(ep_size, bool) or not isinstance(ep_size, int | np.integer) or not 1 <= ep_size <= model.n_experts:
-        raise InputError(
-            f"--ep {shown(ep_size)}: EP size must lie from 1 to the {model.n_experts} experts of {model.name}"
+def check_ep_size(model: ModelSpec, ep_size: Any, placements: Iterable[str] = (), parameter: str = "ep_size") -> None:
+    """Refuse an EP size that leaves ranks without experts: more ranks than experts need redundant slots that fill them.
+
+    placements: names as `strategy_name` gives them. Which of them fill the ranks is up to `check_slots`.
+    """
+    redundant = max(
+        (_MOST_REDUNDANT if name.startswith("file:") else split_name(name)[1] for name in placements), default=0
+    )
+    most = model.n_experts + redundant
+    if isinstance(ep_size, bool) or not isinstance(ep_size, int | np.integer):
+        more = ""
+    elif 1 <= ep_size <= most:
+        return
+    else:
+        missing = int(ep_size) - model.n_experts
+        more = (
+            f"; so many ranks need redundant slots that fill them, as in eplb+{missing}"
+            if 0 < missing <= _MOST_REDUNDANT
+            else ""
         )
+    slots = f" and {redundant} redundant slots" if redundant else ""
+    raise InputError(
+        f"`{parameter}` {shown(ep_size)}: EP size must lie from 1 to the {model.n_experts} experts of {model.name}{slots}{more}"
+    )
 
 
-def strategy_name(strategy: Any) -> str:
+def strategy_name(strategy: Any, parameter: str = "strategy") -> str:
     """The strategy's own name, for a name or an alias, with its redundant slots if there are any; others are refused."""
     if not isinstance(strategy, str):
-        raise InputError(f"--placement {shown(strategy)}: must be a name")
+        raise InputError(f"`{parameter}` {shown(strategy)}: must be a name")
     if strategy.startswith("file:"):
         return strategy
     base, plus, number = strategy.partition("+")
     base = ALIASES.get(base, base)
     if base not in _STATIC + LOAD_AWARE:
         known = [*_STATIC, *LOAD_AWARE, *ALIASES]
-        raise unknown("--placement", base if plus else strategy, known, " (or file:PATH)")
+        raise unknown(f"`{parameter}`", base if plus else strategy, known, " (or file:PATH)")
     if not plus:
         return base
     if not re.fullmatch("[0-9]{1,5}", number) or int(number) > _MOST_REDUNDANT:
         raise InputError(
-            f"--placement {shown(strategy)}: redundant slots are a whole number up to {_MOST_REDUNDANT}, as in {base}+32"
+            f"`{parameter}` {shown(strategy)}: redundant slots are a whole number up to {_MOST_REDUNDANT}, as in {base}+32"
         )
-    if int(number) and base not in ("linear", *LOAD_AWARE):
-        raise InputError(f"--placement {strategy}: redundant slots go with linear, eplb and eplb_refined")
+    if int(number) and base not in _WITH_COPIES:
+        raise InputError(f"`{parameter}` {strategy}: redundant slots go with linear, eplb and eplb_refined")
     return f"{base}+{int(number)}" if int(number) else base
 
 
@@ -74,19 +94,26 @@ def is_load_aware(name: str) -> bool:
 
 
 def check_slots(name: str, model: ModelSpec, ep_size: int) -> None:
-    """Refuse slots that cannot be dealt in equal numbers where the strategy needs that."""
+    """Refuse slots that do not fill the ranks, or not in equal numbers where the strategy needs that. A file is checked when
+    it is read.
+    """
     base, redundant = split_name(name)
-    if (redundant or base in LOAD_AWARE) and (model.n_experts + redundant) % ep_size:
-        fit = [n for n in range(2 * ep_size) if (model.n_experts + n) % ep_size == 0]
+    if base.startswith("file:"):
+        return
+    slots = model.n_experts + redundant
+    if ep_size > slots or ((redundant or base in LOAD_AWARE) and slots % ep_size):
+        enough = max(ep_size, model.n_experts + 1)
+        fitting = -(-enough // ep_size) * ep_size - model.n_experts
         raise InputError(
-            f"--placement {name} at --ep {ep_size}: {model.n_experts} experts + {redundant} redundant slots do not divide by "
-            f"{ep_size} ranks; {base}+{fit[0] or fit[1]} does"
+            f"`strategy` {name} at `ep_size` {ep_size}: {model.n_experts} experts + {redundant} redundant slots do not "
+            f"{'fill' if ep_size > slots else 'divide by'} {ep_size} ranks; "
+            f"{base if base in _WITH_COPIES else 'eplb'}+{fitting} does"
         )
 
 
 def place(
     strategy: str,
-    model: ModelSpec,
+    model: str | Path | ModelSpec,
     ep_size: int,
     *,
     ranks_per_node: int = 8,
@@ -100,9 +127,11 @@ def place(
     ----------
     strategy : str
         A name of `STRATEGIES`, 'group_aware' for round_robin, or 'file:PATH'.
-    model : ModelSpec
+    model : str, Path or ModelSpec
+        As `load_model` takes it, or its value.
     ep_size : int
-        1 to n_experts, divisible or not; with redundant slots, and for eplb, all slots must divide by it.
+        1 to n_experts, divisible or not; with redundant slots, and for eplb, all slots must divide by it, and there may be
+        as many ranks as slots: 'eplb+64' on 320 ranks is DeepSeek's deployment for decoding.
     ranks_per_node : int
         For node_aware and eplb; there are ceil(ep_size / ranks_per_node) nodes.
     loads : array [n_experts], optional
@@ -111,6 +140,11 @@ def place(
         Slots beyond one per expert, for linear, eplb and eplb_refined: 'eplb' with redundant=32 is 'eplb+32'.
     seed : int
         For random: this is the permutation of the sweep's first layer draw.
+
+    Returns
+    -------
+    Placement
+        Of one layer, or of all layers of a file that has a row for each.
 
     Raises
     ------
@@ -123,47 +157,62 @@ def place(
     round_robin spreads a group as evenly as can be (at most ceil(group / ep_size) of it on a rank), and up to
     ep_size = n_experts / (n_group - topk_group + 1) every choice of groups reaches every rank. node_aware keeps a token
     on at most topk_group nodes where the number of nodes divides n_group, and only there.
+
+    Examples
+    --------
+    >>> from sim import place
+    >>> place("round_robin", "deepseek-v3", 64).rank_of_expert[62:66].tolist()
+    [62, 63, 0, 1]
     """
+    model = model if isinstance(model, ModelSpec) else load_model(model)
     name = strategy_name(strategy)
     if whole_number("redundant", redundant, 0, _MOST_REDUNDANT):
         if split_name(name)[1] not in (0, redundant):
-            raise InputError(f"--placement {strategy} has another number of redundant slots than redundant={redundant}")
+            raise InputError(f"`strategy` {strategy} has another number of redundant slots than redundant={redundant}")
         if name.startswith("file:"):
-            raise InputError(f"--placement {strategy}: a file has its own redundant slots")
+            raise InputError(f"`strategy` {strategy}: a file has its own redundant slots")
         name = strategy_name(f"{split_name(name)[0]}+{redundant}")
-    check_ep_size(model, ep_size)
-    whole_number("--ranks-per-node", ranks_per_node, 1, 2**15)
-    whole_number("--seed", seed, 0, 2**63 - 1)
+    check_ep_size(model, ep_size, [name])
+    check_slots(name, model, ep_size)
+    whole_number("`ranks_per_node`", ranks_per_node, 1, 2**15)
+    whole_number("`seed`", seed, 0, 2**63 - 1)
     if is_load_aware(name):
         if loads is None:
-            raise InputError(f"--placement {name} needs the loads of the experts")
+            raise InputError(f"`strategy` {name} needs the loads of the experts")
         table = check_loads(loads, model.n_experts, f"loads of {name}")
         return place_balanced(name, model, ep_size, ranks_per_node, table[None])
     if loads is not None:
-        raise InputError(f"--placement {name} takes no loads: it does not depend on them; loads go with eplb")
+        raise InputError(f"`strategy` {name} takes no loads: it does not depend on them; loads go with eplb")
     if name == "random":
         return Placement.of_ranks(name, int(ep_size), random_ranks(model.n_experts, ep_size, seed, 0, 1))
     return place_fixed(name, model, int(ep_size), ranks_per_node)
 
 
-def place_balanced(name: str, model: ModelSpec, ep_size: int, ranks_per_node: int, loads: np.ndarray) -> Placement:
-    """Layers under a load-aware strategy, of checked loads float64 [layers, n_experts]."""
+def place_balanced(
+    name: str,
+    model: ModelSpec,
+    ep_size: int,
+    ranks_per_node: int,
+    loads: np.ndarray,
+    layer_ids: tuple[int, ...] | None = None,
+) -> Placement:
+    """Layers under a load-aware strategy, of checked loads float64 [layers, n_experts], and perhaps their decoder layers."""
     check_slots(name, model, ep_size)
     base, redundant = split_name(name)
     experts = balance(loads, model, ep_size, ranks_per_node, redundant, base == "eplb_refined")
-    return Placement.of_slots(name, ep_size, model.n_experts, experts)
+    return Placement.of_slots(name, ep_size, model.n_experts, experts, layer_ids)
 
 
 def place_fixed(name: str, model: ModelSpec, ep_size: int, ranks_per_node: int) -> Placement:
     """Layers under a strategy that is neither random nor load-aware: of one layer, or of all of a file's."""
+    check_slots(name, model, ep_size)
     base, redundant = split_name(name)
     n_experts = model.n_experts
     if redundant:
-        check_slots(name, model, ep_size)
         experts = (np.arange(n_experts + redundant) % n_experts).astype(np.int16)
         return Placement.of_slots(name, ep_size, n_experts, experts[None])
     if base.startswith("file:"):
-        return read_placement(Path(base.removeprefix("file:")), n_experts, ep_size)
+        return read_placement(Path(base.removeprefix("file:")), model, ep_size)
     if base == "linear":
         ranks = linear(n_experts, ep_size)
     elif base == "linear_legacy":
@@ -173,3 +222,80 @@ def place_fixed(name: str, model: ModelSpec, ep_size: int, ranks_per_node: int) 
     else:
         ranks = node_aware(n_experts, ep_size, ranks_per_node)
     return Placement.of_ranks(name, ep_size, ranks[None])
+
+
+def random_order(n_experts: int, seed: int, first_draw: int, n_draws: int) -> np.ndarray:
+    """One random permutation of the experts per layer draw, int64 [n_draws, n_experts]."""
+    return np.argsort(
+        words(stream_key(seed, "placement"), PERMUTATION, 0, (n_draws, n_experts), first_draw), axis=1, kind="stable"
+    )
+
+
+def random_ranks(n_experts: int, ep_size: int, seed: int, first_draw: int, n_draws: int) -> np.ndarray:
+    """Rank of each expert under random placement, int32 [n_draws, n_experts]: the permuted experts, in blocks like linear."""
+    ranks = np.empty((n_draws, n_experts), np.int32)
+    order = random_order(n_experts, seed, first_draw, n_draws)
+    np.put_along_axis(ranks, order, linear(n_experts, ep_size)[None], axis=1)
+    return ranks
+
+
+def linear(n_experts: int, ep_size: int) -> np.ndarray:
+    """vLLM 0.33 `determine_expert_map`: the first E % R ranks hold one expert more."""
+    q, m = divmod(n_experts, ep_size)
+    return np.repeat(np.arange(ep_size, dtype=np.int32), [q + (r < m) for r in range(ep_size)])
+
+
+def linear_legacy(n_experts: int, ep_size: int) -> np.ndarray:
+    """vLLM 0.8.2: the last rank holds E // R + E % R."""
+    return np.minimum(np.arange(n_experts, dtype=np.int32) // (n_experts // ep_size), np.int32(ep_size - 1))
+
+
+def node_aware(n_experts: int, ep_size: int, ranks_per_node: int) -> np.ndarray:
+    """Each node holds the block that `linear` gives its ranks, taken in turn by them."""
+    ranks = linear(n_experts, ep_size)
+    for first in range(0, ep_size, ranks_per_node):
+        n_ranks = min(ranks_per_node, ep_size - first)
+        block = np.flatnonzero((ranks >= first) & (ranks < first + n_ranks))
+        ranks[block] = first + np.arange(block.size, dtype=np.int32) % n_ranks
+    return ranks
+
+
+ROUND_ROBIN_BACKENDS = ("deepep_low_latency", "nixl_ep")
+"""All2all backends on which vLLM 0.33 keeps round_robin under data or sequence parallelism."""
+LINEAR_BACKENDS = (
+    "allgather_reducescatter",
+    "deepep_high_throughput",
+    "deepep_v2",
+    "mori_high_throughput",
+    "mori_low_latency",
+    "moonep",
+    "flashinfer_nvlink_one_sided",
+    "flashinfer_nvlink_two_sided",
+)
+"""All other backends of vLLM 0.33, the default first: there it runs linear instead."""
+
+
+def why_linear(model: ModelSpec, ep_size: int, backend: str = "", parallel_ranks: int = 1) -> str:
+    """Why vLLM 0.33 silently runs linear where round_robin is asked for; empty if it does not.
+
+    It also does so with redundant experts and with EPLB (`determine_expert_placement_strategy` of its FusedMoE layer).
+
+    Parameters
+    ----------
+    model : ModelSpec
+    ep_size : int
+    backend : str
+        All2all backend; '' where it is not known.
+    parallel_ranks : int
+        Ranks of data or sequence parallelism; the backend matters where there are several.
+    """
+    if not model.is_grouped:
+        return f"the router of {model.name} has no expert groups (n_group = 1)"
+    if ep_size == 1:
+        return "the EP size is 1"
+    if backend and parallel_ranks > 1 and backend not in ROUND_ROBIN_BACKENDS:
+        return (
+            f"there is data parallelism ({parallel_ranks} ranks) on {backend}; it would run with "
+            f"{' or '.join(ROUND_ROBIN_BACKENDS)}"
+        )
+    return ""

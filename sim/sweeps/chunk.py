@@ -1,14 +1,14 @@
 """One chunk of a sweep: some layer draws, with their trials, sampled, scored and summed."""
 
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 
-from sim.router import draw_trials
-from sim.scoring import METRICS, fan_out, rank_loads, score_blocks
-from sim.sweeps.events import events_of
-from sim.sweeps.layouts import chunk_groups
+from sim.scoring import METRICS, rank_loads
+from sim.sweeps.grid import events_of
 from sim.sweeps.plan import Plan
+from sim.sweeps.steps import Blocks, Group, StepScorer, place_pairs
 from sim.sweeps.tally import Tally, histogram_keys, merge_counts
 from sim.traffic import RecordedTraffic
 
@@ -56,84 +56,60 @@ def _requests(plan: Plan, largest_step: int) -> int:
     return -(-largest_step // plan.workload.tokens_per_request)
 
 
-class _Scorer:
-    """Samples and scores the trials of a chunk under the live cells."""
+class _LargestSteps:
+    """Loads of single ranks, at the largest step of each pair where that is scored."""
 
-    def __init__(self, plan: Plan, stage: Stage, draws: range) -> None:
-        grid = plan.grid
-        self.plan, self.stage, self.cells = plan, stage, np.array(stage.cells)
-        self.steps, self.step_of_cell = np.unique(grid.tokens_of_cell[self.cells], return_inverse=True)
-        self.pair_of_cell = grid.pair_of_cell[self.cells]
-        self.groups = chunk_groups(plan, draws, np.unique(self.pair_of_cell).tolist())
-        self.loaded = np.flatnonzero(np.isin(grid.largest_cells, self.cells))  # pairs whose rank loads are kept
-        sizes = np.array([grid.pairs[p][1] for p in self.loaded], np.int64)
+    def __init__(self, scorer: StepScorer) -> None:
+        grid = scorer.plan.grid
+        self.pairs = np.flatnonzero(np.isin(grid.largest_cells, scorer.cells))
+        self.ranks = np.flatnonzero(np.isin(grid.pair_of_rank, self.pairs))  # of all pairs' ranks
+        sizes = np.array([grid.pairs[pair][1] for pair in self.pairs], np.int64)
         self.first_rank = np.cumsum(sizes) - sizes
-        self.ranks = np.flatnonzero(np.isin(grid.pair_of_rank, self.loaded))
-        self.step_of_loaded = np.searchsorted(self.steps, grid.tokens_of_cell[grid.largest_cells[self.loaded]])
-        all_tokens = plan.replica_choice == "vllm_hash" and any(group.copies for group in self.groups)
-        self.n_ids = int(self.steps[-1]) if all_tokens else 1
+        self.step = np.searchsorted(scorer.tokens, grid.tokens_of_cell[grid.largest_cells[self.pairs]])
 
-    def score(self, trials: range) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Sample and score consecutive trials of the chunk's first draws.
-
-        Returns scores int32 [trials, live cells, METRICS], ranks and nodes of the first token int64 [trials, pairs, 2],
-        and the loads of `self.ranks` at the largest steps of their pairs, int64 [trials, ranks].
-        """
-        plan, n = self.plan, len(trials)
-        counts, ids = draw_trials(
-            plan.model, plan.workload, plan.seed, trials, self.stage.draws, self.steps, self.n_ids
-        )
-        scores = np.empty((n, len(self.cells), len(METRICS)), np.int32)
-        reached = np.zeros((n, len(plan.grid.pairs), 2), np.int64)
-        loads = np.zeros((n, len(self.ranks)), np.int64)
-        for group in self.groups:
-            cells = np.flatnonzero(np.isin(self.pair_of_cell, group.pairs))
-            loaded = np.flatnonzero(np.isin(self.loaded, group.pairs))
-            of_group = np.searchsorted(group.pairs, self.pair_of_cell)  # of other groups' cells: not looked at
-            rows = np.ascontiguousarray(group.rows[:, np.searchsorted(group.pairs, self.loaded[loaded])])
-            dealt = group.deal(counts, ids, self.steps, plan.replica_choice)
-            score_blocks(dealt, cells, self.step_of_cell, of_group, group.rows, group.layouts, scores)
-            first = group.slots_of_first(ids, trials.start)
-            fan_out(first, group.pairs, group.rows, group.layouts, plan.ranks_per_node, reached)
-            rank_loads(dealt, self.step_of_loaded[loaded], rows, group.layouts, self.first_rank[loaded], loads)
-        return scores, reached, loads
+    def load(self, group: Group, blocks: Blocks, loads: np.ndarray) -> None:
+        """Add the loads of the group's ranks to int64 [trials, ranks]."""
+        mine = np.flatnonzero(np.isin(self.pairs, group.pairs))
+        rows = np.ascontiguousarray(group.rows[:, np.searchsorted(group.pairs, self.pairs[mine])])
+        rank_loads(blocks.counts, self.step[mine], rows, group.layouts, self.first_rank[mine], loads)
 
 
 def run_chunk(plan: Plan, stage: Stage, draws: range) -> Tally:
     """Sample and score the stage's trials of some consecutive draws, a trial of each draw at a time."""
-    grid, scorer = plan.grid, _Scorer(plan, stage, draws)
-    events = events_of(grid)
-    live = np.flatnonzero(np.isin(events.cell, scorer.cells))
-    place_of_event = np.searchsorted(scorer.cells, events.cell[live])
+    grid, cells = plan.grid, np.array(stage.cells)
+    groups = place_pairs(plan, draws, np.unique(grid.pair_of_cell[cells]).tolist())
+    scorer = StepScorer(plan, cells, groups, stage.draws)
+    largest, events = _LargestSteps(scorer), events_of(grid)
+    live = np.flatnonzero(np.isin(events.cell, cells))
+    place_of_event = np.searchsorted(cells, events.cell[live])
     clustered = stage.draws < stage.trials.stop
     blocks = np.zeros(len(draws), np.int64)
-    metric = np.zeros((len(draws), len(scorer.cells), len(METRICS)), np.int64)
+    metric = np.zeros((len(draws), len(cells), len(METRICS)), np.int64)
     event = np.zeros((len(draws), len(live)), np.int64)
     reached = np.zeros((len(draws), len(grid.pairs), 2), np.int64)
-    load = np.zeros((len(draws), len(scorer.ranks)), np.int64)
+    load = np.zeros((len(draws), len(largest.ranks)), np.int64)
     keys, counts = np.empty(0, np.int64), np.empty(0, np.int64)
     for first in stage.trials_of(draws.start):
         n = min(len(draws), stage.trials.stop - first)
-        scores, reached_now, load_now = scorer.score(range(first, first + n))
-        new_keys, new_counts = np.unique(histogram_keys(scores, scorer.cells), return_counts=True)
+        seen = scorer.score(range(first, first + n), partial(largest.load, loads=load[:n]))
+        new_keys, new_counts = np.unique(histogram_keys(seen.scores, cells), return_counts=True)
         keys, counts = np.concatenate([keys, new_keys]), np.concatenate([counts, new_counts])
         if len(keys) > 4 * len(new_keys):
             keys, counts = merge_counts(keys, counts)
         blocks[:n] += 1
-        metric[:n] += scores
-        reached[:n] += reached_now
-        load[:n] += load_now
+        metric[:n] += seen.scores
+        reached[:n] += seen.reached
         if clustered:
-            event[:n] += scores[:, place_of_event, events.metric[live]] >= events.least[live]
+            event[:n] += seen.scores[:, place_of_event, events.metric[live]] >= events.least[live]
     tally = Tally.zero(len(grid.cells), len(events.cell), len(grid.pair_of_rank))
     tally.keys, tally.counts = merge_counts(keys, counts)
-    tally.design[scorer.cells] = blocks.sum(), (blocks > 0).sum(), (blocks * blocks).sum()
-    _fill_sums(tally, "metric", scorer.cells, metric, blocks)
-    baseline = np.searchsorted(scorer.cells, grid.baseline_cells[scorer.cells])
-    tally.metric_cross[scorer.cells] = (metric * metric[:, baseline]).sum(axis=0)
+    tally.design[cells] = blocks.sum(), (blocks > 0).sum(), (blocks * blocks).sum()
+    _fill_sums(tally, "metric", cells, metric, blocks)
+    baseline = np.searchsorted(cells, grid.baseline_cells[cells])
+    tally.metric_cross[cells] = (metric * metric[:, baseline]).sum(axis=0)
     _fill_sums(tally, "event", live, event, blocks)
-    _fill_sums(tally, "reached", scorer.cells, reached[:, scorer.pair_of_cell], blocks)
-    _fill_sums(tally, "load", scorer.ranks, load, blocks)
+    _fill_sums(tally, "reached", cells, reached[:, scorer.pair_of_cell], blocks)
+    _fill_sums(tally, "load", largest.ranks, load, blocks)
     return tally
 
 

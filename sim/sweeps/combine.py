@@ -7,11 +7,9 @@ import pandas as pd
 
 from sim.errors import InputError
 from sim.results import CELL, SCHEMA, SweepResult
-from sim.sweeps.events import events_of
-from sim.sweeps.grid import Grid
-from sim.sweeps.raw import build_counts, read_counts
+from sim.sweeps.grid import Grid, events_of
 from sim.sweeps.tables import KEYS, build_summary, build_tail, cell_keys
-from sim.sweeps.tally import Tally
+from sim.sweeps.tally import Tally, build_counts, read_counts
 
 _ADDS = ("seed", "trials", "draws", "precision", "parts")  # what may differ
 
@@ -117,6 +115,7 @@ def _mean_bounds(tails: list[pd.DataFrame], total: Tally, grid: Grid) -> pd.Data
     table = table[sums.size() == len(tails)].reset_index()
     for column in ("probability", "low", "high"):
         table[column] /= table.weight
+    table["effective_blocks"] = np.nan
     table["given"] = np.where(table.conditional, table.weight.astype(str) + " drawn layers", "")
     keys = {tuple(keys[2:5]): keys for keys in cell_keys(grid, total)}
     of_row = [keys[key] for key in zip(table.placement, table.ep_size, table.tokens, strict=True)]

@@ -5,6 +5,7 @@ import logging
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Executor as Pool
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,22 +27,30 @@ def threads(n_threads: int) -> Executor:
     def compute(plan: Plan, stage: Stage, chunks: list[range]) -> Iterator[tuple[range, Tally]]:
         if chunks:  # alone, so that kernels are compiled once
             yield chunks[0], run_chunk(plan, stage, chunks[0])
-        waiting = iter(chunks[1:])
-        running: dict[Future[Tally], range] = {}
         with ThreadPoolExecutor(n_threads) as pool:
-            try:
-                while True:
-                    while len(running) < _AHEAD * n_threads and (draws := next(waiting, None)) is not None:
-                        running[pool.submit(run_chunk, plan, stage, draws)] = draws
-                    if not running:
-                        return
-                    for future in wait(running, return_when=FIRST_COMPLETED).done:
-                        yield running.pop(future), future.result()
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+            yield from _on_pool(pool, n_threads, plan, stage, chunks[1:])
 
     return compute
+
+
+def _on_pool(
+    pool: Pool, n_workers: int, plan: Plan, stage: Stage, chunks: list[range]
+) -> Iterator[tuple[range, Tally]]:
+    waiting = iter(chunks)
+    running: dict[Future[Tally], range] = {}
+    try:
+        while True:
+            while len(running) < _AHEAD * n_workers and (draws := next(waiting, None)) is not None:
+                running[pool.submit(run_chunk, plan, stage, draws)] = draws
+            if not running:
+                return
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                yield running.pop(future), future.result()
+    except BaseException:
+        for future in running:
+            future.cancel()
+        pool.shutdown(wait=False)
+        raise
 
 
 @contextmanager
@@ -59,7 +68,7 @@ def dask_cluster(scheduler: str | None, n_workers: int) -> Iterator[Executor]:
     try:
         from distributed import LocalCluster
     except ImportError:
-        raise InputError("--executor dask needs the extra 'cluster': pip install 'epsim[cluster]'") from None
+        raise InputError("`executor` dask needs the extra 'cluster': pip install 'epsim[cluster]'") from None
     with tempfile.TemporaryDirectory(prefix="epsim-dask-") as folder:
         local = None
         if scheduler is None:
@@ -74,10 +83,19 @@ def dask_cluster(scheduler: str | None, n_workers: int) -> Iterator[Executor]:
         try:
             with _connect(scheduler) as client:
                 _check_workers(client, scheduler)
-                yield _submit_to(client)
+                yield _on_cluster(client)
         finally:
             if local is not None:
                 local.close()
+
+
+def _on_cluster(client: Any) -> Executor:
+    def compute(plan: Plan, stage: Stage, chunks: list[range]) -> Iterator[tuple[range, Tally]]:
+        n_workers = max(sum(client.nthreads().values()), 1)
+        with client.get_executor(pure=False, retries=_RETRIES) as pool:
+            yield from _on_pool(pool, n_workers, plan, stage, chunks)
+
+    return compute
 
 
 def _connect(scheduler: str) -> Any:
@@ -94,7 +112,7 @@ def _connect(scheduler: str) -> Any:
         return Client(scheduler, timeout=_ANSWER_S, set_as_default=False)
     except (OSError, TimeoutError, ValueError, ImportError):
         raise InputError(
-            f"--scheduler {scheduler}: no Dask scheduler answers there within {_ANSWER_S} s; an address looks like "
+            f"`scheduler` {scheduler}: no Dask scheduler answers there within {_ANSWER_S} s; an address looks like "
             "tcp://HOST:8786"
         ) from None
 
@@ -105,35 +123,10 @@ def _check_workers(client: Any, scheduler: str) -> None:
         found = client.run(source_digest)
     except TimeoutError:
         raise InputError(
-            f"--scheduler {scheduler} has no workers; start one or more with: dask worker {scheduler}"
+            f"`scheduler` {scheduler} has no workers; start one or more with: dask worker {scheduler}"
         ) from None
     except ImportError as error:
-        raise InputError(f"--scheduler {scheduler}: a worker has no epsim of this version ({error})") from None
+        raise InputError(f"`scheduler` {scheduler}: a worker has no epsim of this version ({error})") from None
     strangers = sorted(worker for worker, digest in found.items() if digest != source_digest())
     if strangers:
-        raise InputError(f"--scheduler {scheduler}: worker {strangers[0]} runs another version of epsim")
-
-
-def _submit_to(client: Any) -> Executor:
-    from distributed import as_completed
-
-    def compute(plan: Plan, stage: Stage, chunks: list[range]) -> Iterator[tuple[range, Tally]]:
-        n_ahead = _AHEAD * max(sum(client.nthreads().values()), 1)
-        waiting = iter(chunks)
-        running: dict[str, range] = {}
-
-        def submit() -> Any:
-            draws = next(waiting, None)
-            if draws is None:
-                return None
-            future = client.submit(run_chunk, plan, stage, draws, pure=False, retries=_RETRIES)
-            running[future.key] = draws
-            return future
-
-        done = as_completed([future for _ in range(n_ahead) if (future := submit()) is not None], loop=client.loop)
-        for future in done:
-            yield running.pop(future.key), future.result()
-            if (more := submit()) is not None:
-                done.add(more)
-
-    return compute
+        raise InputError(f"`scheduler` {scheduler}: worker {strangers[0]} runs another version of epsim")

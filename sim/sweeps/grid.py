@@ -1,11 +1,16 @@
-"""The cells of a sweep, and all that its tables need to know of model and placements."""
+"""The cells of a sweep, what their metrics can be, and the events whose probabilities tail.csv gives."""
 
+import math
 from dataclasses import asdict, dataclass, fields
 from fractions import Fraction
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
+
+from sim.scoring import METRICS
+
+_MAX_LOAD, _IDLE = METRICS.index("max_load"), METRICS.index("idle_ranks")
 
 
 @dataclass(frozen=True)
@@ -20,11 +25,12 @@ class Grid:
     placements, ep_sizes, tokens, thresholds
         As in `sim.sweep`; tokens per step over the whole EP group, or, with `per_rank`, per step and rank.
     layouts : tuple of str
-        Digest of the rank of each expert, of each pair.
+        What tells the layout of a pair from another's, see `layout_id`.
     largest_rank : tuple of int
-        Most experts that a rank of each pair holds in any layer.
+        Most physical experts that a rank of each pair holds in any layer.
+    ranks_per_node : int
     dummy_tokens : int
-        Identical tokens that each step has besides its own.
+        Padding tokens per step, as run by idle data-parallel ranks: all of them identical.
     """
 
     model: str
@@ -37,6 +43,7 @@ class Grid:
     thresholds: tuple[float, ...]
     layouts: tuple[str, ...]
     largest_rank: tuple[int, ...]
+    ranks_per_node: int
     dummy_tokens: int = 0
 
     @classmethod
@@ -107,6 +114,30 @@ class Grid:
         sizes = [ep_size for _, ep_size in self.pairs]
         return np.repeat(np.arange(len(sizes)), sizes)
 
+    @cached_property
+    def idle_range(self) -> tuple[np.ndarray, np.ndarray]:
+        """Fewest and most idle ranks that a block of a cell can have, int64 [cells] each.
+
+        Few (token, expert) pairs leave ranks idle; and the top_k experts of one token need at least
+        top_k / (physical experts of the largest rank) ranks.
+        """
+        distinct_tokens = self.tokens_of_cell + (self.dummy_tokens > 0)
+        most_reached = np.minimum(distinct_tokens * self.top_k, self.ep_size_of_cell)
+        return self.ep_size_of_cell - most_reached, self.ep_size_of_cell - self._fewest_ranks
+
+    @cached_property
+    def reached_range(self) -> tuple[np.ndarray, np.ndarray]:
+        """Fewest and most ranks and nodes that a token can be sent to, int64 [cells, 2] each."""
+        least, most = self._fewest_ranks, np.minimum(self.top_k, self.ep_size_of_cell)
+        n_nodes = -(-self.ep_size_of_cell // self.ranks_per_node)
+        least_nodes = -(-least // self.ranks_per_node)
+        return np.stack([least, least_nodes], axis=1), np.stack([most, np.minimum(most, n_nodes)], axis=1)
+
+    @property
+    def _fewest_ranks(self) -> np.ndarray:
+        """Ranks that the experts of one token need at least, int64 [cells]."""
+        return -(-self.top_k // np.array(self.largest_rank)[self.pair_of_cell])
+
     def mean_load(self, cell: int) -> Fraction:
         """Mean load over ranks of a block of a cell: the same for every block."""
         tokens = int(self.tokens_of_cell[cell]) + self.dummy_tokens
@@ -116,3 +147,29 @@ class Grid:
         """Model, workload, placement, EP size and tokens per step of a cell."""
         placement, ep_size = self.pairs[self.cells[cell][0]]
         return [self.model, self.workload, placement, ep_size, int(self.tokens_of_cell[cell])]
+
+
+@dataclass(frozen=True)
+class Events:
+    """The events of tail.csv, one row each: a metric of a cell is at least a whole number."""
+
+    cell: np.ndarray  # int64
+    metric: np.ndarray  # int64, index in METRICS
+    least: np.ndarray  # int64
+    name: list[str]
+    threshold: list[float]
+
+
+@lru_cache(maxsize=4)  # chunks ask for the same events again and again
+def events_of(grid: Grid) -> Events:
+    """All events of a grid, by cell."""
+    rows = []
+    for cell in range(len(grid.cells)):
+        ep_size, mean = int(grid.ep_size_of_cell[cell]), grid.mean_load(cell)
+        for x in grid.thresholds:
+            rows.append((cell, _MAX_LOAD, math.ceil(Fraction(str(x)) * mean), "imbalance", x))
+        idle = {2**i for i in range(ep_size.bit_length()) if 2**i < ep_size} | {-(-ep_size // 2), ep_size - 1}
+        rows += [(cell, _IDLE, m, "idle_ranks", float(m)) for m in sorted(idle - {0})]
+        rows.append((cell, _IDLE, ep_size - 1, "one_rank", 1.0))
+    cells, metric, least, name, threshold = zip(*rows, strict=True)
+    return Events(np.array(cells), np.array(metric), np.array(least), list(name), list(threshold))

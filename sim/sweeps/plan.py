@@ -1,9 +1,7 @@
 """What a sweep computes, checked, and everything that identifies it."""
 
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,17 +9,21 @@ import numpy as np
 
 from sim.errors import InputError, shown, whole_number
 from sim.model import ModelSpec, load_model
-from sim.placement import Placement, check_ep_size, check_slots, is_load_aware, split_name, strategy_name
+from sim.options import DEFAULT_MAX_TRIALS, DEFAULT_TRIALS, SweepOptions, identity
+from sim.placement import Placement, check_ep_size, is_load_aware, split_name
 from sim.results import SCHEMA
 from sim.router import check_pair, routing_law
-from sim.sweeps.fit import MAX_TOKENS, check_replica_choice, choose_fit, layout_id, slots_of_pair
 from sim.sweeps.grid import Grid
-from sim.traffic import LoadCounts, RecordedTraffic, SyntheticTraffic, Workload, load_workload
+from sim.sweeps.placements import (
+    FittedOn,
+    check_replica_choice,
+    fitted_on,
+    layout_id,
+    place_pair,
+    read_placements,
+)
+from sim.traffic import SyntheticTraffic, Workload, load_workload
 
-THRESHOLDS = (1.1, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0)
-"""Imbalance thresholds of tail.csv."""
-DEFAULT_TRIALS = 10_000
-DEFAULT_MAX_TRIALS = 1_000_000
 RARE = 1e-3
 """Probabilities that are shown to be below this do not hold up a cell under a precision of the tail."""
 _LEAST_LAYERS, _MOST_LAYERS = 4, 32  # by default, for bounds where popularity is drawn
@@ -45,7 +47,7 @@ class Plan:
         Its cells.
     model, workload, trials, draws, seed, ranks_per_node
         As in `sim.sweep`; under a precision, `trials` are the most, and `draws` None where every trial is a draw.
-    slots : list of Placement
+    placements : list of Placement
         Of each pair, of one layer or of several that draws take in turn; None where each draw has its own (random, fitted).
     fit_tokens : int
         Other tokens of each draw that load-aware placements are fitted on; 0 where none is fitted to draws.
@@ -61,7 +63,7 @@ class Plan:
     grid: Grid
     model: ModelSpec
     workload: Workload
-    slots: list[Placement | None]
+    placements: list[Placement | None]
     fit_tokens: int
     fit: str
     replica_choice: str
@@ -75,131 +77,104 @@ class Plan:
     @property
     def identity(self) -> dict[str, object]:
         """All that the tables depend on, as JSON values: two sweeps are the same if these are equal."""
-        identity: dict[str, object] = {"schema": SCHEMA, **self.grid.identity}
-        identity |= {"law": routing_law(self.model, self.workload), "ranks_per_node": self.ranks_per_node}
-        identity |= {"trials": self.trials, "draws": self.draws or self.trials, "seed": self.seed}
-        identity |= {"bound_layers": self.bound_layers}
-        identity |= {"fit": self.fit} if self.fit else {}
-        identity |= {"replica_choice": self.replica_choice} if any(self.has_replicas) else {}
-        return identity | ({"precision": list(self.precision)} if self.precision else {})
+        values: dict[str, object] = {"schema": SCHEMA, **self.grid.identity, **identity(SweepOptions, self)}
+        values |= {"law": routing_law(self.model, self.workload), "draws": self.draws or self.trials}
+        values |= {"fit": self.fit} if self.fit else {}
+        values |= {"replica_choice": self.replica_choice} if any(self.has_replicas) else {}
+        return values | ({"precision": list(self.precision)} if self.precision else {})
 
     @cached_property
     def has_replicas(self) -> list[bool]:
         """Of each pair whether an expert may be in several slots."""
         return [
-            split_name(name)[1] > 0 if slots is None else slots.has_replicas
-            for (name, _), slots in zip(self.grid.pairs, self.slots, strict=True)
+            split_name(name)[1] > 0 if placement is None else placement.has_replicas
+            for (name, _), placement in zip(self.grid.pairs, self.placements, strict=True)
         ]
 
     @cached_property
     def slots_of_draw(self) -> int:
-        """Placement of all pairs that are fitted to each draw."""
-        fitted = [name for (name, _), slots in zip(self.grid.pairs, self.slots, strict=True) if slots is None]
-        return sum(self.model.n_experts + split_name(name)[1] for name in fitted if is_load_aware(name))
+        """Slots of all pairs that are fitted to each draw."""
+        pairs = zip(self.grid.pairs, self.placements, strict=True)
+        fitted = [name for (name, _), placement in pairs if placement is None and is_load_aware(name)]
+        return sum(self.model.n_experts + split_name(name)[1] for name in fitted)
 
     @cached_property
     def most_slots(self) -> int:
         """Most slots of a pair with replicas; 0 without any."""
         n_experts = self.model.n_experts
         numbers = [
-            n_experts + split_name(name)[1] if slots is None else slots.ranks.shape[1]
-            for (name, _), slots in zip(self.grid.pairs, self.slots, strict=True)
+            n_experts + split_name(name)[1] if placement is None else placement.n_slots
+            for (name, _), placement in zip(self.grid.pairs, self.placements, strict=True)
         ]
         return max((n for n, has in zip(numbers, self.has_replicas, strict=True) if has), default=0)
 
 
-def _listed(option: str, values: Any) -> list[Any]:
-    """One value or several, as a list of at least one without repetitions."""
-    several = isinstance(values, Iterable) and not isinstance(values, str) and getattr(values, "ndim", 1) > 0
-    listed = list(dict.fromkeys(values)) if several else [values]
-    if not listed:
-        raise InputError(f"{option} needs at least one value")
-    return listed
-
-
-def make_plan(
-    model: str | Path | ModelSpec,
-    workload: str | Path | Workload,
-    *,
-    ep_sizes: int | Iterable[int],
-    tokens: int | Iterable[int],
-    placements: str | Sequence[str],
-    trials: int | None = None,
-    draws: int | None = None,
-    seed: int = 0,
-    tokens_per_rank: bool = False,
-    ranks_per_node: int = 8,
-    thresholds: Iterable[float] = THRESHOLDS,
-    precision: float | None = None,
-    precision_tail: float | None = None,
-    max_trials: int | None = None,
-    bound_layers: int | None = None,
-    fit_tokens: int | None = None,
-    fit_on: str | Path | RecordedTraffic | LoadCounts | None = None,
-    replica_choice: str = "even",
-) -> Plan:
+def make_plan(model: str | Path | ModelSpec, workload: str | Path | Workload, **options: Any) -> Plan:
     """Check the arguments of `sim.sweep`. Raises InputError for whatever is wrong."""
-    if not isinstance(model, ModelSpec):
-        model = load_model(model)
-    if not isinstance(workload, Workload):
-        workload = load_workload(workload)
+    chosen = SweepOptions(**options)
+    model = load_model(model)
+    workload = workload if isinstance(workload, Workload) else load_workload(workload)
     check_pair(model, workload)
-    sizes = _listed("--ep", ep_sizes)
-    for size in sizes:
-        check_ep_size(model, size)
-    step_option = "--tokens-per-rank" if tokens_per_rank else "--tokens"
-    steps = [whole_number(step_option, step, 1, MAX_TOKENS) for step in _listed(step_option, tokens)]
-    names = [strategy_name(name) for name in _listed("--placement", placements)]
-    trials, target = _choose_trials(trials, precision, precision_tail, max_trials)
-    levels = _listed("--thresholds", thresholds)
-    for level in levels:
-        if isinstance(level, bool) or not isinstance(level, Real) or not 1 <= float(level) <= 2**15:
-            raise InputError(f"--thresholds {shown(level)}: must be a number from 1 (balance) to 32768")
-    whole_number("--ranks-per-node", ranks_per_node, 1, 2**15)
-    pairs = [(name, int(size)) for name in dict.fromkeys(names) for size in sizes]
-    for name, size in pairs:
-        check_slots(name, model, size)
-    fit = choose_fit(list(dict(pairs)), model, workload, fit_tokens, fit_on)
-    slots = [slots_of_pair(name, model, size, ranks_per_node, fit.loads) for name, size in pairs]
-    _check_layers(pairs, slots, fit.scored)
-    check_replica_choice(replica_choice, fit.scored, max(steps) * (max(sizes) if tokens_per_rank else 1))
-    grid = Grid(
+    names, given = read_placements(chosen.placements, model, chosen.ep_sizes)
+    strategies = [name for name in names if all(name != of_given for of_given, _ in given)]
+    for size in chosen.ep_sizes if strategies else ():  # on other sizes no placement was given
+        check_ep_size(model, size, strategies, "ep_sizes")
+    pairs = [(name, int(size)) for name in names for size in chosen.ep_sizes]
+    trials, precision = _choose_trials(chosen)
+    fit = fitted_on(strategies, model, workload, chosen.fit_tokens, chosen.fit_on)
+    placed = [place_pair(name, model, size, chosen.ranks_per_node, given, fit.loads) for name, size in pairs]
+    _check_layers(pairs, placed, fit.scored)
+    largest_step = max(chosen.tokens) * (max(chosen.ep_sizes) if chosen.tokens_per_rank else 1)
+    check_replica_choice(chosen.replica_choice, fit.scored, largest_step)
+    grid = _grid(model, fit, chosen, pairs, placed)
+    plan = Plan(
+        grid=grid,
+        model=model,
+        workload=fit.scored,
+        placements=placed,
+        fit_tokens=fit.tokens,
+        fit=fit.about,
+        replica_choice=chosen.replica_choice,
+        trials=trials,
+        draws=_choose_draws(fit.scored, trials, chosen.draws),
+        seed=chosen.seed,
+        ranks_per_node=chosen.ranks_per_node,
+        precision=precision,
+        bound_layers=_choose_bound_layers(grid, workload, trials, chosen.bound_layers),
+    )
+    _check_sums_fit(plan)
+    return plan
+
+
+def _grid(
+    model: ModelSpec,
+    fit: FittedOn,
+    chosen: SweepOptions,
+    pairs: list[tuple[str, int]],
+    placed: list[Placement | None],
+) -> Grid:
+    return Grid(
         model=model.name,
         workload=fit.scored.name,
         top_k=model.top_k,
-        placements=tuple(dict.fromkeys(names)),
-        ep_sizes=tuple(int(size) for size in sizes),
-        tokens=tuple(dict.fromkeys(steps)),
-        per_rank=bool(tokens_per_rank),
-        thresholds=tuple(sorted({float(level) for level in levels})),
+        placements=tuple(dict(pairs)),
+        ep_sizes=tuple(int(size) for size in chosen.ep_sizes),
+        tokens=tuple(chosen.tokens),
+        per_rank=chosen.tokens_per_rank,
+        thresholds=tuple(sorted({float(level) for level in chosen.thresholds})),
         layouts=tuple(
-            layout_id(name, of_pair, fit.about, replica_choice) for (name, _), of_pair in zip(pairs, slots, strict=True)
+            layout_id(name, of_pair, fit.about, chosen.replica_choice)
+            for (name, _), of_pair in zip(pairs, placed, strict=True)
         ),
         largest_rank=tuple(
             -(-(model.n_experts + split_name(name)[1]) // size)
             if of_pair is None
             else max(int(np.bincount(row).max()) for row in of_pair.ranks)
-            for (name, size), of_pair in zip(pairs, slots, strict=True)
+            for (name, size), of_pair in zip(pairs, placed, strict=True)
         ),
-        dummy_tokens=workload.dummy_tokens,
+        ranks_per_node=chosen.ranks_per_node,
+        dummy_tokens=fit.scored.dummy_tokens,
     )
-    plan = Plan(
-        grid=grid,
-        model=model,
-        workload=fit.scored,
-        slots=slots,
-        fit_tokens=fit.tokens,
-        fit=fit.about,
-        replica_choice=replica_choice,
-        trials=trials,
-        draws=_choose_draws(fit.scored, trials, draws),
-        seed=whole_number("--seed", seed, 0, 2**63 - 1),
-        ranks_per_node=ranks_per_node,
-        precision=target,
-        bound_layers=_choose_bound_layers(grid, workload, trials, bound_layers),
-    )
-    _check_sums_fit(plan)
-    return plan
 
 
 def _choose_bound_layers(grid: Grid, workload: Workload, trials: int, layers: int | None) -> int:
@@ -207,7 +182,7 @@ def _choose_bound_layers(grid: Grid, workload: Workload, trials: int, layers: in
     no draws.
     """
     if layers is not None:
-        return whole_number("--bound-layers", layers, 0, 4096)
+        return layers
     if isinstance(workload, SyntheticTraffic) and workload.popularity == "none":
         return _MOST_LAYERS
     work = max(_SMALL_WORK, trials * int(grid.steps[-1]) // _TOKENS_PER_WORK)
@@ -216,32 +191,27 @@ def _choose_bound_layers(grid: Grid, workload: Workload, trials: int, layers: in
     return affordable if affordable >= min(_LEAST_LAYERS, fitted or _LEAST_LAYERS) else 0
 
 
-def _choose_trials(trials: int | None, mean: Any, tail: Any, max_trials: int | None) -> tuple[int, Precision | None]:
+def _choose_trials(chosen: SweepOptions) -> tuple[int, Precision | None]:
     """Number of trials (the most, under a precision), and the precision."""
-    if mean is None and tail is None:
-        if max_trials is not None:
-            raise InputError("--max-trials goes with --precision or --precision-tail; without them take --trials")
-        return whole_number("--trials", DEFAULT_TRIALS if trials is None else trials, 1, 10**9), None
-    if trials is not None:
-        raise InputError("--trials and a precision exclude each other; --max-trials bounds a precision")
-    for option, value in (("--precision", mean), ("--precision-tail", tail)):
-        if value is not None and (
-            isinstance(value, bool) or not isinstance(value, Real) or not 1e-6 <= float(value) < 1
-        ):
-            raise InputError(f"{option} {shown(value)}: must be a share from 0.0001% to below 100%, as in 1% or 0.01")
-    most = whole_number("--max-trials", DEFAULT_MAX_TRIALS if max_trials is None else max_trials, 1, 10**9)
-    return most, Precision(*(None if value is None else float(value) for value in (mean, tail)))
+    if chosen.precision is None and chosen.precision_tail is None:
+        if chosen.max_trials is not None:
+            raise InputError("`max_trials` goes with `precision` or `precision_tail`; without them take `trials`")
+        return DEFAULT_TRIALS if chosen.trials is None else chosen.trials, None
+    if chosen.trials is not None:
+        raise InputError("`trials` and a precision exclude each other; `max_trials` bounds a precision")
+    most = DEFAULT_MAX_TRIALS if chosen.max_trials is None else chosen.max_trials
+    return most, Precision(chosen.precision, chosen.precision_tail)
 
 
 def _choose_draws(workload: Workload, trials: int, draws: int | None) -> int | None:
-    """Layer draws; None for as many as trials: by default every step has a fresh layer of a law."""
+    """Layer draws; None for as many as trials: by default every step of synthetic traffic has a fresh layer."""
     if workload.n_layers is not None:
         if draws not in (None, workload.n_layers):
             raise InputError(
-                f"--draws {shown(draws)}: {workload.name} has {workload.n_layers} layers, and each is a draw"
+                f"`draws` {shown(draws)}: {workload.name} has {workload.n_layers} layers, and each is a draw"
             )
         return min(workload.n_layers, trials)
-    draws = None if draws is None else whole_number("--draws", draws, 1, trials)
+    draws = None if draws is None else whole_number("`draws`", draws, 1, trials)
     return None if draws == trials else draws
 
 
@@ -252,14 +222,14 @@ def _check_sums_fit(plan: Plan) -> None:
     of_draw = -(-plan.trials // draws) * of_block
     if draws * of_draw**2 >= 2**63:
         raise InputError(
-            f"--trials {plan.trials} from {draws} draws at --tokens {largest_step}: sums over draws would not fit "
+            f"`trials` {plan.trials} from {draws} draws at `tokens` {largest_step}: sums over draws would not fit "
             "64-bit integers; take fewer trials or fewer tokens"
         )
 
 
-def _check_layers(pairs: list[tuple[str, int]], slots: list[Placement | None], workload: Workload) -> None:
+def _check_layers(pairs: list[tuple[str, int]], placed: list[Placement | None], workload: Workload) -> None:
     """A placement with a row per layer must have as many rows as the recorded layers that it is applied to."""
-    for (placement, _), of_pair in zip(pairs, slots, strict=True):
+    for (placement, _), of_pair in zip(pairs, placed, strict=True):
         if workload.n_layers is not None and of_pair is not None and len(of_pair.ranks) not in (1, workload.n_layers):
             raise InputError(
                 f"placement {placement} has {len(of_pair.ranks)} layers, workload {workload.name} has {workload.n_layers}"

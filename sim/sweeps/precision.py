@@ -9,7 +9,7 @@ import numpy as np
 from sim.scoring import METRICS
 from sim.stats import Moments, effective_blocks, mean_interval, probability_interval
 from sim.sweeps.chunk import Stage
-from sim.sweeps.events import events_of
+from sim.sweeps.grid import events_of
 from sim.sweeps.plan import RARE, Plan
 from sim.sweeps.tables import event_moments
 from sim.sweeps.tally import Tally

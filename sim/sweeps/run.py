@@ -4,111 +4,72 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from sim.errors import whole_number
 from sim.kernels import usable_processors
 from sim.model import ModelSpec
+from sim.options import THREADS, SweepOptions, takes
 from sim.results import SweepResult
 from sim.router import routing_law
 from sim.sweeps import executors
 from sim.sweeps.bounds import build_bounds
 from sim.sweeps.chunk import Stage, stage_chunks
-from sim.sweeps.events import events_of
+from sim.sweeps.grid import events_of
 from sim.sweeps.journal import Journal
-from sim.sweeps.plan import THRESHOLDS, Plan, make_plan
+from sim.sweeps.plan import Plan, make_plan
 from sim.sweeps.precision import first_stage, next_stage
-from sim.sweeps.raw import build_counts, only_cells
 from sim.sweeps.tables import build_summary, build_tail
-from sim.sweeps.tally import Tally
-from sim.traffic import LoadCounts, RecordedTraffic, Workload
+from sim.sweeps.tally import Tally, build_counts, only_cells
+from sim.traffic import Workload
 
 Progress = Callable[[int, int], None]
 
 
+@takes(SweepOptions)
 def sweep(
     model: str | Path | ModelSpec,
     workload: str | Path | Workload,
     *,
-    ep_sizes: int | Iterable[int],
-    tokens: int | Iterable[int],
-    placements: str | Sequence[str],
-    trials: int | None = None,
-    draws: int | None = None,
-    seed: int = 0,
-    tokens_per_rank: bool = False,
-    ranks_per_node: int = 8,
-    thresholds: Iterable[float] = THRESHOLDS,
-    precision: float | None = None,
-    precision_tail: float | None = None,
-    max_trials: int | None = None,
-    bound_layers: int | None = None,
-    fit_tokens: int | None = None,
-    fit_on: str | Path | RecordedTraffic | LoadCounts | None = None,
-    replica_choice: str = "even",
     threads: int | None = None,
+    **options: Any,
 ) -> SweepResult:
     """Sample token routings once and score them under every placement, EP size and number of tokens per step.
 
     Parameters
     ----------
-    model, workload : str or ModelSpec, Workload
+    model, workload : str, Path, ModelSpec, Workload
         Names or paths as `load_model` and `load_workload` take them, or what those return.
-    ep_sizes, tokens : int or list of int
-        EP sizes, and tokens per step over the whole EP group (per rank with `tokens_per_rank`).
-    placements : str or list of str
-        Strategies of `sim.place`; changes are given against the first.
-    trials : int, optional
-        Steps scored in each cell; default 10,000. Not with a precision.
-    draws : int, optional
-        Independent layer draws that the trials come from; by default a fresh layer for every step of a law, and every
-        layer of recorded traffic. Intervals rest on the variation between draws.
-    seed : int
-        Same seed, same rows, on any number of threads.
-    ranks_per_node : int
-        For node_aware placement and for nodes per token.
-    thresholds : list of float
-        Imbalance thresholds of the tail.
-    precision, precision_tail : float, optional
-        Stop a cell when the relative half-width of the interval of its mean imbalance (of each P(imbalance >= x) that is
-        not shown to be below 1e-3) is at most this, at 1024, 2048, 4096, ... trials.
-    max_trials : int, optional
-        The most trials under a precision; default 1,000,000.
-    bound_layers : int, optional
-        Layer draws that the bounds past sampling are taken over where popularity is drawn; default up to 32, and
-        none in grids that are large for their trials. 0 for no bounds.
-    fit_tokens : int, optional
-        Of traffic by law: tokens of each layer draw, other than those that are scored, that load-aware placements (eplb) are
-        fitted on; default 16384.
-    fit_on : str, Path, RecordedTraffic or LoadCounts, optional
-        Of recorded or fitted traffic: other traffic of the same layers to fit on. By default recorded traffic is fitted on every
-        second sequence, and all placements are scored on the others; fitted traffic, as `fit_tokens` says.
-    replica_choice : str
-        Which copy of a replicated expert a token goes to: 'even' split, or 'vllm_hash' of the token's index in the step.
     threads : int, optional
-        Default: the processors that this process may use.
+        Default: the processors that this process may use. Rows do not depend on it.
+    **options
 
     Returns
     -------
     SweepResult
-        `.summary`, `.tail` and `.counts` are DataFrames.
+        `.summary`, `.tail` and `.counts` are DataFrames; `.notes` says which bounds could not be computed.
 
     Raises
     ------
     InputError (a ValueError)
         An argument is out of range, or an input file is missing or invalid.
+
+    Examples
+    --------
+    >>> import sim
+    >>> mine = [(255 - expert) // 32 for expert in range(256)]
+    >>> result = sim.sweep(
+    ...     "deepseek-v3", "uniform", ep_sizes=8, tokens=64, placements=["linear", mine], trials=100, bound_layers=0, threads=1
+    ... )
+    >>> result.summary.placement.tolist()
+    ['linear', 'array']
     """
-    plan = make_plan(
-        model, workload, ep_sizes=ep_sizes, tokens=tokens, placements=placements, trials=trials, draws=draws, seed=seed,
-        tokens_per_rank=tokens_per_rank, ranks_per_node=ranks_per_node, thresholds=thresholds, precision=precision,
-        precision_tail=precision_tail, max_trials=max_trials, bound_layers=bound_layers, fit_tokens=fit_tokens,
-        fit_on=fit_on, replica_choice=replica_choice,
-    )  # fmt: skip
-    n_threads = usable_processors() if threads is None else whole_number("--threads", threads, 1, 4096)
+    plan = make_plan(model, workload, **options)
+    n_threads = usable_processors() if threads is None else THREADS.check("threads", threads)
     return run_plan(plan, executors.threads(n_threads), n_threads=n_threads)
 
 
@@ -127,12 +88,14 @@ def run_plan(
     is called after every chunk; chunks that the journal holds are not computed.
     """
     tally, stopped = _run_stages(plan, executor, progress, journal, time_limit_s)
-    tail = [build_tail(plan.grid, tally), build_bounds(plan, tally, n_threads)]
+    bounds, notes = build_bounds(plan, tally, n_threads)
+    tail = [build_tail(plan.grid, tally), bounds]
     return SweepResult(
         build_summary(plan.grid, tally, stopped, cell_ids(plan)),
         pd.concat([part for part in tail if len(part)], ignore_index=True),
         build_counts(plan.grid, tally),
         plan.identity,
+        notes,
     )
 
 
@@ -197,13 +160,14 @@ def _run_stage(
         if progress:
             progress(done, len(stage.trials) * of_trial)
 
-    missing = []
-    for draws in stage_chunks(plan, stage):
-        kept = journal.read(stage, draws) if journal else None
-        if kept is None:
-            missing.append(draws)
-        else:
-            take(draws, kept)
+    missing = stage_chunks(plan, stage)
+    if journal:
+        missing = []
+        for draws, kept in journal.finished(stage):
+            if kept is None:
+                missing.append(draws)
+            else:
+                take(draws, kept)
     if missing and time.monotonic() > end_s:
         raise _OutOfTime
     for n_computed, (draws, tally) in enumerate(executor(plan, stage, missing), 1):

@@ -10,13 +10,13 @@ from sim.stats import (
     Design,
     Histogram,
     Moments,
+    bounded_mean_interval,
     effective_blocks,
     mean_interval,
     probability_interval,
     quantile_interval,
 )
-from sim.sweeps.events import Events, events_of
-from sim.sweeps.grid import Grid
+from sim.sweeps.grid import Events, Grid, events_of
 from sim.sweeps.tally import VALUE_BITS, Tally, split_keys
 
 _MAX_LOAD, _IDLE = METRICS.index("max_load"), METRICS.index("idle_ranks")
@@ -56,8 +56,8 @@ def build_tail(grid: Grid, tally: Tally) -> pd.DataFrame:
     """One row per cell and event, with its probability and 95 % interval."""
     events = events_of(grid)
     moments, design = event_moments(events, tally)
-    p = moments.total / design.blocks
-    low, high = probability_interval(p, effective_blocks(moments, design))
+    p, blocks = moments.total / design.blocks, effective_blocks(moments, design)
+    low, high = probability_interval(p, blocks)
     impossible, certain = impossible_events(grid, events), certain_events(grid, events)
     keys = cell_keys(grid, tally)
     table = pd.DataFrame([keys[c] for c in events.cell], columns=KEYS)
@@ -69,26 +69,22 @@ def build_tail(grid: Grid, tally: Tally) -> pd.DataFrame:
         high=np.where(impossible, 0.0, high),
         method=np.where(impossible | certain, "exact", "sampled"),
         given="",
+        effective_blocks=blocks,
     )
 
 
 def impossible_events(grid: Grid, events: Events) -> np.ndarray:
-    """Events that cannot happen, bool [events]: no load can exceed all of it, `ep_size` times the mean; and top_k experts
-    of one token need at least top_k / (experts of the largest rank) ranks.
+    """Events that cannot happen, bool [events]: more idle ranks than there can be, or a load above all of it, which is `ep_size`
+    times the mean.
     """
-    most = grid.ep_size_of_cell[events.cell]
-    largest = np.array(grid.largest_rank)[grid.pair_of_cell[events.cell]]
-    too_idle = events.least > most - -(-grid.top_k // largest)
-    too_high = (np.array(events.name) == "imbalance") & (np.array(events.threshold) > most)
+    too_idle = events.least > grid.idle_range[1][events.cell]
+    too_high = (np.array(events.name) == "imbalance") & (np.array(events.threshold) > grid.ep_size_of_cell[events.cell])
     return np.where(events.metric == _IDLE, too_idle, too_high)
 
 
 def certain_events(grid: Grid, events: Events) -> np.ndarray:
-    """Events that always happen, bool [events]: one load is at least 1, and so few pairs (token, expert) leave ranks idle."""
-    distinct_tokens = grid.tokens_of_cell[events.cell] + (grid.dummy_tokens > 0)
-    reached = np.minimum(distinct_tokens * grid.top_k, grid.ep_size_of_cell[events.cell])
-    idle = events.least <= grid.ep_size_of_cell[events.cell] - reached
-    return np.where(events.metric == _IDLE, idle, events.least <= 1)
+    """Events that always happen, bool [events]: one load is at least 1, and some ranks must be idle."""
+    return np.where(events.metric == _IDLE, events.least <= grid.idle_range[0][events.cell], events.least <= 1)
 
 
 def build_summary(grid: Grid, tally: Tally, stopped: np.ndarray, cell_ids: list[str]) -> pd.DataFrame:
@@ -101,11 +97,14 @@ def build_summary(grid: Grid, tally: Tally, stopped: np.ndarray, cell_ids: list[
     of_cell = Design(*(part[:, None] for part in design))
     metric = mean_interval(tally.moments("metric"), of_cell)
     change = _change_from_baseline(grid, tally, design)
-    reached = mean_interval(tally.moments("reached"), of_cell)
+    idle_mean = bounded_mean_interval(
+        Moments(*(part[:, _IDLE] for part in tally.moments("metric"))), design, *grid.idle_range
+    )
+    reached = bounded_mean_interval(tally.moments("reached"), of_cell, *grid.reached_range)
     keys = cell_keys(grid, tally)
     rows = []
     for cell in range(len(grid.cells)):
-        mean_load, ep_size = float(grid.mean_load(cell)), int(grid.ep_size_of_cell[cell])
+        mean_load = float(grid.mean_load(cell))
         row: dict[str, object] = dict(zip(KEYS, keys[cell], strict=True))
         max_load, idle = histograms[cell][_MAX_LOAD], histograms[cell][_IDLE]
         row |= {"mean_load": mean_load, "max_load_mean": metric[0][cell, _MAX_LOAD]}
@@ -118,7 +117,8 @@ def build_summary(grid: Grid, tally: Tally, stopped: np.ndarray, cell_ids: list[
             for part, bound in (("", value), ("_low", low), ("_high", high)):
                 row[f"imbalance_{column}{part}"] = bound / mean_load
         row["balancedness_mean"] = float(np.dot(mean_load / max_load.values, max_load.counts) / design.blocks[cell])
-        row |= _idle_mean(metric, cell, ep_size, float(design.draws[cell]))
+        for part, values in zip(("", "_low", "_high"), idle_mean, strict=True):
+            row[f"idle_ranks_mean{part}"] = values[cell]
         row["idle_ranks_p99"] = int(idle.quantile(0.99))
         row["distinct_experts_busiest_mean"] = metric[0][cell, METRICS.index("distinct_experts_busiest")]
         row["distinct_experts_max_mean"] = metric[0][cell, METRICS.index("distinct_experts_max")]
@@ -130,16 +130,6 @@ def build_summary(grid: Grid, tally: Tally, stopped: np.ndarray, cell_ids: list[
             row[f"imbalance_change_mean{part}"] = values[cell] / mean_load
         rows.append(row | {"stopped": stopped[cell], "cell_id": cell_ids[cell]})
     return pd.DataFrame(rows)
-
-
-def _idle_mean(metric: tuple[np.ndarray, ...], cell: int, ep_size: int, draws: float) -> dict[str, float]:
-    """Mean idle ranks with its interval: not below 0, and where none was ever seen, bounded by ep_size - 1 times the
-    upper bound of the probability of any.
-    """
-    mean, low, high = (float(values[cell, _IDLE]) for values in metric)
-    if mean == 0:
-        high = (ep_size - 1) * float(probability_interval(np.zeros(1), np.array([draws]))[1][0])
-    return {"idle_ranks_mean": mean, "idle_ranks_mean_low": max(low, 0.0), "idle_ranks_mean_high": high}
 
 
 def _change_from_baseline(grid: Grid, tally: Tally, design: Design) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -25,7 +25,7 @@ def load_of(data: MeasuredTraffic, n_experts: int) -> np.ndarray:
     """Load of each expert over all tokens or steps, [layers, n_experts]: int64 of tokens, float64 of counts."""
     if isinstance(data, LoadCounts):
         return data.total
-    return np.stack([np.bincount(layer.ravel(), minlength=n_experts) for layer in data.topk_ids])
+    return data.count_experts(n_experts)
 
 
 def cut_in_order(data: MeasuredTraffic, n_experts: int) -> tuple[np.ndarray, np.ndarray] | None:
@@ -58,7 +58,7 @@ def halves_of_counts(data: LoadCounts, seed: int) -> tuple[tuple[LoadCounts, Loa
 
 
 def _whole_layers(data: LoadCounts, counts: np.ndarray, what: str) -> LoadCounts:
-    part, n_empty = build_counts(f"{data.name}, {what}", f"{data.name} [{what}]", counts, data.layers)
+    part, n_empty = build_counts(f"{data.name}, {what}", f"{data.name} [{what}]", counts, data.layer_ids)
     if n_empty:
         raise InputError(
             f"{data.name}: {n_empty} layers have no load in {what}; give other traffic to fit on, --fit-on"
@@ -130,7 +130,7 @@ def cut_windows(data: MeasuredTraffic, n_experts: int, n_windows: int) -> Window
     InputError
         There are fewer than two sequences, or steps, per window, or a layer has no load in a half.
     """
-    whole_number("--windows", n_windows, 2, MOST_WINDOWS)
+    whole_number("`n_windows`", n_windows, 2, MOST_WINDOWS)
     items = sequences_or_steps(data, n_experts)
     n_items = len(items.weights)
     if items.name == "steps" and n_items == 1:
@@ -139,7 +139,7 @@ def cut_windows(data: MeasuredTraffic, n_experts: int, n_windows: int) -> Window
         )
     if n_items < 2 * n_windows:
         raise InputError(
-            f"{data.name} has {n_items} {items.name} with load; --windows {n_windows} takes at least {2 * n_windows}: in each "
+            f"{data.name} has {n_items} {items.name} with load; `n_windows` {n_windows} takes at least {2 * n_windows}: in each "
             "window one to fit on and one to score"
         )
     bounds = _bounds(items.weights, n_windows)
@@ -147,7 +147,7 @@ def cut_windows(data: MeasuredTraffic, n_experts: int, n_windows: int) -> Window
     parts = [np.arange(first, last) for first, last in itertools.pairwise(bounds)]
     unit = "steps" if items.name == "steps" else "tokens"
     return Windows(
-        _even_and_odd(data, items, parts, "a window; take fewer --windows"), (before[:-1] + before[1:]) / 2, unit
+        _even_and_odd(data, items, parts, "a window; take fewer `n_windows`"), (before[:-1] + before[1:]) / 2, unit
     )
 
 
@@ -244,6 +244,6 @@ def _checked(data: MeasuredTraffic, fitted: np.ndarray, scored: np.ndarray, abou
     empty = np.argwhere(~(fitted.any(axis=2) & scored.any(axis=2)))
     if len(empty):
         layer = int(empty[0, 1])
-        number = data.layers[layer] if isinstance(data, LoadCounts) else layer
+        number = data.layer_ids[layer]
         raise InputError(f"{data.name}: layer {number} has no load in a half of {of}")
     return Halves(data.name, data.digest, fitted.astype(float), scored.astype(float), about)

@@ -1,4 +1,4 @@
-"""Published claims on trial: set-up, computation and verdict of each. No verdict is written by hand."""
+"""Published claims examined: set-up, computation and verdict of each. No verdict is written by hand."""
 
 import tomllib
 from collections.abc import Callable
@@ -12,10 +12,9 @@ import pandas as pd
 from sim.errors import InputError, unknown, whole_number
 from sim.traffic import SyntheticTraffic, Workload, load_workload
 from sim.verdicts import exact, gains, loads
-from sim.verdicts.trial import Trial
-from sim.verdicts.verdict import PLAUSIBLE_SHARE, Finding
+from sim.verdicts.verdict import PLAUSIBLE_SHARE, Conditions, Finding
 
-__all__ = ["CLAIMS", "Finding", "Trial", "claim_ids", "claims"]
+__all__ = ["CLAIMS", "Conditions", "Finding", "claim_ids", "claims"]
 
 CLAIMS: dict[str, Callable[..., Finding]] = {
     "groups-unused": exact.groups_unused,
@@ -55,12 +54,12 @@ def claims(
     plausible_share: float = PLAUSIBLE_SHARE,
     threads: int | None = None,
 ) -> pd.DataFrame:
-    """Try published claims under some traffic.
+    """Examine published claims under some traffic.
 
     Parameters
     ----------
     workload : Workload, str or Path
-        Decode traffic by law; prefill claims add the request effect of the preset 'prefill' to it.
+        Synthetic decode traffic; prefill claims add the request effect of the preset 'prefill' to it.
     only : list of str
         Some of the ids (default: all).
     seed : int
@@ -83,24 +82,24 @@ def claims(
     """
     traffic = workload if isinstance(workload, Workload) else load_workload(workload)
     if not isinstance(traffic, SyntheticTraffic):
-        raise InputError(f"--workload {traffic.name}: claims are tried under traffic by law, not under a record")
+        raise InputError(f"`workload` {traffic.name}: claims are examined under synthetic traffic, not under a record")
     for name in only or []:
         if name not in CLAIMS:
             raise unknown("claim", name, CLAIMS)
     if not 0.01 <= effort <= 100:
-        raise InputError(f"--effort {effort:g}: must be from 0.01 to 100")
+        raise InputError(f"`effort` {effort:g}: must be from 0.01 to 100")
     if not 0 < plausible_share <= 1:
-        raise InputError(f"--plausible-share {plausible_share:g}: must be above 0 and at most 1")
-    trial = Trial(traffic, whole_number("--seed", seed, 0, 2**63 - 1), effort, plausible_share, threads)
-    return pd.DataFrame([_row(name, trial) for name in only or CLAIMS])
+        raise InputError(f"`plausible_share` {plausible_share:g}: must be above 0 and at most 1")
+    conditions = Conditions(traffic, whole_number("`seed`", seed, 0, 2**63 - 1), effort, plausible_share, threads)
+    return pd.DataFrame([_row(name, conditions) for name in only or CLAIMS])
 
 
-def _row(name: str, trial: Trial) -> dict[str, object]:
+def _row(name: str, conditions: Conditions) -> dict[str, object]:
     entry = _entries()[name]
     published = [entry["published"]] if "published" in entry else []
-    finding = CLAIMS[name](trial, *published)
+    finding = CLAIMS[name](conditions, *published)
     row = {"id": name, **{key: entry[key] for key in ("source", "setup", "claim", "assumed")}}
-    row |= {"workload": trial.workload.name, "computed": finding.computed}
+    row |= {"workload": conditions.workload.name, "computed": finding.computed}
     row |= {"value": finding.value, "low": finding.low, "high": finding.high, "unit": finding.unit}
     ends = ("needed_share", "needed_share_low", "needed_share_high")
     return row | dict(zip(ends, finding.needed_share, strict=True)) | {"verdict": finding.verdict, "why": finding.why}

@@ -10,21 +10,26 @@ from sim.router import draw_trials
 from sim.sweeps import sweep
 from sim.theory import UniformLayer, UniformRouter
 from sim.traffic.synthetic import X0
-from sim.verdicts.trial import Trial
-from sim.verdicts.verdict import DOES_NOT_FOLLOW, HOLDS, HOLDS_ONLY, Finding, ranges_text
+from sim.verdicts.verdict import DOES_NOT_FOLLOW, HOLDS, HOLDS_ONLY, Conditions, Finding, ranges_text
 
 _TOKENS = 100_000
 _SMALL_SIZES = [2, 4, 8, 16, 32]
 
 
-def groups_unused(trial: Trial) -> Finding:
+def groups_unused(conditions: Conditions) -> Finding:
     """Groups without a chosen expert, of routed tokens."""
-    model = trial.model("deepseek-v3")
+    model = conditions.model("deepseek-v3")
     one = np.ones(1, np.int64)
     per_draw = 100
-    workload = dataclasses.replace(trial.workload, dummy_tokens=0)
+    workload = dataclasses.replace(conditions.workload, dummy_tokens=0)
     _, ids = draw_trials(
-        model, workload, trial.seed, range(_TOKENS // per_draw), _TOKENS // per_draw, one * per_draw, n_ids=per_draw
+        model,
+        workload,
+        conditions.seed,
+        range(_TOKENS // per_draw),
+        _TOKENS // per_draw,
+        one * per_draw,
+        n_ids=per_draw,
     )
     group = ids.reshape(-1, model.top_k) // model.group_size
     used = np.array([len(set(token)) for token in group.tolist()])
@@ -60,9 +65,9 @@ def _on_one_rank(model: ModelSpec, strategy: str, ep_size: int, n_tokens: int = 
     return (low + high) / 2
 
 
-def one_rank(trial: Trial) -> Finding:
+def one_rank(conditions: Conditions) -> Finding:
     """Whether one rank can have all experts of a token, under linear and round_robin, and how often at EP 8."""
-    model = trial.model("deepseek-v3")
+    model = conditions.model("deepseek-v3")
     sizes = range(2, model.n_experts + 1)
     can = {
         name: np.array(
@@ -88,16 +93,16 @@ def one_rank(trial: Trial) -> Finding:
     )
 
 
-def fewer_gpus_unlucky(trial: Trial) -> Finding:
+def fewer_gpus_unlucky(conditions: Conditions) -> Finding:
     """P(one token on one rank) by EP size, exact under uniform traffic and sampled under the chosen one."""
-    model = trial.model("deepseek-v3")
+    model = conditions.model("deepseek-v3")
     p = {name: [_on_one_rank(model, name, size) for size in _SMALL_SIZES] for name in ("linear", "round_robin")}
     possible = [value > 0 for value in p["round_robin"]]
     falls = all(a > b or a == 0 for a, b in zip(p["round_robin"], p["round_robin"][1:], strict=False))
     below = [new < old for old, new in zip(p["linear"], p["round_robin"], strict=True)]
     seen = sweep(
-        model, trial.workload, ep_sizes=[2, 4], tokens=1, placements=["linear", "round_robin"],
-        trials=trial.scaled(40_000), seed=trial.seed, bound_layers=0, threads=trial.threads,
+        model, conditions.workload, ep_sizes=[2, 4], tokens=1, placements=["linear", "round_robin"],
+        trials=conditions.scaled(40_000), seed=conditions.seed, bound_layers=0, threads=conditions.threads,
     ).tail  # fmt: skip
     seen = seen[(seen.metric == "one_rank") & (seen.method == "sampled")].set_index(["placement", "ep_size"])
     two = {name: seen.loc[(name, 2)] for name in p}
@@ -119,15 +124,15 @@ def fewer_gpus_unlucky(trial: Trial) -> Finding:
         "P(all experts of one token on one rank), EP 8",
         verdict,
         f"Possible under round_robin on {stays}, likelier on fewer, and less likely than under linear on all of them. "
-        f"{trial.workload.name} traffic, EP 2, sampled: {two['linear'].probability:.4f} "
+        f"{conditions.workload.name} traffic, EP 2, sampled: {two['linear'].probability:.4f} "
         f"({two['linear'].low:.4f} to {two['linear'].high:.4f}) under linear, {two['round_robin'].probability:.4f} "
         f"({two['round_robin'].low:.4f} to {two['round_robin'].high:.4f}) under round_robin.",
     )
 
 
-def last_rank(trial: Trial) -> Finding:
+def last_rank(conditions: Conditions) -> Finding:
     """Experts of the last rank under the old placement, and the mean imbalance at EP 24."""
-    model = trial.model("deepseek-v3")
+    model = conditions.model("deepseek-v3")
     sizes = [size for size in range(2, 65) if model.n_experts % size]
     over = {}
     for size in sizes:
@@ -136,8 +141,8 @@ def last_rank(trial: Trial) -> Finding:
     worse = [old > new for old, new in over.values()]
     equal = [size for size, is_worse in zip(sizes, worse, strict=True) if not is_worse]
     rows = sweep(
-        model, trial.workload, ep_sizes=24, tokens=64, placements=["linear", "linear_legacy"],
-        trials=trial.scaled(4000), seed=trial.seed, bound_layers=0, threads=trial.threads,
+        model, conditions.workload, ep_sizes=24, tokens=64, placements=["linear", "linear_legacy"],
+        trials=conditions.scaled(4000), seed=conditions.seed, bound_layers=0, threads=conditions.threads,
     ).summary.set_index("placement")  # fmt: skip
     new, old = rows.loc["linear"], rows.loc["linear_legacy"]
     mended = old.imbalance_change_mean_low > 0
@@ -171,14 +176,14 @@ def strided_loads(n_tokens: int, ep_size: int, layer: int = 0, n_experts: int = 
     return np.bincount((experts * ep_size // n_experts).reshape(-1), minlength=ep_size)
 
 
-def dealt_loads(n_tokens: int, ep_size: int, top_k: int = 8) -> np.ndarray:
-    """The same with pairs dealt to ranks in turn (SGLang PR #37741), int64 [ranks]."""
+def assigned_loads(n_tokens: int, ep_size: int, top_k: int = 8) -> np.ndarray:
+    """The same with pairs assigned to ranks in turn (SGLang PR #37741), int64 [ranks]."""
     return np.bincount(np.arange(n_tokens * top_k) % ep_size, minlength=ep_size)
 
 
-def idle_half(trial: Trial) -> Finding:
+def idle_half(conditions: Conditions) -> Finding:
     """The loads of the PR's example, and the batches for which odd ranks are idle."""
-    before, after, shifted = strided_loads(8, 16), dealt_loads(8, 16), strided_loads(8, 16, layer=16)
+    before, after, shifted = strided_loads(8, 16), assigned_loads(8, 16), strided_loads(8, 16, layer=16)
     batches = list(range(1, 33))
     odd_idle = [not strided_loads(n, 16)[1::2].any() for n in batches]
     as_printed = before.tolist() == [8, 0] * 8 and after.tolist() == [4] * 16

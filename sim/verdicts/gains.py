@@ -11,12 +11,12 @@ import pandas as pd
 from sim.cost.gain import PERFECT, predict_gain
 from sim.model import ModelSpec
 from sim.traffic import SyntheticTraffic
-from sim.verdicts.trial import Trial
 from sim.verdicts.verdict import (
     DOES_NOT_FOLLOW,
     HOLDS,
     HOLDS_ONLY,
     NOT_BY_LOAD,
+    Conditions,
     Finding,
     needed_share,
     percent,
@@ -38,37 +38,37 @@ def _saved_of(row: Any) -> Saved:
 
 
 def _gains(
-    trial: Trial, model: str, gpu: str, tokens: list[int], workload: SyntheticTraffic, **more: Any
+    conditions: Conditions, model: str, gpu: str, tokens: list[int], workload: SyntheticTraffic, **more: Any
 ) -> pd.DataFrame:
-    """predict_gain with the trial's budget: whole layer sets, few where steps are large."""
-    budget = int(2**23 * trial.effort)
+    """predict_gain with the budget of the conditions: whole layer sets, few where steps are large."""
+    budget = int(2**23 * conditions.effort)
     return predict_gain(
-        trial.model(model), workload, gpu, tokens=tokens, seed=trial.seed, budget_tokens=budget, threads=trial.threads,
-        most_steps=128, **more,
+        conditions.model(model), workload, gpu, tokens=tokens, seed=conditions.seed, budget_tokens=budget,
+        threads=conditions.threads, most_steps=128, **more,
     )  # fmt: skip
 
 
-def _by_step_size(trial: Trial, model: str, dtype: str) -> pd.DataFrame:
+def _by_step_size(conditions: Conditions, model: str, dtype: str) -> pd.DataFrame:
     """round_robin against linear at EP 8 on H20, decode and prefill sizes, without all-to-all."""
     setup: dict[str, Any] = {"ep_sizes": 8, "dtype": dtype, "exchange": "none"}
     return pd.concat(
         [
-            _gains(trial, model, "h20", _DECODE, trial.workload, **setup),
-            _gains(trial, model, "h20", _PREFILL, trial.prefill, **setup),
+            _gains(conditions, model, "h20", _DECODE, conditions.workload, **setup),
+            _gains(conditions, model, "h20", _PREFILL, conditions.prefill, **setup),
         ],
         ignore_index=True,
     )
 
 
 def _verdict(
-    trial: Trial, shares: np.ndarray, saved: np.ndarray, cases: Callable[[list[bool]], str]
+    conditions: Conditions, shares: np.ndarray, saved: np.ndarray, cases: Callable[[list[bool]], str]
 ) -> tuple[str, str]:
     """Verdict over the cases that a set-up leaves open, and a remark where an interval leaves it open.
 
     `shares` are the needed shares, `saved` the saved ones, float64 [cases, 3]; `cases` names those that fit.
     """
-    fits = shares[:, 0] <= trial.plausible_share
-    open_cases = (shares[:, 1] <= trial.plausible_share) & (trial.plausible_share < shares[:, 2])
+    fits = shares[:, 0] <= conditions.plausible_share
+    open_cases = (shares[:, 1] <= conditions.plausible_share) & (conditions.plausible_share < shares[:, 2])
     remark = f" The intervals leave it open where {cases(open_cases.tolist())}." if open_cases.any() else ""
     if fits.all():
         return HOLDS, remark
@@ -81,12 +81,12 @@ def _tokens_text(tokens: int) -> str:
     return f"{tokens} token{'s' if tokens > 1 else ''}"
 
 
-def _of_sizes(trial: Trial, model: str, dtype: str, claimed: float, note: str = "") -> Finding:
-    gains = _by_step_size(trial, model, dtype)
+def _of_sizes(conditions: Conditions, model: str, dtype: str, claimed: float, note: str = "") -> Finding:
+    gains = _by_step_size(conditions, model, dtype)
     saved = np.array([_saved_of(row) for row in gains.itertuples()])
     shares = np.array([needed_share(claimed, (value, low, high)) for value, low, high in saved])
     sizes = gains.tokens.tolist()
-    verdict, remark = _verdict(trial, shares, saved, lambda fits: f"a step has {ranges_text(sizes, fits)}")
+    verdict, remark = _verdict(conditions, shares, saved, lambda fits: f"a step has {ranges_text(sizes, fits)}")
     at = {tokens: _saved_of(gains[gains.tokens == tokens].iloc[0]) for tokens in (1, 8, 64, 512, 16384)}
     best = int(np.argmin(shares[:, 0]))
     row = gains.iloc[best]
@@ -100,7 +100,7 @@ def _of_sizes(trial: Trial, model: str, dtype: str, claimed: float, note: str = 
         verdict,
         f"A step must save {percent(claimed)}, so routed experts must take {share_text(shares[best, 0])} of it at "
         f"{_tokens_text(row.tokens)}, where most is saved, and {share_text(needed_share(claimed, at[64])[0])} at 64; up to "
-        f"{percent(trial.plausible_share, 0)} is taken as plausible. "
+        f"{percent(conditions.plausible_share, 0)} is taken as plausible. "
         + (f"Less than {percent(_LITTLE, 0)} is saved at {little}. " if little else "")
         + note
         + remark,
@@ -108,30 +108,30 @@ def _of_sizes(trial: Trial, model: str, dtype: str, claimed: float, note: str = 
     )
 
 
-def qpm_8(trial: Trial, published: dict[str, float]) -> Finding:
+def qpm_8(conditions: Conditions, published: dict[str, float]) -> Finding:
     """round_robin at EP 8 on H20 for every step size."""
     claimed = time_saved(published["throughput_gain"])
-    return _of_sizes(trial, "deepseek-r1", "fp8", claimed)
+    return _of_sizes(conditions, "deepseek-r1", "fp8", claimed)
 
 
-def eplb_3(trial: Trial, published: dict[str, float]) -> Finding:
+def eplb_3(conditions: Conditions, published: dict[str, float]) -> Finding:
     """The same for DeepSeek-V2 in BF16, before the first rebalance."""
     claimed = time_saved(published["throughput_gain"])
     note = "This is until the first rebalance; after it the start does not matter."
-    return _of_sizes(trial, "deepseek-v2", "bf16", claimed, note)
+    return _of_sizes(conditions, "deepseek-v2", "bf16", claimed, note)
 
 
-def tput_14_57(trial: Trial, published: dict[str, float]) -> Finding:
+def tput_14_57(conditions: Conditions, published: dict[str, float]) -> Finding:
     """Decode of 8 tokens at EP 16 on H20, with and without dummy tokens of idle ranks."""
     claimed = published["time_saved"]
     setup: dict[str, Any] = {"ep_sizes": 16, "exchange": "deepep_low_latency"}
     saved = {}
     for dummies in _DUMMIES:
-        workload = dataclasses.replace(trial.workload, dummy_tokens=dummies)
-        saved[dummies] = _saved_of(_gains(trial, "deepseek-r1", "h20", [8], workload, **setup).iloc[0])
+        workload = dataclasses.replace(conditions.workload, dummy_tokens=dummies)
+        saved[dummies] = _saved_of(_gains(conditions, "deepseek-r1", "h20", [8], workload, **setup).iloc[0])
     shares = np.array([needed_share(claimed, value) for value in saved.values()])
     verdict, remark = _verdict(
-        trial,
+        conditions,
         shares,
         np.array(list(saved.values())),
         lambda fits: f"idle ranks run {ranges_text(_DUMMIES, fits, 'dummy tokens')}",
@@ -149,21 +149,21 @@ def tput_14_57(trial: Trial, published: dict[str, float]) -> Finding:
 
 
 def _against_linear(
-    trial: Trial, model: ModelSpec, workload: SyntheticTraffic, placements: list[str], **setup: Any
+    conditions: Conditions, model: ModelSpec, workload: SyntheticTraffic, placements: list[str], **setup: Any
 ) -> list[Saved]:
     """Shares of the experts' time that placements save over linear, over one step, or some of its layers."""
-    some = dataclasses.replace(model, n_moe_layers=math.ceil(model.n_moe_layers * min(1.0, trial.effort)))
+    some = dataclasses.replace(model, n_moe_layers=math.ceil(model.n_moe_layers * min(1.0, conditions.effort)))
     gains = predict_gain(
-        some, workload, placement=placements, exchange="none", layer_sets=1, most_steps=1, seed=trial.seed,
-        threads=trial.threads, tokens_per_rank=True, **setup,
+        some, workload, placement=placements, exchange="none", layer_sets=1, most_steps=1, seed=conditions.seed,
+        threads=conditions.threads, tokens_per_rank=True, **setup,
     )  # fmt: skip
     return [_saved_of(row) for row in gains.itertuples()]
 
 
-def _of_setup(trial: Trial, claimed: float, saved: Saved, by: str) -> Finding:
+def _of_setup(conditions: Conditions, claimed: float, saved: Saved, by: str) -> Finding:
     """Finding of a claim of one set-up: the step must save `claimed`, and the experts save `saved` by something."""
     share = needed_share(claimed, saved)
-    verdict, remark = _verdict(trial, np.array([share]), np.array([saved]), lambda fits: "this set-up")
+    verdict, remark = _verdict(conditions, np.array([share]), np.array([saved]), lambda fits: "this set-up")
     return Finding(
         f"experts' time saved by {by}: {saved_text(saved)}",
         *saved,
@@ -174,28 +174,34 @@ def _of_setup(trial: Trial, claimed: float, saved: Saved, by: str) -> Finding:
     )
 
 
-def balanced_18(trial: Trial, published: dict[str, float]) -> Finding:
+def balanced_18(conditions: Conditions, published: dict[str, float]) -> Finding:
     """Perfect balance against linear in prefill at EP 32."""
     saved = _against_linear(
-        trial, trial.model("deepseek-v3"), trial.prefill, [PERFECT], gpus="h100", ep_sizes=32, tokens=16384
+        conditions,
+        conditions.model("deepseek-v3"),
+        conditions.prefill,
+        [PERFECT],
+        gpus="h100",
+        ep_sizes=32,
+        tokens=16384,
     )
-    return _of_setup(trial, time_saved(published["throughput_gain"]), saved[0], PERFECT)
+    return _of_setup(conditions, time_saved(published["throughput_gain"]), saved[0], PERFECT)
 
 
-def eplb_gains(trial: Trial, published: dict[str, float]) -> Finding:
+def eplb_gains(conditions: Conditions, published: dict[str, float]) -> Finding:
     """EPLB with 32 redundant slots against linear, prefill at EP 32 and decode at EP 72."""
-    model = trial.model("deepseek-v3")
+    model = conditions.model("deepseek-v3")
     names: list[str] = []
     saved: list[Saved] = []
     best: list[Saved] = []
     share: list[Saved] = []
     for phase, workload, ep_size, of_rank in (
-        ("prefill", trial.prefill, 32, 16384),
-        ("decode", trial.workload, 72, 256),
+        ("prefill", conditions.prefill, 32, 16384),
+        ("decode", conditions.workload, 72, 256),
     ):
         names.append(f"{phase} at EP {ep_size}")
         of_eplb, of_perfect = _against_linear(
-            trial, model, workload, ["eplb+32", PERFECT], gpus="h100", ep_sizes=ep_size, tokens=of_rank
+            conditions, model, workload, ["eplb+32", PERFECT], gpus="h100", ep_sizes=ep_size, tokens=of_rank
         )
         saved.append(of_eplb)
         best.append(of_perfect)
@@ -204,7 +210,7 @@ def eplb_gains(trial: Trial, published: dict[str, float]) -> Finding:
     def cases(chosen: list[bool]) -> str:
         return f"it is {' or '.join(name for name, is_chosen in zip(names, chosen, strict=True) if is_chosen)}"
 
-    verdict, remark = _verdict(trial, np.array(share), np.array(saved), cases)
+    verdict, remark = _verdict(conditions, np.array(share), np.array(saved), cases)
     least = int(np.argmax([row[0] for row in share]))
     return Finding(
         "experts' time saved by EPLB with 32 redundant slots: "
@@ -221,8 +227,10 @@ def eplb_gains(trial: Trial, published: dict[str, float]) -> Finding:
     )
 
 
-def rearrange_16_7(trial: Trial, published: dict[str, float]) -> Finding:
+def rearrange_16_7(conditions: Conditions, published: dict[str, float]) -> Finding:
     """EPLB without redundant slots against linear, prefill at EP 8, DeepSeek-V4-Pro."""
-    model = trial.model("deepseek-v4-pro")
-    saved = _against_linear(trial, model, trial.prefill, ["eplb"], gpus="b200", dtype="fp4", ep_sizes=8, tokens=8192)
-    return _of_setup(trial, time_saved(published["throughput_gain"]), saved[0], "EPLB")
+    model = conditions.model("deepseek-v4-pro")
+    saved = _against_linear(
+        conditions, model, conditions.prefill, ["eplb"], gpus="b200", dtype="fp4", ep_sizes=8, tokens=8192
+    )
+    return _of_setup(conditions, time_saved(published["throughput_gain"]), saved[0], "EPLB")

@@ -3,19 +3,18 @@
 import numpy as np
 
 from sim.sweeps import sweep
-from sim.verdicts.trial import Trial
-from sim.verdicts.verdict import DOES_NOT_FOLLOW, HOLDS, HOLDS_ONLY, Finding, ranges_text
+from sim.verdicts.verdict import DOES_NOT_FOLLOW, HOLDS, HOLDS_ONLY, Conditions, Finding, ranges_text
 
 _SIZES = [2, 4, 8, 16, 32, 64, 128, 256]
 _TOKENS = [1, 8, 64, 512, 4096]
 
 
-def less_waiting(trial: Trial) -> Finding:
+def less_waiting(conditions: Conditions) -> Finding:
     """Change of the mean imbalance, paired, in every cell; a cell counts where its 95 % interval lies below 0."""
-    model = trial.model("deepseek-v3")
+    model = conditions.model("deepseek-v3")
     summary = sweep(
-        model, trial.workload, ep_sizes=_SIZES, tokens=_TOKENS, placements=["linear", "round_robin"],
-        trials=trial.scaled(4000), seed=trial.seed, bound_layers=0, threads=trial.threads,
+        model, conditions.workload, ep_sizes=_SIZES, tokens=_TOKENS, placements=["linear", "round_robin"],
+        trials=conditions.scaled(4000), seed=conditions.seed, bound_layers=0, threads=conditions.threads,
     ).summary  # fmt: skip
     rows = summary[summary.placement == "round_robin"].set_index(["ep_size", "tokens"])
     base = summary[summary.placement == "linear"].set_index(["ep_size", "tokens"])

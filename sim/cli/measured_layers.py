@@ -1,0 +1,133 @@
+"""Whole layers in `epsim measure`: --layer measures them, --show prints and draws what was measured."""
+
+import sys
+import time
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from sim.cli.text import estimate, note, note_compiling, print_table, table
+from sim.errors import InputError, unknown
+
+_TABLES = {
+    "sum": "A layer against its slowest rank's experts and the exchange, layer / (experts + exchange) - 1",
+    "gain": "Gain over {baseline} in the time of a layer",
+}
+
+
+def measure_all(arguments: Namespace) -> None:
+    """Measure whole layers: `epsim measure --layer`."""
+    started = time.monotonic()
+    from sim.measure.layer import gpus_for, measure_layers
+    from sim.measure.layer_plan import EXCHANGES, sample_layers
+    from sim.model import load_model
+    from sim.traffic import load_workload
+
+    if arguments.out is None or not arguments.out.endswith(".csv"):
+        raise InputError("--out FILE.csv must say where the rows go")
+    if arguments.dtype not in (None, ["bf16"]):
+        raise InputError(f"--dtype {','.join(arguments.dtype)}: a layer is measured in bf16")
+    limit_s = float("inf") if arguments.time_limit is None else arguments.time_limit
+    sizes = arguments.ep or [None]
+    if len(sizes) > 1:
+        raise InputError(f"--ep {','.join(map(str, sizes))}: a layer is measured at one EP size, a GPU for each rank")
+    ep_size = gpus_for(sizes[0], arguments.device)
+    note_compiling()
+    steps = sample_layers(
+        load_model(arguments.model),
+        [load_workload(name) for name in arguments.workload or ["chat", "gpqa-tilted"]],
+        ep_size=ep_size,
+        tokens=arguments.tokens or [8, 64, 512, 2048, 8192, 16384],
+        placements=arguments.placement or ["linear", "round_robin"],
+        exchanges=arguments.exchange or list(EXCHANGES),
+        steps=arguments.steps,
+        seed=arguments.seed,
+    )
+    if arguments.device == "cpu":
+        note("times on a CPU test the path, and say nothing about a GPU")
+    left_s = limit_s - (time.monotonic() - started)
+    measure_layers(
+        steps,
+        arguments.device,
+        Path(arguments.out),
+        time_limit_s=left_s,
+        say=lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    print(f"written to {arguments.out}; tables and figures: epsim measure --show {arguments.out} --plot")
+
+
+def show(arguments: Namespace) -> None:
+    """Print the tables of measured layers, and draw their figures."""
+    from sim.measure.layer_compare import layer_gains, read_layers, sums
+    from sim.placement import ALIASES
+
+    if arguments.table is not None and arguments.table not in _TABLES:
+        raise unknown("--table", arguments.table, _TABLES)
+    if arguments.placement is None:
+        baseline, others = "linear", []
+    else:
+        baseline, *others = (ALIASES.get(name, name) for name in arguments.placement)
+    layers = read_layers(arguments.show)
+    for option in ("exchange", "workload", "tokens"):
+        wanted = getattr(arguments, option)
+        if wanted is not None:
+            for value in wanted:
+                if value not in set(layers[option]):
+                    there = ", ".join(map(str, layers[option].unique()))
+                    raise InputError(f"--{option} {value}: {arguments.show} has {there}")
+            layers = layers[layers[option].isin(wanted)]
+    if arguments.table is None:
+        first = layers.iloc[0]
+        print(
+            f"{first.model}, EP {first.ep_size} on {first.gpu}: {len(layers)} layers in {layers.step.nunique()} steps"
+        )
+    for name, title in _TABLES.items():
+        if arguments.table in (None, name):
+            heads, cells = _sums(sums(layers)) if name == "sum" else _gains(layer_gains(layers, baseline, others))
+            if arguments.markdown:
+                if arguments.table is None:
+                    print(f"\n{title.format(baseline=baseline)}\n")
+                print_table("", heads, cells, markdown=True)
+            else:
+                print(f"\n{title.format(baseline=baseline)}\n\n{table(heads, cells, '>' * len(heads))}")
+    if arguments.plot:
+        _plot(arguments.show, layers, baseline, others)
+
+
+def _sums(found: Any) -> tuple[list[str], list[list[str]]]:
+    heads = ["exchange", "workload", "tokens", "steps", "layer us", "experts us", "exchange us", "off by (95 %)"]
+    return heads, [
+        [
+            *(str(getattr(row, name)) for name in ("exchange", "workload", "tokens", "steps")),
+            *(f"{value:.0f}" for value in (row.layer_us, row.experts_us, row.exchange_us)),
+            estimate(row.excess, row.excess_high, "+z.1%"),
+        ]
+        for row in found.itertuples()
+    ]
+
+
+def _gains(found: Any) -> tuple[list[str], list[list[str]]]:
+    heads = ["exchange", "workload", "tokens", "placement", "steps", "gain (95 %)", "experts alone", "exchange alone"]
+    return [*heads, "from us", "to us"], [
+        [
+            *(str(getattr(row, name)) for name in ("exchange", "workload", "tokens", "placement", "steps")),
+            estimate(row.gain, row.gain_high, "+z.1%"),
+            *(f"{value:+z.1%}" for value in (row.experts_gain, row.exchange_gain)),
+            *(f"{value:.0f}" for value in (row.baseline_us, row.other_us)),
+        ]
+        for row in found.itertuples()
+    ]
+
+
+def _plot(path: Path, layers: Any, baseline: str, others: list[str]) -> None:
+    from sim.figures import save
+    from sim.figures.layers import measured_exchange, measured_layer_gain
+
+    for name, figure in (
+        ("gain", measured_layer_gain(layers, baseline, others)),
+        ("exchange", measured_exchange(layers)),
+    ):
+        for suffix in ("png", "svg"):
+            target = path.with_name(f"{path.name.partition('.csv')[0]}-{name}.{suffix}")
+            save(figure, target)
+            print(target)

@@ -1,0 +1,138 @@
+"""Measured layers read back: is a layer its slowest rank's experts and the exchange, and what does each placement gain.
+
+The unit of replication is a step: an independent layer draw, which all cells of the table share.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from sim.errors import InputError
+from sim.measure.layer import LAYER_COLUMNS
+from sim.measure.layer_plan import EXCHANGES
+from sim.measure.table import check_rows, read_header, read_typed
+from sim.stats import half_width, ratio_parts
+
+_SETTING = ["exchange", "workload", "tokens"]
+
+
+def is_of_layers(path: Path) -> bool:
+    """Whether a file begins like a table of measured layers; not, where it cannot be read."""
+    try:
+        return read_header(path, "") == list(LAYER_COLUMNS)
+    except InputError:
+        return False
+
+
+def read_layers(path: Path) -> pd.DataFrame:
+    """Read measured layers, finished or partial.
+
+    Returns
+    -------
+    DataFrame
+        One row per layer (exchange, workload, tokens, step, placement): the layer_us, experts_us, exchange_us, pairs and
+        received of the rank that had the most of each, and mean_received; with model, gpu, ep_size.
+
+    Raises
+    ------
+    InputError
+        The file is missing, too large, or holds anything but measured layers of one model, GPU and EP size.
+    """
+    where = f"measured layers {path}"
+    rows = read_typed(path, where, LAYER_COLUMNS)
+    for name in ("model", "gpu", "dtype", "ep_size"):
+        if rows[name].nunique() > 1:
+            raise InputError(f"{where}: column {name} must be the same in all rows")
+    key = [*_SETTING, "step", "placement"]
+    times = rows[["layer_us", "experts_us", "exchange_us"]]
+    check_rows(
+        rows,
+        where,
+        (
+            (~((times > 0) & (times < 1e9)).all(axis=1), "times must be above 0 and below 1e9"),
+            (~rows.exchange.isin(list(EXCHANGES)), f"exchange must be one of {', '.join(EXCHANGES)}"),
+            (~rows.tokens.between(1, 2**20), "tokens must be from 1 to 1048576"),
+            ((rows["rank"] < 0) | (rows["rank"] >= rows.ep_size), "rank must be from 0 to ep_size - 1"),
+            ((rows.received < 0) | (rows.received > rows.tokens), "received must be from 0 to tokens"),
+            ((rows.pairs < rows.received) | (rows.pairs > 2**32), "pairs must be at least received"),
+            ((rows.distinct < 0) | (rows.distinct > rows.pairs), "distinct must be from 0 to pairs"),
+            ((rows.step < 0) | (rows.layers < 1) | (rows.replays < 1), "step, layers and replays must count something"),
+            (rows.duplicated([*key, "rank"]), "is measured twice"),
+            (rows.groupby(key)["rank"].transform("size") != rows.ep_size, "a layer needs all its ranks"),
+        ),
+    )
+    grouped = rows.groupby(key, sort=False)
+    layers = grouped[["layer_us", "experts_us", "exchange_us", "pairs", "received"]].max()
+    layers["mean_received"] = grouped.received.mean()
+    layers["mean_pairs"] = grouped.pairs.mean()
+    return layers.reset_index().assign(**rows.iloc[0][["model", "gpu", "ep_size"]].to_dict())
+
+
+def sums(layers: pd.DataFrame) -> pd.DataFrame:
+    """Measured layers against the sum of their parts, the slowest rank's experts and the exchange.
+
+    Returns
+    -------
+    DataFrame
+        One row per exchange, workload and tokens: steps, layer_us, experts_us, exchange_us (means over steps and
+        placements), excess (layer / (experts + exchange) - 1, of sums) with its 95 % interval over steps (_low, _high).
+    """
+    table = []
+    for setting, part in layers.groupby(_SETTING, sort=False):
+        by_step = part.groupby("step")[["layer_us", "experts_us", "exchange_us"]].sum()
+        excess, parts = ratio_parts(by_step.layer_us.to_numpy(), (by_step.experts_us + by_step.exchange_us).to_numpy())
+        half = half_width(parts)
+        means = part[["layer_us", "experts_us", "exchange_us"]].mean()
+        table.append([*setting, len(by_step), *means, excess - 1, excess - 1 - half, excess - 1 + half])
+    names = [*_SETTING, "steps", "layer_us", "experts_us", "exchange_us", "excess", "excess_low", "excess_high"]
+    return pd.DataFrame(table, columns=names)
+
+
+def layer_gains(layers: pd.DataFrame, baseline: str = "linear", others: Sequence[str] = ()) -> pd.DataFrame:
+    """Gain of placements over a baseline in the mean time of a measured layer, paired over steps.
+
+    gain = time of the baseline / time of the other - 1, of sums over steps; its 95 % interval from the variation between
+    steps (ratio estimator, Student). A step counts where both placements were measured.
+
+    Parameters
+    ----------
+    layers : DataFrame
+        From `read_layers`.
+    baseline : str
+    others : sequence of str
+        All other placements by default.
+
+    Returns
+    -------
+    DataFrame
+        One row per exchange, workload, tokens and placement: steps, gain with its interval (_low, _high), experts_gain (of
+        the slowest rank's experts alone), exchange_gain, and baseline_us, other_us, the mean times of the layer.
+
+    Raises
+    ------
+    InputError
+        A placement that was not measured.
+    """
+    there = list(dict.fromkeys(layers.placement))
+    for name in (baseline, *others):
+        if name not in there:
+            raise InputError(f"`placements` {name}: measured were {', '.join(there)}")
+    table = []
+    for setting, part in layers.groupby(_SETTING, sort=False):
+        wide = part.pivot_table(index="step", columns="placement", values=["layer_us", "experts_us", "exchange_us"])
+        for other in others or [name for name in there if name != baseline]:
+            if ("layer_us", baseline) not in wide or ("layer_us", other) not in wide:
+                continue
+            both = wide.dropna(subset=[("layer_us", baseline), ("layer_us", other)])
+            found = {
+                what: ratio_parts(both[what, baseline].to_numpy(), both[what, other].to_numpy())
+                for what in ("layer_us", "experts_us", "exchange_us")
+            }
+            (gain, parts), half = found["layer_us"], half_width(found["layer_us"][1])
+            alone = [found[what][0] - 1 for what in ("experts_us", "exchange_us")]
+            means = [both["layer_us", name].mean() for name in (baseline, other)]
+            table.append([*setting, other, len(parts), gain - 1, gain - 1 - half, gain - 1 + half, *alone, *means])
+    names = [*_SETTING, "placement", "steps", "gain", "gain_low", "gain_high", "experts_gain", "exchange_gain"]
+    return pd.DataFrame(table, columns=[*names, "baseline_us", "other_us"]).astype({"gain": np.float64})

@@ -1,0 +1,300 @@
+"""Who sends what to whom in one expert-parallel layer: planned in numpy, for the ranks that will do it for real.
+
+Tokens sit evenly on the ranks, rank r with the r-th block of them. Each pair of a token goes to the slot of its expert
+(of several copies, to the one that vLLM's hash of the token's index on its rank takes). A rank receives rows, computes its
+pairs slot by slot, sums those of a token, and the token's own rank sums what comes back.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+
+from sim.errors import InputError, unknown
+from sim.measure.steps import plan_measurement
+from sim.model import ModelSpec
+from sim.placement import Placement
+from sim.router import draw_trials
+from sim.scoring import find_copies
+from sim.traffic import SyntheticTraffic, Workload
+
+EXCHANGES = {
+    "token": "all-to-all, a token once to each rank that needs it",
+    "pair": "all-to-all, a token once for each of its experts",
+    "gather": "all-gather before the experts, reduce-scatter after them",
+    "reduce": "all tokens on all ranks, one all-reduce after the experts",
+}
+_HASH = np.uint32(2654435769)
+
+
+@dataclass(frozen=True, eq=False)
+class Routed:
+    """Tokens of one step, with the slots that compute them.
+
+    Attributes
+    ----------
+    slots : int64 [tokens, top_k]
+        Slot of each pair; rank r holds the r-th block of slots.
+    weights : float32 [tokens, top_k]
+        What the router multiplies each pair's result by.
+    ep_size, slots_per_rank : int
+    """
+
+    slots: np.ndarray
+    weights: np.ndarray
+    ep_size: int
+    slots_per_rank: int
+
+    @property
+    def tokens_per_rank(self) -> int:
+        """Tokens that sit on each rank."""
+        return len(self.slots) // self.ep_size
+
+    @cached_property
+    def ranks(self) -> np.ndarray:
+        """Rank that computes each pair, int64 [tokens, top_k]."""
+        return self.slots // self.slots_per_rank
+
+    @cached_property
+    def needed(self) -> np.ndarray:
+        """Whether a rank needs a token, bool [tokens, ranks]."""
+        needed = np.zeros((len(self.slots), self.ep_size), bool)
+        np.put_along_axis(needed, self.ranks, True, axis=1)
+        return needed
+
+    def own(self, rank: int) -> slice:
+        """The tokens that sit on a rank."""
+        return slice(rank * self.tokens_per_rank, (rank + 1) * self.tokens_per_rank)
+
+    def load(self, rank: int) -> dict[str, int]:
+        """Pairs and distinct experts (slots) that a rank computes, and received: the tokens that need it."""
+        slots = self.slots[self.ranks == rank]
+        return {"pairs": slots.size, "distinct": np.unique(slots).size, "received": int(self.needed[:, rank].sum())}
+
+
+class RankPlan(NamedTuple):
+    """One rank's part of a layer.
+
+    Attributes
+    ----------
+    send : int64 [sent]
+        Own token in each row that is sent, destination by destination; empty where whole tensors are exchanged.
+    send_splits, receive_splits : list of int, one for each rank
+        Rows to and from each rank, in the dispatch; the combine returns them.
+    rows : int64 [pairs]
+        Received row of each pair, slot by slot.
+    ends : int32 [slots of the rank]
+        Where each slot's pairs end.
+    back, back_weights : int32 and float32 [rows to return, n]
+        Pairs (-1: none) whose weighted sum each row that goes back is.
+    home, home_weights : int32 and float32 [own tokens, n]
+        Returned rows (-1: none) whose weighted sum each own token is; empty where the exchange itself sums.
+    """
+
+    send: np.ndarray
+    send_splits: list[int]
+    receive_splits: list[int]
+    rows: np.ndarray
+    ends: np.ndarray
+    back: np.ndarray
+    back_weights: np.ndarray
+    home: np.ndarray
+    home_weights: np.ndarray
+
+
+def plan_rank(routed: Routed, exchange: str, rank: int) -> RankPlan:
+    """Plan a rank's part of a layer under one of the EXCHANGES."""
+    mine = routed.ranks == rank
+    token, place = np.nonzero(mine)  # token by token, so source by source
+    slots = routed.slots[mine] - rank * routed.slots_per_rank
+    order = np.argsort(slots, kind="stable")
+    ends = np.cumsum(np.bincount(slots, minlength=routed.slots_per_rank)).astype(np.int32)
+    pair = np.empty(order.size, np.int32)  # of each of the rank's entries in `slots`, its place among the pairs
+    pair[order] = np.arange(order.size, dtype=np.int32)
+    nothing = np.empty((0, 0), np.int32), np.empty((0, 0), np.float32)
+    if exchange == "pair":
+        back = pair[:, None], np.ones((pair.size, 1), np.float32)
+        return RankPlan(*_sent_pairs(routed, rank), order, ends, *back, *_home_of_pairs(routed, rank))
+    of_token = np.full(routed.slots.shape, -1, np.int32)
+    of_token[token, place] = pair
+    weights = np.where(mine, routed.weights, np.float32(0))
+    if exchange == "token":
+        needed = routed.needed[:, rank]
+        row_of_token = np.cumsum(needed) - 1
+        back = of_token[needed], weights[needed]
+        rows = row_of_token[token[order]]
+        return RankPlan(*_sent_tokens(routed, rank), rows, ends, *back, *_home_of_tokens(routed, rank))
+    return RankPlan(np.empty(0, np.int64), [], [], token[order], ends, of_token, weights, *nothing)
+
+
+def _sent_pairs(routed: Routed, rank: int) -> tuple[np.ndarray, list[int], list[int]]:
+    ranks = routed.ranks[routed.own(rank)]
+    send = np.argsort(ranks, axis=None, kind="stable") // ranks.shape[1]
+    sent = np.bincount(ranks.ravel(), minlength=routed.ep_size)
+    received = (routed.ranks == rank).reshape(routed.ep_size, -1).sum(axis=1)
+    return send, sent.tolist(), received.tolist()
+
+
+def _home_of_pairs(routed: Routed, rank: int) -> tuple[np.ndarray, np.ndarray]:
+    ranks = routed.ranks[routed.own(rank)]
+    home = np.empty(ranks.size, np.int32)
+    home[np.argsort(ranks, axis=None, kind="stable")] = np.arange(ranks.size, dtype=np.int32)
+    return home.reshape(ranks.shape), routed.weights[routed.own(rank)]
+
+
+def _sent_tokens(routed: Routed, rank: int) -> tuple[np.ndarray, list[int], list[int]]:
+    needed = routed.needed[routed.own(rank)]
+    received = routed.needed[:, rank].reshape(routed.ep_size, -1).sum(axis=1)
+    return np.ascontiguousarray(np.nonzero(needed.T)[1]), needed.sum(axis=0).tolist(), received.tolist()
+
+
+def _home_of_tokens(routed: Routed, rank: int) -> tuple[np.ndarray, np.ndarray]:
+    needed = routed.needed[routed.own(rank)].T
+    row = (np.cumsum(needed) - 1).reshape(needed.shape)  # destination by destination, as they were sent
+    return np.where(needed, row, -1).T.astype(np.int32, order="C"), needed.T.astype(np.float32, order="C")
+
+
+class Cell(NamedTuple):
+    """Layers that differ only in their placement and exchange, both in the order of measurement."""
+
+    workload: str
+    tokens: int
+    step: int
+    placements: list[str]
+    exchanges: list[str]
+
+
+@dataclass(frozen=True, eq=False)
+class LayerSteps:
+    """Sampled steps of whole layers; a step is an independent layer draw, whose tokens all placements share.
+
+    Attributes
+    ----------
+    model : ModelSpec
+    ep_size : int
+    tokens : list of int
+        Tokens per step over the EP group, ascending: a shorter step is the beginning of a longer one.
+    ids : dict of int16 [steps, most tokens, top_k]
+        Experts of each token, by workload.
+    placed : dict of Placement
+        By (workload, placement): of all steps, or of each step where it is fitted to other tokens of its layer.
+    exchanges : list of str
+    weights : float32 [most tokens, top_k]
+        Weights of the router, the same in all steps.
+    seed : int
+    """
+
+    model: ModelSpec
+    ep_size: int
+    tokens: list[int]
+    ids: dict[str, np.ndarray]
+    placed: dict[tuple[str, str], Placement]
+    exchanges: list[str]
+    weights: np.ndarray
+    seed: int
+
+    @property
+    def n_steps(self) -> int:
+        """Steps that were sampled."""
+        return len(next(iter(self.ids.values())))
+
+    @property
+    def placements(self) -> list[str]:
+        """Names of the placements."""
+        return list(dict.fromkeys(name for _, name in self.placed))
+
+    @property
+    def slots_per_rank(self) -> int:
+        """Slots of a rank under the placement that has the most."""
+        return max(placed.n_slots for placed in self.placed.values()) // self.ep_size
+
+    def routed(self, workload: str, placement: str, step: int, tokens: int) -> Routed:
+        """The first tokens of a step, with their slots under a placement."""
+        placed, ids = self.placed[workload, placement], self.ids[workload][step, :tokens]
+        row = step % placed.n_rows
+        copies = find_copies(placed.experts[row : row + 1], placed.n_experts)
+        slots, first = copies.slots[0].astype(np.int64), copies.first[0]
+        n_copies = np.diff(first)[ids].astype(np.uint32)
+        index = np.tile(np.arange(tokens // self.ep_size, dtype=np.uint32), self.ep_size)
+        copy = (index * _HASH)[:, None] % n_copies  # modulo 2**32, as vLLM's
+        return Routed(
+            slots[first[ids] + copy.astype(np.int64)],
+            self.weights[:tokens],
+            self.ep_size,
+            placed.n_slots // self.ep_size,
+        )
+
+    def cells(self) -> Iterator[Cell]:
+        """What is measured, in order.
+
+        Steps are outermost, so that a run that is cut short has measured all cells alike. The placement and the exchange
+        that go first change from step to step: the clocks of a warm chip must not favour one.
+        """
+        for step in range(self.n_steps):
+            placements, exchanges = (_turned(names, step) for names in (self.placements, self.exchanges))
+            for tokens in self.tokens:
+                for workload in self.ids:
+                    yield Cell(workload, tokens, step, placements, exchanges)
+
+
+def _turned(names: list[str], step: int) -> list[str]:
+    first = step % len(names)
+    return names[first:] + names[:first]
+
+
+def sample_layers(
+    model: ModelSpec,
+    workloads: Sequence[Workload],
+    *,
+    ep_size: int,
+    tokens: Sequence[int],
+    placements: Sequence[str],
+    exchanges: Sequence[str],
+    steps: int,
+    seed: int = 0,
+) -> LayerSteps:
+    """Sample steps of each workload token by token, and place the experts; every step has a fresh layer.
+
+    The tokens are those that `plan_measurement` counts under the same seed.
+
+    Raises
+    ------
+    InputError
+        As `plan_measurement`; also an EP size that divides the experts or some number of tokens with a remainder, a placement
+        with unequal ranks, an unknown exchange, and traffic that is not synthetic.
+    """
+    for name in exchanges:
+        if name not in EXCHANGES:
+            raise unknown("--exchange", name, EXCHANGES)
+    if not exchanges:
+        raise InputError("--exchange must name at least one")
+    for workload in workloads:
+        if not isinstance(workload, SyntheticTraffic):
+            raise InputError(f"`workload` {workload.name}: a layer is measured under synthetic traffic")
+    counted = plan_measurement(
+        model, workloads, ep_sizes=[ep_size], tokens=tokens, placements=placements, steps=steps, seed=seed
+    )
+    for what, n in [(f"experts of {model.name}", model.n_experts), *(("`tokens`", n) for n in counted.tokens)]:
+        if n % ep_size:
+            raise InputError(f"`ep_sizes` {ep_size}: must divide the {what}, {n}")
+    for (_, name, _), placed in counted.placed.items():
+        if (placed.ranks != np.arange(placed.n_slots) // (placed.n_slots // ep_size)).any():
+            raise InputError(f"`placements` {name}: all ranks must hold the same number of slots")
+    most = counted.tokens[-1]
+    ids = {
+        workload.name: draw_trials(model, workload, seed, range(steps), steps, np.array(counted.tokens), n_ids=most)[1]
+        for workload in workloads
+    }
+    weights = np.random.default_rng(seed).uniform(0.5, 1.5, (most, model.top_k)).astype(np.float32)
+    return LayerSteps(
+        model=model,
+        ep_size=ep_size,
+        tokens=counted.tokens,
+        ids=ids,
+        placed={(workload, name): placed for (workload, name, _), placed in counted.placed.items()},
+        exchanges=list(dict.fromkeys(exchanges)),
+        weights=weights / weights.sum(axis=1, keepdims=True),
+        seed=seed,
+    )

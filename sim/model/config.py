@@ -1,0 +1,268 @@
+"""A model from a published config: Hugging Face's config.json of any family, Mistral's params.json, DeepSeek's own."""
+
+import re
+from collections import deque
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from sim.errors import InputError, shown
+from sim.files import read_json
+from sim.model.keys import KEYS, PER_LAYER, Type, speaks, type_of
+from sim.model.layers import moe_layers
+from sim.model.reader import Reader
+from sim.model.spec import MAX_LAYERS, ModelSpec
+
+_PREFERRED = ("text_config", "language_config", "llm_config", "language_model", "thinker_config", "text_model", "llm")
+_NOT_THE_DECODER = re.compile(
+    r"vision|visual|image|video|audio|speech|talker|code2wav|vocoder|quant|draft|mtp|nextn|speculat|eagle|rope|encoder|projector"
+)
+_EXPERT_PARTS = re.compile(
+    r"^(moe|ffn|expert|experts|router|routing|mlp)(_config|_args|_cfg|_params)?$"
+)  # DBRX, Mistral
+_MOST_OBJECTS, _MOST_INHERITED, _MOST_NOTES = 1000, 200, 20
+_MOST_SETS = 3  # a longer list has the experts of each layer
+_OWN = (
+    "hidden",
+    "width",
+    "any_width",
+    "latent",
+    "activation",
+    "layers",
+)  # sizes of a parent are not those of its parts
+_INHERITED = {key for field in KEYS if field not in _OWN for key in KEYS[field]} | {"model_type", "architectures"}
+_UNGATED = ("relu2", "relu_squared", "squared_relu", "relu^2")
+_GATED = ("silu", "swish", "swiglu", "swigluoai", "situ", "geglu", "reglu", "glu", "quick_geglu")
+
+
+def read_config(path: Path) -> ModelSpec:
+    """Describe the model of a config file.
+
+    Parameters
+    ----------
+    path : Path
+        A config.json or params.json. The language model may lie in it at any depth.
+
+    Returns
+    -------
+    ModelSpec
+        `unverified` names what was assumed because the file does not say it, and each key that speaks of MoE, experts,
+        routing, sparse or dense layers and was not understood.
+
+    Raises
+    ------
+    InputError
+        The file is missing, unreadable, or describes no mixture of experts; a value of a known key is out of range; or
+        layers have different numbers of experts, which is not modelled.
+    """
+    where = f"model config {path}"
+    content = read_json(path, where)
+    if not isinstance(content, dict):
+        raise InputError(f"{where} is not a JSON object")
+    read = Reader(_language_model(content, where), where)
+    name, implied = type_of(read.config)
+    known = implied or Type()
+    if read.flag("switch") is False:
+        raise read.error(f"has no experts: {read.take('switch')[0]} is false")
+    n_experts, expert_mask = _experts(read)
+    top_k = read.value("top_k")
+    if top_k is None:
+        raise read.error(f"has no top-k: no {_spellings('top_k')}")
+    scoring, has_bias = _scoring(read, known, name if implied else "")
+    n_group, topk_group = _groups(read, known, name, n_experts)
+    n_zero, n_hash = read.whole("n_zero") or known.n_zero, _hash_layers(read, known)
+    hidden, width = read.value("hidden") or 0, _width(read, implied is None)
+    matrices, n_shared = _matrices(read, known), _shared_experts(read, known)
+    read.use(*KEYS["logit_bias"])
+    n_layers, ids = moe_layers(read, None if implied is None else known.layers, name, expert_mask)
+    strange = read.left_over()
+    read.notes += [f"{shown(key)} {shown(read.config[key])} (not understood)" for key in strange[:_MOST_NOTES]]
+    if len(strange) > _MOST_NOTES:
+        read.notes.append(f"{len(strange) - _MOST_NOTES} more keys (not understood)")
+    return ModelSpec(
+        name=str(path),
+        n_experts=n_experts,
+        top_k=top_k,
+        n_group=n_group,
+        topk_group=topk_group,
+        scoring=scoring,
+        group_score="top2_sum" if has_bias else "max",
+        has_bias=has_bias,
+        n_layers=n_layers,
+        moe_layer_ids=ids,
+        hidden_size=hidden,
+        expert_hidden_size=read.value("latent") or hidden,
+        moe_intermediate_size=width,
+        expert_matrices=matrices,
+        n_shared_experts=n_shared,
+        unverified=tuple(dict.fromkeys(read.notes)),
+        source=(str(path),),
+        caveat=caveat_of(n_zero, n_hash, top_k),
+    )
+
+
+def caveat_of(n_zero: int, n_hash: int, top_k: int) -> str:
+    """What a simulation leaves out of a model with zero-compute experts or hash-routed layers."""
+    told = []
+    if n_zero:
+        told.append(
+            f"its {n_zero} zero-compute experts are not modelled: a token is taken to use {top_k} real ones, which is more"
+        )
+    if n_hash:
+        told.append(f"its first {n_hash} MoE layers route by a hash of the token, which is not modelled")
+    return "; ".join(told)
+
+
+def _language_model(content: dict[str, Any], where: str) -> dict[str, Any]:
+    """The object that describes the decoder: the nearest to the top that has experts, with what its parents say besides."""
+    waiting: deque[tuple[dict[str, Any], dict[str, Any]]] = deque([({}, content)])
+    for _ in range(_MOST_OBJECTS):
+        if not waiting:
+            break
+        said, config = waiting.popleft()
+        flat = said | config
+        for key, part in config.items():
+            if _EXPERT_PARTS.match(key) and isinstance(part, dict):
+                del flat[key]
+                flat = {k: v for k, v in part.items() if k not in ("model_type", *KEYS["hidden"])} | flat
+                if key == "moe" and "dim" in config:  # Mistral's params.json
+                    flat["model_type"] = "mistral"
+        if any(flat.get(key) is not None for key in KEYS["n_experts"]):
+            return flat
+        told = (key for key, value in config.items() if key in _INHERITED or speaks(key, value))
+        said = said | {key: config[key] for key in islice(told, _MOST_INHERITED)}
+        inside = [
+            key for key, part in config.items() if isinstance(part, dict) and not _NOT_THE_DECODER.search(key.lower())
+        ]
+        for key in sorted(inside, key=lambda key: _PREFERRED.index(key) if key in _PREFERRED else len(_PREFERRED)):
+            waiting.append((said, config[key]))
+    raise InputError(f"{where} has no experts: no {_spellings('n_experts')}")
+
+
+def _spellings(field: str) -> str:
+    return f"{', '.join(KEYS[field][:5])} or key of that kind"
+
+
+def _experts(read: Reader) -> tuple[Any, list[int]]:
+    """Experts of a MoE layer, and of each layer where that is said ([] where it is not)."""
+    key, value = read.take("n_experts")
+    counts: list[Any] = []
+    for name, other in [(key, value), *_per_layer(read)]:
+        if isinstance(other, dict):
+            other = [*other.values()]
+        if not isinstance(other, list):
+            continue
+        if len(other) > MAX_LAYERS:
+            raise read.error(f"{name} has {len(other)} values, more than {MAX_LAYERS} layers")
+        counts = [read.checked(name, item or 0, 0, 2**15) for item in other]
+        if len(counts) <= _MOST_SETS and name == key:  # ERNIE's multimodal models
+            read.notes.append(f"{name} {shown(other)} (sets of experts: one is modelled)")
+        several = sorted({count for count in counts if count})
+        if len(several) > 1:
+            raise read.error(
+                f"{name}: layers have {several[0]} to {several[-1]} experts; models with one number of experts are simulated"
+            )
+        value = several[0] if several else 0
+    return value, counts
+
+
+def _per_layer(read: Reader) -> list[tuple[str, Any]]:
+    """Keys of the config and of the objects in it that count the experts of each layer."""
+    found = []
+    inside = [part for part in read.config.values() if isinstance(part, dict)]
+    for part in [read.config, *inside]:
+        found += [
+            (key, value) for key, value in part.items() if PER_LAYER.search(key) and isinstance(value, list | dict)
+        ]
+    read.use(*(key for key, _ in found))
+    return found
+
+
+def _scoring(read: Reader, known: Type, name: str) -> tuple[str, bool]:
+    """Scoring and whether there is a correction bias; those of the router of the type where the file does not say."""
+    key, scoring = read.take("scoring")
+    if scoring is not None and not isinstance(scoring, str):
+        raise read.error(f"{key}: the scoring function must be a name, not {shown(scoring)}")
+    sigmoid = read.flag("sigmoid")
+    if not scoring and sigmoid is not None:
+        scoring = "sigmoid" if sigmoid else "softmax"
+    has_bias = read.flag("has_bias")
+    key, method = read.take("method")
+    if method not in (None, "noaux_tc", "greedy", "group_limited_greedy"):
+        read.notes.append(f"{key} {shown(method)} (not understood)")
+    if has_bias is None and method:
+        has_bias = method == "noaux_tc"
+    missing = [field for field, value in (("scoring", scoring), ("has_bias", has_bias)) if value in (None, "")]
+    scoring, has_bias = scoring or known.scoring, known.has_bias if has_bias is None else has_bias
+    if missing:
+        router = f"{scoring} with{'' if has_bias else 'out'} a bias {f'as {name} has' if name else 'assumed'}"
+        read.notes.append(f"{', '.join(missing)} (not in config.json; {router})")
+    return scoring.lower(), has_bias
+
+
+def _groups(read: Reader, known: Type, name: str, n_experts: Any) -> tuple[Any, Any]:
+    """Groups and kept groups; those of the type's config class where the file has no key for them."""
+    said = any(key in read.config for key in (*KEYS["n_group"], *KEYS["topk_group"]))
+    n_group, topk_group = read.value("n_group"), read.value("topk_group")
+    if read.take("method")[1] == "greedy":  # DeepSeek-V2's name for plain top-k, whatever n_group says
+        return 1, 1
+    if not said and known.groups != (1, 1):
+        n_group, topk_group = known.groups
+        if not isinstance(n_experts, int) or n_experts % n_group or n_experts // n_group < 2:
+            n_group = topk_group = 1
+        read.notes.append(
+            f"n_group, topk_group (not in config.json; {n_group} and {topk_group} as {name} has by default)"
+        )
+    elif isinstance(n_group, int) and n_group > 1 and topk_group is None:
+        read.notes.append("topk_group (not in config.json; 1 assumed)")
+    return (1 if n_group is None else n_group) or 1, (1 if topk_group is None else topk_group) or 1
+
+
+def _width(read: Reader, is_unknown: bool) -> Any:
+    """Intermediate size of one expert."""
+    key, value = read.take("width")
+    if value is None:
+        key, value = read.take("any_width")
+        if value is not None and is_unknown:
+            read.notes.append(f"moe_intermediate_size (not in config.json; {key} taken)")
+    read.take("any_width")
+    if isinstance(value, list) and value and len(value) <= MAX_LAYERS:  # ERNIE's multimodal models: text, then vision
+        if any(item != value[0] for item in value):
+            read.notes.append(f"{key} {shown(value)} (the first was taken)")
+        value = next((item for item in value if item), 0)
+    return 0 if value is None else read.checked(key, value, 0, 2**40)
+
+
+def _matrices(read: Reader, known: Type) -> int:
+    """3 where experts have a gate, 2 where they do not."""
+    gated = read.flag("gated")
+    _, value = read.take("activation")
+    if isinstance(value, dict):  # DBRX
+        value = value.get("name")
+    if gated is not None:
+        return 3 if gated else 2
+    if isinstance(value, str):
+        act = value.lower()
+        if act in _UNGATED:
+            return 2
+        if act in _GATED or act.startswith("gated"):
+            return 3
+    return known.matrices
+
+
+def _shared_experts(read: Reader, known: Type) -> Any:
+    """Experts that every token takes; one where only its size is said."""
+    n_shared, (_, size) = read.value("n_shared"), read.take("shared_width")
+    if n_shared is not None:
+        return n_shared
+    return 1 if size not in (None, 0, False, []) else known.n_shared
+
+
+def _hash_layers(read: Reader, known: Type) -> int:
+    """Leading MoE layers that route by a hash of the token."""
+    _, types = read.take("types")
+    if isinstance(types, list) and any(isinstance(word, str) and "hash" in word for word in types):
+        read.whole("n_hash")
+        return sum(isinstance(word, str) and "hash" in word for word in types)
+    said = read.whole("n_hash", most=MAX_LAYERS)
+    return known.layers.get("num_hash_layers", 0) if said is None else said

@@ -1,0 +1,168 @@
+"""What an option declares, and what derives from a class of options: command line, TOML keys, checks, signatures."""
+
+import inspect
+import textwrap
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from sim.errors import InputError, unknown
+from sim.files import read_toml
+from sim.options.kinds import Kind, PerRank
+
+
+@dataclass(frozen=True)
+class Option:
+    """What one field declares.
+
+    Attributes
+    ----------
+    kind : Kind
+        Type and range.
+    help : str
+        For `--help` and for docstrings.
+    flag : str
+        On the command line; empty for the field's own name.
+    identifies : bool
+        Whether the value as it is belongs to what identifies a result.
+    """
+
+    kind: Kind
+    help: str
+    flag: str = ""
+    identifies: bool = False
+
+
+def option(kind: Kind, help: str, *, default: Any = MISSING, **more: Any) -> Any:
+    """A field of a class of options; without a default it must be given in Python. `more` as in `Option`."""
+    declared = Option(kind, help, **more)
+    return field(default=default, metadata={"option": declared})
+
+
+class Options:
+    """Base of all classes of options: what is given is checked, and converted."""
+
+    def __post_init__(self) -> None:
+        for name, (declared, default) in declarations(type(self)).items():
+            value = getattr(self, name)
+            if value is not None or default is not None:
+                object.__setattr__(self, name, declared.kind.check(name, value))
+
+
+def declarations(group: type[Options]) -> dict[str, tuple[Option, Any]]:
+    """Of each field its declaration and its default (MISSING without one)."""
+    return {field.name: (field.metadata["option"], field.default) for field in fields(group)}  # type: ignore[arg-type]
+
+
+def check(group: type[Options], **values: Any) -> None:
+    """Check some values of a class of options, for a function that takes only these. Raises InputError."""
+    for name, value in values.items():
+        declarations(group)[name][0].kind.check(name, value)
+
+
+def identity(group: type[Options], holder: Any) -> dict[str, Any]:
+    """Values of the options that identify a result, of an object that has them as attributes."""
+    return {name: getattr(holder, name) for name, (declared, _) in declarations(group).items() if declared.identifies}
+
+
+def flag_of(name: str, declared: Option) -> str:
+    """--NAME."""
+    return declared.flag or f"--{name.replace('_', '-')}"
+
+
+def add_options(
+    parser: ArgumentParser, group: type[Options], *, only: Sequence[str] | None = None, **lines: str | None
+) -> None:
+    """Add options of a class to a parser; `lines` are defaults of this verb, as they would be typed, None for none."""
+    chosen = {name: found for name, found in declarations(group).items() if only is None or name in only}
+    flags = {name: flag_of(name, declared) for name, (declared, _) in declarations(group).items()}
+    tokens = parser.add_mutually_exclusive_group() if "tokens_per_rank" in chosen else None
+    for name, (declared, default) in chosen.items():
+        value = lines.get(name, None if default is MISSING else default)
+        if isinstance(declared.kind, PerRank):
+            value = lines.get(name)
+        typed = ",".join(f"{item:g}" for item in value) if isinstance(value, tuple) else value
+        text = declared.help if typed is None or "default:" in declared.help else f"{declared.help} (default: {typed})"
+        add = (
+            tokens.add_argument if tokens is not None and name in ("tokens", "tokens_per_rank") else parser.add_argument
+        )
+        add(
+            flags[name],
+            dest=name,
+            type=declared.kind,
+            default=typed,
+            metavar=declared.kind.metavar if declared.kind.metavar != "NAME" else flags[name][2:].upper(),
+            help=named(text, flags).replace("%", "%%"),
+        )
+
+
+def given(arguments: Namespace, group: type[Options]) -> dict[str, Any]:
+    """Keyword arguments that the options of a class stand for; those that the verb has."""
+    values = {name: getattr(arguments, name) for name in declarations(group) if hasattr(arguments, name)}
+    if "tokens_per_rank" in values:
+        per_rank = values["tokens_per_rank"]
+        values |= {"tokens_per_rank": per_rank is not None}
+        values |= {} if per_rank is None else {"tokens": per_rank}
+    return values
+
+
+def named(text: str, flags: dict[str, str]) -> str:
+    """A text with the options in the place of the parameters that it names in backquotes."""
+    parts = text.split("`")
+    for i in range(1, len(parts) - 1, 2):
+        name = parts[i]
+        spellings = [name, f"{name}s", name.removesuffix("s")]  # a function of one EP size calls --ep `ep_size`
+        spellings += ["placements", "placement"] if name == "strategy" else []  # as `sim.place` calls it
+        flag = next((flags[spelling] for spelling in spellings if spelling in flags), None)
+        parts[i] = flag or (name if name.isidentifier() else f"`{name}`")
+    return "".join(parts)
+
+
+def flags_of(parser: ArgumentParser) -> dict[str, str]:
+    """The option of each parameter of a parser."""
+    return {action.dest: action.option_strings[-1] for action in parser._actions if action.option_strings}
+
+
+def config_words(path: str, parser: ArgumentParser) -> list[str]:
+    """The options of a TOML file as words of a command line; keys are the options, with - or _."""
+    flags = [flag for flag in flags_of(parser).values() if flag not in ("--help", "--config")]
+    words = []
+    for key, value in read_toml(Path(path), f"--config {path}").items():
+        flag = f"--{key.replace('_', '-')}"
+        if flag not in flags:
+            raise unknown(f"--config {path}: key", key, [flag[2:] for flag in flags])
+        items = value if isinstance(value, list) else [value]
+        if not items or not all(isinstance(item, str | int | float) and not isinstance(item, bool) for item in items):
+            raise InputError(f"--config {path}: {key} must be a number, a string or a list of them")
+        words.append(f"{flag}={','.join(str(item) for item in items)}")
+    return words
+
+
+def takes(group: type[Options]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Give a function that passes `**options` on the signature and the parameters' texts of a class of options.
+
+    The texts stand in the docstring where it says `**options`.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        own = inspect.signature(function)
+        before = [item for item in own.parameters.values() if item.kind is not inspect.Parameter.VAR_KEYWORD]
+        declared = [
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=inspect.Parameter.empty if default is MISSING else default,
+            )
+            for name, (_, default) in declarations(group).items()
+        ]
+        function.__signature__ = own.replace(parameters=[*before, *declared])  # type: ignore[attr-defined]
+        texts = []
+        for name, (found, default) in declarations(group).items():
+            texts.append(f"    {name} : {found.kind.python}{', optional' if default is None else ''}")
+            texts.append(textwrap.indent(textwrap.fill(f"{found.help[0].upper()}{found.help[1:]}.", 112), " " * 8))
+        function.__doc__ = (function.__doc__ or "").replace("    **options", "\n".join(texts))
+        return function
+
+    return decorate

@@ -1,0 +1,191 @@
+"""The options of epsim, each declared once, in the classes that verbs and functions take."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sim.options.declare import Options, option
+from sim.options.kinds import (
+    FILE,
+    MAX_TOKENS,
+    NAME,
+    SEED,
+    THREADS,
+    WHOLE_NUMBERS,
+    Choice,
+    Kind,
+    Listed,
+    Number,
+    PerRank,
+    Placements,
+    Positive,
+    Precision,
+    Seconds,
+    Share,
+    Whole,
+)
+
+MAX_TRIALS = 10**9
+MAX_RANKS_PER_NODE = 2**15
+THRESHOLDS = (1.1, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0)
+"""Imbalance thresholds of tail.csv."""
+LAYER_SETS, MOST_STEPS = 32, 512
+DEFAULT_TRIALS = 10_000
+DEFAULT_MAX_TRIALS = 1_000_000
+
+
+_TRAFFIC_HELP = "preset (epsim workloads), file:TRACE of recorded routing, or a .toml file (a preset's keys, or a fit)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrafficOptions(Options):
+    """The model, and what comes in: arguments of `load_model` and `load_workload`."""
+
+    model: str = option(NAME, "preset (epsim models) or path of a Hugging Face config.json", default="deepseek-v3")
+    workload: str = option(NAME, _TRAFFIC_HELP, default="chat")
+    phase: str | None = option(NAME, "of recorded or fitted routing: decode (default) or prefill", default=None)
+    dummy_tokens: int | None = option(
+        Whole(), "padding tokens per step, as idle data-parallel ranks run them (default: 0)", default=None
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CellOptions(Options):
+    """The cells of a grid, and the random stream."""
+
+    ep_sizes: list[int] = option(WHOLE_NUMBERS, "EP sizes, each from 1 to the number of experts", flag="--ep")
+    tokens: list[int] = option(
+        Listed(of=Whole(1, MAX_TOKENS)), "tokens per step over the whole EP group (per rank with `tokens_per_rank`)"
+    )
+    tokens_per_rank: bool = option(PerRank(), "instead of `tokens`: tokens per step and rank", default=False)
+    ranks_per_node: int = option(
+        Whole(1, MAX_RANKS_PER_NODE),
+        "ranks joined by NVLink, for node_aware placement and for nodes per token",
+        default=8,
+        identifies=True,
+    )
+    seed: int = option(SEED, "same seed, same rows, on any number of threads", default=0, identifies=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepOptions(CellOptions):
+    """What `sim.sweep` takes beside model and workload, and what decides its rows."""
+
+    placements: Any = option(
+        Placements(),
+        "placements (epsim placements); changes are given against the first",
+        flag="--placement",
+    )
+    trials: int | None = option(
+        Whole(1, MAX_TRIALS),
+        f"steps scored in each cell (default: {DEFAULT_TRIALS}); not with a precision",
+        default=None,
+        identifies=True,
+    )
+    draws: int | None = option(
+        Whole(),
+        "independent layer draws that the trials come from (default: a fresh layer for every step; of recorded traffic its "
+        "layers). Intervals rest on the variation between draws",
+        default=None,
+    )
+    precision: float | None = option(
+        Precision(),
+        "instead of `trials`: go on until the 95% interval of each mean imbalance has at most this relative half-width, as in 1%",
+        default=None,
+    )
+    precision_tail: float | None = option(
+        Precision(),
+        "the same for each P(imbalance >= x) that is not shown to be below 1e-3, as in 10%",
+        default=None,
+    )
+    max_trials: int | None = option(
+        Whole(1, MAX_TRIALS), f"the most trials under a precision (default: {DEFAULT_MAX_TRIALS})", default=None
+    )
+    thresholds: Sequence[float] = option(
+        Listed(of=Number(1, 2**15)), "imbalance thresholds of the tail", default=THRESHOLDS
+    )
+    bound_layers: int | None = option(
+        Whole(0, 4096),
+        "layers used for analytic tail bounds (default: up to 32, none where that takes long; 0: no bounds)",
+        default=None,
+        identifies=True,
+    )
+    fit_tokens: int | None = option(
+        Whole(1, MAX_TOKENS),
+        "of synthetic traffic: tokens of each layer draw, other than those scored, that eplb is fitted on (default: 16384)",
+        default=None,
+    )
+    fit_on: Any = option(
+        FILE,
+        "of recorded or fitted traffic: other traffic of the same layers to fit eplb on (default: every second sequence)",
+        default=None,
+    )
+    replica_choice: str = option(
+        NAME,
+        "copy of a replicated expert that a token goes to: even, or vllm_hash of the token's index in the step",
+        default="even",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(Options):
+    """Where and how long a sweep runs: nothing that changes its rows."""
+
+    time_limit: float | None = option(
+        Seconds(),
+        "stop a precision run after this time (not before 1024 trials), as in 90s or 10m; the same command goes on",
+        default=None,
+    )
+    threads: int | None = option(
+        THREADS, "default: all processors of this process; of a local cluster, its workers", default=None
+    )
+    executor: str = option(
+        Choice(names=("threads", "dask")),
+        "threads, or dask: a local cluster, or the one of `scheduler` (extra: epsim[cluster])",
+        default="threads",
+    )
+    scheduler: str | None = option(
+        Kind(metavar="ADDRESS"), "address of a Dask scheduler, as in tcp://HOST:8786", default=None
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepOptions(CellOptions):
+    """Whole steps through all layers: what `sim.predict_gain` and `sim.predict_steps` sample."""
+
+    layer_sets: int = option(
+        Whole(1, 4096), "independent sets of the model's layers, of synthetic traffic", default=LAYER_SETS
+    )
+    most_steps: int = option(
+        Whole(1, 10**6), "steps of each size, fewer where they are large", flag="--steps", default=MOST_STEPS
+    )
+    threads: int | None = option(THREADS, "default: all processors of this process", default=None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimeOptions(Options):
+    """What turns loads into times."""
+
+    exchange: str = option(
+        NAME, "dispatch and combine: deepep_low_latency, deepep_high_throughput or none", default="deepep_low_latency"
+    )
+    dtype: str = option(NAME, "type of weights and inputs: fp8, bf16 or fp4", default="fp8")
+    network_gb_per_s: float | None = option(
+        Positive(metavar="GB/S"),
+        "network bandwidth of a GPU per direction (default: the GPU's; 50 if it has none)",
+        flag="--network-gb",
+        default=None,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RestOptions(Options):
+    """What a step does beside routed experts and their exchange: one of the two."""
+
+    moe_share: float | None = option(Share(), "share of a step that experts and exchange take, as in 40%", default=None)
+    step_us: float | None = option(
+        Positive(scale=1e3, metavar="MS"),
+        "instead of `moe_share`: the baseline's measured step time",
+        flag="--step-ms",
+        default=None,
+    )

@@ -1,0 +1,388 @@
+"""Placement files of serving engines, read and written: one expert per slot, slots assigned to EP ranks in order.
+
+Engines index the layers of a map in their own ways, and so do the files:
+
+sglang
+    JSON with `physical_to_logical_map` [num_hidden_layers, slots] and no other key: row i is decoder layer i, dense layers have
+    rows that nobody reads (`ExpertLocationMetadata`, srt/eplb/expert_location.py, SGLang 0.5.23).
+trtllm
+    The load balancer's YAML: `num_slots`, `initial_global_assignments` (decoder layer: expert of each slot) and
+    `layer_updates_per_iter` (0: static); `MoeLoadBalancerConfig.get_layer_initial_global_assignments` looks a layer up by its
+    id. Without assignments slot s of rank r starts with expert (r * experts // ranks + s) % experts.
+vllm-ascend
+    The expert map's JSON: `moe_layer_count` and `layer_list` of `layer_id`, `device_count` and `device_list` of `device_id` and
+    `device_expert`. Its loader takes MoE layer i from place i of the list, whatever its id, and the distinct experts of rank 0
+    for the slots of each rank, so that no rank may hold an expert twice (`generate_log2phy_map`, eplb/core/eplb_utils.py).
+vllm
+    JSON with `physical_to_logical_map` [MoE layers, slots], the layout of vLLM's EPLB state; vLLM 0.33 reads no file.
+
+And a form of its own, read only: a JSON list with the rank of each expert, or a list of such lists, one per layer.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sim.errors import InputError, shown
+from sim.files import parse_json, read_text
+from sim.model import ModelSpec
+from sim.placement.placement import Placement, decoder_layers
+
+FORMATS = ("vllm", "sglang", "trtllm", "vllm-ascend")
+"""Formats that `placement_text` writes."""
+_MOST_SLOTS = 2**15  # experts are int16, and beyond a copy of each for each no model goes
+_MOST_LAYERS = 4096
+_YAML = re.compile(r"^(num_slots|initial_global_assignments) *:", re.MULTILINE)
+_KEY = re.compile(r"^(?P<indent> *)(?P<quote>['\"]?)(?P<key>\w+)(?P=quote) *:(?: +(?P<value>.*)|)$")
+_ITEM = re.compile(r"^ *- +(?P<value>\S+)$")
+
+
+def read_placement(path: Path, model: ModelSpec, ep_size: int) -> Placement:
+    """A placement file of any format, told apart by content, for the MoE layers of a model on `ep_size` ranks.
+
+    Rows of dense layers are left out, and with a note those past the decoder (of a draft model). One row serves all layers.
+
+    Raises
+    ------
+    InputError
+        The file is missing, damaged or too large; a layer differs in width, lacks an expert, or has one that the model has
+        not; slots do not divide by the ranks; its layers are not the model's.
+    """
+    where, name = f"placement file {path}", f"file:{path}"
+    text = read_text(path, where)
+    if _YAML.search(text) and not text.lstrip().startswith(("{", "[")):
+        return _from_trtllm(text, name, model, ep_size, where)
+    content = parse_json(text, where)
+    if isinstance(content, dict) and "physical_to_logical_map" in content:
+        rows = content["physical_to_logical_map"]
+        if not isinstance(rows, list) or not rows:
+            raise InputError(f"{where}: physical_to_logical_map must be a list of layers, each a list of experts")
+        of_layer, layer_ids, notes = _by_row(rows, model, where)
+        return _from_slots(of_layer, name, model, ep_size, where, layer_ids, notes)
+    if isinstance(content, dict) and "layer_list" in content:
+        return _from_ascend(content, name, model, ep_size, where)
+    if not isinstance(content, list) or not content:
+        raise InputError(
+            f"{where} must be a list with the rank of each expert, or of such lists, one per layer; or have "
+            "physical_to_logical_map (vLLM, SGLang), initial_global_assignments or num_slots (TensorRT-LLM) or layer_list "
+            "(vllm-ascend)"
+        )
+    of_layer, layer_ids, notes = _by_row(content if isinstance(content[0], list) else [content], model, where)
+    ranks = _ranks(of_layer, model.n_experts, ep_size, where)
+    return Placement.of_ranks(name, ep_size, ranks, layer_ids, notes)
+
+
+def placement_text(placement: Placement, form: str, n_layers: int = 0) -> str:
+    """The text of a placement file.
+
+    Parameters
+    ----------
+    placement : Placement
+        All MoE layers, with equal numbers of slots on each rank. Without `layer_ids` its rows are layers 0, 1, ...
+    form : str
+        One of FORMATS.
+    n_layers : int
+        Decoder layers of the model: the rows of an 'sglang' map. Fewer than there are MoE layers count for nothing.
+
+    Raises
+    ------
+    InputError
+        Ranks hold different numbers of slots, which none of these formats can say, or for vllm-ascend an expert twice.
+    """
+    ep_size, layers = placement.ep_size, placement.experts.tolist()
+    held = np.array([np.bincount(row, minlength=ep_size) for row in placement.ranks])
+    per_rank = int(held.min())
+    if held.max() > per_rank:
+        raise InputError(
+            f"--format {form} assigns slots to ranks in equal numbers; here ranks hold from {per_rank} to {held.max()}"
+        )
+    ids = placement.layer_ids or range(placement.n_rows)
+    if form in ("vllm", "sglang"):
+        if form == "sglang":
+            start = [slot % placement.n_experts for slot in range(placement.n_slots)]  # as SGLang starts without a map
+            of_layer = dict(zip(ids, layers, strict=True))
+            layers = [of_layer.get(layer, start) for layer in range(max(n_layers, max(ids) + 1))]
+        return '{"physical_to_logical_map": [\n' + ",\n".join(map(json.dumps, layers)) + "\n]}\n"
+    if form == "trtllm":
+        lines = [f"  {layer}: {json.dumps(row)}" for layer, row in zip(ids, layers, strict=True)]
+        head = f"num_slots: {placement.n_slots}\ninitial_global_assignments:\n"
+        return head + "\n".join(lines) + "\nlayer_updates_per_iter: 0\n"
+    if placement.idle_copies.any():
+        layer = ids[int(placement.idle_copies.argmax())]
+        raise InputError(
+            f"--format {form}: a rank holds an expert twice (layer {layer}); vllm-ascend counts distinct experts as slots, and "
+            "would send the tokens of all later slots to wrong ones"
+        )
+    layer_list = [
+        {
+            "layer_id": layer,
+            "device_count": ep_size,
+            "device_list": [
+                {"device_id": rank, "device_expert": row[rank * per_rank : (rank + 1) * per_rank]}
+                for rank in range(ep_size)
+            ],
+        }
+        for layer, row in zip(ids, layers, strict=True)
+    ]
+    return json.dumps({"moe_layer_count": len(layers), "layer_list": layer_list}, indent=1) + "\n"
+
+
+def how_to_load(form: str, path: Path, redundant: int) -> str:
+    """What makes an engine load a file of a format with so many redundant slots, and when it does not."""
+    if form == "sglang":
+        name = "" if path.suffix == ".json" else "; the file's name must end in .json"
+        return (
+            f"SGLang: --init-expert-location {path} --ep-num-redundant-experts {redundant}{name}. It is replaced at the first "
+            "rebalance where --enable-eplb is on, and of no use where the model's class does not tell SGLang its experts."
+        )
+    if form == "trtllm":
+        return (
+            f"TensorRT-LLM: in the LLM API options 'moe_config: {{load_balancer: {path}}}' and 'enable_attention_dp: true'. It "
+            "ignores the file in silence unless the architecture is on its list (DeepSeek-V3, Qwen2 and Qwen3 MoE, Mixtral, "
+            "Llama 4), EP is above 1 and attention data parallelism is on."
+        )
+    if form == "vllm-ascend":
+        return (
+            f'vllm-ascend: --additional-config \'{{"eplb_config": {{"expert_map_path": "{path}"}}}}\' with '
+            "--enable-expert-parallel. It takes MoE layers by their place in layer_list, ignores the file at EP 1, and supports "
+            "w8a8_dynamic weights only."
+        )
+    return (
+        "vLLM 0.33 has no option that reads a map file: a fixed map needs patched code. What can be turned on instead: "
+        "--expert-placement-strategy round_robin, or --enable-eplb --eplb-config "
+        f"'{{\"num_redundant_experts\": {redundant}}}', which balances on the loads that it sees."
+    )
+
+
+def _by_row(
+    rows: list[Any], model: ModelSpec, where: str
+) -> tuple[dict[int, Any], tuple[int, ...] | None, tuple[str, ...]]:
+    """Rows of the MoE layers, by their place in a file that has no layer ids; their ids if these are known; and notes.
+
+    As many rows as decoder layers, or more, are taken for those; as many as MoE layers for these, in order.
+    """
+    moe, n_layers = model.moe_layer_ids, decoder_layers(model)
+    if len(rows) == 1 or len(rows) < len(moe) or not moe:
+        return dict(enumerate(rows)), None, ()
+    if len(rows) == len(moe):
+        return dict(enumerate(rows)), moe, ()
+    if len(rows) < n_layers:
+        raise InputError(
+            f"{where} has {len(rows)} layers; {model.name} has {n_layers} decoder layers, {len(moe)} of them with experts"
+        )
+    return {layer: rows[layer] for layer in moe}, moe, _left_out(list(range(n_layers, len(rows))), model)
+
+
+def _left_out(layers: list[int], model: ModelSpec) -> tuple[str, ...]:
+    if not layers:
+        return ()
+    which = f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]} to {layers[-1]}"
+    return (f"{which} left out: past the {decoder_layers(model)} decoder layers of {model.name} (a draft model's?)",)
+
+
+def _from_trtllm(text: str, name: str, model: ModelSpec, ep_size: int, where: str) -> Placement:
+    """TensorRT-LLM's map, which is keyed by decoder layer, or the start that it has without one."""
+    n_slots, of_layer = read_assignments(text, where)
+    if of_layer is None:
+        if n_slots % ep_size:
+            raise InputError(f"{where}: num_slots {n_slots} does not divide by `ep_size` {ep_size}")
+        n = model.n_experts
+        start = [(rank * n // ep_size + slot) % n for rank in range(ep_size) for slot in range(n_slots // ep_size)]
+        note = "no initial_global_assignments: slot s of rank r has expert (r * experts // ranks + s) % experts, as at the start"
+        return _from_slots({0: start}, name, model, ep_size, where, None, (note,))
+    moe, ids = model.moe_layer_ids, tuple(sorted(of_layer))
+    notes: tuple[str, ...] = ()
+    if len(ids) > 1 and moe:
+        if set(moe) <= set(ids):
+            notes = _left_out([layer for layer in ids if layer >= decoder_layers(model)], model)
+            ids = moe
+        elif len(ids) == len(moe):
+            notes = (
+                f"layers {ids[0]} to {ids[-1]} taken for the MoE layers in order; TensorRT-LLM looks for {moe[0]} to {moe[-1]}",
+            )
+        elif len(ids) > len(moe):
+            raise InputError(
+                f"{where} has {len(ids)} layers, {ids[0]} to {ids[-1]}; the {len(moe)} MoE layers of {model.name} are "
+                f"{moe[0]} to {moe[-1]}, and {min(set(moe) - set(ids))} is not there"
+            )
+    rows = {layer: of_layer[layer] for layer in ids}
+    known = moe if len(rows) == len(moe) else ids if set(ids) <= set(moe) else None
+    return _from_slots(rows, name, model, ep_size, where, known if len(rows) > 1 else None, notes)
+
+
+def _from_ascend(content: dict[str, Any], name: str, model: ModelSpec, ep_size: int, where: str) -> Placement:
+    """vllm-ascend's map: MoE layers by their place in the list."""
+    rows, seen = content["layer_list"], set()
+    count = content.get("moe_layer_count")
+    if not isinstance(rows, list) or not rows or not _is_whole(count) or count != len(rows):
+        raise InputError(f"{where}: layer_list must have as many layers as moe_layer_count says, and at least one")
+    for row in rows:
+        layer = row.get("layer_id") if isinstance(row, dict) else None
+        if not isinstance(layer, int) or isinstance(layer, bool) or layer < 0 or layer in seen:
+            raise InputError(f"{where}: each layer of layer_list needs a layer_id of its own, a whole number")
+        seen.add(layer)
+    slots = {row["layer_id"]: _device_experts(row, ep_size, f"{where}, layer {row['layer_id']}") for row in rows}
+    moe, notes = model.moe_layer_ids, tuple[str, ...]()
+    known = tuple(slots) if len(rows) > 1 and set(slots) <= set(moe) else None
+    if len(rows) > 1 and len(rows) >= len(moe) > 0:
+        left = len(rows) - len(moe)
+        if left:
+            notes = (
+                f"the last {left} of its layers left out: {model.name} has {len(moe)} MoE layers (a draft model's?)",
+            )
+        slots, known = dict(list(slots.items())[: len(moe)]), moe
+    return _from_slots(slots, name, model, ep_size, where, known, notes)
+
+
+def _device_experts(row: dict[str, Any], ep_size: int, at: str) -> list[Any]:
+    """Experts of a layer's slots, device by device."""
+    devices = row.get("device_list")
+    devices = devices if isinstance(devices, list) and all(isinstance(device, dict) for device in devices) else []
+    held = {
+        device.get("device_id"): device.get("device_expert") for device in devices if _is_whole(device.get("device_id"))
+    }
+    whole = len(devices) == ep_size and set(held) == set(range(ep_size)) and row.get("device_count") == ep_size
+    if (
+        not whole
+        or not _is_whole(row["device_count"])
+        or not all(isinstance(experts, list) for experts in held.values())
+    ):
+        raise InputError(
+            f"{at}: must have the devices 0 to {ep_size - 1} of `ep_size` {ep_size}, each with its device_expert"
+        )
+    if len({len(experts) for experts in held.values()}) > 1:
+        raise InputError(f"{at}: devices hold different numbers of experts")
+    return [expert for rank in range(ep_size) for expert in held[rank]]
+
+
+def _is_whole(value: Any) -> bool:
+    return type(value) is int  # JSON's true and false are no numbers
+
+
+def _from_slots(
+    rows: dict[int, Any],
+    name: str,
+    model: ModelSpec,
+    ep_size: int,
+    where: str,
+    layer_ids: tuple[int, ...] | None,
+    notes: tuple[str, ...],
+) -> Placement:
+    """Slots of layers, a list with the expert of each slot by the file's number of the layer."""
+    n_experts, width = model.n_experts, None
+    for layer, row in rows.items():
+        at = f"{where}, layer {layer}"
+        _check_ids(row, n_experts, f"{at}: slot", "an expert", at)
+        width = len(row) if width is None else width
+        if len(row) != width:
+            raise InputError(f"{at} has {len(row)} slots, the first layer has {width}")
+        if len(row) % ep_size or not n_experts <= len(row) <= n_experts + _MOST_SLOTS:
+            raise InputError(
+                f"{at}: its {len(row)} slots must be from the model's {n_experts} experts to {n_experts + _MOST_SLOTS}, and "
+                f"divide by `ep_size` {ep_size}"
+            )
+        missing = set(range(n_experts)) - set(row)
+        if missing:
+            raise InputError(f"{at}: expert {min(missing)} of the model's {n_experts} has no slot")
+    return Placement.of_slots(name, ep_size, n_experts, np.array(list(rows.values()), np.int16), layer_ids, notes)
+
+
+def _check_ids(row: Any, n: int, one: str, what: str, at: str) -> None:
+    """Refuse what is no list of whole numbers from 0 to n - 1."""
+    if not isinstance(row, list):
+        raise InputError(f"{at} must be a list, not {shown(row)}")
+    for i, value in enumerate(row):
+        if not _is_whole(value) or not 0 <= value < n:
+            raise InputError(f"{one} {i} must have {what} from 0 to {n - 1}, not {shown(value)}")
+
+
+def _ranks(rows: dict[int, Any], n_experts: int, ep_size: int, where: str) -> np.ndarray:
+    """Rank of each expert, int32 [layers, n_experts], of the form of its own."""
+    for layer, row in rows.items():
+        at = f"{where}, layer {layer}"
+        if not isinstance(row, list) or len(row) != n_experts:
+            found = len(row) if isinstance(row, list) else "no list"
+            raise InputError(f"{at}: expected the ranks of {n_experts} experts, found {found}")
+        _check_ids(row, ep_size, f"{at}: expert", "a rank", at)
+        if len(set(row)) < ep_size:
+            raise InputError(f"{at}: rank {min(set(range(ep_size)) - set(row))} of `ep_size` {ep_size} holds no expert")
+    return np.array(list(rows.values()), np.int32)
+
+
+def read_assignments(text: str, where: str) -> tuple[int, dict[int, list[Any]] | None]:
+    """`num_slots` of a TensorRT-LLM load balancer file, and its `initial_global_assignments`: layer id to the expert of each
+    slot; None without that key.
+
+    The one shape of YAML that these files have, read strictly: no tags, anchors or nested maps. Lists may be flow lists, over
+    several lines too, or block lists of `- expert`. Raises InputError for anything else, and where `num_slots` is not the
+    length of each list.
+    """
+    layers: dict[int, list[Any]] = {}
+    n_slots, section, row, has_layers = None, "", None, False
+    for number, line in _logical_lines(text, where):
+        at = f"{where}, line {number}"
+        if (item := _ITEM.match(line)) and row is not None:
+            row.append(_whole(item["value"], at))
+            continue
+        found = _KEY.match(line)
+        if not found:
+            raise InputError(f"{at}: expected 'key: value' or a list of experts, not {shown(line.strip())}")
+        key, value = found["key"], (found["value"] or "").strip()
+        if found["indent"]:
+            layer = _whole(key, at)
+            if section != "initial_global_assignments" or layer in layers or len(layers) >= _MOST_LAYERS:
+                raise InputError(f"{at}: layer {layer} is out of place, there twice, or beyond {_MOST_LAYERS} layers")
+            row = layers[layer] = _flow_list(value, at) if value else []
+            continue
+        section, row = key, None
+        has_layers |= key == "initial_global_assignments"
+        if key == "num_slots":
+            n_slots = _whole(value, at)
+        elif value and key == "initial_global_assignments":
+            raise InputError(f"{at}: expected a line 'layer: [experts]' for each layer below {key}")
+    if n_slots is None:
+        raise InputError(f"{where} has no num_slots")
+    if not has_layers:
+        return n_slots, None
+    wrong = [layer for layer, experts in layers.items() if len(experts) != n_slots]
+    if not layers or wrong:
+        raise InputError(
+            f"{where}: every layer of initial_global_assignments must have num_slots = {n_slots} slots"
+            + (f"; layer {wrong[0]} has {len(layers[wrong[0]])}" if wrong else "; there is none")
+        )
+    return n_slots, layers
+
+
+def _logical_lines(text: str, where: str) -> Iterator[tuple[int, str]]:
+    """Lines with their numbers, without comments and blank ones; a flow list that goes on is one line."""
+    held: list[str] = []
+    first = n_open = 0
+    for number, line in enumerate(text.splitlines(), 1):
+        line = line.partition("#")[0].rstrip()
+        if not held and line.strip() in ("", "---", "..."):
+            continue
+        first = first if held else number
+        held.append(line.strip() if held else line)
+        n_open += line.count("[") - line.count("]")
+        if n_open <= 0:
+            yield first, " ".join(held)
+            held, n_open = [], 0
+    if held:
+        raise InputError(f"{where}, line {first}: a list is not closed")
+
+
+def _flow_list(text: str, at: str) -> list[Any]:
+    if not (text.startswith("[") and text.endswith("]")):
+        raise InputError(f"{at}: expected a list of experts, not {shown(text)}")
+    inside = text[1:-1].strip().removesuffix(",")
+    return [_whole(part.strip(), at) for part in inside.split(",")]
+
+
+def _whole(text: str, at: str) -> int:
+    if not re.fullmatch("[0-9]{1,9}", text):
+        raise InputError(f"{at}: expected a whole number, not {shown(text)}")
+    return int(text)

@@ -1,0 +1,178 @@
+"""Steps of layers, sampled and scored under placements: the one way from a plan to loads of ranks.
+
+A trial is a stream of tokens through one layer; its step of T tokens, the first T of them, is a block. Tokens are routed once
+for all cells. Placements are laid out for the kernels in groups: all pairs without replicas share the
+counts of experts; each pair with replicas has the counts of its own slots, to which the tokens of an expert are assigned.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from sim.placement import Placement, is_load_aware, place_balanced, random_ranks
+from sim.router import draw_loads, draw_trials
+from sim.scoring import (
+    METRICS,
+    Copies,
+    Layouts,
+    assign_by_hash,
+    assign_evenly,
+    fan_out,
+    find_copies,
+    lay_out,
+    pick_slots,
+    score_blocks,
+)
+from sim.sweeps.plan import Plan
+from sim.traffic import SyntheticTraffic
+
+
+class Group(NamedTuple):
+    """Pairs that are scored on the same counts: all without replicas on those of experts, others each on its slots'."""
+
+    pairs: np.ndarray  # int64, their places in the grid
+    layouts: Layouts
+    rows: np.ndarray  # int64 [draws, pairs], the layout of each draw and pair
+    copies: Copies | None  # of the layouts, where experts have replicas
+    placements: list[Placement]  # of each pair, of the rows that it has there
+
+    def assign(self, counts: np.ndarray, ids: np.ndarray, tokens: np.ndarray, choice: str) -> np.ndarray:
+        """Counts that the group is scored on, int32 [trials, steps, slots]: those of experts, or assigned to their copies.
+
+        counts int32 [trials, steps, n_experts] of the group's first draws; ids int16 [trials, tokens, top_k], all tokens of
+        the largest step for 'vllm_hash'; tokens int64 [steps].
+        """
+        if self.copies is None or choice == "even":
+            return self.assign_evenly(counts)
+        assigned = np.empty((*counts.shape[:2], self.layouts.ranks.shape[1]), np.int32)
+        assign_by_hash(ids, tokens, self.rows[:, 0], self.copies, assigned)
+        return assigned
+
+    def assign_evenly(self, counts: np.ndarray) -> np.ndarray:
+        """The same with the tokens of an expert split evenly over its copies."""
+        if self.copies is None:
+            return counts
+        assigned = np.empty((*counts.shape[:2], self.layouts.ranks.shape[1]), np.int32)
+        assign_evenly(counts, self.rows[:, 0], self.copies, assigned)
+        return assigned
+
+    def slots_of_first(self, ids: np.ndarray, first_trial: int) -> np.ndarray:
+        """Slots (without replicas: experts) that the first token of each trial goes to, int [trials, top_k]."""
+        if self.copies is None:
+            return ids[:, 0]
+        slot = np.empty((len(ids), ids.shape[2]), np.int32)
+        pick_slots(ids[:, 0], first_trial, self.rows[:, 0], self.copies, slot)
+        return slot
+
+
+def place_pairs(plan: Plan, draws: range, pairs: Sequence[int]) -> list[Group]:
+    """Groups of some pairs of the grid on some layer draws, the pairs in the order given."""
+    drawn = [p for p in pairs if plan.placements[p] is None]
+    loads = None
+    if any(is_load_aware(plan.grid.pairs[p][0]) for p in drawn):
+        assert isinstance(plan.workload, SyntheticTraffic)
+        loads = draw_loads(plan.model, plan.workload, plan.seed, draws, plan.fit_tokens)
+    plain = [p for p in pairs if not plan.has_replicas[p]]
+    groups = [_plain_group(plan, draws, plain, loads)] if plain else []
+    return groups + [_replica_group(plan, draws, p, loads) for p in pairs if plan.has_replicas[p]]
+
+
+def _placement_of_draws(plan: Plan, draws: range, pair: int, loads: np.ndarray | None) -> tuple[Placement, np.ndarray]:
+    """Placement of a pair on some draws, and which of its rows each draw has, int64 [draws]."""
+    (name, ep_size), fixed = plan.grid.pairs[pair], plan.placements[pair]
+    if fixed is not None:
+        return fixed, np.arange(draws.start, draws.stop) % fixed.n_rows
+    if name == "random":
+        ranks = random_ranks(plan.model.n_experts, ep_size, plan.seed, draws.start, len(draws))
+        return Placement.of_ranks(name, ep_size, ranks), np.arange(len(draws))
+    assert loads is not None
+    return place_balanced(name, plan.model, ep_size, plan.ranks_per_node, loads), np.arange(len(draws))
+
+
+def _plain_group(plan: Plan, draws: range, pairs: list[int], loads: np.ndarray | None) -> Group:
+    rows = np.empty((len(draws), len(pairs)), np.int64)
+    sizes: list[int] = []
+    placements: list[Placement] = []
+    for i, pair in enumerate(pairs):
+        placement, row = _placement_of_draws(plan, draws, pair, loads)
+        rows[:, i] = len(sizes) + row
+        placements.append(placement)
+        sizes += [placement.ep_size] * placement.n_rows
+    ranks = np.concatenate([placement.expert_ranks for placement in placements])
+    return Group(np.array(pairs), lay_out(ranks, np.array(sizes)), rows, None, placements)
+
+
+def _replica_group(plan: Plan, draws: range, pair: int, loads: np.ndarray | None) -> Group:
+    placement, row = _placement_of_draws(plan, draws, pair, loads)
+    layouts = lay_out(placement.ranks, np.full(placement.n_rows, placement.ep_size))
+    copies = find_copies(placement.experts, plan.model.n_experts)
+    return Group(np.array([pair]), layouts, row[:, None], copies, [placement])
+
+
+class Blocks(NamedTuple):
+    """Steps of some trials on the slots of a group: the leading arguments of `score_blocks` and of kernels like it."""
+
+    counts: np.ndarray  # int32 [trials, steps, slots]
+    cells: np.ndarray  # int64, those of the group, as places among the scorer's
+    step_of_cell: np.ndarray  # int64 [cells of the scorer]
+    pair_of_cell: np.ndarray  # int64 [cells of the scorer], as places in the group
+    layout_of_pair: np.ndarray  # int64 [draws, pairs of the group]
+    layouts: Layouts
+
+
+class Scored(NamedTuple):
+    """What was seen in some trials."""
+
+    counts: np.ndarray  # int32 [trials, steps, n_experts], tokens that take each expert
+    scores: np.ndarray  # int32 [trials, cells of the scorer, METRICS]
+    reached: np.ndarray  # int64 [trials, pairs of the grid, 2], ranks and nodes that the first token is sent to
+
+
+class StepScorer:
+    """Samples steps and scores them under some cells of a plan.
+
+    Parameters
+    ----------
+    plan : Plan
+    cells : int64, ascending
+        Cells of the grid.
+    groups : list of Group
+        `place_pairs` of the cells' pairs, on consecutive draws: trials must be of the first of these.
+    n_draws : int
+        Trial t belongs to layer draw t % n_draws.
+
+    Attributes
+    ----------
+    tokens : int64 [steps]
+        Tokens per step of the cells, ascending.
+    """
+
+    def __init__(self, plan: Plan, cells: np.ndarray, groups: list[Group], n_draws: int) -> None:
+        grid = plan.grid
+        self.plan, self.cells, self.groups, self.n_draws = plan, cells, groups, n_draws
+        self.tokens, self.step_of_cell = np.unique(grid.tokens_of_cell[cells], return_inverse=True)
+        self.pair_of_cell = grid.pair_of_cell[cells]
+        all_tokens = plan.replica_choice == "vllm_hash" and any(group.copies for group in groups)
+        self._n_ids = int(self.tokens[-1]) if all_tokens else 1
+
+    def score(self, trials: range, also: Callable[[Group, Blocks], None] | None = None) -> Scored:
+        """Sample and score consecutive trials, of the first draws of the groups.
+
+        `also(group, blocks)` is called for each group besides, for what else is to be learned from the same blocks.
+        """
+        plan = self.plan
+        counts, ids = draw_trials(plan.model, plan.workload, plan.seed, trials, self.n_draws, self.tokens, self._n_ids)
+        scores = np.empty((len(trials), len(self.cells), len(METRICS)), np.int32)
+        reached = np.zeros((len(trials), len(plan.grid.pairs), 2), np.int64)
+        for group in self.groups:
+            cells = np.flatnonzero(np.isin(self.pair_of_cell, group.pairs))
+            of_group = np.searchsorted(group.pairs, self.pair_of_cell)  # of other groups' cells: not looked at
+            assigned = group.assign(counts, ids, self.tokens, plan.replica_choice)
+            blocks = Blocks(assigned, cells, self.step_of_cell, of_group, group.rows, group.layouts)
+            score_blocks(*blocks, scores)
+            first = group.slots_of_first(ids, trials.start)
+            fan_out(first, group.pairs, group.rows, group.layouts, plan.ranks_per_node, reached)
+            if also is not None:
+                also(group, blocks)
+        return Scored(counts, scores, reached)
