@@ -81,19 +81,24 @@ _DEEPEST = 1e-13
 
 
 def _draw_bounds(ax: Axes, rows: pd.DataFrame, placement: str) -> None:
-    """Lower and upper bounds at their thresholds, down to the first beyond the axis; thin, so that they are told apart."""
+    """Lower and upper bounds at their thresholds, down to the first beyond the axis; thin, so that they are told apart.
+
+    An estimate is drawn as such, with its interval.
+    """
     rows = rows[(rows.high > 0) & (rows.high < _OVERLAP)].sort_values("threshold")
     rows = rows.iloc[: int((rows.high >= _DEEPEST).sum()) + 1]
     color = look(placement)["color"]
-    ax.plot(rows.threshold, rows.high, color=color, linestyle="-", linewidth=0.7)
+    ax.plot(rows.threshold, rows.probability, color=color, linestyle="-", linewidth=0.7)
     low, high = (np.maximum(rows[column], 1e-300) for column in ("low", "high"))
     ax.fill_between(rows.threshold, low, high, color=color, alpha=0.25, linewidth=0)
 
 
 def _theory_rows(result: SweepResult, metric: str) -> pd.DataFrame:
-    """Rows of the tail that go beyond sampling."""
+    """Rows of the tail that go beyond sampling: of a cell with estimates over all layers, nothing that holds for some."""
     tail = result.tail
-    return tail[(tail.metric == metric) & (tail.method != "sampled") & (tail.probability > 0) & (tail.probability < 1)]
+    tail = tail[(tail.metric == metric) & (tail.method != "sampled") & (tail.probability > 0) & (tail.probability < 1)]
+    estimated = tail[CELL].merge(tail.loc[tail.method == "rare", CELL].drop_duplicates(), how="left", indicator=True)
+    return tail[(tail.given == "") | (estimated._merge == "left_only").to_numpy()]
 
 
 @styled
@@ -128,12 +133,16 @@ def exceedance(result: SweepResult, tokens: int = 64) -> Figure:
 
 def _meaning_of_thin_lines(result: SweepResult, metric: str) -> str:
     """What the thin lines are."""
-    given = sorted(set(_theory_rows(result, metric).given))
+    rows = _theory_rows(result, metric)
+    given, estimated = sorted(set(rows.given)), (rows.method == "rare").any()
     if not given:
         return ""
     if given == [""]:
-        return "\nthick: sampled; thin: exact or between bounds, for all layers"
+        known = "estimated past sampling" if estimated else "exact or between bounds"
+        return f"\nthick: sampled; thin: {known}, for all layers"
     known = "; where one is uniform over layers, for all" if "" in given else ""
+    if estimated:
+        known = "; where estimated past sampling, for all"
     draws = int(result.summary.draws.max())
     return (
         f"\nthick: sampled over all layers, blind below about 3 / {draws} draws; thin: bounds given the {given[-1]} only"
