@@ -8,7 +8,7 @@ from sim.cli.text import note, note_compiling, say_about_inputs
 from sim.options import StepOptions, TimeOptions, given
 
 KNEE_TEXT = (
-    "~ from a third of the crossover to six times it: times bend there, the model has a corner, and measured gains differ\n"
+    "~ from 0.3 of the crossover to 6 times it (bf16: 3 times): kernels step at whole tiles there, and measured gains differ\n"
     "most from predicted ones (README, Measured)"
 )
 EXTRAPOLATED_TEXT = (

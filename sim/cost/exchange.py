@@ -48,10 +48,10 @@ REFUSED = {"moonep": "it balances within the step, by copies of experts that the
 def exchange_kind(name: str) -> str:
     """The kind of exchange that a kind or a backend stands for; InputError where it is neither."""
     if name in REFUSED:
-        raise InputError(f"exchange {name}: {REFUSED[name]}")
+        raise InputError(f"`exchange` {name}: {REFUSED[name]}")
     kind = BACKENDS.get(name, name)
     if kind not in KINDS:
-        raise unknown("exchange", shown(name), [*KINDS, *BACKENDS])
+        raise unknown("`exchange`", shown(name), [*KINDS, *BACKENDS])
     return kind
 
 

@@ -23,9 +23,9 @@ from sim.traffic import Workload
 PERFECT = "perfect balance"
 """Pairs and distinct experts spread evenly over ranks: the least time that any placement could take."""
 
-KNEE = (1 / 3, 6.0)
-"""Tokens over the crossover between which times bend from memory to arithmetic: the model has a corner there, kernels do not.
-Gains of EPLB that were measured on an H100 (results/measured/h100-copies.csv.gz) leave the predicted ones there, and only there.
+KNEE = {"bf16": (0.3, 3.0), "fp8": (0.3, 6.0), "fp4": (0.3, 6.0)}
+"""Tokens over the crossover between which measured gains (results/measured) leave the predicted ones by more than 5 points, by
+type: there kernels step at whole tiles, which pairs and distinct experts do not tell. Of fp4 nothing was measured.
 """
 
 
@@ -84,7 +84,8 @@ def predict_gain(
         grows with its tokens, and not with its distinct experts alone; `crossover_tokens`: where that begins under even
         load.
         `imbalance`, `idle_ranks`, `ranks_per_token` and `nodes_per_token` are means over layers and steps.
-        `extrapolated`: the exchange lies beyond what was measured. `knee`: the tokens lie within KNEE of the crossover.
+        `extrapolated`: the exchange lies beyond what was measured. `knee`: the tokens lie within KNEE of
+        the crossover.
 
     Raises
     ------
@@ -123,7 +124,9 @@ def predict_gain(
             row |= _loads_row(sample, cell, "") | {"load_bound": float(sample.load_bound[base][..., rate].mean())}
             crossover = crossover_tokens(model, rates[rate])
             of_crossover = int(grid.tokens_of_cell[base]) / crossover
-            rows.append({**row, "crossover_tokens": crossover, "knee": KNEE[0] <= of_crossover <= KNEE[1]})
+            rows.append(
+                {**row, "crossover_tokens": crossover, "knee": KNEE[dtype][0] <= of_crossover <= KNEE[dtype][1]}
+            )
     return pd.DataFrame(rows)
 
 

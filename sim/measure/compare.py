@@ -17,6 +17,7 @@ from sim.stats import half_width, ratio_parts, student_quantile
 
 CELL = ["dtype", "workload", "ep_size", "tokens"]
 _WITHIN = 0.2
+_FELT = 0.01  # a constant that moves no time by more than this share of its own change is not fitted
 
 
 def with_predictions(rows: pd.DataFrame, gpu: Gpu | None = None) -> pd.DataFrame:
@@ -198,4 +199,4 @@ def _fit(rows: pd.DataFrame, start: list[float] | np.ndarray) -> np.ndarray:
 
     known = np.where(np.isfinite(start), start, 1.0)
     found = least_squares(misfit, np.log(known), x_scale=0.1)
-    return np.where(np.abs(found.jac).max(axis=0) > 0, np.exp(found.x), np.nan)
+    return np.where(np.abs(found.jac).max(axis=0) > _FELT, np.exp(found.x), np.nan)
