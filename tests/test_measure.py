@@ -380,11 +380,11 @@ def test_other_files_are_refused(tmp_path):
 
 def test_a_device_as_the_model_says_has_no_error(tmp_path):
     rows = with_predictions(read_measured(measured(tmp_path, MadeUp(*OF_MODEL))[0]))
-    np.testing.assert_allclose(rows.error, 0, atol=2e-3)  # tiles bend smoothly into rows
+    np.testing.assert_allclose(rows.error, 0, atol=1e-4)
     assert (errors(rows).within_20 == 1).all()
     table = gains(rows)
-    np.testing.assert_allclose(table.measured, table.predicted, atol=2e-3)
-    np.testing.assert_allclose(table.difference, 0, atol=2e-3)
+    np.testing.assert_allclose(table.measured, table.predicted, atol=1e-4)
+    np.testing.assert_allclose(table.difference, 0, atol=1e-4)
 
 
 def test_errors_by_hand(tmp_path):

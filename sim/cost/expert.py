@@ -71,12 +71,12 @@ def expert_time_us(
 ) -> np.ndarray:
     """Time of one rank's routed experts in one layer, in microseconds.
 
-    launch + idle x (local - distinct) + spread x (1 - 1 / distinct) + (memory^p + tiles^p + rows^p)^(1/p), with the constants
-    of `grouped_gemm_profile()` and of the GPU:
+    launch + idle x (local - distinct) + spread x (1 - 1 / distinct) + (memory^p + compute^p)^(1/p), with the constants of
+    `grouped_gemm_profile()` and of the GPU:
 
     - memory: the weights of the distinct experts, and what goes into and out of them for each pair, over the bandwidth that
       is reached. What passes between the two GEMMs is taken to stay in the L2 cache.
-    - tiles, rows: 2 operations per weight and row, over the peak that is reached. A tile has rows of one expert only, so an
+    - compute: 2 operations per weight and row, over the peak that is reached. A tile has rows of one expert only, so an
       expert with a token computes at least one tile, and one with many computes half a tile more than it has rows, in the
       mean over uneven counts.
     - idle: a masked GEMM looks at all experts of the rank, those without a token too.
@@ -116,7 +116,7 @@ def expert_time_us(
     A rank of EP 32 that has 8 experts of DeepSeek-V3 and reads them all, 352 MB:
 
     >>> expert_time_us("deepseek-v3", "h200", pairs=[0, 8, 256], distinct_experts=[0, 8, 8], local_experts=8).round(0)
-    array([ 24., 114., 114.])
+    array([ 24., 114., 115.])
     """
     model = load_model(model)
     rates = expert_rates(model, gpu, dtype)
@@ -148,10 +148,11 @@ def rank_time_us(rates, pairs, distinct, local):
     memory_us = distinct * us_per_expert + pairs * us_per_pair
     tiles_us = us_per_row * distinct * tile_rows
     rows_us = us_per_row * (pairs + distinct * (tile_rows / 2))
-    most_us = max(memory_us, tiles_us, rows_us)
-    bent = (memory_us / most_us) ** sharpness + (tiles_us / most_us) ** sharpness + (rows_us / most_us) ** sharpness
+    compute_us = max(tiles_us, rows_us)
+    most_us, least_us = max(memory_us, compute_us), min(memory_us, compute_us)
     fixed_us += spread_us * (1.0 - 1.0 / max(distinct, 1.0))
-    return fixed_us + most_us * bent ** (1.0 / sharpness), rows_us == most_us
+    bent_us = most_us * (1.0 + (least_us / most_us) ** sharpness) ** (1.0 / sharpness)
+    return fixed_us + bent_us, rows_us > tiles_us and rows_us > memory_us
 
 
 @kernel
