@@ -12,7 +12,7 @@ from scipy.optimize import least_squares
 
 from sim.cost.exchange import exchange_time_us
 from sim.cost.expert import tile_padded_rows
-from sim.cost.gpu import load_gpu
+from sim.cost.gpu import gpu_names, load_gpu
 from sim.cost.refit import expert_rows, fit_experts, fit_pairs, pair_groups, pair_rows
 from sim.cost.tables import EXCHANGE_SHARPNESS, exchange_profile, grouped_gemm_profile, measured
 from sim.measure.layer_compare import read_layers
@@ -108,6 +108,11 @@ def table(name):
     return np.array(measured()[name]["rows"], float).T
 
 
+def preset_of(device):
+    """Preset of a device by its own name, as in 'NVIDIA H100 80GB HBM3'."""
+    return next(name for name in gpu_names() if name in device.lower().split())
+
+
 def fit_all():
     """Every fitted constant by name."""
     experts, (floor, up, out) = fit_experts(expert_rows()), fit_deepep()
@@ -130,5 +135,5 @@ if __name__ == "__main__":
         print(f"{name} = {value:.5f}")
     for path in map(Path, sys.argv[1:]):
         layers = read_layers(path)
-        for kind, (floor, share, error) in fit_layers(layers, load_gpu(layers.gpu.iloc[0])).items():
+        for kind, (floor, share, error) in fit_layers(layers, load_gpu(preset_of(layers.gpu.iloc[0]))).items():
             print(f"{path.name}: {kind}: floor_us {floor:.1f}, scale_up_fraction {share:.3f}, median error {error:.1%}")

@@ -23,6 +23,7 @@ from sim.cost import (
 from sim.cost.exchange import BACKENDS, KINDS, exchange_kind
 from sim.cost.refit import expert_rows, pair_rows
 from sim.cost.tables import exchange_profile, grouped_gemm_profile, measured
+from sim.measure.layer_compare import read_layers
 from sim.model import model_names
 
 V3 = load_model("deepseek-v3")
@@ -373,19 +374,19 @@ def test_exchanges_by_hand():
     assert exchange().dispatch_us == pytest.approx(bent(51.0, 128 * 8 * 7392 * 0.75 / (50e3 * 0.829)), rel=1e-6)
     one = {"gpu": "h200", "ep_size": 8, "tokens_per_rank": 1024}
     token = exchange(**one, kind="token", received_tokens=5000)
-    assert token.combine_us == pytest.approx(bent(50.0, 5000 * 7 / 8 * 14336 / (450e3 * 0.75)), rel=1e-6)
+    assert token.combine_us == pytest.approx(bent(17.2, 5000 * 7 / 8 * 14336 / (450e3 * 0.351)), rel=1e-6)
     gather = exchange(**one, kind="gather")
-    assert gather.dispatch_us == pytest.approx(bent(20.0, 8192 * 7 / 8 * 7392 / (450e3 * 0.8)), rel=1e-6)
+    assert gather.dispatch_us == pytest.approx(bent(13.9, 8192 * 7 / 8 * 14336 / (450e3 * 0.384)), rel=1e-6)
     reduce = exchange(**one, kind="reduce")
     assert reduce.dispatch_us == 0
-    assert reduce.combine_us == pytest.approx(bent(20.0, 2 * 8192 * 7 / 8 * 14336 / (450e3 * 0.8)), rel=1e-6)
+    assert reduce.combine_us == pytest.approx(bent(23.0, 2 * 8192 * 7 / 8 * 14336 / (450e3 * 0.434)), rel=1e-6)
     assert exchange(**one, kind="none").total_us == 0
     # Two nodes: a node's cards share what comes from the other one; a token goes once to each of 1.5 nodes.
     two = one | {"ep_size": 16}
     gather = exchange(**two, kind="gather").dispatch_us
-    assert gather == pytest.approx(bent(20.0, 16384 * 15 / 16 * 7392 / (450e3 * 0.8)), rel=1e-6)
+    assert gather == pytest.approx(bent(13.9, 16384 * 15 / 16 * 14336 / (450e3 * 0.384)), rel=1e-6)
     token = exchange(**two, kind="token", received_tokens=5000, nodes_per_token=1.5).combine_us
-    assert token == pytest.approx(bent(50.0, 1024 * 1.5 / 2 * 14336 / (50e3 * 0.86)), rel=1e-6)
+    assert token == pytest.approx(bent(17.2, 1024 * 1.5 / 2 * 14336 / (50e3 * 0.86)), rel=1e-6)
 
 
 def test_each_kind_goes_with_its_own_traffic():
@@ -407,7 +408,7 @@ def test_small_messages_take_the_floor_and_large_ones_the_bandwidth():
     for kind in ("token", "pair", "gather", "reduce"):
         small, large, twice = exchange(gpu="h200", ep_size=8, kind=kind, tokens_per_rank=[1, 2**18, 2**19]).total_us
         floor_us = sum(exchange_profile(kind, "h200").floor_us)
-        assert small == pytest.approx(floor_us, rel=0.02)
+        assert small == pytest.approx(floor_us, rel=0.06)
         assert twice / large == pytest.approx(2, rel=0.01)
 
 
@@ -426,6 +427,31 @@ def test_backends_stand_for_kinds():
         exchange(kind="moonep")
     with pytest.raises(InputError, match="'nccl' is not known"):
         exchange(kind="nccl")
+
+
+def test_exchanges_of_measured_layers():
+    """4 H100s: the constants are those of chat and gpqa-tilted traffic; uniform traffic, which they did not see, within 8 % in
+    the median.
+    """
+    folder = ROOT / "results" / "measured"
+    fitted = fit_layers(read_layers(folder / "h100-ep4.csv.gz"), load_gpu("h100"))
+    held_out = read_layers(folder / "h100-ep4-uniform.csv.gz")
+    for kind in ("token", "gather", "reduce"):
+        own = exchange_profile(kind, "h100")
+        floor_us, share, error = fitted[kind]
+        assert (own.floor_us[1], own.scale_up_fraction[1]) == (round(floor_us, 1), round(share, 3))
+        assert error < 0.06
+        rows = held_out[held_out.exchange == kind]
+        times = exchange(
+            gpu="h100",
+            kind=kind,
+            ep_size=4,
+            tokens_per_rank=rows.tokens / 4,
+            received_tokens=rows.received,
+            pairs=rows.pairs,
+        )
+        assert not times.extrapolated.any()
+        assert np.median(np.abs(times.total_us / rows.exchange_us - 1)) < 0.08
 
 
 def test_measured_layers_give_the_constants_of_their_exchange():

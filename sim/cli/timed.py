@@ -12,8 +12,8 @@ KNEE_TEXT = (
     "most from predicted ones (README, Measured)"
 )
 EXTRAPOLATED_TEXT = (
-    "* exchange computed, not measured: published are pair exchanges without imbalance, on one node of H100, H200, B200 and\n"
-    "GB200 up to 256 tokens a rank, and on H800 of 128 at EP 8 to 256"
+    "* exchange computed, not measured: measured are pair without imbalance, on one node of H100, H200, B200 and GB200 up to\n"
+    "256 tokens a rank and on H800 of 128 at EP 8 to 256; and token, gather and reduce on 4 H100s"
 )
 
 
