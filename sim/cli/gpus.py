@@ -90,7 +90,7 @@ def _check(arguments: Namespace) -> None:
         for source in check.source.unique():
             print(f"  {source}: {measured()[source]['source']}")
         print(
-            "Not in them, so not verified: h20, and other types than fp8. Token, gather and reduce: results/measured/h100-ep4.csv.gz."
+            "Not in them, so not verified: h20, and types other than fp8. token, gather, reduce: results/measured/h100-ep4.csv.gz"
         )
     if arguments.plot is not None:
         from sim.figures import save
