@@ -24,12 +24,11 @@ def add_arguments(parser: ArgumentParser) -> None:
         metavar="FILE",
         help="other traffic of the same layers to fit eplb on (default: a part of --traffic)",
     )
-    add("--gpu", default="h20", metavar="GPU", help="a GPU (epsim gpus), or a .toml file of your own (default: h20)")
+    add("--gpu", default="h200", metavar="GPU", help="a GPU (epsim gpus), or a .toml file of your own (default: h200)")
     add(
         "--backend",
         default="allgather_reducescatter",
-        help="all2all backend: allgather_reducescatter (default, as in vLLM), deepep_low_latency, deepep_high_throughput "
-        "or nixl_ep",
+        help="all2all backend (default: allgather_reducescatter, as in vLLM); epsim gpus lists them",
     )
     add("--data-parallel", type=Whole(), metavar="N", help="data-parallel ranks (default: the EP size)")
     add(
@@ -71,9 +70,9 @@ def run(arguments: Namespace) -> None:
     model, gpu = load_model(arguments.model), load_gpu(arguments.gpu)
     traffic, other = _read(arguments, model)
     _say_about_steps(traffic, 2 if other is None else 1, sizes[0], options)
-    from sim.advice import BACKENDS, advise
+    from sim.advice import advise
 
-    exchange = BACKENDS.get(arguments.backend, "none")
+    exchange = "none" if arguments.data_parallel == 1 else arguments.backend
     say_about_times(options | {"model": model, "workload": traffic, "exchange": exchange}, [gpu])
     advice = advise(model, traffic, gpu, ep_size=sizes[0], fit_on=other, **chosen, **options)
     for text in advice.notes:

@@ -23,9 +23,9 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--gpu",
         dest="gpus",
         type=NAMES,
-        default="h20",
+        default="h200",
         metavar="LIST",
-        help="GPUs (epsim gpus), or .toml files of your own (default: h20)",
+        help="GPUs (epsim gpus), or .toml files of your own (default: h200)",
     )
     add("--baseline", default="linear", metavar="A", help="placement to compare with (default: linear)")
     add("--placement", default="round_robin", metavar="B", help="default: round_robin")
@@ -40,6 +40,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(arguments: Namespace) -> None:
     """Run `epsim gain`."""
     options, gpus = timed_options(arguments), chosen_gpus(arguments.gpus)
+    options["exchange"] = options["exchange"].split(",")
     chosen = {"baseline": arguments.baseline, "placement": arguments.placement, **given(arguments, RestOptions)}
     folder = arguments.out
     from sim.cost.gain import predict_gain
@@ -65,19 +66,33 @@ def run(arguments: Namespace) -> None:
 
 def _print_gains(gains: Any, markdown: bool) -> None:
     row = gains.iloc[0]
+    exchanges = ", ".join(dict.fromkeys(gains.exchange))
     title = (
-        f"{row.model} in {row['dtype']}, {row.workload} traffic, exchange {row.exchange}: time of {row.placement} against "
+        f"{row.model} in {row['dtype']}, {row.workload} traffic, exchange {exchanges}: time of {row.placement} against "
         f"{row.baseline}\nlayer: experts of the slowest rank, dispatch and combine, mean and 99th percentile; saved: share "
         "of the layer's time (experts: of the experts' alone)"
     )
     known = gains.moe_share.notna().any()
-    heads = ["GPU", "EP", "tokens", "layer us", "p99", "of it exch.", "layer us new", "p99 new", "saved (95 %)"]
+    several = gains.exchange.nunique() > 1
+    heads = [
+        *(["exchange"] if several else []),
+        "GPU",
+        "EP",
+        "tokens",
+        "layer us",
+        "p99",
+        "of it exch.",
+        "layer us new",
+        "p99 new",
+        "saved (95 %)",
+    ]
     heads += ["experts saved", "MoE ms/step", "new", *(["MoE share", "step saved"] if known else [])]
     cells = []
     for row in gains.itertuples():
         of_step = [f"{row.moe_share:.0%}", f"{row.step_saved:+z.1%}"] if known else []
         cells.append(
             [
+                *([row.exchange] if several else []),
                 row.gpu,
                 str(row.ep_size),
                 str(row.tokens),
