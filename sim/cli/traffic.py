@@ -1,4 +1,4 @@
-"""Recorded routing or measured loads: show their statistics, fit a workload, or show how a placement goes stale on them."""
+"""Recorded routing or measured loads: show their statistics, fit a workload, show how a placement goes stale; or make some."""
 
 from argparse import SUPPRESS, ArgumentParser, Namespace
 from pathlib import Path
@@ -7,6 +7,7 @@ from typing import Any
 from sim.cli import Verb, add_verbs
 from sim.cli.text import note, table
 from sim.cli.traffic_decay import print_decay
+from sim.cli.traffic_make import add_make, add_match, run_make, run_match
 from sim.errors import InputError
 from sim.options import FILE, NAMES, SEED, THREADS, WHOLE_NUMBERS, Folder, Number, Whole
 
@@ -25,6 +26,8 @@ def add_arguments(parser: ArgumentParser) -> None:
                 _add_decay,
                 _run_decay,
             ),
+            "make": Verb("write synthetic recorded routing, with a wanted imbalance", add_make, run_make),
+            "match": Verb("name the presets nearest to an imbalance that was read off a log", add_match, run_match),
         },
     )
 
