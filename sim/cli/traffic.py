@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from sim.cli import Verb, add_verbs
+from sim.cli.progress import shown_progress
 from sim.cli.text import note, table
 from sim.cli.traffic_decay import print_decay
 from sim.cli.traffic_make import add_make, add_match, run_make, run_match
@@ -198,6 +199,7 @@ def _plot(out: Path, data: Any, about: Any) -> None:
 def _fit(arguments: Namespace, model: Any, data: Any) -> None:
     from sim.fit import fit_text, fit_traffic, hold_out
     from sim.fit.fitting import GROUP_SIGMA
+    from sim.progress import phase
     from sim.results import whole_files
 
     out = Path(arguments.out)
@@ -212,15 +214,18 @@ def _fit(arguments: Namespace, model: Any, data: Any) -> None:
     if model.is_grouped and arguments.group_sigma is None:
         note(f"loads do not tell the group effect: group_sigma {GROUP_SIGMA} is that of the presets (--group-sigma)")
     fit = None
+    sizes = {"held-out half": 1.0 if arguments.hold_out else 0.0, "fit": 0.0 if arguments.half else 1.0}
     if arguments.hold_out:
-        held = hold_out(model, data, seed=seed, group_sigma=group_sigma, threads=n_threads)
+        with shown_progress(), phase("held-out half", sizes):
+            held = hold_out(model, data, seed=seed, group_sigma=group_sigma, threads=n_threads)
         if held is None:
             note("there is too little to hold out: it takes 32 sequences, or 4 steps of loads")
         else:
             _print_held(held[1], "steps" if held[1] and held[1][0].phase == "steps" else "sequences")
             fit = held[0] if arguments.half else None
     whole = fit is None
-    fit = fit or fit_traffic(model, data, seed=seed, group_sigma=group_sigma, threads=n_threads)
+    with shown_progress(), phase("fit", sizes):
+        fit = fit or fit_traffic(model, data, seed=seed, group_sigma=group_sigma, threads=n_threads)
     for text in fit.notes:
         note(text)
     with whole_files(out) as (temporary,):
