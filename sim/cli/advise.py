@@ -142,10 +142,10 @@ def _demo_trace(model: Any, seed: int) -> Any:
     workload = load_workload(_DEMO, phase="prefill")  # tokens of a request share its effect, in answers too
     with shown_progress():
         trace = make_traffic(workload, model, _DEMO_TOKENS, _DEMO_SEQUENCES, seed)  # type: ignore[arg-type]
+    sizes = f"--tokens {_DEMO_TOKENS} --sequences {_DEMO_SEQUENCES} --seed {seed}"
     note(
         f"--demo: {_DEMO_TOKENS} tokens of {_DEMO_SEQUENCES} requests, made from the preset {_DEMO}. To have them as a file: "
-        f"epsim traffic make --model {_DEMO} --workload {_DEMO} --phase prefill --tokens {_DEMO_TOKENS} --sequences {_DEMO_SEQUENCES} "
-        f"--seed {seed} --out TRACE.npz"
+        f"epsim traffic make --model {_DEMO} --workload {_DEMO} --phase prefill {sizes} --out TRACE.npz"
     )
     return trace
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from sim.cli.progress import shown_progress
 from sim.cli.show import print_result
-from sim.cli.text import add_forms, note, note_compiling, print_rows, say_about_inputs, say_written
+from sim.cli.text import add_forms, note, note_compiling, print_rows, say_about_file, say_about_inputs, say_written
 from sim.errors import InputError
 from sim.options import Folder, RunOptions, SweepOptions, TrafficOptions, add_options, given
 from sim.progress import phase
@@ -62,7 +62,8 @@ def run(arguments: Namespace) -> None:
     plans = [make_plan(arguments.model, workload, **given(arguments, SweepOptions)) for workload in workloads]
     folders = [_folder(arguments.out, plan) for plan in plans]
     results = [_held(folder, plan) for folder, plan in zip(folders, plans, strict=True)]
-    for plan in plans:
+    for workload, plan in zip(workloads, plans, strict=True):
+        say_about_file(workload)
         _say_notes(plan)
     parts = [f"{plan.workload.name} ({i} of {len(plans)})" if len(plans) > 1 else "" for i, plan in enumerate(plans, 1)]
     sizes = {

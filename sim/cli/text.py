@@ -118,6 +118,12 @@ def note_compiling() -> None:
         note("compiling the kernels, once for this version: about 30 seconds")
 
 
+def say_about_file(traffic: Any) -> None:
+    """Notes on what was made of a file of traffic."""
+    for text in getattr(traffic, "notes", ()):
+        note(text)
+
+
 def say_about_inputs(model: Any, workload: Any) -> None:
     """Notes on a model that was not verified, and on traffic that was fitted to another one."""
     if model.unverified:
