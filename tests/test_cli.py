@@ -375,7 +375,7 @@ def test_a_folder_by_default_is_of_this_sweep_alone(tmp_path, monkeypatch, capsy
     out = capsys.readouterr().out
     assert all(f"results/{name}" in out for name in folders)
     assert main([*run, "--workload", "uniform,gpt-oss-20b", "--out", "{workload}/{model}"]) == 0
-    assert {path.parent.name for path in tmp_path.glob("*/gpt-oss-20b/summary.csv")} == {"uniform", "gpt-oss-20b"}
+    assert {path.parts[-3] for path in tmp_path.glob("*/gpt-oss-20b/summary.csv")} == {"uniform", "gpt-oss-20b"}
     capsys.readouterr()
     fails(capsys, [*run, "--workload", "uniform,chat", "--out", "one"], "several workloads need a folder each")
 

@@ -16,7 +16,7 @@ from sim.cost.gain import PERFECT
 from sim.cost.inputs import as_numbers, expert_parameters
 from sim.errors import InputError, shown, unknown, whole_number
 from sim.model import ModelSpec, load_model
-from sim.placement import check_ep_size, split_name, strategy_name
+from sim.placement import check_ep_size, is_load_aware, split_name, strategy_name
 from sim.progress import track
 from sim.traffic import LoadCounts, RecordedTraffic, Workload, load_workload, read_traffic
 from sim.traffic.read import names_file
@@ -182,9 +182,12 @@ def _as_traffic(name: str | Path, model: ModelSpec) -> Workload | LoadCounts:
 
 def _gains(model: ModelSpec, gpu: Gpu | str | Path, splits: list[Split], setup: dict[str, Any]) -> pd.DataFrame:
     """Gains in all splits, the hardest first."""
+    is_fitted = any(map(is_load_aware, [setup["baseline"], *setup["placement"]]))
     names = [f"split {i} of {len(splits)}" for i in range(1, len(splits) + 1)]
     tables = [
-        predict_gain(model, split.scored, gpu, fit_on=split.fitted_on, **setup).assign(split=split.about)
+        predict_gain(model, split.scored, gpu, fit_on=split.fitted_on if is_fitted else None, **setup).assign(
+            split=split.about
+        )
         for split in track(splits, [1.0] * len(splits), names if len(splits) > 1 else ())
     ]
     gains = pd.concat(sorted(tables, key=_saved_by_eplb), ignore_index=True)

@@ -213,7 +213,8 @@ def _print(advice: Any, arguments: Namespace) -> None:
         filled(f"{row.model} in {row['dtype']}, EP {row.ep_size} on {row.gpu}, {row.workload}, against {row.baseline}")
     )
     first, *lines = verdict_text(advice).splitlines()
-    print(f"Verdict: {first}. By tokens per step, and the share of the step that is saved:")
+    print(filled(f"Verdict: {first}"))
+    print("By tokens per step, with the saved share of the step:")
     for line in lines:
         print(filled(line, "  ", "      "))
     print()
