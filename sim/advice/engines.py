@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from sim.cost.exchange import BACKENDS
 from sim.model import ModelSpec
-from sim.placement import ROUND_ROBIN_BACKENDS, is_load_aware, why_linear
+from sim.placement import is_load_aware, split_name, why_linear
 
 __all__ = ["BACKENDS", "DEFAULT_BACKEND", "Engine", "engine_of", "exchange_of"]
 
@@ -39,6 +39,14 @@ def engine_of(placement: str, model: ModelSpec, ep_size: int, backend: str, data
         return Engine("linear", "the default of vLLM and SGLang")
     if placement == "random":
         return Engine("", "no engine has it as an option; it stands for any map that ignores loads and groups")
+    if placement.startswith("file:"):
+        return Engine(
+            placement,
+            "a map of its own: SGLang --init-expert-location FILE, TensorRT-LLM's load balancer or vllm-ascend's expert map; "
+            "vLLM 0.33 has no option that reads one",
+        )
+    if split_name(placement)[0] in ("node_aware", "linear_legacy", "linear"):
+        return Engine(placement, "no engine has it as an option; epsim export writes it as a map that SGLang reads")
     if is_load_aware(placement):
         return Engine(
             placement,
@@ -47,10 +55,7 @@ def engine_of(placement: str, model: ModelSpec, ep_size: int, backend: str, data
             "steps at every rebalance. SGLang: --enable-eplb --ep-num-redundant-experts N, or a fixed map that epsim export "
             "writes: --init-expert-location FILE",
         )
-    reason = why_linear(model, ep_size)
-    if not reason and data_parallel > 1 and backend not in ROUND_ROBIN_BACKENDS:
-        backends = " or ".join(ROUND_ROBIN_BACKENDS)
-        reason = f"there is data parallelism ({data_parallel} ranks) on {backend}; it would run with {backends}"
+    reason = why_linear(model, ep_size, backend, data_parallel)
     if reason:
         return Engine("linear", f"vLLM silently runs linear: {reason}")
     return Engine("round_robin", "vLLM: --expert-placement-strategy round_robin; not with EPLB or redundant experts")

@@ -88,8 +88,8 @@ def gpu_names() -> list[str]:
     return list(_presets())
 
 
-def load_gpu(name_or_path: str | Path) -> Gpu:
-    """Describe a GPU by preset name, or from the path of a .toml file with a preset's keys.
+def load_gpu(name_or_path: str | Path | Gpu) -> Gpu:
+    """Describe a GPU by preset name, or from the path of a .toml file with a preset's keys; a Gpu is returned as it is.
 
     Raises
     ------
@@ -101,6 +101,8 @@ def load_gpu(name_or_path: str | Path) -> Gpu:
     >>> load_gpu("h200").hbm_tb_per_s
     4.8
     """
+    if isinstance(name_or_path, Gpu):
+        return name_or_path
     name = str(name_or_path)
     if name.endswith(".toml"):
         fields = {"name": Path(name).stem, **read_toml(Path(name), f"gpu file {name}")}

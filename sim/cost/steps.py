@@ -15,6 +15,7 @@ from sim.errors import InputError
 from sim.kernels import kernel, usable_processors
 from sim.model import ModelSpec
 from sim.options import LAYER_SETS, MOST_STEPS, StepOptions, check
+from sim.progress import track
 from sim.scoring import METRICS
 from sim.sweeps import make_plan
 from sim.sweeps.plan import Plan
@@ -137,7 +138,10 @@ def sample_steps(
     groups_of = cache(partial(place_pairs, plan, pairs=range(len(grid.pairs))))  # a draw comes again every n_sets steps
     constants = np.array(rates, float).reshape(len(rates), -1)
     with ThreadPoolExecutor(threads or usable_processors()) as pool:
-        list(pool.map(lambda trials: _run_chunk(sample, blocks, constants, groups_of, trials, counts_received), chunks))
+        done = pool.map(
+            lambda trials: _run_chunk(sample, blocks, constants, groups_of, trials, counts_received), chunks
+        )
+        list(track(done, [len(chunk) * int(grid.steps[blocks > chunk.start].max()) for chunk in chunks]))
     for arrays in (
         sample.slowest_us, sample.load_bound, sample.max_load, sample.idle_ranks, sample.active_experts, sample.reached,
         sample.received,
