@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -30,7 +30,7 @@ from sim.sweeps.plan import Plan
 from sim.sweeps.steps import Group, place_pairs
 from sim.sweeps.tables import KEYS, cell_keys, certain_events, impossible_events
 from sim.sweeps.tally import Tally
-from sim.theory import TINY, UniformLayer, UniformRouter, fill_layer_bounds
+from sim.theory import TINY, UniformLayer, UniformRouter, all_tails, fill_layer_bounds, join_layer_bounds
 from sim.traffic import SyntheticTraffic
 from sim.traffic.synthetic import X0
 
@@ -43,6 +43,7 @@ _DEEPEST = 1e-18  # below this, only the sweep's own thresholds
 _NEAR_TINY = 1e6 * TINY
 _BATCH_TOKENS = 2**13
 _TALLIED = 2**10  # tokens whose loads are counted together
+_TABULATED = 64  # tokens of a step up to which all thresholds of a distribution are worked out at once
 _EARLIER = np.uint16(2**15)
 _MOST_BATCHES = 16  # per layer
 _LEAST_BATCHES, _TRIALS_PER_BATCH = 4, 625  # a larger sweep has more precise ones
@@ -214,9 +215,28 @@ class DrawnLayers:
         if np.minimum(common, 1.0).mean() > _COMMON:
             return 0.0, 1.0
         out = np.empty((len(self.upper), 2))
-        fill_layer_bounds(self.upper, self.hot_lower, self.pair_upper, n_tokens, least, out)
+        if n_tokens <= _TABULATED:
+            upper, hot_lower, pair_upper = self._all_tails(n_tokens)
+            twice = min(2 * least, pair_upper.shape[2] - 1)
+            pairs = pair_upper[:, :, twice] if twice == 2 * least else np.zeros(pair_upper.shape[:2])
+            join_layer_bounds(upper[:, :, least], hot_lower[:, :, least], pairs, out)
+        else:
+            fill_layer_bounds(self.upper, self.hot_lower, self.pair_upper, n_tokens, least, out)
         low, high = out.mean(axis=0)
         return float(low), float(high)
+
+    def _all_tails(self, n_tokens: int) -> list[np.ndarray]:
+        """P(load of a step >= x) of the ranks, the hot ranks and their pairs: float64 [layers, n, n_tokens * top_k + 1]."""
+        if self._tables.get("n_tokens") != n_tokens:
+            self._tables.clear()  # a step's thresholds are asked for together
+            laws = (self.upper, self.hot_lower, self.pair_upper)
+            tables = [all_tails(p.reshape(-1, p.shape[2]), n_tokens).reshape(*p.shape[:2], -1) for p in laws]
+            self._tables.update(n_tokens=n_tokens, tables=tables)
+        return self._tables["tables"]
+
+    @cached_property
+    def _tables(self) -> dict[str, Any]:
+        return {}
 
     @cached_property
     def _moments(self) -> tuple[np.ndarray, np.ndarray]:
