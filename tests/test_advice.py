@@ -7,14 +7,13 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT
+from conftest import ROOT, fails, run
 
 from sim import InputError, advise, load_model, predict_gain
 from sim.advice import candidates, changes, rule_text, verdict_text
 from sim.advice.engines import BACKENDS, engine_of
 from sim.advice.rule import KNEE_ERROR, NOT, UNSURE, WORTH, best_of, judge, judged_ends
 from sim.advice.splits import splits_of
-from sim.cli import main
 from sim.cost.expert import crossover_tokens, expert_rates
 from sim.cost.gain import KNEE, PERFECT
 from sim.figures.advice import advice_by_tokens
@@ -231,6 +230,21 @@ def test_the_figure_shows_every_candidate_and_its_numbers():
 # The command
 
 
+TOY_ADVICE = [
+    "advise",
+    "--model",
+    "config.json",
+    "--traffic",
+    "hot.npz",
+    "--ep",
+    "4",
+    "--steps",
+    "8",
+    "--tokens",
+    "8,2048",
+]
+
+
 @pytest.fixture
 def toy_files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -247,25 +261,8 @@ def toy_files(tmp_path, monkeypatch):
     return tmp_path
 
 
-def run(*words):
-    base = [
-        "advise",
-        "--model",
-        "config.json",
-        "--traffic",
-        "hot.npz",
-        "--ep",
-        "4",
-        "--steps",
-        "8",
-        "--tokens",
-        "8,2048",
-    ]
-    return main([*base, *words])
-
-
 def test_the_command_answers_and_writes(toy_files, capsys):
-    assert run("--out", "advice") == 0
+    assert run(*TOY_ADVICE, "--out", "advice") == 0
     out, err = capsys.readouterr()
     assert "what is scored of file:hot.npz has 20 sequences" in err
     for text in (
@@ -283,12 +280,12 @@ def test_the_command_answers_and_writes(toy_files, capsys):
     assert about["ep_size"] == 4
     assert about["law"]["recorded"]
     assert (toy_files / "advice" / "advice.png").stat().st_size > 10_000
-    assert run("--markdown") == 0
+    assert run(*TOY_ADVICE, "--markdown") == 0
     assert capsys.readouterr().out.startswith("| tokens | placement |")
 
 
 def test_one_layer_has_no_interval_and_says_so(toy_files, capsys):
-    assert run("--traffic", "shallow.npz") == 0
+    assert run(*TOY_ADVICE, "--traffic", "shallow.npz") == 0
     out = capsys.readouterr().out
     assert "nan" not in out
     assert "not enough data at 8 (eplb" in out
@@ -297,18 +294,17 @@ def test_one_layer_has_no_interval_and_says_so(toy_files, capsys):
 
 def test_an_imbalance_is_shown_with_its_digits(toy_files, capsys):
     """Only perfect balance is 1: another placement's mean keeps its digits where its interval has no width."""
-    assert run("--markdown") == 0
+    assert run(*TOY_ADVICE, "--markdown") == 0
     rows = [line.split("|")[2:4] for line in capsys.readouterr().out.splitlines()[2:]]
     assert {name.strip() for name, imbalance in rows if "." not in imbalance} == {PERFECT}
 
 
 def test_a_file_is_no_folder_to_write_to(toy_files, capsys):
-    assert run("--out", "hot.npz") == 2
-    assert "--out hot.npz is a file, not a folder" in capsys.readouterr().err
+    fails(capsys, [*TOY_ADVICE, "--out", "hot.npz"], "--out hot.npz is a file, not a folder")
 
 
 def test_load_counts_are_advised_on_too(toy_files, capsys):
-    assert run("--traffic", "load.csv", "--fit-on", "hot.npz") == 0
+    assert run(*TOY_ADVICE, "--traffic", "load.csv", "--fit-on", "hot.npz") == 0
     assert "eplb is fitted on hot.npz" in capsys.readouterr().out
 
 
@@ -343,9 +339,7 @@ def test_load_counts_are_advised_on_too(toy_files, capsys):
 )
 def test_bad_usage_is_one_line_and_status_2(words, message, toy_files, capsys):
     before = set(toy_files.iterdir())
-    assert run(*words, "--out", "never") == 2
-    err = capsys.readouterr().err.splitlines()
-    assert message in err[-1]
+    fails(capsys, [*TOY_ADVICE, *words, "--out", "never"], message)
     assert set(toy_files.iterdir()) == before
 
 

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT
+from conftest import ROOT, fails
 
 import sim
 from sim.cli import VERBS, main
@@ -29,17 +29,6 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("sweep") / "out"
     assert main([*RUN, "--out", str(path)]) == 0
     return path
-
-
-def fails(capsys, words, *parts, status=2):
-    """The command fails with one line that has the parts, and no traceback."""
-    assert main([str(word) for word in words]) == status
-    lines = capsys.readouterr().err.strip().splitlines()
-    errors = [line for line in lines if not line.startswith("note:")]
-    assert len(errors) == 1, lines
-    assert errors[0].startswith("epsim")
-    for part in parts:
-        assert str(part) in errors[0]
 
 
 def test_sweep_writes_the_named_columns(folder):

@@ -5,19 +5,15 @@ from itertools import combinations_with_replacement
 
 import numpy as np
 import pytest
-from conftest import VECTORS
+from conftest import VECTORS, plain
 from hypothesis import given
 from hypothesis import strategies as st
 from naive import eplb as ref_eplb
 
-from sim import InputError, ModelSpec, Placement, load_model, place
+from sim import InputError, Placement, load_model, place
 from sim.placement import notes_on
 
 V3 = load_model("deepseek-v3")
-
-
-def plain(n_experts, n_group=1):
-    return ModelSpec("plain", n_experts, 1, n_group, 1)
 
 
 def loads_of_ranks(placement, loads):
