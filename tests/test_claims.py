@@ -13,7 +13,7 @@ from sim import InputError, load_model, place
 from sim.cli import main
 from sim.model import ModelSpec
 from sim.verdicts import CLAIMS, claims
-from sim.verdicts.exact import dealt_loads, most_on_a_rank, strided_loads
+from sim.verdicts.exact import assigned_loads, most_on_a_rank, strided_loads
 from sim.verdicts.verdict import needed_share, ranges_text, time_saved
 
 
@@ -47,7 +47,7 @@ def test_a_claim_needs_more_of_the_step_where_less_is_plausible():
 def test_idle_half_to_the_digit():
     """SGLang PR #37741: loads before and after its change."""
     assert strided_loads(8, 16).tolist() == [8, 0] * 8
-    assert dealt_loads(8, 16).tolist() == [4] * 16
+    assert assigned_loads(8, 16).tolist() == [4] * 16
     assert [bool(strided_loads(n, 16)[1::2].any()) for n in (16, 17, 31)] == [False, True, True]
     assert (strided_loads(512, 16) == 256).all()
 

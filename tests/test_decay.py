@@ -184,7 +184,7 @@ def test_windows_have_about_equal_load():
     assert windows.middle[-1] < 77  # 77 steps have load
 
 
-def test_dealt_halves_conserve_counts_and_have_the_law():
+def test_halves_drawn_at_random_conserve_counts_and_have_the_law():
     """4000 dealings of a layer: means n/2 and variances of the hypergeometric law within 5 standard errors (6 of each)."""
     counts = np.array([[0, 1, 7, 40, 100, 53], [5, 5, 5, 5, 0, 0]])
     rng = np.random.default_rng(4)
@@ -201,7 +201,7 @@ def test_dealt_halves_conserve_counts_and_have_the_law():
     assert (np.abs(first[:, 0].var(axis=0) - variance) <= 5 * 1.6 * variance / np.sqrt(4000)).all()
 
 
-def test_one_table_is_dealt_and_the_same_seed_deals_the_same():
+def test_one_table_is_halved_at_random_and_the_same_seed_gives_the_same_halves():
     table = np.random.default_rng(5).integers(50, 500, (3, 16))
     halves, again, other = (cut_file(steps_of(table), 16, seed=seed) for seed in (0, 0, 1))
     np.testing.assert_array_equal(halves.fitted, again.fitted)

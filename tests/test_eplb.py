@@ -219,7 +219,7 @@ def test_distance_from_the_optimum_on_small_cases():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"loads": None}, "--placement eplb needs the loads"),
+        ({"loads": None}, "`strategy` eplb needs the loads"),
         ({"loads": np.ones(255)}, r"must have shape \[256\], one number per expert, not \[255\]"),
         ({"loads": np.ones((2, 256))}, r"not \[2, 256\]"),
         ({"loads": [[1.0], [1.0, 2.0]]}, "layers must have the same number of experts"),
