@@ -121,7 +121,7 @@ def test_the_command(capsys, tmp_path):
         ("claims qpm-9", "claim 'qpm-9' is not known; did you mean qpm-8"),
         ("claims --workload chatty", "--workload 'chatty' is not known"),
         ("claims --effort 0", "--effort 0"),
-        ("claims --effort much", "--effort 'much'"),
+        ("claims --effort much", "--effort much: must be a number from 0.01 to 100"),
         ("claims --plausible-share 0", "--plausible-share 0"),
         ("claims --threads 0", "--threads 0"),
         ("claims --seed -1", "--seed -1"),
