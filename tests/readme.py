@@ -4,6 +4,7 @@ A table stands between <!-- table: epsim ... --> and <!-- end -->, and a test ho
 """
 
 import contextlib
+import functools
 import io
 import os
 import re
@@ -18,6 +19,7 @@ PATHS = [ROOT / "README.md", *sorted(ROOT.glob("[a-z]*/README.md"))]
 BLOCK = re.compile(r"(<!-- table: epsim (.*?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
+@functools.cache
 def printed(command):
     """What a command of epsim prints, run in the root of the repository."""
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.chdir(ROOT):

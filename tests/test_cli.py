@@ -90,6 +90,7 @@ def test_a_config_file_holds_the_same_options(folder, tmp_path, capsys):
     assert not (tmp_path / "c").exists()
 
 
+@pytest.mark.slow
 def test_plot_draws_every_figure_and_the_same_bytes_twice(folder, capsys):
     assert main(["plot", str(folder)]) == 0
     written = [line for line in capsys.readouterr().out.splitlines()]

@@ -183,6 +183,7 @@ def is_there(pid):
     return True
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("what", "message"), [("die", "rank 1 ended with exit status -9"), ("fail", "rank 1: OutOfMemoryError: made up")]
 )

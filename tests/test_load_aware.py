@@ -113,6 +113,7 @@ def test_tables_do_not_depend_on_threads_or_chunks(workload):
         np.testing.assert_array_equal(value, getattr(parts, name), err_msg=name)
 
 
+@pytest.mark.slow
 def test_cells_do_not_depend_on_the_others():
     """Neither linear's on what eplb is fitted on, nor eplb's on other placements."""
     whole = sweep(V3, CHAT, **SMALL)
@@ -143,6 +144,7 @@ def test_identity_has_what_the_tables_depend_on():
     )
 
 
+@pytest.mark.slow
 def test_resume_and_combine(tmp_path):
     plan = make_plan(V3, CHAT, **SMALL)
     whole = run_plan(plan, executors.threads(1), journal=Journal(tmp_path, plan))

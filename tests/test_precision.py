@@ -64,6 +64,7 @@ def test_a_tail_precision_holds_for_all_that_is_not_rare():
     assert set(result.summary.stopped) == {"precision"}
 
 
+@pytest.mark.slow
 def test_what_cannot_be_met_is_said(capsys, tmp_path):
     """12 layers differ too much: it stops early. And a limit on trials is reached."""
     arguments = ["sweep", "--ep", "8", "--tokens", "4096", "--precision", "0.1%", "--bound-layers", "0"]
@@ -77,6 +78,7 @@ def test_what_cannot_be_met_is_said(capsys, tmp_path):
     assert set(pd.read_csv(tmp_path / "b/summary.csv").stopped) == {"max_trials"}
 
 
+@pytest.mark.slow
 def test_out_of_time_the_same_command_goes_on(tmp_path, capsys):
     command = [
         "sweep",
@@ -209,6 +211,7 @@ def test_a_sum_of_sweeps_is_the_sweep_of_both(draws):
     assert total.identity["seed"] == [1, 2, 7]
 
 
+@pytest.mark.slow
 def test_what_does_not_belong_together_is_refused(tmp_path, capsys):
     small = ["sweep", "--ep", "8", "--tokens", "4", "--trials", "50", "--bound-layers", "0"]
     variants = {

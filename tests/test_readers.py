@@ -298,6 +298,7 @@ def test_counts_are_no_workload_before_they_are_fitted(tmp_path, capsys):
     fails(capsys, ["sweep", "--workload", f"file:{path}"], "fit them first (epsim traffic fit")
 
 
+@pytest.mark.slow
 def test_a_compressed_file_is_not_unpacked_beyond_its_declared_size(tmp_path, capsys):
     """A member that says it is larger than the bound is refused by its header, whatever it is packed to."""
     path = tmp_path / "x.npz"
