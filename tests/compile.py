@@ -21,7 +21,7 @@ COMMANDS = [
     f"step --model gpt-oss-20b {SMALL} --layer-sets 2 --steps 2",
     "traffic show {}/x.npz --model gpt-oss-20b",
     "traffic fit {}/x.npz --model gpt-oss-20b --out {}/x.toml",
-    f"advise --model gpt-oss-20b --traffic {{}}/x.npz {SMALL} --steps 2",
+    f"advise --model gpt-oss-20b --workload {{}}/x.npz {SMALL} --steps 2",
 ]
 
 if __name__ == "__main__":

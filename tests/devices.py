@@ -4,6 +4,7 @@ import numpy as np
 
 from sim.cost import load_gpu
 from sim.cost.expert import ideal_times_us
+from sim.cost.tables import grouped_gemm_profile
 from sim.measure import (
     BackendError,
     Timing,
@@ -14,6 +15,8 @@ from sim.model import load_model
 from sim.traffic import load_workload
 
 H100 = load_gpu("h100")
+KERNEL = grouped_gemm_profile()
+OF_MODEL = (KERNEL.launch_us, H100.bandwidth_fraction, H100.peak_fraction)
 
 
 def steps_of(model="deepseek-v3", **changes):
@@ -47,7 +50,9 @@ class MadeUp:
         work = {"pairs": counts.sum(), "distinct_experts": (counts > 0).sum(), "dtype": dtype}
         memory_us, compute_us = ideal_times_us("deepseek-v3", "h100", **work)
         launch_us, bandwidth, peak = self.of
-        time_us = launch_us + max(memory_us / bandwidth, compute_us / peak)
+        p, distinct = KERNEL.sharpness, work["distinct_experts"]
+        fixed_us = KERNEL.idle_us * (len(counts) - distinct) + KERNEL.spread_us * (1 - 1 / max(distinct, 1))
+        time_us = launch_us + fixed_us + ((memory_us / bandwidth) ** p + (compute_us / peak) ** p) ** (1 / p)
         return Timing(float(time_us * np.exp(self.noise * self.random.normal())), 0.1, 4, 5)
 
 

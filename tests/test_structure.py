@@ -12,7 +12,7 @@ import sim
 
 # From the ground floor up, in the order of their rows in the design; a room may import its own row and those above.
 ROOMS = [
-    *("errors", "files", "kernels", "streams", "stats", "results", "options"),
+    *("errors", "files", "kernels", "streams", "stats", "results", "options", "progress"),
     *("model", "traffic", "router", "placement", "scoring", "theory"),
     *("sweeps", "fit", "cost", "capacity", "verdicts", "advice", "measure"),
     *("figures", "report", "cli"),

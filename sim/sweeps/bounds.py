@@ -23,6 +23,7 @@ import pandas as pd
 from scipy.special import ndtr
 
 from sim.kernels import kernel
+from sim.progress import track
 from sim.router import draw_trials
 from sim.stats import CONFIDENCE
 from sim.sweeps.grid import Events, events_of
@@ -96,7 +97,9 @@ def build_bounds(plan: Plan, tally: Tally, n_threads: int) -> tuple[pd.DataFrame
     except Exception as error:
         return pd.DataFrame(), [f"no bounds past sampling: {_reason(error)}"]
     with ThreadPoolExecutor(n_threads) as pool:
-        found = dict(zip(sources, pool.map(lambda p: _try_rows(plan, p, sources[p]), sources), strict=True))
+        rows_of = pool.map(lambda p: _try_rows(plan, p, sources[p]), sources)
+        sizes = [grid.pairs[p][1] * len(grid.steps) for p in sources]
+        found = dict(zip(sources, track(rows_of, sizes), strict=True))
     keys, rows_out = cell_keys(grid, tally), []
     all_layers = plan.workload.popularity == "none" or plan.workload.n_layers == n_layers
     for cell, (pair, step) in enumerate(grid.cells):
