@@ -25,10 +25,13 @@ test: $(BIN)/epsim  ## lint, types and tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	NUMBA_CACHE_DIR=$$(mktemp -d) $(BIN)/python -m pytest
+	NUMBA_CACHE_DIR=$$(mktemp -d) $(BIN)/python -m pytest -n 2 --dist loadscope
 
 quick: $(BIN)/epsim  ## the quick loop, without the slow tests
-	$(BIN)/python -m pytest -q -x -m 'not slow'
+	$(BIN)/python -m pytest -n 2 --dist loadscope -q -x -m 'not slow'
+
+tables: $(BIN)/epsim  ## write the tables of the READMEs again, each by the command above it
+	$(BIN)/python tests/readme.py
 
 notebooks: $(BIN)/epsim  ## execute the notebooks again, with their outputs (about 4 minutes)
 	$(BIN)/python tests/notebooks.py
@@ -36,4 +39,4 @@ notebooks: $(BIN)/epsim  ## execute the notebooks again, with their outputs (abo
 bench: $(BIN)/epsim  ## speed against a plain numpy pipeline, in one run
 	$(BIN)/python tests/bench.py
 
-.PHONY: help install sweep test quick notebooks bench
+.PHONY: help install sweep test quick tables notebooks bench

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT
+from conftest import ROOT, fails
 
 import sim
 from sim.cli import VERBS, main
@@ -32,17 +32,6 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("sweep") / "out"
     assert main([*RUN, "--out", str(path)]) == 0
     return path
-
-
-def fails(capsys, words, *parts, status=2):
-    """The command fails with one line that has the parts, and no traceback."""
-    assert main([str(word) for word in words]) == status
-    lines = capsys.readouterr().err.strip().splitlines()
-    errors = [line for line in lines if not line.startswith("note:")]
-    assert len(errors) == 1, lines
-    assert errors[0].startswith("epsim")
-    for part in parts:
-        assert str(part) in errors[0]
 
 
 def test_sweep_writes_the_named_columns(folder):
@@ -104,6 +93,7 @@ def test_a_config_file_holds_the_same_options(folder, tmp_path, capsys):
     assert not (tmp_path / "c").exists()
 
 
+@pytest.mark.slow
 def test_plot_draws_every_figure_and_the_same_bytes_twice(folder, capsys):
     assert main(["plot", str(folder)]) == 0
     written = [line for line in capsys.readouterr().out.splitlines()]

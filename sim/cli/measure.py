@@ -123,7 +123,7 @@ def _measure(arguments: Namespace) -> None:
         if dtype not in DTYPES:
             raise unknown("--dtype", dtype, DTYPES)
     limit_s = float("inf") if arguments.time_limit is None else arguments.time_limit
-    gpu = load_gpu(arguments.gpu or _preset_of_device(arguments.device))
+    gpu = load_gpu(arguments.gpu or preset_of_device(arguments.device))
     note_compiling()
     model = load_model(arguments.model)
     steps = plan_measurement(
@@ -150,7 +150,7 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _preset_of_device(device: str) -> str:
+def preset_of_device(device: str) -> str:
     """GPU preset whose name is in the device's, the longest first; on a CPU, h200."""
     if device == "cpu":
         return "h200"
