@@ -255,7 +255,7 @@ def _print_table(advice: Any, markdown: bool) -> None:
     row = main.iloc[0]
     title = (
         f"{_exchange_text(row)}\n"
-        f"eplb is {row.split}{_of_splits(advice)}; saved: against {row.baseline}, 95 % over {row.layer_draws} layers;\n"
+        f"{_split_text(advice)}; saved: against {row.baseline}, 95 % over {row.layer_draws} layers;\n"
         "step: weakest lower to strongest upper end over all splits of the traffic, of a step of which experts"
         f"{'' if row.exchange == 'none' else ' and exchange'} take {row.moe_share:.0%}"
     )
@@ -284,9 +284,10 @@ def _exchange_text(row: Any) -> str:
     return f"layer: experts of the slowest rank, dispatch and combine ({row.exchange})"
 
 
-def _of_splits(advice: Any) -> str:
-    n = advice.gains.split.nunique()
-    return f" (the hardest of {n} splits)" if n > 1 else ""
+def _split_text(advice: Any) -> str:
+    n, name = advice.gains.split.nunique(), advice.gains.split.iloc[0]
+    fitted = advice.gains.placement.str.startswith("eplb").any() or advice.gains.baseline.str.startswith("eplb").any()
+    return (f"eplb is {name}" if fitted else f"traffic {name}") + (f" (the hardest of {n} splits)" if n > 1 else "")
 
 
 def _candidate(row: Any, judged: Any) -> list[str]:

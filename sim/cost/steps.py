@@ -132,7 +132,8 @@ def sample_steps(
     constants = np.array(rates, float).reshape(len(rates), -1)
     with ThreadPoolExecutor(threads or usable_processors()) as pool:
         done = pool.map(lambda trials: _run_chunk(sample, blocks, constants, groups_of, trials), chunks)
-        list(track(done, [len(chunk) * int(grid.steps[blocks > chunk.start].max()) for chunk in chunks]))
+        sizes = [len(chunk) * int(grid.steps[blocks > chunk.start].max()) for chunk in chunks]
+        list(track(done, sizes, ["sampling"] * len(chunks)))
     for arrays in (
         sample.slowest_us, sample.load_bound, sample.max_load, sample.idle_ranks, sample.active_experts, sample.reached
     ):  # fmt: skip
