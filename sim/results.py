@@ -21,8 +21,8 @@ import pandas as pd
 from sim.errors import InputError
 from sim.files import is_there, read_json
 
-SCHEMA = 2
-"""Version of the tables: raised when a column or its meaning changes."""
+SCHEMA = 3
+"""Version of the tables: raised when a column or its meaning changes, or the rows of a seed."""
 SUMMARY, TAIL, COUNTS, PROVENANCE = "summary.csv", "tail.csv", "counts.parquet", "provenance.json"
 _FLOAT = "%.10g"
 

@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from sim.advice.engines import BACKENDS, DEFAULT_BACKEND, engine_of
+from sim.advice.engines import BACKENDS, DEFAULT_BACKEND, engine_of, exchange_of
 from sim.advice.rule import ASSUMED_SHARE, LEAST_SAVED, LEAST_SEQUENCES, best_of, judge, judged_ends, overall
 from sim.advice.splits import Split, splits_of
 from sim.cost import Gpu, predict_gain
+from sim.cost.exchange import REFUSED
 from sim.cost.expert import BYTES_PER_VALUE
 from sim.cost.gain import PERFECT
 from sim.cost.inputs import as_numbers, expert_parameters
@@ -139,6 +140,8 @@ def advise(
     check_ep_size(model, ep_size)
     if ep_size < 2:
         raise InputError(f"`ep_size` {ep_size}: there is nothing to place on one rank")
+    if backend in REFUSED:
+        raise InputError(f"`backend` {backend}: {REFUSED[backend]}")
     if backend not in BACKENDS:
         raise unknown("`backend`", shown(backend), BACKENDS)
     ranks = whole_number("`data_parallel`", ep_size if data_parallel is None else data_parallel, 1, 2**15)
@@ -148,7 +151,7 @@ def advise(
     baseline, *names = _names(placements, model, ep_size, redundant)
     share = ASSUMED_SHARE if moe_share is None and step_us is None else moe_share
     setup: dict[str, Any] = SAMPLED | (PER_RANK if "tokens" not in options else {}) | options
-    setup |= {"ep_sizes": ep_size, "exchange": BACKENDS[backend], "seed": seed}
+    setup |= {"ep_sizes": ep_size, "exchange": exchange_of(backend, ranks), "seed": seed}
     setup |= {"baseline": baseline, "placement": [*names, PERFECT], "moe_share": share, "step_us": step_us}
     splits = splits_of(model, traffic, fit_on, seed, options.get("threads"))
     gains = _gains(model, gpu, splits, setup)

@@ -2,22 +2,25 @@
 
 from typing import NamedTuple
 
+from sim.cost.exchange import BACKENDS
 from sim.model import ModelSpec
 from sim.placement import is_load_aware, split_name, why_linear
 
-BACKENDS = {
-    "allgather_reducescatter": "none",
-    "deepep_low_latency": "deepep_low_latency",
-    "deepep_high_throughput": "deepep_high_throughput",
-    "nixl_ep": "deepep_low_latency",
-}
-"""All2all backends of vLLM, and the exchange that stands for each (`sim.cost.times.EXCHANGES`): with allgather every rank has
-every token, so placement does not change the exchange; nixl_ep is taken to send a token once to each of its experts.
-"""
+__all__ = ["BACKENDS", "DEFAULT_BACKEND", "Engine", "engine_of", "exchange_of"]
+
 DEFAULT_BACKEND = "allgather_reducescatter"
 """vLLM's own default."""
 STALL_S = 1.70
 """Longest stall of the engine by one synchronous rebalance that was reported for vLLM (issue #50647: 0.65 to 1.70 s)."""
+
+
+def exchange_of(backend: str, data_parallel: int) -> str:
+    """The kind of exchange that vLLM runs: that of its backend, and an all-reduce where there is no data parallelism.
+
+    With one data-parallel rank attention is tensor parallel, all ranks have all tokens and no all2all backend is used
+    (`FusedMoEParallelConfig.use_all2all_kernels`).
+    """
+    return BACKENDS[backend] if data_parallel > 1 else "reduce"
 
 
 class Engine(NamedTuple):

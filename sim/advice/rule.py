@@ -16,7 +16,7 @@ LEAST_SEQUENCES = 16
 
 KNEE_ERROR = 0.15
 """Share of the experts' time by which the model may be off near the crossover (`sim.cost.gain.KNEE`), either way: the largest
-difference between saved shares as measured and as predicted, in bf16 on H100 and H200 (results/measured; elsewhere it is 0.03).
+difference between saved shares as measured and as predicted, in bf16 on H100 and H200 (results/measured; elsewhere below 0.05).
 """
 
 

@@ -61,8 +61,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add(
         "--backend",
         default="allgather_reducescatter",
-        help="all2all backend: allgather_reducescatter (default, as in vLLM), deepep_low_latency, deepep_high_throughput "
-        "or nixl_ep",
+        help="all2all backend (default: allgather_reducescatter, as in vLLM); epsim gpus lists them",
     )
     add("--data-parallel", type=Whole(), metavar="N", help="data-parallel ranks (default: the EP size)")
     add(
@@ -114,9 +113,9 @@ def run(arguments: Namespace) -> None:
     traffic, other = _read(arguments, model)
     _say_about_maps(arguments, model, sizes[0])
     _say_about_steps(traffic, 2 if other is None else 1, sizes[0], options)
-    from sim.advice import BACKENDS, advise
+    from sim.advice import advise
 
-    exchange = BACKENDS.get(arguments.backend, "none")
+    exchange = "none" if arguments.data_parallel == 1 else arguments.backend
     say_about_times(options | {"model": model, "workload": traffic, "exchange": exchange}, [gpu])
     with shown_progress():
         advice = advise(model, traffic, gpu, ep_size=sizes[0], fit_on=other, **chosen, **options)

@@ -48,6 +48,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(arguments: Namespace) -> None:
     """Run `epsim gain`."""
     options, gpus = timed_options(arguments), chosen_gpus(arguments.gpus)
+    options["exchange"] = options["exchange"].split(",")
     chosen = {"baseline": arguments.baseline, "placement": arguments.placement, **given(arguments, RestOptions)}
     folder = arguments.out
     from sim.cost.gain import predict_gain
@@ -89,15 +90,16 @@ def _by_placement(gains: Any) -> dict[str, Any]:
 
 def _print_gains(gains: Any, markdown: bool) -> None:
     row, names = gains.iloc[0], ", ".join(dict.fromkeys(gains.placement))
+    exchanges = ", ".join(dict.fromkeys(gains.exchange))
     title = (
-        f"{row.model} in {row['dtype']}, {row.workload} traffic, exchange {row.exchange}: time of {names} against "
+        f"{row.model} in {row['dtype']}, {row.workload} traffic, exchange {exchanges}: time of {names} against "
         f"{row.baseline}\nlayer: experts of the slowest rank, dispatch and combine, mean and 99th percentile; saved: share "
         "of the layer's time (experts: of the experts' alone)"
     )
     known = gains.moe_share.notna().any()
-    several = gains.placement.nunique() > 1
+    varying = [column for column in ("exchange", "placement") if gains[column].nunique() > 1]
     heads = [
-        *(["placement"] if several else []),
+        *varying,
         "GPU",
         "EP",
         "tokens",
@@ -114,7 +116,7 @@ def _print_gains(gains: Any, markdown: bool) -> None:
         of_step = [f"{row.moe_share:.0%}", f"{row.step_saved:+z.1%}"] if known else []
         cells.append(
             [
-                *([row.placement] if several else []),
+                *(getattr(row, column) for column in varying),
                 row.gpu,
                 str(row.ep_size),
                 str(row.tokens),
@@ -130,7 +132,7 @@ def _print_gains(gains: Any, markdown: bool) -> None:
                 *of_step,
             ]
         )
-    print_table(title, heads, cells, markdown, align="<<" if several else "<", keys=4 if several else 3)
+    print_table(title, heads, cells, markdown, align="<" * (1 + len(varying)), keys=3 + len(varying))
     if gains.extrapolated.any() and not markdown:
         print(filled(EXTRAPOLATED_TEXT))
 

@@ -93,7 +93,8 @@ def print_result(
     shown = rows if tokens else _fewer_steps(rows, most)
     where = list(zip(shown.ep_size, shown.tokens, strict=True))
     first = summary.iloc[0]
-    title = f"{first.model}, {first.workload} traffic: {' against '.join(filter(None, (placements[0], ', '.join(placements[1:]))))}"
+    names = " against ".join(filter(None, (placements[0], ", ".join(placements[1:]))))
+    title = f"{first.model}, {first.workload} traffic: {names}"
     if markdown:
         print_table("", *_columns(result, placements, where), markdown)
         return
@@ -157,12 +158,16 @@ def print_tail(
     _check_choice(summary, ep_sizes, tokens, placements)
     tail = tail[tail.ep_size.isin(ep_sizes or tail.ep_size) & tail.tokens.isin(tokens or tail.tokens)]
     tail = tail[tail.placement.isin(placements or tail.placement) & (tail.threshold <= tail.ep_size)]
-    cells = []
+    cells, digits = [], 3 if markdown else 2
     for key, rows in tail.groupby([*_KEYS, "threshold"], sort=False):
         of = {bool(row.method == "sampled"): row for row in rows.itertuples()}
         sampled, theory = of.get(True), of.get(False)
-        seen = [_probability(sampled), _interval(sampled)]
-        known = ["-", "-", ""] if theory is None else [theory.method, _interval(theory), theory.given or "all layers"]
+        seen = [_probability(sampled), _interval(sampled, digits)]
+        known = (
+            ["-", "-", ""]
+            if theory is None
+            else [theory.method, _interval(theory, digits), theory.given or "all layers"]
+        )
         cells.append([*map(str, key[:3]), f"{key[3]:g}", *seen, *known])
     cells.sort(key=lambda row: (row[0], int(row[1]), int(row[2]), float(row[3])))
     heads = ["placement", "EP", "tokens", "x", "sampled P", "sampled 95 %", "method", "method's P", "method holds for"]
@@ -178,11 +183,12 @@ def print_tail(
     print_table(title, [*heads[:4], "P", "95 %", "exact, bounds"], narrow, markdown, align="<", keys=4)
 
 
-def _interval(row: Any) -> str:
+def _interval(row: Any, digits: int) -> str:
     """Lower and upper bound, or the answer where they agree."""
     if row is None:
         return "-"
-    return f"{row.low:.3g}" if row.low == row.high else f"{row.low:.3g} to {row.high:.3g}"
+    low, high = f"{row.low:.{digits}g}", f"{row.high:.{digits}g}"
+    return low if row.low == row.high else f"{low} to {high}"
 
 
 def _check_choice(
