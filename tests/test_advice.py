@@ -361,7 +361,7 @@ def test_load_counts_are_advised_on_too(toy_files, capsys):
         (["--ep", "4,8"], "--ep 4,8: advice is for one EP size"),
         (["--ep", "1"], "--ep 1: there is nothing to place on one rank"),
         (["--ep", "17"], "--ep 17: EP size must lie from 1 to the 16 experts"),
-        (["--backend", "pplx"], "--backend 'pplx' is not known"),
+        (["--exchange", "pplx"], "--exchange 'pplx' is not known"),
         (["--redundant", "3"], "--redundant 3: must be a multiple of --ep 4"),
         (["--redundant", "-4"], "--redundant -4"),
         (["--data-parallel", "0"], "--data-parallel 0: must be a whole number from 1"),

@@ -59,7 +59,7 @@ def test_the_same_sweep_is_reused_and_another_is_refused(folder, capsys):
 def test_the_answer_is_printed(folder, capsys):
     assert main(["show", str(folder), "--ep", "12"]) == 0
     out = capsys.readouterr().out
-    assert "deepseek-v3, chat traffic: linear against round_robin" in out
+    assert "deepseek-v3, chat traffic: linear against linear_legacy, round_robin" in out
     row = pd.read_csv(folder / "summary.csv").query("placement == 'linear' and ep_size == 12 and tokens == 16").iloc[0]
     line = next(line.split() for line in out.splitlines() if line.split()[:2] == ["12", "16"])
     assert line[2:4] == ["linear", f"{row.imbalance_mean:.3f}"]

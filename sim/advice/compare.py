@@ -11,7 +11,7 @@ from sim.advice.engines import BACKENDS, DEFAULT_BACKEND, engine_of, exchange_of
 from sim.advice.rule import ASSUMED_SHARE, LEAST_SAVED, LEAST_SEQUENCES, best_of, judge, judged_ends, overall
 from sim.advice.splits import Split, splits_of
 from sim.cost import Gpu, predict_gain
-from sim.cost.exchange import REFUSED
+from sim.cost.exchange import KINDS, REFUSED
 from sim.cost.expert import BYTES_PER_VALUE
 from sim.cost.gain import PERFECT
 from sim.cost.inputs import as_numbers, expert_parameters
@@ -114,7 +114,7 @@ def advise(
         The baseline, as in `file:CURRENT` for the map that runs now; then the placements that are compared with it, by
         default linear and those of `candidates`.
     backend : str
-        All2all backend of vLLM, of BACKENDS.
+        All2all backend, of BACKENDS; or a kind of exchange, where the backend is not known.
     data_parallel : int
         Data-parallel ranks; by default `ep_size`.
     redundant : int
@@ -142,8 +142,8 @@ def advise(
         raise InputError(f"`ep_size` {ep_size}: there is nothing to place on one rank")
     if backend in REFUSED:
         raise InputError(f"`backend` {backend}: {REFUSED[backend]}")
-    if backend not in BACKENDS:
-        raise unknown("`backend`", shown(backend), BACKENDS)
+    if backend not in BACKENDS and backend not in KINDS:
+        raise unknown("`backend`", shown(backend), [*BACKENDS, *KINDS])
     ranks = whole_number("`data_parallel`", ep_size if data_parallel is None else data_parallel, 1, 2**15)
     as_numbers("`least_saved`", least_saved, 1e-6, 1)
     if step_us is not None and np.size(options.get("tokens", PER_RANK["tokens"])) > 1:

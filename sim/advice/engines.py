@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from sim.cost.exchange import BACKENDS
+from sim.cost.exchange import BACKENDS, KINDS
 from sim.model import ModelSpec
 from sim.placement import is_load_aware, split_name, why_linear
 
@@ -20,6 +20,8 @@ def exchange_of(backend: str, data_parallel: int) -> str:
     With one data-parallel rank attention is tensor parallel, all ranks have all tokens and no all2all backend is used
     (`FusedMoEParallelConfig.use_all2all_kernels`).
     """
+    if backend in KINDS:
+        return backend
     return BACKENDS[backend] if data_parallel > 1 else "reduce"
 
 
@@ -55,7 +57,7 @@ def engine_of(placement: str, model: ModelSpec, ep_size: int, backend: str, data
             "steps at every rebalance. SGLang: --enable-eplb --ep-num-redundant-experts N, or a fixed map that epsim export "
             "writes: --init-expert-location FILE",
         )
-    reason = why_linear(model, ep_size, backend, data_parallel)
+    reason = why_linear(model, ep_size, "" if backend in KINDS else backend, data_parallel)
     if reason:
         return Engine("linear", f"vLLM silently runs linear: {reason}")
     return Engine("round_robin", "vLLM: --expert-placement-strategy round_robin; not with EPLB or redundant experts")

@@ -6,7 +6,7 @@ from typing import Any
 
 from sim.cli.progress import shown_progress
 from sim.cli.text import add_forms, estimate, filled, note, print_rows, print_table, say_written
-from sim.cli.timed import EXTRAPOLATED_TEXT, KNEE_TEXT, identity_of, say_about_times, step_options
+from sim.cli.timed import EXTRAPOLATED_TEXT, KNEE_TEXT, identity_of, say_about_maps, say_about_times, step_options
 from sim.errors import InputError
 from sim.options import (
     NAMES,
@@ -59,9 +59,11 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     add("--gpu", default="h200", metavar="GPU", help="a GPU (epsim gpus), or a .toml file of your own (default: h200)")
     add(
-        "--backend",
+        "--exchange",
+        dest="backend",
         default="allgather_reducescatter",
-        help="all2all backend (default: allgather_reducescatter, as in vLLM); epsim gpus lists them",
+        metavar="NAME",
+        help="all2all backend, or a kind of exchange (epsim gpus; default: allgather_reducescatter, as in vLLM)",
     )
     add("--data-parallel", type=Whole(), metavar="N", help="data-parallel ranks (default: the EP size)")
     add(
@@ -111,7 +113,7 @@ def run(arguments: Namespace) -> None:
         arguments.model = _DEMO
     model, gpu = load_model(arguments.model), load_gpu(arguments.gpu)
     traffic, other = _read(arguments, model)
-    _say_about_maps(arguments, model, sizes[0])
+    say_about_maps(arguments.placements, model, sizes, arguments.ranks_per_node)
     _say_about_steps(traffic, 2 if other is None else 1, sizes[0], options)
     from sim.advice import advise
 
@@ -147,16 +149,6 @@ def _demo_trace(model: Any, seed: int) -> Any:
         f"epsim traffic make --model {_DEMO} --workload {_DEMO} --phase prefill {sizes} --out TRACE.npz"
     )
     return trace
-
-
-def _say_about_maps(arguments: Namespace, model: Any, ep_size: int) -> None:
-    """Notes on placements that are read from files."""
-    from sim.placement import notes_on, place_fixed
-
-    for name in arguments.placements:
-        if name.startswith("file:"):
-            for text in notes_on(place_fixed(name, model, ep_size, arguments.ranks_per_node)):
-                note(text)
 
 
 def _read(arguments: Namespace, model: Any) -> tuple[Any, Any]:
@@ -254,7 +246,7 @@ def _print_table(advice: Any, markdown: bool) -> None:
     row = main.iloc[0]
     title = (
         f"{_exchange_text(row)}\n"
-        f"eplb is {row.split}{_of_splits(advice)}; saved: against {row.baseline}, 95 % over {row.layer_draws} layers;\n"
+        f"{_split_text(advice)}; saved: against {row.baseline}, 95 % over {row.layer_draws} layers;\n"
         "step: weakest lower to strongest upper end over all splits of the traffic, of a step of which experts"
         f"{'' if row.exchange == 'none' else ' and exchange'} take {row.moe_share:.0%}"
     )
@@ -283,9 +275,10 @@ def _exchange_text(row: Any) -> str:
     return f"layer: experts of the slowest rank, dispatch and combine ({row.exchange})"
 
 
-def _of_splits(advice: Any) -> str:
-    n = advice.gains.split.nunique()
-    return f" (the hardest of {n} splits)" if n > 1 else ""
+def _split_text(advice: Any) -> str:
+    n, name = advice.gains.split.nunique(), advice.gains.split.iloc[0]
+    fitted = advice.gains.placement.str.startswith("eplb").any() or advice.gains.baseline.str.startswith("eplb").any()
+    return (f"eplb is {name}" if fitted else f"traffic {name}") + (f" (the hardest of {n} splits)" if n > 1 else "")
 
 
 def _candidate(row: Any, judged: Any) -> list[str]:

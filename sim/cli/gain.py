@@ -11,6 +11,7 @@ from sim.cli.timed import (
     KNEE_TEXT,
     chosen_gpus,
     identity_of,
+    say_about_maps,
     say_about_times,
     timed_options,
 )
@@ -57,6 +58,8 @@ def run(arguments: Namespace) -> None:
         raise InputError(
             f"`baseline` {arguments.baseline}: one placement; those that are compared with it are --placement"
         )
+    maps = [arguments.baseline, *arguments.placement]
+    say_about_maps(maps, options["model"], options["ep_sizes"], options["ranks_per_node"])
     say_about_times(options, gpus)
     with shown_progress():
         gains = predict_gain(gpus=gpus, **chosen, **options)

@@ -10,6 +10,7 @@ from sim.errors import InputError
 from sim.options import NAMES, WHOLE_NUMBERS
 
 _MAX_ROWS, _MAX_LINES = 28, 40
+_FEW = 3  # placements that are all shown where nobody chooses
 _KEYS = ["placement", "ep_size", "tokens"]
 _SHORT = {"round_robin": "r_robin", "linear_legacy": "legacy", "node_aware": "node_aw"}
 
@@ -23,7 +24,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--placement",
         type=NAMES,
         metavar="LIST",
-        help="placements, compared with the first of them (default: the baseline and round_robin)",
+        help="placements, compared with the first of them (default: all of up to three, else the baseline and round_robin)",
     )
     parser.add_argument(
         "--worst",
@@ -84,14 +85,16 @@ def print_result(
     there = list(dict.fromkeys(summary.placement))
     _check_choice(summary, ep_sizes, tokens, placements)
     if placements is None:
-        placements = [there[0], *[name for name in ("round_robin", *there[1:]) if name in there[1:]][:1]]
+        pair = [there[0], *[name for name in ("round_robin", *there[1:]) if name in there[1:]][:1]]
+        placements = pair if markdown or len(there) > _FEW else there
     rows = summary[summary.placement == placements[0]]
     rows = rows[rows.ep_size.isin(ep_sizes or rows.ep_size) & rows.tokens.isin(tokens or rows.tokens)]
     most = _MAX_ROWS if markdown else max(4, _MAX_LINES // len(placements))
     shown = rows if tokens else _fewer_steps(rows, most)
     where = list(zip(shown.ep_size, shown.tokens, strict=True))
     first = summary.iloc[0]
-    title = f"{first.model}, {first.workload} traffic: {' against '.join(placements)}"
+    names = " against ".join(filter(None, (placements[0], ", ".join(placements[1:]))))
+    title = f"{first.model}, {first.workload} traffic: {names}"
     if markdown:
         print_table("", *_columns(result, placements, where), markdown)
         return
@@ -155,24 +158,37 @@ def print_tail(
     _check_choice(summary, ep_sizes, tokens, placements)
     tail = tail[tail.ep_size.isin(ep_sizes or tail.ep_size) & tail.tokens.isin(tokens or tail.tokens)]
     tail = tail[tail.placement.isin(placements or tail.placement) & (tail.threshold <= tail.ep_size)]
-    cells = []
+    cells, digits = [], 3 if markdown else 2
     for key, rows in tail.groupby([*_KEYS, "threshold"], sort=False):
         of = {bool(row.method == "sampled"): row for row in rows.itertuples()}
         sampled, theory = of.get(True), of.get(False)
-        seen = [_probability(sampled), _interval(sampled)]
-        known = ["-", "-", ""] if theory is None else [theory.method, _interval(theory), theory.given or "all layers"]
+        seen = [_probability(sampled), _interval(sampled, digits)]
+        known = (
+            ["-", "-", ""]
+            if theory is None
+            else [theory.method, _interval(theory, digits), theory.given or "all layers"]
+        )
         cells.append([*map(str, key[:3]), f"{key[3]:g}", *seen, *known])
     cells.sort(key=lambda row: (row[0], int(row[1]), int(row[2]), float(row[3])))
     heads = ["placement", "EP", "tokens", "x", "sampled P", "sampled 95 %", "method", "method's P", "method holds for"]
     first = summary.iloc[0]
-    print_table(f"{first.model}, {first.workload} traffic: P(imbalance >= x)", heads, cells, markdown, keys=4)
+    title = f"{first.model}, {first.workload} traffic: P(imbalance >= x)"
+    if markdown:
+        print_table(title, heads, cells, markdown)
+        return
+    given = dict.fromkeys(row[-1] for row in cells if row[-1])
+    title += ", sampled, and exact (one number) or between bounds"
+    title += f", which hold for {', '.join(given)}" if given else ""
+    narrow = [[*row[:6], row[7]] for row in cells]
+    print_table(title, [*heads[:4], "P", "95 %", "exact, bounds"], narrow, markdown, align="<", keys=4)
 
 
-def _interval(row: Any) -> str:
+def _interval(row: Any, digits: int) -> str:
     """Lower and upper bound, or the answer where they agree."""
     if row is None:
         return "-"
-    return f"{row.low:.3g}" if row.low == row.high else f"{row.low:.3g} to {row.high:.3g}"
+    low, high = f"{row.low:.{digits}g}", f"{row.high:.{digits}g}"
+    return low if row.low == row.high else f"{low} to {high}"
 
 
 def _check_choice(

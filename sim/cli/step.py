@@ -6,7 +6,7 @@ from typing import Any
 
 from sim.cli.progress import shown_progress
 from sim.cli.text import add_forms, note, print_rows, print_table, say_written
-from sim.cli.timed import identity_of, say_about_times, timed_options
+from sim.cli.timed import identity_of, say_about_maps, say_about_times, timed_options
 from sim.errors import InputError
 from sim.options import Choice, Folder, StepOptions, SweepOptions, TimeOptions, TrafficOptions, add_options
 
@@ -56,6 +56,7 @@ def run(arguments: Namespace) -> None:
     if "," in arguments.gpu:
         raise InputError(f"--gpu {arguments.gpu}: one GPU at a time")
     gpu = load_gpu(arguments.gpu)
+    say_about_maps(arguments.placements, options["model"], options["ep_sizes"], options["ranks_per_node"])
     say_about_times(options, [gpu])
     with shown_progress():
         steps = predict_steps(gpu=gpu, placements=arguments.placements, **options)

@@ -74,6 +74,17 @@ def say_about_times(options: dict[str, Any], gpus: list[Any]) -> None:
     sys.stderr.flush()
 
 
+def say_about_maps(names: list[str], model: Any, ep_sizes: list[int], ranks_per_node: int) -> None:
+    """Notes on placements that are read from files."""
+    from sim.placement import notes_on, place_fixed
+
+    for name in names:
+        if name.startswith("file:"):
+            notes = [text for size in ep_sizes for text in notes_on(place_fixed(name, model, size, ranks_per_node))]
+            for text in dict.fromkeys(notes):
+                note(text)
+
+
 def model_dtype(model: Any) -> str:
     """The type of the routed experts of a checkpoint in the words of --dtype, as far as it is one."""
     return next((dtype for dtype in ("bf16", "fp8", "fp4") if dtype in model.routed_dtype), model.routed_dtype)

@@ -138,10 +138,9 @@ def sample_steps(
     groups_of = cache(partial(place_pairs, plan, pairs=range(len(grid.pairs))))  # a draw comes again every n_sets steps
     constants = np.array(rates, float).reshape(len(rates), -1)
     with ThreadPoolExecutor(threads or usable_processors()) as pool:
-        done = pool.map(
-            lambda trials: _run_chunk(sample, blocks, constants, groups_of, trials, counts_received), chunks
-        )
-        list(track(done, [len(chunk) * int(grid.steps[blocks > chunk.start].max()) for chunk in chunks]))
+        score = partial(_run_chunk, sample, blocks, constants, groups_of, counts_received)
+        sizes = [len(chunk) * int(grid.steps[blocks > chunk.start].max()) for chunk in chunks]
+        list(track(pool.map(score, chunks), sizes, ["sampling"] * len(chunks)))
     for arrays in (
         sample.slowest_us, sample.load_bound, sample.max_load, sample.idle_ranks, sample.active_experts, sample.reached,
         sample.received,
@@ -165,8 +164,8 @@ def _run_chunk(
     of_size: np.ndarray,
     constants: np.ndarray,
     groups_of: Callable[[range], list[Group]],
-    trials: range,
     counts_received: bool,
+    trials: range,
 ) -> None:
     """Fill in some trials of every size that has them."""
     plan, n_draws = sample.plan, sample.n_layers * sample.n_sets

@@ -91,7 +91,7 @@ def fit_traffic(
     fit_one = partial(fit_layer, model, seed=seed, group_sigma=group_sigma)
     with ThreadPoolExecutor(threads or usable_processors()) as pool:
         fits = pool.map(fit_one, range(len(load)), wanted, effects or repeat(None))
-        found = list(track(fits, [1.0] * len(load)))
+        found = list(track(fits, [1.0] * len(load), [f"layer {i} of {len(load)}" for i in range(1, len(load) + 1)]))
     rms = np.array([layer.rms for layer in found]).T
     if (n_bad := int((rms.max(axis=0) > _WANTED_RMS).sum())) > 0:
         notes.append(f"{n_bad} of {len(load)} layers are fitted to worse than {_WANTED_RMS:.0%} (rms {rms.max():.1%})")
