@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -13,6 +14,7 @@ from conftest import ROOT
 
 import sim
 from sim.cli import VERBS, main
+from sim.figures import FIGURES
 from sim.options import SweepOptions, declarations, flag_of
 
 RUN = ["sweep", "--ep", "2,12", "--tokens", "1,16", "--trials", "40", "--placement", "linear,linear_legacy,group_aware"]
@@ -103,18 +105,23 @@ def test_a_config_file_holds_the_same_options(folder, tmp_path, capsys):
 
 def test_plot_draws_every_figure_and_the_same_bytes_twice(folder, capsys):
     assert main(["plot", str(folder)]) == 0
-    written = [line for line in capsys.readouterr().out.splitlines()]
-    first = {name: (folder / name).read_bytes() for name in (path.rsplit("/", 1)[1] for path in written)}
-    assert len(first) == 14
-    assert all(data.startswith((b"\x89PNG", b"<?xml")) for data in first.values())
+    said = capsys.readouterr().out.splitlines()
+    written = [Path(line).name for line in said if line.endswith(".png")]
+    undrawn = [line.partition(": not drawn")[0] for line in said if not line.endswith(".png")]
+    assert sorted([*undrawn, *(name.removesuffix(".png") for name in written)]) == sorted(FIGURES)
     assert main(["plot", str(folder), "--format", "svg"]) == 0
+    written += [name.replace(".png", ".svg") for name in written]
+    first = {name: (folder / name).read_bytes() for name in written}
+    assert all(data.startswith((b"\x89PNG", b"<?xml")) for data in first.values())
+    assert main(["plot", str(folder), "--format", "png,svg"]) == 0
     for name in first:
         assert (folder / name).read_bytes() == first[name]
         (folder / name).unlink()
     capsys.readouterr()
     fails(capsys, ["plot", folder, "--figures", "exceedence"], "figure 'exceedence'", "did you mean exceedance")
     fails(capsys, ["plot", folder, "--tokens", "5"], "--tokens 5", "1, 16")
-    fails(capsys, ["plot", folder, "--format", "pdf"], "--format pdf")
+    fails(capsys, ["plot", folder, "--format", "pdf"], "--format 'pdf'", "png, svg")
+    fails(capsys, ["plot", folder, "--deepest", "2"], "--deepest 2", "from 1e-300 to 0.1")
 
 
 @pytest.mark.parametrize(

@@ -459,7 +459,7 @@ def test_missed_ranks_are_counted():
 
 def test_figures_show_the_tables_numbers(tmp_path):
     rows = with_predictions(read_measured(measured(tmp_path, MadeUp(noise=0.05))[0]))
-    figures = [predicted_against_measured(rows), measured_gain(rows)]
+    figures = [predicted_against_measured(rows), measured_gain(rows, gains(rows))]
     for figure in figures:
         figure.draw_without_rendering()
         boxes = [ax.get_window_extent() for ax in figure.axes]

@@ -229,7 +229,8 @@ def _write(advice: Any, folder: Path, identity: dict[str, Any]) -> None:
     from sim.cost.gain import PERFECT
     from sim.figures import save
     from sim.figures.advice import advice_by_tokens
-    from sim.results import writable_folder, write_table
+    from sim.files import writable_folder
+    from sim.results import write_table
 
     with writable_folder(folder):
         write_table(advice.table(), folder, "advice", identity)

@@ -52,7 +52,8 @@ def run(arguments: Namespace) -> None:
     if folder is not None:
         from sim.figures import save
         from sim.figures.gain import gain_by_tokens
-        from sim.results import writable_folder, write_table
+        from sim.files import writable_folder
+        from sim.results import write_table
 
         with writable_folder(folder):
             write_table(gains, folder, "gain", identity_of(options, gpus, **chosen))

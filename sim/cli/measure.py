@@ -110,10 +110,10 @@ def run(arguments: Namespace) -> None:
 def _measure(arguments: Namespace) -> None:
     started = time.monotonic()
     from sim.cost import load_gpu
+    from sim.files import whole_files
     from sim.measure import Shape, measure, plan_measurement
     from sim.measure.experts import DTYPES
     from sim.model import load_model
-    from sim.results import whole_files
     from sim.traffic import load_workload
 
     if arguments.out is None or not arguments.out.endswith(".csv"):
@@ -237,10 +237,11 @@ def _show(arguments: Namespace) -> None:
 def _plot(path: Path, rows: Any, baseline: str, other: str) -> None:
     from sim.figures import save
     from sim.figures.measured import measured_gain, predicted_against_measured
+    from sim.measure import gains
 
     for name, figure in (
         ("predicted", predicted_against_measured(rows)),
-        ("gain", measured_gain(rows, baseline, other)),
+        ("gain", measured_gain(rows, gains(rows, baseline, other), baseline, other)),
     ):
         for suffix in ("png", "svg"):
             target = path.with_name(f"{path.name.partition('.csv')[0]}-{name}.{suffix}")

@@ -122,9 +122,10 @@ def _gains(found: Any) -> tuple[list[str], list[list[str]]]:
 def _plot(path: Path, layers: Any, baseline: str, others: list[str]) -> None:
     from sim.figures import save
     from sim.figures.layers import measured_exchange, measured_layer_gain
+    from sim.measure.layer_compare import layer_gains
 
     for name, figure in (
-        ("gain", measured_layer_gain(layers, baseline, others)),
+        ("gain", measured_layer_gain(layers, layer_gains(layers, baseline, others), baseline)),
         ("exchange", measured_exchange(layers)),
     ):
         for suffix in ("png", "svg"):

@@ -94,7 +94,7 @@ def print_worst_cases(
     """Print P(all of a step's load on one rank) and P(at least half of the ranks idle), to their true size where it is
     known.
     """
-    from sim.results import best_rows
+    from sim.stats import best_rows
 
     summary = result.summary
     _check_choice(summary, ep_sizes, tokens, placements)
@@ -180,7 +180,7 @@ def _fewer_steps(rows: Any) -> Any:
 
 
 def _columns(result: Any, pair: list[str], where: list[tuple[int, int]]) -> tuple[list[str], list[list[str]]]:
-    from sim.results import best_rows
+    from sim.stats import best_rows
 
     cells = result.summary.set_index(_KEYS).sort_index()
     imbalance = best_rows(result.tail[result.tail.metric == "imbalance"])

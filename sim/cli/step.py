@@ -61,7 +61,8 @@ def run(arguments: Namespace) -> None:
     if log is not None:
         _print_log(compare_log(steps, arguments.log_metric, log.values), arguments)
     if folder is not None:
-        from sim.results import writable_folder, write_table
+        from sim.files import writable_folder
+        from sim.results import write_table
 
         with writable_folder(folder):
             write_table(steps, folder, "steps", identity_of(options, [gpu], placements=arguments.placements))

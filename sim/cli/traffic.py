@@ -183,7 +183,7 @@ def _show(arguments: Namespace, model: Any, data: Any) -> None:
 def _plot(out: Path, data: Any, about: Any) -> None:
     from sim.figures import save
     from sim.figures.traffic import load_map, traffic_page
-    from sim.results import writable_folder
+    from sim.files import writable_folder
 
     with writable_folder(out):
         for name, figure in (("load_map", load_map(data.name, about)), ("traffic", traffic_page(data.name, about))):
@@ -193,9 +193,9 @@ def _plot(out: Path, data: Any, about: Any) -> None:
 
 
 def _fit(arguments: Namespace, model: Any, data: Any) -> None:
+    from sim.files import whole_files
     from sim.fit import fit_text, fit_traffic, hold_out
     from sim.fit.fitting import GROUP_SIGMA
-    from sim.results import whole_files
 
     out = Path(arguments.out)
     if out.suffix != ".toml":

@@ -149,7 +149,8 @@ def _known(mean: float, high: float) -> str:
 def _draw(out: Path, table: Any, unit: str, about: dict[str, Any]) -> None:
     from sim.figures import save
     from sim.figures.decay import decay_by_age
-    from sim.results import writable_folder, write_table
+    from sim.files import writable_folder
+    from sim.results import write_table
 
     with writable_folder(out):
         write_table(table, out, "decay", about)
