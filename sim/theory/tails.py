@@ -1,11 +1,15 @@
-"""Probabilities of rare sums, without a floor: P(a sum of T independent small whole numbers is at least x)."""
+"""Tails without a floor: of sums of independent small whole numbers, and of unions of events.
+
+P(a sum of T numbers is at least x) is a transform inverted on a tilted line, so that small answers keep their digits; the
+union over ranks lies between bounds from its events one by one and two by two.
+"""
 
 import numpy as np
 
 from sim.kernels import kernel
 
 _DIGITS = 30.0  # -log of the share of the answer that may be lost: e**-30 = 1e-13
-
+_NEGLIGIBLE = 0.02  # of a sum, that a term's own bound may replace the term
 
 TINY = 1e-300
 """What a possible event has at least: smaller answers are below what floats tell from 0."""
@@ -145,3 +149,71 @@ def tails(laws: np.ndarray, n_tokens: int, least: int) -> np.ndarray:
     out = np.empty(len(laws))
     fill_tails(laws, np.int64(n_tokens), np.int64(least), out)
     return out
+
+
+@kernel
+def at_least_one(single, pairs):
+    """Lower bound of P(any of some events), from the sum of their probabilities and a number that is not below the sum
+    over all pairs of events (Dawson and Sankoff 1967): at least Bonferroni's single - pairs, and never negative.
+    """
+    if single <= 0.0:
+        return 0.0
+    kappa = 1 + np.floor(2 * pairs / single)
+    return min(2 * single / (kappa + 1) - 2 * pairs / (kappa * (kappa + 1)), 1.0)
+
+
+@kernel
+def _hottest(laws):
+    """The law with the largest mean, and that mean."""
+    hottest, largest_mean = 0, -1.0
+    for i in range(laws.shape[0]):
+        mean = tilted_moments(laws[i], 0.0)[1]
+        if mean > largest_mean:
+            hottest, largest_mean = i, mean
+    return hottest, largest_mean
+
+
+@kernel
+def _sum_of_tails(laws, n_tokens, least, floor, up):
+    """Sum of the tails of some laws, not above 1: laws float64 [n, largest + 1].
+
+    Where a law's Chernoff bound is negligible beside the largest tail, or beside `floor`, the bound (up) or 0 stands for
+    the tail, so that the sum is not below (not above) the true one.
+    """
+    hottest, largest_mean = _hottest(laws)
+    if up and least <= n_tokens * largest_mean:
+        return 1.0
+    total = tail(laws[hottest], n_tokens, least)
+    small = _NEGLIGIBLE / laws.shape[0] * max(total, floor)
+    theta = 0.0
+    if total > 0.0 and n_tokens * largest_mean < least < n_tokens * (laws.shape[1] - 1):
+        theta = min(tilt(laws[hottest], least / n_tokens), 50.0)
+    for i in range(laws.shape[0]):
+        if i != hottest and total < 1.0:
+            bound = np.exp(n_tokens * tilted_moments(laws[i], theta)[0] - theta * least) if theta > 0.0 else 1.0
+            if bound > small:
+                total += tail(laws[i], n_tokens, least)
+            elif up:
+                total += bound
+    return min(total, 1.0)
+
+
+@kernel
+def fill_layer_bounds(upper, hot_lower, pair_upper, n_tokens, least, out):
+    """Bounds of P(max load >= least) in each layer: out float64 [layers, 2], lower and upper.
+
+    upper float64 [layers, ranks, largest + 1], load laws of single tokens that are not below the true ones in
+    stochastic order; hot_lower [layers, hot ranks, ...], of some ranks laws that are not above; pair_upper [layers,
+    pairs of hot ranks, ...], of the sum of two ranks' loads.
+    """
+    for layer in range(upper.shape[0]):
+        high = _sum_of_tails(upper[layer], n_tokens, least, 0.0, True)
+        single = _sum_of_tails(hot_lower[layer], n_tokens, least, 0.0, False)
+        pairs = 1.0
+        if single < 1.0:  # else the sum was cut off
+            pairs = _sum_of_tails(pair_upper[layer], n_tokens, 2 * least, single, True) if pair_upper.shape[1] else 0.0
+        low = at_least_one(single, pairs)
+        if pairs >= 1.0:  # which says nothing; one rank alone is a bound too
+            low = tail(hot_lower[layer, _hottest(hot_lower[layer])[0]], n_tokens, least)
+        out[layer, 0] = min(low, high)
+        out[layer, 1] = high
