@@ -22,6 +22,7 @@ sweep: $(BIN)/epsim  ## the main job: DeepSeek-V3, four kinds of traffic, tables
 	  $(BIN)/epsim sweep --config results/sweep.toml --workload $$traffic --out results/deepseek-v3-$$traffic || exit $$?; \
 	done
 	@printf '%s\n' $(TRAFFIC) | xargs -P 2 -I{} $(BIN)/epsim plot results/deepseek-v3-{}
+	$(BIN)/epsim report $(TRAFFIC:%=results/deepseek-v3-%) results/advice-gpt-oss-20b --out results/report.html
 
 test: $(BIN)/epsim  ## lint, types and tests
 	$(BIN)/ruff check .

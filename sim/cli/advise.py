@@ -7,7 +7,18 @@ from typing import Any
 from sim.cli.text import estimate, note, print_table
 from sim.cli.timed import EXTRAPOLATED_TEXT, KNEE_TEXT, identity_of, say_about_times, step_options
 from sim.errors import InputError
-from sim.options import Folder, RestOptions, Share, StepOptions, TimeOptions, TrafficOptions, Whole, add_options, given
+from sim.options import (
+    FigureOptions,
+    Folder,
+    RestOptions,
+    Share,
+    StepOptions,
+    TimeOptions,
+    TrafficOptions,
+    Whole,
+    add_options,
+    given,
+)
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -51,6 +62,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_options(parser, StepOptions, ep_sizes="16", tokens=None, most_steps="128", layer_sets="8")
     add_options(parser, TimeOptions, only=("dtype", "network_gb_per_s"))
     add("--markdown", action="store_true", help="print the table alone, as Markdown")
+    add_options(parser, FigureOptions)
     add("--out", type=Folder(), metavar="DIR", help="write advice.csv, advice.json and the figure there")
 
 
@@ -82,7 +94,7 @@ def run(arguments: Namespace) -> None:
     if folder is not None:
         chosen |= {"ep_size": sizes[0], "fit_on": None if other is None else other.digest}
         identity = identity_of(options | {"model": model, "workload": traffic}, [gpu], **chosen)
-        _write(advice, folder, identity)
+        _write(advice, folder, identity, arguments.formats)
 
 
 def _read(arguments: Namespace, model: Any) -> tuple[Any, Any]:
@@ -225,15 +237,14 @@ def _loads(row: Any, prefix: str) -> list[str]:
     return ["1" if not any(texts) else imbalance, *texts]
 
 
-def _write(advice: Any, folder: Path, identity: dict[str, Any]) -> None:
+def _write(advice: Any, folder: Path, identity: dict[str, Any], formats: list[str]) -> None:
     from sim.cost.gain import PERFECT
-    from sim.figures import save
+    from sim.figures import save_as
     from sim.figures.advice import advice_by_tokens
     from sim.files import writable_folder
     from sim.results import write_table
 
     with writable_folder(folder):
         write_table(advice.table(), folder, "advice", identity)
-        for suffix in ("png", "svg"):
-            save(advice_by_tokens(advice.gains, PERFECT), folder / f"advice.{suffix}")
-    print(f"\nwritten to {folder}: advice.csv, advice.json (what made it), advice.png and .svg")
+        drawn = save_as(advice_by_tokens(advice.gains, PERFECT), folder / "advice", formats)
+    print(f"\nwritten to {folder}: advice.csv, advice.json (what made it), {', '.join(path.name for path in drawn)}")

@@ -13,7 +13,17 @@ from sim.cli.timed import (
     timed_options,
 )
 from sim.errors import InputError
-from sim.options import NAMES, Folder, RestOptions, StepOptions, TimeOptions, TrafficOptions, add_options, given
+from sim.options import (
+    NAMES,
+    FigureOptions,
+    Folder,
+    RestOptions,
+    StepOptions,
+    TimeOptions,
+    TrafficOptions,
+    add_options,
+    given,
+)
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -34,6 +44,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_options(parser, TimeOptions)
     add_options(parser, RestOptions)
     add("--markdown", action="store_true", help="print the table alone, as Markdown")
+    add_options(parser, FigureOptions)
     add("--out", type=Folder(), metavar="DIR", help="also write gain.csv and the figure there")
 
 
@@ -50,16 +61,15 @@ def run(arguments: Namespace) -> None:
     gains = predict_gain(gpus=gpus, **chosen, **options)
     _print_gains(gains, arguments.markdown)
     if folder is not None:
-        from sim.figures import save
+        from sim.figures import save_as
         from sim.figures.gain import gain_by_tokens
         from sim.files import writable_folder
         from sim.results import write_table
 
         with writable_folder(folder):
             write_table(gains, folder, "gain", identity_of(options, gpus, **chosen))
-            for suffix in ("png", "svg"):
-                save(gain_by_tokens(gains), folder / f"gain_by_tokens.{suffix}")
-        print(f"\nwritten to {folder}: gain.csv, gain.json (what made it), gain_by_tokens.png and .svg")
+            drawn = save_as(gain_by_tokens(gains), folder / "gain_by_tokens", arguments.formats)
+        print(f"\nwritten to {folder}: gain.csv, gain.json (what made it), {', '.join(path.name for path in drawn)}")
     if not arguments.markdown:
         _print_crossovers(gains)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from sim.cli.text import estimate, note, note_compiling, print_table, table
 from sim.errors import InputError, unknown
-from sim.options import NAMES, WHOLE_NUMBERS, Choice, Seconds, Whole
+from sim.options import NAMES, WHOLE_NUMBERS, Choice, FigureOptions, Seconds, Whole, add_options
 
 Cells = tuple[list[str], list[list[str]]]
 
@@ -71,7 +71,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     add("--out", metavar="FILE.csv", help="where the rows go; what the device reaches goes to FILE.json")
     add("--show", type=Path, metavar="FILE.csv", help="measure nothing; print the tables of a file that was written")
-    add("--plot", action="store_true", help="with --show: draw the figures beside the file, PNG and SVG")
+    add("--plot", action="store_true", help="with --show: draw the figures beside the file")
+    add_options(parser, FigureOptions)
     add("--table", metavar="NAME", help=f"with --show: one of the tables alone: {', '.join(_TABLES)}")
     add("--markdown", action="store_true", help="with --show: Markdown tables")
 
@@ -231,11 +232,11 @@ def _show(arguments: Namespace) -> None:
         else:
             print(f"\n{title}\n\n{table(heads, cells, '>' * len(heads))}")
     if arguments.plot:
-        _plot(arguments.show, rows, baseline, other)
+        _plot(arguments.show, rows, baseline, other, arguments.formats)
 
 
-def _plot(path: Path, rows: Any, baseline: str, other: str) -> None:
-    from sim.figures import save
+def _plot(path: Path, rows: Any, baseline: str, other: str, formats: list[str]) -> None:
+    from sim.figures import save_as
     from sim.figures.measured import measured_gain, predicted_against_measured
     from sim.measure import gains
 
@@ -243,9 +244,7 @@ def _plot(path: Path, rows: Any, baseline: str, other: str) -> None:
         ("predicted", predicted_against_measured(rows)),
         ("gain", measured_gain(rows, gains(rows, baseline, other), baseline, other)),
     ):
-        for suffix in ("png", "svg"):
-            target = path.with_name(f"{path.name.partition('.csv')[0]}-{name}.{suffix}")
-            save(figure, target)
+        for target in save_as(figure, path.with_name(f"{path.name.partition('.csv')[0]}-{name}"), formats):
             print(target)
 
 

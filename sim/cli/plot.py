@@ -18,7 +18,7 @@ def run(arguments: Namespace) -> None:
     """Run `epsim plot`."""
     options = PlotOptions(**given(arguments, PlotOptions))
     from sim.errors import unknown
-    from sim.figures import FIGURES, draw, save
+    from sim.figures import FIGURES, draw, save_as
     from sim.results import read_result
 
     chosen = list(FIGURES) if arguments.figures is None else arguments.figures
@@ -39,7 +39,5 @@ def run(arguments: Namespace) -> None:
         if figure is None:
             print(f"{name}: not drawn, as the placements do not differ in it")
             continue
-        for suffix in options.formats:
-            path = arguments.folder / f"{name}.{suffix}"
-            save(figure, path)
+        for path in save_as(figure, arguments.folder / name, options.formats):
             print(path)

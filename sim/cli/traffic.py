@@ -8,7 +8,7 @@ from sim.cli import Verb, add_verbs
 from sim.cli.text import note, table
 from sim.cli.traffic_decay import print_decay
 from sim.errors import InputError
-from sim.options import FILE, NAMES, SEED, THREADS, WHOLE_NUMBERS, Folder, Number, Whole
+from sim.options import FILE, NAMES, SEED, THREADS, WHOLE_NUMBERS, FigureOptions, Folder, Number, Whole, add_options
 
 _LAYERS_SHOWN = 12
 
@@ -59,6 +59,7 @@ def _add_show(parser: ArgumentParser) -> None:
     _add_file(parser, needs_model=False)
     add("--against", type=Path, metavar="FILE", help="another file of the same layers, for the drift between them")
     add("--plot", type=Folder(), metavar="DIR", help="draw a heat map and a page of plots there")
+    add_options(parser, FigureOptions)
     add("--all-layers", action="store_true", help="a row for every layer")
     add("--seed", type=SEED, default=0, help=SUPPRESS)  # statistics have no random numbers
 
@@ -89,6 +90,7 @@ def _add_decay(parser: ArgumentParser) -> None:
         help="another file of the same layers: fit on one, and score on the other",
     )
     add("--plot", type=Folder(), metavar="DIR", help="draw imbalance against age there")
+    add_options(parser, FigureOptions)
     add(
         "--ep",
         dest="ep_sizes",
@@ -177,19 +179,18 @@ def _show(arguments: Namespace, model: Any, data: Any) -> None:
             + (f"{alike.mean():.3f} (least {alike.min():.3f})" if len(alike) else "-: the loads are level")
         )
     if arguments.plot is not None:
-        _plot(arguments.plot, data, about)
+        _plot(arguments.plot, data, about, arguments.formats)
 
 
-def _plot(out: Path, data: Any, about: Any) -> None:
-    from sim.figures import save
+def _plot(out: Path, data: Any, about: Any, formats: list[str]) -> None:
+    from sim.figures import save_as
     from sim.figures.traffic import load_map, traffic_page
     from sim.files import writable_folder
 
     with writable_folder(out):
         for name, figure in (("load_map", load_map(data.name, about)), ("traffic", traffic_page(data.name, about))):
-            for suffix in ("png", "svg"):
-                save(figure, out / f"{name}.{suffix}")
-                print(out / f"{name}.{suffix}")
+            for path in save_as(figure, out / name, formats):
+                print(path)
 
 
 def _fit(arguments: Namespace, model: Any, data: Any) -> None:

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from sim.errors import InputError, unknown
 from sim.figures.balance import against_baseline, fan_out_trade, imbalance_by_tokens, load_by_rank
-from sim.figures.style import Sweep, save
+from sim.figures.style import Sweep, save, save_as
 from sim.figures.worst_case import exceedance, idle_ranks, unlucky_steps, worst_case_by_ep
 
 FIGURES: dict[str, Callable[..., Figure | None]] = {
@@ -43,4 +43,4 @@ def draw(name: str, result: Sweep, **options: Any) -> Figure | None:
     return FIGURES[name](result, **options)
 
 
-__all__ = ["FIGURES", "draw", "save"]
+__all__ = ["FIGURES", "draw", "save", "save_as"]

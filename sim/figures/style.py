@@ -262,6 +262,14 @@ def probability_axis(ax: Axes, least: float) -> None:
             line.set_clip_on(False)  # markers at 1 are drawn whole
 
 
+def save_as(figure: Figure, stem: Path, formats: Sequence[str]) -> list[Path]:
+    """Write a figure as STEM.png, STEM.svg or both; the files."""
+    paths = [stem.with_name(f"{stem.name}.{suffix}") for suffix in formats]
+    for path in paths:
+        save(figure, path)
+    return paths
+
+
 def save(figure: Figure, path: Path) -> None:
     """Write a figure as PNG or SVG, by the suffix; the same figure gives the same bytes."""
     with mpl.rc_context(_RC), whole_files(path) as (temporary,):

@@ -192,7 +192,16 @@ class RestOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlotOptions(Options):
+class FigureOptions(Options):
+    """How figures are written."""
+
+    formats: Any = option(
+        Listed(of=Choice(names=("png", "svg")), metavar="LIST"), "png, svg or both", flag="--format", default="png"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlotOptions(FigureOptions):
     """How the figures of a sweep are drawn."""
 
     tokens: int | None = option(
@@ -200,7 +209,4 @@ class PlotOptions(Options):
     )
     deepest: float = option(
         Number(1e-300, 0.1, metavar="P"), "probability down to which worst cases are drawn", default=1e-6
-    )
-    formats: Any = option(
-        Listed(of=Choice(names=("png", "svg")), metavar="LIST"), "png, svg or both", flag="--format", default="png"
     )
