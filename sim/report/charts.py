@@ -53,7 +53,7 @@ def _curves(placements: list[str], x: str, title: str) -> dict[str, Any]:
         alt.Tooltip("placement:N"),
         alt.Tooltip("ep_size:Q", title="EP size"),
         alt.Tooltip("tokens:Q", title="tokens per step"),
-        alt.Tooltip("value:Q", format=_FORMAT),
+        alt.Tooltip("exact:N", title="value"),
         alt.Tooltip("interval:N", title="95 % interval"),
     ]
     return _drawn(base, y, style, tooltip, "placement:N")
@@ -65,11 +65,13 @@ def _tail(placements: list[str]) -> dict[str, Any]:
     base = alt.Chart(alt.NamedData("rows")).encode(
         x=alt.X("threshold:Q", title="imbalance x").scale(type="log", base=2, nice=False), color=style["color"]
     )
-    y = alt.Y("value:Q", title="P(imbalance ≥ x)", axis=alt.Axis(format=".0e")).scale(type="log", nice=False)
+    y = alt.Y("value:Q", title="P(imbalance ≥ x)", axis=alt.Axis(format=".0e", tickCount=8)).scale(
+        type="log", nice=False
+    )
     tooltip = [
         alt.Tooltip("placement:N"),
         alt.Tooltip("threshold:Q", title="imbalance x", format=_FORMAT),
-        alt.Tooltip("value:Q", title="probability", format=_FORMAT),
+        alt.Tooltip("exact:N", title="probability"),
         alt.Tooltip("interval:N", title="95 % interval or bounds"),
         alt.Tooltip("method:N"),
     ]

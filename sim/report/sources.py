@@ -13,12 +13,12 @@ from sim.files import is_there, read_json, read_text
 from sim.results import PROVENANCE, SweepResult, read_result
 
 _LABELS = {
+    "against_baseline_mean": "busiest rank's load / that under the baseline: mean",
+    "against_baseline_p99": "busiest rank's load / that under the baseline: 99th percentile",
     "imbalance_mean": "busiest rank's load / mean load: mean",
     "imbalance_p50": "busiest rank's load / mean load: median",
     "imbalance_p95": "busiest rank's load / mean load: 95th percentile",
     "imbalance_p99": "busiest rank's load / mean load: 99th percentile",
-    "against_baseline_mean": "busiest rank's load / that under the baseline: mean",
-    "against_baseline_p99": "busiest rank's load / that under the baseline: 99th percentile",
     "max_load_mean": "busiest rank's load (pairs)",
     "balancedness_mean": "mean load / busiest rank's load",
     "idle_ranks_mean": "idle ranks: mean",
