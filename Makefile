@@ -20,6 +20,7 @@ install: $(BIN)/epsim  ## create .venv and install epsim with its development to
 sweep: $(BIN)/epsim  ## the main job: DeepSeek-V3, four kinds of traffic, tables and figures under results/
 	$(BIN)/epsim sweep --config results/sweep.toml --out 'results/deepseek-v3-{workload}'
 	@printf '%s\n' $(TRAFFIC) | xargs -P 2 -I{} $(BIN)/epsim plot results/deepseek-v3-{}
+	$(BIN)/epsim report $(TRAFFIC:%=results/deepseek-v3-%) results/advice-gpt-oss-20b --out results/report.html
 
 test: $(BIN)/epsim  ## lint, types and tests
 	$(BIN)/ruff check .

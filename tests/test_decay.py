@@ -273,7 +273,7 @@ def test_ages_are_printed_and_drawn(files, tmp_path, capsys):
     out = tmp_path / "out"
     assert run(*RUN, files[0], *GPT, "--windows", 4, "--placement", "eplb,eplb+16", "--plot", out) == 0
     text = capsys.readouterr().out
-    assert sorted(p.name for p in out.iterdir()) == ["decay.csv", "decay.json", "decay.png", "decay.svg"]
+    assert sorted(p.name for p in out.iterdir()) == ["decay.csv", "decay.json", "decay.png"]
     table = pd.read_csv(out / "decay.csv")
     model = load_model("gpt-oss-20b")
     windows = cut_windows(read_traffic(files[0], model), 32, 4)

@@ -12,10 +12,10 @@ import sim
 
 # From the ground floor up, in the order of their rows in the design; a room may import its own row and those above.
 ROOMS = [
-    *("errors", "files", "kernels", "streams", "stats", "results", "options", "progress"),
-    *("model", "traffic", "router", "placement", "scoring", "theory"),
-    *("sweeps", "fit", "cost", "capacity", "verdicts", "advice", "measure"),
-    *("figures", "report", "cli"),
+    *("errors", "files", "options", "kernels", "streams", "stats", "progress"),
+    *("model", "traffic", "router", "placement", "scoring", "theory", "fit"),
+    *("figures", "results", "sweeps", "cost", "capacity", "verdicts", "advice", "measure"),
+    *("report", "cli"),
 ]
 PATHS = sorted(path for path in (ROOT / "sim").rglob("*.py") if path.name != "__main__.py")
 

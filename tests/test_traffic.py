@@ -351,9 +351,7 @@ def test_statistics_are_printed(tmp_path, capsys):
     assert f"{total[0].std() / total[0].mean():.3f}" in out
     assert "group shares over uniform, mean of layers: 1.00" in out
     assert "drift, first half of the steps against second half" in out
-    assert sorted(p.name for p in (tmp_path / "p").iterdir()) == [
-        "load_map.png", "load_map.svg", "traffic.png", "traffic.svg"
-    ]  # fmt: skip
+    assert sorted(p.name for p in (tmp_path / "p").iterdir()) == ["load_map.png", "traffic.png"]
 
 
 def test_held_out_steps_of_counts(tmp_path):
