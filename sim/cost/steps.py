@@ -106,7 +106,7 @@ def sample_steps(
         As `sim.sweep`, and for a model whose number of MoE layers is not known.
     """
     check(StepOptions, layer_sets=layer_sets, most_steps=most_steps)
-    plan = make_plan(model, workload, bound_layers=0, trials=1, **of_plan)
+    plan = make_plan(model, workload, bound_layers=0, trials=1, received="off", **of_plan)
     n_layers = plan.workload.n_layers or plan.model.n_moe_layers
     if not n_layers:
         raise InputError(f"model {plan.model.name}: a step needs the number of MoE layers, which is not known")

@@ -125,6 +125,12 @@ class SweepOptions(CellOptions):
         "copy of a replicated expert that a token goes to: even, or vllm_hash of the token's index in the step",
         default="even",
     )
+    received: str = option(
+        Choice(names=("auto", "on", "off")),
+        "count the tokens that ranks and nodes receive, on all tokens of a step: on, off, or auto: where single tokens can be "
+        "had and fit in memory",
+        default="auto",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
