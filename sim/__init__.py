@@ -24,7 +24,16 @@ if TYPE_CHECKING:
     from sim.router import route
     from sim.scoring import score, score_tokens
     from sim.sweeps import sweep
-    from sim.traffic import RecordedTraffic, SyntheticTraffic, Workload, load_workload, workload_names
+    from sim.traffic import (
+        LoadCounts,
+        RecordedTraffic,
+        SyntheticTraffic,
+        Workload,
+        load_workload,
+        read_traffic,
+        synthetic_traffic,
+        workload_names,
+    )
     from sim.verdicts import claims
 
 _ROOM_OF = {
@@ -35,7 +44,10 @@ _ROOM_OF = {
     "Workload": "traffic",
     "SyntheticTraffic": "traffic",
     "RecordedTraffic": "traffic",
+    "LoadCounts": "traffic",
     "load_workload": "traffic",
+    "synthetic_traffic": "traffic",
+    "read_traffic": "traffic",
     "workload_names": "traffic",
     "route": "router",
     "Placement": "placement",

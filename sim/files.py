@@ -1,15 +1,24 @@
-"""Text files from outside, read with bounds: a regular file of a bounded size, UTF-8, JSON or TOML without surprises."""
+"""Files from outside, read with bounds: regular files of a bounded size, unpacked to a bounded size; JSON, TOML, text."""
 
+import gzip
+import io
 import json
 import os
 import tomllib
+import warnings
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from sim.errors import InputError
 
 MAX_BYTES = 64 << 20
+MOST_PACKED = 200
+"""Numbers and text do not shrink to less than a 200th: what claims to is refused, unless it is small."""
+MOST_UNASKED = 64 << 20  # bytes that a small .gz file may unpack to
+MOST_STREAMED = 8 << 30  # bytes of a file that is read piece by piece
 
 
 def read_json(path: Path, where: str) -> Any:
@@ -39,6 +48,11 @@ def is_there(path: Path) -> bool:
     return os.path.exists(path)  # noqa: PTH110  (Path.exists raises for names that are too long)
 
 
+def is_folder(path: Path) -> bool:
+    """Whether a folder lies at a path; a name that no folder can have is none."""
+    return os.path.isdir(path)  # noqa: PTH112
+
+
 def check_regular(path: Path, where: str) -> None:
     """Refuse pipes, devices and folders: opening or reading one may never end. What is missing is left to the reader."""
     if is_there(path) and not path.is_file():
@@ -52,7 +66,10 @@ def read_text(path: Path, where: str) -> str:
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
         if path.suffix == ".gz":
-            data = zlib.decompressobj(wbits=31).decompress(data, MAX_BYTES + 1)
+            unpacker = zlib.decompressobj(wbits=31)
+            data = unpacker.decompress(data, MAX_BYTES + 1)
+            if len(data) <= MAX_BYTES and not unpacker.eof:
+                raise InputError(f"{where} is cut off")
         if len(data) > MAX_BYTES:
             raise InputError(f"{where} is larger than {MAX_BYTES >> 20} MiB")
         return data.decode("utf-8-sig")
@@ -66,6 +83,63 @@ def read_text(path: Path, where: str) -> str:
         raise InputError(f"{where} is not text in UTF-8") from None
     except ValueError as error:  # a NUL in the name
         raise InputError(f"{where} cannot be read: {_first_line(error)}") from None
+
+
+@contextmanager
+def reading(where: str, kind: str) -> Iterator[None]:
+    """Errors of a file's reader, as one line that says what kind of file it is not."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            yield
+    except InputError:
+        raise
+    except FileNotFoundError:
+        raise InputError(f"{where} does not exist") from None
+    except EOFError:
+        raise InputError(f"{where} is cut off") from None
+    except OSError as error:
+        raise InputError(f"{where} cannot be read: {error.strerror or error}") from None
+    except MemoryError:
+        raise InputError(f"{where} does not fit into memory") from None
+    except (
+        Exception
+    ) as error:  # a damaged header or stream raises almost anything: zlib.error, TokenError, TypeError ...
+        raise InputError(f"{where} is not a sound {kind} file ({type(error).__name__})") from None
+
+
+@contextmanager
+def open_stream(path: Path, where: str) -> Iterator[IO[bytes]]:
+    """The bytes of a regular file that is read piece by piece, unpacked where its name ends in .gz.
+
+    Reading raises InputError beyond MOST_STREAMED bytes, or where a .gz file unpacks to more than MOST_PACKED times its size.
+    """
+    check_regular(path, where)
+    most = MOST_STREAMED
+    with path.open("rb") as file:
+        if path.suffix != ".gz":
+            yield io.BufferedReader(_Bounded(file, where, most))
+            return
+        most = min(most, max(MOST_UNASKED, MOST_PACKED * path.stat().st_size))
+        with gzip.open(file) as unpacked:
+            yield io.BufferedReader(_Bounded(unpacked, where, most), 2**18)
+
+
+class _Bounded(io.RawIOBase):
+    """A file that is read up to a bound."""
+
+    def __init__(self, file: Any, where: str, most: int) -> None:
+        self.file, self.where, self.left = file, where, most
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        n = self.file.readinto(buffer)
+        self.left -= n
+        if self.left < 0:
+            raise InputError(f"{self.where} is too large, or unpacks to more than {MOST_PACKED} times its size")
+        return n
 
 
 def _first_line(error: Exception) -> str:

@@ -34,7 +34,7 @@ def draw_ids(popularity, n_tokens, seed=0, n_layers=3):
 
 def record(ids, sequences=40):
     lengths = np.full(sequences, len(ids) // sequences)
-    return build_record("toy", "file:toy.npz", ids, lengths, "decode", "toy.npz")[0]
+    return build_record("toy", "file:toy.npz", ids, lengths, "decode", "toy.npz")
 
 
 SKEWED = np.repeat([8.0, 1.0], 8)  # linear puts the popular half of the experts on the first ranks
@@ -241,7 +241,7 @@ def toy_files(tmp_path, monkeypatch):
     np.savetxt(tmp_path / "load.csv", np.outer([1, 2, 3], SKEWED * 100).astype(int), fmt="%d", delimiter=",")
     np.savez(tmp_path / "same.npz", topk_ids=np.tile([1, 2], (400, 3, 1)), sequence_lengths=np.full(40, 10))
     late = np.random.default_rng(0).poisson(50, (8, 3, 16))
-    late[3:] = 0
+    late[4:, 1] = 0  # steps without any load are left out; a layer without is kept
     np.save(tmp_path / "late.npy", late)
     np.savez(tmp_path / "shallow.npz", topk_ids=draw_ids(SKEWED, 4000, n_layers=1), sequence_lengths=np.full(40, 100))
     return tmp_path
@@ -334,7 +334,7 @@ def test_load_counts_are_advised_on_too(toy_files, capsys):
         (["--model", "deepseek-v3"], "model deepseek-v3 has top_k 8"),
         (["--traffic", "chat", "--fit-on", "hot.npz"], "the layers of chat are drawn"),
         (["--traffic", "same.npz"], "its even sequences and its odd sequences hold the same tokens"),
-        (["--traffic", "late.npy"], "the second half of the steps: every count is 0"),
+        (["--traffic", "late.npy"], "1 layers have no load in the second half of the steps"),
         (["--tokens", ""], "--tokens '': expected whole numbers"),
         (["--phase", ""], "--phase must be one of decode, prefill, not ''"),
         (["--redundant", "16384"], "--redundant 16384: must be a whole number from 1 to 8192"),

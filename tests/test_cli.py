@@ -21,7 +21,7 @@ SUMMARY = ["model", "workload", "placement", "ep_size", "tokens", "trials", "dra
            "balancedness_mean", "idle_ranks_mean", "idle_ranks_p99", "distinct_experts_max_mean", "ranks_per_token_mean",
            "nodes_per_token_mean"]  # fmt: skip
 TAIL = ["model", "workload", "placement", "ep_size", "tokens", "trials", "draws",
-        "metric", "threshold", "probability", "low", "high", "method", "given"]  # fmt: skip
+        "metric", "threshold", "probability", "low", "high", "method", "given", "effective_blocks"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -283,7 +283,7 @@ def test_ages_are_printed_and_drawn(files, tmp_path, capsys):
     assert sorted(p.name for p in out.iterdir()) == ["decay.csv", "decay.json", "decay.png", "decay.svg"]
     table = pd.read_csv(out / "decay.csv")
     model = load_model("gpt-oss-20b")
-    windows = cut_windows(read_traffic(files[0], model).data, 32, 4)
+    windows = cut_windows(read_traffic(files[0], model), 32, 4)
     ref = decay(model, windows, ["eplb", "eplb+16"], [4, 8])
     pd.testing.assert_frame_equal(table, ref, rtol=1e-9, check_dtype=False)
     row = ref.query("placement == 'eplb' and ep_size == 8 and age_windows == 3").iloc[0]
@@ -397,7 +397,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(files, tmp_path, capsys):
 
 def test_the_figure_shows_the_table(files):
     model = load_model("gpt-oss-20b")
-    table = decay(model, cut_windows(read_traffic(files[1], model).data, 32, 3), ["eplb", "eplb+16"], [4, 8])
+    table = decay(model, cut_windows(read_traffic(files[1], model), 32, 3), ["eplb", "eplb+16"], [4, 8])
     figure = decay_by_age(table, "file:steps.npy", model.name, "steps")
     figure.draw_without_rendering()
     legend, title = figure.legends[0].get_window_extent(), figure._suptitle.get_window_extent()
@@ -423,8 +423,7 @@ def test_a_placement_of_one_domain_is_worth_nothing_on_another(shared):
     """
     model = load_model("olmoe-1b-7b")
     halves = [
-        cut_file(read_traffic(shared / "traces" / f"olmoe-{name}-load.csv", model).data, 64)
-        for name in ("c4", "github")
+        cut_file(read_traffic(shared / "traces" / f"olmoe-{name}-load.csv", model), 64) for name in ("c4", "github")
     ]
     table = decay_against(model, *halves, ["eplb", "eplb+32"], [8, 16, 32])
     for (_, _, scored), rows in table[table.placement != "linear"].groupby(["placement", "ep_size", "scored"]):
@@ -441,7 +440,7 @@ def test_gpt_oss_goes_stale_from_subject_to_subject(shared):
     is more at 4 windows than at 1, and all of it at 7.
     """
     model = load_model("gpt-oss-20b")
-    data = read_traffic(shared / "traces" / "gpt-oss-20b-tokens.npz", model).data
+    data = read_traffic(shared / "traces" / "gpt-oss-20b-tokens.npz", model)
     table = decay(model, cut_windows(data, 32, 8), ["eplb"], [4, 8, 16])
     for _, rows in table[table.placement == "eplb"].groupby("ep_size"):
         lost = rows.set_index("age_windows").lost_mean

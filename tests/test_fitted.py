@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sim import InputError, load_model, load_workload, sweep
+from sim import InputError, ModelSpec, load_model, load_workload, sweep, synthetic_traffic
 from sim.router import check_pair, draw_trials
 from sim.streams import stream_key
 from sim.traffic import FittedLayers, SyntheticTraffic
@@ -53,7 +53,7 @@ def test_phases_of_a_fitted_file(path):
         load_workload(path, phase="train")
 
 
-def test_a_request_adds_its_subject_and_its_own_taste(path):
+def test_a_request_adds_its_subject_and_its_own_effect(path):
     """Covariance of the drawn logits over 20,000 draws. False-alarm rate below 1e-3: 5 standard errors of 64 x 64 / 2."""
     workload = load_workload(path, phase="prefill")
     n, layer = 20_000, workload.layers
@@ -77,14 +77,14 @@ def test_logits_do_not_depend_on_how_trials_are_grouped(path):
     np.testing.assert_array_equal(workload.draw_logits(KEY, mu[1:], 7, 100, 1), whole[1:])
 
 
-def test_a_table_equals_the_law_that_it_was_drawn_from():
+def test_a_table_equals_the_popularity_that_it_was_drawn_from():
     """Counts of a fitted layer and of a preset with the same mu are the same integers under the same key."""
     model, uniform = load_model("deepseek-v3"), load_workload("uniform")
     table = SyntheticTraffic("t", popularity="fitted", layers=FittedLayers.of(np.zeros((2, 256))))
     mine, _ = draw_trials(model, table, 0, range(2), 2, np.array([4000]))
     theirs, _ = draw_trials(model, uniform, 0, range(2), 2, np.array([4000]))
     z = (mine.mean((0, 1)) - theirs.mean((0, 1))) / np.sqrt(2 * 4000 * 8 / 256 / 2)
-    assert 0.7 < z.std() < 1.3  # other key, same law: 256 differences; 5 standard errors
+    assert 0.7 < z.std() < 1.3  # other key, same traffic: 256 differences; 5 standard errors
 
 
 def test_a_sweep_takes_each_layer_as_a_draw(path):
@@ -137,3 +137,72 @@ def test_bad_tables_are_refused(tmp_path, text, message):
 def test_a_table_goes_with_its_model_only(path):
     with pytest.raises(InputError, match="fitted to 64 experts, model deepseek-v3 has 256"):
         check_pair(load_model("deepseek-v3"), load_workload(path))
+
+
+def test_popularity_from_arrays_is_a_workload(tmp_path):
+    """Counts of an ungrouped top-1 router follow the popularity. False-alarm rate below 1e-5: 5 standard errors of 8 counts."""
+    shares = np.array([8.0, 4, 2, 1, 1, 0.5, 0.25, 0])
+    traffic = synthetic_traffic(shares, name="mine")
+    assert (traffic.name, traffic.n_layers, traffic.popularity) == ("mine", 1, "fitted")
+    n, model = 40_000, ModelSpec("m", 8, 1)
+    counts, _ = draw_trials(model, traffic, 0, range(1), 1, np.array([n]))
+    p = shares / shares.sum()
+    assert (np.abs(counts[0, 0] - n * p) <= 5 * np.sqrt(n * p * (1 - p)) + 1e-9).all()
+    layers = synthetic_traffic(np.ones((3, 64)), group_sigma=0.4, request_sigma=0.5, tokens_per_request=64)
+    assert not layers.layers.mu.any()
+    assert (layers.n_layers, layers.group_sigma, layers.request_sigma, layers.tokens_per_request) == (3, 0.4, 0.5, 64)
+    assert synthetic_traffic().law == load_workload("uniform").law
+    # Only proportions count: loads and shares are the same traffic.
+    assert synthetic_traffic(1000 * shares).law == traffic.law
+    two = synthetic_traffic(np.stack([shares, shares[::-1]]), name="two layers")
+    result = sweep(model, two, ep_sizes=4, tokens=8, placements="linear", trials=40)
+    assert set(result.summary.draws) == {2}
+
+
+@pytest.mark.parametrize(
+    ("popularity", "message"),
+    [
+        ("chat", "not chat; load_workload takes names"),
+        ([1.0, -1.0], "not negative"),
+        ([1.0, np.nan], "finite"),
+        ([[1, 2], [0, 0]], "0 for all experts of a layer"),
+        ([[1, 2], [1]], "rows differ in length"),
+        ([True, False], "must be numbers"),
+        ([], "must be numbers"),
+        (np.ones((2, 2, 2)), "must be numbers"),
+        (3.0, "must be numbers"),
+    ],
+)
+def test_bad_popularity_is_refused(popularity, message):
+    with pytest.raises(InputError, match=message):
+        synthetic_traffic(popularity)
+
+
+def test_arrays_in_other_places_point_to_synthetic_traffic():
+    shares = np.ones(64)
+    for call in (
+        lambda: load_workload(shares),
+        lambda: load_workload(shares.tolist()),
+        lambda: load_workload("chat", popularity=shares),
+        lambda: SyntheticTraffic("x", popularity=shares),
+        lambda: sweep("olmoe-1b-7b", shares, ep_sizes=8, tokens=8, placements="linear", trials=2),
+    ):
+        with pytest.raises(InputError, match=r"sim\.synthetic_traffic\(popularity=\.\.\.\)"):
+            call()
+
+
+def test_a_workload_passes_through(path):
+    fitted = load_workload(path)
+    assert load_workload(fitted) is not None
+    assert load_workload(fitted).law == fitted.law
+    assert load_workload(fitted, group_sigma=0.3).group_sigma == 0.3
+    assert load_workload(load_workload("chat"), sigma=0.9).law == load_workload("chat", sigma=0.9).law
+    with pytest.raises(InputError, match="did you mean sigma"):
+        load_workload(load_workload("chat"), sgma=0.9)
+
+
+@pytest.mark.parametrize("text", ["", "# nothing\n", 'about = "mine"\n', "[prefill]\nrequest_sigma = 0.5\n"])
+def test_a_file_that_says_nothing_is_no_workload(tmp_path, text):
+    (tmp_path / "empty.toml").write_text(text)
+    with pytest.raises(InputError, match=r"empty\.toml says nothing of the traffic"):
+        load_workload(tmp_path / "empty.toml")

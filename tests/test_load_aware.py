@@ -229,7 +229,7 @@ def test_recorded_traffic_is_fitted_on_every_second_sequence(trace):
     assert scored.summary.imbalance_mean[0] == fitted.summary.imbalance_mean[0]
     means = fitted.summary.set_index("placement").imbalance_mean
     assert means["eplb"] < means["linear"]
-    loads = even.expert_counts(32)
+    loads = even.count_experts(32)
     plan = make_plan("gpt-oss-20b", record, **options, placements="eplb+8")
     for layer in range(3):
         ref = place("eplb+8", load_model("gpt-oss-20b"), 4, loads=loads[layer]).logical_of_slot

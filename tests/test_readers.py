@@ -66,11 +66,13 @@ def test_every_form_of_the_same_requests_is_the_same_record(tmp_path):
     found = [read_traffic(path, Model.spec()) for path in requests_in_every_form(tmp_path)]
     assert len(found) == 7
     for traffic in found:
-        assert isinstance(traffic.data, RecordedTraffic)
-        assert traffic.data.digest == found[0].data.digest
-        assert traffic.notes == ["1 dense layers (all zero) are left out"]
-    np.testing.assert_array_equal(found[0].data.topk_ids, BY_LAYER)
-    assert found[0].data.starts.tolist() == [0, 5, 12, 16]
+        assert isinstance(traffic, RecordedTraffic)
+        assert traffic.digest == found[0].digest
+        assert traffic.notes[0].startswith("read as ")
+        assert traffic.notes[1:] == ("1 dense layers (all zero) are left out",)
+        assert traffic.layer_ids.tolist() == [1, 2, 3]
+    np.testing.assert_array_equal(found[0].topk_ids, BY_LAYER)
+    assert found[0].starts.tolist() == [0, 5, 12, 16]
 
 
 def test_load_workload_takes_every_form_of_tokens(tmp_path):
@@ -83,14 +85,14 @@ def test_one_array_is_one_request_and_padding_is_dropped(tmp_path):
     ids = np.concatenate([REQUESTS[0], np.full((2, 4, 4), -1)])
     for path in (tmp_path / "x.npy", tmp_path / "x.npz"):
         traffic = read_traffic(write(path, routed_experts=ids))
-        assert traffic.data.starts.tolist() == [0, 5]
+        assert traffic.starts.tolist() == [0, 5]
         assert "2 padding tokens (-1) are left out" in traffic.notes
 
 
 def test_sglang_per_token_records_have_layers_first(tmp_path):
     ids = np.concatenate(REQUESTS).transpose(1, 0, 2)
     traffic = read_traffic(write(tmp_path / "x.npz", topk_ids_of_layer=ids))
-    np.testing.assert_array_equal(traffic.data.topk_ids, BY_LAYER)
+    np.testing.assert_array_equal(traffic.topk_ids, BY_LAYER)
 
 
 def test_counts_in_every_form(tmp_path):
@@ -104,13 +106,13 @@ def test_counts_in_every_form(tmp_path):
         csv,
     ]
     for path in paths:
-        data = read_traffic(path).data
+        data = read_traffic(path)
         assert isinstance(data, LoadCounts)
         np.testing.assert_array_equal(data.counts, COUNTS)
     plain = tmp_path / "plain.csv"
     plain.write_text("\n".join(",".join(map(str, row)) for row in COUNTS[0]))
-    np.testing.assert_array_equal(read_traffic(plain).data.counts, COUNTS[:1])
-    floats = read_traffic(write(tmp_path / "f.npy", x=COUNTS[0] / 7)).data
+    np.testing.assert_array_equal(read_traffic(plain).counts, COUNTS[:1])
+    floats = read_traffic(write(tmp_path / "f.npy", x=COUNTS[0] / 7))
     np.testing.assert_allclose(floats.total, COUNTS[0] / 7)
 
 
@@ -118,13 +120,13 @@ def test_layers_without_load_are_dropped_and_the_others_keep_their_numbers(tmp_p
     counts = COUNTS.copy()
     counts[:, 1] = 0
     traffic = read_traffic(write(tmp_path / "x.npy", x=counts))
-    assert traffic.data.layers.tolist() == [0, 2, 3]
-    assert traffic.notes == ["1 layers without any load are left out"]
+    assert traffic.layer_ids.tolist() == [0, 2, 3]
+    assert traffic.notes[1:] == ("1 layers without any load are left out",)
 
 
 def test_published_loads_are_read(shared):
-    data = read_traffic(shared / "traces" / "olmoe-c4-load.csv", load_model("olmoe-1b-7b")).data
-    assert data.layers.tolist() == [0, 7, 15]
+    data = read_traffic(shared / "traces" / "olmoe-c4-load.csv", load_model("olmoe-1b-7b"))
+    assert data.layer_ids.tolist() == [0, 7, 15]
     assert data.total.sum(axis=1).tolist() == [1671168] * 3
 
 
@@ -158,7 +160,7 @@ def test_a_recorder_dump_is_read_through_torch(tmp_path, monkeypatch):
     path = tmp_path / "x.pt"
     path.write_bytes(b"PK")
     _fake_torch(monkeypatch, {"rank": 0, "logical_count": COUNTS.astype(np.int32)})
-    np.testing.assert_array_equal(read_traffic(path).data.counts, COUNTS)
+    np.testing.assert_array_equal(read_traffic(path).counts, COUNTS)
     _fake_torch(monkeypatch, {"rank": 0})
     with pytest.raises(InputError, match="holds no tensor"):
         read_traffic(path)
@@ -170,7 +172,7 @@ def test_a_recorder_dump_is_read_through_torch(tmp_path, monkeypatch):
 def test_torch_itself(tmp_path):
     torch = pytest.importorskip("torch", reason="torch is an optional extra")
     torch.save({"logical_count": torch.tensor(COUNTS, dtype=torch.int32)}, tmp_path / "x.pt")
-    np.testing.assert_array_equal(read_traffic(tmp_path / "x.pt").data.counts, COUNTS)
+    np.testing.assert_array_equal(read_traffic(tmp_path / "x.pt").counts, COUNTS)
     torch.save({"logical_count": Trap()}, tmp_path / "bad.pt")
     with pytest.raises(InputError, match="not unpickled"):
         read_traffic(tmp_path / "bad.pt")
@@ -216,27 +218,27 @@ def test_bad_arrays_are_refused_in_one_line(tmp_path, capsys, name, array, messa
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("x.csv", "layer,a,b\n0,1,2\n1,3\n", "line 3: 2 columns where the first line has 3"),
+        ("x.csv", "layer,e0,e1\n0,1,2\n1,3\n", "line 3: 2 columns where the first line has 3"),
         ("x.csv", "1,2\nx,3\n", "line 2: 'x' is not a number"),
         ("x.csv", "1,nan\n", "found NaN"),
         ("x.csv", "1,-1\n", "must not be negative"),
         ("x.csv", "1,inf\n", "found infinity"),
-        ("x.csv", "layer,a,b\n0,1,2\n0,3,4\n", "2 rows are not one for each of 1 layers"),
-        ("x.csv", "step,layer,a,b\n0,0,1,2\n1,1,3,4\n", "2 rows are not one for each of 2 layers in 2 steps"),
-        ("x.csv", "layer,a,b\nnan,1,2\n", "layers must be whole numbers"),
-        ("x.csv", "layer,a,b\n0.5,1,2\n", "layers must be whole numbers"),
-        ("x.csv", "layer,a,b\n-1,1,2\n", "layers must be whole numbers"),
+        ("x.csv", "layer,e0,e1\n0,1,2\n0,3,4\n", "2 rows are not one for each of 1 layers"),
+        ("x.csv", "step,layer,e0,e1\n0,0,1,2\n1,1,3,4\n", "2 rows are not one for each of 2 layers in 2 steps"),
+        ("x.csv", "layer,e0,e1\nnan,1,2\n", "layers must be whole numbers"),
+        ("x.csv", "layer,e0,e1\n0.5,1,2\n", "layers must be whole numbers"),
+        ("x.csv", "layer,e0,e1\n-1,1,2\n", "layers must be whole numbers"),
         ("x.csv", "1O,2\n3,4\n", "line 1: neither counts nor a name for each column"),
-        ("x.csv", ",0,1\n0,3,4\n", "line 1: neither counts nor a name for each column"),
-        ("x.csv", "step,a,b\n0,3,4\n", "line 1: a column 'step' needs a column 'layer'"),
+        ("x.csv", "layer,a,b\n0,3,4\n", "line 1: neither counts nor a name for each column"),
+        ("x.csv", "step,e0,e1\n0,3,4\n", "line 1: a column 'step' needs a column 'layer'"),
         ("x.csv", "", "no rows"),
-        ("x.csv", "a,b\n", "no rows"),
+        ("x.csv", "e0,e1\n", "no rows"),
         ("x.csv", "0,0\n0,0\n", "every count is 0"),
         ("x.csv", "1,2," * 400_000, "longer than 1 MiB"),
         ("x.csv", "\ud800".encode("utf-8", "surrogatepass"), "not a sound CSV"),
         ("x.jsonl", "{", "line 1 is not JSON"),
         ("x.jsonl", "[" * 100_000, "line 1 is not JSON"),
-        ("x.json", '[\n[[1, 2]]\n]', "each request is a line of its own"),
+        ("x.json", '[\n[[1, 2]]\n', "is not JSON, nor is the file as a whole"),
         ("x.jsonl", '{"routed_experts": "AAAAAA==", "shape": [1' + 400 * "0" + ", 1, 1]}", "do not fill the shape [1000"),
         ("x.jsonl", "{}", "no key 'routed_experts'"),
         ("x.jsonl", "", "no tokens"),
@@ -278,7 +280,7 @@ def test_torn_and_boasting_files_are_refused_before_they_are_read(tmp_path, caps
     fails(capsys, ["traffic", "show", tmp_path / "x.npz"], "cut off")
     fails(capsys, ["traffic", "show", tmp_path / "absent.npz"], "does not exist")
     (tmp_path / "folder.csv").mkdir()
-    fails(capsys, ["traffic", "show", tmp_path / "folder.csv"], "cannot be read")
+    fails(capsys, ["traffic", "show", tmp_path / "folder.csv"], "has no file that is known")
 
 
 def test_another_models_file_is_refused(tmp_path, capsys):
@@ -295,7 +297,11 @@ def test_another_models_file_is_refused(tmp_path, capsys):
     high = write(tmp_path / "w.npz", **{f"r{i}": ids[:, 1:] + 100 for i, ids in enumerate(REQUESTS)})
     fails(capsys, ["traffic", "show", high, "--model", "gpt-oss-20b"], "model gpt-oss-20b has ids 0 to 31")
     flat = write(tmp_path / "v.jsonl", lines=[{"routed_experts": encoded(REQUESTS[0])}])
-    fails(capsys, ["traffic", "show", flat, "--model", "gpt-oss-20b"], "another model?")
+    fails(
+        capsys,
+        ["traffic", "show", flat, "--model", "gpt-oss-20b"],
+        "80 ids are no whole tokens of 24 MoE layers with 4 experts",
+    )
 
 
 def test_counts_are_no_workload_before_they_are_fitted(tmp_path, capsys):
@@ -347,5 +353,5 @@ def test_pipes_are_not_waited_for(tmp_path, capsys, suffix):
 def test_wide_and_column_ordered_ids_are_read_alike(tmp_path):
     ids = REQUESTS[1][:, 1:]
     forms = [ids.astype(np.int16), ids.astype(np.int64), ids.astype(">i4"), np.asfortranarray(ids.astype(np.uint8))]
-    digests = {read_traffic(write(tmp_path / "x.npy", x=form)).data.digest for form in forms}
+    digests = {read_traffic(write(tmp_path / "x.npy", x=form)).digest for form in forms}
     assert len(digests) == 1

@@ -207,7 +207,7 @@ def test_a_log_is_laid_beside(tmp_path, capsys):
     row = logged[logged.metric == "balancedness_vllm"].iloc[0]
     path = tmp_path / "log.csv"
     path.write_text("step,balancedness\n" + "".join(f"{i},{row['mean']}\n" for i in range(5)))
-    compared = compare_log(logged, "balancedness_vllm", read_log(path, "balancedness_vllm")).iloc[0]
+    compared = compare_log(logged, "balancedness_vllm", read_log(path, "balancedness_vllm").values).iloc[0]
     assert compared.inside == 1
     assert compared.log_steps == 5
     assert main(f"step --ep 8 --tokens 8 --layer-sets 2 --steps 4 --log {path}".split()) == 0
@@ -227,7 +227,7 @@ def test_bad_logs_are_refused(tmp_path, text, message):
 
 def test_times_may_be_above_1(tmp_path):
     (tmp_path / "log").write_text("1.5\n")
-    assert read_log(tmp_path / "log", "moe_ms").tolist() == [1.5]
+    assert read_log(tmp_path / "log", "moe_ms").values.tolist() == [1.5]
 
 
 @pytest.mark.parametrize("verb", ["step", "gain --markdown"])
@@ -319,7 +319,7 @@ def test_gain_prints_and_writes(tmp_path, capsys):
         ("gain --steps 0", "--steps 0"),
         ("step --gpu h20,h200", "one GPU at a time"),
         ("step --log-metric moe", "--log-metric 'moe' is not known"),
-        ("step --log /absent", "cannot be read"),
+        ("step --log /absent", "does not exist"),
         ("gain --model mixtral-8x7b --tokens 1 --phase decode", "--phase goes with a recorded workload"),
     ],
 )

@@ -290,7 +290,7 @@ def test_a_written_fit_is_read_back_and_swept(tmp_path, capsys):
     text = capsys.readouterr().out
     assert "held-out sequences" in text
     assert "fitted to all of the file: 2 layers" in text
-    direct = fit_traffic(load_model("olmoe-1b-7b"), read_traffic(path).data, threads=1)
+    direct = fit_traffic(load_model("olmoe-1b-7b"), read_traffic(path), threads=1)
     assert load_workload(out).law == direct.decode.law
     assert load_workload(out, phase="prefill").law == direct.prefill.law
     assert load_workload(out).fitted_to == "olmoe-1b-7b"
@@ -397,7 +397,7 @@ def gpt_oss():
     path = Path(os.environ.get("EPSIM_SHARED", ROOT.parent / "shared")) / "traces" / "gpt-oss-20b-tokens.npz"
     if not path.is_file():
         pytest.skip("the shared reference data does not lie beside this checkout")
-    return read_traffic(path, load_model("gpt-oss-20b")).data
+    return read_traffic(path, load_model("gpt-oss-20b"))
 
 
 def test_gpt_oss_has_its_published_statistics(gpt_oss):
@@ -424,7 +424,7 @@ def test_gpt_oss_is_predicted_from_its_other_half(gpt_oss):
 def test_olmoe_drifts_between_domains(shared):
     """CV 0.4 on the web; the loads of c4 and of github are no more alike than chance, so a fit to one misses the other."""
     model = load_model("olmoe-1b-7b")
-    c4, github = (read_traffic(shared / "traces" / f"olmoe-{name}-load.csv", model).data for name in ("c4", "github"))
+    c4, github = (read_traffic(shared / "traces" / f"olmoe-{name}-load.csv", model) for name in ("c4", "github"))
     about = describe(c4, model, github)
     assert about.by_layer["CV"].mean() == pytest.approx(0.4, abs=0.05)
     assert about.drift.distance.mean() > 0.4

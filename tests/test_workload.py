@@ -147,7 +147,8 @@ GOOD = np.tile([0, 1], (6, 1, 1))
 @pytest.mark.parametrize(
     ("ids", "lengths", "message"),
     [
-        (GOOD - 1, [6], "from 0 to 32767"),
+        (GOOD - 2, [6], "from 0 to 32767"),
+        (GOOD * 0 - 1, [6], "no tokens with routing"),
         (GOOD + 40000, [6], "from 0 to 32767"),
         (np.zeros((6, 1, 2), int) + 3, [6], "same expert id twice"),
         (GOOD[:, 0], [6], "shape"),

@@ -161,7 +161,7 @@ def advise(
 def _as_traffic(name: str | Path, model: ModelSpec) -> Workload | LoadCounts:
     """What a file of recorded routing or load counts holds, or a workload by its name."""
     if names_file(str(name)):
-        return read_traffic(str(name).removeprefix("file:"), model).data
+        return read_traffic(str(name).removeprefix("file:"), model)
     return load_workload(name)
 
 

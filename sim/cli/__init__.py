@@ -127,7 +127,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _parse(parser: ArgumentParser, words: list[str]) -> Namespace:
     verbs = parser.get_default("verbs")
     if verbs and words and words[0] not in verbs and not words[0].startswith("-"):
-        raise unknown(parser.prog.rpartition(" ")[2], words[0], verbs)
+        raise unknown(parser.prog.rpartition(" ")[2], words[0], verbs, f"; its verbs: {', '.join(verbs)}")
     try:
         parsed, rest = parser.parse_known_args(words)
     except ArgumentError as error:

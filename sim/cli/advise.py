@@ -96,7 +96,7 @@ def _read(arguments: Namespace, model: Any) -> tuple[Any, Any]:
         )
         for text in found.notes:
             note(text)
-        return found.data
+        return found
 
     name, dummies = arguments.traffic, arguments.dummy_tokens
     if not names_file(name):

@@ -4,7 +4,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
-from sim.cli.text import print_table
+from sim.cli.text import note, print_table
 from sim.cli.timed import identity_of, say_about_times, timed_options
 from sim.errors import InputError
 from sim.options import Choice, Folder, StepOptions, SweepOptions, TimeOptions, TrafficOptions, add_options
@@ -26,7 +26,12 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_options(parser, TrafficOptions)
     add_options(parser, StepOptions, ep_sizes="8,16", tokens="64,4096")
     add_options(parser, TimeOptions)
-    parser.add_argument("--log", type=Path, metavar="FILE", help="your own log, a number a line, to lay beside")
+    parser.add_argument(
+        "--log",
+        type=Path,
+        metavar="FILE",
+        help="your own log to lay beside: vLLM's or SGLang's lines with balancedness, or a number a line",
+    )
     parser.add_argument(
         "--log-metric",
         type=Choice(names=tuple(_SHORT)),
@@ -45,6 +50,8 @@ def run(arguments: Namespace) -> None:
     from sim.cost.step_log import compare_log, predict_steps, read_log
 
     log = None if arguments.log is None else read_log(arguments.log, arguments.log_metric)
+    for text in log.notes if log is not None else ():
+        note(text)
     if "," in arguments.gpu:
         raise InputError(f"--gpu {arguments.gpu}: one GPU at a time")
     gpu = load_gpu(arguments.gpu)
@@ -52,7 +59,7 @@ def run(arguments: Namespace) -> None:
     steps = predict_steps(gpu=gpu, placements=arguments.placements, **options)
     _print_steps(steps, arguments.markdown)
     if log is not None:
-        _print_log(compare_log(steps, arguments.log_metric, log), arguments)
+        _print_log(compare_log(steps, arguments.log_metric, log.values), arguments)
     if folder is not None:
         from sim.results import writable_folder, write_table
 

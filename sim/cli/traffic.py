@@ -39,8 +39,12 @@ def _add_file(parser: ArgumentParser, *, needs_model: bool) -> None:
         "file",
         type=Path,
         metavar="FILE",
-        help="expert ids of tokens (.npz, .npy, JSON lines; vLLM's and SGLang's routed_experts) or load counts (.npz, "
-        ".npy, .csv; .pt of SGLang's recorder with the extra epsim[torch])",
+        help="experts of tokens (answers of vLLM and SGLang with routed_experts as JSON, .npz, .npy; a folder with a JSON file "
+        "for each request) or loads of experts (.csv, .json, .npz, .npy, TensorRT-LLM's folder of expert statistics); .pt of "
+        "SGLang's recorder with the extra epsim[torch]; text may be packed as .gz",
+    )
+    parser.add_argument(
+        "--phase", metavar="PHASE", help="decode or prefill: which steps of a trace set are read (default: decode)"
     )
     parser.add_argument(
         "--model",
@@ -113,10 +117,10 @@ def _read(arguments: Namespace) -> tuple[Any, Any]:
     from sim.traffic import read_traffic
 
     model = None if arguments.model is None else load_model(arguments.model)
-    traffic = read_traffic(arguments.file, model)
+    traffic = read_traffic(arguments.file, model, arguments.phase or "decode")
     for text in traffic.notes:
         note(text)
-    return model, traffic.data
+    return model, traffic
 
 
 def _run_show(arguments: Namespace) -> None:
@@ -135,7 +139,7 @@ def _show(arguments: Namespace, model: Any, data: Any) -> None:
     from sim.fit.description import describe
     from sim.traffic import read_traffic
 
-    other = None if arguments.against is None else read_traffic(arguments.against, model).data
+    other = None if arguments.against is None else read_traffic(arguments.against, model, arguments.phase or "decode")
     about = describe(data, model, other)
     per_token = "" if about.top_k is None else f", {about.n_tokens} tokens in {about.n_sequences} sequences"
     steps = f", {about.n_steps} steps" if about.n_steps > 1 else ""

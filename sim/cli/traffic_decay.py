@@ -58,10 +58,10 @@ def _print_files(arguments: Namespace, model: Any, data: Any, chosen: dict[str, 
     for name, why in (("n_windows", "each file is one window"), ("plot", "it draws ages, and two files have none")):
         if getattr(arguments, name) is not None:
             raise InputError(f"`{name}` does not go with --against in epsim traffic decay: {why}")
-    other = read_traffic(arguments.against, model)
+    other = read_traffic(arguments.against, model, arguments.phase or "decode")
     for text in other.notes:
         note(text)
-    first, second = (cut_file(part, model.n_experts, seed=arguments.seed) for part in (data, other.data))
+    first, second = (cut_file(part, model.n_experts, seed=arguments.seed) for part in (data, other))
     table = decay_against(model, first, second, **chosen)
     cells = [
         [

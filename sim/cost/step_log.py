@@ -1,7 +1,8 @@
 """What a serving engine would log of each step: balancedness over layers, and the time of the slowest ranks."""
 
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -12,8 +13,8 @@ from sim.cost.gpu import Gpu
 from sim.cost.layer import sglang_over_layers, vllm_over_layers
 from sim.cost.steps import StepSample, sample_steps
 from sim.cost.times import cell_times, check_exchange, with_network
-from sim.errors import InputError
-from sim.files import read_text
+from sim.errors import InputError, shown
+from sim.files import open_stream, reading
 from sim.model import ModelSpec, load_model
 from sim.stats import ratio_interval
 from sim.traffic import Workload
@@ -24,6 +25,10 @@ METRICS = {
     "slowest_rank_ms": "sum over layers of the slowest rank's expert time",
     "moe_ms": "the same with dispatch and combine",
 }
+_BALANCEDNESS = re.compile(r"(?<![a-z])(?<!average_)(?:current_pass_)?balancedness\"?\s*[=:]\s*([-+.\w]+)")
+"""The step's own value in a line of an engine's log; averages over passes (last_10_average_balancedness) are not."""
+_MAX_LINE = 1 << 20
+_MOST_STEPS = 10**8
 QUANTILES = (0.01, 0.05, 0.5, 0.95, 0.99)
 
 
@@ -101,8 +106,32 @@ def _distribution(values: np.ndarray, layer_set: np.ndarray) -> dict[str, float]
     return row | {"sd_between_sets": between, "sd_within_set": within}
 
 
-def read_log(path: Path, metric: str) -> np.ndarray:
-    """A user's own log: one number a line (of several columns the last), float64 [steps]; a first line of words is skipped.
+class StepLog(NamedTuple):
+    """What a log holds.
+
+    Attributes
+    ----------
+    values : float64 [steps]
+    notes : list of str
+        What it was recognised as, and how many lines were skipped.
+    """
+
+    values: np.ndarray
+    notes: list[str]
+
+
+def read_log(path: Path, metric: str) -> StepLog:
+    """A user's own log: an engine's, of which the lines with balancedness are taken, or one number a line.
+
+    vLLM logs `balancedness=0.8000` (eplb_state.py), SGLang `current_pass_balancedness=0.800` beside averages over passes
+    (expert_distribution.py); lines without are skipped and counted, and so are idle steps (max_tokens=0). A plain log has
+    one number a line (of several columns the last); a first line of words is skipped. A name that ends in .gz is unpacked.
+
+    Parameters
+    ----------
+    path : Path
+    metric : str
+        One of METRICS: what the numbers are.
 
     Raises
     ------
@@ -110,22 +139,61 @@ def read_log(path: Path, metric: str) -> np.ndarray:
         The file cannot be read, or holds what is no value of the metric: balancedness is from 0 to 1, a time from 0 on.
     """
     where = f"--log {path}"
-    lines = [line.strip() for line in read_text(path, where).splitlines() if line.strip()]
-    values = []
-    for number, line in enumerate(lines, 1):
-        try:
-            values.append(float(line.replace(",", " ").replace(";", " ").split()[-1]))
-        except (ValueError, IndexError):
-            if number > 1:
-                raise InputError(f"{where}: line {number} does not end with a number") from None
-    if not values:
+    engine: list[float] = []
+    plain: list[float] = []
+    n_lines = n_idle = n_sglang = 0
+    bad_line = 0  # of a plain log
+    with reading(where, "log"), open_stream(path, where) as file:
+        for raw in iter(lambda: file.readline(_MAX_LINE), b""):
+            line = raw.decode("utf-8", "replace").strip().lstrip("\ufeff")
+            if not line:
+                continue
+            n_lines += 1
+            found = _BALANCEDNESS.search(line)
+            if found is not None:
+                n_sglang += found[0].startswith("current_pass")
+                if re.search(r"\bmax_tokens=0\b(?!\.)", line):
+                    n_idle += 1
+                else:
+                    engine.append(_value(found[1], where, n_lines))
+            elif not engine and not bad_line:
+                try:
+                    plain.append(float(line.replace(",", " ").replace(";", " ").split()[-1]))
+                except (ValueError, IndexError):
+                    bad_line = n_lines if n_lines > 1 else 0
+            if len(engine) + len(plain) > _MOST_STEPS:
+                raise InputError(f"{where} has more than {_MOST_STEPS} steps; keep a part of it")
+    notes = []
+    if engine or n_idle:
+        engine_name = "SGLang" if n_sglang else "vLLM"
+        n_others = n_lines - len(engine) - n_idle
+        notes.append(f"{path}: {len(engine)} lines of {engine_name} with balancedness, {n_others} other lines skipped")
+        notes += [f"{n_idle} idle steps (max_tokens=0) are left out"] if n_idle else []
+        if not metric.startswith("balancedness"):
+            raise InputError(
+                f"{where} holds lines of {engine_name} with balancedness: --log-metric {metric} is no balancedness"
+            )
+        wanted = "balancedness_sglang" if n_sglang else "balancedness_vllm"
+        if metric != wanted:
+            notes.append(f"{engine_name} logs what --log-metric {wanted} is; it is laid beside {metric}")
+        plain = engine
+    elif bad_line:
+        raise InputError(f"{where}: line {bad_line} does not end with a number, and no line has balancedness=")
+    if not plain:
         raise InputError(f"{where} holds no numbers")
-    log = np.array(values)
+    log = np.array(plain)
     most = 1 + 1e-6 if metric.startswith("balancedness") else 1e12
     wrong = ~((log >= 0) & (log <= most))
     if wrong.any():
         raise InputError(f"{where}: {log[wrong][0]:g} is no value of {metric}: they are numbers from 0 to {most:.0g}")
-    return log
+    return StepLog(log, notes)
+
+
+def _value(text: str, where: str, number: int) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise InputError(f"{where}: line {number}: '{shown(text)}' is no balancedness") from None
 
 
 def compare_log(steps: pd.DataFrame, metric: str, log: np.ndarray) -> pd.DataFrame:

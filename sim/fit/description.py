@@ -85,9 +85,9 @@ def describe(
     recorded = data if isinstance(data, RecordedTraffic) else None
     if isinstance(data, RecordedTraffic):
         n_experts = model.n_experts if model else int(data.topk_ids.max()) + 1
-        load, layers = load_of(data, n_experts).astype(float), np.arange(data.n_layers)
+        load, layers = load_of(data, n_experts).astype(float), data.layer_ids
     else:
-        load, layers = data.total, data.layers
+        load, layers = data.total, data.layer_ids
         n_experts = load.shape[1]
     by_layer = {
         "CV": variation(load),

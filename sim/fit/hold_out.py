@@ -149,7 +149,7 @@ def _hold_out_steps(
         return None
     half = len(counts) // 2
     used = counts[:half].any(axis=(0, 2)) & counts[half:].any(axis=(0, 2))
-    first, _ = build_counts(data.name, data.name, counts[:half, used], data.layers[used])
+    first, _ = build_counts(data.name, data.name, counts[:half, used], data.layer_ids[used])
     fit = fit_half(first)
     later = counts[half:][np.linspace(0, len(counts) - half - 1, min(len(counts) - half, _MOST_STEPS)).astype(np.int64)]
     later = later[:, used]

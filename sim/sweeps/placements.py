@@ -182,7 +182,9 @@ def fitted_on(names: list[str], model: ModelSpec, workload: Workload, tokens: in
         )
     if isinstance(workload, RecordedTraffic) and other is None:
         fitted, scored = workload.halves()
-        return FittedOn(scored, "even sequences of the record", loads=fitted.expert_counts(model.n_experts))
+        return FittedOn(
+            scored, "even sequences of the record", loads=fitted.count_experts(model.n_experts).astype(float)
+        )
     table = load_table(Path(other.removeprefix("file:")) if isinstance(other, str) else other, model)
     about = f"`fit_on` {table.name.removeprefix('file:')}"
     loads = check_loads(table.loads, model.n_experts, about, layers=True)

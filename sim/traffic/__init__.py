@@ -1,12 +1,10 @@
-"""Where tokens want to go: traffic drawn from a law, or recorded."""
+"""What comes in: synthetic traffic, recorded routing and load counts, and the readers of every form they come in."""
 
 from sim.traffic.counts import LoadCounts
-from sim.traffic.fitted import FittedLayers
-from sim.traffic.loads import LoadTable, load_table
 from sim.traffic.presets import load_workload, workload_names
-from sim.traffic.read import Traffic, read_traffic
+from sim.traffic.read import LoadTable, load_table, read_traffic
 from sim.traffic.recorded import RecordedTraffic
-from sim.traffic.synthetic import SyntheticTraffic
+from sim.traffic.synthetic import FittedLayers, SyntheticTraffic, synthetic_traffic
 
 Workload = SyntheticTraffic | RecordedTraffic
 
@@ -16,10 +14,10 @@ __all__ = [
     "LoadTable",
     "RecordedTraffic",
     "SyntheticTraffic",
-    "Traffic",
     "Workload",
     "load_table",
     "load_workload",
     "read_traffic",
+    "synthetic_traffic",
     "workload_names",
 ]

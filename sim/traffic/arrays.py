@@ -1,7 +1,7 @@
-"""Arrays from outside, .npy and .npz: no pickle, bounded by what the header says, before anything is read."""
+"""Arrays from outside: .npy, .npz, .safetensors and torch's .pt, bounded by their headers before they are read, no code run."""
 
+import io
 import math
-import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,33 +11,13 @@ from typing import IO, Any
 import numpy as np
 
 from sim.errors import InputError
+from sim.files import MOST_PACKED, reading
 
 MAX_BYTES = 8 << 30
 MAX_ARRAYS = 100_000
 _MOST_UNASKED = 1 << 30  # bytes that a small file may unpack to
-_MOST_PACKED = 200  # beyond that, recorded ids do not shrink to less than a 200th
+_MAX_FILE_BYTES = 4 << 30  # of a file that a library reads whole
 _PIECE = 2**20
-
-
-@contextmanager
-def reading(where: str, kind: str) -> Iterator[None]:
-    """Errors of a file's reader, as one line that says what kind of file it is not."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            yield
-    except InputError:
-        raise
-    except FileNotFoundError:
-        raise InputError(f"{where} does not exist") from None
-    except OSError as error:
-        raise InputError(f"{where} cannot be read: {error.strerror or error}") from None
-    except MemoryError:
-        raise InputError(f"{where} does not fit into memory") from None
-    except (
-        Exception
-    ) as error:  # a damaged header or stream raises almost anything: zlib.error, TokenError, TypeError ...
-        raise InputError(f"{where} is not a sound {kind} file ({type(error).__name__})") from None
 
 
 class Archive:
@@ -49,9 +29,8 @@ class Archive:
         self.names = [name.removesuffix(".npy") for name in members if archive is None or name.endswith(".npy")]
         if len(self.names) > MAX_ARRAYS:
             raise InputError(f"{where} has more than {MAX_ARRAYS} arrays")
-        unpacked = 0 if archive is None else sum(member.file_size for member in archive.infolist())
-        if unpacked > max(_MOST_UNASKED, _MOST_PACKED * path.stat().st_size):
-            raise InputError(f"{where} would unpack to {unpacked >> 20} MiB, over {_MOST_PACKED} times its size")
+        if archive is not None:
+            _check_unpacked(path, where, archive)
 
     def read(self, name: str, kinds: str = "iu", most: int | None = None) -> np.ndarray:
         """One array of whole numbers (or of the dtype kinds given), of `most` numbers, after a look at its header."""
@@ -125,6 +104,13 @@ class Archive:
         return self.path.stat().st_size if self.archive is None else self.archive.getinfo(f"{name}.npy").file_size
 
 
+def _check_unpacked(path: Path, where: str, archive: zipfile.ZipFile) -> None:
+    """Refuse an archive that says it unpacks to many times its size."""
+    unpacked = sum(member.file_size for member in archive.infolist())
+    if unpacked > max(_MOST_UNASKED, MOST_PACKED * path.stat().st_size):
+        raise InputError(f"{where} would unpack to {unpacked >> 20} MiB, over {MOST_PACKED} times its size")
+
+
 def _header(member: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any], bool]:
     """Shape, dtype, and whether the array lies row by row."""
     version = np.lib.format.read_magic(member)
@@ -144,3 +130,65 @@ def open_archive(path: Path, where: str) -> Iterator[Archive]:
         else:
             with zipfile.ZipFile(path) as archive:
                 yield Archive(path, where, archive)
+
+
+def array_of_bytes(data: bytes, here: str) -> np.ndarray:
+    """The array of whole numbers of a whole .npy file in memory (vLLM's HTTP answers have one in base64)."""
+    file = io.BytesIO(data)
+    with reading(here, ".npy"):
+        shape, dtype, _ = _header(file)
+        if dtype.kind not in "iu":
+            raise InputError(f"{here}: its array must be of whole numbers, not {dtype}")
+        if math.prod(shape) * dtype.itemsize > len(data) - file.tell():
+            raise InputError(f"{here}: its array is cut off")
+        file.seek(0)
+        return np.lib.format.read_array(file, allow_pickle=False)
+
+
+def read_pt(path: Path, where: str) -> Any:
+    """What a torch file holds: tensors in dicts and lists, unpickled with no code allowed. Needs the extra epsim[torch]."""
+    with reading(where, ".pt"):
+        if path.stat().st_size > _MAX_FILE_BYTES:
+            raise InputError(f"{where} is larger than {_MAX_FILE_BYTES >> 30} GiB")
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                _check_unpacked(path, where, archive)
+    try:
+        import torch
+    except ImportError:
+        raise InputError(
+            f"{where}: reading .pt files needs torch, which is not installed: pip install 'epsim[torch]' (or save the "
+            "counts as .npy)"
+        ) from None
+    try:
+        with reading(where, ".pt"):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except InputError as error:
+        if "UnpicklingError" in str(error):
+            raise InputError(f"{where} is damaged, or holds more than tensors: it is not unpickled") from None
+        raise
+
+
+def as_array(value: Any, where: str) -> np.ndarray | None:
+    """A tensor of torch as an array; None for what is no tensor."""
+    if isinstance(value, np.ndarray):
+        return value
+    if not callable(getattr(value, "numpy", None)):
+        return None
+    with reading(where, ".pt"):
+        return np.asarray(value.numpy())
+
+
+def read_safetensors(path: Path, where: str) -> dict[str, np.ndarray]:
+    """The arrays of a .safetensors file by name. Needs the extra epsim[safetensors]."""
+    with reading(where, ".safetensors"):
+        if path.stat().st_size > _MAX_FILE_BYTES:
+            raise InputError(f"{where} is larger than {_MAX_FILE_BYTES >> 30} GiB")
+    try:
+        from safetensors.numpy import load_file
+    except ImportError:
+        raise InputError(
+            f"{where}: reading .safetensors files needs the safetensors package: pip install 'epsim[safetensors]'"
+        ) from None
+    with reading(where, ".safetensors"):
+        return dict(load_file(path))

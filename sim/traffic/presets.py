@@ -1,4 +1,4 @@
-"""Workloads by preset name, from a TOML file (of the presets' keys, or fitted), or from a record of real routing."""
+"""Workloads by preset name, from a TOML file (of the presets' keys, or fitted), or from recorded routing."""
 
 import dataclasses
 import tomllib
@@ -9,10 +9,11 @@ from typing import Any
 
 from sim.errors import InputError, unknown
 from sim.files import read_toml
-from sim.traffic.fitted import KEYS, FittedLayers
 from sim.traffic.read import names_file, read_recorded
 from sim.traffic.recorded import PHASES, RecordedTraffic
-from sim.traffic.synthetic import SyntheticTraffic
+from sim.traffic.synthetic import FROM_ARRAYS, TABLE_NAMES, FittedLayers, SyntheticTraffic
+
+_SAYS_NOTHING = {"name", "about", "source", "fitted_to", "prefill"}
 
 
 @cache
@@ -25,30 +26,54 @@ def workload_names() -> list[str]:
     return list(_presets())
 
 
-def load_workload(name_or_path: str | Path, **overrides: Any) -> SyntheticTraffic | RecordedTraffic:
-    """Traffic by preset name, `file:TRACE` (recorded) or the path of a TOML file with a preset's keys, or fitted.
+def load_workload(
+    name_or_path: str | Path | SyntheticTraffic | RecordedTraffic, **overrides: Any
+) -> SyntheticTraffic | RecordedTraffic:
+    """Traffic by preset name, by the path of a file, or as it is.
 
     Parameters
     ----------
-    name_or_path : str or Path
+    name_or_path : str, Path or Workload
+        A preset (`workload_names`); `file:TRACE` or the path of recorded routing; the path of a .toml file with a preset's
+        keys, or fitted (`epsim traffic fit`); or a workload, which is returned with the changes asked for.
     **overrides
         Fields of `SyntheticTraffic` to change, or `phase` ('decode' | 'prefill') of recorded or fitted traffic.
+
+    Returns
+    -------
+    SyntheticTraffic or RecordedTraffic
 
     Raises
     ------
     InputError
         Unknown name or field, or a file that is missing or invalid.
+
+    Examples
+    --------
+    >>> load_workload("chat", sigma=0.9).sigma
+    0.9
     """
+    if isinstance(name_or_path, SyntheticTraffic | RecordedTraffic):
+        return _changed(name_or_path, {key: value for key, value in overrides.items() if value is not None})
+    if not isinstance(name_or_path, str | Path):
+        raise InputError(
+            f"workload of type {type(name_or_path).__name__}: must be a name, a path or a workload; {FROM_ARRAYS}"
+        )
     name = str(name_or_path)
     overrides = {key: value for key, value in overrides.items() if value is not None}
-    if names_file(name):
+    if name not in _presets() and names_file(name):
         unused = sorted(set(overrides) - {"phase"})
         if unused:
             raise InputError(f"recorded traffic takes only 'phase', not '{unused[0].replace('_', '-')}'")
         return read_recorded(Path(name.removeprefix("file:")), **overrides)
     phase = overrides.pop("phase", None)
     if name.endswith(".toml"):
-        fields = {"name": Path(name).stem, **read_toml(Path(name), f"workload file {name}")}
+        read = read_toml(Path(name), f"workload file {name}")
+        if not set(read) - _SAYS_NOTHING:
+            raise InputError(
+                f"workload file {name} says nothing of the traffic: it needs popularity, and has {_listed(read)}"
+            )
+        fields = {"name": Path(name).stem, **read}
     elif name in _presets():
         fields = {"name": name, **_presets()[name]}
     else:
@@ -56,14 +81,33 @@ def load_workload(name_or_path: str | Path, **overrides: Any) -> SyntheticTraffi
     fields = _of_phase(name, fields, phase) | overrides
     known = [field.name for field in dataclasses.fields(SyntheticTraffic) if field.name != "layers"]
     for key in fields:
-        if key not in known and key not in KEYS:
+        if key not in known and key not in TABLE_NAMES:
             raise unknown(f"field of workload {name}", key, known)
-    tables = {key: fields.pop(key) for key in KEYS if key in fields}
+    tables = {key: fields.pop(key) for key in TABLE_NAMES if key in fields}
     if tables:
         if "mu" not in tables:
             raise InputError(f"workload {name} has {', '.join(tables)} but no mu")
         fields["layers"] = FittedLayers.of(**tables, where=f"workload {name}: ")
     return SyntheticTraffic(**fields)
+
+
+def _listed(fields: dict[str, Any]) -> str:
+    return ", ".join(fields) or "no key"
+
+
+def _changed(
+    workload: SyntheticTraffic | RecordedTraffic, overrides: dict[str, Any]
+) -> SyntheticTraffic | RecordedTraffic:
+    """The workload with some fields changed."""
+    known = ["phase"]
+    if isinstance(workload, SyntheticTraffic):
+        known = [field.name for field in dataclasses.fields(SyntheticTraffic) if field.name != "layers"]
+    for key, value in overrides.items():
+        if key not in known:
+            raise unknown(f"field of workload {workload.name}", key, known)
+        if key == "phase" and value not in PHASES:
+            raise InputError(f"`phase` must be one of {', '.join(PHASES)}, not '{value}'")
+    return dataclasses.replace(workload, **overrides)
 
 
 def _of_phase(name: str, fields: dict[str, Any], phase: str | None) -> dict[str, Any]:

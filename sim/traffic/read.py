@@ -1,120 +1,338 @@
-"""The one way in for recorded routing and measured loads: what a file holds is told by its content."""
+"""The one way in for recorded routing and load counts: what a file or folder is, is recognised before its numbers are read."""
 
-import json
+import itertools
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from sim.errors import InputError, unknown
-from sim.files import check_regular
-from sim.model import ModelSpec
+from sim.errors import InputError
+from sim.files import check_regular, is_folder
+from sim.model import ModelSpec, load_model
+from sim.traffic.answers import (
+    Requests,
+    add_answer,
+    add_arrays,
+    add_trace,
+    is_trace,
+    json_values,
+)
 from sim.traffic.arrays import Archive, open_archive
-from sim.traffic.counts import COUNT_NAMES, MOST_COUNTS, LoadCounts, build_counts, read_csv, read_pt
+from sim.traffic.counts import MOST_COUNTS, LoadCounts, build_counts
+from sim.traffic.dumps import read_recorder, read_statistics
 from sim.traffic.recorded import PHASES, RecordedTraffic, build_record
-from sim.traffic.tokens import TOKEN_NAMES, join_requests, requests_of, requests_of_lines
+from sim.traffic.tables import COUNT_NAMES, CountTable, add_tables, depth_of, is_row, read_csv, table_of_json
 
-SUFFIXES = (".npz", ".npy", ".jsonl", ".ndjson", ".json", ".csv", ".pt")
+_KINDS = {
+    ".npz": "archive", ".npy": "archive", ".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".tsv": "csv",
+    ".pt": "pt",
+}  # fmt: skip
+SUFFIXES = (*_KINDS, ".jsonl.gz", ".ndjson.gz", ".json.gz", ".csv.gz", ".tsv.gz")
 """Endings of the files that `read_traffic` reads."""
 _SAMPLE = 4096
+_MOST_FILES = 50_000
+_MOST_ROWS = 1 << 22  # of a table in JSON
+_TRACE = "a trace set: a list of steps {layer: [[expert ids] of each token]} for each request"
+_ANSWERS = "answers of an engine with routed_experts"
+Found = CountTable | Requests
+T = TypeVar("T", RecordedTraffic, LoadCounts)
 
 
 def names_file(name: str) -> bool:
-    """Whether a workload's name is that of a file of recorded routing or load counts."""
-    return name.startswith("file:") or name.endswith(SUFFIXES)
+    """Whether a workload's name is that of a file, or a folder, of recorded routing or load counts."""
+    return name.startswith("file:") or name.endswith(SUFFIXES) or (os.sep in name and is_folder(Path(name)))
 
 
-class Traffic(NamedTuple):
-    """What a file holds, and remarks on what was left out."""
+def read_traffic(
+    path: Path | str | Sequence[Path | str], model: ModelSpec | Path | str | None = None, phase: str = "decode"
+) -> RecordedTraffic | LoadCounts:
+    r"""Read recorded routing or load counts, in any form that serving engines and trace sets have.
 
-    data: RecordedTraffic | LoadCounts
-    notes: list[str]
+    What the file is, is recognised before its numbers are read, and said in `notes` with all that is left out.
 
+    * Experts of tokens, to `RecordedTraffic`: answers of vLLM and SGLang with `routed_experts` (JSON, JSON lines, a stream of
+      events; nested lists, base64, {data, shape, dtype}); arrays [tokens, layers, top_k] in .npy and .npz, one request each,
+      or `topk_ids` with `sequence_lengths`; SGLang's recorder in mode per_token (.pt); a folder of JSON files, one for each
+      request, a list of steps {layer: [[expert ids] of each token]}, of which step 0 is the prefill.
+    * Loads of experts, to `LoadCounts`: arrays [layers, experts] or [steps, layers, experts] in .npy and .npz; tables in CSV
+      and JSON, with a row per layer or per layer and expert; SGLang's recorder in modes stat and per_pass (.pt); the folder
+      of TensorRT-LLM's EXPERT_STATISTIC_PATH.
 
-def read_traffic(path: Path | str, model: ModelSpec | None = None, phase: str = "decode") -> Traffic:
-    """Read recorded routing or load counts.
-
-    Per-token ids: .npz with `topk_ids` [tokens, layers, top_k] and `sequence_lengths`; .npy or .npz with arrays [tokens,
-    layers, top_k], one request each (`routed_experts` of vLLM and SGLang, or any name); JSON lines with a request each.
-    Load counts [layers, experts] or [steps, layers, experts]: .npz, .npy, .csv, .pt of SGLang's recorder. An unnamed
-    array [a, b, c] is taken for ids unless it has what only counts have: fractions, a value twice in a row, values above
-    32767, or the same sum in every layer of a step. Dense layers (all zero) and padding tokens (-1) are dropped.
+    Text may be packed as .gz. Of a folder (or a list of paths) all files are read: ranks are added up, requests put together.
+    An unnamed array [a, b, c] is taken for ids unless it has what only counts have: fractions, a value twice in a row, values
+    above 32767, or the same sum in every layer of a step.
 
     Parameters
     ----------
-    path : Path or str
-    model : ModelSpec, optional
-        The model that it was taken on: checked, and needed for SGLang's base64 ids, whose shape it tells.
+    path : Path, str, or list of them
+        A file, a folder, or several files.
+    model : ModelSpec, Path or str, optional
+        The model that it was taken on, by spec, name or path: checked, and needed for base64 ids without a shape.
     phase : str
-        'decode' or 'prefill', how recorded tokens are replayed.
+        'decode' or 'prefill': how recorded tokens are replayed, and which steps of a trace set are read.
+
+    Returns
+    -------
+    RecordedTraffic or LoadCounts
+        Both have `expert_counts` int64 [layers, n_experts] (logical experts, summed over steps; without a model n_experts is
+        the largest id + 1, or the width of the table), `layer_ids` int64 [layers] (decoder layers where the file or the model
+        tells them, else 0, 1, ...), `n_tokens` and `n_sequences` (None for load counts), `n_steps` (None where there are
+        none) and `notes`.
 
     Raises
     ------
     InputError
-        The file is missing, damaged, too large, of another model, or not what it should be.
+        The file is missing, damaged, too large, of another model, or nothing that is known.
+
+    Examples
+    --------
+    >>> import tempfile, pathlib
+    >>> file = pathlib.Path(tempfile.mkdtemp()) / "loads.csv"
+    >>> _ = file.write_text("layer_id,expert_id,count\n3,0,7\n3,2,1\n4,1,5\n")
+    >>> loads = read_traffic(file)
+    >>> loads.expert_counts.tolist(), loads.layer_ids.tolist()
+    ([[7, 0, 1], [0, 5, 0]], [3, 4])
     """
-    path = Path(path)
-    where = f"workload file {path}"
+    paths = [Path(path)] if isinstance(path, str | Path) else [Path(part) for part in path]
+    if not paths:
+        raise InputError("no file of recorded traffic is given")
     if phase not in PHASES:
         raise InputError(f"`phase` must be one of {', '.join(PHASES)}, not '{phase}'")
-    if path.suffix not in SUFFIXES:
+    if model is not None and not isinstance(model, ModelSpec):
+        model = load_model(model)
+    where = f"workload file {paths[0]}" if len(paths) == 1 else f"workload files {paths[0]} ..."
+    name, source = f"file:{paths[0].name or paths[0].resolve().name}", ", ".join(map(str, paths))
+    if len(paths) == 1 and is_folder(paths[0]):
+        where = f"workload folder {paths[0]}"
+        inside, ignored = _listed(paths[0], where)
+        statistics = [file for file in inside if re.fullmatch(r"rank\d+\.safetensors", file.name)]
+        if statistics:
+            meta, table = read_statistics(paths[0], statistics, where)
+            if model is not None and meta.top_k not in (None, model.top_k):
+                raise InputError(
+                    f"{where} has {meta.top_k} experts per token, model {model.name} has top_k {model.top_k}: another model?"
+                )
+            return _loads(table, where, name, model)
+        paths = [file for file in inside if file.suffix != ".safetensors"]
+        if not paths:
+            raise InputError(f"{where} has no file that is known: their endings are {', '.join(SUFFIXES)}")
+        more = [f"{ignored} other files of the folder are not read"] if ignored else []
+    else:
+        more = []
+    found, form = _read_files(paths, where, model, phase)
+    if isinstance(found, CountTable):
+        found.notes += more
+        return _loads(found, where, name, model)
+    ids, lengths = found.joined()
+    layer_ids = None if found.layer_ids is None else np.array(found.layer_ids)
+    if model is not None and ids.shape[1:] == (model.n_layers, 1) and model.n_moe_layers < model.n_layers:
+        moe = np.array(model.moe_layer_ids)  # with one expert per token zeros do not tell dense layers
+        if not np.delete(ids, moe, axis=1).any():
+            ids, layer_ids = ids[:, moe], moe
+            more.append(f"{model.n_layers - len(moe)} layers that are dense in {model.name} are left out")
+    record = build_record(where, name, ids, lengths, phase, source, layer_ids)
+    notes = (f"read as {form}", *found.notes, *record.notes, *more)
+    return _of_model(replace(record, notes=notes, n_steps=found.n_steps), layer_ids is not None, model, ids.shape[1])
+
+
+def _listed(folder: Path, where: str) -> tuple[list[Path], int]:
+    """The files of a folder that may be read, in natural order, and how many others there are."""
+    files, n_others = [], 0
+    try:
+        with os.scandir(folder) as entries:
+            for entry in itertools.islice(entries, _MOST_FILES + 1):
+                known = entry.name.endswith((*SUFFIXES, ".safetensors")) and not entry.name.startswith(".")
+                if known and entry.is_file():
+                    files.append(Path(entry.path))
+                elif entry.name != "meta_info.json":
+                    n_others += 1
+    except OSError as error:
+        raise InputError(f"{where} cannot be read: {error.strerror or error}") from None
+    if len(files) + n_others > _MOST_FILES:
+        raise InputError(f"{where} has more than {_MOST_FILES} files; give a part of them")
+    if any(re.fullmatch(r"rank\d+\.safetensors", file.name) for file in files):
+        return files, n_others
+    return sorted(files, key=lambda file: [part.zfill(20) for part in re.split(r"(\d+)", file.name)]), n_others
+
+
+def _kind(path: Path, where: str) -> str:
+    """How a file is read, by its ending."""
+    suffix = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
+    if suffix in (".pkl", ".pickle"):
+        raise InputError(f"{where}: a pickle may run any code and is not read; save arrays as .npy or .npz")
+    if suffix == ".safetensors":
+        raise InputError(f"{where}: of TensorRT-LLM's expert statistics give the folder, with meta_info.json in it")
+    kind = _KINDS.get(suffix)
+    if kind is None or (path.suffix == ".gz" and kind not in ("json", "csv")):
         raise InputError(f"{where}: the ending must be one of {', '.join(SUFFIXES)}")
-    check_regular(path, where)
-    name = f"file:{path.name}"
-    if path.suffix == ".csv":
-        counts, layers = read_csv(path, where)
-        return _with_model(_counts(where, name, counts, layers), model)
-    if path.suffix in (".jsonl", ".ndjson", ".json"):
-        top_k, n_layers = (model.top_k, model.n_moe_layers) if model else (0, 0)
-        requests = join_requests(requests_of_lines(path, where, top_k, n_layers), where)
-        return _with_model(_record(where, name, *requests, phase, path), model)
-    if path.suffix == ".pt":
-        arrays = read_pt(path, where)
-        key = _only_name(list(arrays), where)
-        if key in TOKEN_NAMES:
-            ids = arrays[key].transpose(1, 0, 2) if key == "topk_ids_of_layer" else arrays[key]
-            return _with_model(_record(where, name, *join_requests(iter([ids]), where), phase, path), model)
-        return _with_model(_counts(where, name, arrays[key]), model)
-    with open_archive(path, where) as archive:
-        return _with_model(_read_archive(archive, where, name, phase, path), model)
+    return kind
 
 
-def read_recorded(path: Path, phase: str = "decode") -> RecordedTraffic:
-    """Per-token ids of a file that `read_traffic` reads; load counts are refused.
+def _read_files(paths: list[Path], where: str, model: ModelSpec | None, phase: str) -> tuple[Found, str]:
+    """What files hold together, and what it was recognised as."""
+    is_one = len(paths) == 1
+    wheres = [f"workload file {path}" for path in paths]
+    kinds = {_kind(path, here) for path, here in zip(paths, wheres, strict=True)}
+    if len(kinds) > 1:
+        raise InputError(f"{where} holds files of several kinds: {', '.join(sorted({path.suffix for path in paths}))}")
+    for path, here in zip(paths, wheres, strict=True):
+        check_regular(path, here)
+    kind = kinds.pop()
+    if kind == "pt":
+        return read_recorder(paths, wheres, model)
+    if kind == "csv":
+        table = add_tables([read_csv(path, here) for path, here in zip(paths, wheres, strict=True)], where)
+        return table, table.form
+    requests, tables = Requests(where, model), []
+    forms: dict[str, str] = {}
+    n_other = 0
+    for path, here in zip(paths, wheres, strict=True):
+        if kind == "archive":
+            with open_archive(path, here) as archive:
+                found, form = _read_archive(archive, requests, is_one)
+        else:
+            found, form, n = _read_json(path, here, requests, phase)
+            n_other += n
+        forms.setdefault(form, path.name)
+        if found is not None:
+            tables.append(found)
+        if tables and (requests.arrays or requests.n_without):
+            raise InputError(f"{where} holds both: {'; '.join(f'{text} ({file})' for text, file in forms.items())}")
+    if tables:
+        table = add_tables(tables, where)
+        return table, table.form
+    form = "; ".join(dict.fromkeys(forms)) + ("" if is_one else f", {len(paths)} files")
+    if n_other:
+        other = "prefill" if phase == "decode" else "decode"
+        form += f": the {phase} steps; {n_other} tokens of {other} are left out (--phase {other} reads them)"
+        if not requests.arrays:
+            raise InputError(f"{where} has no steps of {phase}, only {other}: read it with phase '{other}'")
+    return requests, form
 
-    Raises
-    ------
-    InputError
-        As `read_traffic`, or the file holds load counts.
-    """
-    data = read_traffic(path, phase=phase).data
-    if isinstance(data, LoadCounts):
+
+def _read_json(path: Path, where: str, requests: Requests, phase: str) -> tuple[CountTable | None, str, int]:
+    """Loads of a JSON file, or None where its requests were taken; the form, and how many tokens of the other phase it has."""
+    values = json_values(path, where)
+    first, here = next(values, (None, ""))
+    if not here:
+        raise InputError(f"{where} holds no tokens")
+    _refuse_known(first, here)
+    if _is_flat(first):
+        rows = [held for held, _ in itertools.islice(itertools.chain([(first, here)], values), _MOST_ROWS + 1)]
+        table = table_of_json(rows, where)
+        if table is not None and len(rows) > _MOST_ROWS:
+            raise InputError(f"{where} has more than {_MOST_ROWS} rows")
+        if table is not None:
+            return table, table.form, 0
+        values = iter([(held, where) for held in rows[1:]])
+    table = None if is_trace(first) else table_of_json(first, here) or _counts_of_list(first, here)
+    if table is not None:
+        more = [held for held, _ in itertools.islice(values, _MOST_ROWS)]
+        table = table_of_json([first, *more], where) if more else table  # a step, or a layer, on each line
+        if table is None:
+            raise InputError(f"{where}: its lines are no rows of one table of loads")
+        return table, table.form, 0
+    n_keyed = n_other = 0
+    form = _TRACE if is_trace(first) else _ANSWERS
+    for held, at in itertools.chain([(first, here)], values):
+        if is_trace(held):
+            n_other += add_trace(requests, held, at, phase)
+            n_keyed += 1
+        else:
+            n_keyed += add_answer(requests, held, at)
+    if not n_keyed:
         raise InputError(
-            f"workload file {path} holds load counts, not tokens: fit them first (epsim traffic fit {path} --out my.toml)"
+            f"{where} has no key 'routed_experts', and is no table of loads {{layer: [count of each expert]}}"
         )
-    return data
+    return None, form, n_other
 
 
-def _read_archive(archive: Archive, where: str, name: str, phase: str, path: Path) -> Traffic:
-    names = archive.names
+def _is_flat(held: Any) -> bool:
+    """Whether a value of JSON may be a row of a table: names with numbers, or with one list of them, one for the layer."""
+    return isinstance(held, dict) and set(map(type, held.values())) <= {int, float, list} and is_row(held)
+
+
+def _refuse_known(held: Any, here: str) -> None:
+    """Refuse by name what is no traffic."""
+    if not isinstance(held, dict):
+        return
+    for key, what in (
+        ("physical_to_logical_map", "SGLang's map of physical experts"),
+        ("physical_expert_map", "an expert map"),
+        ("layer_list", "vllm-ascend's expert map"),
+        ("num_hidden_layers", "a model's config.json"),
+    ):
+        if key in held and "routed_experts" not in held and not any(name in held for name in COUNT_NAMES):
+            raise InputError(f"{here}: {what}, and no traffic")
+    if held and is_trace([held]) and not all(value is None for value in held.values()):
+        raise InputError(f"{here}: one step {{layer: [[expert ids] of each token]}}; a request is a list of such steps")
+
+
+def _counts_of_list(held: Any, here: str) -> CountTable | None:
+    """Counts of a list [steps][layers][experts]; None for anything else, such as a request's ids [tokens][layers][top_k]."""
+    if depth_of(held) != 3:
+        return None
+    try:
+        array = np.asarray(held)
+    except (ValueError, OverflowError):
+        return None
+    if (
+        array.ndim != 3
+        or array.dtype.kind not in "iuf"
+        or not (array.dtype.kind == "f" or _are_counts(array[:_SAMPLE]))
+    ):
+        return None
+    return table_of_json({"counts": held}, here)
+
+
+def _read_archive(archive: Archive, requests: Requests, is_one: bool) -> tuple[CountTable | None, str]:
+    """Loads of an archive of arrays, or None where its requests were taken; and the form."""
+    names, where = archive.names, archive.where
     if not names:
         raise InputError(f"{where} holds no arrays")
     if "topk_ids" in names or "sequence_lengths" in names:
         ids, lengths = archive.read_ids("topk_ids"), archive.read("sequence_lengths", most=MOST_COUNTS)
-        return _record(where, name, ids, lengths, 0, phase, path)
+        if ids.ndim != 3 or 0 in ids.shape:
+            raise InputError(f"{where}: topk_ids must have shape [tokens, layers, top_k], not {list(ids.shape)}")
+        if lengths.ndim != 1 or lengths.size == 0 or lengths.min() < 1:
+            raise InputError(f"{where}: sequence_lengths must be a list of whole numbers of at least 1")
+        if int(lengths.max()) > len(ids) or int(lengths.sum(dtype=np.int64)) != len(ids):
+            raise InputError(f"{where}: sequence_lengths must add up to the {len(ids)} tokens of topk_ids")
+        requests.most_ids = 2**62 if is_one else requests.most_ids
+        requests.add(ids, where, lengths=lengths)
+        return None, "arrays topk_ids [tokens, layers, top_k] and sequence_lengths"
     counted = [key for key in COUNT_NAMES if key in names]
     if counted:
-        return _counts(where, name, archive.read(counted[0], "iuf", MOST_COUNTS))
+        table = _array_counts(archive, counted[0])
+        own = next((key for key in ("layer_ids", "layers") if key in names), None)
+        if own and archive.shape(own)[0] == table.counts.shape[-2:-1]:
+            table.layer_ids = archive.read(own, most=MOST_COUNTS).astype(np.int64)
+        return table, table.form
     shape, dtype = archive.shape(names[0])
     if "topk_ids_of_layer" in names:
-        ids = archive.read_ids("topk_ids_of_layer").transpose(1, 0, 2)
-        return _record(where, name, *join_requests(iter([ids]), where), phase, path)
+        requests.add(archive.read_ids("topk_ids_of_layer").transpose(1, 0, 2), where)
+        return None, "SGLang's topk_ids_of_layer [layers, tokens, top_k]"
     if "routed_experts" not in names and len(names) == 1:
         of_ids = dtype.kind != "f" and len(shape) != 2
         if not of_ids or (dtype.kind in "iu" and len(shape) == 3 and _are_counts(archive.head(names[0], _SAMPLE))):
-            return _counts(where, name, archive.read(names[0], "iuf", MOST_COUNTS))
-    names = ["routed_experts"] if "routed_experts" in names else names
-    return _record(where, name, *join_requests(requests_of(archive, names), where), phase, path)
+            table = _array_counts(archive, names[0])
+            return table, table.form
+    parts: list[str] = [key for key in ("prompt_routed_experts", "routed_experts") if key in names]
+    if len(parts) == 2:
+        requests.add(np.concatenate([archive.read_ids(key) for key in parts]), where)
+    else:
+        add_arrays(requests, archive, parts or names)
+    return None, "arrays of expert ids [tokens, layers, top_k], one for each request"
+
+
+def _array_counts(archive: Archive, name: str) -> CountTable:
+    counts = archive.read(name, "iuf", MOST_COUNTS)
+    axes = "[steps, layers, experts]" if counts.ndim == 3 else "[layers, experts]"
+    return CountTable(counts, f"an array of loads {axes}" + (f" named {name}" if name else ""))
 
 
 def _are_counts(sample: np.ndarray) -> bool:
@@ -132,44 +350,118 @@ def _are_counts(sample: np.ndarray) -> bool:
     return sample.shape[1] > 1 and bool(((sums == largest) | (sums == 0)).all() and (largest > 0).any())
 
 
-def _only_name(names: list[str], where: str) -> str:
-    known = [key for key in (*COUNT_NAMES, *TOKEN_NAMES) if key in names]
-    if not known and len(names) > 1:
-        raise unknown(f"{where}: of its tensors, none is", json.dumps(names[0]), [*COUNT_NAMES, *TOKEN_NAMES])
-    return known[0] if known else names[0]
+def _loads(table: CountTable, where: str, name: str, model: ModelSpec | None) -> LoadCounts:
+    """Checked counts of a table, of the model where it is known."""
+    counts, notes = table.counts, [f"read as {table.form}", *table.notes]
+    if model is not None and table.is_open and counts.shape[-1] < model.n_experts:
+        counts = np.concatenate(
+            [counts, np.zeros((*counts.shape[:-1], model.n_experts - counts.shape[-1]), counts.dtype)], axis=-1
+        )
+    if counts.ndim == 3 and counts.size and counts.dtype.kind in "iuf":
+        used = np.asarray(counts.any(axis=(1, 2)))
+        if used.any() and not used.all():
+            notes.append(f"{(~used).sum()} of {len(used)} steps have no load (unfilled, or idle) and are left out")
+            counts = counts[used]
+    data, n_dense = build_counts(where, name, counts, table.layer_ids)
+    notes += [f"{n_dense} layers without any load are left out"] if n_dense else []
+    is_told = table.layer_ids is not None
+    return _of_model(replace(data, notes=tuple(notes)), is_told, model, counts.shape[-2])
 
 
-def _record(
-    where: str, name: str, ids: np.ndarray, lengths: np.ndarray, n_padding: int, phase: str, path: Path
-) -> Traffic:
-    record, n_dense = build_record(where, name, ids, lengths, phase, str(path))
-    notes = [f"{n_dense} dense layers (all zero) are left out"] if n_dense else []
-    return Traffic(record, notes + ([f"{n_padding} padding tokens (-1) are left out"] if n_padding else []))
-
-
-def _counts(where: str, name: str, counts: np.ndarray, layers: np.ndarray | None = None) -> Traffic:
-    data, n_dense = build_counts(where, name, counts, layers)
-    return Traffic(data, [f"{n_dense} layers without any load are left out"] if n_dense else [])
-
-
-def _with_model(traffic: Traffic, model: ModelSpec | None) -> Traffic:
-    """The same, once it is known to be of the model."""
-    data = traffic.data
+def _of_model(data: T, is_told: bool, model: ModelSpec | None, n_rows: int) -> T:
+    """The same, once it is known to be of the model, with the model's experts and layer ids."""
     if model is None:
-        return traffic
+        return data
     if isinstance(data, RecordedTraffic):
         data.check_model(model.n_experts, model.top_k, model.name)
-    elif data.counts.shape[2] != model.n_experts:
+    elif data.n_experts != model.n_experts:
         raise InputError(
-            f"workload {data.name} has counts of {data.counts.shape[2]} experts, model {model.name} has {model.n_experts}"
+            f"workload {data.name} has counts of {data.n_experts} experts, model {model.name} has {model.n_experts}: "
+            "another model?"
         )
-    if model.n_moe_layers and data_layers(data) > model.n_moe_layers:
+    if model.n_moe_layers and data.n_layers > model.n_moe_layers:
         raise InputError(
-            f"workload {data.name} has {data_layers(data)} MoE layers, model {model.name} has {model.n_moe_layers}"
+            f"workload {data.name} has {data.n_layers} MoE layers, model {model.name} has {model.n_moe_layers}: another model?"
         )
-    return traffic
+    ids, notes = _decoder_layers(data, is_told or n_rows > data.n_layers, model)
+    told: tuple[str, ...] = data.notes + tuple(notes)
+    if isinstance(data, RecordedTraffic):
+        return replace(data, layer_ids=ids, n_experts=model.n_experts, notes=told)
+    return replace(data, layer_ids=ids, notes=told)
 
 
-def data_layers(data: RecordedTraffic | LoadCounts) -> int:
-    """Layers of a record or of counts."""
-    return data.n_layers if isinstance(data, RecordedTraffic) else data.counts.shape[1]
+def _decoder_layers(
+    data: RecordedTraffic | LoadCounts, is_told: bool, model: ModelSpec
+) -> tuple[np.ndarray, list[str]]:
+    """Ids of the decoder layers, by the file's own numbers and by the model's MoE layers."""
+    moe = np.array(model.moe_layer_ids, np.int64)
+    ids = data.layer_ids
+    if not moe.size or (moe[-1] == len(moe) - 1 != model.n_layers - 1):  # only their number is known
+        return ids, []
+    if not is_told:
+        if len(ids) == len(moe):
+            return moe, []
+        return ids, [f"which of the {len(moe)} MoE layers of {model.name} its {len(ids)} layers are, is not told"]
+    if np.isin(ids, moe).all():
+        return ids, []
+    if ids.max() < len(moe):
+        return moe[ids], [
+            f"its layers are numbered among the MoE layers: layer {ids[0]} is decoder layer {moe[ids[0]]}"
+        ]
+    odd = int(ids[~np.isin(ids, moe)][0])
+    raise InputError(
+        f"workload {data.name} has routing in layer {odd}, the {len(moe)} MoE layers of model {model.name} are "
+        f"{moe[0]} to {moe[-1]}: another model?"
+    )
+
+
+def read_recorded(path: Path, phase: str = "decode") -> RecordedTraffic:
+    """Experts of tokens of a file that `read_traffic` reads; load counts are refused.
+
+    Raises
+    ------
+    InputError
+        As `read_traffic`, or the file holds load counts.
+    """
+    data = read_traffic(path, phase=phase)
+    if isinstance(data, LoadCounts):
+        raise InputError(
+            f"workload file {path} holds load counts, not tokens: fit them first (epsim traffic fit {path} --out my.toml)"
+        )
+    return data
+
+
+class LoadTable(NamedTuple):
+    """Loads of experts by layer: what a load balancer is fitted on.
+
+    Attributes
+    ----------
+    name, digest : str
+        Of what was read.
+    loads : float64 [layers, n_experts]
+    layer_ids : int64 [layers]
+        Decoder layers, where the file or the model tells them, else 0, 1, ...
+    notes : tuple of str
+        What the file was recognised as, and what was left out.
+    """
+
+    name: str
+    loads: np.ndarray
+    digest: str
+    layer_ids: np.ndarray | None = None
+    notes: tuple[str, ...] = ()
+
+
+def load_table(source: Path | str | RecordedTraffic | LoadCounts, model: ModelSpec) -> LoadTable:
+    """Loads by layer of recorded routing or of load counts, or of a file that holds either.
+
+    Raises InputError where the file is neither, or is of another model.
+    """
+    if isinstance(source, Path | str):
+        source = read_traffic(source, model)
+    if isinstance(source, RecordedTraffic):
+        source.check_model(model.n_experts, model.top_k, model.name)
+        loads = source.count_experts(model.n_experts).astype(float)
+    else:
+        loads = source.total
+    return LoadTable(source.name, loads, source.digest, source.layer_ids, source.notes)

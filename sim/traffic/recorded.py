@@ -29,6 +29,14 @@ class RecordedTraffic:
         First token of each sequence, and the number of tokens.
     digest : str
         Digest of the recorded ids and lengths.
+    layer_ids : int64 [layers]
+        Ids of the decoder layers, where the file or the model tells them, else 0, 1, ...
+    n_experts : int
+        Experts of a layer, by the model where it is known, else the largest id + 1.
+    n_steps : int, optional
+        Forward passes that the tokens were recorded in; None where the file has none.
+    notes : tuple of str
+        What the file was recognised as, and what was left out.
     """
 
     name: str
@@ -40,11 +48,40 @@ class RecordedTraffic:
     source: str = ""
     fitted_to: str = ""
     dummy_tokens: int = 0
+    layer_ids: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64), repr=False)
+    n_experts: int = 0
+    n_steps: int | None = None
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.layer_ids.size == 0:
+            object.__setattr__(self, "layer_ids", np.arange(len(self.topk_ids)))
+        if not self.n_experts and self.topk_ids.size:
+            object.__setattr__(self, "n_experts", int(self.topk_ids.max()) + 1)
 
     @property
     def n_layers(self) -> int:
         """Layers to draw from."""
         return len(self.topk_ids)
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of all sequences."""
+        return self.topk_ids.shape[1]
+
+    @property
+    def n_sequences(self) -> int:
+        """Sequences: requests, or what a file has of each."""
+        return len(self.starts) - 1
+
+    @property
+    def expert_counts(self) -> np.ndarray:
+        """Tokens that take each expert, int64 [layers, n_experts]."""
+        return self.count_experts(self.n_experts)
+
+    def count_experts(self, n_experts: int) -> np.ndarray:
+        """Tokens that take each expert of a model with `n_experts`, int64 [layers, n_experts]."""
+        return np.stack([np.bincount(layer.ravel(), minlength=n_experts) for layer in self.topk_ids])
 
     @property
     def law(self) -> dict[str, str]:
@@ -60,12 +97,9 @@ class RecordedTraffic:
         largest = int(self.topk_ids.max())
         if largest >= n_experts:
             raise InputError(
-                f"workload {self.name} has expert id {largest}, model {model_name} has ids 0 to {n_experts - 1}"
+                f"workload {self.name} has expert id {largest}, model {model_name} has ids 0 to {n_experts - 1}: "
+                "another model?"
             )
-
-    def expert_counts(self, n_experts: int) -> np.ndarray:
-        """Tokens that take each expert, float64 [layers, n_experts]."""
-        return np.array([np.bincount(layer.ravel(), minlength=n_experts) for layer in self.topk_ids], float)
 
     def halves(self, *, in_order: bool = False) -> tuple["RecordedTraffic", "RecordedTraffic"]:
         """Sequences 0, 2, 4, ... and 1, 3, 5, ...: what a balancer is fitted on, and what it is scored on. Or, `in_order`,
@@ -105,11 +139,19 @@ class RecordedTraffic:
 
 
 def build_record(
-    where: str, name: str, ids: np.ndarray, lengths: np.ndarray, phase: str, source: str
-) -> tuple[RecordedTraffic, int]:
-    """A record of checked ids [tokens, layers, top_k] and lengths [sequences], and how many layers were dropped.
+    where: str,
+    name: str,
+    ids: np.ndarray,
+    lengths: np.ndarray,
+    phase: str,
+    source: str,
+    layer_ids: np.ndarray | None = None,
+) -> RecordedTraffic:
+    """A record of checked ids [tokens, layers, top_k] and lengths [sequences].
 
-    Layers whose ids are all 0 are dense layers and are dropped (vLLM and SGLang write them so).
+    Left out, with a note: padding tokens (-1); tokens without routing, whose ids are all 0 in all layers (of a prefix that
+    was cached, or the last of a request, which is not fed to the model); layers whose ids are all 0, which are dense (vLLM
+    and SGLang write them so). With one expert per token, 0 is an expert like others, and only padding is left out.
 
     Raises
     ------
@@ -124,21 +166,40 @@ def build_record(
         raise InputError(f"{where}: sequence_lengths must be a list of whole numbers of at least 1")
     if int(lengths.max()) > len(ids) or int(lengths.sum(dtype=np.int64)) != len(ids):
         raise InputError(f"{where}: sequence_lengths must add up to the {len(ids)} tokens of topk_ids")
-    if ids.min() < 0 or ids.max() > 2**15 - 1:
+    if ids.min() < -1 or ids.max() > 2**15 - 1:
         raise InputError(f"{where}: expert ids must lie from 0 to 32767, found {ids.min()} to {ids.max()}")
-    by_layer = np.ascontiguousarray(ids.transpose(1, 0, 2).astype(np.int16, copy=False))
-    if ids.shape[2] > 1:
-        by_layer = by_layer[[bool(layer.any()) for layer in by_layer]]
-    if len(by_layer) == 0:
+    notes = []
+    padding = (ids == -1).any(axis=(1, 2)) if ids.min() < 0 else np.zeros(len(ids), bool)
+    unrouted = ~padding & ~ids.any(axis=(1, 2)) if ids.shape[2] > 1 else np.zeros(len(ids), bool)
+    if unrouted.all():
         raise InputError(f"{where}: every layer is all zeros")
-    for layer in by_layer:
+    if padding.any() or unrouted.any():
+        kept = ~(padding | unrouted)
+        lengths = np.add.reduceat(kept, np.concatenate([[0], np.cumsum(lengths)[:-1]]), dtype=np.int64)
+        n_empty, lengths, ids = int((lengths == 0).sum()), lengths[lengths > 0], ids[kept]
+        notes += [f"{padding.sum()} padding tokens (-1) are left out"] if padding.any() else []
+        notes += [f"{unrouted.sum()} tokens without routing (all zero) are left out"] if unrouted.any() else []
+        notes += [f"{n_empty} sequences of such tokens alone are left out"] if n_empty else []
+        if not len(ids):
+            raise InputError(f"{where} holds no tokens with routing")
+    by_layer = np.ascontiguousarray(ids.transpose(1, 0, 2).astype(np.int16, copy=False))
+    numbers = np.arange(len(by_layer)) if layer_ids is None else np.asarray(layer_ids)
+    if ids.shape[2] > 1:
+        used = np.array([bool(layer.any()) for layer in by_layer])
+        if not used.all():
+            by_layer, numbers = by_layer[used], numbers[used]
+            notes.append(f"{(~used).sum()} dense layers (all zero) are left out")
+    for layer, number in zip(by_layer, numbers, strict=True):
         ordered = np.sort(layer, axis=1)
         repeated = (ordered[:, 1:] == ordered[:, :-1]).any(axis=1)
         if repeated.any():
-            raise InputError(f"{where}: token {int(repeated.argmax())} has the same expert id twice in one layer")
+            raise InputError(
+                f"{where}: token {int(repeated.argmax())} has the same expert id twice in one layer ({number})"
+            )
     starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-    record = RecordedTraffic(name, phase, by_layer, starts, _digest(by_layer, starts), source=source)
-    return record, ids.shape[1] - len(by_layer)
+    return RecordedTraffic(
+        name, phase, by_layer, starts, _digest(by_layer, starts), source=source, layer_ids=numbers, notes=tuple(notes)
+    )
 
 
 def _digest(by_layer: np.ndarray, starts: np.ndarray) -> str:

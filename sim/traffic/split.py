@@ -25,7 +25,7 @@ def load_of(data: MeasuredTraffic, n_experts: int) -> np.ndarray:
     """Load of each expert over all tokens or steps, [layers, n_experts]: int64 of tokens, float64 of counts."""
     if isinstance(data, LoadCounts):
         return data.total
-    return np.stack([np.bincount(layer.ravel(), minlength=n_experts) for layer in data.topk_ids])
+    return data.count_experts(n_experts)
 
 
 def cut_in_order(data: MeasuredTraffic, n_experts: int) -> tuple[np.ndarray, np.ndarray] | None:
@@ -58,7 +58,7 @@ def halves_of_counts(data: LoadCounts, seed: int) -> tuple[tuple[LoadCounts, Loa
 
 
 def _whole_layers(data: LoadCounts, counts: np.ndarray, what: str) -> LoadCounts:
-    part, n_empty = build_counts(f"{data.name}, {what}", f"{data.name} [{what}]", counts, data.layers)
+    part, n_empty = build_counts(f"{data.name}, {what}", f"{data.name} [{what}]", counts, data.layer_ids)
     if n_empty:
         raise InputError(
             f"{data.name}: {n_empty} layers have no load in {what}; give other traffic to fit on, --fit-on"
@@ -244,6 +244,6 @@ def _checked(data: MeasuredTraffic, fitted: np.ndarray, scored: np.ndarray, abou
     empty = np.argwhere(~(fitted.any(axis=2) & scored.any(axis=2)))
     if len(empty):
         layer = int(empty[0, 1])
-        number = data.layers[layer] if isinstance(data, LoadCounts) else layer
+        number = data.layer_ids[layer]
         raise InputError(f"{data.name}: layer {number} has no load in a half of {of}")
     return Halves(data.name, data.digest, fitted.astype(float), scored.astype(float), about)

@@ -1,24 +1,89 @@
-"""Traffic by law: layer popularity, request and group effects, Gumbel noise."""
+"""Synthetic traffic: popularity of experts by layer, drawn or given as tables, request and group effects, Gumbel noise."""
 
+import hashlib
 from dataclasses import dataclass, field
+from functools import cached_property
 from numbers import Real
+from typing import Any
 
 import numpy as np
 from scipy.special import ndtri
 
 from sim.errors import InputError, shown, whole_number
 from sim.streams import POPULARITY, REQUEST, uniforms
-from sim.traffic.fitted import FittedLayers
 
 X0 = -4.0
 """Offset of the logits before the sigmoid."""
 POPULARITIES = ("none", "lognormal", "tilted", "fitted")
 
-# The tilted law, fitted to DeepSeek-R1 on GPQA: see `_tilted`.
+MOST_LOGIT = 50.0
+"""Largest absolute value of a table's numbers."""
+_MOST_NUMBERS = 2**22
+TABLE_NAMES = ("mu", "request_sd", "request_loadings")
+"""The tables of fitted traffic: keys of its TOML file."""
+
+FROM_ARRAYS = "popularity as an array goes through sim.synthetic_traffic(popularity=...)"
+_LEAST_POPULARITY = 1e-9  # over the mean of the layer: a zero is never seen, and its logarithm is finite
+
+# The tilted popularity, fitted to DeepSeek-R1 on GPQA: see `_tilted`.
 _STEEP_TILT, _STEEP_SHARE = 1.485, 8 / 58
 _TILT_MEAN, _TILT_SD = 0.566, 0.264
 _SPREAD_MEAN, _SPREAD_SD, _SPREAD_RANGE = 0.58, 0.10, (0.40, 0.95)
 _STUDENT_DF = 6
+
+
+@dataclass(frozen=True, eq=False)
+class FittedLayers:
+    """Tables of layers; layer draw d takes layer d % layers.
+
+    Attributes
+    ----------
+    mu : float64 [layers, n_experts]
+        Mean logits.
+    request_sd : float64 [layers, n_experts]
+        Standard deviation of what a request adds to one expert alone, in units of the traffic's request_sigma.
+    request_loadings : float64 [layers, factors, n_experts]
+        What a request adds to all experts together (its subject): one standard normal per factor, in the same units.
+    """
+
+    mu: np.ndarray
+    request_sd: np.ndarray
+    request_loadings: np.ndarray
+
+    @classmethod
+    def of(cls, mu: Any, request_sd: Any = None, request_loadings: Any = None, where: str = "") -> "FittedLayers":
+        """Checked tables; without `request_sd` it is 1, without `request_loadings` there are none.
+
+        Raises
+        ------
+        InputError
+            Tables that are not numbers, differ in width, or hold NaN or more than 50 in absolute value.
+        """
+        mu = _table(where, "mu", mu, 2)
+        sd = np.ones(mu.shape) if request_sd is None else _table(where, "request_sd", request_sd, 2)
+        shape = (len(mu), 0, mu.shape[1])
+        loadings = np.zeros(shape) if request_loadings is None else _table(where, TABLE_NAMES[2], request_loadings, 3)
+        if sd.shape != mu.shape or (loadings.shape[0], loadings.shape[2]) != mu.shape:
+            raise InputError(f"{where}request_sd and request_loadings must have the layers and experts of mu")
+        if sd.min() < 0:
+            raise InputError(f"{where}request_sd must not be negative, found {sd.min():g}")
+        return cls(mu, sd, loadings)
+
+    @cached_property
+    def digest(self) -> str:
+        """Digest of all tables."""
+        tables = (self.mu, self.request_sd, self.request_loadings)
+        return hashlib.sha256(b"".join(np.ascontiguousarray(table).tobytes() for table in tables)).hexdigest()[:32]
+
+    def rows(self, first_draw: int, n_draws: int) -> np.ndarray:
+        """The layers of consecutive draws, int64 [n_draws]."""
+        return np.arange(first_draw, first_draw + n_draws) % len(self.mu)
+
+    def request_effect(self, normals: np.ndarray, first_draw: int) -> np.ndarray:
+        """What requests add to the logits, float64 [draws, n_experts], from normals [draws, n_experts + factors]."""
+        rows, n_experts = self.rows(first_draw, len(normals)), self.mu.shape[1]
+        shared = np.einsum("df,dfe->de", normals[:, n_experts:], self.request_loadings[rows])
+        return self.request_sd[rows] * normals[:, :n_experts] + shared
 
 
 @dataclass(frozen=True)
@@ -37,8 +102,8 @@ class SyntheticTraffic:
     tokens_per_request : int
         Consecutive tokens that share a request; without a request effect every token is a request of its own (decode).
     dummy_tokens : int
-        Identical tokens that each step has besides its own, as idle data-parallel ranks run them: all take the experts of
-        one token, which is drawn once for each layer draw.
+        Padding tokens per step, as run by idle data-parallel ranks: all take the experts of one token, which is drawn once
+        for each layer draw.
     layers : FittedLayers, optional
         Of fitted popularity; its tables also say what B is.
     """
@@ -61,6 +126,8 @@ class SyntheticTraffic:
             value = getattr(self, name)
             if not isinstance(value, str) or (name == "name" and not value):
                 raise InputError(f"{where}{name} must be a string, not {shown(value)}")
+        if not isinstance(self.popularity, str):
+            raise InputError(f"{where}popularity must be one of {', '.join(POPULARITIES)}; {FROM_ARRAYS}")
         if self.popularity not in POPULARITIES:
             raise InputError(
                 f"{where}popularity must be one of {', '.join(POPULARITIES)}, not {shown(self.popularity)}"
@@ -76,7 +143,7 @@ class SyntheticTraffic:
 
     @property
     def n_layers(self) -> int | None:
-        """Layers to draw from: those that were fitted; None, a law has no end of them."""
+        """Layers to draw from: those of the tables; None where each draw has its own popularity."""
         return None if self.layers is None else len(self.layers.mu)
 
     @property
@@ -118,8 +185,82 @@ class SyntheticTraffic:
             for request in range(-(-n_tokens // self.tokens_per_request))
         ]
         if self.layers is not None:
-            requests = [self.layers.taste(normals, first_draw) for normals in requests]
+            requests = [self.layers.request_effect(normals, first_draw) for normals in requests]
         return mu[:, None, :] + self.request_sigma * np.stack(requests, axis=1)
+
+
+def synthetic_traffic(
+    popularity: Any = None,
+    *,
+    group_sigma: float = 0.0,
+    request_sigma: float = 0.0,
+    tokens_per_request: int = 1024,
+    dummy_tokens: int = 0,
+    name: str = "synthetic",
+) -> SyntheticTraffic:
+    """Traffic with given popularities of experts, as a workload for every function that takes one.
+
+    Parameters
+    ----------
+    popularity : array [n_experts] or [layers, n_experts], optional
+        Relative popularity of each expert, such as its share of the load: not negative, in any unit. The logit of an expert
+        is the logarithm of its popularity over the layer's mean; without group and request effects, and in a router without
+        groups, tokens are drawn in proportion to it, without replacement. One row is the popularity of every layer. Without
+        it all experts are alike.
+    group_sigma : float
+        Standard deviation of what a token adds to all experts of a group, 0 to 5 (the presets have 0.4).
+    request_sigma : float
+        Standard deviation of what a request adds to each expert, 0 to 5.
+    tokens_per_request : int
+        Consecutive tokens that share a request.
+    dummy_tokens : int
+        Padding tokens per step, as run by idle data-parallel ranks.
+    name : str
+        Name of the workload in tables and figures.
+
+    Returns
+    -------
+    SyntheticTraffic
+
+    Raises
+    ------
+    InputError
+        Popularity that is no table of numbers, is negative or not finite, or is 0 for all experts of a layer; an effect out
+        of its range.
+
+    Examples
+    --------
+    >>> hot = synthetic_traffic([8.0] + 63 * [1.0], name="one hot expert")
+    >>> hot.n_layers, hot.layers.mu.shape
+    (1, (1, 64))
+    >>> float(round(hot.layers.mu[0, 0] - hot.layers.mu[0, 1], 3))  # the logarithm of 8
+    2.079
+    """
+    effects: dict[str, Any] = {"group_sigma": group_sigma, "request_sigma": request_sigma}
+    effects |= {"tokens_per_request": tokens_per_request, "dummy_tokens": dummy_tokens}
+    if popularity is None:
+        return SyntheticTraffic(name, **effects)
+    if isinstance(popularity, str):
+        raise InputError(
+            f"popularity must be an array [n_experts] or [layers, n_experts], not {shown(popularity)}; load_workload takes names"
+        )
+    try:
+        shares = np.asarray(popularity)
+    except ValueError:
+        raise InputError(
+            "popularity must be an array [n_experts] or [layers, n_experts]: its rows differ in length"
+        ) from None
+    if shares.dtype.kind not in "fiu" or shares.ndim not in (1, 2) or 0 in shares.shape or shares.shape[-1] < 2:
+        raise InputError(
+            f"popularity must be numbers [n_experts] or [layers, n_experts], not {shares.dtype} {list(shares.shape)}"
+        )
+    shares = np.atleast_2d(shares).astype(float)
+    if not np.isfinite(shares).all() or shares.min() < 0:
+        raise InputError("popularity must be finite and not negative")
+    if not shares.any(axis=1).all():
+        raise InputError("popularity must not be 0 for all experts of a layer")
+    mu = np.log(np.maximum(shares / shares.mean(axis=1, keepdims=True), _LEAST_POPULARITY))
+    return SyntheticTraffic(name, popularity="fitted", layers=FittedLayers.of(mu, where="popularity: "), **effects)
 
 
 def _tilted(u: np.ndarray, n_experts: int) -> np.ndarray:
@@ -139,3 +280,20 @@ def _tilted(u: np.ndarray, n_experts: int) -> np.ndarray:
     chi_square = -2.0 * np.log(chi[0] * chi[1] * chi[2])  # 6 degrees of freedom: three exponentials
     student = ndtri(z) / np.sqrt(chi_square / _STUDENT_DF)
     return tilt[:, None] * f + spread[:, None] * student / np.sqrt(1.5)
+
+
+def _table(where: str, name: str, values: Any, n_axes: int) -> np.ndarray:
+    """A table of numbers, float64, with `n_axes` axes."""
+    axes = ["layers", "factors", "n_experts"] if n_axes == 3 else ["layers", "n_experts"]
+    shape = f"[{', '.join(axes)}]"
+    try:
+        array = np.asarray(values)
+    except ValueError:
+        raise InputError(f"{where}{name} must be a table {shape} of numbers whose rows are equally long") from None
+    if array.dtype.kind not in "fiu" or array.ndim != n_axes or 0 in array.shape:
+        raise InputError(f"{where}{name} must be a table {shape} of numbers whose rows are equally long")
+    if array.size > _MOST_NUMBERS or array.shape[-1] > 2**15 - 1:
+        raise InputError(f"{where}{name} is too large: {' x '.join(map(str, array.shape))} numbers")
+    if not (np.abs(array) <= MOST_LOGIT).all():  # NaN too
+        raise InputError(f"{where}{name} must hold numbers from -{MOST_LOGIT:g} to {MOST_LOGIT:g} only")
+    return array.astype(float)

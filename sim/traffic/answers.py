@@ -1,0 +1,396 @@
+"""Experts of single tokens as engines answer them and trace sets hold them: JSON and arrays, a request at a time.
+
+vLLM and SGLang return `routed_experts` [tokens, layers, top_k] with each answer; the public trace sets have a list of steps
+{layer: [[expert ids] of each token]} for each request.
+"""
+
+import base64
+import binascii
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from sim.errors import InputError, shown
+from sim.files import open_stream, reading
+from sim.model import ModelSpec
+from sim.traffic.arrays import Archive, array_of_bytes
+from sim.traffic.tables import depth_of, layer_of_key
+
+TOKEN_NAMES = ("topk_ids", "routed_experts", "topk_ids_of_layer")
+"""Names that arrays of expert ids go by."""
+_WHOLE, _PROMPT = ("routed_experts", "completion_routed_experts"), "prompt_routed_experts"
+_IDENTITIES = ("id", "request_id", "rid")
+_DTYPES = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64")
+_MAX_LINE = 256 << 20
+_MOST_IDS = 2**30
+_DEEPEST = 6  # levels of JSON that are searched for `routed_experts`
+_MOST_LAYERS = 4096
+
+
+@dataclass
+class Requests:
+    """Expert ids of requests, collected one by one; how many had none is counted.
+
+    Attributes
+    ----------
+    where : str
+        Begins the message of an error.
+    model : ModelSpec, optional
+        Tells the shape of ids that come without one.
+    arrays : list of int16 [tokens, layers, top_k]
+    lengths : list of int64 [sequences]
+        Of the sequences in each array.
+    n_steps : int, optional
+        Forward passes, where the file has them.
+    layer_ids : list of int, optional
+        Decoder layers, where the file names them.
+    """
+
+    where: str
+    model: ModelSpec | None = None
+    arrays: list[np.ndarray] = field(default_factory=list)
+    lengths: list[np.ndarray] = field(default_factory=list)
+    n_steps: int | None = None
+    layer_ids: list[int] | None = None
+    n_without: int = 0
+    n_streamed: int = 0
+    n_null_tokens: int = 0
+    n_ids: int = 0
+    most_ids: int = _MOST_IDS
+    _of_key: dict[Any, int] = field(default_factory=dict)
+    _without: set[Any] = field(default_factory=set)
+
+    def add(self, ids: np.ndarray, here: str, key: Any = None, lengths: np.ndarray | None = None) -> None:
+        """Take a request's ids; those of a streamed answer (one key, and the earlier ids are its first) replace the earlier."""
+        if self.arrays and ids.shape[1:] != self.arrays[0].shape[1:]:
+            found, first = "x".join(map(str, ids.shape[1:])), "x".join(map(str, self.arrays[0].shape[1:]))
+            raise InputError(
+                f"{here}: request {len(self.arrays)} has layers x top_k {found}, the first one {first}: another model?"
+            )
+        at = None if key is None else self._of_key.get(key)
+        if at is not None and np.array_equal(ids[: len(self.arrays[at])], self.arrays[at]):
+            self.n_ids += ids.size - self.arrays[at].size
+            self.arrays[at], self.lengths[at] = ids, np.array([len(ids)])
+            self.n_streamed += 1
+        elif at is not None and np.array_equal(ids, self.arrays[at][: len(ids)]):
+            self.n_streamed += 1
+        else:
+            self.n_ids += ids.size
+            if key is not None:
+                self._of_key[key] = len(self.arrays)
+            self.arrays.append(ids)
+            self.lengths.append(np.array([len(ids)]) if lengths is None else lengths)
+        if self.n_ids > self.most_ids:
+            raise InputError(f"{self.where} holds more than {self.most_ids} expert ids; keep a part of it")
+
+    def without(self, key: Any = None) -> None:
+        """Count a request that has no routing, unless more of its answer brings some."""
+        if key is None:
+            self.n_without += 1
+        else:
+            self._without.add(key)
+
+    @property
+    def notes(self) -> list[str]:
+        """What was left out."""
+        n = self.n_without + len(self._without - set(self._of_key))
+        found = [f"{n} requests without routing (null, or aborted) are left out"] if n else []
+        if self.n_streamed:
+            found.append(f"{self.n_streamed} parts of streamed answers, which are in later ones, are counted once")
+        if self.n_null_tokens:
+            found.append(f"{self.n_null_tokens} tokens without routing (null) are left out")
+        return found
+
+    def joined(self) -> tuple[np.ndarray, np.ndarray]:
+        """Ids [tokens, layers, top_k] and lengths [sequences] of all requests."""
+        if not any(map(len, self.arrays)):
+            raise InputError(f"{self.where} holds no tokens" + (f": {self.notes[0]}" if self.notes else ""))
+        ids = self.arrays[0] if len(self.arrays) == 1 else np.concatenate(self.arrays)
+        lengths = np.concatenate(self.lengths).astype(np.int64)
+        return ids, lengths[lengths > 0]
+
+
+def add_arrays(requests: Requests, archive: Archive, names: list[str]) -> None:
+    """Arrays of an archive, one request each: whole numbers [tokens, layers, top_k]."""
+    requests.most_ids = 2 * _MOST_IDS
+    for name in names:
+        shape, dtype = archive.shape(name)
+        if dtype.kind not in "iu":
+            raise InputError(f"{archive.where}: {name or 'its array'} must be of whole numbers, not {dtype}")
+        if len(shape) != 3:
+            raise InputError(
+                f"{archive.where}: {name or 'its array'} must have shape [tokens, layers, top_k], not {list(shape)}"
+            )
+        if requests.n_ids + np.prod(shape, dtype=float) > requests.most_ids:
+            raise InputError(f"{archive.where} holds more than {requests.most_ids} expert ids; keep a part of it")
+        requests.add(archive.read_ids(name), archive.where)
+
+
+def json_values(path: Path, where: str) -> Iterator[tuple[Any, str]]:
+    """Values of a file of JSON lines, a line at a time, or the one value of a JSON file; each with where it stands.
+
+    A line may be one of a stream of server-sent events (`data: {...}`, the last one `data: [DONE]`).
+    """
+    with reading(where, "JSON"), open_stream(path, where) as file:
+        is_first = True
+        for number, text in _lines(file, where):
+            try:
+                value = json.loads(text)
+            except (ValueError, RecursionError):
+                if is_first:  # a JSON text over several lines, or none
+                    break
+                raise InputError(f"{where}, line {number} is not JSON") from None
+            is_first = False
+            yield value, f"{where}, line {number}"
+        else:
+            return
+    with reading(where, "JSON"), open_stream(path, where) as file:
+        data = file.read(_MAX_LINE + 1)
+        if len(data) > _MAX_LINE:
+            raise InputError(f"{where}: a JSON text of more than {_MAX_LINE >> 20} MiB; write each request on a line")
+        try:
+            value = json.loads(data)
+        except (ValueError, RecursionError):
+            raise InputError(f"{where}, line {number} is not JSON, nor is the file as a whole") from None
+    yield value, where
+
+
+def _lines(file: IO[bytes], where: str) -> Iterator[tuple[int, bytes]]:
+    """Lines that hold something, with their numbers."""
+    for number, line in enumerate(iter(lambda: file.readline(_MAX_LINE), b""), 1):
+        if len(line) >= _MAX_LINE:
+            raise InputError(f"{where}, line {number}: longer than {_MAX_LINE >> 20} MiB")
+        text = line.removeprefix(b"\xef\xbb\xbf").strip().removeprefix(b"data:").strip()
+        if text and text != b"[DONE]":
+            yield number, text
+
+
+def add_answer(requests: Requests, held: Any, here: str) -> bool:
+    """Take the requests of an engine's answer: an object with `routed_experts` somewhere in it (or a list of such objects),
+    or the nested list [tokens][layers][top_k] of a request. Says whether there was the key, or a list.
+    """
+    if isinstance(held, list) and not any(isinstance(value, dict) for value in held):
+        requests.add(_nested(held, here, requests), here)
+        return True
+    if not isinstance(held, dict | list):
+        raise InputError(
+            f"{here}: a request is an object with 'routed_experts', or whole numbers [tokens][layers][top_k]"
+        )
+    n_found = 0
+    for key, parts in _parts(held, None, _DEEPEST):
+        n_found += 1
+        ids = [_ids(value, beside, here, requests) for value, beside in parts if value is not None]
+        ids = [part for part in ids if part.size]
+        if not ids:
+            requests.without(key)
+        elif any(part.shape[1:] != ids[0].shape[1:] for part in ids):
+            raise InputError(f"{here}: the prompt has other layers x top_k than the completion")
+        else:
+            requests.add(np.concatenate(ids) if len(ids) > 1 else ids[0], here, key)
+    if not n_found:
+        requests.without()
+    return n_found > 0
+
+
+Part = tuple[Any, dict[str, Any]]
+
+
+def _parts(held: Any, identity: Any, depth: int) -> Iterator[tuple[Any, list[Part]]]:
+    """Each request's parts, prompt and completion, with the object that each stands in; and what tells the request."""
+    if isinstance(held, dict):
+        own_id = next((held[name] for name in _IDENTITIES if isinstance(held.get(name), str)), None)
+        identity = own_id or identity
+        prompt: list[Part] = [(held[_PROMPT], held)] if held.get(_PROMPT) is not None else []
+        own = [name for name in _WHOLE if name in held]
+        if own:
+            key = None if identity is None else (identity, str(held.get("index", 0)))
+            yield key, [*prompt, *((held[name], held) for name in own)]
+            return
+        below = chain.from_iterable(_parts(value, identity, depth - 1) for value in held.values() if depth > 0)
+        for key, parts in below:
+            yield key, [*prompt, *parts]
+            prompt = []  # the choices of a request share its prompt
+        if prompt:
+            yield None if identity is None else (identity, "prompt"), prompt
+    elif isinstance(held, list):
+        for value in held:
+            if isinstance(value, dict | list) and depth > 0:
+                yield from _parts(value, identity, depth - 1)
+
+
+def _ids(value: Any, beside: dict[str, Any], here: str, requests: Requests) -> np.ndarray:
+    """Ids int16 [tokens, layers, top_k] of a nested list, of base64, or of an object {data, shape, dtype}."""
+    name = "routed_experts"
+    shape, dtype = beside.get(f"{name}_shape", beside.get("shape")), beside.get(f"{name}_dtype", beside.get("dtype"))
+    if isinstance(value, dict):
+        shape, dtype = value.get("shape", shape), value.get("dtype", dtype)
+        if "data" not in value:
+            raise InputError(
+                f"{here}: routed_experts is an object without 'data': it has {shown(', '.join(map(str, value)))}"
+            )
+        value = value["data"]
+    if isinstance(value, str):
+        return _narrow(_of_base64(value, shape, dtype, here, requests.model), here)
+    return _nested(value, here, requests)
+
+
+def _nested(value: Any, here: str, requests: Requests) -> np.ndarray:
+    """Ids of a nested list; a token or a layer may be null."""
+    what = f"{here}: routed_experts must be whole numbers [tokens][layers][top_k]"
+    if not isinstance(value, list):
+        raise InputError(what)
+    tokens = [token for token in value if token is not None]
+    requests.n_null_tokens += len(value) - len(tokens)
+    if not tokens:
+        return np.empty((0, 0, 0), np.int16)
+    if not all(isinstance(token, list) for token in tokens):
+        raise InputError(what)
+    rows = list(chain.from_iterable(tokens))
+    if None in rows:
+        first = next((row for row in rows if row is not None), None)
+        if not isinstance(first, list):
+            return np.empty((0, 0, 0), np.int16)
+        tokens = [[[0] * len(first) if row is None else row for row in token] for token in tokens]
+        rows = list(chain.from_iterable(tokens))
+    if not all(isinstance(row, list) for row in rows):
+        raise InputError(what)
+    if set(map(type, chain.from_iterable(rows))) - {int}:  # booleans too
+        raise InputError(what)
+    try:
+        ids = np.asarray(tokens)
+    except (ValueError, OverflowError):
+        raise InputError(f"{here}: routed_experts is not a regular list [tokens][layers][top_k]") from None
+    if ids.ndim != 3 or ids.dtype.kind not in "iu" or 0 in ids.shape:
+        raise InputError(what)
+    return _narrow(ids, here)
+
+
+def _of_base64(text: str, shape: Any, dtype: Any, here: str, model: ModelSpec | None) -> np.ndarray:
+    """Ids from base64 of a whole .npy file, or of little-endian numbers, int32 unless `dtype` says what they are."""
+    try:
+        data = base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):
+        raise InputError(f"{here}: routed_experts is not base64") from None
+    if data.startswith(b"\x93NUMPY"):
+        ids = array_of_bytes(data, f"{here}: routed_experts, base64 of a .npy file")
+        if ids.ndim != 3:
+            raise InputError(f"{here}: routed_experts must have shape [tokens, layers, top_k], not {list(ids.shape)}")
+        return ids
+    kind = "int32" if dtype is None else str(dtype).rpartition(".")[2].strip("'<>|=")
+    kind = {
+        "u1": "uint8",
+        "i1": "int8",
+        "u2": "uint16",
+        "i2": "int16",
+        "u4": "uint32",
+        "i4": "int32",
+        "i8": "int64",
+    }.get(kind, kind)
+    if kind not in _DTYPES:
+        raise InputError(f"{here}: routed_experts of dtype {shown(dtype)}: must be one of {', '.join(_DTYPES)}")
+    width = np.dtype(kind).itemsize
+    if len(data) % width or not data:
+        raise InputError(f"{here}: routed_experts is cut off: {len(data)} bytes are not whole {kind} ids")
+    flat = np.frombuffer(data, np.dtype(kind).newbyteorder("<"))
+    if shape is not None:
+        if not isinstance(shape, list) or len(shape) != 3 or not all(type(n) is int and n > 0 for n in shape):
+            raise InputError(f"{here}: shape must be a list [tokens, layers, top_k]")
+        if shape[0] * shape[1] * shape[2] != flat.size:
+            raise InputError(f"{here}: {flat.size} ids do not fill the shape {shown(shape)}")
+        return flat.reshape(shape)
+    if model is None or not model.n_moe_layers:
+        raise InputError(
+            f"{here}: base64 ids need --model, which says how many layers and experts per token they have (or a key 'shape')"
+        )
+    return _shaped(flat, here, model)
+
+
+def _shaped(flat: np.ndarray, here: str, model: ModelSpec) -> np.ndarray:
+    """Flat ids as [tokens, layers, top_k]: as many layers as leave the model's MoE layers once those of zeros are dense."""
+    n_moe, top_k = model.n_moe_layers, model.top_k
+    n_rows, rest = divmod(flat.size, top_k)
+    n_decoder, moe = model.n_layers, list(model.moe_layer_ids)
+    tried = [n for n in (n_decoder, *range(n_moe, min(n_rows, _MOST_LAYERS) + 1)) if n >= n_moe and n_rows % n == 0]
+    best: tuple[int, np.ndarray] | None = None  # fewest tokens without routing
+    for n_layers in dict.fromkeys(tried) if not rest else ():
+        ids = flat.reshape(-1, n_layers, top_k)
+        if top_k == 1:  # 0 is an expert too: only the model tells which layers are dense
+            if moe and n_layers == n_decoder and not np.delete(ids, moe, axis=1).any():
+                return ids
+            if n_layers == n_moe:
+                return ids
+            continue
+        zero = ~np.asarray(ids.any(axis=2))
+        routed = ~zero.all(axis=1)
+        if routed.any() and zero[routed][0].sum() == n_layers - n_moe and (zero[routed] == zero[routed][0]).all():
+            n_without = int((~routed).sum())
+            best = (n_without, ids) if best is None or n_without < best[0] else best
+            if n_layers == n_decoder or n_without == 0:
+                return ids
+    if best is not None:
+        return best[1]
+    raise InputError(
+        f"{here}: {flat.size} ids are no whole tokens of {n_moe} MoE layers with {top_k} experts each (model {model.name}), "
+        "however many dense layers of zeros lie between"
+    )
+
+
+def _narrow(ids: np.ndarray, here: str) -> np.ndarray:
+    if ids.size and (ids.min() < -1 or ids.max() > 2**15 - 1):
+        raise InputError(f"{here}: expert ids must lie from 0 to 32767 (-1: padding), found {ids.min()} to {ids.max()}")
+    return ids.astype(np.int16)
+
+
+def is_trace(held: Any) -> bool:
+    """Whether this is a request of a trace set: a list of steps {layer: [[expert ids] of each token]}, null for dense layers."""
+    if not isinstance(held, list) or not held or not all(isinstance(step, dict) and step for step in held):
+        return False
+    return all(layer_of_key(key) is not None for key in held[0]) and all(
+        value is None or (isinstance(value, list) and depth_of(value) == 2) for value in held[0].values()
+    )
+
+
+def add_trace(requests: Requests, steps: list[Any], here: str, phase: str) -> int:
+    """Take a request of a trace set: its step 0, the prefill, or the steps after it, the decode. How many tokens are not."""
+    layers: list[int] | None = None
+    chosen, n_other = [], 0
+    for number, step in enumerate(steps):
+        if not isinstance(step, dict) or any(layer_of_key(key) is None for key in step):
+            raise InputError(f"{here}: step {number} is no object {{layer: [[expert ids] of each token]}}")
+        routed = sorted((layer_of_key(key) or 0, key) for key, value in step.items() if value is not None)
+        if not routed:
+            continue
+        layers = layers or [layer for layer, _ in routed]
+        if [layer for layer, _ in routed] != layers:
+            raise InputError(
+                f"{here}: step {number} has routing in {len(routed)} layers, the first one in {len(layers)}, or others"
+            )
+        by_layer = [step[key] for _, key in routed]
+        if (phase == "prefill") == (number == 0):
+            chosen.append(by_layer)
+        else:
+            n_other += len(by_layer[0]) if isinstance(by_layer[0], list) else 0
+    if layers is None:
+        requests.without()
+        return 0
+    if requests.layer_ids is not None and layers != requests.layer_ids:
+        raise InputError(
+            f"{here} has routing in {len(layers)} layers ({layers[0]} to {layers[-1]}), the files before it in "
+            f"{len(requests.layer_ids)} ({requests.layer_ids[0]} to {requests.layer_ids[-1]}): mixed models in one folder?"
+        )
+    requests.layer_ids = layers
+    if chosen:
+        joined = (
+            [list(chain.from_iterable(parts)) for parts in zip(*chosen, strict=True)] if _are_lists(chosen) else chosen
+        )
+        requests.add(_nested(joined, here, requests).transpose(1, 0, 2), here)
+    return n_other
+
+
+def _are_lists(chosen: list[Any]) -> bool:
+    return all(isinstance(layer, list) for by_layer in chosen for layer in by_layer)

@@ -1,0 +1,287 @@
+"""What engines dump of expert loads: SGLang's expert distribution recorder, TensorRT-LLM's expert statistics.
+
+Formats as of SGLang 0.5.23 (srt/eplb/expert_distribution.py: `_StatAccumulator`, `_DetailAccumulator`) and TensorRT-LLM
+(tensorrt_llm/_torch/expert_statistic.py, examples/wide_ep/ep_load_balancer/utils.py).
+"""
+
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from sim.errors import InputError, shown
+from sim.files import read_json
+from sim.model import ModelSpec
+from sim.traffic.answers import TOKEN_NAMES, Requests
+from sim.traffic.arrays import MAX_ARRAYS, as_array, read_pt, read_safetensors
+from sim.traffic.counts import MOST_COUNTS
+from sim.traffic.tables import COUNT_NAMES, CountTable, add_tables
+
+_MAP = "last_physical_to_logical_map"
+_DECODE = 2  # SGLang's ForwardMode of a step with one token of each request
+
+
+def read_recorder(paths: list[Path], wheres: list[str], model: ModelSpec | None) -> tuple[CountTable | Requests, str]:
+    """Loads or tokens of SGLang's expert distribution recorder, a file or those of several ranks; and what they are.
+
+    Only known keys are read: `logical_count` (mode stat), `records` with `global_physical_count` (per_pass) or
+    `topk_ids_of_layer` (per_token), which are of physical experts, with `last_physical_to_logical_map`.
+
+    Raises
+    ------
+    InputError
+        A file without a known key, of another mode than the first, or of another map.
+    """
+    tables: list[CountTable] = []
+    records: list[tuple[dict[str, Any], np.ndarray, str]] = []
+    for path, where in zip(paths, wheres, strict=True):
+        held = read_pt(path, where)
+        if isinstance(held, dict) and isinstance(held.get("records"), list):
+            table = as_array(held.get(_MAP), where)
+            if table is None or table.ndim != 2 or table.dtype.kind not in "iu" or table.min(initial=0) < 0:
+                raise InputError(
+                    f"{where}: SGLang's recorder counts physical experts; beside records it needs {_MAP} [layers, experts]"
+                )
+            if table.max(initial=0) > 2**15 - 1:
+                raise InputError(f"{where}: {_MAP} has expert {table.max()}, above 32767")
+            if any(not isinstance(record, dict) for record in held["records"]):
+                raise InputError(f"{where}: its records are no dicts of SGLang's recorder")
+            records += [(record, table, where) for record in held["records"]]
+            if not held["records"]:
+                raise InputError(f"{where}: SGLang's recorder, but it holds no record")
+        else:
+            found = _tensor(held, where)
+            if isinstance(found, Requests):
+                if len(paths) > 1:
+                    raise InputError(f"{where}: expert ids under a key of a .pt file are read one file at a time")
+                return found, "a torch file of expert ids"
+            tables.append(found)
+    if records and tables:
+        raise InputError(f"{wheres[0]} and others: dumps of several recorder modes in one folder")
+    if tables:
+        return _add_dumps(tables, wheres)
+    maps = [table for _, table, _ in records]
+    if any(not np.array_equal(table, maps[0]) for table in maps):
+        raise InputError(
+            f"{wheres[0]} and others were recorded under different {_MAP}: mixed models, or a rebalance between"
+        )
+    if all("global_physical_count" in record for record, _, _ in records):
+        summed = _per_pass(records, maps[0])
+        return summed, summed.form
+    if all("topk_ids_of_layer" in record for record, _, _ in records):
+        return _per_token(records, maps[0], wheres[0], model)
+    known = shown(", ".join(sorted(map(str, records[0][0]))))
+    raise InputError(
+        f"{records[0][2]}: its records have neither global_physical_count (mode per_pass) nor topk_ids_of_layer (per_token), "
+        f"or not all of them: {known}"
+    )
+
+
+def _tensor(held: Any, where: str) -> CountTable | Requests:
+    """The one known tensor of a torch file without records."""
+    arrays = {str(key): as_array(value, where) for key, value in held.items()} if isinstance(held, dict) else {}
+    known = [key for key in (*COUNT_NAMES, *TOKEN_NAMES) if arrays.get(key) is not None]
+    if not isinstance(held, dict):
+        array = as_array(held, where)
+        if array is None:
+            raise InputError(f"{where} holds no tensor, but a {type(held).__name__}")
+        return CountTable(array, "a torch file with one tensor of loads")
+    if not known:
+        keys = shown(", ".join(map(str, held)))
+        raise InputError(
+            f"{where} holds no tensor that is known ({', '.join((*COUNT_NAMES, *TOKEN_NAMES))}; or SGLang's records): it has "
+            f"{keys}"
+        )
+    array = arrays[known[0]]
+    assert array is not None
+    if known[0] in TOKEN_NAMES:
+        if array.ndim != 3 or array.dtype.kind not in "iu":
+            raise InputError(
+                f"{where}: {known[0]} must be whole numbers with 3 axes, not {array.dtype} {list(array.shape)}"
+            )
+        requests = Requests(where)
+        requests.add(array.transpose(1, 0, 2) if known[0] == "topk_ids_of_layer" else array, where)
+        return requests
+    form = (
+        "SGLang's recorder in mode stat" if known[0] == "logical_count" else f"a torch file with loads named {known[0]}"
+    )
+    return CountTable(array, form)
+
+
+def _add_dumps(tables: list[CountTable], wheres: list[str]) -> tuple[CountTable, str]:
+    """Dumps of mode stat, which SGLang sums over ranks itself, one after the other; equal ones count once."""
+    distinct: dict[bytes, CountTable] = {}
+    for table in tables:
+        distinct.setdefault(table.counts.tobytes(), table)
+    found = list(distinct.values())
+    first = found[0]
+    if len(found) > 1:
+        shapes = {table.counts.shape[-2:] for table in found}
+        if len(shapes) > 1 or {table.counts.ndim for table in found} != {3}:
+            raise InputError(
+                f"{wheres[0]} and others have counts of {' and '.join(' x '.join(map(str, s)) for s in sorted(shapes))} "
+                "layers x experts: mixed models in one folder?"
+            )
+        if sum(table.counts.size for table in found) > MOST_COUNTS:
+            raise InputError(f"{wheres[0]} and others have more than {MOST_COUNTS} counts; keep a part of them")
+        first.counts = np.concatenate([table.counts for table in found])
+        first.notes.append(f"the steps of {len(found)} dumps follow each other")
+    if len(found) < len(tables):
+        first.notes.append(f"{len(tables) - len(found)} dumps that equal another are counted once")
+    return first, first.form
+
+
+def _per_pass(records: list[tuple[dict[str, Any], np.ndarray, str]], logical: np.ndarray) -> CountTable:
+    """Counts of logical experts by forward pass, ranks added up."""
+    passes: dict[Any, np.ndarray] = {}
+    ranks = set()
+    for record, _, where in records:
+        counts = as_array(record["global_physical_count"], where)
+        if counts is None or counts.dtype.kind not in "iuf" or counts.shape != logical.shape:
+            shape = "no tensor" if counts is None else f"{counts.dtype} {list(counts.shape)}"
+            raise InputError(
+                f"{where}: global_physical_count must have the shape {list(logical.shape)} of {_MAP}, not {shape}"
+            )
+        if counts.min(initial=0) < 0:
+            raise InputError(f"{where}: counts must not be negative, found {counts.min()}")
+        number = record.get("forward_pass_id", len(passes))
+        if type(number) is not int:
+            raise InputError(f"{where}: forward_pass_id must be a whole number, not {shown(number)}")
+        passes[number] = passes[number] + counts if number in passes else counts.astype(np.int64)
+        ranks.add(str(record.get("rank", 0)))
+        if len(passes) * logical.size > MOST_COUNTS:
+            raise InputError(
+                f"{where} and the files before it have more than {MOST_COUNTS} counts; keep a part of them"
+            )
+    n_layers, n_experts = len(logical), int(logical.max()) + 1
+    total = np.zeros((len(passes), n_layers, n_experts), np.int64)
+    rows = np.arange(n_layers)[:, None]
+    for out, (_, counts) in zip(total, sorted(passes.items()), strict=True):
+        np.add.at(out, (rows, logical), counts)
+    table = CountTable(total, "SGLang's recorder in mode per_pass, physical experts by their map", is_open=True)
+    if len(ranks) > 1:
+        table.notes.append(f"{len(ranks)} ranks are added up")
+    return table
+
+
+def _per_token(
+    records: list[tuple[dict[str, Any], np.ndarray, str]], logical: np.ndarray, where: str, model: ModelSpec | None
+) -> tuple[Requests, str]:
+    """Logical experts of the tokens of all forward passes: a sequence for each prompt, and for each token of a decode step."""
+    requests, passes, seen, n_twice = Requests(where, model), set(), set(), 0
+    taken: list[tuple[np.ndarray, np.ndarray, str]] = []
+    layers, columns = np.ones(len(logical), bool), None
+    for record, _, here in records:
+        ids = as_array(record["topk_ids_of_layer"], here)
+        if ids is None or ids.dtype.kind not in "iu" or ids.ndim != 3 or len(ids) != len(logical):
+            shape = "no tensor" if ids is None else f"{ids.dtype} {list(ids.shape)}"
+            raise InputError(
+                f"{here}: topk_ids_of_layer must be whole numbers [{len(logical)} layers, tokens, top_k], not {shape}"
+            )
+        if not ids.shape[1]:
+            continue
+        if ids.min() < -1 or ids.max() >= logical.shape[1]:
+            raise InputError(
+                f"{here}: topk_ids_of_layer has expert {ids.min() if ids.min() < -1 else ids.max()}, {_MAP} has physical "
+                f"experts 0 to {logical.shape[1] - 1}"
+            )
+        number, content = record.get("forward_pass_id"), ids.tobytes()
+        passes.add(number)
+        if (
+            number,
+            hash(content),
+        ) in seen and number is not None:  # ranks of tensor-parallel attention have the same tokens
+            n_twice += 1
+            continue
+        seen.add((number, hash(content)))
+        layers &= ~(ids == -1).all(axis=(1, 2))
+        columns = np.ones(ids.shape[2], bool) if columns is None else columns
+        if len(columns) != ids.shape[2]:
+            raise InputError(f"{here}: topk_ids_of_layer has {ids.shape[2]} columns, the first record {len(columns)}")
+        if layers.any():
+            columns &= ~(ids[layers] == -1).all(axis=(0, 1))
+        taken.append((ids, _lengths(record, ids.shape[1], here), here))
+    if columns is None or not layers.any() or not columns.any():
+        raise InputError(f"{where} holds no tokens")
+    if model is not None and columns.sum() > model.top_k:  # what was never written is 0 in the first pass
+        columns[model.top_k :] = False
+    rows = np.arange(len(logical))[:, None, None]
+    for ids, lengths, here in taken:
+        ids = ids[:, :, columns].astype(np.int64)
+        ids = np.where(ids < 0, -1, logical[rows, np.maximum(ids, 0)])
+        ids[~layers] = 0
+        requests.add(ids.transpose(1, 0, 2).astype(np.int16), here, lengths=lengths)
+    requests.n_steps = len(passes)
+    form = "SGLang's recorder in mode per_token, physical experts by their map"
+    if not columns.all():
+        form += f", {(~columns).sum()} unused columns cut"
+    if n_twice:
+        form += f"; {n_twice} records that other ranks have too are counted once"
+    return requests, form
+
+
+def _lengths(record: dict[str, Any], n_tokens: int, where: str) -> np.ndarray:
+    """Tokens of each sequence of a forward pass: prompts by `extend_seq_lens`; each token of a decode step is a request's."""
+    lengths = record.get("extend_seq_lens")
+    if isinstance(lengths, list) and lengths and set(map(type, lengths)) == {int} and min(lengths) >= 0:
+        found = np.array([n for n in lengths if n], np.int64)
+        if found.sum() == n_tokens:
+            return found
+        raise InputError(f"{where}: extend_seq_lens adds up to {found.sum()}, the forward pass has {n_tokens} tokens")
+    return np.ones(n_tokens, np.int64) if record.get("forward_mode") == _DECODE else np.array([n_tokens])
+
+
+class Statistics(NamedTuple):
+    """What meta_info.json says."""
+
+    n_experts: int | None
+    top_k: int | None
+
+
+def read_statistics(folder: Path, files: list[Path], where: str) -> tuple[Statistics, CountTable]:
+    """Loads of TensorRT-LLM's EXPERT_STATISTIC_PATH: in rank*.safetensors an array [experts] for each `iteration_layer`.
+
+    Raises
+    ------
+    InputError
+        A key or shape that these files do not have; no meta_info.json.
+    """
+    meta_path = folder / "meta_info.json"
+    held = read_json(meta_path, f"{where}: meta_info.json")
+    held = held if isinstance(held, dict) else {}
+    meta = Statistics(*(held.get(key) for key in ("num_experts", "num_experts_per_token")))
+    if any(value is not None and type(value) is not int for value in meta):
+        raise InputError(f"{where}: meta_info.json: num_experts and num_experts_per_token must be whole numbers")
+    tables = []
+    for file in files:
+        here = f"{where}: {file.name}"
+        arrays = read_safetensors(file, here)
+        if not arrays or len(arrays) > 10 * MAX_ARRAYS:
+            raise InputError(f"{here} has {len(arrays)} arrays")
+        keys = {}
+        for key, array in arrays.items():
+            found = re.fullmatch(r"(\d{1,9})_(\d{1,6})", key)
+            if found is None:
+                raise InputError(
+                    f"{here}: the key '{shown(key)}' is no iteration_layer of TensorRT-LLM's expert statistics"
+                )
+            if array.ndim != 1 or array.dtype.kind not in "iuf" or len(array) != (meta.n_experts or len(array)):
+                raise InputError(
+                    f"{here}: '{key}' has {array.dtype} {list(array.shape)}, meta_info.json says {meta.n_experts} experts: "
+                    "mixed models in one folder?"
+                )
+            keys[int(found[1]), int(found[2])] = array
+        width = {len(array) for array in keys.values()}
+        if len(width) > 1:
+            raise InputError(f"{here}: its arrays have {' and '.join(map(str, sorted(width)))} experts")
+        steps, layers = (np.unique([key[axis] for key in keys]) for axis in (0, 1))
+        if len(steps) * len(layers) * max(width) > MOST_COUNTS:
+            raise InputError(f"{here} has more than {MOST_COUNTS} counts; record fewer iterations")
+        counts = np.zeros((len(steps), len(layers), max(width)), np.result_type(*keys.values()))
+        for (step, layer), array in keys.items():
+            counts[np.searchsorted(steps, step), np.searchsorted(layers, layer)] = array
+        tables.append(CountTable(counts, "TensorRT-LLM's expert statistics", layers, steps))
+    total = add_tables(tables, where)
+    total.notes = [f"{len(files)} ranks are added up"] if len(files) > 1 else []
+    return meta, total

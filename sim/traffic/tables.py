@@ -1,0 +1,473 @@
+"""Tables of load counts, before they are checked: CSV and JSON, with a row per layer, or per layer and expert."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import pandas as pd
+
+from sim.errors import InputError, shown
+from sim.files import open_stream, reading
+from sim.traffic.counts import MOST_COUNTS
+
+COUNT_NAMES = ("logical_count", "counts", "count", "load", "loads", "expert_load", "expert_loads", "expert_counts")
+"""Names that arrays of counts go by; `logical_count` is that of SGLang's expert distribution recorder."""
+_MAX_LINE = 1 << 20
+_ROLES = {
+    "layer": r"(moe_|decoder_)?layers?(_?(id|idx|index|num|number|no))?",
+    "step": r"(step|iter|iteration|pass|forward_pass|window|time_?step)(_?(id|idx|index|num|number|no))?",
+    "rank": r"((ep|dp|tp|world|gpu)_)?(rank|gpu|device)(_?(id|idx|index))?",
+    "expert": r"(logical_)?experts?(_?(id|idx|index|num|number|no))?",
+    "count": r"((token|expert|n|num|logical)_)?(counts?|loads?|tokens?|hits?|frequency|value)",
+}
+"""What a column holds, by its name in lower case: `layer_id`, `iteration`, `ep_rank`, `expert_idx`, `count` ..."""
+_EXPERT_COLUMN = r"((logical_)?(experts?|exp|e)_?((id|idx)_)?)?(\d{1,6})"  # 3, e3, expert_3
+_LAYER_KEY = r"((model\.)?(moe_|decoder_)?layers?[_ .-]?)?(\d{1,6})(\.[a-z_.]+)?"  # 3, layer_3, model.layers.3.mlp
+_COLUMNS = "'layer', 'step', 'rank', and 'expert_0', 'expert_1', ... or 'expert' and 'count'"
+
+
+@dataclass
+class CountTable:
+    """Counts as a file holds them, before they are checked.
+
+    Attributes
+    ----------
+    counts : array [layers, experts] or [steps, layers, experts]
+    form : str
+        What it was recognised as.
+    layer_ids : int64 [layers], optional
+        The file's own, where it has any.
+    steps : array [steps], optional
+        The file's own numbers of steps: what files of several ranks are added up by.
+    is_open : bool
+        Whether the largest expert that occurs tells the number of experts: there may be more.
+    notes : list of str
+        What was left out.
+    """
+
+    counts: np.ndarray
+    form: str
+    layer_ids: np.ndarray | None = None
+    steps: np.ndarray | None = None
+    is_open: bool = False
+    notes: list[str] = field(default_factory=list)
+
+
+def add_tables(tables: list[CountTable], where: str) -> CountTable:
+    """The sum of the tables of several files (one for each rank), by step, layer and expert.
+
+    Raises
+    ------
+    InputError
+        They differ in their experts, or in their layers where they do not number them.
+    """
+    first = tables[0]
+    if len(tables) == 1:
+        return first
+    for table in tables[1:]:
+        if (table.counts.ndim, table.layer_ids is None) != (first.counts.ndim, first.layer_ids is None):
+            raise InputError(f"{where}: its files are tables of different forms: {first.form}, and {table.form}")
+        if table.counts.shape[-1] != first.counts.shape[-1] and not (table.is_open and first.is_open):
+            raise InputError(
+                f"{where}: its files have counts of {first.counts.shape[-1]} and of {table.counts.shape[-1]} experts: "
+                "mixed models in one folder?"
+            )
+        if table.layer_ids is None and table.counts.shape[:-1] != first.counts.shape[:-1]:
+            raise InputError(
+                f"{where}: its files have {' x '.join(map(str, first.counts.shape[:-1]))} and "
+                f"{' x '.join(map(str, table.counts.shape[:-1]))} (steps and) layers, which they do not number"
+            )
+    n_experts = max(table.counts.shape[-1] for table in tables)
+    ids = [table.layer_ids for table in tables if table.layer_ids is not None]
+    layers = np.unique(np.concatenate(ids)) if ids else None
+    n_layers = first.counts.shape[-2] if layers is None else len(layers)
+    numbers = [np.arange(len(t.counts)) if t.steps is None else t.steps for t in tables if t.counts.ndim == 3]
+    steps = np.unique(np.concatenate(numbers)) if numbers else None
+    total = np.zeros(
+        (1 if steps is None else len(steps), n_layers, n_experts), np.result_type(*(t.counts for t in tables))
+    )
+    if total.size > MOST_COUNTS:
+        raise InputError(f"{where} has more than {MOST_COUNTS} counts; add up steps first")
+    for i, table in enumerate(tables):
+        at_layer = np.arange(n_layers) if layers is None else np.searchsorted(layers, ids[i])
+        at_step = np.zeros(1, int) if steps is None else np.searchsorted(steps, numbers[i])
+        total[np.ix_(at_step, at_layer, np.arange(table.counts.shape[-1]))] += np.atleast_3d(
+            table.counts if table.counts.ndim == 3 else table.counts[None]
+        )
+    notes = [*dict.fromkeys(note for table in tables for note in table.notes), f"{len(tables)} files are added up"]
+    return CountTable(
+        total if steps is not None else total[0], first.form, layers, steps, any(t.is_open for t in tables), notes
+    )
+
+
+def read_csv(path: Path, where: str) -> CountTable:
+    """Counts of a CSV file: a row per layer (and step), a column per expert, or a row per layer and expert.
+
+    A first line of names says what the columns are (`_ROLES`); 0, 1, ..., E-1 is such a line too. Without names every
+    column is an expert and every row a layer.
+    """
+    with reading(where, "CSV"), open_stream(path, where) as file:
+        number, line = _first_line(file, where)
+        separator = next((mark for mark in ",;\t" if mark in line), r"\s+" if re.search(r"\S\s+\S", line) else ",")
+        cells = [cell.strip().strip('"') for cell in re.split(separator, line.strip() if separator == r"\s+" else line)]
+        numbers = [_number(cell) for cell in cells]
+        rows: list[np.ndarray] = []
+        names: list[str] | None = None
+        notes = []
+        is_data = None not in numbers
+        if is_data and len(cells) > 1 and numbers == list(range(len(cells))):
+            names, is_data = [str(expert) for expert in range(len(cells))], False
+            notes.append(f"its first line, 0 to {len(cells) - 1}, numbers the experts")
+        elif is_data:
+            rows.append(np.array([numbers], float))
+        else:
+            names = _names(cells, f"{where}, line {number}")
+            if names[0] == "layer" and _role(cells[0]) is None:
+                notes.append("its first column, which has no name, is taken for the layer")
+        n_numbers = 0
+        try:
+            for chunk in _chunks(file, len(cells), separator):
+                if len(chunk) and any(kind.kind not in "iuf" for kind in chunk.dtypes):  # text, or booleans
+                    raise ValueError("a column is not of numbers")
+                rows.append(chunk.to_numpy(float))
+                n_numbers += rows[-1].size
+                if n_numbers > MOST_COUNTS:
+                    raise InputError(f"{where} has more than {MOST_COUNTS} counts; add up steps first")
+        except pd.errors.EmptyDataError:
+            pass
+        except InputError:
+            raise
+        except (ValueError, pd.errors.ParserWarning):
+            _name_fault(path, where, (number, sum(map(len, rows[int(is_data) :]))), len(cells), separator)
+            raise
+    if not rows or not sum(map(len, rows)):
+        raise InputError(f"{where} has no rows of counts")
+    table = np.concatenate(rows)
+    if np.isnan(table).any():
+        first_nan = int(np.isnan(table).any(axis=1).argmax())
+        _name_fault(path, where, (number, max(0, first_nan - is_data)), len(cells), separator)
+    found = _table_of_columns(table, names, where, "CSV")
+    found.notes += notes
+    return found
+
+
+def _first_line(file: IO[bytes], where: str) -> tuple[int, str]:
+    """The first line that is neither empty nor a comment, and its number."""
+    for number, line in enumerate(iter(lambda: file.readline(_MAX_LINE), b""), 1):
+        if len(line) >= _MAX_LINE:
+            raise InputError(f"{where}, line {number}: longer than {_MAX_LINE >> 20} MiB")
+        text = line.decode("utf-8-sig").rstrip("\r\n")
+        if text.strip(",; \t") and not text.startswith("#"):
+            return number, text
+    raise InputError(f"{where} has no rows of counts")
+
+
+def _chunks(file: IO[bytes], width: int, separator: str) -> Iterable[pd.DataFrame]:
+    """The rows that follow, some at a time."""
+    options: dict[str, Any] = {"header": None, "names": range(width), "index_col": False}
+    options |= {"sep": separator, "comment": "#", "skipinitialspace": True}
+    with pd.read_csv(file, chunksize=max(1, 2**20 // width), **options) as chunks:
+        yield from chunks
+
+
+def _name_fault(path: Path, where: str, sound: tuple[int, int], width: int, separator: str) -> None:
+    """Raise the error that names the line which is not a row of `width` numbers; none where each is. `sound`: the first line,
+    and how many rows after it are known to be sound.
+    """
+    n_rows = 0
+    with open_stream(path, where) as file:
+        for number, line in enumerate(iter(lambda: file.readline(_MAX_LINE), b""), 1):
+            if len(line) >= _MAX_LINE:
+                raise InputError(f"{where}, line {number}: longer than {_MAX_LINE >> 20} MiB")
+            if number <= sound[0] or line.isspace() or line.startswith(b"#"):
+                continue
+            n_rows += 1
+            if n_rows <= sound[1]:
+                continue
+            text = line.decode("utf-8-sig", "replace").strip("\r\n")
+            cells = re.split(separator, text.strip() if separator == r"\s+" else text)
+            bad = [cell for cell in cells if _number(cell.strip().strip('"')) is None]
+            if bad:
+                raise InputError(f"{where}, line {number}: '{shown(bad[0].strip())}' is not a number")
+            if len(cells) != width:
+                raise InputError(f"{where}, line {number}: {len(cells)} columns where the first line has {width}")
+
+
+def _names(cells: list[str], here: str) -> list[str]:
+    """The columns by their roles; an expert's column by its number. A name that is not known is refused."""
+    names, unknown = [], []
+    for place, cell in enumerate(cells):
+        name = re.sub(r"[ .\-]+", "_", cell.lower())
+        role = next((role for role, pattern in _ROLES.items() if re.fullmatch(pattern, name)), None)
+        expert = re.fullmatch(_EXPERT_COLUMN, name)
+        if place == 0 and name in ("", "unnamed:_0", "index"):
+            role = "index"
+        if role is None and expert is None:
+            unknown.append(cell)
+        names.append(role or (expert[6] if expert else ""))
+    if unknown:
+        raise InputError(
+            f"{here}: neither counts nor a name for each column ({_COLUMNS}): '{shown(unknown[0])}' is not known"
+        )
+    if "layer" not in names and names[0] == "index":
+        names[0] = "layer"
+    for role in (*_ROLES, "index"):
+        if names.count(role) > 1:
+            raise InputError(f"{here}: {names.count(role)} columns name a {role}: {shown(','.join(cells))}")
+    if "layer" not in names:
+        other = next((role for role in ("step", "rank", "expert") if role in names), None)
+        if other:
+            raise InputError(f"{here}: a column '{other}' needs a column 'layer' beside it")
+    if ("expert" in names) != ("count" in names):
+        there, missing = ("expert", "count") if "expert" in names else ("count", "expert")
+        raise InputError(f"{here}: a column '{there}' needs a column '{missing}' beside it")
+    experts = [name for name in names if name.isdigit()]
+    if "expert" in names and experts:
+        raise InputError(f"{here}: columns 'expert' and 'count' do not go with a column for each expert")
+    if "expert" not in names and not experts:
+        raise InputError(f"{here}: no column is an expert ({_COLUMNS})")
+    return names
+
+
+def _table_of_columns(table: np.ndarray, names: list[str] | None, where: str, kind: str) -> CountTable:
+    """Counts of a table [rows, columns] of numbers whose columns have these roles."""
+    if names is None:
+        return CountTable(_whole(table), f"a {kind} table of loads without names: a row per layer, a column per expert")
+    keys = {name: table[:, place] for place, name in enumerate(names) if not name.isdigit()}
+    columns = [place for place, name in enumerate(names) if name.isdigit()]
+    layer = _ids(keys["layer"], "layers", where) if "layer" in keys else None
+    if "step" in keys and not np.isfinite(keys["step"]).all():
+        raise InputError(f"{where}: steps must be numbers")
+    if "expert" in keys:
+        return _long(table, keys, where, kind)
+    experts = np.array([int(names[place]) for place in columns])
+    if len(set(experts.tolist())) != len(experts):
+        raise InputError(f"{where}: an expert has two columns")
+    if experts.max() > 2**15 - 1:
+        raise InputError(f"{where}: expert {experts.max()} is above 32767")
+    wide = np.zeros((len(table), int(experts.max()) + 1))
+    wide[:, experts] = table[:, columns]
+    missing = wide.shape[1] - len(experts)
+    notes = (
+        [f"{missing} experts below {experts.max()} have no column: they are taken to have no load"] if missing else []
+    )
+    form = f"a {kind} table of loads: a row per layer{' and step' if 'step' in keys else ''}, a column per expert"
+    if layer is None:
+        return CountTable(_whole(wide), form, notes=notes)
+    steps, at_step = np.unique(keys.get("step", np.zeros(len(table))), return_inverse=True)
+    layers, at_layer = np.unique(layer, return_inverse=True)
+    cells = np.unique(at_step * len(layers) + at_layer)
+    n_wanted = len(steps) * len(layers)
+    if len(cells) != n_wanted or ("rank" not in keys and len(table) != n_wanted):
+        raise InputError(
+            f"{where}: {len(table)} rows are not one for each of {len(layers)} layers in {len(steps)} steps"
+        )
+    counts = np.zeros((len(steps), len(layers), wide.shape[1]))
+    np.add.at(counts, (at_step, at_layer), wide)
+    if "rank" in keys:
+        notes.append(f"{len(np.unique(keys['rank']))} ranks are added up")
+    return _by_step(counts, steps if "step" in keys else None, CountTable(counts, form, layers, notes=notes))
+
+
+def _long(table: np.ndarray, keys: dict[str, np.ndarray], where: str, kind: str) -> CountTable:
+    """Counts of a table with a row per layer and expert; experts without a row have no load."""
+    expert, layer = _ids(keys["expert"], "experts", where), _ids(keys["layer"], "layers", where)
+    if expert.max() > 2**15 - 1:
+        raise InputError(f"{where}: expert {expert.max()} is above 32767")
+    steps, at_step = np.unique(keys.get("step", np.zeros(len(table))), return_inverse=True)
+    layers, at_layer = np.unique(layer, return_inverse=True)
+    shape = (len(steps), len(layers), int(expert.max()) + 1)
+    if np.prod(shape, dtype=float) > MOST_COUNTS:
+        raise InputError(f"{where} has more than {MOST_COUNTS} counts; add up steps first")
+    if (keys["count"] < 0).any():  # before they are added up
+        raise InputError(f"{where}: counts must not be negative, found {shown(keys['count'].min().item())}")
+    counts = np.zeros(shape)
+    np.add.at(counts, (at_step, at_layer, expert), keys["count"])
+    place = (at_step * len(layers) + at_layer) * shape[2] + expert
+    n_repeated, notes = len(place) - len(np.unique(place)), []
+    if "rank" in keys:
+        notes.append(f"{len(np.unique(keys['rank']))} ranks are added up")
+    elif n_repeated:
+        notes.append(f"{n_repeated} rows repeat a layer and expert: they are added up")
+    form = f"a {kind} table of loads: a row per layer and expert{' of a step' if 'step' in keys else ''}"
+    found = CountTable(counts, form, layers, is_open=True, notes=notes)
+    return _by_step(counts, steps if "step" in keys else None, found)
+
+
+def _by_step(counts: np.ndarray, steps: np.ndarray | None, table: CountTable) -> CountTable:
+    table.counts, table.steps = _whole(counts if steps is not None else counts[0]), steps
+    return table
+
+
+def _ids(values: np.ndarray, what: str, where: str) -> np.ndarray:
+    if not ((values >= 0) & (values < 2**31) & (values % 1 == 0)).all():
+        raise InputError(f"{where}: {what} must be whole numbers from 0 on")
+    return values.astype(np.int64)
+
+
+def _whole(counts: np.ndarray) -> np.ndarray:
+    """Counts as int64 where all are whole numbers that float64 holds exactly."""
+    is_whole = (counts == np.floor(counts)).all() and np.abs(counts).max(initial=0) < 2**53  # False for NaN
+    return counts.astype(np.int64) if is_whole else counts
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def table_of_json(held: Any, where: str) -> CountTable | None:
+    """Counts of parsed JSON; None where it is no table of counts.
+
+    {layer: [count of each expert]} or {layer: {expert: count}}, null for a dense layer; a list [layers][experts] (or
+    [steps][layers][experts] under one of COUNT_NAMES); a list of objects whose keys name the columns of a table.
+    """
+    if isinstance(held, dict):
+        named = next((name for name in (*COUNT_NAMES, "layers") if isinstance(held.get(name), list | dict)), None)
+        named = None if named == "layers" and not isinstance(held[named], dict) else named
+        if named is not None:
+            inner = held[named]
+            if isinstance(inner, list) and depth_of(inner) in (2, 3):
+                ids = held.get("layer_ids", held.get("layers"))
+                return CountTable(
+                    _regular(inner, where), f"JSON with counts under '{named}'", _given_ids(ids, inner, where)
+                )
+            return table_of_json(inner, where)
+        return _table_of_layers(held, where)
+    if not isinstance(held, list) or not held:
+        return None
+    if all(isinstance(row, dict) and row for row in held):
+        by_step = _steps_of_layers(held, where)
+        if by_step is not None:
+            return by_step
+        keys = list(held[0])
+        if "layer" not in [_role(key) for key in keys] or any(list(row) != keys for row in held):
+            return None
+        listed = [key for key in keys if isinstance(held[0][key], list)]
+        if len(listed) == 1 and _role(listed[0]) in ("count", "expert"):  # a row per layer, its counts in a list
+            others = [key for key in keys if key != listed[0]]
+            rows = [
+                [row[key] for key in others] + (row[listed[0]] if isinstance(row[listed[0]], list) else [])
+                for row in held
+            ]
+            table = _regular(rows, where)
+            if any(_role(key) not in ("layer", "step", "rank") for key in others):
+                raise InputError(
+                    f"{where}: beside '{listed[0]}', keys must be layer, step or rank: {shown(', '.join(others))}"
+                )
+            names = [_role(key) or "" for key in others] + [str(e) for e in range(table.shape[1] - len(others))]
+            return _table_of_columns(table.astype(float), names, where, "JSON")
+        names = _names(keys, where)
+        cells = [list(row.values()) for row in held]
+        return _table_of_columns(_regular(cells, where).astype(float), names, where, "JSON")
+    if depth_of(held) == 2:
+        return CountTable(_regular(held, where), "a JSON list of loads [layers][experts]")
+    return None
+
+
+def is_row(held: dict[str, Any]) -> bool:
+    """Whether the keys of an object of JSON are those of a row of a table: one is a layer's, and all are known."""
+    roles = [_role(key) for key in held]
+    return "layer" in roles and all(
+        role or re.fullmatch(_EXPERT_COLUMN, str(key).lower()) for key, role in zip(held, roles, strict=True)
+    )
+
+
+def layer_of_key(key: str) -> int | None:
+    """Number of the layer that a key of a JSON object names: '3', 'layer_3', 'model.layers.3.mlp'; None where it does not."""
+    found = re.fullmatch(_LAYER_KEY, str(key).lower())
+    return int(found[4]) if found else None
+
+
+def depth_of(held: Any) -> int:
+    """Levels of lists, down the first element of each."""
+    depth = 0
+    while isinstance(held, list) and depth < 5:
+        depth, held = depth + 1, held[0] if held else None
+    return depth
+
+
+def _role(key: str) -> str | None:
+    return next((role for role, pattern in _ROLES.items() if re.fullmatch(pattern, str(key).lower())), None)
+
+
+def _table_of_layers(held: dict[str, Any], where: str) -> CountTable | None:
+    layers = [layer_of_key(key) for key in held]
+    rows = [row for row in held.values() if row is not None]
+    if not rows or None in layers or not all(isinstance(row, list | dict) and row for row in rows):
+        return None
+    if len(set(layers)) != len(layers):
+        raise InputError(f"{where}: a layer stands there twice")
+    ids = np.array([layer for layer, row in zip(layers, held.values(), strict=True) if row is not None], np.int64)
+    if all(isinstance(row, dict) for row in rows):
+        experts = [[re.fullmatch(_EXPERT_COLUMN, str(key).lower()) for key in row] for row in rows]
+        if not all(all(row) for row in experts):
+            return None
+        numbers = [[int(found[6]) for found in row if found] for row in experts]
+        width = max(map(max, numbers)) + 1
+        if width > 2**15 - 1:
+            raise InputError(f"{where}: expert {width - 1} is above 32767")
+        counts = np.zeros((len(rows), width))
+        for out, at, row in zip(counts, numbers, rows, strict=True):
+            out[at] = _regular([list(row.values())], where)[0]
+        form, is_open, counts = "JSON {layer: {expert: count}}", True, _whole(counts)
+    elif all(isinstance(row, list) and depth_of(row) == 1 for row in rows):
+        form, is_open, counts = "JSON {layer: [count of each expert]}", False, _regular(rows, where)
+    else:
+        return None
+    order = np.argsort(ids)
+    return CountTable(counts[order], form, ids[order], is_open=is_open)
+
+
+def _steps_of_layers(held: list[Any], where: str) -> CountTable | None:
+    """Counts of a list of steps {layer: [count of each expert]}; None where it is none."""
+    first = _table_of_layers(held[0], where)
+    if first is None or first.layer_ids is None:
+        return None
+    tables = [table for table in (_table_of_layers(step, where) for step in held) if table is not None]
+    if len(tables) < len(held):
+        raise InputError(f"{where}: of its {len(held)} steps {len(held) - len(tables)} have no counts")
+    width = max(table.counts.shape[1] for table in tables)
+    rows = []
+    for table in tables:
+        assert table.layer_ids is not None
+        if table.layer_ids.tolist() != first.layer_ids.tolist() or (
+            table.counts.shape[1] < width and not table.is_open
+        ):
+            raise InputError(f"{where}: its steps differ in their layers or experts")
+        rows.append(np.pad(table.counts, ((0, 0), (0, width - table.counts.shape[1]))))
+    form = f"a JSON list of steps, each {first.form.removeprefix('JSON ')}"
+    return CountTable(np.stack(rows), form, first.layer_ids, is_open=first.is_open)
+
+
+def _regular(rows: list[Any], where: str) -> np.ndarray:
+    """Nested lists of numbers as an array; booleans, text and rows of different lengths are refused."""
+    flat: list[Any] = rows
+    while flat and isinstance(flat[0], list):
+        if not all(isinstance(row, list) for row in flat):
+            raise InputError(f"{where}: its lists of counts are not regular")
+        flat = [value for row in flat for value in row]
+    if set(map(type, flat)) - {int, float}:
+        raise InputError(
+            f"{where}: counts must be numbers, found {shown(next(x for x in flat if type(x) not in (int, float)))}"
+        )
+    try:
+        array = np.asarray(rows)
+    except (ValueError, OverflowError):
+        raise InputError(f"{where}: its lists of counts are not equally long") from None
+    if array.dtype.kind not in "iuf":
+        raise InputError(f"{where}: counts above 2**53")
+    return _whole(array) if array.dtype.kind == "f" else array
+
+
+def _given_ids(ids: Any, counts: list[Any], where: str) -> np.ndarray | None:
+    """Layer ids that stand beside counts, where they are a list of as many."""
+    n_layers = len(counts[0]) if depth_of(counts) == 3 else len(counts)
+    if not isinstance(ids, list) or len(ids) != n_layers or set(map(type, ids)) != {int}:
+        return None
+    return _ids(np.array(ids, float), "layers", where)

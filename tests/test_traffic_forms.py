@@ -1,0 +1,816 @@
+"""Forms that engines and trace sets give traffic in: each is recognised, and gives its right counts, layers and tokens."""
+
+import base64
+import gzip
+import io
+import json
+import sys
+import types
+
+import numpy as np
+import pytest
+from test_cli import fails
+
+import sim
+from sim import InputError, ModelSpec, read_traffic
+from sim.cost.step_log import read_log
+from sim.traffic import LoadCounts, RecordedTraffic
+
+RNG = np.random.default_rng(1)
+SMALL = ModelSpec("small", 8, 2, n_moe_layers=3)
+# Two requests of 10 and 12 tokens, 3 layers, 8 experts, top-2; and counts of 3 layers.
+REQUESTS = [RNG.random((n, 3, 8)).argsort(axis=2)[:, :, :2] for n in (10, 12)]
+COUNTS = RNG.integers(1, 900, (3, 8))
+
+
+def counts_of(requests, n_experts=8):
+    """int [layers, n_experts], by a plain loop."""
+    total = np.zeros((requests[0].shape[1], n_experts), int)
+    for ids in requests:
+        for token in ids:
+            for layer, experts in enumerate(token):
+                for expert in experts:
+                    total[layer, expert] += 1
+    return total
+
+
+def lines(path, values):
+    path.write_text("\n".join(json.dumps(value) for value in values) + "\n")
+    return path
+
+
+def raw(ids, dtype="<i4"):
+    return base64.b64encode(ids.astype(dtype).tobytes()).decode()
+
+
+def npy(ids, dtype):
+    file = io.BytesIO()
+    np.save(file, ids.astype(dtype))
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def same(traffic, requests=REQUESTS, notes=()):
+    assert isinstance(traffic, RecordedTraffic)
+    np.testing.assert_array_equal(traffic.expert_counts, counts_of(requests))
+    assert traffic.expert_counts.dtype == np.int64
+    assert (traffic.n_tokens, traffic.n_sequences) == (sum(map(len, requests)), len(requests))
+    np.testing.assert_array_equal(traffic.topk_ids, np.concatenate(requests).transpose(1, 0, 2))
+    assert traffic.n_steps is None
+    assert traffic.notes[1:] == notes
+    return traffic
+
+
+# The cases that people met: inputs and right values beside the checkout.
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "first", "tokens"),
+    [
+        ("d01-long.csv", [0, 1, 2], [900, 40, 60, 30, 20, 10, 500, 40], None),
+        ("d02-number-header.csv", [0, 1], [900, 40, 60, 30, 20, 10, 500, 40], None),
+        ("d03-layer-id-column.csv", [0, 1, 2], [900, 40, 60, 30, 20, 10, 500, 40], None),
+        ("d04-base64-npy.jsonl", [0, 1, 2], [3, 1, 9, 5, 5, 5, 5, 11], 22),
+        ("d05-base64-uint16.jsonl", [0, 1, 2], [3, 1, 9, 5, 5, 5, 5, 11], 22),
+        ("d06-data-shape.jsonl", [0, 1, 2], [3, 1, 9, 5, 5, 5, 5, 11], 22),
+        ("d07-zero-prefix.jsonl", [0, 1, 2], [2, 0, 7, 3, 4, 2, 3, 7], 14),
+        ("d09-counts.json", [0, 1, 2], [900, 40, 60, 30, 20, 10, 500, 40], None),
+        ("d10-trtllm-statistics", [0, 1, 2], [1802, 82, 122, 62, 42, 22, 1002, 82], None),  # 2 steps of 901, 41, ...
+        ("d14-hot-expert.csv", [0, 1, 2], [1000, 1, 1, 1, 1, 1, 1, 1], None),
+    ],
+)
+@pytest.mark.parametrize("with_model", [True, False])
+def test_field_cases_give_their_right_counts(shared, name, layers, first, tokens, with_model):
+    if name.startswith("d05") and not with_model:
+        with pytest.raises(InputError, match="need --model"):
+            read_traffic(shared / "cases" / name)
+        return
+    traffic = read_traffic(shared / "cases" / name, str(shared / "cases" / "small-model.json") if with_model else None)
+    assert traffic.layer_ids.tolist() == layers
+    assert traffic.expert_counts.shape == (len(layers), 8)
+    assert traffic.expert_counts[0].tolist() == first
+    assert traffic.n_tokens == tokens
+    assert traffic.n_sequences == (None if tokens is None else 2)
+    assert traffic.n_steps == (2 if name.startswith("d10") else None)
+
+
+def test_field_case_of_a_hybrid_model_has_its_23_layers(shared):
+    traffic = read_traffic(shared / "cases" / "d08-many-dense.jsonl", "nemotron-3-nano-30b-a3b")
+    assert (traffic.n_tokens, traffic.n_layers, traffic.expert_counts.shape) == (2, 23, (23, 128))
+    # Nemotron 3 Nano's hybrid_override_pattern: E is a MoE layer.
+    pattern = "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME"
+    assert traffic.layer_ids.tolist() == [i for i, kind in enumerate(pattern) if kind == "E"]
+
+
+def test_field_case_of_a_dense_layer_keeps_decoder_ids(shared):
+    model = str(shared / "cases" / "e01-one-dense-layer.json")
+    for name in (None, model):
+        traffic = read_traffic(shared / "cases" / "e01-counts.csv", name)
+        assert traffic.layer_ids.tolist() == [1, 2, 3]
+
+
+def test_field_case_of_vllms_log_has_three_values(shared):
+    log = read_log(shared / "cases" / "d12-vllm-eplb.log", "balancedness_vllm")
+    assert log.values.tolist() == [0.8, 0.7004, 0.9014]
+    assert round(log.values.mean(), 3) == 0.801
+
+
+# Answers of engines
+
+
+def answers(folder):
+    """The same two requests in every form of an answer, and whether the model must tell their shape."""
+
+    def file(name, values):
+        return lines(folder / f"{name}.jsonl", values)
+
+    def choices(i, x, **more):
+        return {"id": f"cmpl-{i}", **more, "choices": [{"index": 0, "routed_experts": x}]}
+
+    def meta(x, kind, **more):
+        return {"meta_info": {"routed_experts": raw(x, kind), **more}}
+
+    numbered = list(enumerate(REQUESTS))
+    yield file("list", [{"routed_experts": x.tolist()} for x in REQUESTS]), False
+    yield file("choices", [choices(i, npy(x, "u1")) for i, x in numbered]), False
+    yield file("wide", [choices(i, npy(x, "<u2")) for i, x in numbered]), False
+    prompts = [choices(i, npy(x[4:], "u1"), prompt_routed_experts=npy(x[:4], "u1")) for i, x in numbered]
+    yield file("parts", prompts), False
+    both = [{"prompt_routed_experts": x[:3].tolist(), "completion_routed_experts": x[3:].tolist()} for x in REQUESTS]
+    yield file("both", both), False
+    yield file("flat", [meta(x, "<i4", id=str(i)) for i, x in numbered]), True
+    yield file("typed", [meta(x, "<u2", routed_experts_dtype="uint16") for x in REQUESTS]), True
+    shaped = [meta(x, "<i8", routed_experts_dtype="torch.int64", routed_experts_shape=list(x.shape)) for x in REQUESTS]
+    yield file("shaped", shaped), False
+    objects = [{"data": raw(x, "u1"), "shape": list(x.shape), "dtype": "uint8"} for x in REQUESTS]
+    yield file("object", [{"routed_experts": x} for x in objects]), False
+    whole = folder / "whole.json"
+    whole.write_text(json.dumps([{"routed_experts": x.tolist()} for x in REQUESTS], indent=1))
+    yield whole, False
+    events = folder / "events.jsonl"
+    events.write_text(
+        "".join(f"data: {json.dumps({'routed_experts': x.tolist()})}\n\n" for x in REQUESTS) + "data: [DONE]\n"
+    )
+    yield events, False
+
+
+def test_every_form_of_an_answer_gives_the_same_tokens(tmp_path):
+    n = 0
+    for path, needs_model in answers(tmp_path):
+        same(read_traffic(path, SMALL))
+        if needs_model:
+            with pytest.raises(InputError, match="need --model"):
+                read_traffic(path)
+        else:
+            same(read_traffic(path))
+        packed = tmp_path / f"{path.name}.gz"
+        packed.write_bytes(gzip.compress(path.read_bytes()))
+        same(read_traffic(packed, SMALL))
+        n += 1
+    assert n == 11
+
+
+def test_streamed_answers_are_counted_once(tmp_path):
+    chunks = [
+        {"id": f"cmpl-{r}", "choices": [{"index": 0, "routed_experts": ids[:n].tolist() if n else None}]}
+        for n in (0, 4, 7, 12)
+        for r, ids in enumerate(REQUESTS)
+    ]
+    traffic = read_traffic(lines(tmp_path / "x.jsonl", chunks))
+    same(traffic, notes=("4 parts of streamed answers, which are in later ones, are counted once",))
+    flat = [{"meta_info": {"id": "a", "routed_experts": raw(REQUESTS[0][:n])}} for n in (3, 10)]
+    assert read_traffic(lines(tmp_path / "y.jsonl", flat), SMALL).n_tokens == 10
+
+
+def test_several_choices_share_one_prompt(tmp_path):
+    a, b = REQUESTS
+    choices = [{"index": i, "routed_experts": ids.tolist()} for i, ids in enumerate((a[4:], b))]
+    answer = {"id": "x", "prompt_routed_experts": a[:4].tolist(), "choices": choices}
+    same(read_traffic(lines(tmp_path / "x.jsonl", [answer])))
+
+
+def test_requests_and_tokens_without_routing_are_left_out_and_counted(tmp_path):
+    zeros = np.zeros((5, 3, 2), int)
+    values = [
+        {"routed_experts": np.concatenate([zeros, REQUESTS[0]]).tolist()},
+        {"choices": [{"index": 0, "routed_experts": None}]},
+        {"error": "aborted"},
+        {"routed_experts": [*REQUESTS[1].tolist(), [[0, 0]] * 3, None]},
+    ]
+    traffic = read_traffic(lines(tmp_path / "x.jsonl", values))
+    same(
+        traffic,
+        notes=(
+            "2 requests without routing (null, or aborted) are left out",
+            "1 tokens without routing (null) are left out",
+            "6 tokens without routing (all zero) are left out",
+        ),
+    )
+    np.save(tmp_path / "x.npy", np.concatenate([zeros, REQUESTS[0]]))
+    same(read_traffic(tmp_path / "x.npy"), REQUESTS[:1], ("5 tokens without routing (all zero) are left out",))
+
+
+@pytest.mark.parametrize(
+    "dense",
+    [[], [0], [0, 1, 2, 3, 4, 5], [layer for layer in range(33) if layer not in (1, 7, 31)], list(range(3, 40))],
+)
+def test_any_number_of_dense_layers_is_found_by_their_zeros(tmp_path, dense):
+    n_layers = 3 + len(dense)
+    moe = [layer for layer in range(n_layers) if layer not in dense]
+    wide = []
+    for ids in REQUESTS:
+        whole = np.zeros((len(ids), n_layers, 2), int)
+        whole[:, moe] = ids
+        wide.append(whole)
+    flat = lines(tmp_path / "flat.jsonl", [{"sgl_ext": {"routed_experts": raw(ids)}} for ids in wide])
+    listed = lines(tmp_path / "list.jsonl", [{"routed_experts": ids.tolist()} for ids in wide])
+    nulls = [
+        [[None if layer in dense else row for layer, row in enumerate(token)] for token in ids.tolist()] for ids in wide
+    ]
+    nulled = lines(tmp_path / "null.jsonl", [{"routed_experts": ids} for ids in nulls])
+    for path in (flat, listed, nulled):
+        traffic = read_traffic(path, SMALL)
+        np.testing.assert_array_equal(traffic.expert_counts, counts_of(REQUESTS))
+        assert traffic.layer_ids.tolist() == moe
+
+
+def test_with_one_expert_per_token_the_model_tells_which_layers_are_dense(tmp_path):
+    """Expert 0 of a top-1 router is written as a dense layer is."""
+    model = ModelSpec("top-1", 8, 1, n_layers=4, moe_layer_ids=(1, 3))
+    ids = np.zeros((12, 4, 1), int)
+    ids[:, [1, 3], 0] = RNG.integers(0, 8, (12, 2))
+    for value in (raw(ids), ids.tolist()):
+        traffic = read_traffic(lines(tmp_path / "x.jsonl", [{"routed_experts": value}]), model)
+        np.testing.assert_array_equal(traffic.expert_counts, counts_of([ids[:, [1, 3]]]))
+        assert traffic.layer_ids.tolist() == [1, 3]
+        assert traffic.notes[1] == "2 layers that are dense in top-1 are left out"
+
+
+def test_another_model_is_said_with_both_numbers_only_where_it_is_one(tmp_path, capsys):
+    path = lines(tmp_path / "x.jsonl", [{"routed_experts": x.tolist()} for x in REQUESTS])
+    for model, message in (
+        (ModelSpec("m", 4, 2, n_moe_layers=3), "has expert id 7, model m has ids 0 to 3: another model?"),
+        (ModelSpec("m", 8, 2, n_moe_layers=2), "has 3 MoE layers, model m has 2: another model?"),
+        (ModelSpec("m", 8, 4, n_moe_layers=3), "has 2 experts per token, model m has top_k 4"),
+    ):
+        with pytest.raises(InputError) as error:
+            read_traffic(path, model)
+        assert message in str(error.value)
+        assert str(error.value).count("another model") == message.count("another model")
+    flat = lines(tmp_path / "y.jsonl", [{"routed_experts": raw(REQUESTS[0])}])
+    with pytest.raises(InputError, match=r"60 ids are no whole tokens of 7 MoE layers with 2 experts") as error:
+        read_traffic(flat, ModelSpec("m", 8, 2, n_moe_layers=7))
+    assert "another model" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({"routed_experts": [[[True, 2]]]}, "whole numbers"),
+        ({"routed_experts": [[[1, 2], 3]]}, "whole numbers"),
+        ({"routed_experts": {"shape": [1, 1, 2], "dtype": "int32"}}, "without 'data'"),
+        ({"routed_experts": {"data": raw(REQUESTS[0]), "shape": [10, 3, 2], "dtype": "object"}}, "of dtype object"),
+        ({"routed_experts": {"data": raw(REQUESTS[0]), "shape": [10, 3, 3], "dtype": "int32"}}, "do not fill the shape"),
+        ({"routed_experts": {"data": raw(REQUESTS[0]), "shape": [True, 3, 2], "dtype": "int32"}}, "shape must be"),
+        ({"routed_experts": npy(REQUESTS[0] * 1.5, "<f8")}, "must be of whole numbers, not float64"),
+        ({"routed_experts": npy(REQUESTS[0], "u1")[:120]}, "(EOF|cut off|base64|sound)"),
+        ({"routed_experts": npy(REQUESTS[0][0], "u1")}, r"shape \[tokens, layers, top_k\]"),
+        ({"routed_experts": 3}, "whole numbers"),
+        ({"physical_to_logical_map": [[0, 1]]}, "map of physical experts, and no traffic"),
+        ({"num_hidden_layers": 3}, "config.json, and no traffic"),
+        ({"hello": "world"}, "no key 'routed_experts'"),
+    ],
+)  # fmt: skip
+def test_bad_answers_are_refused_by_name(tmp_path, value, message):
+    with pytest.raises(InputError, match=message) as error:
+        read_traffic(lines(tmp_path / "x.jsonl", [value]), SMALL)
+    assert "\n" not in str(error.value)
+
+
+def test_an_npy_in_base64_with_objects_is_not_unpickled(tmp_path):
+    file = io.BytesIO()
+    np.save(file, np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    text = base64.b64encode(file.getvalue()).decode()
+    with pytest.raises(InputError, match="whole numbers, not object"):
+        read_traffic(lines(tmp_path / "x.jsonl", [{"routed_experts": text}]))
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": (2**40, 3, 2)})
+    text = base64.b64encode(header.getvalue()).decode()
+    with pytest.raises(InputError, match="cut off"):
+        read_traffic(lines(tmp_path / "x.jsonl", [{"routed_experts": text}]))
+
+
+# Trace sets: a file for each request
+
+
+def trace(ids, n_prefill, dense=(0, 2)):
+    """A request's steps {layer: [[expert ids] of each token]}, null for dense layers, and its decoder layers."""
+    moe = [layer for layer in range(ids.shape[1] + len(dense)) if layer not in dense]
+    parts = [ids[:n_prefill], *ids[n_prefill:, None]]
+    return [
+        {str(layer): None for layer in dense} | {str(layer): part[:, i].tolist() for i, layer in enumerate(moe)}
+        for part in parts
+    ]
+
+
+@pytest.fixture
+def traces(tmp_path):
+    folder = tmp_path / "r1"
+    folder.mkdir()
+    for i, ids in enumerate(REQUESTS):
+        (folder / f"request_{i}.json").write_text(json.dumps(trace(ids, 6)))
+    (folder / "README.md").write_text("about")
+    return folder
+
+
+def test_a_trace_set_keeps_prefill_and_decode_apart(traces):
+    for phase, requests in (("prefill", [ids[:6] for ids in REQUESTS]), ("decode", [ids[6:] for ids in REQUESTS])):
+        traffic = read_traffic(traces, SMALL, phase)
+        np.testing.assert_array_equal(traffic.topk_ids, np.concatenate(requests).transpose(1, 0, 2))
+        assert traffic.layer_ids.tolist() == [1, 3, 4]
+        assert (traffic.n_sequences, traffic.phase) == (2, phase)
+        np.testing.assert_array_equal(traffic.expert_counts, counts_of(requests))
+    assert "12 tokens of prefill are left out" in read_traffic(traces).notes[0]
+    assert "1 other files of the folder are not read" in traffic.notes
+    one = read_traffic(traces / "request_0.json")
+    np.testing.assert_array_equal(one.expert_counts, counts_of([REQUESTS[0][6:]]))
+
+
+def test_a_trace_set_of_prefill_alone_says_so(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x.json").write_text(json.dumps(trace(REQUESTS[0], 10)))
+    with pytest.raises(InputError, match="has no steps of decode, only prefill"):
+        read_traffic(tmp_path / "a")
+    assert read_traffic(tmp_path / "a", phase="prefill").n_tokens == 10
+
+
+def test_mixed_models_in_one_folder_are_refused(traces):
+    (traces / "request_2.json").write_text(json.dumps(trace(REQUESTS[0], 6, dense=(0,))))
+    with pytest.raises(InputError, match="mixed models in one folder"):
+        read_traffic(traces)
+    (traces / "request_2.json").write_text(json.dumps({"0": [1, 2, 3]}))
+    with pytest.raises(InputError, match="holds both"):
+        read_traffic(traces)
+    (traces / "request_2.json").unlink()
+    (traces / "x.csv").write_text("1,2\n3,4\n")
+    with pytest.raises(InputError, match=r"several kinds: \.csv, \.json"):
+        read_traffic(traces)
+
+
+def test_bad_steps_of_a_trace_are_refused(traces):
+    for steps, message in (
+        ([{"0": None, "1": [[1, 2]]}, {"0": [[1, 2]], "1": None}], "step 1 has routing"),
+        ([{"1": [[1, 2]]}, {"1": [[True, 2]]}], "whole numbers"),
+        ([{"1": [[1, 2]]}, {"1": [[1, 2], [3]]}], "(regular|whole numbers)"),
+        ([{"1": [[1, 2]]}, ["x"]], "(step 1 is no object|whole numbers|no key)"),
+    ):
+        (traces / "request_0.json").write_text(json.dumps(steps))
+        with pytest.raises(InputError, match=message):
+            read_traffic(traces)
+
+
+# SGLang's recorder: a .pt file through a stand-in for torch
+
+
+class Tensor:
+    def __init__(self, array):
+        self.array = np.asarray(array)
+
+    def numpy(self):
+        return self.array
+
+
+@pytest.fixture
+def torch_files(tmp_path, monkeypatch):
+    """Files that a stand-in for torch.load gives as they were put."""
+    held = {}
+
+    def load(path, map_location, weights_only):
+        assert weights_only
+        return held[str(path)]
+
+    def put(name, value):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"PK")
+        held[str(path)] = value
+        return path
+
+    monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(Tensor=Tensor, load=load))
+    return put
+
+
+MAP = np.array([[0, 1, 2, 3, 4, 5, 6, 7, 0, 3], [7, 6, 5, 4, 3, 2, 1, 0, 7, 7], [1, 0, 3, 2, 5, 4, 7, 6, 1, 1]])
+
+
+def test_per_pass_counts_are_mapped_and_ranks_added_up(torch_files):
+    physical = RNG.integers(0, 50, (2, 4, 3, 10))  # ranks, passes, layers, physical experts
+    for rank in range(2):
+        records = [
+            {"forward_pass_id": 5 + i, "rank": rank, "global_physical_count": Tensor(physical[rank, i])}
+            for i in range(4)
+        ]
+        path = torch_files(f"dumps/x_{rank}.pt", {"records": records, "last_physical_to_logical_map": Tensor(MAP)})
+    wanted = np.zeros((2, 3, 8), int)
+    for rank in range(2):
+        for layer in range(3):
+            for slot, expert in enumerate(MAP[layer]):
+                wanted[rank, layer, expert] += physical[rank, :, layer, slot].sum()
+    found = read_traffic(path.parent, SMALL)
+    np.testing.assert_array_equal(found.expert_counts, wanted.sum(axis=0))
+    assert (found.n_steps, found.notes[1]) == (4, "2 ranks are added up")
+    np.testing.assert_array_equal(read_traffic(path).expert_counts, wanted[1])
+    np.testing.assert_array_equal(read_traffic([path, path.parent / "x_0.pt"]).expert_counts, wanted.sum(axis=0))
+
+
+def test_per_token_ids_are_mapped_and_unused_columns_cut(torch_files):
+    logical = np.array([[1, 0, 3, 2, 5, 4, 7, 6]] * 4)  # decoder layer 0 is dense
+    slot_of = np.argsort(logical, axis=1)
+    records = []
+    for number, ids in enumerate(REQUESTS):
+        wide = np.full((4, len(ids), 8), -1)
+        for layer in range(3):
+            wide[layer + 1, :, :2] = slot_of[layer + 1][ids[:, layer]]
+        record = {"forward_pass_id": number, "rank": 0, "extend_seq_lens": [len(ids)], "forward_mode": 1}
+        records.append({**record, "topk_ids_of_layer": Tensor(wide)})
+    path = torch_files("t/a.pt", {"records": records, "last_physical_to_logical_map": Tensor(logical)})
+    traffic = read_traffic(path)
+    np.testing.assert_array_equal(traffic.expert_counts, counts_of(REQUESTS))
+    assert (traffic.n_tokens, traffic.n_sequences, traffic.n_steps) == (22, 2, 2)
+    assert traffic.layer_ids.tolist() == [1, 2, 3]
+    # A second rank with the same tokens (tensor-parallel attention) adds none; in decode each token is of another request.
+    twice = [dict(record, rank=1) for record in records]
+    torch_files("t/b.pt", {"records": twice, "last_physical_to_logical_map": Tensor(logical)})
+    assert read_traffic(path.parent).n_tokens == 22
+    decode = [
+        {key: value for key, value in dict(r, forward_mode=2).items() if key != "extend_seq_lens"} for r in records
+    ]
+    path = torch_files("d/a.pt", {"records": decode, "last_physical_to_logical_map": Tensor(logical)})
+    assert read_traffic(path).n_sequences == 22
+
+
+def test_unfilled_steps_of_the_ring_buffer_are_dropped(torch_files):
+    counts = np.zeros((10, 4, 8), np.int32)
+    counts[:3, 1:] = RNG.integers(1, 50, (3, 3, 8))
+    path = torch_files(
+        "s/a.pt", {"rank": 0, "logical_count": Tensor(counts), "average_utilization_rate_over_window": None}
+    )
+    found = read_traffic(path, SMALL)
+    assert found.n_steps == 3
+    assert "7 of 10 steps have no load (unfilled, or idle) and are left out" in found.notes
+    np.testing.assert_array_equal(found.expert_counts, counts[:3, 1:].sum(axis=0))
+    assert found.layer_ids.tolist() == [1, 2, 3]
+    torch_files("s/b.pt", {"rank": 1, "logical_count": Tensor(counts)})
+    np.testing.assert_array_equal(read_traffic(path.parent).expert_counts, found.expert_counts)
+
+
+@pytest.mark.parametrize(
+    ("held", "message"),
+    [
+        ({"last_physical_to_logical_map": Tensor(MAP)}, "holds no tensor that is known"),
+        ({"a": 1, "b": Tensor(COUNTS)}, "holds no tensor that is known"),
+        ({"records": [{"global_physical_count": Tensor(COUNTS)}]}, "needs last_physical_to_logical_map"),
+        ({"records": [], "last_physical_to_logical_map": Tensor(MAP)}, "holds no record"),
+        ({"records": [3], "last_physical_to_logical_map": Tensor(MAP)}, "no dicts"),
+        ({"records": [{"x": 1}], "last_physical_to_logical_map": Tensor(MAP)}, "neither global_physical_count"),
+        ({"records": [{"global_physical_count": Tensor(COUNTS)}], "last_physical_to_logical_map": Tensor(MAP)},
+         r"shape \[3, 10\]"),
+        ({"records": [{"global_physical_count": Tensor(-MAP)}], "last_physical_to_logical_map": Tensor(MAP)}, "negative"),
+        ({"records": [{"global_physical_count": Tensor(MAP)}], "last_physical_to_logical_map": Tensor(MAP - 1)}, "needs last"),
+        ({"records": [{"topk_ids_of_layer": Tensor(np.full((3, 2, 8), 10))}], "last_physical_to_logical_map": Tensor(MAP)},
+         "has expert 10"),
+        ({"records": [{"topk_ids_of_layer": Tensor(np.full((3, 2, 8), -1))}], "last_physical_to_logical_map": Tensor(MAP)},
+         "no tokens"),
+        ([1, 2], "holds no tensor, but a list"),
+    ],
+)  # fmt: skip
+def test_other_torch_files_are_refused_by_name(torch_files, held, message):
+    with pytest.raises(InputError, match=message):
+        read_traffic(torch_files("x.pt", held))
+
+
+# Load tables
+
+
+def csv_forms():
+    """The same counts of layers 3, 5, 9 in every layout."""
+    ids = [3, 5, 9]
+    for layer in ("layer", "layer_id", "layer_idx", "Layer ID", "moe_layer"):
+        head = ",".join([layer, *(f"expert_{e}" for e in range(8))])
+        yield f"{head}\n" + "".join(f"{i},{','.join(map(str, row))}\n" for i, row in zip(ids, COUNTS, strict=True))
+    for name in ("{}", "e{}", "expert {}", "expert-{}", "Expert_{}"):
+        head = "layer," + ",".join(name.format(e) for e in range(8))
+        yield f"{head}\n" + "".join(f"{i},{','.join(map(str, row))}\n" for i, row in zip(ids, COUNTS, strict=True))
+    head = "," + ",".join(map(str, range(8)))  # a data frame with its index
+    yield f"{head}\n" + "".join(f"{i},{','.join(map(str, row))}\n" for i, row in zip(ids, COUNTS, strict=True))
+    for head in (
+        "layer_id,expert_id,count",
+        "layer,expert,load",
+        "layer_idx,expert_idx,token_count",
+        "layer,logical_expert,tokens",
+    ):
+        rows = [f"{i},{e},{COUNTS[k, e]}" for k, i in enumerate(ids) for e in RNG.permutation(8)]
+        yield head + "\n" + "\n".join(rows)
+        yield (head + "\n" + "\n".join(rows)).replace(",", ";")
+        yield (head + "\n" + "\n".join(rows)).replace(",", "\t")
+    half = COUNTS // 2
+    two = [
+        (part, i, row) for part, table in enumerate((half, COUNTS - half)) for i, row in zip(ids, table, strict=True)
+    ]
+    wide = [f"{part},{i},{','.join(map(str, row))}" for part, i, row in two]
+    for step in ("step", "iteration", "iter", "forward_pass_id"):
+        yield f"{step},layer," + ",".join(f"e{e}" for e in range(8)) + "\n" + "\n".join(wide)
+    for rank in ("rank", "ep_rank"):
+        rows = [f"{part},{i},{e},{n}" for part, i, row in two for e, n in enumerate(row)]
+        yield f"{rank},layer,expert,count\n" + "\n".join(rows)
+        yield f"{rank},layer," + ",".join(map(str, range(8))) + "\n" + "\n".join(wide)
+
+
+def test_every_layout_of_a_table_gives_the_same_counts_and_layers(tmp_path):
+    n = 0
+    for text in csv_forms():
+        for name, data in (("x.csv", text.encode()), ("x.csv.gz", gzip.compress(text.encode()))):
+            (tmp_path / name).write_bytes(data)
+            found = read_traffic(tmp_path / name, SMALL)
+            np.testing.assert_array_equal(found.expert_counts, COUNTS)
+            assert found.layer_ids.tolist() == [3, 5, 9]
+            assert found.n_steps == (2 if text.startswith(("step", "iter", "forward")) else None)
+        n += 1
+    assert n == 31
+
+
+def test_experts_without_a_row_have_no_load(tmp_path):
+    path = tmp_path / "x.csv"
+    path.write_text("layer_id,expert_id,count\n3,0,7\n3,2,1\n4,1,5\n")
+    assert read_traffic(path).expert_counts.tolist() == [[7, 0, 1], [0, 5, 0]]
+    found = read_traffic(path, SMALL)
+    assert found.expert_counts.tolist() == [[7, 0, 1, 0, 0, 0, 0, 0], [0, 5, 0, 0, 0, 0, 0, 0]]
+    with pytest.raises(InputError, match="counts of 3 experts, model m has 2: another model"):
+        read_traffic(path, ModelSpec("m", 2, 1))
+
+
+def test_a_header_of_numbers_is_a_header_and_a_row_of_counts_is_none(tmp_path):
+    path = tmp_path / "x.csv"
+    rows = "\n".join(",".join(map(str, row)) for row in COUNTS)
+    path.write_text("0,1,2,3,4,5,6,7\n" + rows)
+    found = read_traffic(path)
+    np.testing.assert_array_equal(found.expert_counts, COUNTS)
+    assert "its first line, 0 to 7, numbers the experts" in found.notes
+    path.write_text("1,2,3,4,5,6,7,8\n" + rows)
+    assert read_traffic(path).n_layers == 4
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("layer,expert_0,total\n0,1,2\n", "'total' is not known"),
+        ("layer_id,expert_id,count_all_topk,count_top1\n0,1,2,3\n", "'count_all_topk' is not known"),
+        ("layer,slot,count\n0,1,2\n", "'slot' is not known"),
+        ("layer,expert\n0,1\n", "a column 'expert' needs a column 'count'"),
+        ("expert,count\n0,1\n", "a column 'expert' needs a column 'layer'"),
+        ("layer,count\n0,1\n", "a column 'count' needs a column 'expert'"),
+        ("layer,layer_id,e0,e1\n0,1,2,3\n", "2 columns name a layer"),
+        ("layer,e0,e0\n0,1,2\n", "an expert has two columns"),
+        ("layer,expert,count\n0,0.5,2\n", "experts must be whole numbers"),
+        ("layer,expert,count\n0,-1,2\n", "experts must be whole numbers"),
+        ("layer,expert,count\n0,40000,2\n", "above 32767"),
+        ("layer,expert,count\n0,1,-2\n0,1,5\n", "must not be negative, found -2"),
+        ("layer,expert,count\n0,1,nan\n0,0,5\n", "found NaN"),
+        ("layer,e0,e1\n0,1,2\n\n# note\n1,,3\n", "line 5: '' is not a number"),
+        ("layer,e0,e1\n0,1,2\n1,2,3,4\n", "line 3: 4 columns where the first line has 3"),
+        ("layer_id,expert_id,count\n0,1,2\nlayer_id,expert_id,count\n", "line 3: 'layer_id' is not a number"),
+        ("layer,e0,e1\n0,true,2\n", "'true' is not a number"),
+    ],
+)
+def test_tables_with_slips_are_refused_by_line_and_name(tmp_path, capsys, text, message):
+    path = tmp_path / "x.csv"
+    path.write_text(text)
+    fails(capsys, ["traffic", "show", path], message)
+
+
+def test_json_tables(tmp_path):
+    rows = COUNTS.tolist()
+    values = [
+        {str(3 + i): row for i, row in enumerate(rows)},
+        {f"layer_{3 + i}": row for i, row in enumerate(rows)},
+        {f"model.layers.{3 + i}.mlp": row for i, row in enumerate(rows)},
+        {"0": None, **{str(3 + i): row for i, row in reversed(list(enumerate(rows)))}},
+        {str(3 + i): {str(e): n for e, n in enumerate(row)} for i, row in enumerate(rows)},
+        {"expert_counts": {str(3 + i): row for i, row in enumerate(rows)}},
+        {"counts": rows, "layer_ids": [3, 4, 5]},
+        {"layers": {str(3 + i): row for i, row in enumerate(rows)}},
+        [{"layer_id": 3 + i, "counts": row} for i, row in enumerate(rows)],
+        [{"layer": 3 + i, "expert": e, "count": n} for i, row in enumerate(rows) for e, n in enumerate(row)],
+    ]
+    for value in values:
+        for indent in (None, 2):
+            (tmp_path / "x.json").write_text(json.dumps(value, indent=indent))
+            found = read_traffic(tmp_path / "x.json", SMALL)
+            np.testing.assert_array_equal(found.expert_counts, COUNTS)
+            assert found.layer_ids.tolist() == [3, 4, 5]
+    for value in values[-2:]:
+        np.testing.assert_array_equal(read_traffic(lines(tmp_path / "x.jsonl", value)).expert_counts, COUNTS)
+    steps = [{str(3 + i): row for i, row in enumerate(table)} for table in (rows, rows)]
+    (tmp_path / "x.json").write_text(json.dumps(steps))
+    for path in (tmp_path / "x.json", lines(tmp_path / "x.jsonl", steps)):
+        found = read_traffic(path)
+        np.testing.assert_array_equal(found.expert_counts, 2 * COUNTS)
+        assert (found.n_steps, found.layer_ids.tolist()) == (2, [3, 4, 5])
+    for value, steps in ((rows, None), ({"logical_count": [rows, rows]}, 2)):
+        (tmp_path / "x.json").write_text(json.dumps(value))
+        found = read_traffic(tmp_path / "x.json")
+        np.testing.assert_array_equal(found.expert_counts, COUNTS * (steps or 1))
+        assert (found.n_steps, found.layer_ids.tolist()) == (steps, [0, 1, 2])
+    even = [[[4, 4, 0], [5, 1, 2]], [[3, 5, 0], [2, 2, 4]]]  # counts of two steps: a layer's add up to the same
+    (tmp_path / "x.json").write_text(json.dumps(even))
+    assert read_traffic(tmp_path / "x.json").expert_counts.tolist() == [[7, 9, 0], [7, 3, 6]]
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({"0": [1, 2], "1": [1]}, "not equally long"),
+        ({"0": [1, True]}, "counts must be numbers, found True"),
+        ({"0": [1, "a"]}, "counts must be numbers"),
+        ({"0": [1, -2]}, "must not be negative"),
+        ({"0": {"0": 1, "40000": 2}}, "above 32767"),
+        ({"layer_0": [1, 2], "0": [1, 2]}, "a layer stands there twice"),
+        ([[1, 2], 3], "(regular|whole numbers)"),
+        ({"0": [0, 0]}, "every count is 0"),
+        ({"0": [1, float("nan")]}, "found NaN"),
+        ([{"0": [1, 2]}, {"1": [1, 2]}], "differ in their layers"),
+        ([{"0": [1, 2]}, {"0": None}], "have no counts"),
+        ({"0": None, "3": [[1, 2], [3, 4]]}, "one step"),
+        ({"layer": 0, "counts": [1, 2], "slot": 3}, "no key 'routed_experts'"),
+    ],
+)
+def test_bad_json_tables_are_refused(tmp_path, value, message):
+    (tmp_path / "x.json").write_text(json.dumps(value))
+    with pytest.raises(InputError, match=message):
+        read_traffic(tmp_path / "x.json")
+
+
+def test_csv_files_of_ranks_are_added_up(tmp_path):
+    folder = tmp_path / "ranks"
+    folder.mkdir()
+    half = COUNTS // 2
+    for rank, table in enumerate((half, COUNTS - half)):
+        rows = [f"{i},{e},{table[i, e]}" for i in range(3) for e in range(8) if table[i, e]]
+        name = f"expert_distribution_rank{rank}_timestamp17.csv"
+        (folder / name).write_text("layer_id,expert_id,count\n" + "\n".join(rows))
+    found = read_traffic(folder, SMALL)
+    np.testing.assert_array_equal(found.expert_counts, COUNTS)
+    assert "2 files are added up" in found.notes
+    (folder / "other.csv").write_text("layer,e0,e1,e2\n0,1,2,3\n")
+    with pytest.raises(InputError, match="mixed models in one folder"):
+        read_traffic(folder)
+
+
+# TensorRT-LLM's EXPERT_STATISTIC_PATH
+
+
+@pytest.fixture
+def statistics(tmp_path):
+    safetensors = pytest.importorskip("safetensors.numpy", reason="safetensors is an optional extra")
+    folder = tmp_path / "expert_statistic"
+    folder.mkdir()
+    (folder / "meta_info.json").write_text(json.dumps({"num_experts": 8, "num_experts_per_token": 2}))
+    loads = RNG.integers(0, 99, (2, 3, 2, 8))  # ranks, iterations, layers, experts
+    for rank in range(2):
+        arrays = {f"{50 + i}_{layer}": loads[rank, i, k] for i in range(3) for k, layer in enumerate((3, 60))}
+        safetensors.save_file(arrays, folder / f"rank{rank}.safetensors")
+        safetensors.save_file({"x": loads[rank, 0]}, folder / f"rank{rank}_raw.safetensors")
+    return folder, loads
+
+
+def test_expert_statistics_are_added_up_over_ranks(statistics):
+    folder, loads = statistics
+    found = read_traffic(folder)
+    assert isinstance(found, LoadCounts)
+    np.testing.assert_array_equal(found.counts, loads.sum(axis=0))
+    assert found.layer_ids.tolist() == [3, 60]
+    assert found.n_steps == 3
+    with pytest.raises(InputError, match="has 2 experts per token, model m has top_k 4"):
+        read_traffic(folder, ModelSpec("m", 8, 4))
+    with pytest.raises(InputError, match="counts of 8 experts, model m has 16: another model"):
+        read_traffic(folder, ModelSpec("m", 16, 2))
+    with pytest.raises(InputError, match="give the folder"):
+        read_traffic(folder / "rank0.safetensors")
+
+
+def test_bad_statistics_are_refused(statistics):
+    from safetensors.numpy import save_file
+
+    folder, loads = statistics
+    for arrays, message in (
+        ({"x": loads[0, 0, 0]}, "no iteration_layer"),
+        ({"1_2": loads[0, 0]}, "meta_info.json says 8 experts"),
+        ({"1_2": loads[0, 0, 0][:5]}, "meta_info.json says 8 experts"),
+        ({"1_2": -loads[0, 0, 0] - 1}, "must not be negative"),
+    ):
+        save_file(arrays, folder / "rank1.safetensors")
+        with pytest.raises(InputError, match=message):
+            read_traffic(folder)
+    (folder / "rank1.safetensors").write_bytes(b"\xff" * 100)
+    with pytest.raises(InputError, match=r"no.* sound \.safetensors"):
+        read_traffic(folder)
+    (folder / "meta_info.json").unlink()
+    with pytest.raises(InputError, match=r"meta_info\.json"):
+        read_traffic(folder)
+
+
+# Layers
+
+
+def test_layers_are_those_of_the_file_or_of_the_model(tmp_path):
+    model = ModelSpec("small", 8, 2, n_layers=6, moe_layer_ids=(1, 3, 5))
+    rows = "\n".join(",".join(map(str, row)) for row in COUNTS)
+    path = tmp_path / "x.csv"
+    path.write_text(rows)
+    assert read_traffic(path).layer_ids.tolist() == [0, 1, 2]
+    assert read_traffic(path, model).layer_ids.tolist() == [1, 3, 5]
+    wide = np.zeros((6, 8), int)
+    wide[[1, 3, 5]] = COUNTS
+    np.save(tmp_path / "x.npy", wide)
+    assert read_traffic(tmp_path / "x.npy").layer_ids.tolist() == [1, 3, 5]
+    assert read_traffic(tmp_path / "x.npy", model).layer_ids.tolist() == [1, 3, 5]
+    header = "layer," + ",".join(f"e{e}" for e in range(8)) + "\n"
+    for ids, wanted in (([1, 3, 5], [1, 3, 5]), ([0, 1, 2], [1, 3, 5]), ([3], [3]), ([0, 2], [1, 5])):
+        path.write_text(
+            header + "".join(f"{i},{','.join(map(str, row))}\n" for i, row in zip(ids, COUNTS, strict=False))
+        )
+        assert read_traffic(path, model).layer_ids.tolist() == wanted
+    path.write_text(header + f"4,{','.join(map(str, COUNTS[0]))}\n")
+    with pytest.raises(InputError, match="has routing in layer 4, the 3 MoE layers of model small are 1 to 5"):
+        read_traffic(path, model)
+    path = lines(tmp_path / "x.jsonl", [{"routed_experts": x.tolist()} for x in REQUESTS])
+    assert read_traffic(path, model).layer_ids.tolist() == [1, 3, 5]
+
+
+# Bad input
+
+
+def test_packed_bombs_and_torn_files_are_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sim.files.MOST_UNASKED", 1 << 20)
+    bomb = tmp_path / "x.csv.gz"
+    bomb.write_bytes(gzip.compress(b"1,2\n" + b"0,0\n" * (1 << 20)))
+    fails(capsys, ["traffic", "show", bomb], "unpacks to more than 200 times its size")
+    bomb = tmp_path / "x.jsonl.gz"
+    bomb.write_bytes(gzip.compress(bytes(4 << 20)))
+    fails(capsys, ["traffic", "show", bomb], "unpacks to more than 200 times its size")
+    torn = tmp_path / "y.csv.gz"
+    torn.write_bytes(gzip.compress(b"1,2\n" * 1000)[:-20])
+    fails(capsys, ["traffic", "show", torn], "y.csv.gz")
+    torn.write_bytes(b"1,2\n3,4\n")
+    fails(capsys, ["traffic", "show", torn], "cannot be read")
+
+
+def test_large_folders_and_pickles_are_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sim.traffic.read._MOST_FILES", 20)
+    folder = tmp_path / "many"
+    folder.mkdir()
+    for i in range(21):
+        (folder / f"{i}.json").write_text("[]")
+    fails(capsys, ["traffic", "show", folder], "has more than 20 files")
+    (tmp_path / "x.pkl").write_bytes(b"\x80\x04.")
+    fails(capsys, ["traffic", "show", tmp_path / "x.pkl"], "a pickle may run any code and is not read")
+    (tmp_path / "empty").mkdir()
+    fails(capsys, ["traffic", "show", tmp_path / "empty"], "has no file that is known")
+    fails(capsys, ["traffic", "show", "/dev/zero"], "the ending must be one of")
+
+
+# Logs
+
+
+@pytest.mark.parametrize("metric", ["balancedness_vllm", "balancedness_sglang"])
+def test_logs_of_engines_give_the_balancedness_of_each_step(tmp_path, metric):
+    vllm = (
+        "INFO 08-11 [eplb_state.py:549] EPLB step: {} for model m: avg_tokens=512.00, max_tokens={}, balancedness={:.4f}, steps "
+        "until the next rearrangement: {}"
+    )
+    sglang = (
+        "[2026-08-11 10:00:00 TP0] [Expert Balancedness] forward_pass_id={} current_pass_balancedness={:.03f} "
+        "last_10_average_balancedness=0.123 last_1000_average_balancedness=0.456  gpu_physical_count_sum={}"
+    )
+    values = [0.8, 0.25, 1.0]
+    if metric == "balancedness_vllm":
+        text = [vllm.format(100 * i, 700, x, 1 - i) for i, x in enumerate(values)] + [vllm.format(400, 0, 0, 2600)]
+    else:
+        text = [sglang.format(i, x, 100) for i, x in enumerate(values)] + ["balancedness is logged"]
+    text = ["INFO starting up 3", *text, "Avg generation throughput: 12.0 tokens/s, Running: 1"]
+    for name, data in (("x.log", "\n".join(text).encode()), ("x.log.gz", gzip.compress("\n".join(text).encode()))):
+        (tmp_path / name).write_bytes(data)
+        log = read_log(tmp_path / name, metric)
+        assert log.values.tolist() == values
+        assert f"3 lines of {'vLLM' if metric == 'balancedness_vllm' else 'SGLang'} with balancedness" in log.notes[0]
+        assert f"{2 if metric == 'balancedness_vllm' else 3} other lines skipped" in log.notes[0]
+    with pytest.raises(InputError, match="is no balancedness"):
+        read_log(tmp_path / "x.log", "moe_ms")
+    (tmp_path / "bad.log").write_text("balancedness=0.5\nbalancedness=1.7\n")
+    with pytest.raises(InputError, match=r"1\.7 is no value"):
+        read_log(tmp_path / "bad.log", metric)
+
+
+def test_read_traffic_is_public_and_takes_a_models_name(tmp_path):
+    np.save(tmp_path / "x.npy", RNG.integers(1, 9, (16, 64)))
+    assert sim.read_traffic(str(tmp_path / "x.npy"), "olmoe-1b-7b").expert_counts.shape == (16, 64)
+    assert sim.LoadCounts is LoadCounts
