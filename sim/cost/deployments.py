@@ -50,6 +50,8 @@ class Deployments:
         Ranks, or slots.
     mean : float
         Of one token on one receiver, over all layers.
+    rate_error : float
+        Standard error of the hottest receivers' means, from counting.
     some_base, some_theta : int64, float64 [layers, receivers]
         The laws of all receivers of some layers.
     """
@@ -59,6 +61,7 @@ class Deployments:
     theta: np.ndarray
     n_receivers: int
     mean: float
+    rate_error: float
     some_base: np.ndarray
     some_theta: np.ndarray
 
@@ -78,8 +81,17 @@ class Deployments:
         return out
 
     def dropped_share(self, n_tokens: int, capacity: int) -> float:
-        """Share of all that receivers get which lies beyond `capacity`, over some layers."""
-        over = _mean_over(self.family.laws, self.some_base, self.some_theta, n_tokens, capacity)
+        """Share of all that receivers get which lies beyond `capacity`, over all layers."""
+        shape = -1, self.base.shape[2]
+        over = (
+            max(  # of all receivers of some layers, or of the hottest ones of all layers: where they matter the latter
+                _mean_over(self.family.laws, base, theta, n_tokens, capacity)
+                for base, theta in (
+                    (self.some_base, self.some_theta),
+                    (self.base.reshape(shape), self.theta.reshape(shape)),
+                )
+            )
+        )
         return float(over / (n_tokens * self.mean * self.n_receivers))
 
 
@@ -186,13 +198,12 @@ def _of_pair(
     if not known:
         ranks = _without_noise(ranks, variance / n_tokens)
         slots = _without_noise(slots, float(np.mean(slots * (1 - slots))) / n_tokens)
-    of_ranks = _deployments(family, ranks, n_layers)
     # What a rank receives: tokens with at least one expert there, by the law of its mean.
     share = -np.expm1(-_log_none(family, ranks))
     return {
-        "received": _deployments(BERNOULLI, share, n_layers),
-        "pairs": of_ranks,
-        "expert_rows": _deployments(BERNOULLI, slots, n_layers),
+        "received": _deployments(BERNOULLI, share, n_layers, n_tokens),
+        "pairs": _deployments(family, ranks, n_layers, n_tokens),
+        "expert_rows": _deployments(BERNOULLI, slots, n_layers, n_tokens),
     }
 
 
@@ -228,13 +239,15 @@ def _in_family(family: Family, means: np.ndarray) -> tuple[np.ndarray, np.ndarra
     return base.reshape(means.shape), theta.reshape(means.shape)
 
 
-def _deployments(family: Family, rates: np.ndarray, n_layers: int) -> Deployments:
+def _deployments(family: Family, rates: np.ndarray, n_layers: int, n_tokens: int) -> Deployments:
     """From the means of all layers, float64 [deployments * layers, receivers]."""
     n_hot = min(_HOTTEST, rates.shape[1])
     hottest = -np.sort(-np.partition(rates, -n_hot, axis=1)[:, -n_hot:], axis=1)
     base, theta = _in_family(family, hottest.reshape(-1, n_layers, n_hot))
     some = _in_family(family, rates[: max(_LAW_LAYERS, n_layers)])
-    return Deployments(family, base, theta, rates.shape[1], float(rates.mean()), *some)
+    hot = float(hottest.max())
+    error = (hot * max(1 - hot, 0.0) if family is BERNOULLI else hot) / n_tokens
+    return Deployments(family, base, theta, rates.shape[1], float(rates.mean()), error**0.5, *some)
 
 
 @kernel

@@ -1,4 +1,4 @@
-"""Tails of sums of tokens whose law is one of a family: laws tilted from a few base laws, so that only their mean tells them apart.
+"""Tails of sums of tokens whose law is one of a family: tilted from a few base laws, and told apart by its mean alone.
 
 A rank with a larger share of a layer's tokens has a law that is, to a good approximation, the common one tilted by
 exp(theta * j). Tails of such sums come from the saddlepoint approximation for whole numbers (Lugannani and Rice 1980; Daniels
@@ -82,7 +82,7 @@ def saddle_points(laws, per_token, theta, cumulant, variance):
 
 @kernel
 def tail_of_tilted(n_tokens, least, theta_at, cumulant_at, variance_at, theta, cumulant, mean, variance):
-    """P(sum >= least) under a law of tilt `theta` (with its cumulant, mean and variance), the saddle point being at `theta_at`."""
+    """P(sum >= least) under a law of tilt `theta` (of this cumulant, mean and variance); the saddle point is at `theta_at`."""
     gap = theta_at - theta
     sd = np.sqrt(n_tokens * variance)
     z = (least - 0.5 - n_tokens * mean) / sd

@@ -73,7 +73,8 @@ class UniformLayer:
         both = np.maximum(1 - missed[first] - missed[second] + neither, 0.0)
         single = np.stack([missed, 1 - missed], axis=1)
         pair = np.stack([neither, np.maximum(1 - neither - both, 0.0), both], axis=1)
-        return tuple(np.unique(laws.round(13), axis=0, return_counts=True) for laws in (single, pair))
+        singles, pairs = (np.unique(laws.round(13), axis=0, return_counts=True) for laws in (single, pair))
+        return singles, pairs
 
     def _missing(self, held: np.ndarray) -> np.ndarray:
         """P(a token has no expert among those of each row), float64 [rows]."""
