@@ -120,21 +120,19 @@ def _print(found: Any, model: Any, options: dict[str, Any], arguments: Namespace
 
 
 def _print_factor(rows: Any, factor: float, markdown: bool) -> None:
-    cells = [
-        [
-            str(row.ep_size),
-            str(row.tokens),
-            row.placement,
-            _SHORT[row.quantity],
-            f"{row.capacity_tokens:.0f}",
-            row.scope if row.deployments == "all" else f"{row.scope}, {row.deployments.replace('_', ' ')}",
-            f"{row.risk:.2g}",
-            f"{row.dropped_share:.2g}",
-        ]
-        for row in rows[~rows.exchange.isin(["workspace"])].itertuples()
-    ]
-    heads = ["EP", "tokens", "placement", "of", "capacity", "any", "P(exceed)", "dropped share"]
-    print_table(f"Capacity factor {factor:g}: what it risks and drops", heads, cells, markdown, align=">><<><")
+    """A line for each cell and quantity: P(exceed) in each scope, and the share that is dropped."""
+    rows = rows[rows.exchange != "workspace"]
+    scopes = list(dict.fromkeys(zip(rows.scope, rows.deployments, strict=True)))
+    heads = ["EP", "tokens", "placement", "of", "capacity", "dropped share"]
+    heads += [f"P({scope}) {'all' if of == 'all' else of.replace('_', ' ')}" for scope, of in scopes]
+    cells = []
+    for keys, cell in rows.groupby(["ep_size", "tokens", "placement", "quantity"], sort=False):
+        first = cell.iloc[0]
+        line = [*map(str, keys[:3]), _SHORT[str(keys[3])], f"{first.capacity_tokens:.0f}", f"{first.dropped_share:.2g}"]
+        at = cell.set_index(["scope", "deployments"]).risk
+        cells.append([*line, *(f"{at[scope]:.2g}" for scope in scopes)])
+    title = f"Capacity factor {factor:g}: what it drops, and the probability that it is exceeded in a layer, a step, a horizon"
+    print_table(title, heads, cells, markdown, align=">><<")
     print()
 
 

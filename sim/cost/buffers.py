@@ -22,7 +22,7 @@ from sim.traffic import RecordedTraffic, SyntheticTraffic, Workload, load_worklo
 
 DEEPEP_LIMIT_BYTES = 32 * 2**30
 """Of DeepEP's low-latency buffer on a rank (csrc/config.hpp; vllm #57894)."""
-_CURVE_POINTS, _DEEPEST = 40, 1e-12
+_CURVE_POINTS, _DEEPEST = 60, 1e-12
 _QUANTILES = {"median": 0.5, "worst_5_percent": 0.95}
 _EXCHANGES = {"received": ("token",), "pairs": ("pair", "workspace"), "expert_rows": ("deepep_low_latency",)}
 
@@ -208,7 +208,7 @@ def _rows(
             if steps:
                 exceeded = -np.expm1(steps * fine.sum(axis=1))
                 for name, q in _QUANTILES.items():
-                    solved.append((scope, float(np.quantile(exceeded, q)), name, given, given, given))
+                    solved.append((scope, _share(exceeded, q), name, given, given, given))
     rows: list[dict[str, object]] = []
     n_slots = plan.model.n_experts + split_name(plan.grid.pairs[pair][0])[1]
     placement = plan.placements[pair]
@@ -274,6 +274,11 @@ def _deployment_quantile(of: Deployments, tokens: int, capacities: np.ndarray, q
     return int(value), low, high
 
 
+def _share(exceeded: np.ndarray, q: float) -> float:
+    """What a share q of deployments has at most."""
+    return float(np.quantile(exceeded, q, method="inverted_cdf"))
+
+
 def _around(of: Deployments, tokens: int, capacity_tokens: int) -> tuple[float, float]:
     """Of known layers: what is left is the noise of counting the tokens that the rates come from, to first order."""
     half = student_quantile(1e6) * tokens * of.rate_error
@@ -298,10 +303,9 @@ def _curves(
         for scope, steps in (("step", 1), ("horizon", chosen.horizon_steps)):
             if steps:
                 exceeded = -np.expm1(steps * fine.sum(axis=1))
-                values += [(scope, name, float(np.quantile(exceeded, q))) for name, q in _QUANTILES.items()]
+                values += [(scope, name, _share(exceeded, q)) for name, q in _QUANTILES.items()]
         rows += [
-            {**keys, "scope": scope, "deployments": name, "factor": held / balanced, "probability": p}
+            {**keys, "scope": scope, "deployments": name, "factor": held / balanced, "probability": max(p, _DEEPEST)}
             for scope, name, p in values
-            if p > _DEEPEST
         ]
     return rows

@@ -21,7 +21,7 @@ import numpy as np
 from sim.kernels import kernel
 from sim.placement import is_load_aware
 from sim.router import draw_trials
-from sim.scoring import rank_loads
+from sim.scoring import count_received, rank_loads, receivers
 from sim.sweeps.plan import Plan
 from sim.sweeps.steps import place_pairs
 from sim.theory.family import BERNOULLI, Family, family_of, place_in_family, saddle_points, tail_of_tilted
@@ -32,8 +32,10 @@ DEPLOYMENTS, FITTED_DEPLOYMENTS = 400, 100
 LAYER_TOKENS, KNOWN_LAYER_TOKENS = 2**12, 2**17
 _LAW_LAYERS, _LAW_TOKENS = 128, 2**13  # behind the laws of single tokens
 _BASES = 16
-_HOTTEST = 4  # ranks of a layer that are looked at one by one; the others are taken for as high as the last of these
-_CHUNK_DRAWS = 128
+_HOTTEST = (
+    4  # receivers of a layer that are looked at one by one; the others in groups that double, each as high as its first
+)
+_CHUNK_TOKENS = 2**19
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,10 +46,10 @@ class Deployments:
     ----------
     family : Family
         Laws of one token on a receiver (a rank, or for 'expert_rows' a slot).
-    base, theta : int64, float64 [deployments, layers, hottest]
-        The laws of the hottest receivers of each layer, hottest first, in the family.
-    n_receivers : int
-        Ranks, or slots.
+    base, theta : int64, float64 [deployments, layers, groups]
+        The laws of receivers of each layer in the family, hottest first, each for a group of which it is the hottest.
+    sizes : int64 [groups]
+        Receivers of each group.
     mean : float
         Of one token on one receiver, over all layers.
     rate_error : float
@@ -59,7 +61,7 @@ class Deployments:
     family: Family
     base: np.ndarray
     theta: np.ndarray
-    n_receivers: int
+    sizes: np.ndarray
     mean: float
     rate_error: float
     some_base: np.ndarray
@@ -71,13 +73,13 @@ class Deployments:
         P(one has more) is the sum over receivers, at most 1 (-inf then).
         """
         out = np.empty(self.base.shape[:2])
-        _fill_log_fine(self.family.laws, self.base, self.theta, self.n_receivers, n_tokens, capacity, out)
+        _fill_log_fine(self.family.laws, self.base, self.theta, self.sizes, n_tokens, capacity, out)
         return out
 
     def capacities(self, n_tokens: int, log_fine: float) -> np.ndarray:
         """Smallest capacity of each deployment that all its layers keep within in a step with this log of a probability."""
         out = np.empty(len(self.base), np.int64)
-        _fill_capacities(self.family.laws, self.base, self.theta, self.n_receivers, n_tokens, log_fine, out)
+        _fill_capacities(self.family.laws, self.base, self.theta, self.sizes, n_tokens, log_fine, out)
         return out
 
     def dropped_share(self, n_tokens: int, capacity: int) -> float:
@@ -92,14 +94,15 @@ class Deployments:
                 )
             )
         )
-        return float(over / (n_tokens * self.mean * self.n_receivers))
+        return float(over / (n_tokens * self.mean * self.sizes.sum()))
 
 
 class _Rates(NamedTuple):
-    """Means of one token on each receiver, of some layers, float64 [layers, receivers]."""
+    """Means of one token on each receiver, of a pair's layers, in chunks of float64 [layers, receivers]."""
 
-    ranks: list[np.ndarray]  # of each pair
-    slots: list[np.ndarray]  # of each pair
+    ranks: list[np.ndarray]  # experts
+    slots: list[np.ndarray]  # whether it goes there
+    shares: list[np.ndarray]  # whether a rank has any of its experts
 
 
 def sample_deployments(plan: Plan, n_layers: int, n_deployments: int, n_threads: int) -> list[dict[str, Deployments]]:
@@ -120,32 +123,34 @@ def sample_deployments(plan: Plan, n_layers: int, n_deployments: int, n_threads:
         laws_of = _token_laws(
             plan, list(pairs), n_layers if known else min(_LAW_LAYERS, n_layers * n_deployments), pool
         )
-        rates: list[_Rates] = [_Rates([], []) for _ in pairs]
+        rates: list[_Rates] = [_Rates([], [], []) for _ in pairs]
         for draws, some in stages:
             if not some:
                 continue
-            chunks = [
-                range(first, min(first + _CHUNK_DRAWS, draws.stop))
-                for first in range(draws.start, draws.stop, _CHUNK_DRAWS)
-            ]
+            size = max(_CHUNK_TOKENS // n_tokens, 1)
+            chunks = [range(first, min(first + size, draws.stop)) for first in range(draws.start, draws.stop, size)]
             found = list(pool.map(lambda chunk, some=some: _count_rates(plan, chunk, some, n_tokens), chunks))
             for i, p in enumerate(some):
-                for what in (0, 1):
+                for what in range(len(rates[p])):
                     rates[p][what].extend(of_chunk[i][what] for of_chunk in found)
         return list(pool.map(lambda p: _of_pair(plan, p, rates[p], laws_of[p], n_layers, n_tokens, known), pairs))
 
 
-def _count_rates(plan: Plan, draws: range, pairs: list[int], n_tokens: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Of each pair the means of one token on ranks and on slots, of some layer draws."""
-    counts, _ = draw_trials(plan.model, plan.workload, plan.seed, draws, 2**62, np.array([n_tokens]), 1)
-    found: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+def _count_rates(plan: Plan, draws: range, pairs: list[int], n_tokens: int) -> list[tuple[np.ndarray, ...]]:
+    """Of each pair the means of one token, in the order of `_Rates`, of some layer draws."""
+    steps = np.array([n_tokens])
+    counts, ids = draw_trials(plan.model, plan.workload, plan.seed, draws, 2**62, steps, n_tokens)
+    found: dict[int, tuple[np.ndarray, ...]] = {}
     for group in place_pairs(plan, draws, pairs):
         assigned = group.assign_evenly(counts)
+        to = receivers(np.array([plan.grid.pairs[p][1] for p in group.pairs]), plan.ranks_per_node)
+        received, _ = count_received(group.slots_of_all(ids), steps, group.rows, group.layouts, to)
         for i, p in enumerate(group.pairs.tolist()):
             loads = np.zeros((len(draws), plan.grid.pairs[p][1]), np.int64)
             row = np.ascontiguousarray(group.rows[:, i : i + 1])
             rank_loads(assigned, np.zeros(1, np.int64), row, group.layouts, np.zeros(1, np.int64), loads)
-            found[p] = loads / n_tokens, assigned[:, 0] / n_tokens
+            shares = received[:, 0, to.first_rank[i] : to.first_rank[i + 1]]
+            found[p] = loads / n_tokens, assigned[:, 0] / n_tokens, shares / n_tokens
     return [found[p] for p in pairs]
 
 
@@ -194,14 +199,12 @@ def _of_pair(
     family = family_of(laws, _BASES)
     j = np.arange(laws.shape[1])
     variance = float(np.mean(laws @ j**2 - (laws @ j) ** 2))
-    ranks, slots = np.concatenate(rates.ranks), np.concatenate(rates.slots)
+    ranks, slots, shares = (np.concatenate(of_chunks) for of_chunks in rates)
     if not known:
         ranks = _without_noise(ranks, variance / n_tokens)
-        slots = _without_noise(slots, float(np.mean(slots * (1 - slots))) / n_tokens)
-    # What a rank receives: tokens with at least one expert there, by the law of its mean.
-    share = -np.expm1(-_log_none(family, ranks))
+        slots, shares = (_without_noise(p, float(np.mean(p * (1 - p))) / n_tokens) for p in (slots, shares))
     return {
-        "received": _deployments(BERNOULLI, share, n_layers, n_tokens),
+        "received": _deployments(BERNOULLI, shares, n_layers, n_tokens),
         "pairs": _deployments(family, ranks, n_layers, n_tokens),
         "expert_rows": _deployments(BERNOULLI, slots, n_layers, n_tokens),
     }
@@ -216,22 +219,6 @@ def _without_noise(rates: np.ndarray, noise: float) -> np.ndarray:
     return mean + (rates - mean) * max(1 - noise / spread, 0.0) ** 0.5 if spread > 0 else rates
 
 
-def _log_none(family: Family, means: np.ndarray) -> np.ndarray:
-    """-log P(a token has no expert on a rank) under the laws of some means."""
-    base, theta = _in_family(family, means)
-    out = np.empty(means.size)
-    _fill_log_none(family.laws, base.reshape(-1), theta.reshape(-1), out)
-    return out.reshape(means.shape)
-
-
-@kernel
-def _fill_log_none(laws, base, theta, out):
-    for i in range(out.size):
-        cumulant = tilted_moments(laws[base[i]], theta[i])[0]
-        none = laws[base[i], 0]
-        out[i] = cumulant - np.log(none) if none > 0.0 else 700.0
-
-
 def _in_family(family: Family, means: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     flat = np.ascontiguousarray(means.reshape(-1))
     base, theta = np.empty(flat.size, np.int64), np.empty(flat.size)
@@ -241,34 +228,38 @@ def _in_family(family: Family, means: np.ndarray) -> tuple[np.ndarray, np.ndarra
 
 def _deployments(family: Family, rates: np.ndarray, n_layers: int, n_tokens: int) -> Deployments:
     """From the means of all layers, float64 [deployments * layers, receivers]."""
-    n_hot = min(_HOTTEST, rates.shape[1])
-    hottest = -np.sort(-np.partition(rates, -n_hot, axis=1)[:, -n_hot:], axis=1)
-    base, theta = _in_family(family, hottest.reshape(-1, n_layers, n_hot))
+    first = _first_of_groups(rates.shape[1])
+    hottest = -np.sort(-rates, axis=1)[:, first]
+    base, theta = _in_family(family, hottest.reshape(-1, n_layers, len(first)))
+    sizes = np.diff(np.append(first, rates.shape[1]))
     some = _in_family(family, rates[: max(_LAW_LAYERS, n_layers)])
     hot = float(hottest.max())
     error = (hot * max(1 - hot, 0.0) if family is BERNOULLI else hot) / n_tokens
-    return Deployments(family, base, theta, rates.shape[1], float(rates.mean()), error**0.5, *some)
+    return Deployments(family, base, theta, sizes, float(rates.mean()), error**0.5, *some)
+
+
+def _first_of_groups(n: int) -> np.ndarray:
+    """Places, from the hottest on, of the first receiver of each group: 0, 1, 2, 3, 4, 8, 16, ..."""
+    return np.array([i for i in range(n) if i < _HOTTEST or i & (i - 1) == 0], np.int64)
 
 
 @kernel
-def _layer_log_fine(laws, base, theta, n_receivers, n_tokens, least, at_theta, at_cumulant, at_variance):
-    """log P(no receiver of a layer reaches `least`), of its hottest ones base, theta [hottest]."""
-    total, last = 0.0, 0.0
+def _layer_log_fine(laws, base, theta, sizes, n_tokens, least, at_theta, at_cumulant, at_variance):
+    """log P(no receiver of a layer reaches `least`), of groups base, theta, sizes [groups]."""
+    total = 0.0
     for i in range(base.size):
         b = base[i]
         cumulant, mean, variance = tilted_moments(laws[b], theta[i])
-        last = tail_of_tilted(
+        total += sizes[i] * tail_of_tilted(
             n_tokens, least, at_theta[b], at_cumulant[b], at_variance[b], theta[i], cumulant, mean, variance
         )
-        total += last
         if total >= 1.0:
             return -np.inf
-    total += (n_receivers - base.size) * last
-    return np.log1p(-total) if total < 1.0 else -np.inf
+    return np.log1p(-total)
 
 
 @kernel
-def _fill_log_fine(laws, base, theta, n_receivers, n_tokens, capacity, out):
+def _fill_log_fine(laws, base, theta, sizes, n_tokens, capacity, out):
     least, n_bases = capacity + 1, laws.shape[0]
     if least > n_tokens * (laws.shape[1] - 1):
         out[:] = 0.0
@@ -278,12 +269,12 @@ def _fill_log_fine(laws, base, theta, n_receivers, n_tokens, capacity, out):
     for d in range(base.shape[0]):
         for layer in range(base.shape[1]):
             out[d, layer] = _layer_log_fine(
-                laws, base[d, layer], theta[d, layer], n_receivers, n_tokens, least, at_theta, at_cumulant, at_variance
+                laws, base[d, layer], theta[d, layer], sizes, n_tokens, least, at_theta, at_cumulant, at_variance
             )
 
 
 @kernel
-def _fill_capacities(laws, base, theta, n_receivers, n_tokens, log_fine, out):
+def _fill_capacities(laws, base, theta, sizes, n_tokens, log_fine, out):
     n_bases, largest = laws.shape[0], n_tokens * (laws.shape[1] - 1)
     at_theta, at_cumulant, at_variance = np.empty(n_bases), np.empty(n_bases), np.empty(n_bases)
     for d in range(base.shape[0]):
@@ -302,7 +293,7 @@ def _fill_capacities(laws, base, theta, n_receivers, n_tokens, log_fine, out):
                     laws,
                     base[d, layer],
                     theta[d, layer],
-                    n_receivers,
+                    sizes,
                     n_tokens,
                     least,
                     at_theta,

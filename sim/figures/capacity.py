@@ -39,12 +39,14 @@ def capacity_curves(curves: pd.DataFrame, risk: float, of: str) -> Figure:
         for ax, size in zip(axes[i * len(sizes) :], sizes, strict=False):
             cell = curves[(curves.quantity == quantity) & (curves.ep_size == size) & (curves.tokens == tokens[size])]
             for (scope, deployments), (dashes, _) in shown.items():
-                for placement in placements:
+                for n_before, placement in enumerate(placements):
                     line = cell[
                         (cell.scope == scope) & (cell.deployments == deployments) & (cell.placement == placement)
                     ]
                     color = look(placement)["color"]
-                    ax.plot(line.factor, line.probability, color=color, linestyle=dashes, linewidth=1.2)
+                    ax.plot(
+                        line.factor, line.probability, color=color, linestyle=dashes, linewidth=max(2.4 - n_before, 1.0)
+                    )
             ax.axhline(risk, color="#555555", linewidth=0.8)
             ax.set_yscale("log")
             ax.set_ylim(1e-9, 2)

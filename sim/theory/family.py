@@ -2,7 +2,8 @@
 
 A rank with a larger share of a layer's tokens has a law that is, to a good approximation, the common one tilted by
 exp(theta * j). Tails of such sums come from the saddlepoint approximation for whole numbers (Lugannani and Rice 1980; Daniels
-1987, first continuity correction): relative errors of about 1e-3 at any depth, which a test holds against `tails`.
+1987, first continuity correction): at any depth within 1 % of the exact ones from 128 tokens on and within 4 % from 16 on,
+which a test holds against `tails`.
 """
 
 import math
