@@ -14,7 +14,7 @@ import sim
 ROOMS = [
     *("errors", "files", "options", "kernels", "streams", "stats", "progress"),
     *("model", "traffic", "router", "placement", "scoring", "theory", "fit"),
-    *("figures", "results", "sweeps", "cost", "capacity", "verdicts", "advice", "measure"),
+    *("figures", "results", "sweeps", "cost", "verdicts", "advice", "measure"),
     *("report", "cli"),
 ]
 PATHS = sorted(path for path in (ROOT / "sim").rglob("*.py") if path.name != "__main__.py")

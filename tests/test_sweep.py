@@ -83,7 +83,7 @@ def test_summary_and_tail_equal_a_plain_recomputation(draws):
             assert half == pytest.approx(2.00099537 * change.std(ddof=1) / np.sqrt(60))
         sampled = result.tail[(result.tail.method == "sampled") | result.tail.probability.isin([0.0, 1.0])]
         tail = sampled[(sampled[["placement", "ep_size", "tokens"]] == list(key)).all(axis=1)]
-        for event in tail.itertuples():
+        for event in tail[tail.metric != "received"].itertuples():  # those: test_received
             if event.metric == "imbalance":
                 hit = imbalance >= event.threshold - 1e-12
             else:

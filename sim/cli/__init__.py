@@ -27,6 +27,7 @@ VERBS = {
     "report": "write a page to explore sweeps and advice in a browser",
     "gain": "predict the time that one placement saves over another, on a GPU",
     "step": "predict what an engine would log of each step; lay your own log beside it",
+    "capacity": "how much room buffers need: received tokens and rows, in a layer, a step, a day of steps",
     "advise": "should I turn it on for my traffic: placements compared, and a verdict",
     "claims": "try published performance claims: computed figure, verdict, and why",
     "export": "write a placement as a file of a serving engine",

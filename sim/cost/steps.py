@@ -103,7 +103,8 @@ def sample_steps(
     threads : int
         By default all processors. The sample does not depend on it.
     counts_received : bool
-        Whether received tokens are counted.
+        Whether received tokens are counted; where they cannot be, or not, they are taken as even over ranks, from the fan-out of
+        the first token of each step.
     **of_plan
         ep_sizes, tokens, placements, tokens_per_rank, ranks_per_node, seed, fit_tokens and fit_on of `sim.sweep`.
 
@@ -113,7 +114,8 @@ def sample_steps(
         As `sim.sweep`, and for a model whose number of MoE layers is not known.
     """
     check(StepOptions, layer_sets=layer_sets, most_steps=most_steps)
-    plan = make_plan(model, workload, bound_layers=0, trials=1, **of_plan)
+    received = "auto" if counts_received else "off"
+    plan = make_plan(model, workload, bound_layers=0, trials=1, received=received, **of_plan)
     n_layers = plan.workload.n_layers or plan.model.n_moe_layers
     if not n_layers:
         raise InputError(f"model {plan.model.name}: a step needs the number of MoE layers, which is not known")
@@ -138,7 +140,7 @@ def sample_steps(
     groups_of = cache(partial(place_pairs, plan, pairs=range(len(grid.pairs))))  # a draw comes again every n_sets steps
     constants = np.array(rates, float).reshape(len(rates), -1)
     with ThreadPoolExecutor(threads or usable_processors()) as pool:
-        score = partial(_run_chunk, sample, blocks, constants, groups_of, counts_received)
+        score = partial(_run_chunk, sample, blocks, constants, groups_of)
         sizes = [len(chunk) * int(grid.steps[blocks > chunk.start].max()) for chunk in chunks]
         list(track(pool.map(score, chunks), sizes, ["sampling"] * len(chunks)))
     for arrays in (
@@ -164,7 +166,6 @@ def _run_chunk(
     of_size: np.ndarray,
     constants: np.ndarray,
     groups_of: Callable[[range], list[Group]],
-    counts_received: bool,
     trials: range,
 ) -> None:
     """Fill in some trials of every size that has them."""
@@ -172,7 +173,7 @@ def _run_chunk(
     live = np.flatnonzero(of_size > trials.start)
     cells = np.array([cell for cell, (_, step) in enumerate(plan.grid.cells) if step in live])
     first_draw = trials.start % n_draws
-    scorer = StepScorer(plan, cells, groups_of(range(first_draw, first_draw + len(trials))), n_draws, counts_received)
+    scorer = StepScorer(plan, cells, groups_of(range(first_draw, first_draw + len(trials))), n_draws)
     slowest_us = np.empty((len(trials), len(cells), len(constants)))
     load_bound = np.empty(slowest_us.shape, np.bool_)
 
@@ -186,7 +187,11 @@ def _run_chunk(
         sample.load_bound[cell][there] = load_bound[:, i]
         sample.max_load[cell][there] = seen.scores[:, i, METRICS.index("max_load")]
         sample.idle_ranks[cell][there] = seen.scores[:, i, METRICS.index("idle_ranks")]
-        sample.received[cell][there] = seen.received[:, i]
+        if plan.grid.received:
+            sample.received[cell][there] = seen.scores[:, i, plan.grid.metrics.index("received_tokens_max")]
+        else:
+            spread = seen.reached[:, plan.grid.pair_of_cell[cell], 0].mean() / plan.grid.ep_size_of_cell[cell]
+            sample.received[cell][there] = round(plan.grid.tokens_of_cell[cell] * spread)
     for i, step in enumerate(live):
         sample.active_experts[step][there] = np.count_nonzero(seen.counts[:, i], axis=1)
     for pair, of_pair in enumerate(sample.reached):

@@ -20,6 +20,7 @@ from sim.options.kinds import (
     Placements,
     Positive,
     Precision,
+    Risk,
     Seconds,
     Share,
     Whole,
@@ -125,6 +126,12 @@ class SweepOptions(CellOptions):
         "copy of a replicated expert that a token goes to: even, or vllm_hash of the token's index in the step",
         default="even",
     )
+    received: str = option(
+        Choice(names=("auto", "on", "off")),
+        "count the tokens that ranks and nodes receive, on all tokens of a step: on, off, or auto: where single tokens can be "
+        "had and fit in memory",
+        default="auto",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,6 +165,34 @@ class StepOptions(CellOptions):
     )
     most_steps: int = option(
         Whole(1, 10**6), "steps of each size, fewer where they are large", flag="--steps", default=MOST_STEPS
+    )
+    threads: int | None = option(THREADS, "default: all processors of this process", default=None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CapacityOptions(CellOptions):
+    """What `sim.capacity` takes beside model and workload."""
+
+    placements: Any = option(Placements(), "placements (epsim placements)", flag="--placement")
+    risk: float = option(Risk(), "probability with which a capacity may be exceeded", default=1e-3)
+    horizon_steps: int | None = option(
+        Whole(1, 10**15), "steps of a horizon; without it there are no rows of scope 'horizon'", default=None
+    )
+    capacity_factor: float | None = option(
+        Number(1, 1e4),
+        "also: what a given capacity, as a factor of the balanced load, risks and drops, at least 1",
+        default=None,
+    )
+    deployments: int = option(
+        Whole(2, 10**5),
+        "deployments that are drawn, of synthetic traffic without known layers (at most 100 where placements are fitted)",
+        default=400,
+    )
+    fit_tokens: int | None = option(
+        Whole(1, MAX_TOKENS), "tokens of each layer that eplb is fitted on (default: 16384)", default=None
+    )
+    fit_on: Any = option(
+        FILE, "of recorded or fitted traffic: other traffic of the same layers to fit eplb on", default=None
     )
     threads: int | None = option(THREADS, "default: all processors of this process", default=None)
 

@@ -195,7 +195,10 @@ def _other_rows(events: Events, known: np.ndarray, tokens: int, cell: int, sourc
         name, least = events.name[i], int(events.least[i])
         if name == "imbalance" or known[i]:
             continue
-        bounds = source.one_rank(tokens) if name == "one_rank" else source.idle_ranks(tokens, least)
+        if name == "received":
+            bounds: tuple[float, float] | None = source.received(tokens, least)
+        else:
+            bounds = source.one_rank(tokens) if name == "one_rank" else source.idle_ranks(tokens, least)
         if bounds is not None and (bounds[1] < 1 or bounds[0] == bounds[1]):
             yield name, events.threshold[i], *bounds
 
@@ -240,6 +243,21 @@ class DrawnLayers:
     @cached_property
     def _tables(self) -> dict[str, Any]:
         return {}
+
+    def received(self, n_tokens: int, least: int) -> tuple[float, float]:
+        """P(a rank receives at least `least` of the tokens): binomial on each rank. The lower bound is that of one rank."""
+        upper, lower = 1 - self.upper[..., 0], 1 - self.lower[..., 0]
+        common = ndtr((n_tokens * upper - least) / np.sqrt(n_tokens * np.maximum(upper * (1 - upper), 1e-12))).sum(
+            axis=1
+        )
+        if np.minimum(common, 1.0).mean() > _COMMON:
+            return 0.0, 1.0
+        busiest = lower.max(axis=1, keepdims=True)
+        laws = [np.stack([1 - p, p], axis=2) for p in (upper, busiest)]
+        out = np.empty((len(upper), 2))
+        fill_layer_bounds(laws[0], laws[1], np.empty((len(upper), 0, 2)), n_tokens, least, out)
+        low, high = out.mean(axis=0)
+        return float(low), float(high)
 
     @cached_property
     def _moments(self) -> tuple[np.ndarray, np.ndarray]:

@@ -46,7 +46,7 @@ def combine(results: list[tuple[str, SweepResult]]) -> SweepResult:
         grid = Grid.of(first.identity)
     except (KeyError, TypeError) as error:
         raise InputError(f"{first_name} does not say what sweep it holds ({error})") from None
-    total = Tally.zero(len(grid.cells), len(events_of(grid).cell), len(grid.pair_of_rank))
+    total = Tally.zero(grid)
     for name, result in results:
         _add(total, read_counts(grid, result.counts, name), name)
     total.compact()

@@ -19,7 +19,6 @@ from sim.router import routing_law
 from sim.sweeps import executors
 from sim.sweeps.bounds import build_bounds, no_bounds_because
 from sim.sweeps.chunk import Stage, stage_chunks
-from sim.sweeps.grid import events_of
 from sim.sweeps.journal import Journal
 from sim.sweeps.plan import Plan, make_plan
 from sim.sweeps.precision import first_stage, next_stage
@@ -166,7 +165,7 @@ def _run_stage(
     end_s: float,
 ) -> Tally:
     """Sums over the chunks of a stage. Raises _OutOfTime when the clock has passed `end_s`."""
-    total = _nothing(plan)
+    total = Tally.zero(plan.grid)
     of_trial = int(plan.grid.tokens_of_cell[list(stage.cells)].max())
     done = 0
 
@@ -197,7 +196,7 @@ def _run_stage(
 
 
 def _nothing(plan: Plan) -> Tally:
-    return Tally.zero(len(plan.grid.cells), len(events_of(plan.grid).cell), len(plan.grid.pair_of_rank))
+    return Tally.zero(plan.grid)
 
 
 def _with_stage(plan: Plan, total: Tally | None, new: Tally, stage: Stage) -> Tally:
@@ -206,7 +205,7 @@ def _with_stage(plan: Plan, total: Tally | None, new: Tally, stage: Stage) -> Ta
         return new
     if stage.trials.start == 0:
         total = only_cells(plan.grid, total, np.setdiff1d(np.arange(len(plan.grid.cells)), stage.cells))
-    both = _nothing(plan)
+    both = Tally.zero(plan.grid)
     both.add(total)
     both.add(new)
     both.compact()

@@ -63,6 +63,32 @@ class UniformLayer:
         """
         return None if self._missed is None else probability_of_idle(self.router, self._missed, n_tokens, least)
 
+    def received(self, n_tokens: int, least: int) -> tuple[float, float]:
+        """P(a rank receives at least `least` of the tokens): (lower bound, upper bound).
+
+        What one rank receives is binomial; two of them together have 0, 1 or 2 of each token.
+        """
+        (laws, counts), (pair_laws, pair_counts) = self._receivers
+        high = float(counts @ tails(laws, n_tokens, least))
+        both = float(pair_counts @ tails(pair_laws, n_tokens, 2 * least)) if len(pair_laws) else 0.0
+        return min(at_least_one(high, both), 1.0), min(high, 1.0)
+
+    @cached_property
+    def _receivers(self) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
+        """Laws of the copies of a token on one rank, and on two, each with how many ranks or pairs have it."""
+        first, second = np.triu_indices(self.n_ranks, 1)
+        missed, neither = (self._missing(held) for held in (self.held, self.held[first] + self.held[second]))
+        both = np.maximum(1 - missed[first] - missed[second] + neither, 0.0)
+        single = np.stack([missed, 1 - missed], axis=1)
+        pair = np.stack([neither, np.maximum(1 - neither - both, 0.0), both], axis=1)
+        singles, pairs = (np.unique(laws.round(13), axis=0, return_counts=True) for laws in (single, pair))
+        return singles, pairs
+
+    def _missing(self, held: np.ndarray) -> np.ndarray:
+        """P(a token has no expert among those of each row), float64 [rows]."""
+        rows, place = np.unique(-np.sort(-held, axis=1), axis=0, return_inverse=True)
+        return np.array([self.router.load_law(tuple(row))[0] for row in rows.tolist()])[place.reshape(-1)]
+
     @cached_property
     def _choices(self) -> Choices | None:
         return choices_of_groups(self.router, self.held)
