@@ -12,11 +12,12 @@ import pytest
 from conftest import ROOT
 from scipy.stats import binom, norm
 
-from sim import ModelSpec, SyntheticTraffic, load_model, load_workload, place
+from sim import ModelSpec, SyntheticTraffic, load_model, load_workload, place, sweep
+from sim.figures import exceedance
 from sim.placement import place_fixed
 from sim.router import draw_trials
 from sim.theory import no_rare_events_because, rare_tail
-from sim.theory.given_layer import fill_sum_law
+from sim.theory.rare import fill_sum_law
 
 FALSE_ALARM = 1e-4
 ONE_EACH = ModelSpec("tiny", 4, 1)
@@ -30,9 +31,9 @@ def exact_on_one_rank(sigma, held, tokens, least):
     """Sum over ranks of P(load >= least), top-1 and ungrouped: given mu a load is binomial; trapezoids over mu, whose error
     falls faster than any power of the step.
     """
-    z = np.arange(-8.5, 8.6, 0.25)
+    z = np.arange(-7.5, 7.6, 0.75)
     normals = np.meshgrid(*[z] * sum(held), indexing="ij")
-    density = np.prod([norm.pdf(x) * 0.25 for x in normals], axis=0)
+    density = np.prod([norm.pdf(x) * 0.75 for x in normals], axis=0)
     weights = [np.exp(sigma * x) for x in normals]
     total, p, first = sum(weights), 0.0, 0
     for n in held:
@@ -149,6 +150,25 @@ def test_estimates_agree_with_sampling_where_both_see(workload):
                 p = max(events[row.metric].mean(), 1 / n)
                 if p > 30 / n:
                     assert agree(row, p, np.sqrt(p / n), 60), (placement, tokens, row, p)
+
+
+def test_a_sweep_goes_on_past_its_draws():
+    """Rows of all layers in tail.csv, from the bulk to the floor; the figure's curve, and what it says of it, follow."""
+    options = {"ep_sizes": [4], "tokens": [32], "placements": ["linear", "random"], "trials": 300, "bound_layers": 3}
+    result = sweep(ONE_EACH, lognormal(0.4), **options, tail_floor=1e-7)
+    rare = result.tail[result.tail.method == "rare"]
+    assert set(rare.placement) == {"linear"}
+    assert set(rare.given) == {""}
+    assert rare.probability.between(1e-7, 0.5).all()
+    assert rare.probability.min() < 1e-5
+    assert (rare.sort_values("threshold").groupby("metric").probability.diff().dropna() <= 0).all()
+    assert any("random" in note and "differs between layers" in note for note in result.notes)
+    (row,) = rare[(rare.metric == "imbalance") & (rare.threshold == 3)].itertuples()
+    assert row.low < exact_on_one_rank(0.4, (1, 1, 1, 1), 32, 24) < row.high
+    assert "estimated past sampling" in exceedance(result, 32)._suptitle.get_text()
+    plain = sweep(ONE_EACH, lognormal(0.4), **options)
+    assert "tail_floor" not in plain.identity
+    pd.testing.assert_frame_equal(plain.tail, result.tail[result.tail.method != "rare"])
 
 
 def test_rows_depend_on_the_seed_alone():

@@ -87,9 +87,13 @@ def exceedance(result: Sweep, tokens: int = 64, deepest: float = DEEPEST) -> Fig
 
 
 def _theory_rows(result: Sweep, metric: str) -> pd.DataFrame:
-    """Rows of the tail that go beyond sampling, and that say something."""
+    """Rows of the tail that go beyond sampling, and that say something; where a cell has estimates over all layers, nothing
+    that holds for some layers only.
+    """
     tail = result.tail
-    return tail[(tail.metric == metric) & (tail.method != "sampled") & (tail.high > 0) & (tail.low < 1)]
+    tail = tail[(tail.metric == metric) & (tail.method != "sampled") & (tail.high > 0) & (tail.low < 1)]
+    estimated = tail[CELL].merge(tail.loc[tail.method == "rare", CELL].drop_duplicates(), how="left", indicator=True)
+    return tail[(tail.given == "") | (estimated._merge == "left_only").to_numpy()]
 
 
 def _is_untypical(rows: pd.DataFrame, curve: pd.DataFrame) -> bool:

@@ -111,6 +111,12 @@ class SweepOptions(CellOptions):
         default=None,
         identifies=True,
     )
+    tail_floor: float | None = option(
+        Number(1e-12, 0.1),
+        "of synthetic traffic with drawn popularity: estimate tails over all layers down to this probability, as in 1e-8 (some "
+        "seconds a cell)",
+        default=None,
+    )
     fit_tokens: int | None = option(
         Whole(1, MAX_TOKENS),
         "of synthetic traffic: tokens of each layer draw, other than those scored, that eplb is fitted on (default: 16384)",

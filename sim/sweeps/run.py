@@ -22,6 +22,7 @@ from sim.sweeps.chunk import Stage, stage_chunks
 from sim.sweeps.journal import Journal
 from sim.sweeps.plan import Plan, make_plan
 from sim.sweeps.precision import first_stage, next_stage
+from sim.sweeps.rare import build_rare
 from sim.sweeps.tables import build_summary, build_tail
 from sim.sweeps.tally import Tally, build_counts, only_cells
 from sim.traffic import Workload
@@ -48,7 +49,7 @@ def sweep(
     Returns
     -------
     SweepResult
-        `.summary`, `.tail` and `.counts` are DataFrames; `.notes` says which bounds could not be computed.
+        `.summary`, `.tail` and `.counts` are DataFrames; `.notes` says which bounds and estimates could not be computed.
 
     Raises
     ------
@@ -88,14 +89,15 @@ def run_plan(
         tally, stopped = _run_stages(plan, executor, journal, time_limit_s)
     with phase("bounds", work):
         bounds, notes = build_bounds(plan, tally, n_threads)
+        rare, about_rare = build_rare(plan, tally, n_threads)
     with phase("writing", work):
-        tail = [build_tail(plan.grid, tally), bounds]
+        tail = [build_tail(plan.grid, tally), bounds, rare]
         return SweepResult(
             build_summary(plan.grid, tally, stopped, cell_ids(plan)),
             pd.concat([part for part in tail if len(part)], ignore_index=True),
             build_counts(plan.grid, tally),
             plan.identity,
-            notes,
+            notes + about_rare,
         )
 
 

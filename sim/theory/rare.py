@@ -21,21 +21,20 @@ Idle ranks are the same with loads from above: A is the event that the rank has 
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from fractions import Fraction
 from math import ceil
 from typing import NamedTuple
 
 import numpy as np
-from scipy.special import logsumexp, ndtri, stdtrit
+from scipy.special import ndtri, stdtrit
 
+from sim.kernels import kernel
 from sim.model import ModelSpec
 from sim.router import route_layers
 from sim.streams import POPULARITY, stream_key, uniforms
-from sim.theory.given_layer import LONGEST, score_layers
-from sim.theory.proposal import Cells, Popularity, add_logs, cells_of, draw_experts, fill_density, sigma_of
+from sim.theory.proposals import Layers, Levels, Problem, draw_experts, fit_level, kinds, sigma_of, weighed
 from sim.traffic import SyntheticTraffic
-from sim.traffic.synthetic import STEEP_SHARE
 
 LAYERS = 8_000
 """Layers of the final sample, at the least."""
@@ -43,15 +42,11 @@ FLOOR = 1e-12
 """The lowest floor: below it the rounding of the dynamic programme is no longer negligible."""
 _PILOT, _MOST_LEVELS = 300, 14
 _ELITE = 50.0  # effective layers that a level is fitted to
-_TOKENS = 512  # tokens of a layer, and at least `_STEPS` steps
-_STEPS = 4
+_LONGEST = 64  # tokens of a step for which steps are drawn without replacement; longer ones are taken as they come
 _CHUNK = 32  # layers
 _HEAVIEST = 0.05  # share of an estimate that one layer may carry
 _WIDEST = 0.5  # of the interval on the log scale, half
 _COMMON = 0.5  # probability above which sampling sees as much
-_NOMINAL = 0.2  # weight of the nominal shares of ranks and tilts in a proposal
-_STEEPEST = 4.0  # largest |theta|
-_OWN, _NEAR, _FAR = 0, 1, 2
 
 
 class RareRow(NamedTuple):
@@ -138,7 +133,7 @@ def rare_tail(
     if reason is not None or not FLOOR <= floor < 1:
         raise ValueError(reason or f"floor must be from {FLOOR} to 1, not {floor}")
     rank = np.ascontiguousarray(rank_of_expert, np.int64)
-    problem = _Problem(model, workload, rank, tokens, seed, n_threads)
+    problem = Problem(model, workload, rank, tokens, seed, n_threads)
     found = RareTail([], [])
     whole = tokens * model.top_k
     mean = Fraction(whole, problem.n_ranks)
@@ -153,136 +148,23 @@ def rare_tail(
     return found
 
 
-@dataclass(frozen=True)
-class _Problem:
-    """A placed layer and steps of some tokens."""
-
-    model: ModelSpec
-    workload: SyntheticTraffic
-    rank: np.ndarray
-    tokens: int
-    seed: int
-    n_threads: int
-    idle: bool = False
-    popularity: Popularity = field(init=False)
-    cells: Cells = field(init=False)
-    n_ranks: int = field(init=False)
-    largest: int = field(init=False)  # load that a rank can reach
-    group: np.ndarray = field(init=False)  # of each expert
-    near: np.ndarray = field(init=False)  # bool [ranks, groups], groups of which a rank holds experts
-    alike: np.ndarray = field(init=False)  # int [ranks], ranks of one number are exchangeable
-    taken: np.ndarray = field(init=False)  # float64 [rows, cells], p(mu)
-
-    def __post_init__(self) -> None:
-        def let(name: str, value: object) -> None:
-            object.__setattr__(self, name, value)
-
-        n_experts = self.model.n_experts
-        let("popularity", Popularity(self.workload, n_experts))
-        let("cells", cells_of(self.popularity))
-        let("n_ranks", int(self.rank.max()) + 1)
-        let("largest", self.tokens * min(self.model.top_k, int(np.bincount(self.rank).max())))
-        let("group", np.arange(n_experts) // (n_experts // self.model.n_group))
-        held = np.zeros((self.n_ranks, self.model.n_group), np.int64)
-        np.add.at(held, (self.rank, self.group), 1)
-        let("near", held > 0)
-        alike = np.arange(self.n_ranks)
-        if not self.popularity.tilted:
-            alike = np.unique(np.sort(held, axis=1), axis=0, return_inverse=True)[1].ravel()
-        let("alike", alike)
-        shift, scale = self.popularity.rows
-        weight = np.exp(shift[:, None] + scale[:, None] * self.cells.node)
-        let("taken", -np.expm1(-self._rate() * weight))
-
-    def _rate(self) -> float:
-        """tau with which experts of average layers take top_k places together."""
-        shift, scale = self.popularity.of_layers(np.zeros(1, bool), np.zeros((1, 2)))
-        weight = np.exp(shift[0][:, None] + scale[0] * self.cells.node)
-        low, high = 0.0, 1e6
-        for _ in range(80):
-            tau = np.sqrt(max(low, 1e-9) * high)
-            taken = (-np.expm1(-tau * weight) * self.cells.width).sum(axis=1).mean() * self.model.n_experts
-            low, high = (tau, high) if taken < self.model.top_k else (low, tau)
-        return float(tau)
-
-    def density(self, theta: np.ndarray) -> np.ndarray:
-        """Proposals over popularity, by level: float64 [levels, 3, rows, cells]."""
-        density = np.empty((*theta.shape, *self.taken.shape))
-        fill_density(self.taken, np.expm1(theta), self.tokens, self.cells.width, density)
-        return density
-
-    @property
-    def n_tokens(self) -> int:
-        """Tokens routed in a layer, whole steps."""
-        steps = max(_STEPS, _TOKENS // self.tokens)
-        return steps * self.tokens
-
-
-@dataclass(frozen=True)
-class _Levels:
-    """Proposals, level 0 being the popularity itself."""
-
-    theta: np.ndarray  # float64 [levels, 3], of own, near and far experts
-    target: np.ndarray  # float64 [levels, ranks], probability of each target rank
-    steep: np.ndarray  # float64 [levels], of tilted popularity: probability of a steep tilt
-    centre: np.ndarray  # float64 [levels, 2], of its two normals
-    sd: np.ndarray  # float64 [levels, 2]
-
-    @classmethod
-    def nominal(cls, n_ranks: int) -> "_Levels":
-        return cls(
-            np.zeros((1, 3)),
-            np.full((1, n_ranks), 1 / n_ranks),
-            np.full(1, STEEP_SHARE),
-            np.zeros((1, 2)),
-            np.ones((1, 2)),
-        )
-
-    def __len__(self) -> int:
-        return len(self.theta)
-
-    def with_level(self, other: "_Levels") -> "_Levels":
-        pairs = ((getattr(self, name), getattr(other, name)) for name in ("theta", "target", "steep", "centre", "sd"))
-        return _Levels(*(np.concatenate(pair) for pair in pairs))
-
-
-class _Layers(NamedTuple):
-    """Sampled layers."""
-
-    level: np.ndarray  # int [n]
-    target: np.ndarray  # int [n], rank
-    steep: np.ndarray  # bool [n]
-    z: np.ndarray  # float64 [n, 2]
-    row: np.ndarray  # int16 [n, n_experts]
-    cell: np.ndarray  # int16 [n, n_experts]
-    log_ratio: np.ndarray  # float64 [n, levels], log of proposal over popularity
-    alone: np.ndarray  # float64 [n, events], U-statistic of the target rank
-    step: np.ndarray  # float64 [n, events], share of disjoint steps with the event
-    shared: np.ndarray  # float64 [n, events], mean of 1_A / N over disjoint steps
-
-    def log_weight(self, counts: np.ndarray) -> np.ndarray:
-        """log of popularity over the mixture of levels of which `counts` layers each were drawn."""
-        with np.errstate(divide="ignore"):
-            return -logsumexp(self.log_ratio + np.log(counts / counts.sum()), axis=1)
-
-
-def _sample(problem: _Problem, levels: _Levels, level: np.ndarray, events: np.ndarray, what: str) -> _Layers:
+def _sample(problem: Problem, levels: Levels, level: np.ndarray, events: np.ndarray, what: str) -> Layers:
     """Sample layers of given levels and score them; events int64, as `score_layers` takes them."""
     mass = np.cumsum(problem.density(levels.theta) * problem.cells.width, axis=-1)
     chunks = [slice(i, min(i + _CHUNK, len(level))) for i in range(0, len(level), _CHUNK)]
 
-    def sample(chunk: slice) -> _Layers:
+    def sample(chunk: slice) -> Layers:
         return _sample_chunk(problem, levels, mass, level[chunk], events, what, chunk.start)
 
     with ThreadPoolExecutor(problem.n_threads) as pool:
         parts = list(pool.map(sample, chunks))
-    layers = _Layers(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
-    return _weighed(problem, levels, layers)
+    layers = Layers(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+    return weighed(problem, levels, layers)
 
 
 def _sample_chunk(
-    problem: _Problem, levels: _Levels, mass: np.ndarray, level: np.ndarray, events: np.ndarray, what: str, first: int
-) -> _Layers:
+    problem: Problem, levels: Levels, mass: np.ndarray, level: np.ndarray, events: np.ndarray, what: str, first: int
+) -> Layers:
     n, n_experts = len(level), problem.model.n_experts
     stream = f"rare|{problem.idle}|{problem.tokens}|{what}"
     u = uniforms(stream_key(problem.seed, stream), POPULARITY, 0, (n, 4 + 2 * n_experts), first)
@@ -294,23 +176,146 @@ def _sample_chunk(
     row = problem.popularity.row_of(shift, scale)
     cell, tail = np.empty((n, n_experts), np.int16), np.empty((n, n_experts))
     draw_experts(
-        u[:, 4:], level, _kinds(problem, target), row, mass, problem.cells.first, problem.cells.width, cell, tail
+        u[:, 4:], level, kinds(problem, target), row, mass, problem.cells.first, problem.cells.width, cell, tail
     )
     mu = shift + scale[:, None] * problem.popularity.quantile(tail)
     ids = route_layers(problem.model, problem.workload, problem.seed, stream, mu, first, problem.n_tokens)
     alone, step, shared = np.zeros((3, n, len(events)))
     score_layers(ids, problem.rank, target, problem.n_ranks, problem.tokens, events, problem.idle, alone, step, shared)
-    return _Layers(level, target, steep, z, row, cell, np.empty((n, 0)), alone, step, shared)
+    return Layers(level, target, steep, z, row, cell, np.empty((n, 0)), alone, step, shared)
 
 
-def _kinds(problem: _Problem, target: np.ndarray) -> np.ndarray:
-    """Whether each expert is the target rank's own, of its groups, or far: int8 [layers, n_experts]."""
-    near = problem.near[target][:, problem.group]
-    own = problem.rank == target[:, None]
-    return np.where(own, _OWN, np.where(near, _NEAR, _FAR)).astype(np.int8)
+@kernel
+def _fill_binomial(n, p, out):
+    """Binomial probabilities of 0 .. out.size - 1 in n trials; returns the range beyond which they are below 1e-18."""
+    largest = min(n, out.size - 1)
+    mode = min(np.int64((n + 1) * p), largest)
+    out[:] = 0.0
+    out[mode] = 1.0
+    odds = p / (1 - p)
+    for i in range(mode + 1, largest + 1):
+        out[i] = out[i - 1] * odds * (n - i + 1) / i
+    for i in range(mode - 1, -1, -1):
+        out[i] = out[i + 1] * (i + 1) / ((n - i) * odds)
+    low, high = 0, largest
+    while out[low] < 1e-18:
+        low += 1
+    while out[high] < 1e-18:
+        high -= 1
+    return low, high
 
 
-def _pilot_events(problem: _Problem) -> np.ndarray:
+@kernel
+def fill_sum_law(counts, tokens, law, here, there):
+    """Law of the sum of `tokens` draws without replacement from counts[j] tokens of j experts each.
+
+    Each class gives a binomial number of tokens, and the numbers add up to `tokens`: classes from the largest j on, the
+    state being how many tokens and experts came so far. law float64 [largest sum + 1]; here and there float64
+    [tokens + 1, largest sum + 1], scratch.
+    """
+    n_tokens = counts.sum()
+    p = tokens / n_tokens
+    law[:] = 0.0
+    if n_tokens == tokens:
+        total = 0
+        for j in range(counts.size):
+            total += j * counts[j]
+        law[total] = 1.0
+        return
+    ways, others = np.empty(tokens + 1), np.empty(tokens + 1)
+    top = counts.size - 1
+    while top > 1 and counts[top] == 0:
+        top -= 1
+    used, previous = 0, top
+    here[0, 0] = 1.0
+    for j in range(top, 1, -1):
+        if counts[j] == 0:
+            continue
+        low, high = _fill_binomial(counts[j], p, ways)
+        more = min(used + high, tokens)
+        for n in range(more + 1):
+            there[n, j * n : top * n + 1] = 0.0
+        for n in range(used + 1):
+            lo, hi = previous * n, top * n + 1
+            for i in range(low, min(high, tokens - n) + 1):
+                weight = ways[i]
+                source, sink = here[n, lo:hi], there[n + i, lo + j * i : hi + j * i]
+                for s in range(source.size):
+                    sink[s] += weight * source[s]
+        used, previous = more, j
+        here, there = there, here
+    low, high = _fill_binomial(counts[1], p, ways)
+    _fill_binomial(counts[0], p, others)
+    for n in range(used + 1):
+        lo, hi = previous * n, top * n + 1
+        for i in range(low, min(high, tokens - n) + 1):
+            weight = ways[i] * others[tokens - n - i]
+            if weight > 0.0:
+                source, sink = here[n, lo:hi], law[lo + i : hi + i]
+                for s in range(source.size):
+                    sink[s] += weight * source[s]
+    total = law.sum()
+    for s in range(law.size):
+        law[s] /= total
+
+
+@kernel
+def score_layers(ids, rank, target, n_ranks, tokens, events, idle, alone, step, shared):
+    """What the tokens of each layer say of its target rank.
+
+    ids int16 [layers, tokens of a layer, top_k]; events int64 [events]: A is a load of at least this, or `idle`: at most
+    that, where an event m >= 0 of idle ranks asks for A with load 0 and N >= m; alone, step and shared float64 [layers,
+    events], as `Layers` says.
+    """
+    n_layers, n_tokens, top_k = ids.shape
+    largest = tokens * top_k
+    counts = np.empty(top_k + 1, np.int64)
+    law = np.empty(largest + 1)
+    short = tokens <= _LONGEST
+    here = np.empty((tokens + 1 if short else 1, largest + 1))
+    there = np.empty_like(here)
+    loads = np.empty(n_ranks, np.int64)
+    n_steps = n_tokens // tokens
+    for i in range(n_layers):
+        counts[:] = 0
+        for t in range(n_tokens):
+            mine = 0
+            for k in range(top_k):
+                mine += rank[ids[i, t, k]] == target[i]
+            counts[mine] += 1
+        if short:
+            fill_sum_law(counts, tokens, law, here, there)
+            for s in range(largest - 1, -1, -1):
+                law[s] += law[s + 1]
+        for s in range(n_steps):
+            loads[:] = 0
+            for t in range(s * tokens, (s + 1) * tokens):
+                for k in range(top_k):
+                    loads[rank[ids[i, t, k]]] += 1
+            mine = loads[target[i]]
+            for v in range(events.size):
+                if idle:
+                    # a negative event -c asks for a load of at most c - 1, of this rank alone
+                    hit = mine == 0 if events[v] > 0 else mine < -events[v]
+                else:
+                    hit = mine >= events[v]
+                if hit:
+                    others = 0
+                    for r in range(n_ranks):
+                        others += loads[r] == 0 if idle else loads[r] >= events[v]
+                    step[i, v] += 1.0 / n_steps
+                    if not idle or others >= events[v]:
+                        shared[i, v] += 1.0 / (max(others, 1) * n_steps)
+        for v in range(events.size):
+            if not short or (idle and events[v] > 1):
+                alone[i, v] = step[i, v]
+            elif idle:
+                alone[i, v] = max(1.0 - law[1 if events[v] > 0 else -events[v]], 0.0)
+            else:
+                alone[i, v] = law[events[v]] if events[v] <= largest else 0.0
+
+
+def _pilot_events(problem: Problem) -> np.ndarray:
     """Loads that levels may aim at, from common to rare."""
     mean = problem.tokens * problem.model.top_k / problem.n_ranks
     if problem.idle:
@@ -318,13 +323,13 @@ def _pilot_events(problem: _Problem) -> np.ndarray:
     return np.unique(np.linspace(mean, problem.largest, 257).round().astype(np.int64))
 
 
-def _find_levels(problem: _Problem, floor: float, last: int) -> tuple[_Levels, int]:
+def _find_levels(problem: Problem, floor: float, last: int) -> tuple[Levels, int]:
     """Proposals by multilevel cross-entropy, until the estimate of the aim falls to the floor; `last` is the last load asked
     for. Also the load from which on all is below the floor, as far as the pilot shows.
     """
     events = _pilot_events(problem)
-    levels = _Levels.nominal(problem.n_ranks)
-    pilot: list[_Layers] = []
+    levels = Levels.nominal(problem.n_ranks)
+    pilot: list[Layers] = []
     aim, below = -1, problem.largest + 1
     while len(levels) < _MOST_LEVELS:
         level = np.full(_PILOT, len(levels) - 1)
@@ -338,7 +343,7 @@ def _find_levels(problem: _Problem, floor: float, last: int) -> tuple[_Levels, i
         if not len(seen) or seen[-1] <= aim:
             break
         aim = int(seen[-1])
-        levels = levels.with_level(_fit_level(problem, layers, worth[:, aim]))
+        levels = levels.with_level(fit_level(problem, layers, worth[:, aim]))
         if problem.n_ranks * worth[:, aim].mean() < floor / 2:
             below = int(events[aim])
             break
@@ -347,68 +352,14 @@ def _find_levels(problem: _Problem, floor: float, last: int) -> tuple[_Levels, i
     return levels, below
 
 
-def _pooled(problem: _Problem, levels: _Levels, pilot: list[_Layers]) -> _Layers:
+def _pooled(problem: Problem, levels: Levels, pilot: list[Layers]) -> Layers:
     """All pilot layers together, weighed by the proposals of all levels."""
-    pilot[:] = [_weighed(problem, levels, part) for part in pilot]
-    return _Layers(*(np.concatenate(arrays) for arrays in zip(*pilot, strict=True)))
-
-
-def _weighed(problem: _Problem, levels: _Levels, layers: _Layers) -> _Layers:
-    """The layers with the log ratios of the levels that were not known when they were drawn."""
-    known = layers.log_ratio.shape[1]
-    if known == len(levels):
-        return layers
-    theta, steep, centre, sd = (a[known:] for a in (levels.theta, levels.steep, levels.centre, levels.sd))
-    log_ratio = np.log(levels.target[known:].T[layers.target] * problem.n_ranks)
-    if problem.popularity.tilted:
-        odds = np.log(steep / STEEP_SHARE), np.log((1 - steep) / (1 - STEEP_SHARE))
-        log_ratio += np.where(layers.steep[:, None], *odds)
-        z = layers.z[:, None, :]
-        log_ratio += (0.5 * z**2 - 0.5 * ((z - centre) / sd) ** 2 - np.log(sd)).sum(axis=2)
-    with np.errstate(divide="ignore"):
-        table = np.log(problem.density(theta))
-    add_logs(table, _kinds(problem, layers.target), layers.row, layers.cell, log_ratio)
-    return layers._replace(log_ratio=np.concatenate([layers.log_ratio, log_ratio], axis=1))
-
-
-def _fit_level(problem: _Problem, layers: _Layers, worth: np.ndarray) -> _Levels:
-    """The proposal of largest likelihood on layers weighted by worth; shares and normals lean to the nominal ones."""
-    share = worth / worth.sum()
-    steep, z, target = layers.steep, layers.z, layers.target
-    kind = _kinds(problem, target)
-    seen = np.zeros((3, *problem.taken.shape))
-    np.add.at(seen, (kind, layers.row, layers.cell), share[:, None])
-    low = np.full(3, -_STEEPEST)
-    high = np.full(3, min(_STEEPEST, 300 / problem.tokens))
-    for _ in range(24):
-        theta = (low + high) / 2
-        slope = _slope(problem, theta, seen)
-        low, high = np.where(slope > 0, theta, low), np.where(slope > 0, high, theta)
-    theta = np.where(seen.any(axis=(1, 2)), (low + high) / 2, 0.0)
-    size = np.bincount(problem.alike).astype(float)
-    of_class = np.bincount(problem.alike[target], share, len(size))
-    of_class = (1 - _NOMINAL) * of_class + _NOMINAL * size / size.sum()
-    centre = share @ z
-    sd = np.sqrt(share @ (z - centre) ** 2)
-    return _Levels(
-        theta[None],
-        (of_class / size)[problem.alike][None],
-        np.array([(1 - _NOMINAL) * (share @ steep) + _NOMINAL * STEEP_SHARE]),
-        centre[None],
-        np.clip(sd, 0.5, 1.5)[None],
-    )
-
-
-def _slope(problem: _Problem, theta: np.ndarray, seen: np.ndarray) -> np.ndarray:
-    """Slope in theta of the log likelihood of experts `seen` [3, rows, cells], float64 [3]."""
-    growth, p = np.expm1(theta)[:, None, None], problem.taken
-    slope = problem.tokens * p * np.exp(theta)[:, None, None] / (1 + p * growth)
-    mean = (problem.density(theta[None])[0] * problem.cells.width * slope).sum(axis=2, keepdims=True)
-    return (seen * (slope - mean)).sum(axis=(1, 2))
+    pilot[:] = [weighed(problem, levels, part) for part in pilot]
+    return Layers(*(np.concatenate(arrays) for arrays in zip(*pilot, strict=True)))
 
 
 def _estimate(
-    problem: _Problem, wanted: list[tuple[str, float, int]], floor: float, n_layers: int, found: RareTail
+    problem: Problem, wanted: list[tuple[str, float, int]], floor: float, n_layers: int, found: RareTail
 ) -> None:
     """Add the rows (or refusals) of some events, (metric, threshold, load or idle ranks), to `found`."""
     aims = sorted({aim for _, _, aim in wanted})
@@ -416,7 +367,7 @@ def _estimate(
     counts = np.full(len(levels), n_layers // len(levels)) + (np.arange(len(levels)) < n_layers % len(levels))
     layers = _sample(problem, levels, np.repeat(np.arange(len(levels)), counts), np.array(aims), "final")
     weight = problem.n_ranks * np.exp(layers.log_weight(counts))
-    first = layers.shared if problem.tokens > LONGEST else layers.alone - (layers.step - layers.shared)
+    first = layers.shared if problem.tokens > _LONGEST else layers.alone - (layers.step - layers.shared)
     for metric, threshold, aim in wanted:
         i = aims.index(aim)
         estimate = _estimate_of(weight * first[:, i], layers.level, counts)
