@@ -15,6 +15,7 @@ import pytest
 from hypothesis import settings
 
 from sim.cli import main
+from sim.kernels import is_cold
 from sim.model import ModelSpec, load_model
 from sim.traffic import RecordedTraffic
 
@@ -35,7 +36,7 @@ TINY = {
 
 def pytest_configure(config):
     """Compile the kernels before the workers of `pytest -n` start: they share a cache, and would all compile the same."""
-    if config.getoption("numprocesses", None):
+    if config.getoption("numprocesses", None) and is_cold():
         subprocess.run([sys.executable, Path(__file__).parent / "compile.py"], cwd=ROOT, check=True)
 
 
