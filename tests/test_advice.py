@@ -7,14 +7,13 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT
+from conftest import ROOT, fails, run
 
 from sim import InputError, advise, load_model, predict_gain
 from sim.advice import candidates, changes, not_run, rule_text, verdict_text
 from sim.advice.engines import BACKENDS, engine_of
 from sim.advice.rule import KNEE_ERROR, NOT, UNSURE, WORTH, best_of, judge, judged_ends
 from sim.advice.splits import splits_of
-from sim.cli import main
 from sim.cost.expert import crossover_tokens, expert_rates
 from sim.cost.gain import KNEE, PERFECT
 from sim.figures.advice import advice_by_tokens
@@ -231,6 +230,21 @@ def test_the_figure_shows_every_candidate_and_its_numbers():
 # The command
 
 
+TOY_ADVICE = [
+    "advise",
+    "--model",
+    "config.json",
+    "--workload",
+    "hot.npz",
+    "--ep",
+    "4",
+    "--steps",
+    "8",
+    "--tokens",
+    "8,2048",
+]
+
+
 @pytest.fixture
 def toy_files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -247,25 +261,8 @@ def toy_files(tmp_path, monkeypatch):
     return tmp_path
 
 
-def run(*words):
-    base = [
-        "advise",
-        "--model",
-        "config.json",
-        "--workload",
-        "hot.npz",
-        "--ep",
-        "4",
-        "--steps",
-        "8",
-        "--tokens",
-        "8,2048",
-    ]
-    return main([*base, *words])
-
-
 def test_the_command_answers_and_writes(toy_files, capsys):
-    assert run("--out", "advice") == 0
+    assert run(*TOY_ADVICE, "--out", "advice") == 0
     out, err = capsys.readouterr()
     assert "what is scored of file:hot.npz has 20 sequences" in err
     for text in (
@@ -284,12 +281,12 @@ def test_the_command_answers_and_writes(toy_files, capsys):
     assert about["ep_size"] == 4
     assert about["law"]["recorded"]
     assert (toy_files / "advice" / "advice.png").stat().st_size > 10_000
-    assert run("--markdown") == 0
+    assert run(*TOY_ADVICE, "--markdown") == 0
     assert capsys.readouterr().out.startswith("| tokens | placement |")
 
 
 def test_one_layer_has_no_interval_and_says_so(toy_files, capsys):
-    assert run("--workload", "shallow.npz") == 0
+    assert run(*TOY_ADVICE, "--workload", "shallow.npz") == 0
     out = capsys.readouterr().out
     assert "nan" not in out
     assert "8: not enough data (best: eplb, one layer has no interval)" in out
@@ -297,7 +294,7 @@ def test_one_layer_has_no_interval_and_says_so(toy_files, capsys):
 
 def test_an_imbalance_is_shown_with_its_digits(toy_files, capsys):
     """Only perfect balance is 1: another placement's mean keeps its digits where its interval has no width."""
-    assert run("--markdown") == 0
+    assert run(*TOY_ADVICE, "--markdown") == 0
     rows = [line.split("|")[2:4] for line in capsys.readouterr().out.splitlines()[2:]]
     assert {name.strip() for name, imbalance in rows if "." not in imbalance and imbalance.strip()} == {PERFECT}
     assert {name.strip() for name, imbalance in rows if not imbalance.strip()} == {"round_robin", "random"}  # not run
@@ -305,7 +302,7 @@ def test_an_imbalance_is_shown_with_its_digits(toy_files, capsys):
 
 def test_the_verdict_stands_first_and_lines_fit_the_terminal(toy_files, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    assert run() == 0
+    assert run(*TOY_ADVICE) == 0
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80
     first = next(i for i, line in enumerate(lines) if line.startswith("Verdict: "))
@@ -314,7 +311,7 @@ def test_the_verdict_stands_first_and_lines_fit_the_terminal(toy_files, capsys, 
 
 
 def test_what_the_engine_does_not_run_has_no_gain(toy_files, capsys):
-    assert run() == 0
+    assert run(*TOY_ADVICE) == 0
     out = capsys.readouterr().out
     table, _, after = out.partition("Not run, so without a gain:")
     assert "round_robin" not in table
@@ -325,37 +322,36 @@ def test_what_the_engine_does_not_run_has_no_gain(toy_files, capsys):
 
 def test_the_map_that_runs_now_is_the_baseline(toy_files, capsys):
     export = ["export", "--model", "config.json", "--placement", "eplb", "--fit-on", "hot.npz", "--ep", "4"]
-    assert main([*export, "--format", "sglang", "--out", "now.json"]) == 0
-    assert run("--placement", "file:now.json", "--json") == 0
+    assert run(*export, "--format", "sglang", "--out", "now.json") == 0
+    assert run(*TOY_ADVICE, "--placement", "file:now.json", "--json") == 0
     out = capsys.readouterr().out
     rows = json.loads(out[out.index("[\n") :])
     assert {row["baseline"] for row in rows} == {"file:now.json"}
     assert {"linear", "round_robin", "eplb", PERFECT} <= {row["placement"] for row in rows}
     linear = [row for row in rows if row["placement"] == "linear" and row["tokens"] == 2048]
     assert all(row["layer_saved"] < 0 for row in linear)  # it loses what the map has won
-    assert run("--placement", "file:now.json,linear") == 0
+    assert run(*TOY_ADVICE, "--placement", "file:now.json,linear") == 0
     assert "against file:now.json" in capsys.readouterr().out
 
 
 def test_without_traffic_the_demo_answers(capsys):
     words = ["advise", "--demo", "--tokens", "16,4096", "--steps", "8", "--gpu", "h200"]
-    assert main(words) == 0
+    assert run(*words) == 0
     out, err = capsys.readouterr()
     assert "Verdict: " in out
     assert out.rstrip().splitlines()[-1].startswith("Then: epsim advise --model MODEL --workload file:")
     assert "--enable-return-routed-experts" in out
     assert "made from the preset gpt-oss-20b" in err
-    assert main(["advise", "--demo", "--workload", "chat"]) == 2
-    assert main(["advise"]) == 2
+    assert run("advise", "--demo", "--workload", "chat") == 2
+    assert run("advise") == 2
 
 
 def test_a_file_is_no_folder_to_write_to(toy_files, capsys):
-    assert run("--out", "hot.npz") == 2
-    assert "--out hot.npz is a file, not a folder" in capsys.readouterr().err
+    fails(capsys, [*TOY_ADVICE, "--out", "hot.npz"], "--out hot.npz is a file, not a folder")
 
 
 def test_load_counts_are_advised_on_too(toy_files, capsys):
-    assert run("--workload", "load.csv", "--fit-on", "hot.npz") == 0
+    assert run(*TOY_ADVICE, "--workload", "load.csv", "--fit-on", "hot.npz") == 0
     assert "eplb is fitted on hot.npz" in capsys.readouterr().out
 
 
@@ -390,9 +386,7 @@ def test_load_counts_are_advised_on_too(toy_files, capsys):
 )
 def test_bad_usage_is_one_line_and_status_2(words, message, toy_files, capsys):
     before = set(toy_files.iterdir())
-    assert run(*words, "--out", "never") == 2
-    err = capsys.readouterr().err.splitlines()
-    assert message in err[-1]
+    fails(capsys, [*TOY_ADVICE, *words, "--out", "never"], message)
     assert set(toy_files.iterdir()) == before
 
 

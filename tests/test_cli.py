@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT
+from conftest import ROOT, fails
 
 import sim
 from sim.cli import VERBS, main
 from sim.cli.progress import time_left_s
+from sim.figures import FIGURES
 from sim.options import SweepOptions, declarations, flag_of
 from sim.progress import advance, phase, track, watching
 
@@ -32,17 +33,6 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("sweep") / "out"
     assert main([*RUN, "--out", str(path)]) == 0
     return path
-
-
-def fails(capsys, words, *parts, status=2):
-    """The command fails with one line that has the parts, and no traceback."""
-    assert main([str(word) for word in words]) == status
-    lines = capsys.readouterr().err.strip().splitlines()
-    errors = [line for line in lines if not line.startswith("note:")]
-    assert len(errors) == 1, lines
-    assert errors[0].startswith("epsim")
-    for part in parts:
-        assert str(part) in errors[0]
 
 
 def test_sweep_writes_the_named_columns(folder):
@@ -104,20 +94,26 @@ def test_a_config_file_holds_the_same_options(folder, tmp_path, capsys):
     assert not (tmp_path / "c").exists()
 
 
+@pytest.mark.slow
 def test_plot_draws_every_figure_and_the_same_bytes_twice(folder, capsys):
     assert main(["plot", str(folder)]) == 0
-    written = [line for line in capsys.readouterr().out.splitlines()]
-    first = {name: (folder / name).read_bytes() for name in (path.rsplit("/", 1)[1] for path in written)}
-    assert len(first) == 14
-    assert all(data.startswith((b"\x89PNG", b"<?xml")) for data in first.values())
+    said = capsys.readouterr().out.splitlines()
+    written = [Path(line).name for line in said if line.endswith(".png")]
+    undrawn = [line.partition(": not drawn")[0] for line in said if not line.endswith(".png")]
+    assert sorted([*undrawn, *(name.removesuffix(".png") for name in written)]) == sorted(FIGURES)
     assert main(["plot", str(folder), "--format", "svg"]) == 0
+    written += [name.replace(".png", ".svg") for name in written]
+    first = {name: (folder / name).read_bytes() for name in written}
+    assert all(data.startswith((b"\x89PNG", b"<?xml")) for data in first.values())
+    assert main(["plot", str(folder), "--format", "png,svg"]) == 0
     for name in first:
         assert (folder / name).read_bytes() == first[name]
         (folder / name).unlink()
     capsys.readouterr()
     fails(capsys, ["plot", folder, "--figures", "exceedence"], "figure 'exceedence'", "did you mean exceedance")
     fails(capsys, ["plot", folder, "--tokens", "5"], "--tokens 5", "1, 16")
-    fails(capsys, ["plot", folder, "--format", "pdf"], "--format pdf")
+    fails(capsys, ["plot", folder, "--format", "pdf"], "--format 'pdf'", "png, svg")
+    fails(capsys, ["plot", folder, "--deepest", "2"], "--deepest 2", "from 1e-300 to 0.1")
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from sim import ModelSpec, SyntheticTraffic, load_model, load_workload, place
 from sim.placement import place_fixed
 from sim.router import draw_trials
 from sim.theory import no_rare_events_because, rare_tail
-from sim.theory.rare import fill_sum_law
+from sim.theory.given_layer import fill_sum_law
 
 FALSE_ALARM = 1e-4
 ONE_EACH = ModelSpec("tiny", 4, 1)

@@ -2,7 +2,7 @@
 
 import pandas as pd
 
-from sim.advice.advise import Advice
+from sim.advice.compare import Advice
 from sim.advice.engines import STALL_S
 from sim.advice.rule import WORTH, judged_ends
 from sim.cost.gain import PERFECT

@@ -10,6 +10,7 @@ from sim.cli.timed import EXTRAPOLATED_TEXT, KNEE_TEXT, identity_of, say_about_m
 from sim.errors import InputError
 from sim.options import (
     NAMES,
+    FigureOptions,
     Folder,
     RestOptions,
     Share,
@@ -85,6 +86,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_options(parser, StepOptions, ep_sizes="16", tokens=None, most_steps="128", layer_sets="8")
     add_options(parser, TimeOptions, only=("dtype", "network_gb_per_s"))
     add_forms(parser)
+    add_options(parser, FigureOptions)
     add("--out", type=Folder(), metavar="DIR", help="write advice.csv, advice.json and the figure there")
 
 
@@ -330,15 +332,16 @@ def _loads(row: Any, prefix: str) -> list[str]:
 def _write(advice: Any, folder: Path, identity: dict[str, Any], arguments: Namespace) -> None:
     from sim.advice import not_run
     from sim.cost.gain import PERFECT
-    from sim.figures import save
+    from sim.figures import save_as
     from sim.figures.advice import advice_by_tokens
-    from sim.results import writable_folder, write_table
+    from sim.files import writable_folder
+    from sim.results import write_table
 
     drawn = advice.gains[~advice.gains.placement.isin(list(not_run(advice)))]
     with writable_folder(folder):
         write_table(advice.table(), folder, "advice", identity)
-        for suffix in ("png", "svg"):
-            save(advice_by_tokens(drawn, PERFECT), folder / f"advice.{suffix}")
+        files = save_as(advice_by_tokens(drawn, PERFECT), folder / "advice", arguments.formats)
     if not (arguments.json or arguments.csv):
         print()
-    say_written(f"written to {folder}: advice.csv, advice.json (what made it), advice.png and .svg", arguments)
+    names = ", ".join(path.name for path in files)
+    say_written(f"written to {folder}: advice.csv, advice.json (what made it), {names}", arguments)

@@ -57,7 +57,8 @@ def run(arguments: Namespace) -> None:
     else:
         _print_blocks(table)
     if folder is not None:
-        from sim.results import writable_folder, write_table
+        from sim.files import writable_folder
+        from sim.results import write_table
 
         with writable_folder(folder):
             write_table(table, folder, "claims", {"workload": workload.name, "law": workload.law, **options})

@@ -139,8 +139,8 @@ def _write_checked(path: Path, text: str, placement: "Placement", model: "ModelS
     """Write the file whole or not at all, and only if it reads back as this placement."""
     import numpy as np
 
+    from sim.files import whole_files
     from sim.placement import read_placement
-    from sim.results import whole_files
 
     if path.is_dir() or not path.name:
         raise InputError(f"--out {path} is a folder, not a file")

@@ -16,7 +16,17 @@ from sim.cli.timed import (
     timed_options,
 )
 from sim.errors import InputError
-from sim.options import NAMES, Folder, RestOptions, StepOptions, TimeOptions, TrafficOptions, add_options, given
+from sim.options import (
+    NAMES,
+    FigureOptions,
+    Folder,
+    RestOptions,
+    StepOptions,
+    TimeOptions,
+    TrafficOptions,
+    add_options,
+    given,
+)
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -43,6 +53,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_options(parser, TimeOptions)
     add_options(parser, RestOptions)
     add_forms(parser)
+    add_options(parser, FigureOptions)
     add("--out", type=Folder(), metavar="DIR", help="also write gain.csv and the figure there")
 
 
@@ -66,18 +77,20 @@ def run(arguments: Namespace) -> None:
     if not print_rows(gains, arguments):
         _print_gains(gains, arguments.markdown)
     if folder is not None:
-        from sim.figures import save
+        from sim.figures import save_as
         from sim.figures.gain import gain_by_tokens
-        from sim.results import writable_folder, write_table
+        from sim.files import writable_folder
+        from sim.results import write_table
 
         with writable_folder(folder):
             write_table(gains, folder, "gain", identity_of(options, gpus, **chosen))
-            figures = {f"gain_by_tokens{of and '-'}{of}": rows for of, rows in _by_placement(gains).items()}
-            for name, rows in figures.items():
-                for suffix in ("png", "svg"):
-                    save(gain_by_tokens(rows), folder / f"{name}.{suffix}")
-        drawn = ", ".join(f"{name}.png and .svg" for name in figures)
-        say_written(f"written to {folder}: gain.csv, gain.json (what made it), {drawn}", arguments)
+            files = [
+                path
+                for of, rows in _by_placement(gains).items()
+                for path in save_as(gain_by_tokens(rows), folder / f"gain_by_tokens{of and '-'}{of}", arguments.formats)
+            ]
+        names = ", ".join(path.name for path in files)
+        say_written(f"written to {folder}: gain.csv, gain.json (what made it), {names}", arguments)
     if not (arguments.markdown or arguments.json or arguments.csv):
         _print_crossovers(gains)
 

@@ -118,7 +118,7 @@ def print_worst_cases(
     """Print P(all of a step's load on one rank) and P(at least half of the ranks idle), to their true size where it is
     known.
     """
-    from sim.results import best_rows
+    from sim.stats import best_rows
 
     summary = result.summary
     _check_choice(summary, ep_sizes, tokens, placements)
@@ -218,7 +218,7 @@ def _fewer_steps(rows: Any, most: int) -> Any:
 
 def _found(result: Any) -> tuple[Any, dict[Any, Any]]:
     """Cells of the summary, and the best row of the tail of each cell and threshold."""
-    from sim.results import best_rows
+    from sim.stats import best_rows
 
     imbalance = best_rows(result.tail[result.tail.metric == "imbalance"])
     tail = {(row.placement, row.ep_size, row.tokens, row.threshold): row for row in imbalance.itertuples()}

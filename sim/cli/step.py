@@ -66,7 +66,8 @@ def run(arguments: Namespace) -> None:
         if compared is not None:
             _print_log(compared, arguments)
     if folder is not None:
-        from sim.results import writable_folder, write_table
+        from sim.files import writable_folder
+        from sim.results import write_table
 
         with writable_folder(folder):
             write_table(steps, folder, "steps", identity_of(options, [gpu], placements=arguments.placements))

@@ -124,8 +124,9 @@ def _check_run(options: RunOptions, arguments: Namespace) -> None:
 
 def _run_into(folder: Path, plan: "Plan", options: RunOptions) -> "SweepResult":
     """Sample, and write the result; finished chunks stay in the folder until it is whole."""
+    from sim.files import writable_folder
     from sim.kernels import usable_processors
-    from sim.results import read_identity, writable_folder, write_result
+    from sim.results import read_identity, write_result
     from sim.sweeps import Journal, run_plan
 
     note_compiling()

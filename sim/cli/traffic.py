@@ -10,7 +10,7 @@ from sim.cli.text import note, table
 from sim.cli.traffic_decay import print_decay
 from sim.cli.traffic_make import add_make, add_match, run_make, run_match
 from sim.errors import InputError
-from sim.options import FILE, NAMES, SEED, THREADS, WHOLE_NUMBERS, Folder, Number, Whole
+from sim.options import FILE, NAMES, SEED, THREADS, WHOLE_NUMBERS, FigureOptions, Folder, Number, Whole, add_options
 
 _LAYERS_SHOWN = 12
 
@@ -63,6 +63,7 @@ def _add_show(parser: ArgumentParser) -> None:
     _add_file(parser, needs_model=False)
     add("--against", type=Path, metavar="FILE", help="another file of the same layers, for the drift between them")
     add("--plot", type=Folder(), metavar="DIR", help="draw a heat map and a page of plots there")
+    add_options(parser, FigureOptions)
     add("--all-layers", action="store_true", help="a row for every layer")
     add("--seed", type=SEED, default=0, help=SUPPRESS)  # statistics have no random numbers
 
@@ -93,6 +94,7 @@ def _add_decay(parser: ArgumentParser) -> None:
         help="another file of the same layers: fit on one, and score on the other",
     )
     add("--plot", type=Folder(), metavar="DIR", help="draw imbalance against age there")
+    add_options(parser, FigureOptions)
     add(
         "--ep",
         dest="ep_sizes",
@@ -181,26 +183,25 @@ def _show(arguments: Namespace, model: Any, data: Any) -> None:
             + (f"{alike.mean():.3f} (least {alike.min():.3f})" if len(alike) else "-: the loads are level")
         )
     if arguments.plot is not None:
-        _plot(arguments.plot, data, about)
+        _plot(arguments.plot, data, about, arguments.formats)
 
 
-def _plot(out: Path, data: Any, about: Any) -> None:
-    from sim.figures import save
+def _plot(out: Path, data: Any, about: Any, formats: list[str]) -> None:
+    from sim.figures import save_as
     from sim.figures.traffic import load_map, traffic_page
-    from sim.results import writable_folder
+    from sim.files import writable_folder
 
     with writable_folder(out):
         for name, figure in (("load_map", load_map(data.name, about)), ("traffic", traffic_page(data.name, about))):
-            for suffix in ("png", "svg"):
-                save(figure, out / f"{name}.{suffix}")
-                print(out / f"{name}.{suffix}")
+            for path in save_as(figure, out / name, formats):
+                print(path)
 
 
 def _fit(arguments: Namespace, model: Any, data: Any) -> None:
+    from sim.files import whole_files
     from sim.fit import fit_text, fit_traffic, hold_out
     from sim.fit.fitting import GROUP_SIGMA
     from sim.progress import phase
-    from sim.results import whole_files
 
     out = Path(arguments.out)
     if out.suffix != ".toml":

@@ -49,7 +49,7 @@ def _print_ages(arguments: Namespace, model: Any, data: Any, chosen: dict[str, A
             _say_ages(name, table[table.placement == name], unit)
     if out is not None:
         about = {"model": model.name, "file": halves.name, "digest": halves.digest, "windows": n_windows, **chosen}
-        _draw(out, table, unit, about)
+        _draw(out, table, unit, about, arguments.formats)
 
 
 def _print_files(arguments: Namespace, model: Any, data: Any, chosen: dict[str, Any]) -> None:
@@ -149,13 +149,13 @@ def _known(mean: float, high: float) -> str:
     return estimate(mean, high, "z.0%") if mean == mean else "(there is none)"
 
 
-def _draw(out: Path, table: Any, unit: str, about: dict[str, Any]) -> None:
-    from sim.figures import save
+def _draw(out: Path, table: Any, unit: str, about: dict[str, Any], formats: list[str]) -> None:
+    from sim.figures import save_as
     from sim.figures.decay import decay_by_age
-    from sim.results import writable_folder, write_table
+    from sim.files import writable_folder
+    from sim.results import write_table
 
     with writable_folder(out):
         write_table(table, out, "decay", about)
-        for suffix in ("png", "svg"):
-            save(decay_by_age(table, about["file"], about["model"], unit), out / f"decay.{suffix}")
-    print(f"\nwritten to {out}: decay.csv, decay.json (what made it), decay.png and .svg")
+        drawn = save_as(decay_by_age(table, about["file"], about["model"], unit), out / "decay", formats)
+    print(f"\nwritten to {out}: decay.csv, decay.json (what made it), {', '.join(path.name for path in drawn)}")

@@ -75,7 +75,7 @@ def write_trace(trace: Any, path: Path) -> None:
     """Write recorded routing in the form that `epsim traffic show` and all readers take. Raises OSError."""
     import numpy as np
 
-    from sim.results import whole_files
+    from sim.files import whole_files
 
     with whole_files(path) as (temporary,):
         np.savez_compressed(

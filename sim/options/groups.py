@@ -191,3 +191,24 @@ class RestOptions(Options):
         flag="--step-ms",
         default=None,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FigureOptions(Options):
+    """How figures are written."""
+
+    formats: Any = option(
+        Listed(of=Choice(names=("png", "svg")), metavar="LIST"), "png, svg or both", flag="--format", default="png"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlotOptions(FigureOptions):
+    """How the figures of a sweep are drawn."""
+
+    tokens: int | None = option(
+        Whole(1, MAX_TOKENS), "tokens per step of the worst-case figures (default: nearest to 64)", default=None
+    )
+    deepest: float = option(
+        Number(1e-300, 0.1, metavar="P"), "probability down to which worst cases are drawn", default=1e-6
+    )

@@ -27,14 +27,15 @@ from math import ceil
 from typing import NamedTuple
 
 import numpy as np
-from scipy.special import logsumexp, ndtr, ndtri, stdtrit
+from scipy.special import logsumexp, ndtri, stdtrit
 
-from sim.kernels import kernel
 from sim.model import ModelSpec
 from sim.router import route_layers
 from sim.streams import POPULARITY, stream_key, uniforms
+from sim.theory.given_layer import LONGEST, score_layers
+from sim.theory.proposal import Cells, Popularity, add_logs, cells_of, draw_experts, fill_density, sigma_of
 from sim.traffic import SyntheticTraffic
-from sim.traffic.synthetic import STEEP_SHARE, STUDENT_DF, tilt_and_spread, tilt_profile
+from sim.traffic.synthetic import STEEP_SHARE
 
 LAYERS = 8_000
 """Layers of the final sample, at the least."""
@@ -44,15 +45,12 @@ _PILOT, _MOST_LEVELS = 300, 14
 _ELITE = 50.0  # effective layers that a level is fitted to
 _TOKENS = 512  # tokens of a layer, and at least `_STEPS` steps
 _STEPS = 4
-_LONGEST = 64  # tokens of a step for which steps are drawn without replacement; longer ones are taken as they come
 _CHUNK = 32  # layers
 _HEAVIEST = 0.05  # share of an estimate that one layer may carry
 _WIDEST = 0.5  # of the interval on the log scale, half
 _COMMON = 0.5  # probability above which sampling sees as much
-_CELL = 0.3  # of a standard normal, to 6
 _NOMINAL = 0.2  # weight of the nominal shares of ranks and tilts in a proposal
 _STEEPEST = 4.0  # largest |theta|
-_SHIFTS, _SCALES = np.arange(-1.2, 2.0, 0.15), np.arange(0.35, 0.8, 0.08)  # that proposals of tilted layers tell apart
 _OWN, _NEAR, _FAR = 0, 1, 2
 
 
@@ -83,15 +81,9 @@ def no_rare_events_because(workload: SyntheticTraffic, tokens: int) -> str | Non
         return "the tokens of a step belong to several requests"
     if workload.request_sigma and workload.popularity == "tilted":
         return "request effects under a tilted popularity are not tilted together"
-    if _sigma(workload) == 0 and workload.popularity != "tilted":
+    if sigma_of(workload) == 0 and workload.popularity != "tilted":
         return "popularity is not drawn: exact rows and bounds hold for all layers"
     return None
-
-
-def _sigma(workload: SyntheticTraffic) -> float:
-    """Standard deviation of log-normal popularity; a request effect that all tokens of a step share adds to it."""
-    own = workload.sigma if workload.popularity == "lognormal" else 0.0
-    return float(np.hypot(own, workload.request_sigma))
 
 
 def rare_tail(
@@ -162,67 +154,6 @@ def rare_tail(
 
 
 @dataclass(frozen=True)
-class _Popularity:
-    """mu of a layer as shift[e] + scale * quantile(normal of e): the shift and scale of a layer, and the quantile."""
-
-    workload: SyntheticTraffic
-    n_experts: int
-
-    @property
-    def tilted(self) -> bool:
-        return self.workload.popularity == "tilted"
-
-    @property
-    def rows(self) -> tuple[np.ndarray, np.ndarray]:
-        """Shift and scale, [rows], of the kinds of experts that a proposal tells apart."""
-        if not self.tilted:
-            return np.zeros(1), np.full(1, _sigma(self.workload))
-        shift, scale = np.meshgrid(_SHIFTS, _SCALES)
-        return shift.ravel(), scale.ravel()
-
-    def row_of(self, shift: np.ndarray, scale: np.ndarray) -> np.ndarray:
-        """The row nearest to each expert, int16 [layers, n_experts]."""
-        rows = np.zeros((len(shift), self.n_experts), np.int16)
-        if self.tilted:
-            rows += np.abs(scale[:, None] - _SCALES).argmin(axis=1)[:, None].astype(np.int16) * len(_SHIFTS)
-            steps = np.rint((shift - _SHIFTS[0]) / (_SHIFTS[1] - _SHIFTS[0]))
-            rows += np.clip(steps, 0, len(_SHIFTS) - 1).astype(np.int16)
-        return rows
-
-    def of_layers(self, steep: np.ndarray, z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Shifts [layers, rows] and scales [layers], of what is drawn once per layer: steep bool, z float64 [layers, 2]."""
-        if not self.tilted:
-            return np.zeros((len(steep), 1)), np.full(len(steep), _sigma(self.workload))
-        tilt, spread = tilt_and_spread(steep, z[:, 0], z[:, 1])
-        return tilt[:, None] * tilt_profile(self.n_experts), spread / np.sqrt(1.5)
-
-    def quantile(self, tail: np.ndarray) -> np.ndarray:
-        """Quantile at probability `tail` up to 1/2, at 1 - |tail| where it is negative."""
-        below = np.abs(tail)
-        q = stdtrit(STUDENT_DF, below) if self.tilted else ndtri(below)
-        return np.where(tail > 0, q, -q)
-
-
-class _Cells(NamedTuple):
-    """Cells of a standard normal on which proposals are constant, from low to high."""
-
-    first: np.ndarray  # signed tail (see `_Popularity.quantile`) at the lower end
-    width: np.ndarray  # probability
-    node: np.ndarray  # quantile at the middle
-
-
-def _cells(popularity: _Popularity) -> _Cells:
-    below = np.append(0.0, ndtr(np.arange(-6, 1e-9, _CELL)))  # lower ends and 0
-    width = np.diff(below)
-    node = popularity.quantile(below[:-1] + width / 2)
-    return _Cells(
-        np.concatenate([below[:-1], -below[:0:-1]]),
-        np.concatenate([width, width[::-1]]),
-        np.concatenate([node, -node[::-1]]),
-    )
-
-
-@dataclass(frozen=True)
 class _Problem:
     """A placed layer and steps of some tokens."""
 
@@ -233,8 +164,8 @@ class _Problem:
     seed: int
     n_threads: int
     idle: bool = False
-    popularity: _Popularity = field(init=False)
-    cells: _Cells = field(init=False)
+    popularity: Popularity = field(init=False)
+    cells: Cells = field(init=False)
     n_ranks: int = field(init=False)
     largest: int = field(init=False)  # load that a rank can reach
     group: np.ndarray = field(init=False)  # of each expert
@@ -247,8 +178,8 @@ class _Problem:
             object.__setattr__(self, name, value)
 
         n_experts = self.model.n_experts
-        let("popularity", _Popularity(self.workload, n_experts))
-        let("cells", _cells(self.popularity))
+        let("popularity", Popularity(self.workload, n_experts))
+        let("cells", cells_of(self.popularity))
         let("n_ranks", int(self.rank.max()) + 1)
         let("largest", self.tokens * min(self.model.top_k, int(np.bincount(self.rank).max())))
         let("group", np.arange(n_experts) // (n_experts // self.model.n_group))
@@ -379,177 +310,6 @@ def _kinds(problem: _Problem, target: np.ndarray) -> np.ndarray:
     return np.where(own, _OWN, np.where(near, _NEAR, _FAR)).astype(np.int8)
 
 
-@kernel
-def fill_density(taken, growth, tokens, width, density):
-    """(1 + p (e**theta - 1))**tokens in each cell, over its mean: taken float64 [rows, cells], growth float64 [levels, 3],
-    expm1 of theta; density float64 [levels, 3, rows, cells].
-    """
-    for m in range(growth.shape[0]):
-        for a in range(growth.shape[1]):
-            for r in range(taken.shape[0]):
-                total = 0.0
-                for c in range(width.size):
-                    density[m, a, r, c] = np.exp(tokens * np.log1p(taken[r, c] * growth[m, a]))
-                    total += density[m, a, r, c] * width[c]
-                for c in range(width.size):
-                    density[m, a, r, c] /= total
-
-
-@kernel
-def draw_experts(u, level, kind, row, mass, first, width, cell, tail):
-    """Draw the popularity of each expert from the proposal of its layer's level.
-
-    u float64 [layers, 2 * n_experts]; kind int8 and row int16 [layers, n_experts]; mass [levels, 3, rows, cells], cumulated
-    probabilities; cell int16 and tail float64 [layers, n_experts], its cell and its signed tail probability.
-    """
-    n_experts, n_cells = kind.shape[1], width.size
-    for i in range(level.size):
-        for e in range(n_experts):
-            own = mass[level[i], kind[i, e], row[i, e]]
-            c = min(np.searchsorted(own, u[i, e] * own[n_cells - 1], side="right"), n_cells - 1)
-            cell[i, e] = c
-            tail[i, e] = first[c] + u[i, n_experts + e] * width[c]
-
-
-@kernel
-def add_logs(table, kind, row, cell, out):
-    """Add the sum over experts of table[level, kind, row, cell]: out float64 [layers, levels]."""
-    for i in range(cell.shape[0]):
-        for e in range(cell.shape[1]):
-            for m in range(table.shape[0]):
-                out[i, m] += table[m, kind[i, e], row[i, e], cell[i, e]]
-
-
-@kernel
-def _fill_binomial(n, p, out):
-    """Binomial probabilities of 0 .. out.size - 1 in n trials; returns the range beyond which they are below 1e-18."""
-    largest = min(n, out.size - 1)
-    mode = min(np.int64((n + 1) * p), largest)
-    out[:] = 0.0
-    out[mode] = 1.0
-    odds = p / (1 - p)
-    for i in range(mode + 1, largest + 1):
-        out[i] = out[i - 1] * odds * (n - i + 1) / i
-    for i in range(mode - 1, -1, -1):
-        out[i] = out[i + 1] * (i + 1) / ((n - i) * odds)
-    low, high = 0, largest
-    while out[low] < 1e-18:
-        low += 1
-    while out[high] < 1e-18:
-        high -= 1
-    return low, high
-
-
-@kernel
-def fill_sum_law(counts, tokens, law, here, there):
-    """Law of the sum of `tokens` draws without replacement from counts[j] tokens of j experts each.
-
-    Each class gives a binomial number of tokens, and the numbers add up to `tokens`: classes from the largest j on, the
-    state being how many tokens and experts came so far. law float64 [largest sum + 1]; here and there float64
-    [tokens + 1, largest sum + 1], scratch.
-    """
-    n_tokens = counts.sum()
-    p = tokens / n_tokens
-    law[:] = 0.0
-    if n_tokens == tokens:
-        total = 0
-        for j in range(counts.size):
-            total += j * counts[j]
-        law[total] = 1.0
-        return
-    ways, others = np.empty(tokens + 1), np.empty(tokens + 1)
-    top = counts.size - 1
-    while top > 1 and counts[top] == 0:
-        top -= 1
-    used, previous = 0, top
-    here[0, 0] = 1.0
-    for j in range(top, 1, -1):
-        if counts[j] == 0:
-            continue
-        low, high = _fill_binomial(counts[j], p, ways)
-        more = min(used + high, tokens)
-        for n in range(more + 1):
-            there[n, j * n : top * n + 1] = 0.0
-        for n in range(used + 1):
-            lo, hi = previous * n, top * n + 1
-            for i in range(low, min(high, tokens - n) + 1):
-                weight = ways[i]
-                source, sink = here[n, lo:hi], there[n + i, lo + j * i : hi + j * i]
-                for s in range(source.size):
-                    sink[s] += weight * source[s]
-        used, previous = more, j
-        here, there = there, here
-    low, high = _fill_binomial(counts[1], p, ways)
-    _fill_binomial(counts[0], p, others)
-    for n in range(used + 1):
-        lo, hi = previous * n, top * n + 1
-        for i in range(low, min(high, tokens - n) + 1):
-            weight = ways[i] * others[tokens - n - i]
-            if weight > 0.0:
-                source, sink = here[n, lo:hi], law[lo + i : hi + i]
-                for s in range(source.size):
-                    sink[s] += weight * source[s]
-    total = law.sum()
-    for s in range(law.size):
-        law[s] /= total
-
-
-@kernel
-def score_layers(ids, rank, target, n_ranks, tokens, events, idle, alone, step, shared):
-    """What the tokens of each layer say of its target rank.
-
-    ids int16 [layers, tokens of a layer, top_k]; events int64 [events]: A is a load of at least this, or `idle`: at most
-    that, where an event m >= 0 of idle ranks asks for A with load 0 and N >= m; alone, step and shared float64 [layers,
-    events], as `_Layers` says.
-    """
-    n_layers, n_tokens, top_k = ids.shape
-    largest = tokens * top_k
-    counts = np.empty(top_k + 1, np.int64)
-    law = np.empty(largest + 1)
-    short = tokens <= _LONGEST
-    here = np.empty((tokens + 1 if short else 1, largest + 1))
-    there = np.empty_like(here)
-    loads = np.empty(n_ranks, np.int64)
-    n_steps = n_tokens // tokens
-    for i in range(n_layers):
-        counts[:] = 0
-        for t in range(n_tokens):
-            mine = 0
-            for k in range(top_k):
-                mine += rank[ids[i, t, k]] == target[i]
-            counts[mine] += 1
-        if short:
-            fill_sum_law(counts, tokens, law, here, there)
-            for s in range(largest - 1, -1, -1):
-                law[s] += law[s + 1]
-        for s in range(n_steps):
-            loads[:] = 0
-            for t in range(s * tokens, (s + 1) * tokens):
-                for k in range(top_k):
-                    loads[rank[ids[i, t, k]]] += 1
-            mine = loads[target[i]]
-            for v in range(events.size):
-                if idle:
-                    # a negative event -c asks for a load of at most c - 1, of this rank alone
-                    hit = mine == 0 if events[v] > 0 else mine < -events[v]
-                else:
-                    hit = mine >= events[v]
-                if hit:
-                    others = 0
-                    for r in range(n_ranks):
-                        others += loads[r] == 0 if idle else loads[r] >= events[v]
-                    step[i, v] += 1.0 / n_steps
-                    if not idle or others >= events[v]:
-                        shared[i, v] += 1.0 / (max(others, 1) * n_steps)
-        for v in range(events.size):
-            if not short or (idle and events[v] > 1):
-                alone[i, v] = step[i, v]
-            elif idle:
-                alone[i, v] = max(1.0 - law[1 if events[v] > 0 else -events[v]], 0.0)
-            else:
-                alone[i, v] = law[events[v]] if events[v] <= largest else 0.0
-
-
 def _pilot_events(problem: _Problem) -> np.ndarray:
     """Loads that levels may aim at, from common to rare."""
     mean = problem.tokens * problem.model.top_k / problem.n_ranks
@@ -656,7 +416,7 @@ def _estimate(
     counts = np.full(len(levels), n_layers // len(levels)) + (np.arange(len(levels)) < n_layers % len(levels))
     layers = _sample(problem, levels, np.repeat(np.arange(len(levels)), counts), np.array(aims), "final")
     weight = problem.n_ranks * np.exp(layers.log_weight(counts))
-    first = layers.shared if problem.tokens > _LONGEST else layers.alone - (layers.step - layers.shared)
+    first = layers.shared if problem.tokens > LONGEST else layers.alone - (layers.step - layers.shared)
     for metric, threshold, aim in wanted:
         i = aims.index(aim)
         estimate = _estimate_of(weight * first[:, i], layers.level, counts)
