@@ -123,7 +123,7 @@ def cell_ids(plan: Plan) -> list[str]:
 
 
 _TOKENS_TO_START, _TOKENS_PER_RANK, _TOKENS_PER_ROW = 1e6, 0.02, 3000.0
-_TOKENS_PER_LAYER, _TOKENS_PER_BOUND = 75_000.0, 230.0
+_TOKENS_PER_LAYER, _TOKENS_PER_BOUND = 150_000.0, 420.0
 """What it takes in the time of a sampled token to start, to score a rank of a block, to write a cell, to count the tokens of a
 layer that bounds rest on, and to bound one of its ranks in a cell; measured on DeepSeek-V3.
 """
