@@ -39,13 +39,23 @@ def add_arguments(parser: ArgumentParser) -> None:
         metavar="NAME",
         help=f"what the log holds: {', '.join(_SHORT)}",
     )
+    parser.add_argument(
+        "--traffic",
+        metavar="FILE",
+        help="recorded routing, in place of --workload: also replay whole steps, all layers of the same tokens, beside "
+        "independent layers",
+    )
     parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
     parser.add_argument("--out", type=Folder(), metavar="DIR", help="also write steps.csv there")
 
 
 def run(arguments: Namespace) -> None:
     """Run `epsim step`."""
+    if arguments.traffic is not None:
+        arguments.workload = f"file:{arguments.traffic}"
     options, folder = timed_options(arguments), arguments.out
+    if arguments.traffic is not None and not hasattr(options["workload"], "topk_ids"):
+        raise InputError(f"--traffic {arguments.traffic}: whole steps need the experts of single tokens, not a law")
     from sim.cost import load_gpu
     from sim.cost.step_log import compare_log, predict_steps, read_log
 
@@ -60,12 +70,74 @@ def run(arguments: Namespace) -> None:
     _print_steps(steps, arguments.markdown)
     if log is not None:
         _print_log(compare_log(steps, arguments.log_metric, log.values), arguments)
+    replayed = None if arguments.traffic is None else _replay(options, arguments)
     if folder is not None:
         from sim.results import writable_folder, write_table
 
         with writable_folder(folder):
+            if replayed is not None:
+                write_table(replayed, folder, "replay", identity_of(options, [gpu], placements=arguments.placements))
             write_table(steps, folder, "steps", identity_of(options, [gpu], placements=arguments.placements))
         print(f"\nwritten to {folder}: steps.csv, steps.json (what made it)")
+
+
+def _replay(options: dict[str, Any], arguments: Namespace) -> Any:
+    """Whole steps of recorded traffic, printed."""
+    import pandas as pd
+
+    from sim.cost.replay import compare_modes
+    from sim.sweeps import make_plan
+    from sim.traffic import RecordedTraffic
+
+    cells = {name: options[name] for name in ("ep_sizes", "tokens", "tokens_per_rank", "ranks_per_node", "seed")}
+    plan = make_plan(
+        options["model"],
+        options["workload"],
+        placements=arguments.placements,
+        trials=1,
+        bound_layers=0,
+        received="off",
+        **cells,
+    )
+    assert isinstance(plan.workload, RecordedTraffic)
+    tables = []
+    for ep_size in plan.grid.ep_sizes:
+        pairs = [p for p, (_, size) in enumerate(plan.grid.pairs) if size == ep_size]
+        placed = [placement for p in pairs if (placement := plan.placements[p]) is not None]
+        for tokens in sorted({int(n) for n in plan.grid.tokens_of_cell[plan.grid.ep_size_of_cell == ep_size]}):
+            if placed:
+                tables.append(compare_modes(plan.workload, placed, tokens, options["most_steps"], options["seed"]))
+    if not tables:
+        raise InputError(
+            "--traffic: random placements differ by layer draw, and are not replayed; name another --placement"
+        )
+    table = pd.concat(tables, ignore_index=True)
+    title = (
+        f"\nWhole steps of {plan.workload.name}: imbalance = max / mean of a layer; its mean over layers, and the worst layer\n"
+        "continuous batching, all requests started together, and layers that are independent; variance of a step's mean over "
+        "that of\nindependent layers, and correlation of consecutive steps"
+    )
+    heads = [
+        "EP",
+        "tokens",
+        "placement",
+        "steps are",
+        "mean",
+        "sd",
+        "worst mean",
+        "worst p99",
+        "variance ratio",
+        "auto- correlation",
+    ]
+    lines = [
+        [
+            str(row.ep_size), str(row.tokens), row.placement, row.mode, f"{row.layers_mean:.3f}", f"{row.layers_sd:.4f}",
+            f"{row.worst_mean:.3f}", f"{row.worst_p99:.3f}", f"{row.variance_ratio:.2f}", f"{row.autocorrelation:.2f}",
+        ]
+        for row in table.itertuples()
+    ]  # fmt: skip
+    print_table(title, heads, lines, arguments.markdown, align=">><<")
+    return table
 
 
 def _digits(value: float) -> str:
