@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-TRAFFIC := uniform chat gpqa-tilted prefill
+TRAFFIC := uniform chat gpqa-tilted prefill  # those of results/sweep.toml
 export MPLBACKEND := Agg
 
 help:  ## list the targets
@@ -18,9 +18,7 @@ $(BIN)/epsim: pyproject.toml
 install: $(BIN)/epsim  ## create .venv and install epsim with its development tools
 
 sweep: $(BIN)/epsim  ## the main job: DeepSeek-V3, four kinds of traffic, tables and figures under results/
-	@for traffic in $(TRAFFIC); do \
-	  $(BIN)/epsim sweep --config results/sweep.toml --workload $$traffic --out results/deepseek-v3-$$traffic || exit $$?; \
-	done
+	$(BIN)/epsim sweep --config results/sweep.toml --out 'results/deepseek-v3-{workload}'
 	@printf '%s\n' $(TRAFFIC) | xargs -P 2 -I{} $(BIN)/epsim plot results/deepseek-v3-{}
 	$(BIN)/epsim report $(TRAFFIC:%=results/deepseek-v3-%) results/advice-gpt-oss-20b --out results/report.html
 

@@ -23,8 +23,8 @@ from sim.stats import CELL, Design, Histogram, Moments, mean_interval, probabili
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-SCHEMA = 2
-"""Version of the tables: raised when a column or its meaning changes."""
+SCHEMA = 3
+"""Version of the tables: raised when a column or its meaning changes, or the rows of a seed."""
 SUMMARY, TAIL, COUNTS, PROVENANCE = "summary.csv", "tail.csv", "counts.parquet", "provenance.json"
 _FLOAT = "%.10g"
 
@@ -223,16 +223,41 @@ def _write_whole(folder: Path, tables: dict[str, bytes], about: str, what: dict[
     """Write tables and a file `about` them, all or nothing."""
     digests = {name: digest_of(part) for name, part in what.items()}
     digests |= {name: hashlib.sha256(data).hexdigest() for name, data in tables.items()}
-    text = json.dumps(provenance(what, digests), indent=1) + "\n"
+    made = provenance(what, digests)
+    text = json.dumps(made, indent=1) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
+    if _same_but_when(folder / about, made):  # a file that says nothing new is left as it is
+        text = (folder / about).read_text(encoding="utf-8")
     with whole_files(*(folder / name for name in (*tables, about))) as names:
         for path, data in zip(names, (*tables.values(), text.encode()), strict=True):
             path.write_bytes(data)
 
 
+def _same_but_when(path: Path, made: dict[str, Any]) -> bool:
+    """Whether a file says the same as `made` but for the command and the time."""
+    if not path.is_file():
+        return False
+    try:
+        held = read_json(path, str(path))
+    except InputError:
+        return False
+
+    def rest(about: dict[str, Any]) -> str:
+        return json.dumps(
+            {key: value for key, value in about.items() if key not in ("command", "written")}, sort_keys=True
+        )
+
+    return isinstance(held, dict) and rest(held) == rest(made)
+
+
 def digest_of(identity: Any) -> str:
     """Digest of JSON values, whatever the order of their keys."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def short_id(identity: Any) -> str:
+    """Digest of an identity short enough for the name of a folder: 8 hexadecimal digits."""
+    return digest_of(identity)[:8]
 
 
 def provenance(what: dict[str, Any], digests: dict[str, str]) -> dict[str, Any]:

@@ -290,7 +290,7 @@ def test_counts_from_outside_are_checked(tmp_path, capsys, monkeypatch):
         table = np.ones((2, 32))
         table[1, 3] = bad
         monkeypatch.setattr("sim.traffic.load_table", lambda path, model, table=table: LoadTable("x", table, "x"))
-        words = ["export", "--model", "gpt-oss-20b", "--placement", "eplb", "--ep", "4", "--traffic", "x.npz"]
+        words = ["export", "--model", "gpt-oss-20b", "--placement", "eplb", "--ep", "4", "--fit-on", "x.npz"]
         assert main([*words, "--format", "vllm", "--out", str(tmp_path / "out")]) == 2
         assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

@@ -15,6 +15,7 @@ from conftest import ROOT
 from sim.cli import main
 from sim.cost import expert_time_us, load_gpu
 from sim.cost.expert import ideal_times_us
+from sim.cost.tables import grouped_gemm_profile
 from sim.errors import InputError
 from sim.figures.measured import measured_gain, predicted_against_measured
 from sim.measure import (
@@ -44,6 +45,8 @@ TINY = {
     "hidden_size": 64, "moe_intermediate_size": 32, "num_hidden_layers": 4, "first_k_dense_replace": 1,
 }  # fmt: skip
 H100 = load_gpu("h100")
+KERNEL = grouped_gemm_profile()
+OF_MODEL = (KERNEL.launch_us, H100.bandwidth_fraction, H100.peak_fraction)
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +87,9 @@ class MadeUp:
         work = {"pairs": counts.sum(), "distinct_experts": (counts > 0).sum(), "dtype": dtype}
         memory_us, compute_us = ideal_times_us("deepseek-v3", "h100", **work)
         launch_us, bandwidth, peak = self.of
-        time_us = launch_us + max(memory_us / bandwidth, compute_us / peak)
+        p, distinct = KERNEL.sharpness, work["distinct_experts"]
+        fixed_us = KERNEL.idle_us * (len(counts) - distinct) + KERNEL.spread_us * (1 - 1 / max(distinct, 1))
+        time_us = launch_us + fixed_us + ((memory_us / bandwidth) ** p + (compute_us / peak) ** p) ** (1 / p)
         return Timing(float(time_us * np.exp(self.noise * self.random.normal())), 0.1, 4, 5)
 
 
@@ -374,7 +379,7 @@ def test_other_files_are_refused(tmp_path):
 
 
 def test_a_device_as_the_model_says_has_no_error(tmp_path):
-    rows = with_predictions(read_measured(measured(tmp_path, MadeUp(30.0, 0.833, 0.570))[0]))
+    rows = with_predictions(read_measured(measured(tmp_path, MadeUp(*OF_MODEL))[0]))
     np.testing.assert_allclose(rows.error, 0, atol=1e-4)
     assert (errors(rows).within_20 == 1).all()
     table = gains(rows)
@@ -383,7 +388,7 @@ def test_a_device_as_the_model_says_has_no_error(tmp_path):
 
 
 def test_errors_by_hand(tmp_path):
-    rows = with_predictions(read_measured(measured(tmp_path, MadeUp(30.0, 0.833 / 2, 0.570 / 2))[0]))
+    rows = with_predictions(read_measured(measured(tmp_path, MadeUp(OF_MODEL[0], OF_MODEL[1] / 2, OF_MODEL[2] / 2))[0]))
     assert set(rows.bound) == {"memory"}
     part = rows[rows.dtype == "fp8"]
     row = errors(rows).set_index("dtype").loc["fp8"]
@@ -398,7 +403,7 @@ def test_the_constants_of_a_device_are_found_again(tmp_path):
     rows = with_predictions(read_measured(measured(tmp_path, MadeUp(8.0, 0.7, 0.6, noise=0.02), steps_of=steps)[0]))
     table = constants(rows)
     found = table.set_index(["dtype", "constant"])
-    assert found.loc[("fp8", "launch_us"), "model"] == 30.0
+    assert found.loc[("fp8", "launch_us"), "model"] == KERNEL.launch_us
     for dtype in ("bf16", "fp8"):
         for name, true in (("launch_us", 8.0), ("bandwidth_fraction", 0.7), ("peak_fraction", 0.6)):
             assert found.loc[(dtype, name), "fitted"] == pytest.approx(true, rel=0.1)

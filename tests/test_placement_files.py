@@ -342,7 +342,7 @@ EXPORT = ["export", "--model", "gpt-oss-20b", "--ep", "4"]
 @pytest.mark.parametrize("form", FORMATS)
 def test_export(trace, tmp_path, capsys, form):
     out = tmp_path / "out"
-    assert main([*EXPORT, "--placement", "eplb+4", "--traffic", str(trace), "--format", form, "--out", str(out)]) == 0
+    assert main([*EXPORT, "--placement", "eplb+4", "--fit-on", str(trace), "--format", form, "--out", str(out)]) == 0
     assert "3 layers x 36 slots on 4 ranks" in capsys.readouterr().out
     with np.load(trace) as arrays:
         loads = [np.bincount(layer.ravel(), minlength=32) for layer in arrays["topk_ids"].transpose(1, 0, 2)]
@@ -369,19 +369,19 @@ def test_export_of_static_placements_and_conversion(tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--placement", "eplb+4"], "needs --traffic FILE"),
-        (["--placement", "eplb+4", "--traffic", "absent.npz"], "does not exist"),
-        (["--placement", "eplb+3", "--traffic", "TRACE"], "do not divide by 4 ranks"),
+        (["--placement", "eplb+4"], "needs --fit-on FILE"),
+        (["--placement", "eplb+4", "--fit-on", "absent.npz"], "does not exist"),
+        (["--placement", "eplb+3", "--fit-on", "TRACE"], "do not divide by 4 ranks"),
         (
-            ["--placement", "eplb", "--traffic", "TRACE", "--layers", "3"],
+            ["--placement", "eplb", "--fit-on", "TRACE", "--layers", "3"],
             "--layers goes with placements that are not fitted",
         ),
         (
-            ["--placement", "eplb", "--traffic", "TRACE", "--model", "olmoe-1b-7b"],
+            ["--placement", "eplb", "--fit-on", "TRACE", "--model", "olmoe-1b-7b"],
             "4 experts per token, model olmoe-1b-7b",
         ),
-        (["--placement", "eplb", "--traffic", "TRACE", "--model", "mixtral-8x7b"], "has top_k 2"),
-        (["--placement", "linear", "--traffic", "TRACE"], "--traffic goes with a load-aware placement"),
+        (["--placement", "eplb", "--fit-on", "TRACE", "--model", "mixtral-8x7b"], "has top_k 2"),
+        (["--placement", "linear", "--fit-on", "TRACE"], "--fit-on goes with a load-aware placement"),
         (["--placement", "linear", "--ep", "5"], "ranks hold from 6 to 7"),
         (["--placement", "linear", "--layers", "0"], "--layers 0"),
         (["--placement", "random"], "there is none to export"),
@@ -438,7 +438,7 @@ def test_an_exported_map_scores_as_the_placement_itself_in_every_format(trace, t
     names = []
     for form in FORMATS[:3]:
         path = tmp_path / f"map.{form}"
-        words = ["export", "--model", "gpt-oss-20b", "--placement", "eplb+4", "--ep", "4", "--traffic", str(trace)]
+        words = ["export", "--model", "gpt-oss-20b", "--placement", "eplb+4", "--ep", "4", "--fit-on", str(trace)]
         assert main([*words, "--format", form, "--out", str(path)]) == 0
         names.append(f"file:{path}")
     words = ["sweep", "--model", "gpt-oss-20b", "--workload", f"file:{other}", "--fit-on", str(trace), "--ep", "4"]
@@ -464,7 +464,7 @@ def export(cases, tmp_path, form, *words):
 
 def test_case_d14_a_hot_expert_has_two_copies_on_a_rank_and_the_report_says_so(cases, tmp_path, capsys):
     words = ["--model", str(cases / "small-model.json"), "--placement", "eplb+4", "--ep", "4"]
-    words += ["--traffic", str(cases / "d14-hot-expert.csv")]
+    words += ["--fit-on", str(cases / "d14-hot-expert.csv")]
     out = export(cases, tmp_path, "sglang", *words)
     rows = json.loads(out.read_text())["physical_to_logical_map"]
     ref = place("eplb+4", plain(8), 4, loads=[1000] + 7 * [1]).logical_of_slot.tolist()
@@ -512,7 +512,7 @@ def test_case_m01_a_draft_layer_is_left_out_with_a_note(cases, tmp_path, capsys)
 def test_case_e01_rows_are_decoder_layers_for_sglang_and_keys_for_tensorrt_llm(cases, tmp_path):
     model = load_model(cases / "e01-one-dense-layer.json")
     words = ["--model", str(cases / "e01-one-dense-layer.json"), "--placement", "eplb", "--ep", "4"]
-    words += ["--traffic", str(cases / "e01-counts.csv")]
+    words += ["--fit-on", str(cases / "e01-counts.csv")]
     counts = np.loadtxt(cases / "e01-counts.csv", delimiter=",")
     ref = [place("eplb", model, 4, loads=row).logical_of_slot.tolist() for row in counts[1:]]
     rows = json.loads(export(cases, tmp_path, "sglang", *words).read_text())["physical_to_logical_map"]

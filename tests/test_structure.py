@@ -8,6 +8,7 @@ ROOMS = [
     "errors",
     "files",
     "options",
+    "progress",
     "kernels",
     "streams",
     "stats",

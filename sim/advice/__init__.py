@@ -3,6 +3,16 @@
 from sim.advice.advise import Advice, advise, candidates
 from sim.advice.engines import BACKENDS
 from sim.advice.rule import LEAST_SAVED, rule_text
-from sim.advice.words import changes, verdict_text
+from sim.advice.words import changes, not_run, verdict_text
 
-__all__ = ["BACKENDS", "LEAST_SAVED", "Advice", "advise", "candidates", "changes", "rule_text", "verdict_text"]
+__all__ = [
+    "BACKENDS",
+    "LEAST_SAVED",
+    "Advice",
+    "advise",
+    "candidates",
+    "changes",
+    "not_run",
+    "rule_text",
+    "verdict_text",
+]

@@ -4,7 +4,8 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
-from sim.cli.text import note, print_table
+from sim.cli.progress import shown_progress
+from sim.cli.text import add_forms, note, print_rows, print_table, say_written
 from sim.cli.timed import identity_of, say_about_times, timed_options
 from sim.errors import InputError
 from sim.options import Choice, Folder, StepOptions, SweepOptions, TimeOptions, TrafficOptions, add_options
@@ -39,7 +40,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         metavar="NAME",
         help=f"what the log holds: {', '.join(_SHORT)}",
     )
-    parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
+    add_forms(parser)
     parser.add_argument("--out", type=Folder(), metavar="DIR", help="also write steps.csv there")
 
 
@@ -56,17 +57,20 @@ def run(arguments: Namespace) -> None:
         raise InputError(f"--gpu {arguments.gpu}: one GPU at a time")
     gpu = load_gpu(arguments.gpu)
     say_about_times(options, [gpu])
-    steps = predict_steps(gpu=gpu, placements=arguments.placements, **options)
-    _print_steps(steps, arguments.markdown)
-    if log is not None:
-        _print_log(compare_log(steps, arguments.log_metric, log.values), arguments)
+    with shown_progress():
+        steps = predict_steps(gpu=gpu, placements=arguments.placements, **options)
+    compared = None if log is None else compare_log(steps, arguments.log_metric, log.values)
+    if not print_rows(steps if compared is None else compared, arguments):
+        _print_steps(steps, arguments.markdown)
+        if compared is not None:
+            _print_log(compared, arguments)
     if folder is not None:
         from sim.files import writable_folder
         from sim.results import write_table
 
         with writable_folder(folder):
             write_table(steps, folder, "steps", identity_of(options, [gpu], placements=arguments.placements))
-        print(f"\nwritten to {folder}: steps.csv, steps.json (what made it)")
+        say_written(f"written to {folder}: steps.csv, steps.json (what made it)", arguments)
 
 
 def _digits(value: float) -> str:
@@ -96,7 +100,7 @@ def _print_steps(steps: Any, markdown: bool) -> None:
         ]
         for row in steps.sort_values(["ep_size", "tokens"], kind="stable").itertuples()
     ]
-    print_table(title, heads, cells, markdown, align=">><<")
+    print_table(title, heads, cells, markdown, align=">><<", keys=4)
 
 
 def _print_log(table: Any, arguments: Namespace) -> None:
@@ -120,4 +124,4 @@ def _print_log(table: Any, arguments: Namespace) -> None:
         ]
         for row in table.itertuples()
     ]
-    print_table(title, heads, cells, arguments.markdown, align=">><")
+    print_table(title, heads, cells, arguments.markdown, align=">><", keys=3)

@@ -1,12 +1,14 @@
-"""Recorded routing or measured loads: show their statistics, fit a workload, or show how a placement goes stale on them."""
+"""Recorded routing or measured loads: show their statistics, fit a workload, show how a placement goes stale; or make some."""
 
 from argparse import SUPPRESS, ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
 from sim.cli import Verb, add_verbs
+from sim.cli.progress import shown_progress
 from sim.cli.text import note, table
 from sim.cli.traffic_decay import print_decay
+from sim.cli.traffic_make import add_make, add_match, run_make, run_match
 from sim.errors import InputError
 from sim.options import FILE, NAMES, SEED, THREADS, WHOLE_NUMBERS, FigureOptions, Folder, Number, Whole, add_options
 
@@ -25,6 +27,8 @@ def add_arguments(parser: ArgumentParser) -> None:
                 _add_decay,
                 _run_decay,
             ),
+            "make": Verb("write synthetic recorded routing, with a wanted imbalance", add_make, run_make),
+            "match": Verb("name the presets nearest to an imbalance that was read off a log", add_match, run_match),
         },
     )
 
@@ -197,6 +201,7 @@ def _fit(arguments: Namespace, model: Any, data: Any) -> None:
     from sim.files import whole_files
     from sim.fit import fit_text, fit_traffic, hold_out
     from sim.fit.fitting import GROUP_SIGMA
+    from sim.progress import phase
 
     out = Path(arguments.out)
     if out.suffix != ".toml":
@@ -210,15 +215,18 @@ def _fit(arguments: Namespace, model: Any, data: Any) -> None:
     if model.is_grouped and arguments.group_sigma is None:
         note(f"loads do not tell the group effect: group_sigma {GROUP_SIGMA} is that of the presets (--group-sigma)")
     fit = None
+    sizes = {"held-out half": 1.0 if arguments.hold_out else 0.0, "fit": 0.0 if arguments.half else 1.0}
     if arguments.hold_out:
-        held = hold_out(model, data, seed=seed, group_sigma=group_sigma, threads=n_threads)
+        with shown_progress(), phase("held-out half", sizes):
+            held = hold_out(model, data, seed=seed, group_sigma=group_sigma, threads=n_threads)
         if held is None:
             note("there is too little to hold out: it takes 32 sequences, or 4 steps of loads")
         else:
             _print_held(held[1], "steps" if held[1] and held[1][0].phase == "steps" else "sequences")
             fit = held[0] if arguments.half else None
     whole = fit is None
-    fit = fit or fit_traffic(model, data, seed=seed, group_sigma=group_sigma, threads=n_threads)
+    with shown_progress(), phase("fit", sizes):
+        fit = fit or fit_traffic(model, data, seed=seed, group_sigma=group_sigma, threads=n_threads)
     for text in fit.notes:
         note(text)
     with whole_files(out) as (temporary,):

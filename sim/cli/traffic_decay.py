@@ -4,6 +4,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+from sim.cli.progress import shown_progress
 from sim.cli.text import estimate, note, print_table
 from sim.errors import InputError
 
@@ -27,7 +28,8 @@ def _print_ages(arguments: Namespace, model: Any, data: Any, chosen: dict[str, A
     out, n_windows = arguments.plot, 8 if arguments.n_windows is None else arguments.n_windows
     windows = cut_windows(data, model.n_experts, n_windows)
     halves, unit = windows.halves, windows.unit
-    table = decay(model, windows, **chosen)
+    with shown_progress():
+        table = decay(model, windows, **chosen)
     cells = [
         [row.placement, str(row.ep_size)]
         + (["any", "-"] if row.placement == "linear" else [str(row.age_windows), f"{getattr(row, f'age_{unit}'):,.0f}"])
@@ -40,7 +42,7 @@ def _print_ages(arguments: Namespace, model: Any, data: Any, chosen: dict[str, A
         f"is fitted, one scored: {halves.about}"
     )
     heads = ["placement", "EP", "age windows", f"age {unit}", "pairs", *_HEADS]
-    print_table(title, heads, cells, arguments.markdown, align="<")
+    print_table(title, heads, cells, arguments.markdown, align="<", keys=4)
     if not arguments.markdown:
         _explain("window", halves.fitted.shape[1])
         for name in _fitted_names(table):
@@ -62,7 +64,8 @@ def _print_files(arguments: Namespace, model: Any, data: Any, chosen: dict[str, 
     for text in other.notes:
         note(text)
     first, second = (cut_file(part, model.n_experts, seed=arguments.seed) for part in (data, other))
-    table = decay_against(model, first, second, **chosen)
+    with shown_progress():
+        table = decay_against(model, first, second, **chosen)
     cells = [
         [
             row.placement,
@@ -79,7 +82,7 @@ def _print_files(arguments: Namespace, model: Any, data: Any, chosen: dict[str, 
         f"of each file one half is fitted, one scored: {about}"
     )
     heads = ["placement", "EP", "fitted on", "scored on", *_HEADS]
-    print_table(title, heads, cells, arguments.markdown, align="<><<")
+    print_table(title, heads, cells, arguments.markdown, align="<><<", keys=4)
     if not arguments.markdown:
         _explain("file", first.fitted.shape[1])
         for name in _fitted_names(table):

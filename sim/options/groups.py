@@ -167,7 +167,9 @@ class TimeOptions(Options):
     """What turns loads into times."""
 
     exchange: str = option(
-        NAME, "dispatch and combine: deepep_low_latency, deepep_high_throughput or none", default="deepep_low_latency"
+        NAME,
+        "dispatch and combine: pair, token, gather, reduce or none, or a backend that is one of them (epsim gpus)",
+        default="pair",
     )
     dtype: str = option(NAME, "type of weights and inputs: fp8, bf16 or fp4", default="fp8")
     network_gb_per_s: float | None = option(

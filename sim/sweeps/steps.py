@@ -18,11 +18,14 @@ from sim.scoring import (
     Layouts,
     assign_by_hash,
     assign_evenly,
+    count_received,
     fan_out,
     find_copies,
     lay_out,
     pick_slots,
+    receivers,
     score_blocks,
+    slots_by_hash,
 )
 from sim.sweeps.plan import Plan
 from sim.traffic import SyntheticTraffic
@@ -127,6 +130,9 @@ class Scored(NamedTuple):
     counts: np.ndarray  # int32 [trials, steps, n_experts], tokens that take each expert
     scores: np.ndarray  # int32 [trials, cells of the scorer, METRICS]
     reached: np.ndarray  # int64 [trials, pairs of the grid, 2], ranks and nodes that the first token is sent to
+    received: (
+        np.ndarray
+    )  # int32 [trials, cells of the scorer], tokens of the rank that receives most; 0 where not counted
 
 
 class StepScorer:
@@ -141,6 +147,9 @@ class StepScorer:
         `place_pairs` of the cells' pairs, on consecutive draws: trials must be of the first of these.
     n_draws : int
         Trial t belongs to layer draw t % n_draws.
+    counts_received : bool
+        Whether received tokens are counted, which needs all tokens of a step, not their counts alone. Of an expert's copies
+        the one that vLLM's hash takes receives a token.
 
     Attributes
     ----------
@@ -148,13 +157,16 @@ class StepScorer:
         Tokens per step of the cells, ascending.
     """
 
-    def __init__(self, plan: Plan, cells: np.ndarray, groups: list[Group], n_draws: int) -> None:
+    def __init__(
+        self, plan: Plan, cells: np.ndarray, groups: list[Group], n_draws: int, counts_received: bool = False
+    ) -> None:
         grid = plan.grid
         self.plan, self.cells, self.groups, self.n_draws = plan, cells, groups, n_draws
         self.tokens, self.step_of_cell = np.unique(grid.tokens_of_cell[cells], return_inverse=True)
         self.pair_of_cell = grid.pair_of_cell[cells]
         all_tokens = plan.replica_choice == "vllm_hash" and any(group.copies for group in groups)
-        self._n_ids = int(self.tokens[-1]) if all_tokens else 1
+        self.counts_received = counts_received
+        self._n_ids = int(self.tokens[-1]) if all_tokens or counts_received else 1
 
     def score(self, trials: range, also: Callable[[Group, Blocks], None] | None = None) -> Scored:
         """Sample and score consecutive trials, of the first draws of the groups.
@@ -165,6 +177,7 @@ class StepScorer:
         counts, ids = draw_trials(plan.model, plan.workload, plan.seed, trials, self.n_draws, self.tokens, self._n_ids)
         scores = np.empty((len(trials), len(self.cells), len(METRICS)), np.int32)
         reached = np.zeros((len(trials), len(plan.grid.pairs), 2), np.int64)
+        received = np.zeros((len(trials), len(self.cells)), np.int32)
         for group in self.groups:
             cells = np.flatnonzero(np.isin(self.pair_of_cell, group.pairs))
             of_group = np.searchsorted(group.pairs, self.pair_of_cell)  # of other groups' cells: not looked at
@@ -173,6 +186,23 @@ class StepScorer:
             score_blocks(*blocks, scores)
             first = group.slots_of_first(ids, trials.start)
             fan_out(first, group.pairs, group.rows, group.layouts, plan.ranks_per_node, reached)
+            if self.counts_received:
+                self._most_received(group, cells, of_group, ids, received)
             if also is not None:
                 also(group, blocks)
-        return Scored(counts, scores, reached)
+        return Scored(counts, scores, reached, received)
+
+    def _most_received(
+        self, group: Group, cells: np.ndarray, of_group: np.ndarray, ids: np.ndarray, received: np.ndarray
+    ) -> None:
+        """Fill in the received tokens of a group's cells."""
+        slots = ids
+        if group.copies is not None:
+            slots = np.empty(ids.shape, np.int32)
+            slots_by_hash(ids, group.rows[:, 0], group.copies, slots)
+        sizes = np.array([self.plan.grid.pairs[pair][1] for pair in group.pairs])
+        to = receivers(sizes, self.plan.ranks_per_node)
+        by_rank, _ = count_received(slots, self.tokens, group.rows[: len(ids)], group.layouts, to)
+        for cell in cells:
+            ranks = slice(to.first_rank[of_group[cell]], to.first_rank[of_group[cell] + 1])
+            received[:, cell] = by_rank[:, self.step_of_cell[cell], ranks].max(axis=1)
