@@ -41,6 +41,8 @@ from sim.kernels import kernel
 from sim.placement import Placement
 
 METRICS = ("max_load", "idle_ranks", "distinct_experts_busiest", "distinct_experts_max")
+RECEIVED = ("received_tokens_max", "received_node_tokens_max")
+"""Of the rank, and of the node, that receives the most tokens: further metrics of a block, where all its tokens are looked at."""
 REPLICA_CHOICES = ("even", "vllm_hash")
 _MULTIPLIER, _LOW = np.uint64(2654435769), np.uint64(0xFFFFFFFF)
 _MOST_COUNT = 2**53  # pairs of an expert in a block

@@ -20,6 +20,7 @@ from scipy.stats import norm
 from sim import ModelSpec, SyntheticTraffic, load_model, route, sweep, theory
 from sim.placement import place_fixed
 from sim.router import draw_trials
+from sim.sweeps.bounds import _tally_loads
 from sim.traffic.synthetic import X0
 
 FALSE_ALARM = 1e-4
@@ -157,11 +158,42 @@ def test_tails_of_sums_keep_their_digits(weights, n_tokens, where):
                 longer[i + j] += p * int(Fraction(float(q)) * one)
         exact = [(p + one // 2) // one for p in longer]
     least = round(where * (len(exact) + 1))
-    reference, found = Fraction(sum(exact[least:]), one), theory.tails(law[None], n_tokens, least)[0]
-    if reference > 1e-200:
-        assert found == pytest.approx(float(reference), rel=1e-9)
-    else:
-        assert found <= 1e-199
+    reference, at_once = Fraction(sum(exact[least:]), one), theory.all_tails(law[None], n_tokens)[0]
+    for found in (theory.tails(law[None], n_tokens, least)[0], at_once[least] if least < len(at_once) else 0.0):
+        if reference > 1e-200:
+            assert found == pytest.approx(float(reference), rel=1e-9)
+        else:
+            assert found <= 1e-199
+
+
+def test_bounds_by_tables_lie_within_those_by_single_tails():
+    """Tables add up all ranks; single tails put a bound in the place of negligible ones, of 2 % at most."""
+    rng = np.random.default_rng(0)
+    laws = [rng.dirichlet(np.exp(-np.arange(5.0)), (3, n)) for n in (16, 4, 6)]
+    for n_tokens in (2, 8, 64):
+        tables = [theory.all_tails(p.reshape(-1, 5), n_tokens).reshape(3, -1, 4 * n_tokens + 1) for p in laws]
+        for least in range(2 * n_tokens, 4 * n_tokens, n_tokens // 2):
+            single, joined = np.empty((3, 2)), np.empty((3, 2))
+            theory.fill_layer_bounds(*laws, n_tokens, least, single)
+            at_twice = tables[2][:, :, 2 * least] if 2 * least <= 4 * n_tokens else np.zeros((3, 6))
+            theory.join_layer_bounds(tables[0][:, :, least], tables[1][:, :, least], at_twice, joined)
+            assert (joined[:, 1] <= single[:, 1] * (1 + 1e-9)).all()
+            rare = single[:, 1] < 1  # 1 stands for what is common, too
+            assert (joined[:, 1] >= single[:, 1] * 0.98 - 1e-299)[rare].all()
+
+
+def test_loads_of_tokens_are_tallied_as_one_would():
+    """Of single ranks and of two together, for loads from 1 on."""
+    rng = np.random.default_rng(1)
+    ids = np.argsort(rng.random((1500, 32)), axis=1)[:, :6].astype(np.int16)
+    rank, hot = rng.permutation(np.arange(32) % 5).astype(np.int32), np.array([0, 2, 3])
+    single, together = np.zeros((5, 7), np.int64), np.zeros((3, 7), np.int64)
+    _tally_loads(ids, rank, hot, single, together)
+    loads = (rank[ids][:, :, None] == np.arange(5)).sum(axis=1)
+    for r in range(5):
+        np.testing.assert_array_equal(single[r, 1:], np.bincount(loads[:, r], minlength=7)[1:])
+    for pair, (a, b) in enumerate(combinations(hot, 2)):
+        np.testing.assert_array_equal(together[pair, 1:], np.bincount(loads[:, a] + loads[:, b], minlength=7)[1:])
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,9 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
-from sim.cli.text import note, print_table
-from sim.cli.timed import identity_of, say_about_times, timed_options
+from sim.cli.progress import shown_progress
+from sim.cli.text import add_forms, note, print_rows, print_table, say_written
+from sim.cli.timed import identity_of, say_about_maps, say_about_times, timed_options
 from sim.errors import InputError
 from sim.options import Choice, Folder, StepOptions, SweepOptions, TimeOptions, TrafficOptions, add_options
 
@@ -39,13 +40,23 @@ def add_arguments(parser: ArgumentParser) -> None:
         metavar="NAME",
         help=f"what the log holds: {', '.join(_SHORT)}",
     )
-    parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
+    add_forms(parser)
+    parser.add_argument(
+        "--traffic",
+        metavar="FILE",
+        help="recorded routing, in place of --workload: also replay whole steps, all layers of the same tokens, beside "
+        "independent layers",
+    )
     parser.add_argument("--out", type=Folder(), metavar="DIR", help="also write steps.csv there")
 
 
 def run(arguments: Namespace) -> None:
     """Run `epsim step`."""
+    if arguments.traffic is not None:
+        arguments.workload = f"file:{arguments.traffic}"
     options, folder = timed_options(arguments), arguments.out
+    if arguments.traffic is not None and not hasattr(options["workload"], "topk_ids"):
+        raise InputError(f"--traffic {arguments.traffic}: whole steps need the experts of single tokens, not a law")
     from sim.cost import load_gpu
     from sim.cost.step_log import compare_log, predict_steps, read_log
 
@@ -55,17 +66,88 @@ def run(arguments: Namespace) -> None:
     if "," in arguments.gpu:
         raise InputError(f"--gpu {arguments.gpu}: one GPU at a time")
     gpu = load_gpu(arguments.gpu)
+    say_about_maps(arguments.placements, options["model"], options["ep_sizes"], options["ranks_per_node"])
     say_about_times(options, [gpu])
-    steps = predict_steps(gpu=gpu, placements=arguments.placements, **options)
-    _print_steps(steps, arguments.markdown)
-    if log is not None:
-        _print_log(compare_log(steps, arguments.log_metric, log.values), arguments)
+    with shown_progress():
+        steps = predict_steps(gpu=gpu, placements=arguments.placements, **options)
+        replayed = None if arguments.traffic is None else _replay(options, arguments)
+    compared = None if log is None else compare_log(steps, arguments.log_metric, log.values)
+    if not print_rows(steps if compared is None else compared, arguments):
+        _print_steps(steps, arguments.markdown)
+        if compared is not None:
+            _print_log(compared, arguments)
+        if replayed is not None:
+            _print_replay(replayed, options["workload"].name, arguments.markdown)
     if folder is not None:
-        from sim.results import writable_folder, write_table
+        from sim.files import writable_folder
+        from sim.results import write_table
 
         with writable_folder(folder):
+            if replayed is not None:
+                write_table(replayed, folder, "replay", identity_of(options, [gpu], placements=arguments.placements))
             write_table(steps, folder, "steps", identity_of(options, [gpu], placements=arguments.placements))
-        print(f"\nwritten to {folder}: steps.csv, steps.json (what made it)")
+        say_written(f"written to {folder}: steps.csv, steps.json (what made it)", arguments)
+
+
+def _replay(options: dict[str, Any], arguments: Namespace) -> Any:
+    """Whole steps of recorded traffic, beside independent layers."""
+    import pandas as pd
+
+    from sim.cost.replay import compare_modes
+    from sim.sweeps import make_plan
+    from sim.traffic import RecordedTraffic
+
+    cells = {name: options[name] for name in ("ep_sizes", "tokens", "tokens_per_rank", "ranks_per_node", "seed")}
+    plan = make_plan(
+        options["model"],
+        options["workload"],
+        placements=arguments.placements,
+        trials=1,
+        bound_layers=0,
+        received="off",
+        **cells,
+    )
+    assert isinstance(plan.workload, RecordedTraffic)
+    tables = []
+    for ep_size in plan.grid.ep_sizes:
+        pairs = [p for p, (_, size) in enumerate(plan.grid.pairs) if size == ep_size]
+        placed = [placement for p in pairs if (placement := plan.placements[p]) is not None]
+        for tokens in sorted({int(n) for n in plan.grid.tokens_of_cell[plan.grid.ep_size_of_cell == ep_size]}):
+            if placed:
+                tables.append(compare_modes(plan.workload, placed, tokens, options["most_steps"], options["seed"]))
+    if not tables:
+        raise InputError(
+            "--traffic: random placements differ by layer draw, and are not replayed; name another --placement"
+        )
+    return pd.concat(tables, ignore_index=True)
+
+
+def _print_replay(table: Any, workload: str, markdown: bool) -> None:
+    title = (
+        f"\nWhole steps of {workload}: imbalance = max / mean of a layer; its mean over layers, and the worst layer\n"
+        "continuous batching, all requests started together, and layers that are independent; variance of a step's mean over "
+        "that of\nindependent layers, and correlation of consecutive steps"
+    )
+    heads = [
+        "EP",
+        "tokens",
+        "placement",
+        "steps are",
+        "mean",
+        "sd",
+        "worst mean",
+        "worst p99",
+        "variance ratio",
+        "auto- correlation",
+    ]
+    lines = [
+        [
+            str(row.ep_size), str(row.tokens), row.placement, row.mode, f"{row.layers_mean:.3f}", f"{row.layers_sd:.4f}",
+            f"{row.worst_mean:.3f}", f"{row.worst_p99:.3f}", f"{row.variance_ratio:.2f}", f"{row.autocorrelation:.2f}",
+        ]
+        for row in table.itertuples()
+    ]  # fmt: skip
+    print_table(title, heads, lines, markdown, align=">><<")
 
 
 def _digits(value: float) -> str:
@@ -95,7 +177,7 @@ def _print_steps(steps: Any, markdown: bool) -> None:
         ]
         for row in steps.sort_values(["ep_size", "tokens"], kind="stable").itertuples()
     ]
-    print_table(title, heads, cells, markdown, align=">><<")
+    print_table(title, heads, cells, markdown, align=">><<", keys=4)
 
 
 def _print_log(table: Any, arguments: Namespace) -> None:
@@ -119,4 +201,4 @@ def _print_log(table: Any, arguments: Namespace) -> None:
         ]
         for row in table.itertuples()
     ]
-    print_table(title, heads, cells, arguments.markdown, align=">><")
+    print_table(title, heads, cells, arguments.markdown, align=">><", keys=3)

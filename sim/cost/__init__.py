@@ -1,5 +1,6 @@
-"""Loads -> time: GPUs, expert computation, exchange, and what engines log over layers."""
+"""Loads -> time: GPUs, expert computation, exchange, and what engines log over layers; and loads -> buffers."""
 
+from sim.cost.buffers import capacity
 from sim.cost.check import predicted_against_measured
 from sim.cost.exchange import ExchangeTime, exchange_time_us
 from sim.cost.expert import expert_time_us
@@ -13,6 +14,7 @@ __all__ = [
     "Gpu",
     "balancedness_sglang",
     "balancedness_vllm",
+    "capacity",
     "exchange_time_us",
     "expert_time_us",
     "gpu_names",

@@ -199,6 +199,7 @@ def plan_measurement(
             trials=steps,
             seed=seed,
             bound_layers=0,
+            received="off",
         )
         placed = place_pairs(plan, range(steps), range(len(plan.grid.pairs)))
         seen = StepScorer(plan, np.arange(len(plan.grid.cells)), placed, steps).score(range(steps))

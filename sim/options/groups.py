@@ -20,6 +20,7 @@ from sim.options.kinds import (
     Placements,
     Positive,
     Precision,
+    Risk,
     Seconds,
     Share,
     Whole,
@@ -131,6 +132,12 @@ class SweepOptions(CellOptions):
         "copy of a replicated expert that a token goes to: even, or vllm_hash of the token's index in the step",
         default="even",
     )
+    received: str = option(
+        Choice(names=("auto", "on", "off")),
+        "count the tokens that ranks and nodes receive, on all tokens of a step: on, off, or auto: where single tokens can be "
+        "had and fit in memory",
+        default="auto",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,11 +176,41 @@ class StepOptions(CellOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class CapacityOptions(CellOptions):
+    """What `sim.capacity` takes beside model and workload."""
+
+    placements: Any = option(Placements(), "placements (epsim placements)", flag="--placement")
+    risk: float = option(Risk(), "probability with which a capacity may be exceeded", default=1e-3)
+    horizon_steps: int | None = option(
+        Whole(1, 10**15), "steps of a horizon; without it there are no rows of scope 'horizon'", default=None
+    )
+    capacity_factor: float | None = option(
+        Number(1, 1e4),
+        "also: what a given capacity, as a factor of the balanced load, risks and drops, at least 1",
+        default=None,
+    )
+    deployments: int = option(
+        Whole(2, 10**5),
+        "deployments that are drawn, of synthetic traffic without known layers (at most 100 where placements are fitted)",
+        default=400,
+    )
+    fit_tokens: int | None = option(
+        Whole(1, MAX_TOKENS), "tokens of each layer that eplb is fitted on (default: 16384)", default=None
+    )
+    fit_on: Any = option(
+        FILE, "of recorded or fitted traffic: other traffic of the same layers to fit eplb on", default=None
+    )
+    threads: int | None = option(THREADS, "default: all processors of this process", default=None)
+
+
+@dataclass(frozen=True, kw_only=True)
 class TimeOptions(Options):
     """What turns loads into times."""
 
     exchange: str = option(
-        NAME, "dispatch and combine: deepep_low_latency, deepep_high_throughput or none", default="deepep_low_latency"
+        NAME,
+        "dispatch and combine: pair, token, gather, reduce or none, or a backend that is one of them (epsim gpus)",
+        default="pair",
     )
     dtype: str = option(NAME, "type of weights and inputs: fp8, bf16 or fp4", default="fp8")
     network_gb_per_s: float | None = option(
@@ -194,4 +231,25 @@ class RestOptions(Options):
         "instead of `moe_share`: the baseline's measured step time",
         flag="--step-ms",
         default=None,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FigureOptions(Options):
+    """How figures are written."""
+
+    formats: Any = option(
+        Listed(of=Choice(names=("png", "svg")), metavar="LIST"), "png, svg or both", flag="--format", default="png"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlotOptions(FigureOptions):
+    """How the figures of a sweep are drawn."""
+
+    tokens: int | None = option(
+        Whole(1, MAX_TOKENS), "tokens per step of the worst-case figures (default: nearest to 64)", default=None
+    )
+    deepest: float = option(
+        Number(1e-300, 0.1, metavar="P"), "probability down to which worst cases are drawn", default=1e-6
     )

@@ -147,6 +147,20 @@ class Precision(Share):
 
 
 @dataclass(frozen=True)
+class Risk(Share):
+    """A probability between 0 and 1, neither of them."""
+
+    def check(self, name: str, value: Any) -> float:
+        """See `Kind`."""
+        return float(super().check(name, value))
+
+    def problem(self, value: Any) -> str | None:
+        """See `Kind`."""
+        fits = not isinstance(value, bool) and isinstance(value, Real) and 0 < float(value) < 1
+        return None if fits else "must be a probability above 0 and below 1, as in 1e-3"
+
+
+@dataclass(frozen=True)
 class Seconds(Kind):
     """A time, as in 90s, 10m or 2h."""
 
@@ -232,7 +246,7 @@ class Listed(Kind):
                 raise ArgumentTypeError(f"'{text}': expected numbers as in 1.5,2") from None
         if not all(parts):
             raise ArgumentTypeError(f"'{text}': expected names with commas between them")
-        return parts
+        return [self.of(part) for part in parts] if isinstance(self.of, Choice) else parts
 
     def check(self, name: str, value: Any) -> list[Any]:
         """See `Kind`."""

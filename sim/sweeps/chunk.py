@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sim.scoring import METRICS, rank_loads
+from sim.scoring import rank_loads
 from sim.sweeps.grid import events_of
 from sim.sweeps.plan import Plan
 from sim.sweeps.steps import Blocks, Group, StepScorer, place_pairs
@@ -39,6 +39,8 @@ def stage_chunks(plan: Plan, stage: Stage) -> list[range]:
     tokens_of_draw = -(-len(stage.trials) // len(draws)) * int(steps[-1]) + plan.fit_tokens
     numbers_of_draw = len(stage.cells) + plan.model.n_experts * (len(steps) + _requests(plan, int(steps[-1])))
     numbers_of_draw += plan.slots_of_draw + plan.most_slots * len(steps)
+    if plan.grid.received:
+        numbers_of_draw += len(plan.grid.pair_of_rank) * len(steps)
     size = min(
         _CHUNK_TOKENS // tokens_of_draw,
         _CHUNK_NUMBERS // numbers_of_draw,
@@ -84,9 +86,10 @@ def run_chunk(plan: Plan, stage: Stage, draws: range) -> Tally:
     place_of_event = np.searchsorted(cells, events.cell[live])
     clustered = stage.draws < stage.trials.stop
     blocks = np.zeros(len(draws), np.int64)
-    metric = np.zeros((len(draws), len(cells), len(METRICS)), np.int64)
+    metric = np.zeros((len(draws), len(cells), len(grid.metrics)), np.int64)
     event = np.zeros((len(draws), len(live)), np.int64)
     reached = np.zeros((len(draws), len(grid.pairs), 2), np.int64)
+    received = np.zeros((len(draws), len(cells), 2 if grid.received else 0), np.int64)
     load = np.zeros((len(draws), len(largest.ranks)), np.int64)
     keys, counts = np.empty(0, np.int64), np.empty(0, np.int64)
     for first in stage.trials_of(draws.start):
@@ -99,9 +102,10 @@ def run_chunk(plan: Plan, stage: Stage, draws: range) -> Tally:
         blocks[:n] += 1
         metric[:n] += seen.scores
         reached[:n] += seen.reached
+        received[:n] += seen.received
         if clustered:
             event[:n] += seen.scores[:, place_of_event, events.metric[live]] >= events.least[live]
-    tally = Tally.zero(len(grid.cells), len(events.cell), len(grid.pair_of_rank))
+    tally = Tally.zero(grid)
     tally.keys, tally.counts = merge_counts(keys, counts)
     tally.design[cells] = blocks.sum(), (blocks > 0).sum(), (blocks * blocks).sum()
     _fill_sums(tally, "metric", cells, metric, blocks)
@@ -109,6 +113,7 @@ def run_chunk(plan: Plan, stage: Stage, draws: range) -> Tally:
     tally.metric_cross[cells] = (metric * metric[:, baseline]).sum(axis=0)
     _fill_sums(tally, "event", live, event, blocks)
     _fill_sums(tally, "reached", cells, reached[:, scorer.pair_of_cell], blocks)
+    _fill_sums(tally, "received", cells, received, blocks)
     _fill_sums(tally, "load", largest.ranks, load, blocks)
     return tally
 

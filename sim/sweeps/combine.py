@@ -6,7 +6,8 @@ import numpy as np
 import pandas as pd
 
 from sim.errors import InputError
-from sim.results import CELL, SCHEMA, SweepResult
+from sim.results import SCHEMA, SweepResult
+from sim.stats import CELL
 from sim.sweeps.grid import Grid, events_of
 from sim.sweeps.tables import KEYS, build_summary, build_tail, cell_keys
 from sim.sweeps.tally import Tally, build_counts, read_counts
@@ -45,7 +46,7 @@ def combine(results: list[tuple[str, SweepResult]]) -> SweepResult:
         grid = Grid.of(first.identity)
     except (KeyError, TypeError) as error:
         raise InputError(f"{first_name} does not say what sweep it holds ({error})") from None
-    total = Tally.zero(len(grid.cells), len(events_of(grid).cell), len(grid.pair_of_rank))
+    total = Tally.zero(grid)
     for name, result in results:
         _add(total, read_counts(grid, result.counts, name), name)
     total.compact()

@@ -8,9 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from sim.scoring import METRICS
+from sim.scoring import METRICS, RECEIVED
 
 _MAX_LOAD, _IDLE = METRICS.index("max_load"), METRICS.index("idle_ranks")
+RECEIVED_SHARES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.9, 1.0)
+"""Of a step's tokens, those that the busiest rank receives: thresholds of the tail."""
+_SINCE = {"dummy_tokens": 0, "received": False}  # fields that an identity has only where they are not these
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,8 @@ class Grid:
     ranks_per_node : int
     dummy_tokens : int
         Padding tokens per step, as run by idle data-parallel ranks: all of them identical.
+    received : bool
+        Whether the tokens that ranks and nodes receive are counted, on all tokens of a step.
     """
 
     model: str
@@ -45,21 +50,27 @@ class Grid:
     largest_rank: tuple[int, ...]
     ranks_per_node: int
     dummy_tokens: int = 0
+    received: bool = False
 
     @classmethod
     def of(cls, identity: dict[str, Any]) -> "Grid":
         """The grid of a sweep that was written. Raises KeyError or TypeError if the identity is not one."""
-        values = {field.name: identity[field.name] for field in fields(cls) if field.name != "dummy_tokens"}
-        values["dummy_tokens"] = identity.get("dummy_tokens", 0)
+        values = {field.name: identity[field.name] for field in fields(cls) if field.name not in _SINCE}
+        values |= {name: identity.get(name, default) for name, default in _SINCE.items()}
         for name, value in values.items():
             values[name] = tuple(value) if isinstance(value, list) else value
         return cls(**values)
 
     @property
     def identity(self) -> dict[str, Any]:
-        """As JSON values; dummy tokens only where there are any."""
+        """As JSON values; dummy tokens and received tokens only where there are any."""
         values = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
-        return {name: value for name, value in values.items() if name != "dummy_tokens" or value}
+        return {name: value for name, value in values.items() if name not in _SINCE or value}
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Whole numbers that blocks are summed up by."""
+        return METRICS + RECEIVED if self.received else METRICS
 
     @cached_property
     def steps(self) -> np.ndarray:
@@ -154,7 +165,7 @@ class Events:
     """The events of tail.csv, one row each: a metric of a cell is at least a whole number."""
 
     cell: np.ndarray  # int64
-    metric: np.ndarray  # int64, index in METRICS
+    metric: np.ndarray  # int64, index in the grid's metrics
     least: np.ndarray  # int64
     name: list[str]
     threshold: list[float]
@@ -171,5 +182,8 @@ def events_of(grid: Grid) -> Events:
         idle = {2**i for i in range(ep_size.bit_length()) if 2**i < ep_size} | {-(-ep_size // 2), ep_size - 1}
         rows += [(cell, _IDLE, m, "idle_ranks", float(m)) for m in sorted(idle - {0})]
         rows.append((cell, _IDLE, ep_size - 1, "one_rank", 1.0))
+        if grid.received:
+            tokens, busiest = int(grid.tokens_of_cell[cell]), grid.metrics.index("received_tokens_max")
+            rows += [(cell, busiest, math.ceil(Fraction(str(x)) * tokens), "received", x) for x in RECEIVED_SHARES]
     cells, metric, least, name, threshold = zip(*rows, strict=True)
     return Events(np.array(cells), np.array(metric), np.array(least), list(name), list(threshold))

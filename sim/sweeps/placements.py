@@ -27,7 +27,7 @@ from sim.traffic import RecordedTraffic, SyntheticTraffic, Workload, load_table
 
 MAX_TOKENS = 2**24
 DEFAULT_FIT_TOKENS = 2**14
-_MOST_HASHED_TOKENS = 2**20  # per step: the experts of every token are held
+MOST_HELD_TOKENS = 2**20  # per step: the experts of every token are held
 
 PlacementLike = str | Placement | ArrayLike
 """A strategy's name, a placement, or the rank of each expert."""
@@ -205,7 +205,7 @@ def check_replica_choice(choice: str, workload: Workload, largest_step: int) -> 
         return
     if isinstance(workload, RecordedTraffic) and workload.phase == "prefill":
         raise InputError("`replica_choice` vllm_hash: not with `phase` prefill of recorded traffic")
-    if largest_step > _MOST_HASHED_TOKENS:
+    if largest_step > MOST_HELD_TOKENS:
         raise InputError(
-            f"`replica_choice` vllm_hash holds every token of a step: at most {_MOST_HASHED_TOKENS} tokens, not {largest_step}"
+            f"`replica_choice` vllm_hash holds every token of a step: at most {MOST_HELD_TOKENS} tokens, not {largest_step}"
         )

@@ -15,6 +15,7 @@ from sim.results import SCHEMA
 from sim.router import check_pair, routing_law
 from sim.sweeps.grid import Grid
 from sim.sweeps.placements import (
+    MOST_HELD_TOKENS,
     FittedOn,
     check_replica_choice,
     fitted_on,
@@ -22,7 +23,7 @@ from sim.sweeps.placements import (
     place_pair,
     read_placements,
 )
-from sim.traffic import SyntheticTraffic, Workload, load_workload
+from sim.traffic import RecordedTraffic, SyntheticTraffic, Workload, load_workload
 
 RARE = 1e-3
 """Probabilities that are shown to be below this do not hold up a cell under a precision of the tail."""
@@ -179,7 +180,23 @@ def _grid(
         ),
         ranks_per_node=chosen.ranks_per_node,
         dummy_tokens=fit.scored.dummy_tokens,
+        received=_choose_received(fit.scored, chosen),
     )
+
+
+def _choose_received(workload: Workload, chosen: SweepOptions) -> bool:
+    """Whether received tokens are counted. Raises InputError where they cannot be and were asked for."""
+    largest_step = max(chosen.tokens) * (max(chosen.ep_sizes) if chosen.tokens_per_rank else 1)
+    reason = ""
+    if isinstance(workload, RecordedTraffic) and workload.phase == "prefill":
+        reason = "recorded prefill is replayed in runs of tokens, which are not kept"
+    elif workload.dummy_tokens:
+        reason = "dummy tokens are counted by their experts, not one by one"
+    elif largest_step > MOST_HELD_TOKENS:
+        reason = f"every token of a step is held: at most {MOST_HELD_TOKENS} tokens, not {largest_step}"
+    if reason and chosen.received == "on":
+        raise InputError(f"`received` on: {reason}")
+    return not reason and chosen.received != "off"
 
 
 def _choose_bound_layers(grid: Grid, workload: Workload, trials: int, layers: int | None) -> int:

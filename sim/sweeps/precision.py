@@ -74,7 +74,7 @@ def _meets(plan: Plan, tally: Tally) -> np.ndarray:
         met &= _half_width(tally) <= target.mean
     if target.tail is not None:
         events = events_of(grid)
-        moments, design = event_moments(events, tally)
+        moments, design = event_moments(grid, tally)
         with np.errstate(divide="ignore", invalid="ignore"):
             p = moments.total / design.blocks
             low, high = probability_interval(p, effective_blocks(moments, design))

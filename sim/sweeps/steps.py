@@ -18,11 +18,14 @@ from sim.scoring import (
     Layouts,
     assign_by_hash,
     assign_evenly,
+    count_received,
     fan_out,
     find_copies,
     lay_out,
     pick_slots,
+    receivers,
     score_blocks,
+    slots_by_hash,
 )
 from sim.sweeps.plan import Plan
 from sim.traffic import SyntheticTraffic
@@ -56,6 +59,14 @@ class Group(NamedTuple):
         assigned = np.empty((*counts.shape[:2], self.layouts.ranks.shape[1]), np.int32)
         assign_evenly(counts, self.rows[:, 0], self.copies, assigned)
         return assigned
+
+    def slots_of_all(self, ids: np.ndarray) -> np.ndarray:
+        """Slots (without replicas: experts) that the tokens of each trial go to, by vLLM's hash, int [trials, tokens, top_k]."""
+        if self.copies is None:
+            return ids
+        slot = np.empty(ids.shape, np.int32)
+        slots_by_hash(ids, self.rows[:, 0], self.copies, slot)
+        return slot
 
     def slots_of_first(self, ids: np.ndarray, first_trial: int) -> np.ndarray:
         """Slots (without replicas: experts) that the first token of each trial goes to, int [trials, top_k]."""
@@ -125,8 +136,11 @@ class Scored(NamedTuple):
     """What was seen in some trials."""
 
     counts: np.ndarray  # int32 [trials, steps, n_experts], tokens that take each expert
-    scores: np.ndarray  # int32 [trials, cells of the scorer, METRICS]
+    scores: np.ndarray  # int32 [trials, cells of the scorer, metrics of the grid]
     reached: np.ndarray  # int64 [trials, pairs of the grid, 2], ranks and nodes that the first token is sent to
+    received: (
+        np.ndarray
+    )  # int64 [trials, cells of the scorer, 2], tokens that all ranks, and nodes, receive; or [..., 0]
 
 
 class StepScorer:
@@ -153,7 +167,7 @@ class StepScorer:
         self.plan, self.cells, self.groups, self.n_draws = plan, cells, groups, n_draws
         self.tokens, self.step_of_cell = np.unique(grid.tokens_of_cell[cells], return_inverse=True)
         self.pair_of_cell = grid.pair_of_cell[cells]
-        all_tokens = plan.replica_choice == "vllm_hash" and any(group.copies for group in groups)
+        all_tokens = grid.received or (plan.replica_choice == "vllm_hash" and any(group.copies for group in groups))
         self._n_ids = int(self.tokens[-1]) if all_tokens else 1
 
     def score(self, trials: range, also: Callable[[Group, Blocks], None] | None = None) -> Scored:
@@ -163,7 +177,8 @@ class StepScorer:
         """
         plan = self.plan
         counts, ids = draw_trials(plan.model, plan.workload, plan.seed, trials, self.n_draws, self.tokens, self._n_ids)
-        scores = np.empty((len(trials), len(self.cells), len(METRICS)), np.int32)
+        scores = np.empty((len(trials), len(self.cells), len(plan.grid.metrics)), np.int32)
+        received = np.zeros((len(trials), len(self.cells), 2 if plan.grid.received else 0), np.int64)
         reached = np.zeros((len(trials), len(plan.grid.pairs), 2), np.int64)
         for group in self.groups:
             cells = np.flatnonzero(np.isin(self.pair_of_cell, group.pairs))
@@ -173,6 +188,25 @@ class StepScorer:
             score_blocks(*blocks, scores)
             first = group.slots_of_first(ids, trials.start)
             fan_out(first, group.pairs, group.rows, group.layouts, plan.ranks_per_node, reached)
+            if plan.grid.received:
+                self._receive(group, ids, cells, of_group[cells], scores, received)
             if also is not None:
                 also(group, blocks)
-        return Scored(counts, scores, reached)
+        return Scored(counts, scores, reached, received)
+
+    def _receive(
+        self,
+        group: Group,
+        ids: np.ndarray,
+        cells: np.ndarray,
+        pair: np.ndarray,
+        scores: np.ndarray,
+        received: np.ndarray,
+    ) -> None:
+        """Fill in what ranks and nodes receive under the cells of a group, at their places `pair` in it."""
+        grid, step = self.plan.grid, self.step_of_cell[cells]
+        to = receivers(np.array([grid.pairs[p][1] for p in group.pairs]), self.plan.ranks_per_node)
+        found = count_received(group.slots_of_all(ids), self.tokens, group.rows[: len(ids)], group.layouts, to)
+        for i, (tokens, first) in enumerate(zip(found, (to.first_rank, to.first_node), strict=True)):
+            scores[:, cells, len(METRICS) + i] = np.maximum.reduceat(tokens, first[:-1], axis=2)[:, step, pair]
+            received[:, cells, i] = np.add.reduceat(tokens, first[:-1], axis=2, dtype=np.int64)[:, step, pair]

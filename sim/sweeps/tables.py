@@ -5,7 +5,7 @@ from itertools import pairwise
 import numpy as np
 import pandas as pd
 
-from sim.scoring import METRICS
+from sim.scoring import METRICS, RECEIVED
 from sim.stats import (
     Design,
     Histogram,
@@ -25,18 +25,20 @@ KEYS = ["model", "workload", "placement", "ep_size", "tokens", "trials", "draws"
 
 def _histograms(grid: Grid, tally: Tally) -> list[list[Histogram]]:
     """Histogram of each [cell][metric]."""
-    cell, metric, values = split_keys(tally.keys)
-    edges = np.searchsorted(cell * len(METRICS) + metric, np.arange(len(grid.cells) * len(METRICS) + 1))
+    cell, metric, values = split_keys(grid, tally.keys)
+    n_metrics = len(grid.metrics)
+    edges = np.searchsorted(cell * n_metrics + metric, np.arange(len(grid.cells) * n_metrics + 1))
     flat = [Histogram(values[a:b], tally.counts[a:b]) for a, b in pairwise(edges)]
-    return [flat[i : i + len(METRICS)] for i in range(0, len(flat), len(METRICS))]
+    return [flat[i : i + n_metrics] for i in range(0, len(flat), n_metrics)]
 
 
-def event_moments(events: Events, tally: Tally) -> tuple[Moments, Design]:
+def event_moments(grid: Grid, tally: Tally) -> tuple[Moments, Design]:
     """Moments of the number of blocks in which each event happened, and its design; arrays [events].
 
     All totals come from one search in the sorted keys.
     """
-    of_metric = (events.cell * len(METRICS) + events.metric) << VALUE_BITS
+    events = events_of(grid)
+    of_metric = (events.cell * len(grid.metrics) + events.metric) << VALUE_BITS
     below = np.concatenate([[0], np.cumsum(tally.counts)])
     first = np.searchsorted(tally.keys, of_metric + events.least)
     last = np.searchsorted(tally.keys, of_metric + (1 << VALUE_BITS))
@@ -55,7 +57,7 @@ def cell_keys(grid: Grid, tally: Tally) -> list[list[object]]:
 def build_tail(grid: Grid, tally: Tally) -> pd.DataFrame:
     """One row per cell and event, with its probability and 95 % interval."""
     events = events_of(grid)
-    moments, design = event_moments(events, tally)
+    moments, design = event_moments(grid, tally)
     p, blocks = moments.total / design.blocks, effective_blocks(moments, design)
     low, high = probability_interval(p, blocks)
     impossible, certain = impossible_events(grid, events), certain_events(grid, events)
@@ -90,13 +92,14 @@ def certain_events(grid: Grid, events: Events) -> np.ndarray:
 def build_summary(grid: Grid, tally: Tally, stopped: np.ndarray, cell_ids: list[str]) -> pd.DataFrame:
     """One row per cell; `stopped` says why a cell has no more trials, str [cells]."""
     events, histograms = events_of(grid), _histograms(grid, tally)
-    moments, of_event = event_moments(events, tally)
+    moments, of_event = event_moments(grid, tally)
     probability, blocks = moments.total / of_event.blocks, effective_blocks(moments, of_event)
     imbalance = np.flatnonzero(events.metric == _MAX_LOAD).reshape(len(grid.cells), -1)
     design = tally.design_of()
     of_cell = Design(*(part[:, None] for part in design))
     metric = mean_interval(tally.moments("metric"), of_cell)
-    change = _change_from_baseline(grid, tally, design)
+    change = _change_from_baseline(grid, tally, design, _MAX_LOAD)
+    received = _received_columns(grid, tally, histograms, events, probability, blocks) if grid.received else []
     idle_mean = bounded_mean_interval(
         Moments(*(part[:, _IDLE] for part in tally.moments("metric"))), design, *grid.idle_range
     )
@@ -128,14 +131,54 @@ def build_summary(grid: Grid, tally: Tally, stopped: np.ndarray, cell_ids: list[
         row["baseline"] = grid.placements[0]
         for part, values in zip(("", "_low", "_high"), change, strict=True):
             row[f"imbalance_change_mean{part}"] = values[cell] / mean_load
+        row |= {column: values[cell] for column, values in received}
         rows.append(row | {"stopped": stopped[cell], "cell_id": cell_ids[cell]})
     return pd.DataFrame(rows)
 
 
-def _change_from_baseline(grid: Grid, tally: Tally, design: Design) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Paired change of the mean max load from the first placement's, with its interval: arrays [cells]."""
+def _received_columns(
+    grid: Grid,
+    tally: Tally,
+    histograms: list[list[Histogram]],
+    events: Events,
+    probability: np.ndarray,
+    blocks: np.ndarray,
+) -> list[tuple[str, np.ndarray]]:
+    """Columns of received tokens, values [cells]: the mean over ranks (nodes), and of the one that receives the most its mean,
+    quantiles, and paired change from the first placement's mean.
+    """
+    columns: list[tuple[str, np.ndarray]] = []
+    design, parts = tally.design_of(), ("", "_low", "_high")
+    of_cell = Design(*(part[:, None] for part in design))
+    sums, most = mean_interval(tally.moments("received"), of_cell), mean_interval(tally.moments("metric"), of_cell)
+    sizes = grid.ep_size_of_cell, -(-grid.ep_size_of_cell // grid.ranks_per_node)
+    of_events = np.flatnonzero(np.array(events.name) == "received").reshape(len(grid.cells), -1)
+    for i, (what, size) in enumerate(zip(("received_tokens", "received_node_tokens"), sizes, strict=True)):
+        metric = grid.metrics.index(RECEIVED[i])
+        columns += [(f"{what}_mean{part}", values[:, i] / size) for part, values in zip(parts, sums, strict=True)]
+        columns += [(f"{what}_max_mean{part}", values[:, metric]) for part, values in zip(parts, most, strict=True)]
+        for q, name in ((0.95, "p95"), (0.99, "p99")):
+            # The effective blocks of the event of ranks whose probability is nearest to the quantile's.
+            nearest = np.abs(probability[of_events] - (1 - q)).argmin(axis=1)
+            effective = blocks[of_events[np.arange(len(nearest)), nearest]]
+            found = [
+                quantile_interval(of_cell[metric], q, float(np.floor(n)))
+                for of_cell, n in zip(histograms, effective, strict=True)
+            ]
+            columns += [
+                (f"{what}_max_{name}{part}", values) for part, values in zip(parts, np.array(found).T, strict=True)
+            ]
+        change = _change_from_baseline(grid, tally, design, metric)
+        columns += [(f"{what}_max_change_mean{part}", values) for part, values in zip(parts, change, strict=True)]
+    return columns
+
+
+def _change_from_baseline(
+    grid: Grid, tally: Tally, design: Design, metric: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Paired change of a metric's mean from the first placement's, with its interval: arrays [cells]."""
     base = grid.baseline_cells
-    total, square, weighted = (part[:, _MAX_LOAD] for part in tally.moments("metric"))
-    cross = tally.metric_cross[:, _MAX_LOAD].astype(float)
+    total, square, weighted = (part[:, metric] for part in tally.moments("metric"))
+    cross = tally.metric_cross[:, metric].astype(float)
     moments = Moments(total - total[base], square - 2 * cross + square[base], weighted - weighted[base])
     return mean_interval(moments, design)

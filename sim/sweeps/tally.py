@@ -6,7 +6,6 @@ import numpy as np
 import pandas as pd
 
 from sim.errors import InputError
-from sim.scoring import METRICS
 from sim.stats import Design, Moments
 from sim.sweeps.grid import Grid, events_of
 
@@ -21,15 +20,17 @@ class Tally:
     Attributes
     ----------
     keys, counts : int64 [distinct]
-        Histograms: key = (cell * len(METRICS) + metric) << 32 | value; keys ascend and are distinct once compacted.
+        Histograms: key = (cell * metrics + metric) << 32 | value; keys ascend and are distinct once compacted.
     design : int64 [cells, 3]
         Blocks, draws, and the sum over draws of the square of a draw's blocks.
-    metric, metric_square, metric_weighted, metric_cross : int64 [cells, METRICS]
+    metric, metric_square, metric_weighted, metric_cross : int64 [cells, metrics of the grid]
         Sums over draws of Y, Y**2, n * Y and Y * Y of the first placement's cell, Y the draw's sum of the metric.
     event_square, event_weighted : int64 [events]
         The same for the number of blocks of a draw in which an event happened.
     reached, reached_square, reached_weighted : int64 [cells, 2]
         The same for the ranks and nodes that a trial's first token reaches.
+    received, received_square, received_weighted : int64 [cells, 2]
+        The same for the tokens that all ranks, and all nodes, receive; [cells, 0] where they are not counted.
     load, load_square, load_weighted : int64 [ranks of all pairs]
         The same for the load of each rank at the pair's largest step.
     """
@@ -46,16 +47,21 @@ class Tally:
     reached: np.ndarray
     reached_square: np.ndarray
     reached_weighted: np.ndarray
+    received: np.ndarray
+    received_square: np.ndarray
+    received_weighted: np.ndarray
     load: np.ndarray
     load_square: np.ndarray
     load_weighted: np.ndarray
 
     @classmethod
-    def zero(cls, n_cells: int, n_events: int, n_ranks: int) -> "Tally":
+    def zero(cls, grid: Grid) -> "Tally":
         """Nothing seen yet."""
+        n_cells, n_events = len(grid.cells), len(events_of(grid).cell)
         shapes = {"keys": 0, "counts": 0, "design": (n_cells, 3)}
         shapes |= {"event_square": n_events, "event_weighted": n_events}
-        rows = {"metric": (n_cells, len(METRICS)), "reached": (n_cells, 2), "load": n_ranks}
+        rows = {"metric": (n_cells, len(grid.metrics)), "reached": (n_cells, 2), "load": len(grid.pair_of_rank)}
+        rows |= {"received": (n_cells, 2 if grid.received else 0)}
         return cls(**{
             field.name: np.zeros(shapes.get(field.name, rows.get(field.name.partition("_")[0], 0)), np.int64)
             for field in fields(cls)
@@ -77,7 +83,7 @@ class Tally:
         self.keys, self.counts = merge_counts(self.keys, self.counts)
 
     def moments(self, what: str) -> Moments:
-        """Moments of 'metric', 'reached' or 'load'."""
+        """Moments of 'metric', 'reached', 'received' or 'load'."""
         return Moments(*(getattr(self, f"{what}{part}").astype(float) for part in ("", "_square", "_weighted")))
 
     def design_of(self, cells: np.ndarray | slice = slice(None)) -> Design:
@@ -96,19 +102,24 @@ def merge_counts(keys: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.n
 
 
 def histogram_keys(scores: np.ndarray, cells: np.ndarray) -> np.ndarray:
-    """Keys of scores int32 [trials, cells, METRICS] of the given cells, flat."""
-    base = (cells[:, None] * len(METRICS) + np.arange(len(METRICS))) << VALUE_BITS
+    """Keys of scores int32 [trials, cells, metrics] of the given cells, flat."""
+    n_metrics = scores.shape[2]
+    base = (cells[:, None] * n_metrics + np.arange(n_metrics)) << VALUE_BITS
     return (base + scores).reshape(-1)
 
 
-def split_keys(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def split_keys(grid: Grid, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Cell, metric and value of each key."""
-    cell, metric = np.divmod(keys >> VALUE_BITS, len(METRICS))
+    cell, metric = np.divmod(keys >> VALUE_BITS, len(grid.metrics))
     return cell, metric, keys & ((1 << VALUE_BITS) - 1)
 
 
 _SUMS = [field.name for field in fields(Tally) if field.name not in ("keys", "counts")]
-_NAMES = [*METRICS, *(f"{name.replace('load', 'rank_load')}" for name in _SUMS)]
+
+
+def _names(grid: Grid) -> list[str]:
+    """Metrics of the raw counts: histograms, then sums."""
+    return [*grid.metrics, *(name.replace("load", "rank_load") for name in _SUMS)]
 
 
 def _cells_of(grid: Grid, name: str, width: int) -> tuple[np.ndarray, np.ndarray]:
@@ -126,16 +137,16 @@ def _cells_of(grid: Grid, name: str, width: int) -> tuple[np.ndarray, np.ndarray
 def build_counts(grid: Grid, tally: Tally) -> pd.DataFrame:
     """Raw counts, a row each.
 
-    `metric` is one of METRICS: `count` blocks of the cell had this `value`. Or it is a sum of `Tally`: then `value` is
+    `metric` is one of the grid's: `count` blocks of the cell had this `value`. Or it is a sum of `Tally`: then `value` is
     the place of the number in the cell, a metric (metric...), event, rank (rank_load..., at the largest step), 0 for
-    ranks and 1 for nodes (reached...), or blocks, draws and blocks squared (design).
+    ranks and 1 for nodes (reached..., received...), or blocks, draws and blocks squared (design).
     """
-    cell, metric, value = split_keys(tally.keys)
+    cell, metric, value = split_keys(grid, tally.keys)
     columns = [(cell, metric, value, tally.counts)]
     for i, name in enumerate(_SUMS):
         array = getattr(tally, name)
         of, place = _cells_of(grid, name, array.shape[-1])
-        columns.append((of, np.full(array.size, len(METRICS) + i), place, array.reshape(-1)))
+        columns.append((of, np.full(array.size, len(grid.metrics) + i), place, array.reshape(-1)))
     cell, metric, value, count = (np.concatenate(parts) for parts in zip(*columns, strict=True))
     pair = grid.pair_of_cell[cell]
     return pd.DataFrame(
@@ -143,7 +154,7 @@ def build_counts(grid: Grid, tally: Tally) -> pd.DataFrame:
             "placement": pd.Categorical.from_codes(pair // len(grid.ep_sizes), list(grid.placements)),
             "ep_size": np.array([ep_size for _, ep_size in grid.pairs])[pair],
             "tokens": grid.tokens_of_cell[cell],
-            "metric": pd.Categorical.from_codes(metric, _NAMES),
+            "metric": pd.Categorical.from_codes(metric, _names(grid)),
             "value": value,
             "count": count,
         }
@@ -156,14 +167,15 @@ def read_counts(grid: Grid, counts: pd.DataFrame, where: str) -> Tally:
         cells = {tuple(grid.keys(cell)[2:]): cell for cell in range(len(grid.cells))}
         keys = zip(counts.placement, counts.ep_size, counts.tokens, strict=True)
         cell = np.array([cells[key] for key in keys], np.int64)
-        metric = np.array([_NAMES.index(name) for name in counts.metric.cat.categories])[counts.metric.cat.codes]
+        names, n_metrics = _names(grid), len(grid.metrics)
+        metric = np.array([names.index(name) for name in counts.metric.cat.categories])[counts.metric.cat.codes]
         value, count = counts["value"].to_numpy(np.int64), counts["count"].to_numpy(np.int64)
-        histogram = metric < len(METRICS)
-        tally = Tally.zero(len(grid.cells), len(events_of(grid).cell), len(grid.pair_of_rank))
-        flat = (cell * len(METRICS) + metric) << VALUE_BITS | value
+        histogram = metric < n_metrics
+        tally = Tally.zero(grid)
+        flat = (cell * n_metrics + metric) << VALUE_BITS | value
         tally.keys, tally.counts = merge_counts(flat[histogram], count[histogram])
         for i, name in enumerate(_SUMS):
-            array, mine = getattr(tally, name), metric == len(METRICS) + i
+            array, mine = getattr(tally, name), metric == n_metrics + i
             of, place = _cells_of(grid, name, array.shape[-1])
             order, wanted = np.lexsort((value[mine], cell[mine])), np.lexsort((place, of))
             array.reshape(-1)[wanted] = count[mine][order]
@@ -174,8 +186,8 @@ def read_counts(grid: Grid, counts: pd.DataFrame, where: str) -> Tally:
 
 def only_cells(grid: Grid, tally: Tally, cells: np.ndarray) -> Tally:
     """The sums of some cells, and zeros for the others."""
-    kept = np.isin(split_keys(tally.keys)[0], cells)
-    part = Tally.zero(len(grid.cells), len(events_of(grid).cell), len(grid.pair_of_rank))
+    kept = np.isin(split_keys(grid, tally.keys)[0], cells)
+    part = Tally.zero(grid)
     part.keys, part.counts = tally.keys[kept], tally.counts[kept]
     for name in _SUMS:
         array = getattr(tally, name)

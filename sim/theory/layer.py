@@ -42,7 +42,7 @@ class UniformLayer:
         The upper bound is the sum over ranks (Boole). The lower one takes off the pairs of ranks that are both so high:
         the sum of their loads is then at least 2 * least, which is impossible beyond half of all pairs (token, expert).
         """
-        if n_tokens == 1 and 2 * least <= self.router.top_k and len(self._choices) <= _MOST_CHOICES:
+        if n_tokens == 1 and 2 * least <= self.router.top_k and self._choices is not None:
             p = most_on_one_rank(self._choices, least)
             return p, p
         (laws, counts), (pair_laws, pair_counts) = self._singles, self._pairs
@@ -63,8 +63,34 @@ class UniformLayer:
         """
         return None if self._missed is None else probability_of_idle(self.router, self._missed, n_tokens, least)
 
+    def received(self, n_tokens: int, least: int) -> tuple[float, float]:
+        """P(a rank receives at least `least` of the tokens): (lower bound, upper bound).
+
+        What one rank receives is binomial; two of them together have 0, 1 or 2 of each token.
+        """
+        (laws, counts), (pair_laws, pair_counts) = self._receivers
+        high = float(counts @ tails(laws, n_tokens, least))
+        both = float(pair_counts @ tails(pair_laws, n_tokens, 2 * least)) if len(pair_laws) else 0.0
+        return min(at_least_one(high, both), 1.0), min(high, 1.0)
+
     @cached_property
-    def _choices(self) -> Choices:
+    def _receivers(self) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
+        """Laws of the copies of a token on one rank, and on two, each with how many ranks or pairs have it."""
+        first, second = np.triu_indices(self.n_ranks, 1)
+        missed, neither = (self._missing(held) for held in (self.held, self.held[first] + self.held[second]))
+        both = np.maximum(1 - missed[first] - missed[second] + neither, 0.0)
+        single = np.stack([missed, 1 - missed], axis=1)
+        pair = np.stack([neither, np.maximum(1 - neither - both, 0.0), both], axis=1)
+        singles, pairs = (np.unique(laws.round(13), axis=0, return_counts=True) for laws in (single, pair))
+        return singles, pairs
+
+    def _missing(self, held: np.ndarray) -> np.ndarray:
+        """P(a token has no expert among those of each row), float64 [rows]."""
+        rows, place = np.unique(-np.sort(-held, axis=1), axis=0, return_inverse=True)
+        return np.array([self.router.load_law(tuple(row))[0] for row in rows.tolist()])[place.reshape(-1)]
+
+    @cached_property
+    def _choices(self) -> Choices | None:
         return choices_of_groups(self.router, self.held)
 
     @cached_property
@@ -110,9 +136,9 @@ def missed_sets(held: np.ndarray) -> list[dict[tuple[int, ...], int]] | None:
         for (i, some), n in together.items():
             for (j, others), m in classes.items():
                 joined[i + j, _falling(some + others)] += n * m
+            if len(joined) > _MOST_CLASSES:
+                return None
         together = joined
-        if len(together) > _MOST_CLASSES:
-            return None
     sets: list[dict[tuple[int, ...], int]] = [{} for _ in range(len(held) + 1)]
     for (j, experts), n in together.items():
         sets[j][experts] = n
@@ -198,11 +224,12 @@ def _weights(router: UniformRouter, n: int) -> list[tuple[list[int], int]]:
     return weights
 
 
-def choices_of_groups(router: UniformRouter, held: np.ndarray) -> Choices:
+def choices_of_groups(router: UniformRouter, held: np.ndarray) -> Choices | None:
     """How a token's experts may spread over groups, choices that look alike to the ranks taken together.
 
     held int [ranks, groups]. Keys begin with the experts taken of each used group; values are the probability of each set
-    of such experts, and the distinct rows of `held` in the used groups with how many ranks have each.
+    of such experts, and the distinct rows of `held` in the used groups with how many ranks have each. None if there are too
+    many choices.
     """
     choices: Choices = {}
     columns = [column.tolist() for column in held.T]
@@ -216,6 +243,8 @@ def choices_of_groups(router: UniformRouter, held: np.ndarray) -> Choices:
         key = (taken, rows.tobytes(), times.tobytes())
         of_a_set = probability / prod(comb(router.group_size, c) for c in taken)
         choices[key] = (choices[key][0] + of_a_set if key in choices else of_a_set, rows.tolist(), times.tolist())
+        if len(choices) > _MOST_CHOICES:
+            return None
     return choices
 
 

@@ -152,6 +152,61 @@ def tails(laws: np.ndarray, n_tokens: int, least: int) -> np.ndarray:
 
 
 @kernel
+def _fill_product(a, b, out):
+    """Product of two polynomials, into the first a.size + b.size - 1 places of `out`."""
+    out[: a.size + b.size - 1] = 0.0
+    for i in range(a.size):
+        factor, here = a[i], out[i : i + b.size]
+        for j in range(b.size):
+            here[j] += factor * b[j]
+
+
+@kernel
+def _fill_all_tails(laws, n_tokens, out):
+    """out[i, x] = tail of law i at x: laws float64 [n, largest + 1], out float64 [n, n_tokens * largest + 1]."""
+    room = out.shape[1]
+    power, total, product = np.empty(room), np.empty(room), np.empty(room)
+    for i in range(laws.shape[0]):
+        top = laws.shape[1] - 1
+        while laws[i, top] == 0.0:
+            top -= 1
+        power[: top + 1], total[0] = laws[i, : top + 1], 1.0
+        in_power, in_total, left = top + 1, 1, n_tokens
+        while left:
+            if left & 1:
+                _fill_product(total[:in_total], power[:in_power], product)
+                in_total += in_power - 1
+                total[:in_total] = product[:in_total]
+            left >>= 1
+            if left:
+                _fill_product(power[:in_power], power[:in_power], product)
+                in_power += in_power - 1
+                power[:in_power] = product[:in_power]
+        out[i, in_total:] = 0.0
+        above = 0.0
+        for x in range(in_total - 1, -1, -1):
+            above += total[x]
+            out[i, x] = max(min(above, 1.0), TINY)
+
+
+def all_tails(laws: np.ndarray, n_tokens: int) -> np.ndarray:
+    """`tails` at all numbers at once, by multiplying polynomials: quicker for some hundred tokens or fewer, much slower above.
+
+    All products are of positive numbers, so small answers keep their digits, and what falls below the smallest float does
+    not count beside TINY.
+
+    Returns
+    -------
+    float64 [n, n_tokens * largest + 1]
+        P(sum >= x) in column x.
+    """
+    laws = np.ascontiguousarray(laws, np.float64)
+    out = np.empty((len(laws), n_tokens * (laws.shape[1] - 1) + 1))
+    _fill_all_tails(laws, np.int64(n_tokens), out)
+    return out
+
+
+@kernel
 def at_least_one(single, pairs):
     """Lower bound of P(any of some events), from the sum of their probabilities and a number that is not below the sum
     over all pairs of events (Dawson and Sankoff 1967): at least Bonferroni's single - pairs, and never negative.
@@ -217,3 +272,15 @@ def fill_layer_bounds(upper, hot_lower, pair_upper, n_tokens, least, out):
             low = tail(hot_lower[layer, _hottest(hot_lower[layer])[0]], n_tokens, least)
         out[layer, 0] = min(low, high)
         out[layer, 1] = high
+
+
+@kernel
+def join_layer_bounds(upper, hot_lower, pair_upper, out):
+    """The same from tails that are known: upper float64 [layers, ranks], hot_lower [layers, hot ranks] at `least`, pair_upper
+    [layers, pairs of hot ranks] at 2 * least; out float64 [layers, 2].
+    """
+    for layer in range(upper.shape[0]):
+        single, pairs = min(hot_lower[layer].sum(), 1.0), pair_upper[layer].sum()
+        out[layer, 1] = min(upper[layer].sum(), 1.0)
+        low = hot_lower[layer].max() if single == 1.0 or pairs >= 1.0 else at_least_one(single, pairs)
+        out[layer, 0] = min(low, out[layer, 1])

@@ -128,7 +128,7 @@ def spread_over_groups(
         best_of_others = (n_group - topk_group) * (1 - group.passes) ** (n_group - topk_group - 1) * group.density
         found += weight * best_of_others * np.array([group.last_at_any_time(c) for c in kept])
     found *= comb(n_group, topk_group) * np.array([arrangements(c) for c in kept])
-    if abs(found.sum() - 1) > _SHARPEST:
+    if not abs(found.sum() - 1) <= _SHARPEST:
         raise ArithmeticError(f"the spreads over groups add up to {found.sum()!r}, not to 1")
     return dict(zip(kept, found.tolist(), strict=True))
 
@@ -260,7 +260,7 @@ class _Group:
         if j == 1:
             reach = np.where(self.x < self.end, self.first_by(self.x), 0.0)
             return n * (n - 1) * (1 - self.x) ** (n - 2) * reach
-        return (n - j) / (1 - self.x) * self.before[j]
+        return (n - j) / np.maximum(1 - self.x, 1 - _LAST) * self.before[j]  # a node may be 1, where nothing is before
 
     def last_at_any_time(self, counts: tuple[int, ...]) -> float:
         """P(kept groups give these counts, all scores above the threshold): any of them gives the last expert."""

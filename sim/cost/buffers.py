@@ -1,0 +1,311 @@
+"""Loads -> buffers: the smallest capacity that is exceeded with at most a given probability, and what it costs in memory."""
+
+import math
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from sim.cost.deployments import QUANTITIES, Deployments, sample_deployments
+from sim.cost.inputs import expert_width
+from sim.errors import InputError
+from sim.kernels import usable_processors
+from sim.model import ModelSpec, load_model
+from sim.options import CapacityOptions, takes
+from sim.placement import check_slots, split_name, strategy_name
+from sim.stats import Histogram, mean_interval, moments_of_draws, quantile_interval, student_quantile
+from sim.sweeps import make_plan
+from sim.sweeps.plan import Plan
+from sim.traffic import RecordedTraffic, SyntheticTraffic, Workload, load_workload
+
+DEEPEP_LIMIT_BYTES = 32 * 2**30
+"""Of DeepEP's low-latency buffer on a rank (csrc/config.hpp; vllm #57894)."""
+_CURVE_POINTS, _DEEPEST = 60, 1e-12
+_QUANTILES = {"median": 0.5, "worst_5_percent": 0.95}
+_EXCHANGES = {"received": ("token",), "pairs": ("pair", "workspace"), "expert_rows": ("deepep_low_latency",)}
+
+
+class Capacities(NamedTuple):
+    """Outcome of `size_buffers`."""
+
+    table: pd.DataFrame
+    curves: pd.DataFrame  # placement, ep_size, tokens, quantity, scope, deployments, factor, probability
+    n_layers: int
+    notes: list[str]  # cells that were left out, and why
+
+
+@takes(CapacityOptions)
+def capacity(model: str | Path | ModelSpec, workload: str | Path | Workload, **options: Any) -> pd.DataFrame:
+    """How much room received tokens, rows of a rank and rows of an expert need, so that it is exceeded rarely enough.
+
+    A deployment has its layers, drawn once, or known from fitted or recorded traffic; given them, tokens, layers and steps are
+    taken as independent (`sim.cost.deployments`).
+
+    Parameters
+    ----------
+    model, workload : str, Path, ModelSpec, Workload
+        As in `sim.sweep`.
+    **options
+
+    Returns
+    -------
+    DataFrame
+        One row per cell, quantity, exchange, scope and deployments. `quantity`: 'received' (distinct tokens on a rank), 'pairs'
+        (rows of a rank), 'expert_rows' (rows of a physical expert). `scope`: any rank of one 'layer' of one step, of any layer
+        of a 'step', of any layer of any step of the 'horizon'. `deployments`: 'all' (layers drawn afresh), 'median' and
+        'worst_5_percent' (as much as 95 % of deployments need). `capacity_tokens` is the smallest that is exceeded with a
+        probability of at most `risk`, between `capacity_low` and `capacity_high` with 95 % confidence; `factor` is it over
+        `balanced_tokens`, the mean over ranks (experts). `bytes` on a rank. `dropped_share`: of all that is sent, what lies
+        beyond the capacity. With `capacity_factor` there are further rows, whose `risk` is what that factor has.
+
+    Raises
+    ------
+    InputError
+        Values out of range, sizes or the number of MoE layers of the model that are not known, or traffic whose tokens are not
+        independent given the layer.
+
+    Examples
+    --------
+    >>> import sim
+    >>> table = sim.capacity("deepseek-v3", "uniform", ep_sizes=8, tokens=1024, placements="linear", deployments=2)
+    >>> step = table[(table.quantity == "received") & (table.scope == "step") & (table.deployments == "median")]
+    >>> int(step.worst_case_tokens.iloc[0]), bool(step.factor.between(1.05, 1.25).all())
+    (1024, True)
+    """
+    return size_buffers(model, workload, **options).table
+
+
+def size_buffers(
+    model: str | Path | ModelSpec, workload: str | Path | Workload, *, curves: bool = False, **options: Any
+) -> Capacities:
+    """As `capacity`, with the curves P(exceed) against factor where they are asked for."""
+    chosen = CapacityOptions(**options)
+    model = load_model(model)
+    workload = workload if isinstance(workload, Workload) else load_workload(workload)
+    groups, notes = _that_fit(model, chosen)
+    plans = [_plan(model, workload, chosen, sizes, placements) for sizes, placements in groups]
+    n_layers = plans[0].workload.n_layers or model.n_moe_layers
+    if not n_layers:
+        raise InputError(f"model {model.name}: a deployment needs the number of MoE layers, which is not known")
+    buffer_bytes(model, "workspace", 1, 1, 1)  # whether its sizes are known, before the work
+    parts = [_size(plan, chosen, n_layers, curves) for plan in plans]
+    table, points = (pd.concat(part, ignore_index=True) for part in zip(*parts, strict=True))
+    return Capacities(table, points, n_layers, notes)
+
+
+def _that_fit(model: ModelSpec, chosen: CapacityOptions) -> tuple[list[tuple[list[int], list[Any]]], list[str]]:
+    """EP sizes with the placements whose slots they divide, and which do not fit.
+
+    Raises InputError where no placement fits an EP size.
+    """
+    several = isinstance(chosen.placements, list | tuple)
+    names = list(chosen.placements) if several else [chosen.placements]
+    groups: dict[tuple[int, ...], list[int]] = {}
+    notes: list[str] = []
+    for size in chosen.ep_sizes:
+        fitting, problems = [], []
+        for i, name in enumerate(names):
+            try:
+                if isinstance(name, str):
+                    check_slots(strategy_name(name), model, size)
+                fitting.append(i)
+            except InputError as error:
+                problems.append(error)
+        if not fitting:
+            raise problems[0]
+        notes += [f"left out: {str(error).replace('`', '')}" for error in problems]
+        groups.setdefault(tuple(fitting), []).append(size)
+    if not several:
+        return [(chosen.ep_sizes, chosen.placements)], notes
+    return [(sizes, [names[i] for i in fitting]) for fitting, sizes in groups.items()], notes
+
+
+def _plan(
+    model: ModelSpec, workload: Workload, chosen: CapacityOptions, ep_sizes: list[int], placements: list[Any]
+) -> Plan:
+    names = ("tokens", "tokens_per_rank", "ranks_per_node", "seed", "fit_tokens", "fit_on")
+    of_plan = {name: getattr(chosen, name) for name in names}
+    plan = make_plan(
+        model, workload, ep_sizes=ep_sizes, placements=placements, trials=1, bound_layers=0, received="off", **of_plan
+    )
+    _check_independent(plan.workload)
+    return plan
+
+
+def _size(plan: Plan, chosen: CapacityOptions, n_layers: int, curves: bool) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Table and curves of a plan."""
+    n_deployments = 1 if plan.workload.n_layers else chosen.deployments
+    n_threads = chosen.threads or usable_processors()
+    found = sample_deployments(plan, n_layers, n_deployments, n_threads)
+    jobs = [(cell, quantity) for cell in range(len(plan.grid.cells)) for quantity in QUANTITIES]
+    with ThreadPoolExecutor(n_threads) as pool:
+        rows = list(pool.map(lambda job: _rows(plan, chosen, found, *job), jobs))
+        points = list(pool.map(lambda job: _curves(plan, chosen, found, *job), jobs)) if curves else []
+    return pd.DataFrame([row for of_job in rows for row in of_job]), pd.DataFrame(
+        [row for of_job in points for row in of_job]
+    )
+
+
+def _check_independent(workload: Workload) -> None:
+    reason = ""
+    if isinstance(workload, RecordedTraffic) and workload.phase == "prefill":
+        reason = "recorded prefill takes runs of tokens of one sequence, which are not independent"
+    elif isinstance(workload, SyntheticTraffic) and workload.request_sigma > 0:
+        reason = "the tokens of a request are not independent"
+    elif workload.dummy_tokens:
+        reason = "dummy tokens are identical, not independent"
+    if reason:
+        raise InputError(f"`workload` {workload.name}: capacities beyond sampling need independent tokens; {reason}")
+
+
+def buffer_bytes(model: ModelSpec, exchange: str, rows: float, ep_size: int, n_slots: int) -> float:
+    """Bytes on a rank of a buffer that holds `rows`.
+
+    'token', 'pair', 'gather': received hidden states in BF16. 'workspace': vLLM's two of a (token, expert) row,
+    2 bytes x (max(I, H) + max(2 I, H)) (vllm #57270). 'deepep_low_latency': DeepEP's static buffer whose
+    num_max_dispatch_tokens_per_rank holds as many rows of an expert (csrc/config.hpp).
+    """
+    hidden, inner = expert_width(model), model.moe_intermediate_size
+    if exchange == "workspace":
+        if not inner:
+            raise InputError(f"model {model.name}: bytes need sizes that are not known: moe_intermediate_size")
+        return rows * 2.0 * (max(inner, hidden) + max(2 * inner, hidden))
+    if exchange == "deepep_low_latency":
+        return deepep_low_latency_bytes(hidden, math.ceil(rows / ep_size), n_slots)
+    return rows * 2.0 * hidden
+
+
+def deepep_low_latency_bytes(hidden: int, tokens_per_rank: int, n_slots: int) -> float:
+    """DeepEP's low-latency buffer on each rank, in bytes: `tokens_per_rank` is num_max_dispatch_tokens_per_rank."""
+    dispatch = 16 + max(2 * hidden, hidden + 4 * hidden / 128)
+    combine = 4 * hidden / 128 + 2 * hidden
+    rows = n_slots * tokens_per_rank
+    return 2 * (max(tokens_per_rank * dispatch, rows * combine) + max(rows * dispatch, rows * combine) + 4 * n_slots)
+
+
+def _rows(
+    plan: Plan, chosen: CapacityOptions, found: list[dict[str, Deployments]], cell: int, quantity: str
+) -> list[dict[str, object]]:
+    """Rows of a cell and a quantity."""
+    pair, (_, ep_size) = plan.grid.cells[cell][0], plan.grid.pairs[plan.grid.cells[cell][0]]
+    of, tokens = found[pair][quantity], int(plan.grid.tokens_of_cell[cell])
+    balanced, worst = tokens * of.mean, worst_case(plan, cell, quantity)
+    keys = dict(zip(("model", "workload", "placement"), plan.grid.keys(cell), strict=False))
+    solved = [("layer", chosen.risk, "all", *_layer_capacity(of, tokens, chosen.risk))]
+    horizons = [("step", 1), ("horizon", chosen.horizon_steps)]
+    for scope, steps in horizons:
+        if steps:
+            capacities = np.minimum(of.capacities(tokens, math.log1p(-chosen.risk) / steps), worst)
+            for name, q in _QUANTILES.items():
+                solved.append((scope, chosen.risk, name, *_deployment_quantile(of, tokens, capacities, q)))
+    if chosen.capacity_factor is not None:
+        given = min(int(chosen.capacity_factor * balanced), worst)
+        fine = of.log_fine(tokens, given)
+        solved.append(("layer", float(np.mean(-np.expm1(fine))), "all", given, given, given))
+        for scope, steps in horizons:
+            if steps:
+                exceeded = -np.expm1(steps * fine.sum(axis=1))
+                for name, q in _QUANTILES.items():
+                    solved.append((scope, _share(exceeded, q), name, given, given, given))
+    rows: list[dict[str, object]] = []
+    n_slots = plan.model.n_experts + split_name(plan.grid.pairs[pair][0])[1]
+    placement = plan.placements[pair]
+    n_slots = n_slots if placement is None else placement.n_slots
+    dropped: dict[int, float] = {}
+    for exchange in _EXCHANGES[quantity]:
+        for scope, risk, deployments, tokens_held, low, high in solved:
+            held = min(tokens_held, worst)
+            if held not in dropped:
+                dropped[held] = of.dropped_share(tokens, held) if held < worst else 0.0
+            row: dict[str, object] = {**keys, "exchange": exchange, "ep_size": ep_size, "tokens": tokens}
+            row |= {"quantity": quantity, "scope": scope, "risk": risk, "deployments": deployments}
+            row |= {"balanced_tokens": balanced, "capacity_tokens": held}
+            row |= {"capacity_low": min(low, worst), "capacity_high": min(high, worst), "factor": held / balanced}
+            row |= {"bytes": buffer_bytes(plan.model, exchange, held, ep_size, n_slots), "worst_case_tokens": worst}
+            rows.append(row | {"dropped_share": dropped[held]})
+    return rows
+
+
+def worst_case(plan: Plan, cell: int, quantity: str) -> int:
+    """What a rank (an expert) could receive at the very most: every token, and of pairs as many as it has experts."""
+    tokens = int(plan.grid.tokens_of_cell[cell])
+    if quantity != "pairs":
+        return tokens
+    return tokens * min(plan.grid.top_k, plan.grid.largest_rank[plan.grid.cells[cell][0]])
+
+
+def _layer_capacity(of: Deployments, tokens: int, risk: float) -> tuple[int, float, float]:
+    """Capacity of one layer of one step, layers drawn afresh, and its 95 % interval over deployments."""
+    n_deployments = len(of.base)
+    seen: dict[int, tuple[float, float, float]] = {}
+
+    def exceeded(capacity_tokens: int) -> tuple[float, float, float]:
+        if capacity_tokens not in seen:
+            p = -np.expm1(of.log_fine(tokens, capacity_tokens)).mean(axis=1)
+            mean, low, high = mean_interval(*moments_of_draws(p, np.arange(n_deployments)))
+            seen[capacity_tokens] = float(mean), float(low), float(high)
+        return seen[capacity_tokens]
+
+    def least(side: int, guess: int) -> int:
+        low, high, width = -1, tokens * (of.family.laws.shape[1] - 1), max(guess // 64, 1)
+        middle = min(guess, high)
+        while high - low > 1:
+            if exceeded(middle)[side] <= risk:
+                high, middle = middle, max(middle - width, (low + middle) // 2)
+            else:
+                low, middle = middle, min(middle + width, (high + middle) // 2)
+            width = 2 * width if low < 0 or high == tokens * (of.family.laws.shape[1] - 1) else high
+            middle = min(max(middle, low + 1), high - 1) if width < high else (low + high) // 2
+        return high
+
+    value = least(0, int(2 * of.mean * tokens) + 1)
+    if n_deployments == 1:
+        return value, *_around(of, tokens, value)
+    return value, least(1, value), least(2, value)
+
+
+def _deployment_quantile(of: Deployments, tokens: int, capacities: np.ndarray, q: float) -> tuple[int, float, float]:
+    """Capacity that a share q of deployments keeps within, with its 95 % interval."""
+    if len(capacities) == 1:
+        return int(capacities[0]), *_around(of, tokens, int(capacities[0]))
+    value, low, high = quantile_interval(Histogram(*np.unique(capacities, return_counts=True)), q, len(capacities))
+    return int(value), low, high
+
+
+def _share(exceeded: np.ndarray, q: float) -> float:
+    """What a share q of deployments has at most."""
+    return float(np.quantile(exceeded, q, method="inverted_cdf"))
+
+
+def _around(of: Deployments, tokens: int, capacity_tokens: int) -> tuple[float, float]:
+    """Of known layers: what is left is the noise of counting the tokens that the rates come from, to first order."""
+    half = student_quantile(1e6) * tokens * of.rate_error
+    return max(capacity_tokens - half, 0.0), capacity_tokens + half
+
+
+def _curves(
+    plan: Plan, chosen: CapacityOptions, found: list[dict[str, Deployments]], cell: int, quantity: str
+) -> list[dict[str, object]]:
+    """P(exceed) against the factor, in each scope."""
+    pair = plan.grid.cells[cell][0]
+    of, tokens = found[pair][quantity], int(plan.grid.tokens_of_cell[cell])
+    balanced, worst = tokens * of.mean, worst_case(plan, cell, quantity)
+    placement, ep_size = plan.grid.pairs[pair]
+    keys = {"placement": placement, "ep_size": ep_size, "tokens": tokens, "quantity": quantity}
+    per_step = math.log1p(-min(chosen.risk, 0.5)) / 100 / (chosen.horizon_steps or 1)
+    top = min(int(np.quantile(of.capacities(tokens, per_step), 0.95) * 1.02) + 1, worst)
+    rows: list[dict[str, object]] = []
+    for held in np.unique(np.linspace(balanced, max(top, balanced + 1), _CURVE_POINTS).astype(int)):
+        fine = of.log_fine(tokens, int(held))
+        values = [("layer", "all", float(np.mean(-np.expm1(fine))))]
+        for scope, steps in (("step", 1), ("horizon", chosen.horizon_steps)):
+            if steps:
+                exceeded = -np.expm1(steps * fine.sum(axis=1))
+                values += [(scope, name, _share(exceeded, q)) for name, q in _QUANTILES.items()]
+        rows += [
+            {**keys, "scope": scope, "deployments": name, "factor": held / balanced, "probability": max(p, _DEEPEST)}
+            for scope, name, p in values
+        ]
+    return rows
