@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 import pandas as pd
 
-from sim.sweeps.bounds import LADDER
+from sim.sweeps.bounds import FINE_LADDER
 from sim.sweeps.grid import events_of
 from sim.sweeps.plan import Plan
 from sim.sweeps.tables import KEYS, cell_keys, certain_events, impossible_events
@@ -73,7 +73,7 @@ def _of_cell(plan: Plan, cell: int, n_threads: int) -> RareTail:
         plan.workload,
         placement.expert_ranks[0],
         int(grid.tokens_of_cell[cell]),
-        imbalance=sorted({x for x in (*grid.thresholds, *LADDER) if 1 < x <= ep_size}),
+        imbalance=sorted({x for x in (*grid.thresholds, *FINE_LADDER) if 1 < x <= ep_size}),
         idle_ranks=[int(m) for m in thresholds[names == "idle_ranks"]],
         one_rank="one_rank" in names,
         floor=plan.tail_floor,
