@@ -165,7 +165,7 @@ def test_a_sweep_goes_on_past_its_draws():
     assert any("random" in note and "differs between layers" in note for note in result.notes)
     (row,) = rare[(rare.metric == "imbalance") & (rare.threshold == 3)].itertuples()
     assert row.low < exact_on_one_rank(0.4, (1, 1, 1, 1), 32, 24) < row.high
-    assert "estimated past sampling" in exceedance(result, 32)._suptitle.get_text()
+    assert "rare-event estimate" in exceedance(result, 32)._suptitle.get_text()
     plain = sweep(ONE_EACH, lognormal(0.4), **options)
     assert "tail_floor" not in plain.identity
     pd.testing.assert_frame_equal(plain.tail, result.tail[result.tail.method != "rare"])
