@@ -171,6 +171,8 @@ def _rows_of_pair(plan: Plan, pair: int, source: Source) -> dict[int, list[Row]]
                 *_imbalance_rows(plan, cell, source),
                 *_other_rows(events, known, int(grid.tokens_of_cell[cell]), cell, source),
             ]
+    if isinstance(source, DrawnLayers):
+        source.forget_tails()
     return rows
 
 
@@ -239,6 +241,10 @@ class DrawnLayers:
             tables = [all_tails(p.reshape(-1, p.shape[2]), n_tokens).reshape(*p.shape[:2], -1) for p in laws]
             self._tables.update(n_tokens=n_tokens, tables=tables)
         return self._tables["tables"]
+
+    def forget_tails(self) -> None:
+        """Free the tabulated tails, tens of MB for each pair."""
+        self._tables.clear()
 
     @cached_property
     def _tables(self) -> dict[str, Any]:
