@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-TRAFFIC := uniform chat gpqa-tilted prefill
+TRAFFIC := uniform chat gpqa-tilted prefill  # those of results/sweep.toml
 export MPLBACKEND := Agg
 
 help:  ## list the targets
@@ -18,19 +18,21 @@ $(BIN)/epsim: pyproject.toml
 install: $(BIN)/epsim  ## create .venv and install epsim with its development tools
 
 sweep: $(BIN)/epsim  ## the main job: DeepSeek-V3, four kinds of traffic, tables and figures under results/
-	@for traffic in $(TRAFFIC); do \
-	  $(BIN)/epsim sweep --config results/sweep.toml --workload $$traffic --out results/deepseek-v3-$$traffic || exit $$?; \
-	done
+	$(BIN)/epsim sweep --config results/sweep.toml --out 'results/deepseek-v3-{workload}'
 	@printf '%s\n' $(TRAFFIC) | xargs -P 2 -I{} $(BIN)/epsim plot results/deepseek-v3-{}
+	$(BIN)/epsim report $(TRAFFIC:%=results/deepseek-v3-%) results/advice-gpt-oss-20b --out results/report.html
 
 test: $(BIN)/epsim  ## lint, types and tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	NUMBA_CACHE_DIR=$$(mktemp -d) $(BIN)/python -m pytest
+	NUMBA_CACHE_DIR=$$(mktemp -d) $(BIN)/python -m pytest -n 2 --dist loadscope
 
 quick: $(BIN)/epsim  ## the quick loop, without the slow tests
-	$(BIN)/python -m pytest -q -x -m 'not slow'
+	$(BIN)/python -m pytest -n 2 --dist loadscope -q -x -m 'not slow'
+
+tables: $(BIN)/epsim  ## write the tables of the READMEs again, each by the command above it
+	$(BIN)/python tests/readme.py
 
 notebooks: $(BIN)/epsim  ## execute the notebooks again, with their outputs (about 4 minutes)
 	$(BIN)/python tests/notebooks.py
@@ -38,4 +40,4 @@ notebooks: $(BIN)/epsim  ## execute the notebooks again, with their outputs (abo
 bench: $(BIN)/epsim  ## speed against a plain numpy pipeline, in one run
 	$(BIN)/python tests/bench.py
 
-.PHONY: help install sweep test quick notebooks bench
+.PHONY: help install sweep test quick tables notebooks bench

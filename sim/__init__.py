@@ -16,7 +16,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sim.advice import advise
-    from sim.cost import Gpu, capacity, expert_time_us, gpu_names, load_gpu, predict_gain, predict_steps
+    from sim.cost import (
+        Gpu,
+        capacity,
+        exchange_time_us,
+        expert_time_us,
+        gpu_names,
+        load_gpu,
+        predict_gain,
+        predict_steps,
+    )
     from sim.errors import InputError
     from sim.model import ModelSpec, load_model, model_names
     from sim.placement import Placement, place
@@ -61,6 +70,7 @@ _ROOM_OF = {
     "Gpu": "cost",
     "load_gpu": "cost",
     "gpu_names": "cost",
+    "exchange_time_us": "cost",
     "expert_time_us": "cost",
     "predict_gain": "cost",
     "predict_steps": "cost",

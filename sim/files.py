@@ -1,4 +1,4 @@
-"""Files from outside, read with bounds: regular files of a bounded size, unpacked to a bounded size; JSON, TOML, text."""
+"""Files: those from outside are read with bounds (regular, of a bounded size, also unpacked), our own are written whole."""
 
 import gzip
 import io
@@ -8,7 +8,7 @@ import tomllib
 import warnings
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -144,3 +144,39 @@ class _Bounded(io.RawIOBase):
 
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+@contextmanager
+def whole_files(*paths: Path) -> Iterator[list[Path]]:
+    """Temporary names beside `paths` that take their places when the block ends well, and vanish when it does not.
+
+    Raises OSError with the name of the file that could not be written, InputError where a device or a pipe would be
+    replaced.
+    """
+    for path in paths:
+        if is_there(path) and not path.is_file() and not path.is_dir():
+            raise InputError(f"{path} is not a regular file: it would be replaced")
+    temporary = [path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}") for path in paths]
+    try:
+        yield temporary
+        for path, target in zip(temporary, paths, strict=True):
+            path.replace(target)
+    except OSError as error:
+        targets = dict(zip(map(str, temporary), paths, strict=True))
+        name = targets.get(str(error.filename), error.filename or paths[0].parent)
+        raise OSError(error.errno or 5, error.strerror or str(error).splitlines()[0], str(name)) from None
+    finally:
+        for path in temporary:
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def writable_folder(folder: Path) -> Iterator[None]:
+    """Make a folder before the work whose result it shall hold; if that fails, an empty folder is taken away again."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            folder.rmdir()
+        raise

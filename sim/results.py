@@ -1,33 +1,35 @@
-"""The tidy tables of a sweep, on disk with their provenance."""
+"""The outcome of a sweep: its tidy tables, what is read off them, and the tables on disk with their provenance."""
 
-import contextlib
 import hashlib
 import io
 import json
-import os
 import platform
 import shlex
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from html import escape
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
 from sim.errors import InputError
-from sim.files import is_there, read_json
+from sim.files import is_there, read_json, whole_files
+from sim.stats import CELL, Design, Histogram, Moments, mean_interval, probability_interval
 
-SCHEMA = 2
-"""Version of the tables: raised when a column or its meaning changes."""
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+SCHEMA = 3
+"""Version of the tables: raised when a column or its meaning changes, or the rows of a seed."""
 SUMMARY, TAIL, COUNTS, PROVENANCE = "summary.csv", "tail.csv", "counts.parquet", "provenance.json"
 _FLOAT = "%.10g"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class SweepResult:
     """Outcome of a sweep.
 
@@ -51,41 +53,151 @@ class SweepResult:
     identity: dict[str, Any]
     notes: list[str] = field(default_factory=list)
 
+    def exceedance(self, metric: str, placement: str, ep_size: int, tokens: int) -> pd.DataFrame:
+        """P(metric >= value) of a cell at every value that was seen, with its 95 % interval, from the raw counts.
 
-@contextlib.contextmanager
-def whole_files(*paths: Path) -> Iterator[list[Path]]:
-    """Temporary names beside `paths` that take their places when the block ends well, and vanish when it does not.
+        Parameters
+        ----------
+        metric : {'imbalance', 'idle_ranks'}
 
-    Raises OSError with the name of the file that could not be written, InputError where a device or a pipe would be
-    replaced.
-    """
-    for path in paths:
-        if is_there(path) and not path.is_file() and not path.is_dir():
-            raise InputError(f"{path} is not a regular file: it would be replaced")
-    temporary = [path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}") for path in paths]
-    try:
-        yield temporary
-        for path, target in zip(temporary, paths, strict=True):
-            path.replace(target)
-    except OSError as error:
-        targets = dict(zip(map(str, temporary), paths, strict=True))
-        name = targets.get(str(error.filename), error.filename or paths[0].parent)
-        raise OSError(error.errno or 5, error.strerror or str(error).splitlines()[0], str(name)) from None
-    finally:
-        for path in temporary:
-            path.unlink(missing_ok=True)
+        Returns
+        -------
+        DataFrame
+            Columns value, probability, low, high.
+        """
+        raw = "max_load" if metric == "imbalance" else metric
+        rows = self._counts_of(raw, placement, ep_size).query("tokens == @tokens")
+        values, counts = Histogram(rows["value"].to_numpy(), rows["count"].to_numpy()).exceedance()
+        cell = self.summary[(self.summary[CELL] == [placement, ep_size, tokens]).all(axis=1)].iloc[0]
+        at = values / cell.mean_load if metric == "imbalance" else values.astype(float)
+        tail = self.tail[(self.tail[CELL] == [placement, ep_size, tokens]).all(axis=1) & (self.tail.metric == metric)]
+        probability = counts / counts[0]
+        low, high = probability_interval(probability, _effective_blocks(cell, tail[tail.method == "sampled"], at))
+        return pd.DataFrame({"value": at, "probability": probability, "low": low, "high": high})
+
+    def rank_loads(self, placement: str, ep_size: int) -> pd.DataFrame:
+        """Mean load of each rank over the mean of all, in the largest steps, with its 95 % interval.
+
+        Returns
+        -------
+        DataFrame
+            Columns rank, load, low, high.
+        """
+        moments = Moments(
+            *(
+                self._counts_of(f"rank_load{part}", placement, ep_size)["count"].to_numpy(float)
+                for part in ("", "_square", "_weighted")
+            )
+        )
+        cells = self.summary[(self.summary.placement == placement) & (self.summary.ep_size == ep_size)]
+        cell = cells.sort_values("tokens").iloc[-1]
+        mean, low, high = mean_interval(moments, Design.of(int(cell.trials), int(cell.draws)))
+        scale = mean.mean()
+        return pd.DataFrame(
+            {"rank": np.arange(ep_size), "load": mean / scale, "low": low / scale, "high": high / scale}
+        )
+
+    def against_baseline(self) -> pd.DataFrame:
+        """Load of the busiest rank over that under the baseline, with 95 % intervals: mean and 99th percentile.
+
+        The interval of the mean is paired: the variances of both means and of their difference give their covariance.
+        That of the percentile divides the ends of both intervals, and is wider than it need be.
+
+        Returns
+        -------
+        DataFrame
+            A row per cell: placement, ep_size, tokens, mean, mean_low, mean_high, p99, p99_low, p99_high.
+        """
+        cells = self.summary
+        columns = [*CELL, *(f"imbalance_{what}{end}" for what in ("mean", "p99") for end in ("", "_low", "_high"))]
+        base = cells[columns].rename(columns={"placement": "baseline"})
+        both = cells[[*columns, "baseline", "imbalance_change_mean", "imbalance_change_mean_high"]].merge(
+            base, on=["baseline", "ep_size", "tokens"], suffixes=("", "_of"), how="inner"
+        )
+        half, half_of = (both[f"imbalance_mean_high{end}"] - both[f"imbalance_mean{end}"] for end in ("", "_of"))
+        half_change = both.imbalance_change_mean_high - both.imbalance_change_mean
+        mean = both.imbalance_mean / both.imbalance_mean_of
+        square = (1 - mean) * (half**2 - mean * half_of**2) + mean * half_change**2
+        wide = np.sqrt(np.maximum(square, 0)) / both.imbalance_mean_of
+        same = (both.placement == both.baseline) | ((both.imbalance_change_mean == 0) & (half_change == 0))
+        out = both[CELL].assign(mean=mean, mean_low=mean - wide, mean_high=mean + wide)
+        out["p99"] = both.imbalance_p99 / both.imbalance_p99_of
+        out["p99_low"] = (both.imbalance_p99_low / both.imbalance_p99_high_of).mask(same, 1.0)
+        out["p99_high"] = (both.imbalance_p99_high / both.imbalance_p99_low_of).mask(same, 1.0)
+        return out
+
+    def plot(self, figure: str = "against_baseline", **options: Any) -> "Figure":
+        """Draw one of the figures of `epsim plot`.
+
+        Parameters
+        ----------
+        figure : str
+            Its name: a key of `sim.figures.FIGURES`.
+        **options
+            Of that figure, such as `tokens` (per step) or `deepest` (probability) of `exceedance`.
+
+        Returns
+        -------
+        matplotlib.figure.Figure
+
+        Raises
+        ------
+        InputError
+            There is no such figure, it would show nothing, or it needs counts.parquet.
+
+        Examples
+        --------
+        >>> import sim
+        >>> result = sim.sweep("deepseek-v3", "chat", ep_sizes=[8, 16], tokens=[8, 64], placements=["linear", "round_robin"],
+        ...     trials=100, bound_layers=0, threads=1)
+        >>> result
+        SweepResult: deepseek-v3, chat traffic, 2 placements x 2 EP sizes x 2 step sizes, 100 trials
+        >>> len(result.plot("exceedance", tokens=64).axes)
+        2
+        """
+        from sim.figures import draw
+
+        drawn = draw(figure, self, **options)
+        if drawn is None:
+            raise InputError(f"figure '{figure}' would show nothing: the placements do not differ in it")
+        return drawn
+
+    def save(self, folder: Path | str) -> None:
+        """Write the tables and their provenance into a folder, for `read_result` and `epsim show`. Raises OSError."""
+        write_result(self, Path(folder))
+
+    def _counts_of(self, metric: str, placement: str, ep_size: int) -> pd.DataFrame:
+        """Raw counts of a metric in ascending order of their values. Raises InputError where they were not kept."""
+        if self.counts.empty:
+            raise InputError(f"the sweep was read without {COUNTS}, which this is computed from; run it again")
+        raw = self.counts
+        of = (raw.metric == metric) & (raw.placement == placement) & (raw.ep_size == ep_size)
+        return raw[of].sort_values("value", kind="stable")
+
+    def __repr__(self) -> str:
+        first, n = self.summary.iloc[0], self.summary[CELL].nunique()
+        return (
+            f"SweepResult: {Path(first.model).name}, {first.workload} traffic, {n.placement} placements x {n.ep_size} EP sizes "
+            f"x {n.tokens} step sizes, {self.summary.trials.max()} trials"
+        )
+
+    def _repr_html_(self) -> str:
+        """The busiest rank's load over the mean of the ranks, in the smallest, middle and largest steps."""
+        steps = sorted(self.summary.tokens.unique())
+        few = self.summary[self.summary.tokens.isin({steps[0], steps[len(steps) // 2], steps[-1]})]
+        text = few.imbalance_mean.map("{:.2f}".format) + " (" + few.imbalance_p99.map("{:.2f}".format) + ")"
+        table = few.assign(text=text).pivot(index=["ep_size", "tokens"], columns="placement", values="text")
+        table = table[list(dict.fromkeys(few.placement))].fillna("")
+        caption = "Mean (99th percentile) of the busiest rank's load over the mean of the ranks; all cells: <code>.summary</code>"
+        return f"<p>{escape(repr(self))}</p>{table.to_html(max_rows=60)}<p>{caption}</p>"
 
 
-@contextlib.contextmanager
-def writable_folder(folder: Path) -> Iterator[None]:
-    """Make a folder before the work whose result it shall hold; if that fails, an empty folder is taken away again."""
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        yield
-    except BaseException:
-        with contextlib.suppress(OSError):
-            folder.rmdir()
-        raise
+def _effective_blocks(cell: Any, sampled: pd.DataFrame, at: np.ndarray) -> np.ndarray:
+    """Effective blocks at values `at`: between those of the tail's rows; a draw counts once where none is known."""
+    seen = sampled[(sampled.probability > 0) & (sampled.probability < 1)].sort_values("threshold")
+    if cell.trials == cell.draws or seen.empty:
+        return np.full(len(at), float(cell.draws))
+    return np.interp(at, seen.threshold, seen.effective_blocks.fillna(cell.draws))
 
 
 def write_result(result: SweepResult, folder: Path) -> None:
@@ -111,16 +223,41 @@ def _write_whole(folder: Path, tables: dict[str, bytes], about: str, what: dict[
     """Write tables and a file `about` them, all or nothing."""
     digests = {name: digest_of(part) for name, part in what.items()}
     digests |= {name: hashlib.sha256(data).hexdigest() for name, data in tables.items()}
-    text = json.dumps(provenance(what, digests), indent=1) + "\n"
+    made = provenance(what, digests)
+    text = json.dumps(made, indent=1) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
+    if _same_but_when(folder / about, made):  # a file that says nothing new is left as it is
+        text = (folder / about).read_text(encoding="utf-8")
     with whole_files(*(folder / name for name in (*tables, about))) as names:
         for path, data in zip(names, (*tables.values(), text.encode()), strict=True):
             path.write_bytes(data)
 
 
+def _same_but_when(path: Path, made: dict[str, Any]) -> bool:
+    """Whether a file says the same as `made` but for the command and the time."""
+    if not path.is_file():
+        return False
+    try:
+        held = read_json(path, str(path))
+    except InputError:
+        return False
+
+    def rest(about: dict[str, Any]) -> str:
+        return json.dumps(
+            {key: value for key, value in about.items() if key not in ("command", "written")}, sort_keys=True
+        )
+
+    return isinstance(held, dict) and rest(held) == rest(made)
+
+
 def digest_of(identity: Any) -> str:
     """Digest of JSON values, whatever the order of their keys."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def short_id(identity: Any) -> str:
+    """Digest of an identity short enough for the name of a folder: 8 hexadecimal digits."""
+    return digest_of(identity)[:8]
 
 
 def provenance(what: dict[str, Any], digests: dict[str, str]) -> dict[str, Any]:
@@ -224,16 +361,3 @@ def _parse(path: Path, data: bytes) -> pd.DataFrame:
     if path.name == TAIL and "effective_blocks" not in table:  # written before there was one
         table["effective_blocks"] = np.nan
     return table
-
-
-CELL = ["placement", "ep_size", "tokens"]
-
-
-def best_rows(tail: pd.DataFrame) -> pd.DataFrame:
-    """Of each cell, metric and threshold the row of the tail with the narrowest interval in ratio, of those that hold for
-    all layers; of equally wide ones that with the lowest upper bound.
-    """
-    rows = tail[tail.given == ""]
-    width = np.where(rows.low > 0, rows.high / rows.low.where(rows.low > 0, 1.0), np.where(rows.high > 0, np.inf, 1.0))
-    order = rows.assign(width=width).sort_values(["width", "high"], kind="stable")
-    return order.drop_duplicates([*CELL, "metric", "threshold"]).sort_index().drop(columns="width")

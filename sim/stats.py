@@ -7,8 +7,11 @@ layer); its sum of a quantity is Y_d. Sums over draws of Y_d, Y_d**2 and n_d * Y
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 from scipy.special import bdtrik, betaincinv, gammaincinv, ndtri, stdtrit
 
+CELL = ["placement", "ep_size", "tokens"]
+"""Columns that name a cell in every table of a sweep."""
 CONFIDENCE = 0.95
 _TAIL = (1 - CONFIDENCE) / 2
 _MANY_HITS = 100  # beyond them a count is near enough to a normal one
@@ -194,3 +197,13 @@ def quantile_interval(histogram: Histogram, q: float, blocks: float) -> tuple[fl
     low = float(histogram.quantile(first / blocks)) if first >= 1 else np.nan
     high = float(histogram.quantile((last + 1) / blocks)) if last + 1 <= blocks else np.nan
     return float(histogram.quantile(q)), low, high
+
+
+def best_rows(tail: pd.DataFrame) -> pd.DataFrame:
+    """Of each cell, metric and threshold the row of the tail with the narrowest interval in ratio, of those that hold for
+    all layers; of equally wide ones that with the lowest upper bound.
+    """
+    rows = tail[tail.given == ""]
+    width = np.where(rows.low > 0, rows.high / rows.low.where(rows.low > 0, 1.0), np.where(rows.high > 0, np.inf, 1.0))
+    order = rows.assign(width=width).sort_values(["width", "high"], kind="stable")
+    return order.drop_duplicates([*CELL, "metric", "threshold"]).sort_index().drop(columns="width")

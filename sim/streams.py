@@ -6,11 +6,18 @@ carried, so the same words come out on any number of threads, processes and mach
 The generator is Philox4x32 with 7 rounds, the fewest that pass BigCrush (Salmon, Moraes, Dror, Shaw, "Parallel random
 numbers: as easy as 1, 2, 3", SC 2011, table 2). The transforms to exponentials and normals are float32 polynomials
 without calls into a maths library: they vectorise, and give the same bits on every machine.
+
+A multiply-add is written as `fma`, which rounds once. A processor has it as one instruction, and without one the maths
+library works it out to the same bits (IEEE 754-2008), so it is both faster and no less portable. What must never happen is
+that a compiler fuses on some machines what is written as two operations: numba does not, and since every product that is
+added to something is an `fma` here, nothing is left to fuse.
 """
 
 import hashlib
 
 import numpy as np
+from numba import types
+from numba.extending import intrinsic
 
 from sim.kernels import kernel
 
@@ -32,16 +39,16 @@ def stream_key(seed: int, what: str) -> np.ndarray:
 @kernel(forceinline=True)
 def philox(c0, c1, c2, c3, k0, k1):
     """Four random 32-bit words (as uint64) of the counter (c0, c1, c2, c3) under the key (k0, k1)."""
-    for _ in range(_ROUNDS):
-        p0 = _MUL_0 * c0
-        p1 = _MUL_1 * c2
+    for _ in range(_ROUNDS):  # upper halves are left dirty: products take the lower ones, which is one instruction
+        p0 = _MUL_0 * (c0 & _LOW)
+        p1 = _MUL_1 * (c2 & _LOW)
         c0 = (p1 >> _32) ^ c1 ^ k0
-        c1 = p1 & _LOW
+        c1 = p1
         c2 = (p0 >> _32) ^ c3 ^ k1
-        c3 = p0 & _LOW
+        c3 = p0
         k0 = (k0 + _WEYL_0) & _LOW
         k1 = (k1 + _WEYL_1) & _LOW
-    return c0, c1, c2, c3
+    return c0 & _LOW, c1 & _LOW, c2 & _LOW, c3 & _LOW
 
 
 @kernel
@@ -55,17 +62,27 @@ def word_at(index, row, sequence, purpose, k0, k1):
     return np.uint32(c if lane == 2 else d)
 
 
+@kernel(forceinline=True)
+def fill_block(key, purpose, sequence, block, first_row, n_rows, out, at, stride):
+    """Words 4 * block .. 4 * block + 3 of `n_rows` consecutive rows, each word's in a run: out uint32, flat; the first run
+    begins at `at`, the others `stride` further on each.
+    """
+    k0, k1 = key[0], key[1]  # read once: a store to `out` might alias them, and the loop would not vectorise
+    for i in range(n_rows):
+        a, b, c, d = philox(np.uint64(block), np.uint64(first_row + i), np.uint64(sequence), purpose, k0, k1)
+        here = np.uint64(at) + np.uint64(i)
+        out[here] = np.uint32(a)
+        out[here + np.uint64(stride)] = np.uint32(b)
+        out[here + np.uint64(2 * stride)] = np.uint32(c)
+        out[here + np.uint64(3 * stride)] = np.uint32(d)
+
+
 @kernel
 def fill_words(key, purpose, sequence, first_row, n_rows, out):
     """Words of `n_rows` consecutive rows: out[j, i] = word j of row first_row + i; out uint32 [4 * blocks, >= n_rows]."""
-    k0, k1 = key[0], key[1]  # read once: a store to `out` might alias them, and the loop would not vectorise
+    stride = out.shape[1]
     for block in range(out.shape[0] // 4):
-        for i in range(n_rows):
-            a, b, c, d = philox(np.uint64(block), np.uint64(first_row + i), np.uint64(sequence), purpose, k0, k1)
-            out[4 * block, i] = np.uint32(a)
-            out[4 * block + 1, i] = np.uint32(b)
-            out[4 * block + 2, i] = np.uint32(c)
-            out[4 * block + 3, i] = np.uint32(d)
+        fill_block(key, purpose, sequence, block, first_row, n_rows, out.reshape(-1), 4 * block * stride, stride)
 
 
 def words(key: np.ndarray, purpose: np.uint64, sequence: int, shape: tuple[int, int], first_row: int = 0) -> np.ndarray:
@@ -81,6 +98,16 @@ def uniforms(
 ) -> np.ndarray:
     """Uniforms in (0, 1), float64 `shape` [rows, words], from `words`."""
     return (words(key, purpose, sequence, shape, first_row) + 0.5) * 2.0**-32
+
+
+@intrinsic
+def fma(typing_context, a, b, c):
+    """a * b + c, float32, rounded once."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.fma(*arguments)
+
+    return types.float32(types.float32, types.float32, types.float32), generate
 
 
 # log1p(f) / f on [-1/4, 1/2]: the interpolant at 10 Chebyshev nodes, relative error 5e-9 before rounding to float32.
@@ -99,39 +126,39 @@ LOG1P = (
 )
 _L0, _L1, _L2, _L3, _L4, _L5, _L6, _L7, _L8, _L9 = (np.float32(c) for c in LOG1P)
 _HALF, _ONE, _ZERO = np.float32(0.5), np.float32(1), np.float32(0)
-_SCALE = np.float32(2.0**-32)
+_SCALE, _HALF_SCALE = np.float32(2.0**-31), np.float32(2.0**-32)
 _LN2 = np.float32(np.log(2))
-_QUARTER = np.uint32(1 << 30)
-_ALL = np.uint32(0xFFFFFFFF)
+_1, _QUARTER, _MOST = np.uint32(1), np.int32(1 << 29), np.int32(2**31 - 1)
 _THREE_QUARTERS_BITS, _MANTISSA_BITS = np.int32(0x3F400000), np.int32(23)
 
 
 @kernel(forceinline=True)
 def exponential(word):
-    """Standard exponential, float32, of a uint32 word: -log1p(-(word + 1/2) / 2**32), to 3e-7 relative over its whole range.
+    """Standard exponential, float32, of a uint32 word, to 3e-7 relative: -log1p(-x), x = (word // 2 + 1/2) / 2**31.
 
-    1 - x = m * 2**e with m in [3/4, 3/2); below x = 1/4 the series takes x itself, so that the small times (the winners)
-    keep their relative accuracy.
+    (31 bits, since processors turn signed numbers into floats at a stroke, and unsigned ones only from AVX-512 on.) Below
+    x = 1/4 the series takes x itself, so that the small times (the winners) keep their relative accuracy; above, it is
+    log(1 - x) with 1 - x = m * 2**e, m in [3/4, 3/2).
     """
-    x = (np.float32(word) + _HALF) * _SCALE
-    y = np.float32((np.float32(word ^ _ALL) + _HALF) * _SCALE)
-    bits = y.view(np.int32)
-    exponent = (bits - _THREE_QUARTERS_BITS) >> _MANTISSA_BITS
+    half = np.int32(word >> _1)
+    small = half < _QUARTER
+    near_0 = half if small else np.int32(half ^ _MOST)
+    u = np.float32(fma(np.float32(near_0), _SCALE, _HALF_SCALE))  # x, or 1 - x
+    bits = u.view(np.int32)
+    exponent = np.int32(np.int32(bits - _THREE_QUARTERS_BITS) >> _MANTISSA_BITS)  # numba would widen to 64 bits
     mantissa = np.int32(bits - np.int32(exponent << _MANTISSA_BITS)).view(np.float32)
-    small = word < _QUARTER
-    f = -x if small else mantissa - _ONE
+    f = -u if small else mantissa - _ONE
     e = _ZERO if small else np.float32(exponent)
-    p = _L9
-    p = p * f + _L8
-    p = p * f + _L7
-    p = p * f + _L6
-    p = p * f + _L5
-    p = p * f + _L4
-    p = p * f + _L3
-    p = p * f + _L2
-    p = p * f + _L1
-    p = p * f + _L0
-    return -(e * _LN2 + p * f)
+    p = fma(_L9, f, _L8)
+    p = fma(p, f, _L7)
+    p = fma(p, f, _L6)
+    p = fma(p, f, _L5)
+    p = fma(p, f, _L4)
+    p = fma(p, f, _L3)
+    p = fma(p, f, _L2)
+    p = fma(p, f, _L1)
+    p = fma(p, f, _L0)
+    return -fma(e, _LN2, p * f)
 
 
 _TURN = np.float32(2 * np.pi * 2.0**-32)
@@ -149,8 +176,8 @@ def normal_pair(word_radius, word_angle):
     quadrant = np.uint32(np.uint32(word_angle + _EIGHTH) >> _30)
     angle = np.float32(np.int32(np.uint32(word_angle - np.uint32(quadrant << _30)))) * _TURN
     q = angle * angle
-    sine = angle + angle * q * (_S1 + q * (_S2 + q * (_S3 + q * _S4)))
-    cosine = _ONE + q * (_C1 + q * (_C2 + q * (_C3 + q * _C4)))
+    sine = fma(angle * q, fma(fma(fma(_S4, q, _S3), q, _S2), q, _S1), angle)
+    cosine = fma(fma(fma(fma(_C4, q, _C3), q, _C2), q, _C1), q, _ONE)
     swap = (quadrant & np.uint32(1)) == 1
     u = sine if swap else cosine
     v = cosine if swap else sine
@@ -168,8 +195,14 @@ _E2, _E3, _E4, _E5, _E6, _E7 = _E
 @kernel(forceinline=True)
 def exp32(x):
     """exp(x), float32, for |x| < 80, to 2e-7 relative."""
-    k = np.floor(x * _LOG2E + _HALF)
-    r = x - k * _LN2_HIGH - k * _LN2_LOW
-    p = _ONE + r * (_ONE + r * (_E2 + r * (_E3 + r * (_E4 + r * (_E5 + r * (_E6 + r * _E7))))))
+    k = np.floor(fma(x, _LOG2E, _HALF))
+    r = fma(-k, _LN2_LOW, fma(-k, _LN2_HIGH, x))
+    p = fma(_E7, r, _E6)
+    p = fma(p, r, _E5)
+    p = fma(p, r, _E4)
+    p = fma(p, r, _E3)
+    p = fma(p, r, _E2)
+    p = fma(p, r, _ONE)
+    p = fma(p, r, _ONE)
     power = np.int32((np.int32(k) + np.int32(127)) << _MANTISSA_BITS).view(np.float32)
     return p * power

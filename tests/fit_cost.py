@@ -1,41 +1,26 @@
-"""Fit the constants of sim/cost/kernels.toml and gpus.toml again: `PYTHONPATH=. python tests/fit_cost.py` prints them."""
+"""Fit the constants of sim/cost/kernels.toml and gpus.toml again: `PYTHONPATH=. python tests/fit_cost.py` prints them.
 
-from itertools import combinations
+With paths of measured layers (`epsim measure --layer`) also those of their exchanges.
+"""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
+from scipy.optimize import least_squares
 
+from sim.cost.exchange import exchange_time_us
 from sim.cost.expert import tile_padded_rows
-from sim.cost.gpu import load_gpu
-from sim.cost.tables import grouped_gemm_profile, measured
+from sim.cost.gpu import gpu_names, load_gpu
+from sim.cost.refit import expert_rows, fit_experts, fit_pairs, pair_groups, pair_rows
+from sim.cost.tables import EXCHANGE_SHARPNESS, exchange_profile, grouped_gemm_profile, measured
+from sim.measure.layer_compare import read_layers
 from sim.model import load_model
 
 V3 = load_model("deepseek-v3")
 WEIGHTS = 3 * V3.hidden_size * V3.moe_intermediate_size
 GATE_UP, DOWN = WEIGHTS * 2 / 3, WEIGHTS / 3
-
-
-def loads(ep_size, tokens):
-    """Pairs and distinct experts of a rank under even routing."""
-    pairs = tokens * V3.top_k / ep_size
-    return pairs, np.minimum(V3.n_experts / ep_size, pairs)
-
-
-def fit_launch_and_bandwidth(ep_size, tokens, us):
-    """Launch time and share of the bandwidth with the least absolute relative error.
-
-    The best line goes through two of the points, so all pairs of points are tried. Absolute errors, because the rows
-    with idle experts take longer for a reason that the model does not know, and squares would let them rule.
-    """
-    pairs, distinct = loads(ep_size, tokens)
-    hbm_tb_per_s = load_gpu(measured()["moe_decode"]["gpu"]).hbm_tb_per_s
-    ideal_us = (distinct * WEIGHTS + pairs * V3.hidden_size * (1 + 2)) / (hbm_tb_per_s * 1e6)
-    best = np.inf, 0.0, 0.0
-    for i, j in combinations(range(len(us)), 2):
-        if ideal_us[i] != ideal_us[j]:
-            slope = (us[i] - us[j]) / (ideal_us[i] - ideal_us[j])
-            launch = us[i] - slope * ideal_us[i]
-            best = min(best, (np.abs((launch + slope * ideal_us) / us - 1).sum(), launch, slope))
-    return best[1], 1 / best[2]
 
 
 def fit_peak_fraction(name):
@@ -47,19 +32,75 @@ def fit_peak_fraction(name):
     return np.exp(np.mean(np.log(2 * WEIGHTS * padded / (peak_tflops * 1e6) / us)))
 
 
-def fit_exchange():
-    """Latency and shares of the two links, least squares of relative errors; beyond a node only the network counts."""
-    ep_size, dispatch_us, combine_us = table("deepep_low_latency")
+def fit_deepep():
+    """Floor and shares of the two links of DeepEP's own times, least squares of relative errors; beyond a node only the
+    network counts.
+    """
+    ep, dispatch_us, combine_us = table("deepep_low_latency")
     published = measured()["deepep_low_latency"]
     gpu, node = load_gpu(published["gpu"]), published["ranks_per_node"]
-    values = published["tokens_per_rank"] * V3.top_k * V3.hidden_size / 1e3
-    kilobytes = np.concatenate([np.full(len(ep_size), values * (1 + 4 / 128)), np.full(len(ep_size), values * 2)])
-    us, ep = np.concatenate([dispatch_us, combine_us]), np.tile(ep_size, 2)
-    up_us = np.where(ep <= node, kilobytes * (1 - 1 / ep) / gpu.scale_up_gb_per_s, 0)
-    out_us = np.where(ep > node, kilobytes * (1 - node / ep) / gpu.scale_out_gb_per_s, 0)
-    columns = np.stack([np.ones(len(us)), up_us, out_us], axis=1) / us[:, None]
-    latency, up, out = np.linalg.lstsq(columns, np.ones(len(us)), rcond=None)[0]
-    return latency, 1 / up, 1 / out
+    kilobytes = published["tokens_per_rank"] * V3.top_k * V3.hidden_size / 1e3 * np.array([[1 + 4 / 128], [2]])
+    on_node = np.minimum(ep, node)
+    ideal_us = (
+        kilobytes * (1 - 1 / on_node) / gpu.scale_up_gb_per_s,
+        kilobytes * (1 - node / ep) / gpu.scale_out_gb_per_s,
+    )
+
+    def misfit(x):
+        floor, up, out = np.exp(x)
+        link_us = np.where(ep <= node, ideal_us[0] / up, ideal_us[1] / out)
+        p = EXCHANGE_SHARPNESS
+        return ((floor**p + link_us**p) ** (1 / p) / [dispatch_us, combine_us] - 1).ravel()
+
+    return np.exp(least_squares(misfit, np.log([31, 0.94, 0.89])).x)
+
+
+def fit_one_node():
+    """Floors, their falls and shares of NVLink of pair exchanges on one node, by GPU, each of dispatch and combine."""
+    rows, found = pair_rows(), {}
+    for phase, falls, part in pair_groups(rows):
+        fit = fit_pairs(part, falls=falls)
+        for gpu, own in part.groupby("gpu"):
+            value_bytes = {"dispatch": 1 + 4 / 128, "combine": 2}[phase]
+            token_bytes = V3.top_k * V3.hidden_size * value_bytes * (1 - 1 / own.ep_size.iloc[0])
+            share = token_bytes / fit.token_us[gpu] / (load_gpu(gpu).scale_up_gb_per_s * 1e3)
+            found.setdefault(gpu, {})[phase] = fit.floor_us[gpu], fit.falls, share
+    return found
+
+
+def fit_layers(layers, gpu):
+    """Floor, share of NVLink and median error of each kind of exchange in measured layers (`read_layers`).
+
+    Layers know dispatch and combine together, so both get the same floor and share, and BF16 both ways.
+    """
+    found = {}
+    for kind, rows in layers.groupby("exchange"):
+        shipped = exchange_profile(kind, gpu.name)
+
+        def misfit(x, kind=kind, rows=rows, shipped=shipped):
+            floor, share = np.exp(x)
+            own = replace(
+                shipped,
+                floor_us=(0.0 if kind == "reduce" else floor, floor),
+                floor_falls=(0.0, 0.0),
+                scale_up_fraction=(share, share),
+                bytes_per_value=(2.0, 2.0),
+            )
+            times = exchange_time_us(
+                rows.model.iloc[0],
+                gpu,
+                kind=kind,
+                ep_size=rows.ep_size,
+                tokens_per_rank=rows.tokens / rows.ep_size,
+                received_tokens=rows.received,
+                pairs=rows.pairs,
+                profile=own,
+            )
+            return np.log(times.total_us / rows.exchange_us.to_numpy())
+
+        fit = least_squares(misfit, np.log([30, 0.5]), loss="soft_l1", f_scale=0.1)
+        found[kind] = *np.exp(fit.x), float(np.median(np.abs(np.expm1(misfit(fit.x)))))
+    return found
 
 
 def table(name):
@@ -67,23 +108,32 @@ def table(name):
     return np.array(measured()[name]["rows"], float).T
 
 
+def preset_of(device):
+    """Preset of a device by its own name, as in 'NVIDIA H100 80GB HBM3'."""
+    return next(name for name in gpu_names() if name in device.lower().split())
+
+
 def fit_all():
     """Every fitted constant by name."""
-    ep_size, tokens, us = table("moe_decode")
-    seen = np.isin(ep_size, measured()["moe_decode"]["fitted_ep_sizes"])
-    launch, bandwidth = fit_launch_and_bandwidth(ep_size[seen], tokens[seen], us[seen])
-    latency, up, out = fit_exchange()
-    return {
-        "launch_us": launch,
-        "bandwidth_fraction": bandwidth,
-        "peak_fraction": fit_peak_fraction("deepgemm_h800"),
-        "h20_peak_fraction": fit_peak_fraction("deepgemm_h20"),
-        "latency_us": latency,
-        "scale_up_fraction": up,
-        "scale_out_fraction": out,
-    }
+    experts, (floor, up, out) = fit_experts(expert_rows()), fit_deepep()
+    found = {name: getattr(experts, name) for name in ("launch_us", "idle_us", "spread_us", "sharpness")}
+    for name in ("bandwidth_fraction", "peak_fraction"):
+        shares = getattr(experts, name)
+        found[name] = np.sqrt(shares["h100"] * shares["h200"])
+        found |= {f"{gpu}.{name}": share for gpu, share in shares.items()}
+    found["h20.peak_fraction"] = fit_peak_fraction("deepgemm_h20")
+    found |= {"h800.floor_us": floor, "h800.scale_up_fraction": up, "h800.scale_out_fraction": out}
+    for gpu, phases in fit_one_node().items():
+        for phase, (floor, falls, share) in phases.items():
+            found |= {f"{gpu}.{phase}.floor_us": floor, f"{gpu}.{phase}.floor_falls": falls}
+            found[f"{gpu}.{phase}.scale_up_fraction"] = share
+    return found
 
 
 if __name__ == "__main__":
     for name, value in fit_all().items():
         print(f"{name} = {value:.5f}")
+    for path in map(Path, sys.argv[1:]):
+        layers = read_layers(path)
+        for kind, (floor, share, error) in fit_layers(layers, load_gpu(preset_of(layers.gpu.iloc[0]))).items():
+            print(f"{path.name}: {kind}: floor_us {floor:.1f}, scale_up_fraction {share:.3f}, median error {error:.1%}")

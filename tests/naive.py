@@ -4,6 +4,8 @@ import math
 
 import numpy as np
 
+from sim.streams import LOG1P
+
 
 def philox(counter, key, rounds):
     """Philox4x32 in Python integers, after Salmon et al. 2011."""
@@ -193,3 +195,136 @@ def score(counts, phy2log, rank_of_slot, n_ranks):
             loads[rank_of_slot[s]] += pairs
             distinct[rank_of_slot[s]] += pairs > 0
     return loads, distinct
+
+
+def fma(a, b, c):
+    """a * b + c in float32: the product is exact in float64, whose own rounding is seen once in some 2**29 sums."""
+    return np.float32(np.float64(np.float32(a)) * np.float64(np.float32(b)) + np.float64(np.float32(c)))
+
+
+def horner(coefficients, x):
+    """Polynomial by multiply-adds, the highest coefficient first."""
+    value = np.float32(coefficients[0])
+    for c in coefficients[1:]:
+        value = fma(value, x, c)
+    return value
+
+
+def exponential(word):
+    """Exponential of a word, operation by operation as the kernel does it."""
+    half = int(word) >> 1
+    small = half < 2**29
+    u = fma(np.float32(half if small else 2**31 - 1 - half), np.float32(2.0**-31), np.float32(2.0**-32))
+    if small:
+        f, exponent = -u, np.float32(0)
+    else:
+        e = math.floor(math.log2(float(u) / 0.75))
+        f, exponent = np.float32(np.float32(float(u) / 2.0**e) - np.float32(1)), np.float32(e)
+    return np.float32(-fma(exponent, np.float32(np.log(2)), np.float32(horner(LOG1P[::-1], f) * f)))
+
+
+def exp32(x):
+    """exp of a float32, operation by operation as the kernel does it."""
+    k = np.floor(fma(x, np.float32(1 / np.log(2)), np.float32(0.5)))
+    r = fma(-k, np.float32(-2.12194440e-4), fma(-k, np.float32(0.693359375), x))
+    return np.float32(horner([1 / math.factorial(n) for n in range(7, -1, -1)], r) * np.float32(2.0 ** int(k)))
+
+
+def normal_pair(word_radius, word_angle):
+    """Two normals, operation by operation as the kernel does it."""
+    radius = np.sqrt(np.float32(np.float32(2) * exponential(word_radius)))
+    quadrant = ((int(word_angle) + 2**29) % 2**32) >> 30
+    signed = (int(word_angle) - (quadrant << 30) + 2**31) % 2**32 - 2**31
+    angle = np.float32(np.float32(signed) * np.float32(2 * np.pi * 2.0**-32))
+    q = np.float32(angle * angle)
+    sine = fma(np.float32(angle * q), horner([1 / 362880, -1 / 5040, 1 / 120, -1 / 6], q), angle)
+    cosine = horner([1 / 40320, -1 / 720, 1 / 24, -1 / 2, 1], q)
+    first, second = [(cosine, sine), (-sine, cosine), (-cosine, -sine), (sine, -cosine)][quadrant]
+    return np.float32(radius * first), np.float32(radius * second)
+
+
+def token_experts(word, weight, alias, n_group, topk_group, top_k, group_sigma, score_law):
+    """Experts of one token, best first, by the steps of `sim.router.sampler`: word(index) are its random words.
+
+    The exact draw of a second expert after 16 repeats is not gone through here.
+    """
+    size, late, inf = len(weight) // n_group, np.float32(3e38), np.float32(np.inf)
+
+    def draw(group, index):
+        product = int(word(index)) * size
+        e = group * size + (product >> 32)
+        entry = int(alias[e])
+        return e if product % 2**32 < entry >> 32 else entry % 2**32
+
+    def redraw(group, k, taken):
+        for tries in range(16):
+            e = draw(group, 2**20 + 32 * k + tries)
+            if e not in taken:
+                return e
+        raise NotImplementedError
+
+    if n_group == 1:
+        ids = []
+        for k in range(top_k):
+            e = draw(0, k)
+            ids.append(redraw(0, k, ids) if e in ids else e)
+        return ids
+    b, a, both = (np.float32(x) for x in score_law)
+    groups = []
+    for g in range(n_group):
+        first, partner = g - g % 2, g - g % 2 + 1
+        effect = exp32(
+            np.float32(-np.float32(group_sigma) * normal_pair(word(4 * first + 3), word(4 * partner + 3))[g % 2])
+        )
+        own = weight[g * size : (g + 1) * size]
+        e = draw(g, 4 * g)
+        others = own.sum() - weight[e]
+        if others < own.sum() / 16:
+            others = np.delete(own, e % size).sum()
+        without = np.float32(1 / max(others, 1e-38)) if size > 1 else inf
+        gap = np.float32(np.float32(1 / max(own.sum(), 1e-38)) * effect)
+        t1 = min(np.float32(exponential(word(4 * g + 1)) * gap), late)
+        t2 = min(fma(np.float32(exponential(word(4 * g + 2)) * without), effect, t1), late) if size > 1 else inf
+        score = np.float32(1) / fma(a, t1, b)
+        if both > 0:
+            score = np.float32(score + np.float32(1) / fma(a, t2, b))
+        groups.append((score, g, gap, t1, t2, e))
+    kept = sorted(groups, key=lambda group: (-group[0], group[1]))[:topk_group]
+    at = 4 * (n_group + n_group % 2)
+    has, following = [], []  # [time, expert]; [next time, gap, group, second time]
+    for j, (_, g, gap, t1, t2, e) in enumerate(kept):
+        has.append([t1, e])
+        if size > 1:
+            second = draw(g, at + j)
+            has.append([t2, redraw(g, 2 * j + 1, [e]) if second == e else second])
+        later = min(fma(exponential(word(at + topk_group + j)), gap, t2), late) if size > 2 else inf
+        following.append([later, gap, g, t2])
+    has += [[inf, -1] for _ in range(max(2 * ((top_k + 1) // 2), 2 * topk_group) - len(has))]
+    rounds, blocks = 3, -(-(2 * topk_group + 2 * 3) // 4)
+    arrival, n_repeats = 0, 0
+    while True:
+        j = min(range(topk_group), key=lambda j: following[j][0])
+        latest = max(range(len(has)), key=lambda k: has[k][0])
+        now, gap, g, _ = following[j]
+        if not now < has[latest][0]:
+            break
+        index = at + 2 * topk_group + 2 * arrival if arrival < rounds else at + 4 * blocks + 2 * (arrival - rounds)
+        e = draw(g, index)
+        if e in [expert for _, expert in has]:
+            n_repeats += arrival >= rounds
+            if n_repeats == 16:
+                break
+        else:
+            has[latest] = [now, e]
+        following[j][0] = min(fma(exponential(word(index + 1)), gap, now), late)
+        arrival += 1
+    for _, gap, g, t2 in following if n_repeats == 16 else ():
+        of_weight_1 = np.float64(gap) / np.float64(np.float32(1 / max(weight[g * size : (g + 1) * size].sum(), 1e-38)))
+        for e in range(g * size, (g + 1) * size):
+            if e not in [expert for _, expert in has]:
+                between = np.float64(exponential(word(2**24 + e))) * of_weight_1 / max(weight[e], 1e-300)
+                arrives = np.float32(min(np.float64(max(now, t2)) + between, np.float64(late)))
+                latest = max(range(len(has)), key=lambda k: has[k][0])
+                if arrives < has[latest][0]:
+                    has[latest] = [arrives, e]
+    return [e for _, e in sorted(has)][:top_k]

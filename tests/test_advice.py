@@ -7,14 +7,13 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT
+from conftest import ROOT, fails, run
 
 from sim import InputError, advise, load_model, predict_gain
-from sim.advice import candidates, changes, rule_text, verdict_text
+from sim.advice import candidates, changes, not_run, rule_text, verdict_text
 from sim.advice.engines import BACKENDS, engine_of
 from sim.advice.rule import KNEE_ERROR, NOT, UNSURE, WORTH, best_of, judge, judged_ends
 from sim.advice.splits import splits_of
-from sim.cli import main
 from sim.cost.expert import crossover_tokens, expert_rates
 from sim.cost.gain import KNEE, PERFECT
 from sim.figures.advice import advice_by_tokens
@@ -61,7 +60,7 @@ def test_verdicts_follow_the_rule(low, high, enough, verdict):
 
 def test_the_error_near_the_crossover_is_the_largest_that_was_measured():
     """Saved shares as measured less as predicted, of every cell of the committed runs: bf16 near the crossover within
-    KNEE_ERROR, and it takes that much; away from it, every type within 0.035.
+    KNEE_ERROR, and it takes that much; away from it, every type within 0.05.
     """
     near, away = [], []
     for name in ("h100", "h200", "h100-copies"):
@@ -72,11 +71,11 @@ def test_the_error_near_the_crossover_is_the_largest_that_was_measured():
             table = gains(rows[rows.dtype == dtype], "linear", placement)
             ratio = table.tokens / crossover_tokens(V3, rates)
             off = 1 / (1 + table.predicted) - 1 / (1 + table.measured)
-            is_near = (ratio >= KNEE[0]) & (ratio <= KNEE[1])
+            is_near = (ratio >= KNEE[dtype][0]) & (ratio <= KNEE[dtype][1])
             near += off[is_near].tolist() if dtype == "bf16" else []
             away += off[~is_near].tolist()
     assert KNEE_ERROR - 0.01 <= max(map(abs, near)) <= KNEE_ERROR
-    assert max(map(abs, away)) <= 0.035
+    assert max(map(abs, away)) <= 0.05
 
 
 def test_near_the_crossover_the_models_error_is_in_the_ends():
@@ -231,6 +230,21 @@ def test_the_figure_shows_every_candidate_and_its_numbers():
 # The command
 
 
+TOY_ADVICE = [
+    "advise",
+    "--model",
+    "config.json",
+    "--workload",
+    "hot.npz",
+    "--ep",
+    "4",
+    "--steps",
+    "8",
+    "--tokens",
+    "8,2048",
+]
+
+
 @pytest.fixture
 def toy_files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -247,29 +261,13 @@ def toy_files(tmp_path, monkeypatch):
     return tmp_path
 
 
-def run(*words):
-    base = [
-        "advise",
-        "--model",
-        "config.json",
-        "--traffic",
-        "hot.npz",
-        "--ep",
-        "4",
-        "--steps",
-        "8",
-        "--tokens",
-        "8,2048",
-    ]
-    return main([*base, *words])
-
-
 def test_the_command_answers_and_writes(toy_files, capsys):
-    assert run("--out", "advice") == 0
+    assert run(*TOY_ADVICE, "--out", "advice") == 0
     out, err = capsys.readouterr()
     assert "what is scored of file:hot.npz has 20 sequences" in err
     for text in (
         "Verdict: ",
+        "Not run, so without a gain:",
         "Rule: ",
         "What the engine does:",
         "vLLM silently runs linear",
@@ -283,32 +281,77 @@ def test_the_command_answers_and_writes(toy_files, capsys):
     assert about["ep_size"] == 4
     assert about["law"]["recorded"]
     assert (toy_files / "advice" / "advice.png").stat().st_size > 10_000
-    assert run("--markdown") == 0
+    assert run(*TOY_ADVICE, "--markdown") == 0
     assert capsys.readouterr().out.startswith("| tokens | placement |")
 
 
 def test_one_layer_has_no_interval_and_says_so(toy_files, capsys):
-    assert run("--traffic", "shallow.npz") == 0
+    assert run(*TOY_ADVICE, "--workload", "shallow.npz") == 0
     out = capsys.readouterr().out
     assert "nan" not in out
-    assert "not enough data at 8 (eplb" in out
-    assert ": one layer has no interval)" in out
+    assert "8: not enough data (best: eplb, one layer has no interval)" in out
 
 
 def test_an_imbalance_is_shown_with_its_digits(toy_files, capsys):
     """Only perfect balance is 1: another placement's mean keeps its digits where its interval has no width."""
-    assert run("--markdown") == 0
+    assert run(*TOY_ADVICE, "--markdown") == 0
     rows = [line.split("|")[2:4] for line in capsys.readouterr().out.splitlines()[2:]]
-    assert {name.strip() for name, imbalance in rows if "." not in imbalance} == {PERFECT}
+    assert {name.strip() for name, imbalance in rows if "." not in imbalance and imbalance.strip()} == {PERFECT}
+    assert {name.strip() for name, imbalance in rows if not imbalance.strip()} == {"round_robin", "random"}  # not run
+
+
+def test_the_verdict_stands_first_and_lines_fit_the_terminal(toy_files, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert run(*TOY_ADVICE) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    first = next(i for i, line in enumerate(lines) if line.startswith("Verdict: "))
+    assert first <= 2
+    assert [line.split(":")[0].strip() for line in lines if "(best: " in line or "(eplb" in line][:2] == ["8", "2048"]
+
+
+def test_what_the_engine_does_not_run_has_no_gain(toy_files, capsys):
+    assert run(*TOY_ADVICE) == 0
+    out = capsys.readouterr().out
+    table, _, after = out.partition("Not run, so without a gain:")
+    assert "round_robin" not in table
+    assert "round_robin: vLLM silently runs linear" in after
+    advice = advise(TOY, HOT, "h20", ep_size=4, **SMALL)
+    assert set(not_run(advice)) == {"round_robin", "random"}
+
+
+def test_the_map_that_runs_now_is_the_baseline(toy_files, capsys):
+    export = ["export", "--model", "config.json", "--placement", "eplb", "--fit-on", "hot.npz", "--ep", "4"]
+    assert run(*export, "--format", "sglang", "--out", "now.json") == 0
+    assert run(*TOY_ADVICE, "--placement", "file:now.json", "--json") == 0
+    out = capsys.readouterr().out
+    rows = json.loads(out[out.index("[\n") :])
+    assert {row["baseline"] for row in rows} == {"file:now.json"}
+    assert {"linear", "round_robin", "eplb", PERFECT} <= {row["placement"] for row in rows}
+    linear = [row for row in rows if row["placement"] == "linear" and row["tokens"] == 2048]
+    assert all(row["layer_saved"] < 0 for row in linear)  # it loses what the map has won
+    assert run(*TOY_ADVICE, "--placement", "file:now.json,linear") == 0
+    assert "against file:now.json" in capsys.readouterr().out
+
+
+def test_without_traffic_the_demo_answers(capsys):
+    words = ["advise", "--demo", "--tokens", "16,4096", "--steps", "8", "--gpu", "h200"]
+    assert run(*words) == 0
+    out, err = capsys.readouterr()
+    assert "Verdict: " in out
+    assert out.rstrip().splitlines()[-1].startswith("Then: epsim advise --model MODEL --workload file:")
+    assert "--enable-return-routed-experts" in out
+    assert "made from the preset gpt-oss-20b" in err
+    assert run("advise", "--demo", "--workload", "chat") == 2
+    assert run("advise") == 2
 
 
 def test_a_file_is_no_folder_to_write_to(toy_files, capsys):
-    assert run("--out", "hot.npz") == 2
-    assert "--out hot.npz is a file, not a folder" in capsys.readouterr().err
+    fails(capsys, [*TOY_ADVICE, "--out", "hot.npz"], "--out hot.npz is a file, not a folder")
 
 
 def test_load_counts_are_advised_on_too(toy_files, capsys):
-    assert run("--traffic", "load.csv", "--fit-on", "hot.npz") == 0
+    assert run(*TOY_ADVICE, "--workload", "load.csv", "--fit-on", "hot.npz") == 0
     assert "eplb is fitted on hot.npz" in capsys.readouterr().out
 
 
@@ -318,7 +361,7 @@ def test_load_counts_are_advised_on_too(toy_files, capsys):
         (["--ep", "4,8"], "--ep 4,8: advice is for one EP size"),
         (["--ep", "1"], "--ep 1: there is nothing to place on one rank"),
         (["--ep", "17"], "--ep 17: EP size must lie from 1 to the 16 experts"),
-        (["--backend", "pplx"], "--backend 'pplx' is not known"),
+        (["--exchange", "pplx"], "--exchange 'pplx' is not known"),
         (["--redundant", "3"], "--redundant 3: must be a multiple of --ep 4"),
         (["--redundant", "-4"], "--redundant -4"),
         (["--data-parallel", "0"], "--data-parallel 0: must be a whole number from 1"),
@@ -327,14 +370,14 @@ def test_load_counts_are_advised_on_too(toy_files, capsys):
         (["--moe-share", "40%", "--step-ms", "10", "--tokens", "8"], "--moe-share and --step-ms say the same"),
         (["--step-ms", "1e-3", "--tokens", "8"], "--step-ms: 0.001 ms is below the"),
         (["--step-ms", "50"], "--step-ms is the time of steps of one size"),
-        (["--traffic", "absent.npz"], "absent.npz"),
-        (["--traffic", "hot.npz", "--fit-on", "hot.npz"], "is the traffic that is scored"),
+        (["--workload", "absent.npz"], "absent.npz"),
+        (["--workload", "hot.npz", "--fit-on", "hot.npz"], "is the traffic that is scored"),
         (["--dummy-tokens", "8"], "--dummy-tokens goes with traffic by law"),
         (["--gpu", "h9000"], "--gpu 'h9000' is not known"),
         (["--model", "deepseek-v3"], "model deepseek-v3 has top_k 8"),
-        (["--traffic", "chat", "--fit-on", "hot.npz"], "the layers of chat are drawn"),
-        (["--traffic", "same.npz"], "its even sequences and its odd sequences hold the same tokens"),
-        (["--traffic", "late.npy"], "1 layers have no load in the second half of the steps"),
+        (["--workload", "chat", "--fit-on", "hot.npz"], "the layers of chat are drawn"),
+        (["--workload", "same.npz"], "its even sequences and its odd sequences hold the same tokens"),
+        (["--workload", "late.npy"], "1 layers have no load in the second half of the steps"),
         (["--tokens", ""], "--tokens '': expected whole numbers"),
         (["--phase", ""], "--phase must be one of decode, prefill, not ''"),
         (["--redundant", "16384"], "--redundant 16384: must be a whole number from 1 to 8192"),
@@ -343,9 +386,7 @@ def test_load_counts_are_advised_on_too(toy_files, capsys):
 )
 def test_bad_usage_is_one_line_and_status_2(words, message, toy_files, capsys):
     before = set(toy_files.iterdir())
-    assert run(*words, "--out", "never") == 2
-    err = capsys.readouterr().err.splitlines()
-    assert message in err[-1]
+    fails(capsys, [*TOY_ADVICE, *words, "--out", "never"], message)
     assert set(toy_files.iterdir()) == before
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import ROOT
+from exact import idle_ranks, max_load_of_one_token, one_rank, spread_by_enumeration
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import norm
@@ -19,6 +20,7 @@ from scipy.stats import norm
 from sim import ModelSpec, SyntheticTraffic, load_model, route, sweep, theory
 from sim.placement import place_fixed
 from sim.router import draw_trials
+from sim.sweeps.bounds import _tally_loads
 from sim.traffic.synthetic import X0
 
 FALSE_ALARM = 1e-4
@@ -44,16 +46,71 @@ def test_the_router_spreads_experts_as_enumeration_says(shape, both):
     in_group = (ids[:, :, None] // (n_experts // n_group) == np.arange(n_group)).sum(axis=1)
     found = Counter(tuple(row[:topk_group]) for row in (-np.sort(-in_group, axis=1)).tolist())
     scores = 1 / (1 + np.exp(-values.astype(float)))
-    exact = theory.spread_by_enumeration(scores.tolist(), n_group, topk_group, top_k, both)
+    exact = spread_by_enumeration(scores.tolist(), n_group, topk_group, top_k, both)
     assert {spread: Fraction(n, len(dealt)) for spread, n in found.items()} == exact
 
 
 @pytest.mark.parametrize(("n_group", "size", "kept", "top_k"), [(2, 4, 1, 3), (4, 2, 2, 3), (2, 3, 1, 2), (3, 2, 2, 4)])
 def test_integration_equals_enumeration_where_only_order_counts(n_group, size, kept, top_k):
-    exact = theory.spread_by_enumeration(range(n_group * size), n_group, kept, top_k, both=False)
+    exact = spread_by_enumeration(range(n_group * size), n_group, kept, top_k, both=False)
     integral = theory.spread_over_groups(n_group, size, kept, top_k, False, "sigmoid", X0)
     for spread, p in integral.items():
         assert p == pytest.approx(float(exact.get(spread, 0)), rel=1e-9, abs=1e-12)
+
+
+SMALL_GROUPS = [
+    (n_group, size, kept, top_k)
+    for size, n_groups in [
+        (1, (2, 4, 8)),
+        (2, (2, 4, 8, 16)),
+        (3, (2, 4)),
+        (4, (2, 8)),
+        (6, (4,)),
+        (8, (4, 16)),
+        (16, (8,)),
+    ]
+    for n_group in n_groups
+    for kept in sorted({1, n_group // 2, n_group - 1})
+    for top_k in (1, 3)
+    if top_k <= min(kept, 4) * size
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scoring", ["sigmoid", "softmax"])
+def test_spreads_over_small_groups_add_up_to_1(scoring):
+    """Both group scores, groups of 1 to 16 experts, E from 2 to 128: three times closer than is checked at run time."""
+    for n_group, size, kept, top_k in SMALL_GROUPS:
+        for both in (False, True) if size > 1 else (False,):
+            spread = theory.spread_over_groups(n_group, size, kept, top_k, both, scoring, X0)
+            assert sum(spread.values()) == pytest.approx(1, abs=3e-8), (n_group, size, kept, top_k, both)
+            assert min(spread.values()) >= 0
+
+
+@pytest.mark.parametrize("scoring", ["sigmoid", "softmax"])
+@pytest.mark.parametrize(("n_group", "size", "kept", "top_k"), [(4, 2, 2, 2), (3, 3, 2, 4), (4, 4, 2, 3)])
+def test_spreads_over_small_groups_equal_the_routers(scoring, n_group, size, kept, top_k):
+    """Scores of top-2 sums: 2**19 tokens of independent Gumbel logits through the exact router, every spread at once."""
+    model, n_tokens = grouped(n_group * size, n_group, kept, top_k, True, scoring), 2**19
+    logits = X0 + np.random.default_rng(size).gumbel(size=(n_tokens, n_group * size)).astype(np.float32)
+    ids = route(logits.astype(np.float32), model).astype(int)
+    in_group = (ids[:, :, None] // size == np.arange(n_group)).sum(axis=1)
+    found = Counter(map(tuple, (-np.sort(-in_group, axis=1))[:, :kept].tolist()))
+    exact = theory.spread_over_groups(n_group, size, kept, top_k, True, scoring, X0)
+    bound = norm.isf(FALSE_ALARM / (2 * len(exact)))
+    for spread, p in exact.items():
+        assert abs(found[spread] - n_tokens * p) < max(bound * np.sqrt(n_tokens * p * (1 - p)), 25), spread
+    assert set(found) <= set(exact)
+
+
+def test_a_uniform_sweep_of_small_groups_has_exact_rows():
+    """E = 8 in four groups: the shape whose bounds used to end in ArithmeticError."""
+    model = grouped(8, 4, 2, 2, True)
+    tail = sweep(model, "uniform", ep_sizes=[2], tokens=[1, 4], placements=["linear"], trials=1000).tail
+    rows = both_methods(tail, 10 / 1000)
+    assert {"exact"} <= set(rows.method_theory)
+    half = norm.isf(FALSE_ALARM / (2 * len(rows))) * np.sqrt(rows.probability / 1000) + 10 / 1000
+    assert ((rows.probability - rows.probability_theory).abs() <= half).all() or (rows.method_theory == "bound").any()
 
 
 @pytest.mark.parametrize("name", ["deepseek-v3", "deepseek-v2", "ling-mini-2.0"])
@@ -101,11 +158,42 @@ def test_tails_of_sums_keep_their_digits(weights, n_tokens, where):
                 longer[i + j] += p * int(Fraction(float(q)) * one)
         exact = [(p + one // 2) // one for p in longer]
     least = round(where * (len(exact) + 1))
-    reference, found = Fraction(sum(exact[least:]), one), theory.tails(law[None], n_tokens, least)[0]
-    if reference > 1e-200:
-        assert found == pytest.approx(float(reference), rel=1e-9)
-    else:
-        assert found <= 1e-199
+    reference, at_once = Fraction(sum(exact[least:]), one), theory.all_tails(law[None], n_tokens)[0]
+    for found in (theory.tails(law[None], n_tokens, least)[0], at_once[least] if least < len(at_once) else 0.0):
+        if reference > 1e-200:
+            assert found == pytest.approx(float(reference), rel=1e-9)
+        else:
+            assert found <= 1e-199
+
+
+def test_bounds_by_tables_lie_within_those_by_single_tails():
+    """Tables add up all ranks; single tails put a bound in the place of negligible ones, of 2 % at most."""
+    rng = np.random.default_rng(0)
+    laws = [rng.dirichlet(np.exp(-np.arange(5.0)), (3, n)) for n in (16, 4, 6)]
+    for n_tokens in (2, 8, 64):
+        tables = [theory.all_tails(p.reshape(-1, 5), n_tokens).reshape(3, -1, 4 * n_tokens + 1) for p in laws]
+        for least in range(2 * n_tokens, 4 * n_tokens, n_tokens // 2):
+            single, joined = np.empty((3, 2)), np.empty((3, 2))
+            theory.fill_layer_bounds(*laws, n_tokens, least, single)
+            at_twice = tables[2][:, :, 2 * least] if 2 * least <= 4 * n_tokens else np.zeros((3, 6))
+            theory.join_layer_bounds(tables[0][:, :, least], tables[1][:, :, least], at_twice, joined)
+            assert (joined[:, 1] <= single[:, 1] * (1 + 1e-9)).all()
+            rare = single[:, 1] < 1  # 1 stands for what is common, too
+            assert (joined[:, 1] >= single[:, 1] * 0.98 - 1e-299)[rare].all()
+
+
+def test_loads_of_tokens_are_tallied_as_one_would():
+    """Of single ranks and of two together, for loads from 1 on."""
+    rng = np.random.default_rng(1)
+    ids = np.argsort(rng.random((1500, 32)), axis=1)[:, :6].astype(np.int16)
+    rank, hot = rng.permutation(np.arange(32) % 5).astype(np.int32), np.array([0, 2, 3])
+    single, together = np.zeros((5, 7), np.int64), np.zeros((3, 7), np.int64)
+    _tally_loads(ids, rank, hot, single, together)
+    loads = (rank[ids][:, :, None] == np.arange(5)).sum(axis=1)
+    for r in range(5):
+        np.testing.assert_array_equal(single[r, 1:], np.bincount(loads[:, r], minlength=7)[1:])
+    for pair, (a, b) in enumerate(combinations(hot, 2)):
+        np.testing.assert_array_equal(together[pair, 1:], np.bincount(loads[:, a] + loads[:, b], minlength=7)[1:])
 
 
 @pytest.mark.parametrize(
@@ -117,7 +205,7 @@ def test_a_layer_equals_going_through_all_steps(n_group, size, kept, top_k, ep_s
     model = grouped(n_group * size, n_group, kept, top_k, False)
     ranks = place_fixed(placement, model, ep_size, 8).rank_of_expert
     layer = theory.UniformLayer(theory.UniformRouter.of(model, X0), ranks)
-    spreads = theory.spread_by_enumeration(range(n_group * size), n_group, kept, top_k, False)
+    spreads = spread_by_enumeration(range(n_group * size), n_group, kept, top_k, False)
     sets = Counter()
     for chosen in combinations(range(n_group * size), top_k):
         in_group = sorted(Counter(e // size for e in chosen).values(), reverse=True)
@@ -150,14 +238,14 @@ def test_grouped_and_ungrouped_closed_forms_agree():
     model = ModelSpec("plain", 24, 4)
     ranks = place_fixed("linear_legacy", model, 5, 8).rank_of_expert
     held, layer = np.bincount(ranks).tolist(), theory.UniformLayer(theory.UniformRouter.of(model, X0), ranks)
-    exact = theory.max_load_of_one_token(held, 4)
+    exact = max_load_of_one_token(held, 4)
     for least in range(1, 5):
         assert layer.max_load(1, least)[1] == pytest.approx(float(sum(exact[least:])))
     for tokens in (1, 3):
-        idle = theory.idle_ranks(held, 4, tokens)
+        idle = idle_ranks(held, 4, tokens)
         for least in range(1, 5):
             assert layer.idle_ranks(tokens, least)[0] == pytest.approx(float(sum(idle[least:])), rel=1e-12, abs=1e-300)
-        assert layer.one_rank(tokens)[0] == pytest.approx(float(theory.one_rank(held, 4, tokens)))
+        assert layer.one_rank(tokens)[0] == pytest.approx(float(one_rank(held, 4, tokens)))
 
 
 def both_methods(tail, floor):

@@ -5,15 +5,19 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT
+from conftest import ROOT, fails
 
 import sim
 from sim.cli import VERBS, main
+from sim.cli.progress import time_left_s
+from sim.figures import FIGURES
 from sim.options import SweepOptions, declarations, flag_of
+from sim.progress import advance, phase, track, watching
 
 RUN = ["sweep", "--ep", "2,12", "--tokens", "1,16", "--trials", "40", "--placement", "linear,linear_legacy,group_aware"]
 SUMMARY = ["model", "workload", "placement", "ep_size", "tokens", "trials", "draws", "mean_load", "max_load_mean",
@@ -29,17 +33,6 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("sweep") / "out"
     assert main([*RUN, "--out", str(path)]) == 0
     return path
-
-
-def fails(capsys, words, *parts, status=2):
-    """The command fails with one line that has the parts, and no traceback."""
-    assert main([str(word) for word in words]) == status
-    lines = capsys.readouterr().err.strip().splitlines()
-    errors = [line for line in lines if not line.startswith("note:")]
-    assert len(errors) == 1, lines
-    assert errors[0].startswith("epsim")
-    for part in parts:
-        assert str(part) in errors[0]
 
 
 def test_sweep_writes_the_named_columns(folder):
@@ -67,11 +60,11 @@ def test_the_same_sweep_is_reused_and_another_is_refused(folder, capsys):
 def test_the_answer_is_printed(folder, capsys):
     assert main(["show", str(folder), "--ep", "12"]) == 0
     out = capsys.readouterr().out
-    assert "deepseek-v3, chat traffic: linear against round_robin" in out
+    assert "deepseek-v3, chat traffic: linear against linear_legacy, round_robin" in out
     row = pd.read_csv(folder / "summary.csv").query("placement == 'linear' and ep_size == 12 and tokens == 16").iloc[0]
     line = next(line.split() for line in out.splitlines() if line.split()[:2] == ["12", "16"])
-    assert line[2] == f"{row.imbalance_mean:.3f}"
-    assert line[-2] == f"{row.idle_ranks_mean:.1f}"
+    assert line[2:4] == ["linear", f"{row.imbalance_mean:.3f}"]
+    assert line[-1] == f"{row.idle_ranks_mean:.1f}"
     assert main(["show", str(folder), "--placement", "linear,linear_legacy", "--tokens", "16", "--markdown"]) == 0
     assert capsys.readouterr().out.count("\n| ") == 2
     fails(capsys, ["show", folder, "--ep", "13"], "--ep 13", "2, 12")
@@ -101,20 +94,26 @@ def test_a_config_file_holds_the_same_options(folder, tmp_path, capsys):
     assert not (tmp_path / "c").exists()
 
 
+@pytest.mark.slow
 def test_plot_draws_every_figure_and_the_same_bytes_twice(folder, capsys):
     assert main(["plot", str(folder)]) == 0
-    written = [line for line in capsys.readouterr().out.splitlines()]
-    first = {name: (folder / name).read_bytes() for name in (path.rsplit("/", 1)[1] for path in written)}
-    assert len(first) == 14
-    assert all(data.startswith((b"\x89PNG", b"<?xml")) for data in first.values())
+    said = capsys.readouterr().out.splitlines()
+    written = [Path(line).name for line in said if line.endswith(".png")]
+    undrawn = [line.partition(": not drawn")[0] for line in said if not line.endswith(".png")]
+    assert sorted([*undrawn, *(name.removesuffix(".png") for name in written)]) == sorted(FIGURES)
     assert main(["plot", str(folder), "--format", "svg"]) == 0
+    written += [name.replace(".png", ".svg") for name in written]
+    first = {name: (folder / name).read_bytes() for name in written}
+    assert all(data.startswith((b"\x89PNG", b"<?xml")) for data in first.values())
+    assert main(["plot", str(folder), "--format", "png,svg"]) == 0
     for name in first:
         assert (folder / name).read_bytes() == first[name]
         (folder / name).unlink()
     capsys.readouterr()
     fails(capsys, ["plot", folder, "--figures", "exceedence"], "figure 'exceedence'", "did you mean exceedance")
     fails(capsys, ["plot", folder, "--tokens", "5"], "--tokens 5", "1, 16")
-    fails(capsys, ["plot", folder, "--format", "pdf"], "--format pdf")
+    fails(capsys, ["plot", folder, "--format", "pdf"], "--format 'pdf'", "png, svg")
+    fails(capsys, ["plot", folder, "--deepest", "2"], "--deepest 2", "from 1e-300 to 0.1")
 
 
 @pytest.mark.parametrize(
@@ -222,7 +221,8 @@ def test_recorded_routing_from_the_command_line(tmp_path, capsys, monkeypatch):
         "30",
     ]
     assert main([*run, "--phase", "prefill"]) == 0
-    summary = pd.read_csv("results/gpt-oss-20b-my/summary.csv")
+    [path] = Path("results").glob("gpt-oss-20b-my-????????")  # the id of what is sampled
+    summary = pd.read_csv(path / "summary.csv")
     assert summary.draws.unique().tolist() == [3]
     assert summary.imbalance_mean_low.notna().all()
     capsys.readouterr()
@@ -318,3 +318,101 @@ def test_only_a_sweep_promises_to_go_on_after_an_interrupt(verb, goes_on, monkey
     err = capsys.readouterr().err
     assert err.startswith(f"epsim {verb}: error: interrupted")
     assert ("finished chunks are kept" in err) == goes_on
+
+
+# Output
+
+
+def test_any_number_of_placements_is_compared(folder, capsys):
+    names = "round_robin,linear,linear_legacy"
+    assert main(["show", str(folder), "--ep", "12", "--tokens", "16", "--placement", names]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [line[-7:][0] for line in lines if "linear" in line or "linear_legacy" in line]
+    rows = pd.read_csv(folder / "summary.csv").query("ep_size == 12 and tokens == 16").set_index("placement")
+    for name in names.split(","):
+        assert any(name in line and f"{rows.imbalance_mean[name]:.3f}" in line for line in lines)
+    assert main(["show", str(folder), "--placement", names, "--markdown"]) == 0
+    assert "change legacy (95 %)" in capsys.readouterr().out
+
+
+def test_rows_for_programs_stand_alone_on_stdout(folder, capsys):
+    summary = pd.read_csv(folder / "summary.csv")
+    chosen = summary.query("ep_size == 12 and placement == 'linear'")
+    words = ["show", str(folder), "--ep", "12", "--placement", "linear"]
+    assert main([*words, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["imbalance_mean"] for row in rows] == chosen.imbalance_mean.tolist()
+    assert main([*words, "--csv"]) == 0
+    assert capsys.readouterr().out.splitlines() == chosen.to_csv(index=False, float_format="%.10g").splitlines()
+    assert main([*words, "--tail", "--json"]) == 0
+    assert {row["metric"] for row in json.loads(capsys.readouterr().out)} == {"imbalance"}
+    assert main([*RUN, "--out", str(folder), "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)) == len(summary)
+    fails(capsys, [*words, "--json", "--csv"], "--csv", "--json")
+
+
+@pytest.mark.parametrize("columns", [60, 80, 100])
+def test_tables_fit_the_terminal(folder, capsys, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    for more in ([], ["--tail"], ["--worst"], ["--placement", "round_robin,linear,linear_legacy"]):
+        assert main(["show", str(folder), *more]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert max(map(len, lines)) <= columns, more
+
+
+def test_a_folder_by_default_is_of_this_sweep_alone(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run = ["sweep", "--model", "gpt-oss-20b", "--workload", "uniform", "--ep", "4", "--tokens", "4", "--trials", "5"]
+    assert main(run) == 0
+    assert main([*run, "--seed", "1"]) == 0
+    folders = sorted(path.name for path in Path("results").iterdir())
+    assert len(folders) == 2
+    assert all(name.startswith("gpt-oss-20b-uniform-") and len(name) == 28 for name in folders)
+    out = capsys.readouterr().out
+    assert all(f"results/{name}" in out for name in folders)
+    assert main([*run, "--workload", "uniform,gpt-oss-20b", "--out", "{workload}/{model}"]) == 0
+    assert {path.parts[-3] for path in tmp_path.glob("*/gpt-oss-20b/summary.csv")} == {"uniform", "gpt-oss-20b"}
+    capsys.readouterr()
+    fails(capsys, [*run, "--workload", "uniform,chat", "--out", "one"], "several workloads need a folder each")
+
+
+def test_provenance_does_not_change_when_nothing_else_does(folder, tmp_path, monkeypatch):
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    (copy / "counts.parquet").unlink()  # so that the sweep is run again
+    before = (copy / "provenance.json").read_bytes()
+    monkeypatch.setattr("sys.argv", ["epsim", "another", "command"])
+    assert main([*RUN, "--out", str(copy)]) == 0
+    assert (copy / "counts.parquet").exists()
+    assert (copy / "provenance.json").read_bytes() == before
+
+
+# Progress
+
+
+def test_progress_is_one_share_of_the_whole_over_nested_parts():
+    seen = []
+    with watching(lambda share, name: seen.append((round(share, 3), name))):
+        sizes = {"sampling": 1.0, "bounds": 3.0}
+        with phase("sampling", sizes):
+            advance(0.5)
+        with phase("bounds", sizes):
+            for _ in track(iter("ab"), [1.0, 2.0], ["a", "b"]):
+                pass
+    assert seen == [
+        (0.0, "sampling"), (0.125, "sampling"), (0.25, "sampling"), (0.25, "bounds"), (0.25, "bounds: a"),
+        (0.5, "bounds: b"), (1.0, "bounds"), (1.0, "bounds"),
+    ]  # fmt: skip
+    assert list(track("abc", [1.0])) == ["a", "b", "c"]  # nobody watches: nothing is counted
+
+
+def test_a_sweep_announces_all_of_its_phases(tmp_path):
+    seen = []
+    with watching(lambda share, name: seen.append((share, name))):
+        assert main([*RUN, "--bound-layers", "4", "--out", str(tmp_path / "x")]) == 0
+    shares = [share for share, _ in seen]
+    assert shares == sorted(shares)
+    assert shares[-1] == pytest.approx(1)
+    assert [name for name in dict.fromkeys(name for _, name in seen) if name] == ["sampling", "bounds", "writing"]
+    assert time_left_s(10.0, 0.25) == 30.0
+    assert time_left_s(10.0, 0.0) == float("inf")

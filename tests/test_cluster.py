@@ -5,6 +5,7 @@ import sys
 import textwrap
 
 import pytest
+from conftest import fails
 
 from sim.cli import main
 
@@ -83,10 +84,7 @@ def test_a_worker_that_is_killed_loses_and_doubles_nothing(by_threads, tmp_path)
         (["--executor", "ray"], "--executor"),
     ],
 )
-def test_bad_clusters(options, message, tmp_path, capsys, monkeypatch):
-    from sim.sweeps import executors
-
-    monkeypatch.setattr(executors, "_ANSWER_S", 1)
-    assert main([*COMMAND, *options, "--out", str(tmp_path / "out")]) == 2
-    assert message in capsys.readouterr().err
+def test_bad_clusters_are_one_line_and_leave_nothing(options, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sim.sweeps.executors._ANSWER_S", 1)
+    fails(capsys, [*COMMAND, *options, "--out", tmp_path / "out"], message)
     assert not (tmp_path / "out").exists()

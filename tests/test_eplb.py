@@ -5,19 +5,15 @@ from itertools import combinations_with_replacement
 
 import numpy as np
 import pytest
-from conftest import VECTORS
+from conftest import VECTORS, plain
 from hypothesis import given
 from hypothesis import strategies as st
 from naive import eplb as ref_eplb
 
-from sim import InputError, ModelSpec, Placement, load_model, place
+from sim import InputError, Placement, load_model, place
 from sim.placement import notes_on
 
 V3 = load_model("deepseek-v3")
-
-
-def plain(n_experts, n_group=1):
-    return ModelSpec("plain", n_experts, 1, n_group, 1)
 
 
 def loads_of_ranks(placement, loads):
@@ -223,7 +219,7 @@ def test_distance_from_the_optimum_on_small_cases():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"loads": None}, "--placement eplb needs the loads"),
+        ({"loads": None}, "`strategy` eplb needs the loads"),
         ({"loads": np.ones(255)}, r"must have shape \[256\], one number per expert, not \[255\]"),
         ({"loads": np.ones((2, 256))}, r"not \[2, 256\]"),
         ({"loads": [[1.0], [1.0, 2.0]]}, "layers must have the same number of experts"),

@@ -6,13 +6,13 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import assert_same_tables, fails, run
 from hypothesis import given
 from hypothesis import strategies as st
 from naive import scores as ref_scores
 from naive import slot_counts as ref_slot_counts
 
 from sim import InputError, load_model, load_workload, place, sweep
-from sim.cli import main
 from sim.placement import Placement, place_fixed, placement_text
 from sim.router import draw_loads, draw_trials
 from sim.scoring import assign_by_hash, assign_evenly, find_copies, pick_slots
@@ -25,11 +25,6 @@ from sim.traffic.counts import build_counts
 V3, CHAT = load_model("deepseek-v3"), load_workload("chat")
 NAMES = ["linear", "eplb", "eplb+16", "linear+16", "eplb_refined"]
 SMALL = {"ep_sizes": [4, 16], "tokens": [1, 16], "placements": NAMES, "trials": 30, "seed": 4, "fit_tokens": 500}
-
-
-def same(a, b):
-    for name in ("summary", "tail", "counts"):
-        pd.testing.assert_frame_equal(getattr(a, name), getattr(b, name))
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 9), st.integers(0, 6), st.sampled_from(["even", "vllm_hash"]))
@@ -107,7 +102,7 @@ def test_loads_are_fitted_on_other_tokens_of_the_same_layers():
 @pytest.mark.parametrize("workload", ["chat", "prefill"])
 def test_tables_do_not_depend_on_threads_or_chunks(workload):
     first = sweep(V3, workload, **SMALL, threads=1)
-    same(first, sweep(V3, workload, **SMALL, threads=3))
+    assert_same_tables(first, sweep(V3, workload, **SMALL, threads=3))
     plan = make_plan(V3, workload, **SMALL)
     stage = first_stage(plan)
     whole = run_chunk(plan, stage, range(30))
@@ -118,6 +113,7 @@ def test_tables_do_not_depend_on_threads_or_chunks(workload):
         np.testing.assert_array_equal(value, getattr(parts, name), err_msg=name)
 
 
+@pytest.mark.slow
 def test_cells_do_not_depend_on_the_others():
     """Neither linear's on what eplb is fitted on, nor eplb's on other placements."""
     whole = sweep(V3, CHAT, **SMALL)
@@ -148,13 +144,14 @@ def test_identity_has_what_the_tables_depend_on():
     )
 
 
+@pytest.mark.slow
 def test_resume_and_combine(tmp_path):
     plan = make_plan(V3, CHAT, **SMALL)
     whole = run_plan(plan, executors.threads(1), journal=Journal(tmp_path, plan))
     files = sorted((tmp_path / ".partial").glob("*.npz"))
     for path in files[::2]:
         path.unlink()
-    same(whole, run_plan(plan, executors.threads(1), journal=Journal(tmp_path, plan)))
+    assert_same_tables(whole, run_plan(plan, executors.threads(1), journal=Journal(tmp_path, plan)))
     other = sweep(V3, CHAT, **SMALL | {"seed": 5})
     both = combine([("a", whole), ("b", other)])
     weights = (whole.summary.imbalance_mean + other.summary.imbalance_mean) / 2
@@ -238,34 +235,21 @@ def test_recorded_traffic_is_fitted_on_every_second_sequence(trace):
 
 def test_fit_on_another_record(trace, tmp_path, capsys):
     mine, other, short = trace
-    run = [
-        "sweep",
-        "--model",
-        "gpt-oss-20b",
-        "--workload",
-        f"file:{mine}",
-        "--ep",
-        "4",
-        "--tokens",
-        "64",
-        "--trials",
-        "30",
-    ]
-    run += ["--placement", "linear,eplb+8"]
-    assert main([*run, "--fit-on", f"file:{other}", "--out", str(tmp_path / "a")]) == 0
+    words = f"sweep --model gpt-oss-20b --ep 4 --tokens 64 --trials 30 --placement linear,eplb+8 --workload file:{mine}"
+    words = words.split()
+    assert run(*words, "--fit-on", f"file:{other}", "--out", tmp_path / "a") == 0
     assert "fitted on other.npz" in capsys.readouterr().err
     assert set(pd.read_csv(tmp_path / "a" / "summary.csv").workload) == {"file:mine.npz"}
     identity = json.loads((tmp_path / "a" / "provenance.json").read_text())["sweep"]
     assert identity["fit"].startswith("other.npz (")
     for options, message in {
-        ("--fit-on", str(short)): "has 2 layers, workload file:mine.npz has 3",
-        ("--fit-on", str(mine)): "is the traffic that is scored",
+        ("--fit-on", short): "has 2 layers, workload file:mine.npz has 3",
+        ("--fit-on", mine): "is the traffic that is scored",
         ("--fit-on", "absent.npz"): "does not exist",
         ("--fit-tokens", "5"): "--fit-tokens goes with synthetic traffic",
         ("--replica-choice", "vllm_hash", "--phase", "prefill"): "not with --phase prefill",
     }.items():
-        assert main([*run, *options, "--out", str(tmp_path / "b")]) == 2
-        assert message in capsys.readouterr().err.splitlines()[-1]
+        fails(capsys, [*words, *options, "--out", tmp_path / "b"], message)
     assert not (tmp_path / "b").exists()
 
 
@@ -290,9 +274,8 @@ def test_counts_from_outside_are_checked(tmp_path, capsys, monkeypatch):
         table = np.ones((2, 32))
         table[1, 3] = bad
         monkeypatch.setattr("sim.traffic.load_table", lambda path, model, table=table: LoadTable("x", table, "x"))
-        words = ["export", "--model", "gpt-oss-20b", "--placement", "eplb", "--ep", "4", "--traffic", "x.npz"]
-        assert main([*words, "--format", "vllm", "--out", str(tmp_path / "out")]) == 2
-        assert message in capsys.readouterr().err
+        words = ["export", "--model", "gpt-oss-20b", "--placement", "eplb", "--ep", "4", "--fit-on", "x.npz"]
+        fails(capsys, [*words, "--format", "vllm", "--out", tmp_path / "out"], message)
     assert not list(tmp_path.iterdir())
 
 

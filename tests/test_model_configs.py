@@ -1,352 +1,10 @@
-"""Published configs: for each family one that is written with the family's own keys gives what the preset says."""
-
-import json
+"""Configs: which layers are MoE, scoring and sizes by any of their names, and what is said where a key is not understood."""
 
 import pytest
+from conftest import load_config
+from test_model_families import FIELDS
 
-from sim import InputError, load_model, model_names
-
-FIELDS = (
-    *("n_experts", "top_k", "n_group", "topk_group", "scoring", "has_bias", "n_layers", "moe_layer_ids", "hidden_size"),
-    *("expert_hidden_size", "moe_intermediate_size", "expert_matrices", "n_shared_experts"),
-)
-
-
-def load(tmp_path, config, name="config.json"):
-    path = tmp_path / name
-    path.write_text(config if isinstance(config, str) else json.dumps(config))
-    return load_model(path)
-
-
-def first(m):
-    """Number of leading dense layers."""
-    return m.moe_layer_ids[0]
-
-
-def flags(m):
-    return [int(layer in m.moe_layer_ids) for layer in range(m.n_layers)]
-
-
-def mlp_types(m):
-    return ["sparse" if flag else "dense" for flag in flags(m)]
-
-
-def sizes(m, **more):
-    return {
-        "hidden_size": m.hidden_size,
-        "intermediate_size": 4 * m.hidden_size,
-        "num_hidden_layers": m.n_layers,
-        "moe_intermediate_size": m.moe_intermediate_size,
-        "hidden_act": "silu",
-        "routed_scaling_factor": 2.5,
-        "norm_topk_prob": True,
-    } | more
-
-
-def deepseek(kind, **more):
-    return lambda m: sizes(
-        m,
-        model_type=kind,
-        n_routed_experts=m.n_experts,
-        n_shared_experts=m.n_shared_experts,
-        num_experts_per_tok=m.top_k,
-        n_group=m.n_group,
-        topk_group=m.topk_group,
-        first_k_dense_replace=first(m),
-        moe_layer_freq=1,
-        scoring_func=m.scoring,
-        topk_method="noaux_tc" if m.has_bias else "group_limited_greedy",
-        **more,
-    )
-
-
-def deepseek_v4(m):
-    config = deepseek("deepseek_v4", num_hash_layers=3, expert_dtype="fp4", num_nextn_predict_layers=1)(m)
-    return {
-        key: config[key]
-        for key in config
-        if key not in ("n_group", "topk_group", "first_k_dense_replace", "moe_layer_freq")
-    }
-
-
-def deepseek_v41(m):
-    return {
-        "model_type": "deepseek_v41",
-        "text_config": deepseek_v4(m) | {"model_type": "deepseek_v41_text", "num_hash_layers": 0},
-    }
-
-
-def kimi(kind, **more):  # Kimi-Linear's keys; Kimi-K3 nests them
-    return lambda m: sizes(
-        m,
-        model_type=kind,
-        num_experts=m.n_experts,
-        num_experts_per_token=m.top_k,
-        num_shared_experts=m.n_shared_experts,
-        num_expert_group=m.n_group,
-        topk_group=m.topk_group,
-        moe_router_activation_func=m.scoring,
-        moe_renormalize=True,
-        first_k_dense_replace=first(m),
-        moe_layer_freq=1,
-        use_grouped_topk=True,
-        **more,
-    )
-
-
-def kimi_k3(m):
-    return {
-        "model_type": "kimi_k3",
-        "vision_config": {"hidden_size": 1024, "num_experts": 4},
-        "text_config": kimi("kimi_linear", topk_method="noaux_tc", routed_expert_hidden_size=m.expert_hidden_size)(m),
-    }
-
-
-def bailing(kind):
-    return lambda m: sizes(
-        m,
-        model_type=kind,
-        num_experts=m.n_experts,
-        num_experts_per_tok=m.top_k,
-        num_shared_experts=m.n_shared_experts,
-        n_group=m.n_group,
-        topk_group=m.topk_group,
-        first_k_dense_replace=first(m),
-        score_function="sigmoid",
-        moe_router_enable_expert_bias=True,
-        moe_shared_expert_intermediate_size=512,
-        router_dtype="fp32",
-    )
-
-
-def glm(kind, **more):  # no scoring and no method in the file
-    def build(m):
-        config = deepseek(kind, **more)(m)
-        return {
-            key: value for key, value in config.items() if key not in ("scoring_func", "topk_method", "moe_layer_freq")
-        }
-
-    return build
-
-
-def by_types(kind, **more):
-    def build(m):
-        config = glm(kind, mlp_layer_types=mlp_types(m), **more)(m)
-        return {key: value for key, value in config.items() if key != "first_k_dense_replace"}
-
-    return build
-
-
-def nested(key, build, kind):
-    return lambda m: {"model_type": kind, "vision_config": {"num_hidden_layers": 27}, key: build(m)}
-
-
-def qwen(kind, **more):
-    return lambda m: sizes(
-        m,
-        model_type=kind,
-        num_experts=m.n_experts,
-        num_experts_per_tok=m.top_k,
-        decoder_sparse_step=1,
-        mlp_only_layers=[],
-        output_router_logits=False,
-        router_aux_loss_coef=0.001,
-        **({"shared_expert_intermediate_size": 512} if m.n_shared_experts else {}),
-        **more,
-    )
-
-
-def local_experts(kind, **more):
-    def build(m):
-        config = sizes(m, model_type=kind, num_local_experts=m.n_experts, num_experts_per_tok=m.top_k, **more)
-        return config | {"intermediate_size": config.pop("moe_intermediate_size"), "router_jitter_noise": 0.01}
-
-    return build
-
-
-def llama4(m):
-    text = local_experts(
-        "llama4_text", interleave_moe_layer_step=m.n_layers // m.n_moe_layers, intermediate_size_mlp=16384
-    )(m)
-    return {"model_type": "llama4", "text_config": text}
-
-
-def minimax_m3(m):
-    text = local_experts("minimax_m3_vl_text", moe_layer_freq=flags(m), scoring_func="sigmoid", use_routing_bias=True)(
-        m
-    )
-    return {
-        "model_type": "minimax_m3_vl",
-        "text_config": text | {"dense_intermediate_size": 12288, "n_shared_experts": m.n_shared_experts},
-    }
-
-
-def hunyuan(m):
-    every = m.n_layers
-    return sizes(
-        m,
-        model_type="hunyuan_v1_moe",
-        num_experts=m.n_experts,
-        moe_topk=[m.top_k] * every,
-        num_shared_expert=[1] * every,
-        moe_intermediate_size=[m.moe_intermediate_size] * every,
-        moe_layer_num_skipped=0,
-        use_mixed_mlp_moe=True,
-        moe_drop_tokens=False,
-    )
-
-
-def ernie(m):
-    return sizes(
-        m,
-        model_type="ernie4_5_moe",
-        moe_num_experts=m.n_experts,
-        moe_k=m.top_k,
-        moe_num_shared_experts=m.n_shared_experts,
-        moe_layer_start_index=first(m),
-        moe_layer_end_index=m.n_layers - 1,
-        moe_layer_interval=1,
-        moe_use_aux_free=True,
-        moe_gate="topk",
-        moe_capacity=[64, 64, 64],
-    )
-
-
-def longcat(m):
-    return {
-        "model_type": "longcat_flash",
-        "hidden_size": m.hidden_size,
-        "ffn_hidden_size": 12288,
-        "expert_ffn_hidden_size": m.moe_intermediate_size,
-        "num_layers": m.n_layers,
-        "n_routed_experts": m.n_experts,
-        "moe_topk": m.top_k,
-        "zero_expert_num": 256,
-        "zero_expert_type": "identity",
-        "router_bias": False,
-    }
-
-
-def nemotron(m):
-    config = glm("nemotron_h", mlp_hidden_act="relu2", n_groups=8)(m) | {"hidden_act": None}
-    if m.expert_hidden_size != m.hidden_size:
-        config["moe_latent_size"] = m.expert_hidden_size
-    layers = m.n_layers or m.n_moe_layers
-    kinds = ["moe" if i in m.moe_layer_ids else "linear_attention" for i in range(layers)]
-    del config["first_k_dense_replace"], config["num_hidden_layers"]
-    return config | {"layers_block_type": kinds, "mtp_layers_block_type": ["full_attention", "moe"]}
-
-
-def step_3(m):
-    text = sizes(m, moe_num_experts=m.n_experts, moe_top_k=m.top_k, share_expert_dim=5120)
-    text |= {"model_type": "step3_text", "moe_layers_enum": ",".join(map(str, m.moe_layer_ids))}
-    return {"model_type": "step3_vl", "text_config": text}
-
-
-def step_37(m):
-    text = sizes(m, moe_num_experts=m.n_experts, moe_top_k=m.top_k, share_expert_dim=1280)
-    text |= {"model_type": "step3p5", "moe_layers_enum": [*m.moe_layer_ids, 45, 46, 47], "num_nextn_predict_layers": 3}
-    text |= {"moe_router_activation": "sigmoid", "use_moe_router_bias": True, "moe_router_scaling_factor": 3.0}
-    return {"model_type": "step3p7", "text_config": text}
-
-
-def mistral(m):  # params.json
-    return {
-        "dim": m.hidden_size,
-        "n_layers": m.n_layers,
-        "hidden_dim": 4 * m.hidden_size,
-        "activation": "silu",
-        "model_type": "mistral_large_3",
-        "moe": {
-            "num_experts": m.n_experts,
-            "num_experts_per_tok": m.top_k,
-            "num_shared_experts": m.n_shared_experts,
-            "expert_hidden_dim": m.moe_intermediate_size,
-            "first_k_dense_replace": first(m),
-            "route_every_n": 1,
-            "routed_scale": 1.0,
-            "num_expert_groups": 1,
-            "num_expert_groups_per_tok": 1,
-            "use_load_balancing_bias": False,
-        },
-    }
-
-
-def mimo(m):
-    config = deepseek("mimo_v2_flash", hybrid_layer_pattern=[0, 1] * 24)(m)
-    return config | {"moe_layer_freq": flags(m), "first_k_dense_replace": None}
-
-
-V3 = deepseek(
-    "deepseek_v3", num_nextn_predict_layers=1, ep_size=1, aux_loss_alpha=0.001, quantization_config={"modules": ["moe"]}
-)
-FAMILIES = {
-    **dict.fromkeys(("deepseek-v2", "deepseek-v2.5"), deepseek("deepseek_v2")),
-    "deepseek-v2-lite": lambda m: deepseek("deepseek_v2")(m) | {"topk_method": "greedy", "n_group": 1},
-    **dict.fromkeys(("deepseek-v3", "deepseek-r1", "deepseek-v3.1", "kimi-k2"), V3),
-    "deepseek-v3.2": deepseek("deepseek_v32", index_topk=2048),
-    **dict.fromkeys(("deepseek-v4-flash", "deepseek-v4-pro"), deepseek_v4),
-    "deepseek-v4.1-flash": deepseek_v41,
-    "kimi-k2.5": nested("text_config", V3, "kimi_k25"),
-    "kimi-k3": kimi_k3,
-    "kimi-linear-48b-a3b": kimi("kimi_linear"),
-    **dict.fromkeys(("ling-mini-2.0", "ling-flash-2.0", "ling-1t"), bailing("bailing_moe_v2")),
-    "ling-3.0-flash": kimi("bailing_hybrid"),
-    **dict.fromkeys(("glm-4.5", "glm-4.5-air", "glm-4.6", "glm-4.7"), glm("glm4_moe")),
-    "glm-4.7-flash": by_types("glm4_moe_lite"),
-    "glm-5": by_types("glm_moe_dsa", moe_router_dtype="float32", index_topk_freq=4),
-    "glm-5.3-flash": nested("text_config", by_types("glm5_next_text"), "glm5_next"),
-    **dict.fromkeys(("qwen3-30b-a3b", "qwen3-235b-a22b", "qwen3-coder-480b-a35b"), qwen("qwen3_moe")),
-    "qwen3-next-80b-a3b": qwen("qwen3_next", layer_types=["linear_attention", "full_attention"] * 24),
-    **dict.fromkeys(
-        ("qwen3.5-35b-a3b", "qwen3.5-122b-a10b", "qwen3.5-397b-a17b"),
-        nested("text_config", qwen("qwen3_5_moe_text"), "qwen3_5_moe"),
-    ),
-    "qwen3.8-flash-next": nested("text_config", qwen("qwen4_exp_text"), "qwen4_exp"),
-    **dict.fromkeys(("mixtral-8x7b", "mixtral-8x22b"), local_experts("mixtral")),
-    **dict.fromkeys(("gpt-oss-20b", "gpt-oss-120b"), local_experts("gpt_oss", experts_per_token=4, swiglu_limit=7.0)),
-    **dict.fromkeys(("llama4-scout", "llama4-maverick"), llama4),
-    "minimax-m2": local_experts("minimax_m2", use_routing_bias=True, scoring_func="sigmoid"),
-    "minimax-m3": minimax_m3,
-    "dots.llm1": glm("dots1"),
-    "dots3": nested("text_config", glm("dots3_note_text", moe_shared_expert_intermediate_size=1536), "dots3_note"),
-    "hunyuan-a13b": hunyuan,
-    "hy3-preview": lambda m: by_types("hy_v3", moe_router_use_sigmoid=True, moe_router_enable_expert_bias=True)(m),
-    "hy4": by_types("hy_v4"),
-    **dict.fromkeys(("ernie-4.5-21b-a3b", "ernie-4.5-300b-a47b"), ernie),
-    "longcat-flash": longcat,
-    **dict.fromkeys(("nemotron-3-nano-30b-a3b", "nemotron-3-super-120b-a12b", "nemotron-3-ultra-550b-a55b"), nemotron),
-    "step-3": step_3,
-    "step-3.7-flash": step_37,
-    "olmoe-1b-7b": lambda m: (
-        qwen("olmoe")(m) | {"intermediate_size": m.moe_intermediate_size, "moe_intermediate_size": None}
-    ),
-    "phi-3.5-moe": local_experts("phimoe"),
-    "granite-3.0-1b-a400m": local_experts("granitemoe"),
-    "mistral-large-3": mistral,
-    "mistral-small-4-119b": glm("mistral4"),
-    "mistral-large-4": nested("text_config", by_types("mistral_large4_text"), "mistral_large4"),
-    "mimo-v2-flash": mimo,
-    "a.x-k1": glm("axk1"),
-    "beam-1.0-501b": by_types("beam"),
-}
-
-
-@pytest.mark.parametrize("name", model_names())
-def test_a_config_in_the_keys_of_its_family_gives_the_preset(tmp_path, name):
-    ref = load_model(name)
-    comp = load(tmp_path, FAMILIES[name](ref))
-    if not ref.n_layers:  # only the number of its MoE layers is known
-        comp = load_model(tmp_path / "config.json")
-        assert comp.n_moe_layers == ref.n_moe_layers
-    fields = [field for field in FIELDS if ref.n_layers or field != "n_layers"]
-    assert {field: getattr(comp, field) for field in fields} == {field: getattr(ref, field) for field in fields}
-    assert comp.group_score == ref.group_score or not ref.is_grouped
-    assert comp.caveat == ref.caveat
-    assert not [
-        note for note in comp.unverified if "not understood" in note or "says otherwise" in note or "taken" in note
-    ]
-
+from sim import InputError, load_model
 
 BASE = {
     "model_type": "mixtral",
@@ -405,7 +63,7 @@ EVEN, ODD = list(range(0, 12, 2)), list(range(1, 12, 2))
     ],
 )
 def test_each_way_of_saying_which_layers_are_moe(tmp_path, keys, layers):
-    model = load(tmp_path, BASE | keys)
+    model = load_config(tmp_path, BASE | keys)
     assert model.moe_layer_ids == tuple(layers)
     assert (model.n_layers, model.n_moe_layers) == (12, len(layers))
     assert not [note for note in model.unverified if "layer" in note or "understood" in note]
@@ -424,7 +82,7 @@ def test_each_way_of_saying_which_layers_are_moe(tmp_path, keys, layers):
     ],
 )
 def test_what_a_type_has_by_default_is_used_and_said(tmp_path, kind, layers):
-    model = load(tmp_path, BASE | {"model_type": kind})
+    model = load_config(tmp_path, BASE | {"model_type": kind})
     assert model.moe_layer_ids == tuple(layers)
     assert [note for note in model.unverified if f"as {kind} has by default" in note]
 
@@ -444,17 +102,17 @@ def test_what_a_type_has_by_default_is_used_and_said(tmp_path, kind, layers):
     ],
 )
 def test_a_key_about_moe_layers_that_is_not_understood_makes_them_unknown(tmp_path, strange):
-    model = load(tmp_path, BASE | strange)
+    model = load_config(tmp_path, BASE | strange)
     (key,) = strange
     assert (model.n_layers, model.n_moe_layers, model.moe_layer_ids) == (12, 0, ())
     assert [note for note in model.unverified if key in note and "not understood" in note]
-    partly = load(tmp_path, BASE | strange | {"first_k_dense_replace": 2})
+    partly = load_config(tmp_path, BASE | strange | {"first_k_dense_replace": 2})
     assert partly.n_moe_layers == 10
     assert [note for note in partly.unverified if key in note]
 
 
 def test_other_keys_that_speak_of_experts_are_named(tmp_path):
-    model = load(
+    model = load_config(
         tmp_path,
         BASE
         | {
@@ -471,22 +129,24 @@ def test_other_keys_that_speak_of_experts_are_named(tmp_path):
     assert "moe_router_bias True (not understood)" in told
     assert "lottery" not in told
     assert model.n_moe_layers == 12
-    many = load(tmp_path, BASE | {f"moe_{i}": i for i in range(1, 100_000)})
+    many = load_config(tmp_path, BASE | {f"moe_{i}": i for i in range(1, 100_000)})
     assert len(many.unverified) < 30
     assert "99979 more keys" in many.unverified[-1]
 
 
 def test_a_list_of_layers_wins_and_what_disagrees_is_named(tmp_path):
-    model = load(tmp_path, BASE | {"mlp_layer_types": ["dense"] * 2 + ["sparse"] * 10, "first_k_dense_replace": 3})
+    model = load_config(
+        tmp_path, BASE | {"mlp_layer_types": ["dense"] * 2 + ["sparse"] * 10, "first_k_dense_replace": 3}
+    )
     assert model.n_moe_layers == 10
     assert [note for note in model.unverified if "first_k_dense_replace 3 (mlp_layer_types says otherwise" in note]
-    model = load(tmp_path, BASE | {"num_experts": 16})
+    model = load_config(tmp_path, BASE | {"num_experts": 16})
     assert model.n_experts == 16
     assert [note for note in model.unverified if "num_local_experts 8 (num_experts 16 was taken)" in note]
 
 
 def test_a_type_that_is_not_known_says_what_is_assumed(tmp_path):
-    model = load(tmp_path, BASE | {"model_type": "newcomer", "intermediate_size": 128})
+    model = load_config(tmp_path, BASE | {"model_type": "newcomer", "intermediate_size": 128})
     assert (model.scoring, model.has_bias, model.n_moe_layers, model.moe_intermediate_size) == (
         "softmax",
         False,
@@ -497,11 +157,11 @@ def test_a_type_that_is_not_known_says_what_is_assumed(tmp_path):
     for field in ("scoring", "has_bias", "moe_layer_ids", "moe_intermediate_size"):
         assert field in told
     said = BASE | {"model_type": "newcomer", "first_k_dense_replace": 0, "moe_intermediate_size": 8}
-    assert not load(tmp_path, said | {"scoring_func": "sigmoid", "use_expert_bias": True}).unverified
+    assert not load_config(tmp_path, said | {"scoring_func": "sigmoid", "use_expert_bias": True}).unverified
     by_class = {key: value for key, value in BASE.items() if key != "model_type"} | {
         "architectures": ["Dots1ForCausalLM"]
     }
-    assert load(tmp_path, by_class).scoring == "sigmoid"
+    assert load_config(tmp_path, by_class).scoring == "sigmoid"
 
 
 @pytest.mark.parametrize(
@@ -523,7 +183,7 @@ def test_a_type_that_is_not_known_says_what_is_assumed(tmp_path):
     ],
 )
 def test_scoring_and_bias_by_any_of_their_names(tmp_path, keys, scoring, has_bias):
-    model = load(tmp_path, BASE | keys)
+    model = load_config(tmp_path, BASE | keys)
     assert (model.scoring, model.has_bias) == (scoring, has_bias)
     assert model.group_score == ("top2_sum" if has_bias else "max")
 
@@ -541,7 +201,7 @@ def test_scoring_and_bias_by_any_of_their_names(tmp_path, keys, scoring, has_bia
     ],
 )
 def test_an_expert_without_a_gate_has_two_matrices(tmp_path, keys, matrices):
-    assert load(tmp_path, BASE | keys).expert_matrices == matrices
+    assert load_config(tmp_path, BASE | keys).expert_matrices == matrices
 
 
 def test_the_language_model_is_found_at_any_depth(tmp_path):
@@ -555,19 +215,19 @@ def test_the_language_model_is_found_at_any_depth(tmp_path):
         config = dict(BASE)
         for key in reversed(path):
             config = {key: config, "vision_config": {"num_experts": 64, "num_experts_per_tok": 1}, "hidden_size": 7}
-        model = load(tmp_path, config)
+        model = load_config(tmp_path, config)
         assert (model.n_experts, model.hidden_size, model.n_layers) == (8, 64, 12)
     both = {
         "talker_config": {"text_config": BASE | {"num_experts_per_tok": 4}},
         "thinker_config": {"text_config": BASE},
     }
-    assert load(tmp_path, both).top_k == 2
+    assert load_config(tmp_path, both).top_k == 2
     outer = {
         "model_type": "glm4_moe",
         "first_k_dense_replace": 2,
         "text_config": {k: BASE[k] for k in BASE if k != "model_type"},
     }
-    assert load(tmp_path, outer).moe_layer_ids == tuple(range(2, 12))
+    assert load_config(tmp_path, outer).moe_layer_ids == tuple(range(2, 12))
 
 
 def test_deepseeks_own_config(tmp_path):
@@ -587,13 +247,13 @@ def test_deepseeks_own_config(tmp_path):
         "n_limited_groups": 4,
         "score_func": "sigmoid",
     }
-    comp = load(tmp_path, config)
+    comp = load_config(tmp_path, config)
     assert {field: getattr(comp, field) for field in FIELDS} == {field: getattr(ref, field) for field in FIELDS}
 
 
 def test_params_json_in_a_folder(tmp_path):
     config = {"dim": 64, "n_layers": 4, "hidden_dim": 128, "moe": {"num_experts": 8, "num_experts_per_tok": 2}}
-    load(tmp_path, config, "params.json")
+    load_config(tmp_path, config, "params.json")
     model = load_model(tmp_path)
     assert (model.n_experts, model.top_k, model.n_moe_layers, model.hidden_size, model.moe_intermediate_size) == (
         8,
@@ -617,17 +277,17 @@ def test_params_json_in_a_folder(tmp_path):
 )
 def test_layers_with_different_numbers_are_refused_by_name(tmp_path, keys):
     with pytest.raises(InputError, match=r"_per_layer|num_local_experts|block_configs|num_experts_per_tok"):
-        load(tmp_path, BASE | keys)
+        load_config(tmp_path, BASE | keys)
 
 
 def test_zero_experts_and_hash_layers_are_caveats(tmp_path):
-    assert "2 zero-compute experts" in load(tmp_path, BASE | {"num_zero_experts": 2}).caveat
-    assert "first 3 MoE layers route by a hash" in load(tmp_path, BASE | {"num_hash_layers": 3}).caveat
+    assert "2 zero-compute experts" in load_config(tmp_path, BASE | {"num_zero_experts": 2}).caveat
+    assert "first 3 MoE layers route by a hash" in load_config(tmp_path, BASE | {"num_hash_layers": 3}).caveat
     types = {"model_type": "deepseek_v4", "mlp_layer_types": ["hash_moe"] * 2 + ["moe"] * 10}
-    model = load(tmp_path, BASE | types)
+    model = load_config(tmp_path, BASE | types)
     assert "first 2 MoE layers" in model.caveat
     assert model.n_moe_layers == 12
-    assert not load(tmp_path, BASE | {"model_type": "deepseek_v4", "num_hash_layers": 0}).caveat
+    assert not load_config(tmp_path, BASE | {"model_type": "deepseek_v4", "num_hash_layers": 0}).caveat
 
 
 HOSTILE = [
@@ -657,7 +317,7 @@ def test_malformed_values_of_any_field_end_in_one_line(tmp_path):
         for value in HOSTILE:
             told = ""
             try:
-                assert load(tmp_path, BASE | {names[0]: value}).n_moe_layers in range(13)
+                assert load_config(tmp_path, BASE | {names[0]: value}).n_moe_layers in range(13)
             except InputError as error:
                 told = str(error)
             assert "\n" not in told
@@ -691,7 +351,7 @@ def test_malformed_values_of_any_field_end_in_one_line(tmp_path):
 )
 def test_configs_that_cannot_be_right_are_refused(tmp_path, content, message):
     with pytest.raises(InputError, match=message):
-        load(tmp_path, content)
+        load_config(tmp_path, content)
 
 
 # The configs of ../shared/cases

@@ -2,21 +2,17 @@ import json
 
 import numpy as np
 import pytest
-from conftest import VECTORS
+from conftest import VECTORS, plain
 from hypothesis import given
 from hypothesis import strategies as st
 from naive import linear as ref_linear
 
-from sim import InputError, ModelSpec, load_model, place
+from sim import InputError, load_model, place
 from sim.placement import LINEAR_BACKENDS, ROUND_ROBIN_BACKENDS, random_ranks, why_linear
 from sim.sweeps import make_plan
 
 NAMES = ["linear", "linear_legacy", "round_robin", "random", "node_aware"]
 V3 = load_model("deepseek-v3")
-
-
-def plain(n_experts):
-    return ModelSpec("plain", n_experts, 1)
 
 
 def _check_vectors(path):

@@ -1,21 +1,15 @@
 """Files of serving engines: written, read back, refused when damaged."""
 
 import json
-import os
 
 import numpy as np
-import pandas as pd
 import pytest
+from conftest import plain
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sim import InputError, ModelSpec, load_model, place
-from sim.cli import main
 from sim.placement import FORMATS, Placement, notes_on, place_balanced, placement_text, read_placement, spread_copies
-
-
-def plain(n_experts):
-    return ModelSpec("plain", n_experts, 1)
 
 
 def layered(n_experts, moe_layer_ids, n_layers):
@@ -328,225 +322,9 @@ def test_huge_and_binary_files(tmp_path, monkeypatch):
         read_placement(path, plain(3), 2)
 
 
-@pytest.fixture
-def trace(tmp_path):
-    rng = np.random.default_rng(0)
-    ids = np.array([rng.permutation(32)[:4] for _ in range(300)], np.int16).reshape(100, 3, 4)
-    np.savez(tmp_path / "trace.npz", topk_ids=ids, sequence_lengths=np.full(20, 5))
-    return tmp_path / "trace.npz"
-
-
-EXPORT = ["export", "--model", "gpt-oss-20b", "--ep", "4"]
-
-
-@pytest.mark.parametrize("form", FORMATS)
-def test_export(trace, tmp_path, capsys, form):
-    out = tmp_path / "out"
-    assert main([*EXPORT, "--placement", "eplb+4", "--traffic", str(trace), "--format", form, "--out", str(out)]) == 0
-    assert "3 layers x 36 slots on 4 ranks" in capsys.readouterr().out
-    with np.load(trace) as arrays:
-        loads = [np.bincount(layer.ravel(), minlength=32) for layer in arrays["topk_ids"].transpose(1, 0, 2)]
-    found = read_placement(out, load_model("gpt-oss-20b"), 4)
-    ref = place_balanced("eplb+4", ModelSpec("x", 32, 4), 4, 8, np.array(loads, float))
-    ref = spread_copies(ref, np.array(loads, float)) if form == "vllm-ascend" else ref
-    np.testing.assert_array_equal(found.experts, ref.experts)
-
-
-def test_export_of_static_placements_and_conversion(tmp_path):
-    a, b = tmp_path / "a.yaml", tmp_path / "b.json"
-    words = [*EXPORT, "--placement", "round_robin", "--layers", "2", "--format", "trtllm", "--first-layer", "3"]
-    assert main([*words, "--out", str(a)]) == 0
-    assert a.read_text().splitlines()[2].startswith("  3: [0, 4, 8, 12")
-    assert main([*EXPORT, "--placement", f"file:{a}", "--format", "sglang", "--out", str(b)]) == 0
-    rows = json.loads(b.read_text())["physical_to_logical_map"]
-    assert len(rows) == 24  # a row for each decoder layer; the engine's start where the map has none
-    assert rows[3:5] == [[r + 4 * i for r in range(4) for i in range(8)]] * 2
-    assert rows[:3] + rows[5:] == [list(range(32))] * 22
-    assert main([*EXPORT, "--placement", "linear", "--format", "vllm", "--out", str(b)]) == 0
-    assert len(json.loads(b.read_text())["physical_to_logical_map"]) == 24
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--placement", "eplb+4"], "needs --traffic FILE"),
-        (["--placement", "eplb+4", "--traffic", "absent.npz"], "does not exist"),
-        (["--placement", "eplb+3", "--traffic", "TRACE"], "do not divide by 4 ranks"),
-        (
-            ["--placement", "eplb", "--traffic", "TRACE", "--layers", "3"],
-            "--layers goes with placements that are not fitted",
-        ),
-        (
-            ["--placement", "eplb", "--traffic", "TRACE", "--model", "olmoe-1b-7b"],
-            "4 experts per token, model olmoe-1b-7b",
-        ),
-        (["--placement", "eplb", "--traffic", "TRACE", "--model", "mixtral-8x7b"], "has top_k 2"),
-        (["--placement", "linear", "--traffic", "TRACE"], "--traffic goes with a load-aware placement"),
-        (["--placement", "linear", "--ep", "5"], "ranks hold from 6 to 7"),
-        (["--placement", "linear", "--layers", "0"], "--layers 0"),
-        (["--placement", "random"], "there is none to export"),
-        (["--placement", "linear", "--format", "vlm"], "did you mean vllm"),
-        (["--placement", "linear", "--first-layer", "3"], "vllm does not name layers"),
-        (["--placement", "linear", "--first-layer", "-1", "--format", "trtllm"], "--first-layer -1"),
-        (["--placement", "linear", "--out", "."], "is a folder"),
-        (["--placement", "linear", "--ranks-per-node", "0"], "--ranks-per-node 0"),
-    ],
-)
-def test_bad_exports_are_one_line_and_leave_nothing(trace, tmp_path, capsys, monkeypatch, words, message):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "empty").mkdir()
-    words = [str(trace) if word == "TRACE" else word for word in words]
-    out = [] if "--out" in words else ["--out", "empty/out"]
-    form = [] if "--format" in words else ["--format", "vllm"]
-    status = main([*EXPORT, *words, *form, *out])
-    assert status == 2
-    [line] = capsys.readouterr().err.strip().splitlines()
-    assert line.startswith("epsim export: error: ")
-    assert message in line
-    assert not list((tmp_path / "empty").iterdir())
-
-
-def test_a_pipe_or_a_device_is_not_replaced(tmp_path, capsys):
-    """A rename would put a file in its place."""
-    pipe = tmp_path / "pipe.json"
-    os.mkfifo(pipe)
-    assert main([*EXPORT, "--placement", "linear", "--format", "vllm", "--out", str(pipe)]) == 2
-    assert "is not a regular file: it would be replaced" in capsys.readouterr().err
-    assert pipe.is_fifo()
-
-
 def test_a_list_over_many_lines_is_read_in_one_pass(tmp_path):
     """200,000 lines took minutes where each was joined to all before it."""
     path = tmp_path / "map"
     path.write_text("num_slots: 3\ninitial_global_assignments:\n 0: [\n" + "1,\n" * 200_000 + "]\n")
     with pytest.raises(InputError, match="num_slots = 3 slots; layer 0 has 200000"):
         read_placement(path, plain(3), 1)
-
-
-def test_a_failed_write_is_status_1(tmp_path, capsys):
-    words = [*EXPORT, "--placement", "linear", "--format", "vllm", "--out", "/proc/epsim/x"]
-    assert main(words) == 1
-    assert "cannot write" in capsys.readouterr().err
-
-
-def test_an_exported_map_scores_as_the_placement_itself_in_every_format(trace, tmp_path, capsys):
-    """Fitted on one record, scored on another: the strategy and its map, through each format and back; that of
-    vllm-ascend moves a copy that shares a rank with another, and is scored as the map that it is."""
-    ids = np.load(trace)["topk_ids"]
-    other = tmp_path / "other.npz"
-    np.savez(other, topk_ids=ids[::-1], sequence_lengths=np.load(trace)["sequence_lengths"][::-1])
-    names = []
-    for form in FORMATS[:3]:
-        path = tmp_path / f"map.{form}"
-        words = ["export", "--model", "gpt-oss-20b", "--placement", "eplb+4", "--ep", "4", "--traffic", str(trace)]
-        assert main([*words, "--format", form, "--out", str(path)]) == 0
-        names.append(f"file:{path}")
-    words = ["sweep", "--model", "gpt-oss-20b", "--workload", f"file:{other}", "--fit-on", str(trace), "--ep", "4"]
-    words += ["--tokens", "8", "--trials", "60", "--placement", ",".join(["linear", "eplb+4", *names])]
-    assert main([*words, "--out", str(tmp_path / "out")]) == 0
-    summary = pd.read_csv(tmp_path / "out" / "summary.csv").set_index("placement")
-    scores = [name for name in summary.columns if name not in ("cell_id", "stopped")]
-    for name in names:
-        pd.testing.assert_series_equal(summary.loc[name, scores], summary.loc["eplb+4", scores], check_names=False)
-    assert summary.imbalance_mean["eplb+4"] != summary.imbalance_mean["linear"]
-
-
-@pytest.fixture
-def cases(shared):
-    return shared / "cases"
-
-
-def export(cases, tmp_path, form, *words):
-    out = tmp_path / f"map.{form}.json"
-    assert main(["export", "--format", form, "--out", str(out), *words]) == 0
-    return out
-
-
-def test_case_d14_a_hot_expert_has_two_copies_on_a_rank_and_the_report_says_so(cases, tmp_path, capsys):
-    words = ["--model", str(cases / "small-model.json"), "--placement", "eplb+4", "--ep", "4"]
-    words += ["--traffic", str(cases / "d14-hot-expert.csv")]
-    out = export(cases, tmp_path, "sglang", *words)
-    rows = json.loads(out.read_text())["physical_to_logical_map"]
-    ref = place("eplb+4", plain(8), 4, loads=[1000] + 7 * [1]).logical_of_slot.tolist()
-    assert rows == [ref] * 3
-    note = "a rank holds two copies of one expert in 3 of 3 layers; they balance nothing (3 of 36 slots)"
-    assert note in capsys.readouterr().err
-    ascend = json.loads(export(cases, tmp_path, "vllm-ascend", *words).read_text())
-    assert "moved in 3 of 3 layers" in capsys.readouterr().err
-    for row in ascend["layer_list"]:
-        held = [device["device_expert"] for device in row["device_list"]]
-        assert all(len(set(experts)) == 3 for experts in held)
-        assert sum(experts.count(0) for experts in held) == 4
-
-
-def test_case_d13_a_trtllm_file_without_assignments_is_the_engines_start(cases, tmp_path, capsys):
-    words = ["sweep", "--model", str(cases / "small-model.json"), "--workload", "uniform", "--ep", "4", "--tokens", "4"]
-    words += [
-        "--trials",
-        "10",
-        "--placement",
-        f"file:{cases / 'd13-trtllm-online.yaml'}",
-        "--out",
-        str(tmp_path / "out"),
-    ]
-    assert main(words) == 0
-    assert "no initial_global_assignments" in capsys.readouterr().err
-    found = place(f"file:{cases / 'd13-trtllm-online.yaml'}", cases / "small-model.json", 4)
-    assert found.logical_of_slot.tolist() == [(r * 8 // 4 + s) % 8 for r in range(4) for s in range(3)]
-
-
-def test_case_m01_a_draft_layer_is_left_out_with_a_note(cases, tmp_path, capsys):
-    words = ["sweep", "--model", str(cases / "small-model.json"), "--workload", "uniform", "--ep", "4", "--tokens", "4"]
-    words += [
-        "--trials",
-        "10",
-        "--placement",
-        f"file:{cases / 'm01-map-of-4-layers.json'}",
-        "--out",
-        str(tmp_path / "out"),
-    ]
-    assert main(words) == 0
-    assert "layer 3 left out: past the 3 decoder layers" in capsys.readouterr().err
-
-
-def test_case_e01_rows_are_decoder_layers_for_sglang_and_keys_for_tensorrt_llm(cases, tmp_path):
-    model = load_model(cases / "e01-one-dense-layer.json")
-    words = ["--model", str(cases / "e01-one-dense-layer.json"), "--placement", "eplb", "--ep", "4"]
-    words += ["--traffic", str(cases / "e01-counts.csv")]
-    counts = np.loadtxt(cases / "e01-counts.csv", delimiter=",")
-    ref = [place("eplb", model, 4, loads=row).logical_of_slot.tolist() for row in counts[1:]]
-    rows = json.loads(export(cases, tmp_path, "sglang", *words).read_text())["physical_to_logical_map"]
-    assert rows[1:] == ref
-    assert sorted(rows[0]) == list(range(8))
-    lines = export(cases, tmp_path, "trtllm", *words).read_text().splitlines()
-    assert lines[2:5] == [f"  {layer}: {row}" for layer, row in zip((1, 2, 3), ref, strict=True)]
-
-
-def test_first_layer_places_the_layers_of_a_model_that_does_not_know_its_own(tmp_path):
-    config = tmp_path / "config.json"
-    config.write_text('{"num_local_experts": 8, "num_experts_per_tok": 2}')
-    words = ["--model", str(config), "--placement", "round_robin", "--ep", "4", "--layers", "2", "--first-layer", "3"]
-    out = tmp_path / "map.json"
-    assert main(["export", *words, "--format", "sglang", "--out", str(out)]) == 0
-    rows = json.loads(out.read_text())["physical_to_logical_map"]
-    assert rows == [list(range(8))] * 3 + [[0, 4, 1, 5, 2, 6, 3, 7]] * 2
-    assert main(["export", *words, "--format", "trtllm", "--out", str(out)]) == 0
-    assert [line.split(":")[0] for line in out.read_text().splitlines()[2:4]] == ["  3", "  4"]
-
-
-@pytest.mark.parametrize(
-    ("form", "says"),
-    [
-        ("vllm", "vLLM 0.33 has no option that reads a map file: a fixed map needs patched code"),
-        ("sglang", "--init-expert-location map.json --ep-num-redundant-experts 4."),
-        ("trtllm", "ignores the file in silence unless the architecture is on its list"),
-        ("vllm-ascend", '"expert_map_path": "map.json"'),
-    ],
-)
-def test_a_report_ends_with_the_flag_that_loads_the_file_and_when_it_is_ignored(
-    form, says, tmp_path, capsys, monkeypatch
-):
-    monkeypatch.chdir(tmp_path)
-    words = ["export", "--model", "mixtral-8x7b", "--placement", "linear+4", "--ep", "4", "--format", form]
-    assert main([*words, "--out", "map.json"]) == 0
-    assert says in capsys.readouterr().out.splitlines()[-1]

@@ -1,7 +1,6 @@
 """Readers of recorded routing and of load counts: what is read, and what is refused."""
 
 import base64
-import json
 import os
 import pickle
 import sys
@@ -10,7 +9,7 @@ import zipfile
 
 import numpy as np
 import pytest
-from test_cli import fails
+from conftest import fails, write
 
 from sim import InputError, load_model, load_workload
 from sim.traffic import LoadCounts, RecordedTraffic, read_traffic
@@ -23,16 +22,6 @@ REQUESTS = [
 ]
 BY_LAYER = np.concatenate(REQUESTS).transpose(1, 0, 2)[1:]
 COUNTS = RNG.multinomial(4000, np.full(16, 1 / 16), size=(3, 4))  # steps, layers, experts
-
-
-def write(path, *, lines=None, **arrays):
-    if lines is not None:
-        path.write_text("\n".join(json.dumps(line) for line in lines) + "\n")
-    elif path.suffix == ".npy":
-        np.save(path, next(iter(arrays.values())))
-    else:
-        np.savez_compressed(path, **arrays)
-    return path
 
 
 def encoded(ids, dtype="<i4"):
@@ -309,6 +298,7 @@ def test_counts_are_no_workload_before_they_are_fitted(tmp_path, capsys):
     fails(capsys, ["sweep", "--workload", f"file:{path}"], "fit them first (epsim traffic fit")
 
 
+@pytest.mark.slow
 def test_a_compressed_file_is_not_unpacked_beyond_its_declared_size(tmp_path, capsys):
     """A member that says it is larger than the bound is refused by its header, whatever it is packed to."""
     path = tmp_path / "x.npz"

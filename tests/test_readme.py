@@ -1,24 +1,30 @@
-"""What README shows is what its commands print."""
+"""What the READMEs show is what their commands print, and what they link to is there."""
 
 import re
-import shlex
 
-from conftest import ROOT
+import pytest
+from readme import PATHS, ROOT, printed, tables
 
-from sim.cli import main
-
-README = (ROOT / "README.md").read_text()
+SLOW = ("claims",)  # verbs that compute what they print
 
 
-def test_tables_are_what_their_commands_print(capsys, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    blocks = re.findall(r"<!-- table: epsim (.*?) -->\n(.*?)<!-- end -->", README, flags=re.DOTALL)
-    assert blocks
-    for command, shown in blocks:
-        assert main(shlex.split(command)) == 0
-        assert capsys.readouterr().out == shown, command
+def cases():
+    for path, command, shown in tables():
+        marks = [pytest.mark.slow] if command.split()[0] in SLOW else []
+        yield pytest.param(command, shown, id=f"{path.relative_to(ROOT)}: {command[:60]}", marks=marks)
 
 
-def test_pictures_exist():
-    for path in re.findall(r"\]\(([^)#]+)\)", README):
-        assert (ROOT / path).exists(), path
+def test_there_are_tables():
+    assert tables()
+
+
+@pytest.mark.parametrize(("command", "shown"), list(cases()))
+def test_tables_are_what_their_commands_print(command, shown):
+    assert printed(command) == shown
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_to_files_that_are_there(path):
+    for link in re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text()):
+        if not link.startswith(("https:", "http:")):
+            assert (path.parent / link).exists(), link

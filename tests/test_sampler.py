@@ -9,12 +9,15 @@ import itertools
 import numpy as np
 import pytest
 from naive import draw_logits as ref_logits
+from naive import philox, token_experts
 from scipy.stats import chi2, norm
 
 from sim import ModelSpec, load_model, route
-from sim.router import draw_trials
+from sim.router.draw import draw_trials, score_law
 from sim.router.sampler import sample_trials
-from sim.streams import stream_key
+from sim.router.tables import fill_layer, new_layer
+from sim.streams import TOKEN, stream_key
+from sim.theory import spread_over_groups
 from sim.traffic import SyntheticTraffic
 from sim.traffic.synthetic import X0
 
@@ -27,8 +30,7 @@ def z_bound(n_scores):
 
 def sample(mu, model, group_sigma=0.0, n_tokens=200_000, seed=0, tokens=None):
     """Expert ids of the sampler's tokens in one layer: int16 [n_tokens, top_k], and the counts."""
-    sigmoid = model.scoring == "sigmoid"
-    law = np.array([1.0 if sigmoid else 0.0, np.exp(-X0) if sigmoid else 1.0, model.group_score == "top2_sum"])
+    law = score_law(model)
     tokens = np.array([n_tokens] if tokens is None else tokens)
     counts = np.empty((1, len(tokens), len(mu)), np.int32)
     ids = np.empty((1, tokens[-1], model.top_k), np.int16)
@@ -72,6 +74,46 @@ MODELS = {
     "groups of one": ModelSpec("g", 16, 3, 16, 5, "sigmoid", "max"),
     "all groups": ModelSpec("a", 32, 5, 4, 4, "sigmoid", "top2_sum"),
 }
+
+
+def reference(mu, model, group_sigma, n_tokens, seed=0):
+    """Expert ids of the same tokens by the plain reference, from the same words."""
+    layer, key, blocks = new_layer(len(mu), model.n_group), [int(k) for k in stream_key(seed, "test")], {}
+    fill_layer(mu, layer)
+
+    def word(token, index):
+        at = token, index // 4
+        if at not in blocks:
+            blocks[at] = philox([index // 4, token, 0, int(TOKEN)], key, 7)
+        return blocks[at][index % 4]
+
+    shape = model.n_group, model.topk_group, model.top_k
+    for token in range(n_tokens):
+        yield token_experts(
+            lambda index, token=token: word(token, index),
+            layer.weight, layer.alias, *shape, group_sigma, score_law(model),
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_tokens_are_those_of_the_plain_reference_bit_for_bit(name):
+    """Every float operation is done alone in the reference, so that these rows are those of any machine."""
+    model = MODELS[name]
+    mu = np.random.default_rng(4).normal(0, 0.8, model.n_experts)
+    comp = sample(mu, model, 0.4, 200)[0]
+    assert comp.tolist() == list(reference(mu, model, 0.4, 200))
+
+
+def test_alias_tables_hold_the_shares_of_their_weights():
+    mu = np.random.default_rng(5).normal(0, 2, 60)
+    for n_group in (1, 4, 60):
+        layer = new_layer(60, n_group)
+        fill_layer(mu, layer)
+        size = 60 // n_group
+        keep, other = (layer.alias >> np.uint64(32)) / 2.0**32, (layer.alias & np.uint64(2**32 - 1)).astype(int)
+        share = (keep + np.bincount(other, 1 - keep, 60)) / size
+        weight = np.exp(mu).reshape(n_group, size)
+        np.testing.assert_allclose(share.reshape(n_group, size), weight / weight.sum(axis=1, keepdims=True), atol=1e-9)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -189,3 +231,77 @@ def test_requests_change_where_they_should():
     np.testing.assert_array_equal(counts[:, 0], longer[:, 1])
     np.testing.assert_array_equal(counts[:, 1], longer[:, 2])
     assert (counts.sum(axis=2) == 8 * np.array([100, 200, 250])).all()
+
+
+BATCHES, N_BATCH = 40, 50_000
+
+
+def many_tokens(mu, model, group_sigma=0.0):
+    """Two million tokens of one layer, in batches of ids."""
+    for batch in range(BATCHES):
+        yield sample(mu, model, group_sigma, N_BATCH, seed=batch)[0]
+
+
+@pytest.mark.parametrize("name", ["v3", "v2", "softmax-top2", "odd groups", "all groups"])
+def test_two_million_tokens_spread_over_groups_by_the_exact_law(name):
+    """Chi-square against the probabilities by integration, false-alarm rate 1e-4: uniform traffic, tokens independent."""
+    model, found = MODELS[name], {}
+    for ids in many_tokens(np.zeros(model.n_experts), model):
+        in_group = (ids[:, :, None] // model.group_size == np.arange(model.n_group)).sum(axis=1)
+        falling = -np.sort(-in_group, axis=1)[:, : model.topk_group]
+        for spread, n in zip(*np.unique(falling, axis=0, return_counts=True), strict=True):
+            found[tuple(spread.tolist())] = found.get(tuple(spread.tolist()), 0) + n
+    shape = model.n_group, model.group_size, model.topk_group, model.top_k
+    exact = spread_over_groups(*shape, model.group_score == "top2_sum", model.scoring, X0)
+    n_tokens, rare = BATCHES * N_BATCH, {spread for spread, p in exact.items() if p * BATCHES * N_BATCH < 20}
+    assert set(found) <= set(exact)
+    expected = np.array([p * n_tokens for spread, p in exact.items() if spread not in rare])
+    seen = np.array([found.get(spread, 0) for spread in exact if spread not in rare])
+    expected, seen = np.append(expected, n_tokens - expected.sum()), np.append(seen, n_tokens - seen.sum())
+    kept = expected > 1
+    assert ((seen - expected)[kept] ** 2 / expected[kept]).sum() < chi2.isf(FALSE_ALARM, max(kept.sum() - 1, 1))
+
+
+@pytest.mark.parametrize("weights", [[8, 4, 2, 1, 0.5, 0.5], [1000, 1, 1, 1, 1, 0.1], [1, 1, 1, 1, 1, 1]])
+def test_two_million_ungrouped_tokens_are_plackett_luce_in_order(weights):
+    """Chi-square over ordered triples against their exact probabilities, false-alarm rate 1e-4 each."""
+    share, seen = np.array(weights) / np.sum(weights), np.zeros((6, 6, 6))
+    for ids in many_tokens(np.log(weights), ModelSpec("pl", 6, 3, 1, 1, "softmax", "max")):
+        np.add.at(seen, tuple(ids.T), 1)
+    n_tokens = seen.sum()
+    expected = np.zeros_like(seen)
+    for i, j, k in itertools.permutations(range(6), 3):
+        expected[i, j, k] = share[i] * share[j] / (1 - share[i]) * share[k] / (1 - share[i] - share[j]) * n_tokens
+    assert seen[expected == 0].sum() == 0
+    common = expected >= 20
+    rare = seen[~common].sum(), expected[~common].sum()
+    statistic = ((seen - expected)[common] ** 2 / expected[common]).sum()
+    statistic += (rare[0] - rare[1]) ** 2 / rare[1] if rare[1] > 1 else 0.0
+    assert statistic < chi2.isf(FALSE_ALARM, common.sum() - 1 + (rare[1] > 1))
+
+
+@pytest.mark.parametrize(
+    ("mu", "group_sigma"),
+    [([0.0] * 12, 0.4), (np.linspace(-1.5, 1.5, 12), 0.0), ([6.0, 0, 0, 0, 0, 5.0, 0, 0, 0, 0, 0, 8.0], 0.4)],
+)
+@pytest.mark.parametrize(("top_k", "group_score"), [(4, "top2_sum"), (3, "max"), (6, "top2_sum")])
+def test_sets_of_a_million_tokens_are_as_often_as_by_route(mu, group_sigma, top_k, group_score):
+    """Two-sample chi-square over all sets of experts, false-alarm rate 1e-4: twelve experts in three groups, two kept,
+    some of them dominant; with top_k below, at and above the experts that kept groups begin with.
+    """
+    model = ModelSpec("small", 12, top_k, 3, 2, "sigmoid", group_score)
+    found = np.zeros((2, 2**12))
+    for batch in range(20):
+        for row, ids in enumerate(
+            (
+                sample(mu, model, group_sigma, N_BATCH, seed=batch)[0],
+                full(np.array(mu), model, group_sigma, N_BATCH, batch),
+            )
+        ):
+            found[row] += np.bincount((1 << ids.astype(int)).sum(axis=1), minlength=2**12)
+    total = found.sum(axis=0)
+    common = total >= 40
+    found = np.column_stack([found[:, common], found[:, ~common].sum(axis=1)])
+    total = found.sum(axis=0)
+    difference, total = (found[0] - found[1])[total > 0], total[total > 0]
+    assert (difference**2 / total).sum() < chi2.isf(FALSE_ALARM, len(total) - 1)

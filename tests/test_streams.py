@@ -73,11 +73,11 @@ def test_seed_subject_purpose_and_sequence_change_the_words():
 
 
 def test_exponential_is_accurate_over_its_whole_range():
-    edges = [0, 1, 2, 2**30 - 1, 2**30, 2**30 + 1, 2**31, 2**32 - 2, 2**32 - 1]
+    edges = [0, 1, 2, 3, 2**30 - 1, 2**30, 2**30 + 1, 2**31, 2**32 - 2, 2**32 - 1]
     words = np.concatenate([edges, np.random.default_rng(1).integers(0, 2**32, 200_000)]).astype(np.uint32)
     comp = np.empty(len(words), np.float32)
     _map_exponential(words, comp)
-    ref = -np.log1p(-(words + 0.5) * 2.0**-32)
+    ref = -np.log1p(-(words // 2 + 0.5) * 2.0**-31)
     np.testing.assert_allclose(comp, ref, rtol=4e-7)
 
 
@@ -91,7 +91,7 @@ def test_normals_and_exp_are_accurate():
     a, b = np.random.default_rng(2).integers(0, 2**32, (2, 100_000)).astype(np.uint32)
     comp = np.empty((2, len(a)), np.float32)
     _map_normal(a, b, comp)
-    radius, angle = np.sqrt(-2 * np.log1p(-(a + 0.5) * 2.0**-32)), 2 * np.pi * b * 2.0**-32
+    radius, angle = np.sqrt(-2 * np.log1p(-(a // 2 + 0.5) * 2.0**-31)), 2 * np.pi * b * 2.0**-32
     np.testing.assert_allclose(comp, [radius * np.cos(angle), radius * np.sin(angle)], atol=2e-6)
     x = np.linspace(-20, 20, 100_001).astype(np.float32)
     grown = np.empty_like(x)

@@ -1,52 +1,57 @@
-"""The house: imports go one way, and what a room needs stands above it."""
+"""The house: imports go one way, no two things share a name, and a file is one subject."""
 
 import ast
+import pkgutil
+from importlib import import_module
+from types import ModuleType
 
+import pytest
 from conftest import ROOT
 
+import sim
+
+# From the ground floor up, in the order of their rows in the design; a room may import its own row and those above.
 ROOMS = [
-    "errors",
-    "files",
-    "options",
-    "kernels",
-    "streams",
-    "stats",
-    "results",
-    "model",
-    "traffic",
-    "router",
-    "placement",
-    "scoring",
-    "theory",
-    "sweeps",
-    "fit",
-    "cost",
-    "verdicts",
-    "advice",
-    "measure",
-    "figures",
-    "cli",
+    *("errors", "files", "options", "kernels", "streams", "stats", "progress"),
+    *("model", "traffic", "router", "placement", "scoring", "theory", "fit"),
+    *("figures", "results", "sweeps", "cost", "verdicts", "advice", "measure"),
+    *("report", "cli"),
 ]
+PATHS = sorted(path for path in (ROOT / "sim").rglob("*.py") if path.name != "__main__.py")
 
 
-def _room(path):
+def room_of(path):
     return path.relative_to(ROOT / "sim").parts[0].removesuffix(".py")
 
 
-def _imports(path):
+def imports_of(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import | ast.ImportFrom):
             names = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
-            yield from (name for name in names if name and name.startswith("sim"))
+            yield from (name for name in names if name and name.split(".")[0] == "sim")
+
+
+@pytest.fixture(scope="module")
+def modules():
+    """Every module of the package that can be imported here, by name."""
+    found = {}
+    for info in pkgutil.walk_packages(sim.__path__, "sim."):
+        try:
+            found[info.name] = import_module(info.name)
+        except ModuleNotFoundError as error:
+            if error.name not in ("torch", "triton"):
+                raise
+    return found
+
+
+def test_every_file_is_in_a_known_room():
+    assert {room_of(path) for path in PATHS} - {"__init__"} <= set(ROOMS)
 
 
 def test_a_room_imports_only_rooms_above_it():
-    for path in (ROOT / "sim").rglob("*.py"):
-        if path.parent == ROOT / "sim" and path.name in ("__init__.py", "__main__.py"):
-            continue
-        room = _room(path)
-        assert room in ROOMS, f"{path} is in no known room"
-        for name in _imports(path):
+    for path in PATHS:
+        room = room_of(path)
+        for name in imports_of(path) if room != "__init__" else ():
             target = name.split(".")[1] if "." in name else "errors"
             assert ROOMS.index(target) <= ROOMS.index(room), (
                 f"{path.relative_to(ROOT)} imports {name}, which stands below it"
@@ -54,12 +59,24 @@ def test_a_room_imports_only_rooms_above_it():
 
 
 def test_public_names_are_all_there_and_documented():
-    import sim
-
     for name in sim.__all__:
         assert getattr(sim, name).__doc__ or name == "Workload", name
 
 
-def test_files_keep_one_purpose():
-    long = {p.name: n for p in (ROOT / "sim").rglob("*.py") if (n := len(p.read_text().splitlines())) > 500}
-    assert not long
+def test_no_room_or_module_has_the_name_of_a_public_function(modules):
+    """Import order would decide which one a name is. Files of `cli` have the names of verbs."""
+    for name in modules:
+        assert name.split(".")[-1] not in sim.__all__ or name.startswith("sim.cli."), name
+    for name in sim.__all__:
+        assert not isinstance(getattr(sim, name), ModuleType), name
+
+
+def test_no_name_that_a_room_offers_is_a_module(modules):
+    for name, module in modules.items():
+        for offered in getattr(module, "__all__", ()):
+            assert not isinstance(getattr(module, offered), ModuleType), f"{name}.{offered}"
+
+
+def test_a_file_is_one_subject():
+    """Of at most 500 lines."""
+    assert not {path.name: n for path in PATHS if (n := len(path.read_text().splitlines())) > 500}

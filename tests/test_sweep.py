@@ -4,7 +4,7 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT
+from conftest import ROOT, assert_same_tables
 from naive import scores as ref_scores
 
 from sim import InputError, SyntheticTraffic, load_model, load_workload, place, sweep
@@ -19,16 +19,11 @@ ALL = ["linear", "linear_legacy", "round_robin", "random", "node_aware"]
 SMALL = {"ep_sizes": [2, 12], "tokens": [1, 16], "placements": ALL, "trials": 60, "seed": 4}
 
 
-def same(a, b):
-    for name in ("summary", "tail", "counts"):
-        pd.testing.assert_frame_equal(getattr(a, name), getattr(b, name))
-
-
 @pytest.mark.parametrize("draws", [None, 7])
 def test_tables_are_the_same_on_any_number_of_threads(draws):
     first = sweep("deepseek-v3", "chat", **SMALL, draws=draws, threads=1)
-    same(first, sweep("deepseek-v3", "chat", **SMALL, draws=draws, threads=2))
-    same(first, sweep("deepseek-v3", "chat", **SMALL, draws=draws, threads=5))
+    assert_same_tables(first, sweep("deepseek-v3", "chat", **SMALL, draws=draws, threads=2))
+    assert_same_tables(first, sweep("deepseek-v3", "chat", **SMALL, draws=draws, threads=5))
 
 
 @pytest.mark.parametrize("draws", [60, 7])

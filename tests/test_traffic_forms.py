@@ -9,7 +9,7 @@ import types
 
 import numpy as np
 import pytest
-from test_cli import fails
+from conftest import fails, write
 
 import sim
 from sim import InputError, ModelSpec, read_traffic
@@ -32,11 +32,6 @@ def counts_of(requests, n_experts=8):
                 for expert in experts:
                     total[layer, expert] += 1
     return total
-
-
-def lines(path, values):
-    path.write_text("\n".join(json.dumps(value) for value in values) + "\n")
-    return path
 
 
 def raw(ids, dtype="<i4"):
@@ -121,7 +116,7 @@ def answers(folder):
     """The same two requests in every form of an answer, and whether the model must tell their shape."""
 
     def file(name, values):
-        return lines(folder / f"{name}.jsonl", values)
+        return write(folder / f"{name}.jsonl", lines=values)
 
     def choices(i, x, **more):
         return {"id": f"cmpl-{i}", **more, "choices": [{"index": 0, "routed_experts": x}]}
@@ -175,17 +170,17 @@ def test_streamed_answers_are_counted_once(tmp_path):
         for n in (0, 4, 7, 12)
         for r, ids in enumerate(REQUESTS)
     ]
-    traffic = read_traffic(lines(tmp_path / "x.jsonl", chunks))
+    traffic = read_traffic(write(tmp_path / "x.jsonl", lines=chunks))
     same(traffic, notes=("4 parts of streamed answers, which are in later ones, are counted once",))
     flat = [{"meta_info": {"id": "a", "routed_experts": raw(REQUESTS[0][:n])}} for n in (3, 10)]
-    assert read_traffic(lines(tmp_path / "y.jsonl", flat), SMALL).n_tokens == 10
+    assert read_traffic(write(tmp_path / "y.jsonl", lines=flat), SMALL).n_tokens == 10
 
 
 def test_several_choices_share_one_prompt(tmp_path):
     a, b = REQUESTS
     choices = [{"index": i, "routed_experts": ids.tolist()} for i, ids in enumerate((a[4:], b))]
     answer = {"id": "x", "prompt_routed_experts": a[:4].tolist(), "choices": choices}
-    same(read_traffic(lines(tmp_path / "x.jsonl", [answer])))
+    same(read_traffic(write(tmp_path / "x.jsonl", lines=[answer])))
 
 
 def test_requests_and_tokens_without_routing_are_left_out_and_counted(tmp_path):
@@ -196,7 +191,7 @@ def test_requests_and_tokens_without_routing_are_left_out_and_counted(tmp_path):
         {"error": "aborted"},
         {"routed_experts": [*REQUESTS[1].tolist(), [[0, 0]] * 3, None]},
     ]
-    traffic = read_traffic(lines(tmp_path / "x.jsonl", values))
+    traffic = read_traffic(write(tmp_path / "x.jsonl", lines=values))
     same(
         traffic,
         notes=(
@@ -221,12 +216,12 @@ def test_any_number_of_dense_layers_is_found_by_their_zeros(tmp_path, dense):
         whole = np.zeros((len(ids), n_layers, 2), int)
         whole[:, moe] = ids
         wide.append(whole)
-    flat = lines(tmp_path / "flat.jsonl", [{"sgl_ext": {"routed_experts": raw(ids)}} for ids in wide])
-    listed = lines(tmp_path / "list.jsonl", [{"routed_experts": ids.tolist()} for ids in wide])
+    flat = write(tmp_path / "flat.jsonl", lines=[{"sgl_ext": {"routed_experts": raw(ids)}} for ids in wide])
+    listed = write(tmp_path / "list.jsonl", lines=[{"routed_experts": ids.tolist()} for ids in wide])
     nulls = [
         [[None if layer in dense else row for layer, row in enumerate(token)] for token in ids.tolist()] for ids in wide
     ]
-    nulled = lines(tmp_path / "null.jsonl", [{"routed_experts": ids} for ids in nulls])
+    nulled = write(tmp_path / "null.jsonl", lines=[{"routed_experts": ids} for ids in nulls])
     for path in (flat, listed, nulled):
         traffic = read_traffic(path, SMALL)
         np.testing.assert_array_equal(traffic.expert_counts, counts_of(REQUESTS))
@@ -239,14 +234,14 @@ def test_with_one_expert_per_token_the_model_tells_which_layers_are_dense(tmp_pa
     ids = np.zeros((12, 4, 1), int)
     ids[:, [1, 3], 0] = RNG.integers(0, 8, (12, 2))
     for value in (raw(ids), ids.tolist()):
-        traffic = read_traffic(lines(tmp_path / "x.jsonl", [{"routed_experts": value}]), model)
+        traffic = read_traffic(write(tmp_path / "x.jsonl", lines=[{"routed_experts": value}]), model)
         np.testing.assert_array_equal(traffic.expert_counts, counts_of([ids[:, [1, 3]]]))
         assert traffic.layer_ids.tolist() == [1, 3]
         assert traffic.notes[1] == "2 layers that are dense in top-1 are left out"
 
 
 def test_another_model_is_said_with_both_numbers_only_where_it_is_one(tmp_path, capsys):
-    path = lines(tmp_path / "x.jsonl", [{"routed_experts": x.tolist()} for x in REQUESTS])
+    path = write(tmp_path / "x.jsonl", lines=[{"routed_experts": x.tolist()} for x in REQUESTS])
     for model, message in (
         (ModelSpec("m", 4, 2, n_moe_layers=3), "has expert id 7, model m has ids 0 to 3: another model?"),
         (ModelSpec("m", 8, 2, n_moe_layers=2), "has 3 MoE layers, model m has 2: another model?"),
@@ -256,7 +251,7 @@ def test_another_model_is_said_with_both_numbers_only_where_it_is_one(tmp_path, 
             read_traffic(path, model)
         assert message in str(error.value)
         assert str(error.value).count("another model") == message.count("another model")
-    flat = lines(tmp_path / "y.jsonl", [{"routed_experts": raw(REQUESTS[0])}])
+    flat = write(tmp_path / "y.jsonl", lines=[{"routed_experts": raw(REQUESTS[0])}])
     with pytest.raises(InputError, match=r"60 ids are no whole tokens of 7 MoE layers with 2 experts") as error:
         read_traffic(flat, ModelSpec("m", 8, 2, n_moe_layers=7))
     assert "another model" not in str(error.value)
@@ -282,7 +277,7 @@ def test_another_model_is_said_with_both_numbers_only_where_it_is_one(tmp_path, 
 )  # fmt: skip
 def test_bad_answers_are_refused_by_name(tmp_path, value, message):
     with pytest.raises(InputError, match=message) as error:
-        read_traffic(lines(tmp_path / "x.jsonl", [value]), SMALL)
+        read_traffic(write(tmp_path / "x.jsonl", lines=[value]), SMALL)
     assert "\n" not in str(error.value)
 
 
@@ -291,12 +286,12 @@ def test_an_npy_in_base64_with_objects_is_not_unpickled(tmp_path):
     np.save(file, np.array([{"a": 1}], dtype=object), allow_pickle=True)
     text = base64.b64encode(file.getvalue()).decode()
     with pytest.raises(InputError, match="whole numbers, not object"):
-        read_traffic(lines(tmp_path / "x.jsonl", [{"routed_experts": text}]))
+        read_traffic(write(tmp_path / "x.jsonl", lines=[{"routed_experts": text}]))
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": (2**40, 3, 2)})
     text = base64.b64encode(header.getvalue()).decode()
     with pytest.raises(InputError, match="cut off"):
-        read_traffic(lines(tmp_path / "x.jsonl", [{"routed_experts": text}]))
+        read_traffic(write(tmp_path / "x.jsonl", lines=[{"routed_experts": text}]))
 
 
 # Trace sets: a file for each request
@@ -488,236 +483,6 @@ def test_other_torch_files_are_refused_by_name(torch_files, held, message):
         read_traffic(torch_files("x.pt", held))
 
 
-# Load tables
-
-
-def csv_forms():
-    """The same counts of layers 3, 5, 9 in every layout."""
-    ids = [3, 5, 9]
-    for layer in ("layer", "layer_id", "layer_idx", "Layer ID", "moe_layer"):
-        head = ",".join([layer, *(f"expert_{e}" for e in range(8))])
-        yield f"{head}\n" + "".join(f"{i},{','.join(map(str, row))}\n" for i, row in zip(ids, COUNTS, strict=True))
-    for name in ("{}", "e{}", "expert {}", "expert-{}", "Expert_{}"):
-        head = "layer," + ",".join(name.format(e) for e in range(8))
-        yield f"{head}\n" + "".join(f"{i},{','.join(map(str, row))}\n" for i, row in zip(ids, COUNTS, strict=True))
-    head = "," + ",".join(map(str, range(8)))  # a data frame with its index
-    yield f"{head}\n" + "".join(f"{i},{','.join(map(str, row))}\n" for i, row in zip(ids, COUNTS, strict=True))
-    for head in (
-        "layer_id,expert_id,count",
-        "layer,expert,load",
-        "layer_idx,expert_idx,token_count",
-        "layer,logical_expert,tokens",
-    ):
-        rows = [f"{i},{e},{COUNTS[k, e]}" for k, i in enumerate(ids) for e in RNG.permutation(8)]
-        yield head + "\n" + "\n".join(rows)
-        yield (head + "\n" + "\n".join(rows)).replace(",", ";")
-        yield (head + "\n" + "\n".join(rows)).replace(",", "\t")
-    half = COUNTS // 2
-    two = [
-        (part, i, row) for part, table in enumerate((half, COUNTS - half)) for i, row in zip(ids, table, strict=True)
-    ]
-    wide = [f"{part},{i},{','.join(map(str, row))}" for part, i, row in two]
-    for step in ("step", "iteration", "iter", "forward_pass_id"):
-        yield f"{step},layer," + ",".join(f"e{e}" for e in range(8)) + "\n" + "\n".join(wide)
-    for rank in ("rank", "ep_rank"):
-        rows = [f"{part},{i},{e},{n}" for part, i, row in two for e, n in enumerate(row)]
-        yield f"{rank},layer,expert,count\n" + "\n".join(rows)
-        yield f"{rank},layer," + ",".join(map(str, range(8))) + "\n" + "\n".join(wide)
-
-
-def test_every_layout_of_a_table_gives_the_same_counts_and_layers(tmp_path):
-    n = 0
-    for text in csv_forms():
-        for name, data in (("x.csv", text.encode()), ("x.csv.gz", gzip.compress(text.encode()))):
-            (tmp_path / name).write_bytes(data)
-            found = read_traffic(tmp_path / name, SMALL)
-            np.testing.assert_array_equal(found.expert_counts, COUNTS)
-            assert found.layer_ids.tolist() == [3, 5, 9]
-            assert found.n_steps == (2 if text.startswith(("step", "iter", "forward")) else None)
-        n += 1
-    assert n == 31
-
-
-def test_experts_without_a_row_have_no_load(tmp_path):
-    path = tmp_path / "x.csv"
-    path.write_text("layer_id,expert_id,count\n3,0,7\n3,2,1\n4,1,5\n")
-    assert read_traffic(path).expert_counts.tolist() == [[7, 0, 1], [0, 5, 0]]
-    found = read_traffic(path, SMALL)
-    assert found.expert_counts.tolist() == [[7, 0, 1, 0, 0, 0, 0, 0], [0, 5, 0, 0, 0, 0, 0, 0]]
-    with pytest.raises(InputError, match="counts of 3 experts, model m has 2: another model"):
-        read_traffic(path, ModelSpec("m", 2, 1))
-
-
-def test_a_header_of_numbers_is_a_header_and_a_row_of_counts_is_none(tmp_path):
-    path = tmp_path / "x.csv"
-    rows = "\n".join(",".join(map(str, row)) for row in COUNTS)
-    path.write_text("0,1,2,3,4,5,6,7\n" + rows)
-    found = read_traffic(path)
-    np.testing.assert_array_equal(found.expert_counts, COUNTS)
-    assert "its first line, 0 to 7, numbers the experts" in found.notes
-    path.write_text("1,2,3,4,5,6,7,8\n" + rows)
-    assert read_traffic(path).n_layers == 4
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("layer,expert_0,total\n0,1,2\n", "'total' is not known"),
-        ("layer_id,expert_id,count_all_topk,count_top1\n0,1,2,3\n", "'count_all_topk' is not known"),
-        ("layer,slot,count\n0,1,2\n", "'slot' is not known"),
-        ("layer,expert\n0,1\n", "a column 'expert' needs a column 'count'"),
-        ("expert,count\n0,1\n", "a column 'expert' needs a column 'layer'"),
-        ("layer,count\n0,1\n", "a column 'count' needs a column 'expert'"),
-        ("layer,layer_id,e0,e1\n0,1,2,3\n", "2 columns name a layer"),
-        ("layer,e0,e0\n0,1,2\n", "an expert has two columns"),
-        ("layer,expert,count\n0,0.5,2\n", "experts must be whole numbers"),
-        ("layer,expert,count\n0,-1,2\n", "experts must be whole numbers"),
-        ("layer,expert,count\n0,40000,2\n", "above 32767"),
-        ("layer,expert,count\n0,1,-2\n0,1,5\n", "must not be negative, found -2"),
-        ("layer,expert,count\n0,1,nan\n0,0,5\n", "found NaN"),
-        ("layer,e0,e1\n0,1,2\n\n# note\n1,,3\n", "line 5: '' is not a number"),
-        ("layer,e0,e1\n0,1,2\n1,2,3,4\n", "line 3: 4 columns where the first line has 3"),
-        ("layer_id,expert_id,count\n0,1,2\nlayer_id,expert_id,count\n", "line 3: 'layer_id' is not a number"),
-        ("layer,e0,e1\n0,true,2\n", "'true' is not a number"),
-    ],
-)
-def test_tables_with_slips_are_refused_by_line_and_name(tmp_path, capsys, text, message):
-    path = tmp_path / "x.csv"
-    path.write_text(text)
-    fails(capsys, ["traffic", "show", path], message)
-
-
-def test_json_tables(tmp_path):
-    rows = COUNTS.tolist()
-    values = [
-        {str(3 + i): row for i, row in enumerate(rows)},
-        {f"layer_{3 + i}": row for i, row in enumerate(rows)},
-        {f"model.layers.{3 + i}.mlp": row for i, row in enumerate(rows)},
-        {"0": None, **{str(3 + i): row for i, row in reversed(list(enumerate(rows)))}},
-        {str(3 + i): {str(e): n for e, n in enumerate(row)} for i, row in enumerate(rows)},
-        {"expert_counts": {str(3 + i): row for i, row in enumerate(rows)}},
-        {"counts": rows, "layer_ids": [3, 4, 5]},
-        {"layers": {str(3 + i): row for i, row in enumerate(rows)}},
-        [{"layer_id": 3 + i, "counts": row} for i, row in enumerate(rows)],
-        [{"layer": 3 + i, "expert": e, "count": n} for i, row in enumerate(rows) for e, n in enumerate(row)],
-    ]
-    for value in values:
-        for indent in (None, 2):
-            (tmp_path / "x.json").write_text(json.dumps(value, indent=indent))
-            found = read_traffic(tmp_path / "x.json", SMALL)
-            np.testing.assert_array_equal(found.expert_counts, COUNTS)
-            assert found.layer_ids.tolist() == [3, 4, 5]
-    for value in values[-2:]:
-        np.testing.assert_array_equal(read_traffic(lines(tmp_path / "x.jsonl", value)).expert_counts, COUNTS)
-    steps = [{str(3 + i): row for i, row in enumerate(table)} for table in (rows, rows)]
-    (tmp_path / "x.json").write_text(json.dumps(steps))
-    for path in (tmp_path / "x.json", lines(tmp_path / "x.jsonl", steps)):
-        found = read_traffic(path)
-        np.testing.assert_array_equal(found.expert_counts, 2 * COUNTS)
-        assert (found.n_steps, found.layer_ids.tolist()) == (2, [3, 4, 5])
-    for value, steps in ((rows, None), ({"logical_count": [rows, rows]}, 2)):
-        (tmp_path / "x.json").write_text(json.dumps(value))
-        found = read_traffic(tmp_path / "x.json")
-        np.testing.assert_array_equal(found.expert_counts, COUNTS * (steps or 1))
-        assert (found.n_steps, found.layer_ids.tolist()) == (steps, [0, 1, 2])
-    even = [[[4, 4, 0], [5, 1, 2]], [[3, 5, 0], [2, 2, 4]]]  # counts of two steps: a layer's add up to the same
-    (tmp_path / "x.json").write_text(json.dumps(even))
-    assert read_traffic(tmp_path / "x.json").expert_counts.tolist() == [[7, 9, 0], [7, 3, 6]]
-
-
-@pytest.mark.parametrize(
-    ("value", "message"),
-    [
-        ({"0": [1, 2], "1": [1]}, "not equally long"),
-        ({"0": [1, True]}, "counts must be numbers, found True"),
-        ({"0": [1, "a"]}, "counts must be numbers"),
-        ({"0": [1, -2]}, "must not be negative"),
-        ({"0": {"0": 1, "40000": 2}}, "above 32767"),
-        ({"layer_0": [1, 2], "0": [1, 2]}, "a layer stands there twice"),
-        ([[1, 2], 3], "(regular|whole numbers)"),
-        ({"0": [0, 0]}, "every count is 0"),
-        ({"0": [1, float("nan")]}, "found NaN"),
-        ([{"0": [1, 2]}, {"1": [1, 2]}], "differ in their layers"),
-        ([{"0": [1, 2]}, {"0": None}], "have no counts"),
-        ({"0": None, "3": [[1, 2], [3, 4]]}, "one step"),
-        ({"layer": 0, "counts": [1, 2], "slot": 3}, "no key 'routed_experts'"),
-    ],
-)
-def test_bad_json_tables_are_refused(tmp_path, value, message):
-    (tmp_path / "x.json").write_text(json.dumps(value))
-    with pytest.raises(InputError, match=message):
-        read_traffic(tmp_path / "x.json")
-
-
-def test_csv_files_of_ranks_are_added_up(tmp_path):
-    folder = tmp_path / "ranks"
-    folder.mkdir()
-    half = COUNTS // 2
-    for rank, table in enumerate((half, COUNTS - half)):
-        rows = [f"{i},{e},{table[i, e]}" for i in range(3) for e in range(8) if table[i, e]]
-        name = f"expert_distribution_rank{rank}_timestamp17.csv"
-        (folder / name).write_text("layer_id,expert_id,count\n" + "\n".join(rows))
-    found = read_traffic(folder, SMALL)
-    np.testing.assert_array_equal(found.expert_counts, COUNTS)
-    assert "2 files are added up" in found.notes
-    (folder / "other.csv").write_text("layer,e0,e1,e2\n0,1,2,3\n")
-    with pytest.raises(InputError, match="mixed models in one folder"):
-        read_traffic(folder)
-
-
-# TensorRT-LLM's EXPERT_STATISTIC_PATH
-
-
-@pytest.fixture
-def statistics(tmp_path):
-    safetensors = pytest.importorskip("safetensors.numpy", reason="safetensors is an optional extra")
-    folder = tmp_path / "expert_statistic"
-    folder.mkdir()
-    (folder / "meta_info.json").write_text(json.dumps({"num_experts": 8, "num_experts_per_token": 2}))
-    loads = RNG.integers(0, 99, (2, 3, 2, 8))  # ranks, iterations, layers, experts
-    for rank in range(2):
-        arrays = {f"{50 + i}_{layer}": loads[rank, i, k] for i in range(3) for k, layer in enumerate((3, 60))}
-        safetensors.save_file(arrays, folder / f"rank{rank}.safetensors")
-        safetensors.save_file({"x": loads[rank, 0]}, folder / f"rank{rank}_raw.safetensors")
-    return folder, loads
-
-
-def test_expert_statistics_are_added_up_over_ranks(statistics):
-    folder, loads = statistics
-    found = read_traffic(folder)
-    assert isinstance(found, LoadCounts)
-    np.testing.assert_array_equal(found.counts, loads.sum(axis=0))
-    assert found.layer_ids.tolist() == [3, 60]
-    assert found.n_steps == 3
-    with pytest.raises(InputError, match="has 2 experts per token, model m has top_k 4"):
-        read_traffic(folder, ModelSpec("m", 8, 4))
-    with pytest.raises(InputError, match="counts of 8 experts, model m has 16: another model"):
-        read_traffic(folder, ModelSpec("m", 16, 2))
-    with pytest.raises(InputError, match="give the folder"):
-        read_traffic(folder / "rank0.safetensors")
-
-
-def test_bad_statistics_are_refused(statistics):
-    from safetensors.numpy import save_file
-
-    folder, loads = statistics
-    for arrays, message in (
-        ({"x": loads[0, 0, 0]}, "no iteration_layer"),
-        ({"1_2": loads[0, 0]}, "meta_info.json says 8 experts"),
-        ({"1_2": loads[0, 0, 0][:5]}, "meta_info.json says 8 experts"),
-        ({"1_2": -loads[0, 0, 0] - 1}, "must not be negative"),
-    ):
-        save_file(arrays, folder / "rank1.safetensors")
-        with pytest.raises(InputError, match=message):
-            read_traffic(folder)
-    (folder / "rank1.safetensors").write_bytes(b"\xff" * 100)
-    with pytest.raises(InputError, match=r"no.* sound \.safetensors"):
-        read_traffic(folder)
-    (folder / "meta_info.json").unlink()
-    with pytest.raises(InputError, match=r"meta_info\.json"):
-        read_traffic(folder)
-
-
 # Layers
 
 
@@ -742,7 +507,7 @@ def test_layers_are_those_of_the_file_or_of_the_model(tmp_path):
     path.write_text(header + f"4,{','.join(map(str, COUNTS[0]))}\n")
     with pytest.raises(InputError, match="has routing in layer 4, the 3 MoE layers of model small are 1 to 5"):
         read_traffic(path, model)
-    path = lines(tmp_path / "x.jsonl", [{"routed_experts": x.tolist()} for x in REQUESTS])
+    path = write(tmp_path / "x.jsonl", lines=[{"routed_experts": x.tolist()} for x in REQUESTS])
     assert read_traffic(path, model).layer_ids.tolist() == [1, 3, 5]
 
 

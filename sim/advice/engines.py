@@ -2,22 +2,27 @@
 
 from typing import NamedTuple
 
+from sim.cost.exchange import BACKENDS, KINDS
 from sim.model import ModelSpec
-from sim.placement import ROUND_ROBIN_BACKENDS, is_load_aware, why_linear
+from sim.placement import is_load_aware, split_name, why_linear
 
-BACKENDS = {
-    "allgather_reducescatter": "none",
-    "deepep_low_latency": "deepep_low_latency",
-    "deepep_high_throughput": "deepep_high_throughput",
-    "nixl_ep": "deepep_low_latency",
-}
-"""All2all backends of vLLM, and the exchange that stands for each (`sim.cost.times.EXCHANGES`): with allgather every rank has
-every token, so placement does not change the exchange; nixl_ep is taken to send a token once to each of its experts.
-"""
+__all__ = ["BACKENDS", "DEFAULT_BACKEND", "Engine", "engine_of", "exchange_of"]
+
 DEFAULT_BACKEND = "allgather_reducescatter"
 """vLLM's own default."""
 STALL_S = 1.70
 """Longest stall of the engine by one synchronous rebalance that was reported for vLLM (issue #50647: 0.65 to 1.70 s)."""
+
+
+def exchange_of(backend: str, data_parallel: int) -> str:
+    """The kind of exchange that vLLM runs: that of its backend, and an all-reduce where there is no data parallelism.
+
+    With one data-parallel rank attention is tensor parallel, all ranks have all tokens and no all2all backend is used
+    (`FusedMoEParallelConfig.use_all2all_kernels`).
+    """
+    if backend in KINDS:
+        return backend
+    return BACKENDS[backend] if data_parallel > 1 else "reduce"
 
 
 class Engine(NamedTuple):
@@ -36,6 +41,14 @@ def engine_of(placement: str, model: ModelSpec, ep_size: int, backend: str, data
         return Engine("linear", "the default of vLLM and SGLang")
     if placement == "random":
         return Engine("", "no engine has it as an option; it stands for any map that ignores loads and groups")
+    if placement.startswith("file:"):
+        return Engine(
+            placement,
+            "a map of its own: SGLang --init-expert-location FILE, TensorRT-LLM's load balancer or vllm-ascend's expert map; "
+            "vLLM 0.33 has no option that reads one",
+        )
+    if split_name(placement)[0] in ("node_aware", "linear_legacy", "linear"):
+        return Engine(placement, "no engine has it as an option; epsim export writes it as a map that SGLang reads")
     if is_load_aware(placement):
         return Engine(
             placement,
@@ -44,10 +57,7 @@ def engine_of(placement: str, model: ModelSpec, ep_size: int, backend: str, data
             "steps at every rebalance. SGLang: --enable-eplb --ep-num-redundant-experts N, or a fixed map that epsim export "
             "writes: --init-expert-location FILE",
         )
-    reason = why_linear(model, ep_size)
-    if not reason and data_parallel > 1 and backend not in ROUND_ROBIN_BACKENDS:
-        backends = " or ".join(ROUND_ROBIN_BACKENDS)
-        reason = f"there is data parallelism ({data_parallel} ranks) on {backend}; it would run with {backends}"
+    reason = why_linear(model, ep_size, "" if backend in KINDS else backend, data_parallel)
     if reason:
         return Engine("linear", f"vLLM silently runs linear: {reason}")
     return Engine("round_robin", "vLLM: --expert-placement-strategy round_robin; not with EPLB or redundant experts")

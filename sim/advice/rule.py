@@ -16,7 +16,7 @@ LEAST_SEQUENCES = 16
 
 KNEE_ERROR = 0.15
 """Share of the experts' time by which the model may be off near the crossover (`sim.cost.gain.KNEE`), either way: the largest
-difference between saved shares as measured and as predicted, in bf16 on H100 and H200 (results/measured; elsewhere it is 0.03).
+difference between saved shares as measured and as predicted, in bf16 on H100 and H200 (results/measured; elsewhere below 0.05).
 """
 
 
@@ -59,10 +59,10 @@ def best_of(run: pd.DataFrame, least_saved: float) -> pd.DataFrame:
         slots = np.array([split_name(name)[1] for name in near.placement])
         order = np.lexsort((-near.step_saved_low, slots, near.verdict != WORTH))
         chosen.append(near.iloc[order[0]])
-    return pd.DataFrame(chosen)
+    return pd.DataFrame(chosen, columns=run.columns)
 
 
 def overall(verdicts: pd.DataFrame) -> str:
-    """One verdict from those on placements that an engine can run: the best there is."""
+    """One verdict from those on placements that an engine can run: the best there is; NOT where it runs none."""
     found = set(verdicts.verdict)
-    return next(verdict for verdict in (WORTH, UNSURE, NOT) if verdict in found)
+    return next(verdict for verdict in (WORTH, UNSURE, NOT) if verdict in found or verdict == NOT)

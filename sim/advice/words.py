@@ -2,30 +2,35 @@
 
 import pandas as pd
 
-from sim.advice.advise import Advice
+from sim.advice.compare import Advice
 from sim.advice.engines import STALL_S
-from sim.advice.rule import NOT, UNSURE, WORTH, judged_ends
+from sim.advice.rule import WORTH, judged_ends
 from sim.cost.gain import PERFECT
 from sim.placement import is_load_aware, split_name
 from sim.verdicts.verdict import percent
 
 
 def verdict_text(advice: Advice) -> str:
-    """The verdict over all, and at each number of tokens."""
-    parts = []
-    for verdict in (WORTH, UNSURE, NOT):
-        rows = advice.best[advice.best.verdict == verdict]
-        listed = ", ".join(
-            f"{row.tokens} ({row.placement}: {_ends(row.step_saved_low, row.step_saved_high)})"
-            for row in rows.itertuples()
-        )
-        parts += [f"{verdict} at {listed}"] if listed else []
-    return f"{advice.verdict}. By tokens per step: {'; '.join(parts)}"
+    """The verdict over all, and a line for each number of tokens per step, with the saved share of the step."""
+    rows = advice.best.sort_values("tokens")
+    wide = len(str(rows.tokens.max())) if len(rows) else 0
+    lines = [advice.verdict if len(rows) else f"{advice.verdict}: no engine runs any of these placements"]
+    for row in rows.itertuples():
+        name = row.placement if row.verdict == WORTH else f"best: {row.placement}"
+        lines.append(f"{row.tokens:>{wide}}: {row.verdict} ({name}, {_ends(row.step_saved_low, row.step_saved_high)})")
+    return "\n".join(lines)
 
 
 def _ends(low: float, high: float) -> str:
     """Ends of the step's saved share."""
-    return f"{100 * low:z.1f} to {percent(high)} of the step" if low == low else "one layer has no interval"
+    return f"{100 * low:z.1f} to {percent(high)}" if low == low else "one layer has no interval"
+
+
+def not_run(advice: Advice) -> dict[str, str]:
+    """Of each placement that vLLM does not run where it is asked for, the reason."""
+    other = advice.verdicts[advice.verdicts.runs_as != advice.verdicts.placement]
+    hows = {name: how for names, how in advice.engines.items() for name in names.split(", ")}
+    return {name: hows[name] for name in dict.fromkeys(other.placement)}
 
 
 def changes(advice: Advice, least_saved: float) -> list[str]:
@@ -71,6 +76,8 @@ def _by_perfection(advice: Advice, least_saved: float) -> str:
 
 def _by_split(advice: Advice) -> str:
     """How the gain of the best placement at most tokens depends on what it was fitted on."""
+    if not len(advice.best):
+        return ""
     row = advice.best.iloc[-1]
     mine = advice.gains[(advice.gains.placement == row.placement) & (advice.gains.tokens == row.tokens)]
     if len(mine) < 2:
@@ -83,14 +90,18 @@ def _by_split(advice: Advice) -> str:
 
 
 def _by_copies(advice: Advice) -> str:
-    """Where copies of experts cost time: against linear, and against EPLB without them."""
+    """Where copies of experts cost time: against the baseline, and against EPLB without them."""
     table = _main(advice)
     copied = table[[name != PERFECT and split_name(name)[1] > 0 for name in table.placement]]
     least = copied.groupby("tokens").layer_saved_high.max()
     loses = [str(tokens) for tokens, saved in least.items() if saved < 0]
     plain = table[table.placement == "eplb"]
-    behind = [str(row.tokens) for row in plain.itertuples() if least[row.tokens] < row.layer_saved_low]
-    texts = [f"than linear at {', '.join(loses)}"] if loses else []
+    behind = [
+        str(row.tokens)
+        for row in plain.itertuples()
+        if least.get(row.tokens, 0.0) < row.layer_saved_low and row.tokens in least
+    ]
+    texts = [f"than {table.baseline.iloc[0]} at {', '.join(loses)}"] if loses else []
     texts += [f"than EPLB without them at {', '.join(behind)}"] if behind else []
     if not texts:
         return ""

@@ -24,6 +24,7 @@ VERBS = {
     "show": "print the answer of a sweep again, or another part of it",
     "combine": "add sweeps of different seeds or machines",
     "plot": "draw the figures of a sweep",
+    "report": "write a page to explore sweeps and advice in a browser",
     "gain": "predict the time that one placement saves over another, on a GPU",
     "step": "predict what an engine would log of each step; lay your own log beside it",
     "capacity": "how much room buffers need: received tokens and rows, in a layer, a step, a day of steps",

@@ -4,32 +4,67 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
-from sim.cli.text import estimate, note, print_table
-from sim.cli.timed import EXTRAPOLATED_TEXT, KNEE_TEXT, identity_of, say_about_times, step_options
+from sim.cli.progress import shown_progress
+from sim.cli.text import add_forms, estimate, filled, note, print_rows, print_table, say_written
+from sim.cli.timed import EXTRAPOLATED_TEXT, KNEE_TEXT, identity_of, say_about_maps, say_about_times, step_options
 from sim.errors import InputError
-from sim.options import Folder, RestOptions, Share, StepOptions, TimeOptions, TrafficOptions, Whole, add_options, given
+from sim.options import (
+    NAMES,
+    FigureOptions,
+    Folder,
+    RestOptions,
+    Share,
+    StepOptions,
+    TimeOptions,
+    TrafficOptions,
+    Whole,
+    add_options,
+    given,
+)
+
+_DEMO = "gpt-oss-20b"
+_DEMO_TOKENS, _DEMO_SEQUENCES = 32_768, 256
+_RECORD_TEXT = """How to record your own traffic, a few hundred requests of it:
+  vLLM    vllm serve MODEL --enable-return-routed-experts
+          append each answer, which has routed_experts, as a line to trace.jsonl
+  SGLang  python -m sglang.launch_server --model-path MODEL \\
+            --enable-return-routed-experts
+          ask with "return_routed_experts": true, and append answers likewise
+  SGLang, load counts alone: --expert-distribution-recorder-mode stat, then POST
+          /start_expert_distribution_record and /dump_expert_distribution_record
+Then: epsim advise --model MODEL --workload file:trace.jsonl --ep R --gpu GPU"""
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Add the options of `epsim advise`."""
     add = parser.add_argument
     add(
-        "--traffic",
-        required=True,
-        metavar="FILE",
-        help="recorded routing or load counts (as epsim traffic reads them), or a workload: preset or .toml",
+        "--workload",
+        metavar="WORKLOAD",
+        help="file:TRACE of recorded routing or load counts (as epsim traffic reads them), a .toml file, or a preset",
     )
     add(
         "--fit-on",
         metavar="FILE",
-        help="other traffic of the same layers to fit eplb on (default: a part of --traffic)",
+        help="other traffic of the same layers to fit eplb on (default: a part of --workload)",
     )
-    add("--gpu", default="h20", metavar="GPU", help="a GPU (epsim gpus), or a .toml file of your own (default: h20)")
+    add("--demo", action="store_true", help=f"instead of --workload: a trace that is made from the preset {_DEMO}")
     add(
-        "--backend",
+        "--placement",
+        dest="placements",
+        type=NAMES,
+        default="linear",
+        metavar="LIST",
+        help="the baseline, as in file:CURRENT for the map that runs now; then those that are compared with it (default: linear, "
+        "and round_robin, random and eplb with 0, R and 2R redundant slots)",
+    )
+    add("--gpu", default="h200", metavar="GPU", help="a GPU (epsim gpus), or a .toml file of your own (default: h200)")
+    add(
+        "--exchange",
+        dest="backend",
         default="allgather_reducescatter",
-        help="all2all backend: allgather_reducescatter (default, as in vLLM), deepep_low_latency, deepep_high_throughput "
-        "or nixl_ep",
+        metavar="NAME",
+        help="all2all backend, or a kind of exchange (epsim gpus; default: allgather_reducescatter, as in vLLM)",
     )
     add("--data-parallel", type=Whole(), metavar="N", help="data-parallel ranks (default: the EP size)")
     add(
@@ -50,7 +85,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_options(parser, TrafficOptions, only=("model", "phase", "dummy_tokens"))
     add_options(parser, StepOptions, ep_sizes="16", tokens=None, most_steps="128", layer_sets="8")
     add_options(parser, TimeOptions, only=("dtype", "network_gb_per_s"))
-    add("--markdown", action="store_true", help="print the table alone, as Markdown")
+    add_forms(parser)
+    add_options(parser, FigureOptions)
     add("--out", type=Folder(), metavar="DIR", help="write advice.csv, advice.json and the figure there")
 
 
@@ -62,27 +98,59 @@ def run(arguments: Namespace) -> None:
     sizes = options.pop("ep_sizes")
     if len(sizes) > 1:
         raise InputError(f"`ep_sizes` {','.join(map(str, sizes))}: advice is for one EP size")
-    chosen = {name: getattr(arguments, name) for name in ("backend", "data_parallel", "redundant", "least_saved")}
+    if arguments.demo and arguments.workload is not None:
+        raise InputError("`demo` makes its own traffic: it does not go with `workload`")
+    if not arguments.demo and arguments.workload is None:
+        raise InputError("epsim advise needs --workload file:TRACE; --demo advises on a trace that it makes")
+    chosen = {
+        name: getattr(arguments, name)
+        for name in ("placements", "backend", "data_parallel", "redundant", "least_saved")
+    }
     chosen |= given(arguments, RestOptions)
     folder = arguments.out
     from sim.cost import load_gpu
     from sim.model import load_model
 
+    if arguments.demo:
+        arguments.model = _DEMO
     model, gpu = load_model(arguments.model), load_gpu(arguments.gpu)
     traffic, other = _read(arguments, model)
+    say_about_maps(arguments.placements, model, sizes, arguments.ranks_per_node)
     _say_about_steps(traffic, 2 if other is None else 1, sizes[0], options)
-    from sim.advice import BACKENDS, advise
+    from sim.advice import advise
 
-    exchange = BACKENDS.get(arguments.backend, "none")
+    exchange = "none" if arguments.data_parallel == 1 else arguments.backend
     say_about_times(options | {"model": model, "workload": traffic, "exchange": exchange}, [gpu])
-    advice = advise(model, traffic, gpu, ep_size=sizes[0], fit_on=other, **chosen, **options)
+    with shown_progress():
+        advice = advise(model, traffic, gpu, ep_size=sizes[0], fit_on=other, **chosen, **options)
     for text in advice.notes:
         note(text)
-    _print(advice, arguments)
+    if not print_rows(advice.table(), arguments):
+        _print(advice, arguments)
     if folder is not None:
         chosen |= {"ep_size": sizes[0], "fit_on": None if other is None else other.digest}
         identity = identity_of(options | {"model": model, "workload": traffic}, [gpu], **chosen)
-        _write(advice, folder, identity)
+        _write(advice, folder, identity, arguments)
+    if arguments.demo and not (arguments.markdown or arguments.json or arguments.csv):
+        print(f"\n{_RECORD_TEXT}")
+
+
+def _demo_trace(model: Any, seed: int) -> Any:
+    """Routing of synthetic requests, of the preset that is fitted to recorded ones."""
+    from sim.cli.text import note_compiling
+    from sim.fit.made import make_traffic
+    from sim.traffic import load_workload
+
+    note_compiling()
+    workload = load_workload(_DEMO, phase="prefill")  # tokens of a request share its effect, in answers too
+    with shown_progress():
+        trace = make_traffic(workload, model, _DEMO_TOKENS, _DEMO_SEQUENCES, seed)  # type: ignore[arg-type]
+    sizes = f"--tokens {_DEMO_TOKENS} --sequences {_DEMO_SEQUENCES} --seed {seed}"
+    note(
+        f"--demo: {_DEMO_TOKENS} tokens of {_DEMO_SEQUENCES} requests, made from the preset {_DEMO}. To have them as a file: "
+        f"epsim traffic make --model {_DEMO} --workload {_DEMO} --phase prefill {sizes} --out TRACE.npz"
+    )
+    return trace
 
 
 def _read(arguments: Namespace, model: Any) -> tuple[Any, Any]:
@@ -98,7 +166,9 @@ def _read(arguments: Namespace, model: Any) -> tuple[Any, Any]:
             note(text)
         return found
 
-    name, dummies = arguments.traffic, arguments.dummy_tokens
+    if arguments.demo:
+        return _demo_trace(model, arguments.seed), None if arguments.fit_on is None else read(arguments.fit_on)
+    name, dummies = arguments.workload, arguments.dummy_tokens
     if not names_file(name):
         traffic = load_workload(name, phase=arguments.phase, dummy_tokens=dummies)
     elif dummies is not None:
@@ -126,35 +196,59 @@ def _say_about_steps(traffic: Any, parts: int, ep_size: int, options: dict[str, 
 
 
 def _print(advice: Any, arguments: Namespace) -> None:
-    from sim.advice import changes, rule_text, verdict_text
+    from sim.advice import changes, not_run, rule_text, verdict_text
 
-    least = arguments.least_saved
-    _print_table(advice, arguments.markdown)
+    least, row = arguments.least_saved, advice.gains.iloc[0]
     if arguments.markdown:
+        _print_table(advice, markdown=True)
         return
+    print(
+        filled(f"{row.model} in {row['dtype']}, EP {row.ep_size} on {row.gpu}, {row.workload}, against {row.baseline}")
+    )
+    first, *lines = verdict_text(advice).splitlines()
+    print(filled(f"Verdict: {first}"))
+    print("By tokens per step, with the saved share of the step:")
+    for line in lines:
+        print(filled(line, "  ", "      "))
+    print()
+    _print_table(advice, markdown=False)
+    refused = not_run(advice)
+    if refused:
+        print("\nNot run, so without a gain:")
+        for name, text in refused.items():
+            print(filled(f"{name}: {text}", "  ", "    "))
+    print()
+    copies = {row.placement: row.redundant_bytes for row in advice.gains.itertuples() if row.redundant_bytes}
+    if copies:
+        listed = ", ".join(f"{size / 1e9:.2f} GB ({name})" for name, size in copies.items())
+        print(filled(f"Redundant slots take of each GPU {listed}."))
     if advice.gains.extrapolated.any():
-        print(EXTRAPOLATED_TEXT)
+        print(filled(EXTRAPOLATED_TEXT))
     if advice.gains.knee.any():
-        print(f"{KNEE_TEXT}; the crossover lies at {advice.gains.crossover_tokens.iloc[0]:.0f} tokens")
-    row = advice.gains.iloc[0]
-    print(f"\nVerdict: {verdict_text(advice)}\nRule: {rule_text(least)}")
-    print(f"Splits: {'; '.join(dict.fromkeys(advice.gains.split))}.")
+        print(filled(f"{KNEE_TEXT}; the crossover lies at {advice.gains.crossover_tokens.iloc[0]:.0f} tokens"))
+    print(filled(f"Rule: {rule_text(least)}"))
+    print(filled(f"Splits: {'; '.join(dict.fromkeys(advice.gains.split))}."))
     if arguments.moe_share is None and arguments.step_us is None:
-        print(f"The share {row.moe_share:.0%} is an assumption: give --moe-share, or --step-ms as you measured it.")
+        print(
+            filled(
+                f"The share {row.moe_share:.0%} is an assumption: give --moe-share, or --step-ms as you measured it."
+            )
+        )
     print("\nWhat the engine does:")
-    for name, text in advice.engines.items():
-        print(f"  {name}: {text}")
+    for names, text in advice.engines.items():
+        if not set(names.split(", ")) <= set(refused):
+            print(filled(f"{names}: {text}", "  ", "    "))
     print("\nWhat would change the verdict:")
     for text in changes(advice, least):
-        print(f"  - {text}")
+        print(filled(text, "  - ", "    "))
 
 
 def _print_table(advice: Any, markdown: bool) -> None:
     main = advice.gains[advice.gains.split == advice.gains.split.iloc[0]]
     row = main.iloc[0]
     title = (
-        f"{row.model} in {row['dtype']}, EP {row.ep_size} on {row.gpu}, {row.workload}, {_exchange_text(row)}\n"
-        f"eplb is {row.split}{_of_splits(advice)}; saved: against linear, 95 % over {row.layer_draws} layers;\n"
+        f"{_exchange_text(row)}\n"
+        f"{_split_text(advice)}; saved: against {row.baseline}, 95 % over {row.layer_draws} layers;\n"
         "step: weakest lower to strongest upper end over all splits of the traffic, of a step of which experts"
         f"{'' if row.exchange == 'none' else ' and exchange'} take {row.moe_share:.0%}"
     )
@@ -165,9 +259,16 @@ def _print_table(advice: Any, markdown: bool) -> None:
     for tokens, rows in main.groupby("tokens", sort=False):
         first = rows.iloc[0]
         layer = _layer_us(first.baseline_layer_us, first)
-        cells.append([str(tokens), "linear", *_loads(first, "baseline_"), layer, "", "", "", ""])
+        cells.append([str(tokens), first.baseline, *_loads(first, "baseline_"), layer, "", "", "", ""])
         cells += [_candidate(row, judged.get((row.placement, tokens))) for row in rows.itertuples()]
-    print_table(title, heads, cells, markdown, align=">" + "<" + ">" * 8 + "<")
+    align = ">" + "<" + ">" * 8 + "<"
+    if not markdown:  # idle ranks and fan-out are in advice.csv; memory, and who is not run, stand below
+        shown = [0, 1, 2, 6, 7, 8]
+        refused = set(advice.verdicts[advice.verdicts.runs_as != advice.verdicts.placement].placement)
+        cells = [[row[i] for i in shown] for row in cells if row[1] not in refused]
+        heads, align = [heads[i] for i in shown], "".join(align[i] for i in shown)
+        cells = [[*([""] if i and cells[i - 1][0] == row[0] else [row[0]]), *row[1:]] for i, row in enumerate(cells)]
+    print_table(title, heads, cells, markdown, align=align, keys=2)
 
 
 def _exchange_text(row: Any) -> str:
@@ -176,13 +277,16 @@ def _exchange_text(row: Any) -> str:
     return f"layer: experts of the slowest rank, dispatch and combine ({row.exchange})"
 
 
-def _of_splits(advice: Any) -> str:
-    n = advice.gains.split.nunique()
-    return f" (the hardest of {n} splits)" if n > 1 else ""
+def _split_text(advice: Any) -> str:
+    n, name = advice.gains.split.nunique(), advice.gains.split.iloc[0]
+    fitted = advice.gains.placement.str.startswith("eplb").any() or advice.gains.baseline.str.startswith("eplb").any()
+    return (f"eplb is {name}" if fitted else f"traffic {name}") + (f" (the hardest of {n} splits)" if n > 1 else "")
 
 
 def _candidate(row: Any, judged: Any) -> list[str]:
     """Cells of a candidate, or of perfect balance, which is not judged."""
+    if judged is not None and judged.runs_as != judged.placement:
+        return [str(row.tokens), row.placement, *[""] * 8, _verdict(judged)]
     return [
         str(row.tokens),
         row.placement,
@@ -225,14 +329,19 @@ def _loads(row: Any, prefix: str) -> list[str]:
     return ["1" if not any(texts) else imbalance, *texts]
 
 
-def _write(advice: Any, folder: Path, identity: dict[str, Any]) -> None:
+def _write(advice: Any, folder: Path, identity: dict[str, Any], arguments: Namespace) -> None:
+    from sim.advice import not_run
     from sim.cost.gain import PERFECT
-    from sim.figures import save
+    from sim.figures import save_as
     from sim.figures.advice import advice_by_tokens
-    from sim.results import writable_folder, write_table
+    from sim.files import writable_folder
+    from sim.results import write_table
 
+    drawn = advice.gains[~advice.gains.placement.isin(list(not_run(advice)))]
     with writable_folder(folder):
         write_table(advice.table(), folder, "advice", identity)
-        for suffix in ("png", "svg"):
-            save(advice_by_tokens(advice.gains, PERFECT), folder / f"advice.{suffix}")
-    print(f"\nwritten to {folder}: advice.csv, advice.json (what made it), advice.png and .svg")
+        files = save_as(advice_by_tokens(drawn, PERFECT), folder / "advice", arguments.formats)
+    if not (arguments.json or arguments.csv):
+        print()
+    names = ", ".join(path.name for path in files)
+    say_written(f"written to {folder}: advice.csv, advice.json (what made it), {names}", arguments)

@@ -137,8 +137,9 @@ def _print_factor(rows: Any, factor: float, markdown: bool) -> None:
 
 
 def _write(found: Any, model: Any, workload: Any, options: dict[str, Any], folder: Path) -> None:
-    from sim.figures.capacity import capacity_curves
-    from sim.results import whole_files, writable_folder, write_table
+    from sim.figures.buffers import capacity_curves
+    from sim.files import whole_files, writable_folder
+    from sim.results import write_table
     from sim.router import routing_law
 
     identity = {name: value for name, value in options.items() if name not in ("threads", "fit_on")}

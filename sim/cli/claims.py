@@ -1,12 +1,11 @@
 """Try published performance claims under some traffic: the computed figure with its interval, the verdict, and why."""
 
 import sys
-import textwrap
 from argparse import ArgumentParser, Namespace
-from pathlib import Path
 from typing import Any
 
-from sim.cli.text import note_compiling, print_table
+from sim.cli.progress import shown_progress
+from sim.cli.text import add_forms, filled, note_compiling, print_rows, print_table, say_written
 from sim.options import NAMES, SEED, THREADS, Folder, Number, Share
 
 
@@ -30,7 +29,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="the most of a step that routed experts and exchange may take for a gain to be put down to them (default: 80%%)",
     )
     parser.add_argument("--threads", type=THREADS, metavar="N", help="default: all processors of this process")
-    parser.add_argument("--markdown", action="store_true", help="print a Markdown table of figures and verdicts")
+    add_forms(parser)
     parser.add_argument("--out", type=Folder(), metavar="DIR", help="also write claims.csv there")
 
 
@@ -49,17 +48,21 @@ def run(arguments: Namespace) -> None:
     from sim.verdicts import claims
 
     workload = load_workload(arguments.workload)
-    table = claims(workload, threads=arguments.threads, **options)
-    if arguments.markdown:
+    with shown_progress():
+        table = claims(workload, threads=arguments.threads, **options)
+    if print_rows(table, arguments):
+        pass
+    elif arguments.markdown:
         _print_markdown(table)
     else:
         _print_blocks(table)
     if folder is not None:
-        from sim.results import writable_folder, write_table
+        from sim.files import writable_folder
+        from sim.results import write_table
 
         with writable_folder(folder):
             write_table(table, folder, "claims", {"workload": workload.name, "law": workload.law, **options})
-        print(f"\nwritten to {Path(folder)}: claims.csv, claims.json (what made it)")
+        say_written(f"written to {folder}: claims.csv, claims.json (what made it)", arguments)
 
 
 def _needs(row: Any) -> str:
@@ -78,14 +81,11 @@ def _print_blocks(table: Any) -> None:
             lines.insert(2, ("needs", f"{_needs(row)} of the step's time for routed experts and exchange"))
         for name, text in [*lines, ("assumed", row.assumed)]:
             first = f"  {name:<9} "
-            print(textwrap.fill(text, 118, initial_indent=first, subsequent_indent=" " * len(first)))
+            print(filled(text, first, " " * len(first)))
         print()
     kinds = table.verdict.str.replace(r" when.*", "", regex=True).value_counts()
-    print(
-        f"{table.workload.iloc[0]} traffic, {len(table)} claims: "
-        + ", ".join(f"{count} {kind}" for kind, count in kinds.items())
-        + "; intervals are 95 %"
-    )
+    listed = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+    print(filled(f"{table.workload.iloc[0]} traffic, {len(table)} claims: {listed}; intervals are 95 %"))
 
 
 def _print_markdown(table: Any) -> None:

@@ -18,7 +18,8 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(arguments: Namespace) -> None:
     """Run `epsim combine`."""
-    from sim.results import read_identity, read_result, writable_folder, write_result
+    from sim.files import writable_folder
+    from sim.results import read_identity, read_result, write_result
     from sim.sweeps import combine
 
     out = arguments.out

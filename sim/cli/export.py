@@ -23,9 +23,9 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--format", required=True, metavar="F", help="vllm, sglang, trtllm or vllm-ascend")
     parser.add_argument("--out", required=True, metavar="FILE", help="file to write")
     parser.add_argument(
-        "--traffic",
+        "--fit-on",
         metavar="FILE",
-        help="what eplb is fitted on, layer by layer: recorded routing or load counts (as epsim traffic reads them)",
+        help="traffic that eplb is fitted on, layer by layer: recorded routing or load counts (as epsim traffic reads them)",
     )
     parser.add_argument("--ranks-per-node", default="8", metavar="N", help="for node_aware and eplb (default: 8)")
     parser.add_argument("--layers", metavar="N", help="layers of other placements (default: the model's MoE layers)")
@@ -79,8 +79,8 @@ def _placement(arguments: Namespace, model: "ModelSpec", ep_size: int) -> "Place
         raise InputError("--placement random: is drawn anew for each layer draw; there is none to export")
     if is_load_aware(name):
         placement = _fitted(arguments, name, model, ep_size, ranks_per_node)
-    elif arguments.traffic is not None:
-        raise InputError(f"--traffic goes with a load-aware placement (eplb, eplb_refined), not with {name}")
+    elif arguments.fit_on is not None:
+        raise InputError(f"--fit-on goes with a load-aware placement (eplb, eplb_refined), not with {name}")
     else:
         placement = place_fixed(name, model, ep_size, ranks_per_node)
     n_layers = placement.n_rows
@@ -99,16 +99,18 @@ def _placement(arguments: Namespace, model: "ModelSpec", ep_size: int) -> "Place
 
 
 def _fitted(arguments: Namespace, name: str, model: "ModelSpec", ep_size: int, ranks_per_node: int) -> "Placement":
-    """A load-aware placement of the layers of --traffic."""
+    """A load-aware placement of the layers of --fit-on."""
     from sim.placement import check_loads, place_balanced, spread_copies
     from sim.traffic import load_table
 
-    if arguments.traffic is None:
-        raise InputError(f"--placement {name} needs --traffic FILE to be fitted on")
+    if arguments.fit_on is None:
+        raise InputError(f"--placement {name} needs --fit-on FILE to be fitted on")
     if arguments.layers is not None:
-        raise InputError("--layers goes with placements that are not fitted: --traffic has its own layers")
-    table = load_table(Path(arguments.traffic.removeprefix("file:")), model)
-    loads = check_loads(table.loads, model.n_experts, f"--traffic {arguments.traffic}", layers=True)
+        raise InputError("--layers goes with placements that are not fitted: --fit-on has its own layers")
+    table = load_table(Path(arguments.fit_on.removeprefix("file:")), model)
+    for text in table.notes:
+        note(text)
+    loads = check_loads(table.loads, model.n_experts, f"--fit-on {arguments.fit_on}", layers=True)
     moe, ids = model.moe_layer_ids, getattr(table, "layer_ids", None)
     if len(loads) == len(moe):
         ids = moe
@@ -137,8 +139,8 @@ def _write_checked(path: Path, text: str, placement: "Placement", model: "ModelS
     """Write the file whole or not at all, and only if it reads back as this placement."""
     import numpy as np
 
+    from sim.files import whole_files
     from sim.placement import read_placement
-    from sim.results import whole_files
 
     if path.is_dir() or not path.name:
         raise InputError(f"--out {path} is a folder, not a file")

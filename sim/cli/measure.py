@@ -12,7 +12,7 @@ from typing import Any
 
 from sim.cli.text import estimate, note, note_compiling, print_table, table
 from sim.errors import InputError, unknown
-from sim.options import NAMES, WHOLE_NUMBERS, Choice, Seconds, Whole
+from sim.options import NAMES, WHOLE_NUMBERS, Choice, FigureOptions, Seconds, Whole, add_options
 
 Cells = tuple[list[str], list[list[str]]]
 
@@ -71,7 +71,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     add("--out", metavar="FILE.csv", help="where the rows go; what the device reaches goes to FILE.json")
     add("--show", type=Path, metavar="FILE.csv", help="measure nothing; print the tables of a file that was written")
-    add("--plot", action="store_true", help="with --show: draw the figures beside the file, PNG and SVG")
+    add("--plot", action="store_true", help="with --show: draw the figures beside the file")
+    add_options(parser, FigureOptions)
     add("--table", metavar="NAME", help=f"with --show: one of the tables alone: {', '.join(_TABLES)}")
     add("--markdown", action="store_true", help="with --show: Markdown tables")
 
@@ -110,10 +111,10 @@ def run(arguments: Namespace) -> None:
 def _measure(arguments: Namespace) -> None:
     started = time.monotonic()
     from sim.cost import load_gpu
+    from sim.files import whole_files
     from sim.measure import Shape, measure, plan_measurement
     from sim.measure.experts import DTYPES
     from sim.model import load_model
-    from sim.results import whole_files
     from sim.traffic import load_workload
 
     if arguments.out is None or not arguments.out.endswith(".csv"):
@@ -123,7 +124,7 @@ def _measure(arguments: Namespace) -> None:
         if dtype not in DTYPES:
             raise unknown("--dtype", dtype, DTYPES)
     limit_s = float("inf") if arguments.time_limit is None else arguments.time_limit
-    gpu = load_gpu(arguments.gpu or _preset_of_device(arguments.device))
+    gpu = load_gpu(arguments.gpu or preset_of_device(arguments.device))
     note_compiling()
     model = load_model(arguments.model)
     steps = plan_measurement(
@@ -150,7 +151,7 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _preset_of_device(device: str) -> str:
+def preset_of_device(device: str) -> str:
     """GPU preset whose name is in the device's, the longest first; on a CPU, h200."""
     if device == "cpu":
         return "h200"
@@ -231,20 +232,19 @@ def _show(arguments: Namespace) -> None:
         else:
             print(f"\n{title}\n\n{table(heads, cells, '>' * len(heads))}")
     if arguments.plot:
-        _plot(arguments.show, rows, baseline, other)
+        _plot(arguments.show, rows, baseline, other, arguments.formats)
 
 
-def _plot(path: Path, rows: Any, baseline: str, other: str) -> None:
-    from sim.figures import save
+def _plot(path: Path, rows: Any, baseline: str, other: str, formats: list[str]) -> None:
+    from sim.figures import save_as
     from sim.figures.measured import measured_gain, predicted_against_measured
+    from sim.measure import gains
 
     for name, figure in (
         ("predicted", predicted_against_measured(rows)),
-        ("gain", measured_gain(rows, baseline, other)),
+        ("gain", measured_gain(rows, gains(rows, baseline, other), baseline, other)),
     ):
-        for suffix in ("png", "svg"):
-            target = path.with_name(f"{path.name.partition('.csv')[0]}-{name}.{suffix}")
-            save(figure, target)
+        for target in save_as(figure, path.with_name(f"{path.name.partition('.csv')[0]}-{name}"), formats):
             print(target)
 
 

@@ -91,7 +91,7 @@ def show(arguments: Namespace) -> None:
             else:
                 print(f"\n{title.format(baseline=baseline)}\n\n{table(heads, cells, '>' * len(heads))}")
     if arguments.plot:
-        _plot(arguments.show, layers, baseline, others)
+        _plot(arguments.show, layers, baseline, others, arguments.formats)
 
 
 def _sums(found: Any) -> tuple[list[str], list[list[str]]]:
@@ -119,15 +119,14 @@ def _gains(found: Any) -> tuple[list[str], list[list[str]]]:
     ]
 
 
-def _plot(path: Path, layers: Any, baseline: str, others: list[str]) -> None:
-    from sim.figures import save
+def _plot(path: Path, layers: Any, baseline: str, others: list[str], formats: list[str]) -> None:
+    from sim.figures import save_as
     from sim.figures.layers import measured_exchange, measured_layer_gain
+    from sim.measure.layer_compare import layer_gains
 
     for name, figure in (
-        ("gain", measured_layer_gain(layers, baseline, others)),
+        ("gain", measured_layer_gain(layers, layer_gains(layers, baseline, others), baseline)),
         ("exchange", measured_exchange(layers)),
     ):
-        for suffix in ("png", "svg"):
-            target = path.with_name(f"{path.name.partition('.csv')[0]}-{name}.{suffix}")
-            save(figure, target)
+        for target in save_as(figure, path.with_name(f"{path.name.partition('.csv')[0]}-{name}"), formats):
             print(target)

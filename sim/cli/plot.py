@@ -1,32 +1,24 @@
-"""Draw the figures of a sweep as PNG and SVG. A plot never samples: it reads what `epsim sweep` wrote."""
+"""Draw the figures of a sweep. A plot never samples: it reads what `epsim sweep` wrote."""
 
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from sim.errors import InputError, unknown
-from sim.options import NAMES, Whole
+from sim.errors import InputError
+from sim.options import NAMES, PlotOptions, add_options, given
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Add the options of `epsim plot`."""
     parser.add_argument("folder", type=Path, metavar="DIR", help="folder that epsim sweep wrote")
     parser.add_argument("--figures", type=NAMES, metavar="LIST", help="some of the figures by name (default: all)")
-    parser.add_argument(
-        "--tokens",
-        type=Whole(),
-        metavar="N",
-        help="tokens per step of the worst-case figures (default: nearest to 64)",
-    )
-    parser.add_argument("--format", type=NAMES, default="png,svg", metavar="LIST", help="png, svg or both (default)")
+    add_options(parser, PlotOptions)
 
 
 def run(arguments: Namespace) -> None:
     """Run `epsim plot`."""
-    suffixes = arguments.format
-    for suffix in suffixes:
-        if suffix not in ("png", "svg"):
-            raise InputError(f"--format {suffix}: must be png, svg or both")
-    from sim.figures import FIGURES, save
+    options = PlotOptions(**given(arguments, PlotOptions))
+    from sim.errors import unknown
+    from sim.figures import FIGURES, draw, save_as
     from sim.results import read_result
 
     chosen = list(FIGURES) if arguments.figures is None else arguments.figures
@@ -38,14 +30,14 @@ def run(arguments: Namespace) -> None:
         raise InputError(
             f"{arguments.folder} lacks counts.parquet, which the figures are drawn from; run the sweep again"
         )
-    tokens = arguments.tokens
-    if tokens is not None and tokens not in set(result.summary.tokens):
+    if options.tokens is not None and options.tokens not in set(result.summary.tokens):
         have = ", ".join(map(str, sorted(result.summary.tokens.unique())))
-        raise InputError(f"--tokens {tokens}: the sweep has {have}")
+        raise InputError(f"`tokens` {options.tokens}: the sweep has {have}")
+    worst_case = {"deepest": options.deepest} | ({} if options.tokens is None else {"tokens": options.tokens})
     for name in chosen:
-        options = {"tokens": tokens} if tokens and name in ("exceedance", "worst_case_by_ep") else {}
-        figure = FIGURES[name](result, **options)
-        for suffix in suffixes:
-            path = arguments.folder / f"{name}.{suffix}"
-            save(figure, path)
+        figure = draw(name, result, **(worst_case if name in ("exceedance", "worst_case_by_ep") else {}))
+        if figure is None:
+            print(f"{name}: not drawn, as the placements do not differ in it")
+            continue
+        for path in save_as(figure, arguments.folder / name, options.formats):
             print(path)

@@ -4,8 +4,9 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
-from sim.cli.text import note, print_table
-from sim.cli.timed import identity_of, say_about_times, timed_options
+from sim.cli.progress import shown_progress
+from sim.cli.text import add_forms, note, print_rows, print_table, say_written
+from sim.cli.timed import identity_of, say_about_maps, say_about_times, timed_options
 from sim.errors import InputError
 from sim.options import Choice, Folder, StepOptions, SweepOptions, TimeOptions, TrafficOptions, add_options
 
@@ -39,13 +40,13 @@ def add_arguments(parser: ArgumentParser) -> None:
         metavar="NAME",
         help=f"what the log holds: {', '.join(_SHORT)}",
     )
+    add_forms(parser)
     parser.add_argument(
         "--traffic",
         metavar="FILE",
         help="recorded routing, in place of --workload: also replay whole steps, all layers of the same tokens, beside "
         "independent layers",
     )
-    parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
     parser.add_argument("--out", type=Folder(), metavar="DIR", help="also write steps.csv there")
 
 
@@ -65,24 +66,31 @@ def run(arguments: Namespace) -> None:
     if "," in arguments.gpu:
         raise InputError(f"--gpu {arguments.gpu}: one GPU at a time")
     gpu = load_gpu(arguments.gpu)
+    say_about_maps(arguments.placements, options["model"], options["ep_sizes"], options["ranks_per_node"])
     say_about_times(options, [gpu])
-    steps = predict_steps(gpu=gpu, placements=arguments.placements, **options)
-    _print_steps(steps, arguments.markdown)
-    if log is not None:
-        _print_log(compare_log(steps, arguments.log_metric, log.values), arguments)
-    replayed = None if arguments.traffic is None else _replay(options, arguments)
+    with shown_progress():
+        steps = predict_steps(gpu=gpu, placements=arguments.placements, **options)
+        replayed = None if arguments.traffic is None else _replay(options, arguments)
+    compared = None if log is None else compare_log(steps, arguments.log_metric, log.values)
+    if not print_rows(steps if compared is None else compared, arguments):
+        _print_steps(steps, arguments.markdown)
+        if compared is not None:
+            _print_log(compared, arguments)
+        if replayed is not None:
+            _print_replay(replayed, options["workload"].name, arguments.markdown)
     if folder is not None:
-        from sim.results import writable_folder, write_table
+        from sim.files import writable_folder
+        from sim.results import write_table
 
         with writable_folder(folder):
             if replayed is not None:
                 write_table(replayed, folder, "replay", identity_of(options, [gpu], placements=arguments.placements))
             write_table(steps, folder, "steps", identity_of(options, [gpu], placements=arguments.placements))
-        print(f"\nwritten to {folder}: steps.csv, steps.json (what made it)")
+        say_written(f"written to {folder}: steps.csv, steps.json (what made it)", arguments)
 
 
 def _replay(options: dict[str, Any], arguments: Namespace) -> Any:
-    """Whole steps of recorded traffic, printed."""
+    """Whole steps of recorded traffic, beside independent layers."""
     import pandas as pd
 
     from sim.cost.replay import compare_modes
@@ -111,9 +119,12 @@ def _replay(options: dict[str, Any], arguments: Namespace) -> Any:
         raise InputError(
             "--traffic: random placements differ by layer draw, and are not replayed; name another --placement"
         )
-    table = pd.concat(tables, ignore_index=True)
+    return pd.concat(tables, ignore_index=True)
+
+
+def _print_replay(table: Any, workload: str, markdown: bool) -> None:
     title = (
-        f"\nWhole steps of {plan.workload.name}: imbalance = max / mean of a layer; its mean over layers, and the worst layer\n"
+        f"\nWhole steps of {workload}: imbalance = max / mean of a layer; its mean over layers, and the worst layer\n"
         "continuous batching, all requests started together, and layers that are independent; variance of a step's mean over "
         "that of\nindependent layers, and correlation of consecutive steps"
     )
@@ -136,8 +147,7 @@ def _replay(options: dict[str, Any], arguments: Namespace) -> Any:
         ]
         for row in table.itertuples()
     ]  # fmt: skip
-    print_table(title, heads, lines, arguments.markdown, align=">><<")
-    return table
+    print_table(title, heads, lines, markdown, align=">><<")
 
 
 def _digits(value: float) -> str:
@@ -167,7 +177,7 @@ def _print_steps(steps: Any, markdown: bool) -> None:
         ]
         for row in steps.sort_values(["ep_size", "tokens"], kind="stable").itertuples()
     ]
-    print_table(title, heads, cells, markdown, align=">><<")
+    print_table(title, heads, cells, markdown, align=">><<", keys=4)
 
 
 def _print_log(table: Any, arguments: Namespace) -> None:
@@ -191,4 +201,4 @@ def _print_log(table: Any, arguments: Namespace) -> None:
         ]
         for row in table.itertuples()
     ]
-    print_table(title, heads, cells, arguments.markdown, align=">><")
+    print_table(title, heads, cells, arguments.markdown, align=">><", keys=3)

@@ -4,18 +4,18 @@ Lists take commas and ranges: 1,8,64; 8..64 doubles; 2..12:2 counts up by 2.
 """
 
 import re
-import sys
 import time
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sim.cli.progress import shown_progress
 from sim.cli.show import print_result
-from sim.cli.text import note, note_compiling, say_about_inputs
+from sim.cli.text import add_forms, note, note_compiling, print_rows, say_about_file, say_about_inputs, say_written
 from sim.errors import InputError
 from sim.options import Folder, RunOptions, SweepOptions, TrafficOptions, add_options, given
+from sim.progress import phase
 
 if TYPE_CHECKING:
     from sim.results import SweepResult
@@ -37,33 +37,82 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_options(parser, SweepOptions, ep_sizes="8,16,32,64", tokens="1,8,64,512,4096", placements="linear,round_robin")
     add_options(parser, RunOptions)
     parser.add_argument(
-        "--out", type=Folder(), metavar="DIR", help="folder of the result (default: results/MODEL-WORKLOAD)"
+        "--out",
+        type=Folder(),
+        metavar="DIR",
+        help="folder of the result; {model} and {workload} in it stand for their names (default: results/MODEL-WORKLOAD-ID, the "
+        "id of what is sampled)",
     )
+    add_forms(parser)
 
 
 def run(arguments: Namespace) -> None:
     """Run `epsim sweep`."""
     run_options = RunOptions(**given(arguments, RunOptions))
     _check_run(run_options, arguments)
-    from sim.results import COUNTS, read_identity, read_result
-    from sim.sweeps import make_plan
+    from sim.sweeps import make_plan, work_of
     from sim.traffic import load_workload
 
-    workload = load_workload(arguments.workload, phase=arguments.phase, dummy_tokens=arguments.dummy_tokens)
-    plan = make_plan(arguments.model, workload, **given(arguments, SweepOptions))
-    folder = arguments.out or Path(f"results/{_slug(plan.model.name)}-{_slug(plan.workload.name)}")
+    names = list(dict.fromkeys(part.strip() for part in arguments.workload.split(",")))
+    if len(names) > 1 and arguments.out is not None and "{workload}" not in str(arguments.out):
+        raise InputError(
+            f"`out` {arguments.out}: several workloads need a folder each, as in results/{{model}}-{{workload}}"
+        )
+    workloads = [load_workload(name, phase=arguments.phase, dummy_tokens=arguments.dummy_tokens) for name in names]
+    plans = [make_plan(arguments.model, workload, **given(arguments, SweepOptions)) for workload in workloads]
+    folders = [_folder(arguments.out, plan) for plan in plans]
+    results = [_held(folder, plan) for folder, plan in zip(folders, plans, strict=True)]
+    for workload, plan in zip(workloads, plans, strict=True):
+        say_about_file(workload)
+        _say_notes(plan)
+    parts = [f"{plan.workload.name} ({i} of {len(plans)})" if len(plans) > 1 else "" for i, plan in enumerate(plans, 1)]
+    sizes = {
+        part: 0.0 if result else sum(work_of(plan).values())
+        for part, plan, result in zip(parts, plans, results, strict=True)
+    }
+    computed = [result is None for result in results]
+    with shown_progress():
+        for i, (part, plan) in enumerate(zip(parts, plans, strict=True)):
+            with phase(part, sizes):
+                results[i] = results[i] or _run_into(folders[i], plan, run_options)
+    import pandas as pd
+
+    if print_rows(pd.concat([result.summary for result in results if result], ignore_index=True), arguments):
+        for folder in folders:
+            say_written(f"written to {folder}", arguments)
+        return
+    for i, (folder, result) in enumerate(zip(folders, results, strict=True)):
+        if not computed[i]:
+            print(f"{folder} holds this sweep already; nothing was computed.\n")
+        print_result(result, markdown=arguments.markdown)
+        if not arguments.markdown:
+            print()
+            files = "summary.csv, tail.csv, counts.parquet, provenance.json"
+            say_written(f"written to {folder}: {files}; figures: epsim plot {folder}", arguments)
+            print(end="\n" if i + 1 < len(folders) else "")
+
+
+def _folder(out: Path | None, plan: "Plan") -> Path:
+    """Folder of a result; by default one that no other sweep has."""
+    from sim.results import short_id
+
+    names = {"model": _slug(plan.model.name), "workload": _slug(plan.workload.name)}
+    if out is None:
+        return Path("results") / f"{names['model']}-{names['workload']}-{short_id(plan.identity)}"
+    text = str(out)
+    for name, value in names.items():
+        text = text.replace(f"{{{name}}}", value)
+    return Path(text)
+
+
+def _held(folder: Path, plan: "Plan") -> "SweepResult | None":
+    """The finished result of this plan, if its folder holds it. Raises InputError where it holds another sweep."""
+    from sim.results import COUNTS, read_identity, read_result
+
     held = read_identity(folder)
     _check_same(folder, held, plan.identity)
-    _say_notes(plan)
     result = read_result(folder) if held is not None and (folder / COUNTS).exists() else None
-    if result is not None and not (result.summary.stopped == "time_limit").any():
-        print(f"{folder} holds this sweep already; nothing was computed.\n")
-    else:
-        result = _run_into(folder, plan, run_options)
-    print_result(result)
-    print(
-        f"\nwritten to {folder}: summary.csv, tail.csv, counts.parquet, provenance.json; figures: epsim plot {folder}"
-    )
+    return None if result is not None and (result.summary.stopped == "time_limit").any() else result
 
 
 def _check_run(options: RunOptions, arguments: Namespace) -> None:
@@ -75,13 +124,13 @@ def _check_run(options: RunOptions, arguments: Namespace) -> None:
 
 def _run_into(folder: Path, plan: "Plan", options: RunOptions) -> "SweepResult":
     """Sample, and write the result; finished chunks stay in the folder until it is whole."""
+    from sim.files import writable_folder
     from sim.kernels import usable_processors
-    from sim.results import read_identity, writable_folder, write_result
+    from sim.results import read_identity, write_result
     from sim.sweeps import Journal, run_plan
 
     note_compiling()
     started = time.monotonic()
-    progress = _progress(started) if sys.stderr.isatty() else None
     n_threads = usable_processors() if options.threads is None else options.threads
     with writable_folder(folder), _executor(options, n_threads) as executor, Journal(folder, plan) as journal:
         for text in journal.notes:
@@ -90,7 +139,6 @@ def _run_into(folder: Path, plan: "Plan", options: RunOptions) -> "SweepResult":
             plan,
             executor,
             n_threads=n_threads,
-            progress=progress,
             journal=journal,
             time_limit_s=options.time_limit,
         )
@@ -98,8 +146,6 @@ def _run_into(folder: Path, plan: "Plan", options: RunOptions) -> "SweepResult":
         write_result(result, folder)
         if not (result.summary.stopped == "time_limit").any():
             journal.clear()
-    if progress:
-        print("\r\033[K", end="", file=sys.stderr)
     for text in result.notes:
         note(text)
     note(_outcome(result, time.monotonic() - started))
@@ -171,18 +217,3 @@ def _say_notes(plan: "Plan") -> None:
         note(f"no bounds past sampling: {why}")
     if (why := replicas_have_no_bounds(plan)) is not None:
         note(f"no bounds past sampling for {why}")
-
-
-def _progress(started: float) -> Callable[[int, int], None]:
-    def show(done: int, total: int) -> None:
-        seconds = time.monotonic() - started
-        left = seconds * (total - done) / done
-        rate = done / seconds / 1e6
-        print(
-            f"\r\033[K{done / total:4.0%}  {rate:.1f} M tokens/s  {left:.0f} s left",
-            end="",
-            file=sys.stderr,
-            flush=True,
-        )
-
-    return show

@@ -1,10 +1,55 @@
-"""Plain tables and lists for the terminal."""
+"""What goes to the terminal: tables that fit it, the same rows for programs, and remarks."""
 
+import json
+import shutil
 import sys
+import textwrap
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from sim.errors import InputError
+
+
+def width() -> int:
+    """Columns of the terminal (COLUMNS, where it is set); 80 where there is none."""
+    return max(shutil.get_terminal_size().columns, 60)
+
+
+def add_forms(parser: ArgumentParser) -> None:
+    """Add --markdown, --json and --csv: other forms of the answer, of which stdout then holds nothing else."""
+    forms = parser.add_mutually_exclusive_group()
+    forms.add_argument("--markdown", action="store_true", help="print the table alone, as Markdown")
+    forms.add_argument("--json", action="store_true", help="print the rows alone, with all their columns, as JSON")
+    forms.add_argument("--csv", action="store_true", help="print the rows alone, with all their columns, as CSV")
+
+
+def print_rows(frame: Any, arguments: Namespace) -> bool:
+    """Print a table as --json or --csv if one of them is given; whether it is."""
+    if arguments.json:
+        rows = [
+            {key: None if value != value else value for key, value in row.items()}
+            for row in frame.to_dict(orient="records")
+        ]
+        print(json.dumps(rows, indent=1, default=lambda value: value.item()))
+    elif arguments.csv:
+        print(frame.to_csv(index=False, float_format="%.10g"), end="")
+    return bool(arguments.json or arguments.csv)
+
+
+def say_written(text: str, arguments: Namespace) -> None:
+    """Say what was written, on stderr where stdout is for a program."""
+    aside = arguments.json or arguments.csv
+    print(textwrap.fill(text, width(), break_long_words=False, break_on_hyphens=False) if not aside else text,
+          file=sys.stderr if aside else sys.stdout)  # fmt: skip
+
+
+def filled(text: str, first: str = "", indent: str = "", columns: int = 0) -> str:
+    """A text in lines that fit the terminal, at most 100 columns; names and paths are not cut."""
+    return textwrap.fill(
+        text, columns or min(width(), 100), initial_indent=first, subsequent_indent=indent, break_long_words=False,
+        break_on_hyphens=False,
+    )  # fmt: skip
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], align: str) -> str:
@@ -18,20 +63,39 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], align: str) -> s
     return "\n".join([line(header), line(["-" * w for w in widths]), *(line(row) for row in rows)])
 
 
-def print_table(title: str, heads: list[str], cells: list[list[str]], markdown: bool, align: str = "") -> None:
+def print_table(
+    title: str, heads: list[str], cells: list[list[str]], markdown: bool, align: str = "", keys: int = 1
+) -> None:
     """Print a table under its title, or as Markdown; column heads are split at the first blank into two lines.
 
-    `align` has the signs of the first columns; the others go to the right.
+    What is wider than the terminal is stacked: several tables, each with the first `keys` columns. `align` has the signs
+    of the first columns; the others go to the right.
     """
     align += ">" * (len(heads) - len(align))
     if markdown:
         print("| " + " | ".join(heads) + " |\n|" + "".join(":---|" if side == "<" else "---:|" for side in align))
         print("\n".join("| " + " | ".join(row) + " |" for row in cells))
         return
-    first = [head.partition(" ")[0] for head in heads]
-    second = [head.partition(" ")[2] for head in heads]
-    top, rule, *body = table(second, [first, *cells], align).splitlines()
-    print("\n".join([title, "", body[0], top, rule, *body[1:]]))
+    for line in title.splitlines():
+        print(filled(line))
+    first, second = ([head.partition(" ")[part] for head in heads] for part in (0, 2))
+    widths = [max(len(row[i]) for row in [first, second, *cells]) for i in range(len(heads))]
+    for columns in _bands(widths, keys):
+        here = [[row[i] for i in columns] for row in [first, *cells]]
+        lines = table([second[i] for i in columns], here, "".join(align[i] for i in columns)).splitlines()
+        top, rule, *body = lines
+        print("\n".join(["", body[0], *([top] if top else []), rule, *body[1:]]))
+
+
+def _bands(widths: list[int], keys: int) -> list[list[int]]:
+    """Columns of each of the tables that one is cut into so that each fits the terminal."""
+    key = list(range(keys))
+    bands = [list(key)]
+    for i in range(keys, len(widths)):
+        if len(bands[-1]) > keys and sum(widths[j] + 2 for j in [*bands[-1], i]) - 2 > width():
+            bands.append(list(key))
+        bands[-1].append(i)
+    return bands
 
 
 def estimate(mean: float, high: float, form: str) -> str:
@@ -52,6 +116,12 @@ def note_compiling() -> None:
 
     if is_cold():
         note("compiling the kernels, once for this version: about 30 seconds")
+
+
+def say_about_file(traffic: Any) -> None:
+    """Notes on what was made of a file of traffic."""
+    for text in getattr(traffic, "notes", ()):
+        note(text)
 
 
 def say_about_inputs(model: Any, workload: Any) -> None:

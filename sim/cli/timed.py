@@ -4,14 +4,17 @@ import sys
 from argparse import Namespace
 from typing import Any
 
-from sim.cli.text import note, note_compiling, say_about_inputs
+from sim.cli.text import note, note_compiling, say_about_file, say_about_inputs
 from sim.options import StepOptions, TimeOptions, given
 
 KNEE_TEXT = (
-    "~ from a third of the crossover to six times it: times bend there, the model has a corner, and measured gains differ\n"
+    "~ from 0.3 of the crossover to 6 times it (bf16: 3 times): kernels step at whole tiles there, and measured gains differ\n"
     "most from predicted ones (README, Measured)"
 )
-EXTRAPOLATED_TEXT = "* exchange computed, not measured: times are published for 128 tokens a rank on H800, EP 8 to 256"
+EXTRAPOLATED_TEXT = (
+    "* exchange computed, not measured: measured are pair without imbalance, on one node of H100, H200, B200 and GB200 up to\n"
+    "256 tokens a rank and on H800 of 128 at EP 8 to 256; and token, gather and reduce on 4 H100s"
+)
 
 
 def timed_options(arguments: Namespace) -> dict[str, Any]:
@@ -20,6 +23,7 @@ def timed_options(arguments: Namespace) -> dict[str, Any]:
     from sim.traffic import load_workload
 
     workload = load_workload(arguments.workload, phase=arguments.phase, dummy_tokens=arguments.dummy_tokens)
+    say_about_file(workload)
     return {"model": load_model(arguments.model), "workload": workload, **step_options(arguments)}
 
 
@@ -59,11 +63,26 @@ def say_about_times(options: dict[str, Any], gpus: list[Any]) -> None:
     for gpu in gpus:
         if gpu.unverified:
             note(f"{gpu.name}: not verified: {', '.join(gpu.unverified)}")
-        if gpu.scale_out_gb_per_s is None and options["exchange"] != "none" and not options["network_gb_per_s"]:
+        if (
+            gpu.scale_out_gb_per_s is None
+            and options["exchange"] not in ("none", ["none"])
+            and not options["network_gb_per_s"]
+        ):
             note(
                 f"{gpu.name}: its network differs by cluster; taken as {NETWORK_GB_PER_S:g} GB/s (--network-gb sets it)"
             )
     sys.stderr.flush()
+
+
+def say_about_maps(names: list[str], model: Any, ep_sizes: list[int], ranks_per_node: int) -> None:
+    """Notes on placements that are read from files."""
+    from sim.placement import notes_on, place_fixed
+
+    for name in names:
+        if name.startswith("file:"):
+            notes = [text for size in ep_sizes for text in notes_on(place_fixed(name, model, size, ranks_per_node))]
+            for text in dict.fromkeys(notes):
+                note(text)
 
 
 def model_dtype(model: Any) -> str:

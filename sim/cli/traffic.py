@@ -1,14 +1,16 @@
-"""Recorded routing or measured loads: show their statistics, fit a workload, or show how a placement goes stale on them."""
+"""Recorded routing or measured loads: show their statistics, fit a workload, show how a placement goes stale; or make some."""
 
 from argparse import SUPPRESS, ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
 from sim.cli import Verb, add_verbs
+from sim.cli.progress import shown_progress
 from sim.cli.text import note, table
 from sim.cli.traffic_decay import print_decay
+from sim.cli.traffic_make import add_make, add_match, run_make, run_match
 from sim.errors import InputError
-from sim.options import FILE, NAMES, SEED, THREADS, WHOLE_NUMBERS, Folder, Number, Whole
+from sim.options import FILE, NAMES, SEED, THREADS, WHOLE_NUMBERS, FigureOptions, Folder, Number, Whole, add_options
 
 _LAYERS_SHOWN = 12
 
@@ -25,6 +27,8 @@ def add_arguments(parser: ArgumentParser) -> None:
                 _add_decay,
                 _run_decay,
             ),
+            "make": Verb("write synthetic recorded routing, with a wanted imbalance", add_make, run_make),
+            "match": Verb("name the presets nearest to an imbalance that was read off a log", add_match, run_match),
         },
     )
 
@@ -59,6 +63,7 @@ def _add_show(parser: ArgumentParser) -> None:
     _add_file(parser, needs_model=False)
     add("--against", type=Path, metavar="FILE", help="another file of the same layers, for the drift between them")
     add("--plot", type=Folder(), metavar="DIR", help="draw a heat map and a page of plots there")
+    add_options(parser, FigureOptions)
     add("--all-layers", action="store_true", help="a row for every layer")
     add("--seed", type=SEED, default=0, help=SUPPRESS)  # statistics have no random numbers
 
@@ -89,6 +94,7 @@ def _add_decay(parser: ArgumentParser) -> None:
         help="another file of the same layers: fit on one, and score on the other",
     )
     add("--plot", type=Folder(), metavar="DIR", help="draw imbalance against age there")
+    add_options(parser, FigureOptions)
     add(
         "--ep",
         dest="ep_sizes",
@@ -177,25 +183,25 @@ def _show(arguments: Namespace, model: Any, data: Any) -> None:
             + (f"{alike.mean():.3f} (least {alike.min():.3f})" if len(alike) else "-: the loads are level")
         )
     if arguments.plot is not None:
-        _plot(arguments.plot, data, about)
+        _plot(arguments.plot, data, about, arguments.formats)
 
 
-def _plot(out: Path, data: Any, about: Any) -> None:
-    from sim.figures import save
+def _plot(out: Path, data: Any, about: Any, formats: list[str]) -> None:
+    from sim.figures import save_as
     from sim.figures.traffic import load_map, traffic_page
-    from sim.results import writable_folder
+    from sim.files import writable_folder
 
     with writable_folder(out):
         for name, figure in (("load_map", load_map(data.name, about)), ("traffic", traffic_page(data.name, about))):
-            for suffix in ("png", "svg"):
-                save(figure, out / f"{name}.{suffix}")
-                print(out / f"{name}.{suffix}")
+            for path in save_as(figure, out / name, formats):
+                print(path)
 
 
 def _fit(arguments: Namespace, model: Any, data: Any) -> None:
+    from sim.files import whole_files
     from sim.fit import fit_text, fit_traffic, hold_out
     from sim.fit.fitting import GROUP_SIGMA
-    from sim.results import whole_files
+    from sim.progress import phase
 
     out = Path(arguments.out)
     if out.suffix != ".toml":
@@ -209,15 +215,18 @@ def _fit(arguments: Namespace, model: Any, data: Any) -> None:
     if model.is_grouped and arguments.group_sigma is None:
         note(f"loads do not tell the group effect: group_sigma {GROUP_SIGMA} is that of the presets (--group-sigma)")
     fit = None
+    sizes = {"held-out half": 1.0 if arguments.hold_out else 0.0, "fit": 0.0 if arguments.half else 1.0}
     if arguments.hold_out:
-        held = hold_out(model, data, seed=seed, group_sigma=group_sigma, threads=n_threads)
+        with shown_progress(), phase("held-out half", sizes):
+            held = hold_out(model, data, seed=seed, group_sigma=group_sigma, threads=n_threads)
         if held is None:
             note("there is too little to hold out: it takes 32 sequences, or 4 steps of loads")
         else:
             _print_held(held[1], "steps" if held[1] and held[1][0].phase == "steps" else "sequences")
             fit = held[0] if arguments.half else None
     whole = fit is None
-    fit = fit or fit_traffic(model, data, seed=seed, group_sigma=group_sigma, threads=n_threads)
+    with shown_progress(), phase("fit", sizes):
+        fit = fit or fit_traffic(model, data, seed=seed, group_sigma=group_sigma, threads=n_threads)
     for text in fit.notes:
         note(text)
     with whole_files(out) as (temporary,):

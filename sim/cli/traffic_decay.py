@@ -4,6 +4,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+from sim.cli.progress import shown_progress
 from sim.cli.text import estimate, note, print_table
 from sim.errors import InputError
 
@@ -27,7 +28,8 @@ def _print_ages(arguments: Namespace, model: Any, data: Any, chosen: dict[str, A
     out, n_windows = arguments.plot, 8 if arguments.n_windows is None else arguments.n_windows
     windows = cut_windows(data, model.n_experts, n_windows)
     halves, unit = windows.halves, windows.unit
-    table = decay(model, windows, **chosen)
+    with shown_progress():
+        table = decay(model, windows, **chosen)
     cells = [
         [row.placement, str(row.ep_size)]
         + (["any", "-"] if row.placement == "linear" else [str(row.age_windows), f"{getattr(row, f'age_{unit}'):,.0f}"])
@@ -40,14 +42,14 @@ def _print_ages(arguments: Namespace, model: Any, data: Any, chosen: dict[str, A
         f"is fitted, one scored: {halves.about}"
     )
     heads = ["placement", "EP", "age windows", f"age {unit}", "pairs", *_HEADS]
-    print_table(title, heads, cells, arguments.markdown, align="<")
+    print_table(title, heads, cells, arguments.markdown, align="<", keys=4)
     if not arguments.markdown:
         _explain("window", halves.fitted.shape[1])
         for name in _fitted_names(table):
             _say_ages(name, table[table.placement == name], unit)
     if out is not None:
         about = {"model": model.name, "file": halves.name, "digest": halves.digest, "windows": n_windows, **chosen}
-        _draw(out, table, unit, about)
+        _draw(out, table, unit, about, arguments.formats)
 
 
 def _print_files(arguments: Namespace, model: Any, data: Any, chosen: dict[str, Any]) -> None:
@@ -62,7 +64,8 @@ def _print_files(arguments: Namespace, model: Any, data: Any, chosen: dict[str, 
     for text in other.notes:
         note(text)
     first, second = (cut_file(part, model.n_experts, seed=arguments.seed) for part in (data, other))
-    table = decay_against(model, first, second, **chosen)
+    with shown_progress():
+        table = decay_against(model, first, second, **chosen)
     cells = [
         [
             row.placement,
@@ -79,7 +82,7 @@ def _print_files(arguments: Namespace, model: Any, data: Any, chosen: dict[str, 
         f"of each file one half is fitted, one scored: {about}"
     )
     heads = ["placement", "EP", "fitted on", "scored on", *_HEADS]
-    print_table(title, heads, cells, arguments.markdown, align="<><<")
+    print_table(title, heads, cells, arguments.markdown, align="<><<", keys=4)
     if not arguments.markdown:
         _explain("file", first.fitted.shape[1])
         for name in _fitted_names(table):
@@ -146,13 +149,13 @@ def _known(mean: float, high: float) -> str:
     return estimate(mean, high, "z.0%") if mean == mean else "(there is none)"
 
 
-def _draw(out: Path, table: Any, unit: str, about: dict[str, Any]) -> None:
-    from sim.figures import save
+def _draw(out: Path, table: Any, unit: str, about: dict[str, Any], formats: list[str]) -> None:
+    from sim.figures import save_as
     from sim.figures.decay import decay_by_age
-    from sim.results import writable_folder, write_table
+    from sim.files import writable_folder
+    from sim.results import write_table
 
     with writable_folder(out):
         write_table(table, out, "decay", about)
-        for suffix in ("png", "svg"):
-            save(decay_by_age(table, about["file"], about["model"], unit), out / f"decay.{suffix}")
-    print(f"\nwritten to {out}: decay.csv, decay.json (what made it), decay.png and .svg")
+        drawn = save_as(decay_by_age(table, about["file"], about["model"], unit), out / "decay", formats)
+    print(f"\nwritten to {out}: decay.csv, decay.json (what made it), {', '.join(path.name for path in drawn)}")

@@ -1,29 +1,77 @@
-"""The model of expert time beside published measurements."""
+"""The model of expert and exchange times beside published measurements."""
 
 import pandas as pd
 
+from sim.cost.exchange import exchange_time_us
 from sim.cost.expert import expert_time_us
+from sim.cost.refit import expert_rows, experts_left_out, other_expert_rows, pair_rows, pairs_left_out
 from sim.cost.tables import measured
 from sim.model import load_model
 
 
-def predicted_against_measured() -> pd.DataFrame:
-    """Expert times of DeepSeek-V3 on H200 as measured and as computed.
+def predicted_against_measured(*, left_out: bool = True) -> pd.DataFrame:
+    """Published times of DeepSeek-V3's experts and of its pair exchange, and the model's.
+
+    Parameters
+    ----------
+    left_out : bool
+        Whether each fitted row is also predicted by a fit without its EP size (experts) or number of tokens (exchange): some
+        seconds.
 
     Returns
     -------
     DataFrame
-        One row per measurement: ep_size, tokens (of the whole EP group), pairs and distinct_experts (of a rank),
-        measured_us, predicted_us, error (predicted / measured - 1), fitted (whether the constants saw the row).
+        One row per measurement: part ('experts', 'dispatch', 'combine'), gpu, dtype, source (a table of measured.toml),
+        ep_size, tokens (experts: of the whole EP group; exchange: per rank), pairs and distinct_experts (of a rank),
+        measured_us, predicted_us, error (predicted / measured - 1), fitted (whether the constants saw the row) and
+        held_out_error: that of the fit without it, and for rows that no fit saw the error itself.
     """
-    table = measured()["moe_decode"]
-    model = load_model(table["model"])
-    rows = pd.DataFrame(table["rows"], columns=["ep_size", "tokens", "measured_us"])
-    rows.insert(2, "pairs", rows.tokens * model.top_k / rows.ep_size)
-    rows.insert(3, "distinct_experts", (model.n_experts / rows.ep_size).clip(upper=rows.pairs))
-    rows["predicted_us"] = expert_time_us(
-        model, table["gpu"], pairs=rows.pairs, distinct_experts=rows.distinct_experts, dtype="fp8"
-    )
+    model = load_model("deepseek-v3")
+    tables = [_experts(expert_rows(), "wideep_experts"), _experts(other_expert_rows(), "moe_decode")]
+    tables += [_pairs(pair_rows(), "low_latency_one_node"), _pairs(_deepep_rows(), "deepep_low_latency")]
+    rows = pd.concat(tables, ignore_index=True)
     rows["error"] = rows.predicted_us / rows.measured_us - 1
-    rows["fitted"] = rows.ep_size.isin(table["fitted_ep_sizes"])
+    rows["fitted"] = rows.source != "moe_decode"
+    rows["held_out_error"] = rows.error.where(~rows.fitted)
+    if left_out:
+        for source, times in (
+            ("wideep_experts", experts_left_out(expert_rows())),
+            ("low_latency_one_node", pairs_left_out(pair_rows())),
+        ):
+            mine = rows.source == source
+            rows.loc[mine, "held_out_error"] = times / rows.measured_us[mine] - 1
+    is_expert = rows.part == "experts"
+    rows["pairs"] = rows.pairs.where(is_expert, rows.tokens * model.top_k)
     return rows
+
+
+def _experts(rows: pd.DataFrame, source: str) -> pd.DataFrame:
+    times = [
+        expert_time_us(
+            measured()[source]["model"],
+            row.gpu,
+            pairs=row.pairs,
+            distinct_experts=row.distinct,
+            local_experts=row.local,
+        ).item()
+        for row in rows.itertuples()
+    ]
+    rows = rows.rename(columns={"distinct": "distinct_experts"}).drop(columns="local")
+    return rows.assign(part="experts", dtype="fp8", source=source, predicted_us=times)
+
+
+def _pairs(rows: pd.DataFrame, source: str) -> pd.DataFrame:
+    model, times = measured()[source]["model"], []
+    for row in rows.itertuples():
+        both = exchange_time_us(model, row.gpu, ep_size=row.ep_size, tokens_per_rank=row.tokens)
+        times.append((both.dispatch_us if row.phase == "dispatch" else both.combine_us).item())
+    rows = rows.rename(columns={"phase": "part"})
+    dtype = {"dispatch": "fp8" if source == "deepep_low_latency" else "not named", "combine": "bf16"}
+    return rows.assign(dtype=rows.part.map(dtype), source=source, predicted_us=times)
+
+
+def _deepep_rows() -> pd.DataFrame:
+    table = measured()["deepep_low_latency"]
+    wide = pd.DataFrame(table["rows"], columns=["ep_size", "dispatch", "combine"])
+    rows = wide.melt("ep_size", var_name="phase", value_name="measured_us")
+    return rows.assign(gpu=table["gpu"], tokens=table["tokens_per_rank"])

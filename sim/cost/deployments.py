@@ -25,7 +25,7 @@ from sim.scoring import count_received, rank_loads, receivers
 from sim.sweeps.plan import Plan
 from sim.sweeps.steps import place_pairs
 from sim.theory.family import BERNOULLI, Family, family_of, place_in_family, saddle_points, tail_of_tilted
-from sim.theory.sums import tilted_moments
+from sim.theory.tails import tilted_moments
 
 QUANTITIES = ("received", "pairs", "expert_rows")
 DEPLOYMENTS, FITTED_DEPLOYMENTS = 400, 100

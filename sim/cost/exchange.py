@@ -1,4 +1,4 @@
-"""Time of the two all-to-alls of one layer: tokens to their experts (dispatch) and results back (combine)."""
+"""Time of a layer's exchange: tokens to the ranks of their experts (dispatch) and results back (combine), by its kind."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -8,12 +8,51 @@ from numpy.typing import ArrayLike
 
 from sim.cost.gpu import Gpu, load_gpu
 from sim.cost.inputs import as_gpu, as_numbers, as_whole_numbers, expert_width, together
-from sim.cost.tables import exchange_profile, measured
-from sim.errors import InputError
+from sim.cost.tables import EXCHANGE_SHARPNESS, Exchange, exchange_profile
+from sim.errors import InputError, shown, unknown
 from sim.model import ModelSpec, load_model
 
-_DISPATCH_BYTES = 1 + 4 / 128  # FP8 with a 4-byte scale for every 128 values
-_COMBINE_BYTES = 2  # BF16
+KINDS = {
+    "token": "a token once to each rank that has one of its experts",
+    "pair": "a token once for each of its experts",
+    "gather": "all tokens to all ranks (all-gather), partial results summed back (reduce-scatter)",
+    "reduce": "all ranks have all tokens; one all-reduce of the results",
+    "none": "no exchange, or one that is hidden",
+}
+BACKENDS = {
+    "allgather_reducescatter": "gather",
+    "naive": "gather",
+    "deepep_high_throughput": "token",
+    "deepep_low_latency": "pair",
+    "deepep_v2": "token",
+    "mori_high_throughput": "token",
+    "mori_low_latency": "token",
+    "nixl_ep": "pair",
+    "flashinfer_all2allv": "token",
+    "flashinfer_nvlink_one_sided": "token",
+    "flashinfer_nvlink_two_sided": "token",
+    "hybridep": "token",
+}
+"""Backends of engines, and the kind of exchange that each is.
+
+vLLM (00193b8): the names are those of `All2AllBackend` in vllm/config/parallel.py, and `naive` runs AgRsAll2AllManager
+(vllm/distributed/device_communicators). Its default is allgather_reducescatter. MoRI (013c13b,
+src/ops/dispatch_combine/internode_v1.cpp) sends a token once to a node and once to a rank in its low-latency kernels too, and
+leaves out what would be sent twice. hybridep: Megatron's flex dispatcher (`moe_flex_dispatcher_backend`) and DeepEP PR #420.
+"""
+DEFAULT_EXCHANGE = "pair"
+"""Where nobody says, the kind that was measured: DeepEP's low-latency kernels, with which round_robin runs in vLLM."""
+REFUSED = {"moonep": "it balances within the step, by copies of experts that the step itself asks for: not modelled"}
+
+
+def exchange_kind(name: str) -> str:
+    """The kind of exchange that a kind or a backend stands for; InputError where it is neither."""
+    if name in REFUSED:
+        raise InputError(f"`exchange` {name}: {REFUSED[name]}")
+    kind = BACKENDS.get(name, name)
+    if kind not in KINDS:
+        raise unknown("`exchange`", shown(name), [*KINDS, *BACKENDS])
+    return kind
 
 
 class ExchangeTime(NamedTuple):
@@ -33,99 +72,163 @@ def exchange_time_us(
     model: ModelSpec | str | Path,
     gpu: Gpu | str | Path,
     *,
+    kind: str = "pair",
     ep_size: ArrayLike,
     tokens_per_rank: ArrayLike,
-    ranks_per_token: ArrayLike | None = None,
-    nodes_per_token: ArrayLike | None = None,
-    imbalance: ArrayLike = 1.0,
+    received_tokens: ArrayLike | None = None,
+    pairs: ArrayLike | None = None,
     ranks_per_node: int = 8,
+    nodes_per_token: ArrayLike | None = None,
+    profile: Exchange | None = None,
 ) -> ExchangeTime:
     """Dispatch and combine of one layer, for the rank with the most traffic, in microseconds.
 
-    Each direction takes latency + max(NVLink bytes / reached NVLink, network bytes / reached network). Three constants,
-    fitted to the 12 published times of DeepEP's low-latency kernels on H800, give all of them within 8 %
-    (`exchange_profile()`). Dispatch carries FP8 with scales, combine BF16.
+    Each direction takes (floor^p + max(NVLink, network)^p)^(1/p): a floor for small messages, the bandwidth that is reached
+    for large ones, the slower of the two links. The constants of `exchange_profile(kind, gpu)` say what they were fitted to.
+    Dispatch of `pair` is counted in FP8 with scales, all else in BF16. What each kind moves, out of and into the busiest rank:
 
-    The latency is an intercept, from messages of 7.6 and 14.7 MB: it is weakest where there are few tokens.
+    - token: `received_tokens` over NVLink; over the network a token once to each node that needs it.
+    - pair: `pairs`, over both.
+    - gather: the tokens of all other ranks over NVLink, those of other nodes shared among the network cards of a node.
+    - reduce: nothing to dispatch; an all-reduce is a reduce-scatter and an all-gather of all tokens.
 
     Assumptions: tokens sit on all ranks alike, so a copy stays on its rank with probability 1 / ep_size and on its
-    node with (ranks of a node) / ep_size; the rank with the most load receives, and sends back, `imbalance` times the
-    mean; the two links work at the same time; nothing overlaps with computation.
+    node with (ranks of a node) / ep_size; the two links work at the same time; nothing overlaps with computation.
 
     Parameters
     ----------
     model : ModelSpec, str or Path
     gpu : Gpu, str or Path
         Needs scale_out_gb_per_s where the EP group is larger than a node.
+    kind : str
+        One of KINDS, or a backend of BACKENDS that stands for one.
     ep_size, tokens_per_rank : array
         Ranks, and tokens that each of them sends.
-    ranks_per_token, nodes_per_token : float array
-        Fan-out, for kernels that send a token once to each node and there once to each rank. Without it a token is sent once
-        to each of its top_k experts, as the low-latency kernels do, whatever the placement.
-    imbalance : float array
-        Load of the rank with the most load over the mean.
+    received_tokens : float array
+        For 'token': distinct tokens that the rank receives which receives most, its own ones included. By default the
+        share that even routing without groups sends to a rank.
+    pairs : float array
+        For 'pair': (token, expert) pairs of the rank with the most load. By default the mean, top_k x tokens_per_rank.
     ranks_per_node : int
         Ranks joined by NVLink: 8, or 72 in a GB200 NVL72.
+    nodes_per_token : float array
+        For 'token': nodes that a token is sent to, its own one included. By default as many as independent ranks would
+        make of `received_tokens`.
+    profile : Exchange
+        Constants; by default those of the kind and GPU.
 
     Returns
     -------
     ExchangeTime
-        `extrapolated` marks all that was not measured: an EP size outside 8 to 256, other traffic per rank than that of 128
-        tokens of DeepSeek-V3 without imbalance, links other than H800's, nodes of other than 8 ranks, a fan-out.
+        `extrapolated` marks all that was not measured: what differs from the measured set-ups in ranks, tokens, top_k, width
+        or links, and of 'pair' in imbalance.
 
     Raises
     ------
     InputError
         Unknown names, numbers out of range, a model without sizes, or a GPU without a network bandwidth.
+
+    Examples
+    --------
+    1,024 tokens per rank on one node, microseconds:
+
+    >>> def total_us(kind):
+    ...     times = exchange_time_us("deepseek-v3", "h200", kind=kind, ep_size=8, tokens_per_rank=1024)
+    ...     return round(float(times.total_us), -1)
+    >>> [total_us(kind) for kind in ("token", "pair", "gather", "reduce")]
+    [860.0, 1370.0, 1190.0, 1050.0]
     """
-    model, gpu, kernel = load_model(model), as_gpu(gpu), exchange_profile()
+    model, gpu, kind = load_model(model), as_gpu(gpu), exchange_kind(kind)
     width = expert_width(model)
-    if (ranks_per_token is None) != (nodes_per_token is None):
-        raise InputError("ranks_per_token and nodes_per_token go together")
-    ranks = model.top_k if ranks_per_token is None else ranks_per_token
-    nodes = model.top_k if nodes_per_token is None else nodes_per_token
-    ep, tokens, to_ranks, to_nodes, hot = together(
+    ep, tokens = together(
         ep_size=as_whole_numbers("ep_size", ep_size, 1, 1e6),
         tokens_per_rank=as_numbers("tokens_per_rank", tokens_per_rank, 0),
-        ranks_per_token=as_numbers("ranks_per_token", ranks, 1, model.top_k),
-        nodes_per_token=as_numbers("nodes_per_token", nodes, 1, model.top_k),
-        imbalance=as_numbers("imbalance", imbalance, 1, 1e6),
+    )
+    reach = 1 - (1 - 1 / ep) ** model.top_k
+    ep, tokens, received, load = together(
+        ep_size=ep,
+        tokens_per_rank=tokens,
+        received_tokens=as_numbers(
+            "received_tokens", ep * tokens * reach if received_tokens is None else received_tokens, 0
+        ),
+        pairs=as_numbers("pairs", tokens * model.top_k if pairs is None else pairs, 0),
     )
     node_size = as_whole_numbers("ranks_per_node", ranks_per_node, 1, 1e6)
-    _check_traffic(ep, to_ranks, to_nodes, hot, is_fan_out=ranks_per_token is not None)
     on_node = np.minimum(ep, node_size)
-    off_node_share = 1 - on_node / ep
-    if gpu.scale_out_gb_per_s is None and (off_node_share > 0).any():
+    n_nodes = ep / on_node
+    if nodes_per_token is None:
+        share = np.divide(received, ep * tokens, out=np.zeros(ep.shape), where=tokens > 0).clip(0, 1)
+        nodes = n_nodes * (1 - (1 - share) ** on_node)
+    else:
+        nodes = as_numbers("nodes_per_token", nodes_per_token, 0)
+        ep, tokens, received, load, on_node, n_nodes, nodes = together(
+            ep_size=ep, tokens_per_rank=tokens, received_tokens=received, pairs=load, a=on_node, b=n_nodes,
+            nodes_per_token=nodes,
+        )  # fmt: skip
+    _check_traffic(model, ep, tokens, received, load)
+    off_node = 1 - on_node / ep
+    if kind != "none" and gpu.scale_out_gb_per_s is None and (off_node > 0).any():
         raise InputError(
             f"gpu {gpu.name}: scale_out_gb_per_s differs by cluster and is not known; give a .toml file that has it, "
             f"or an ep_size of at most {node_size:g}"
         )
-    # Every copy may take NVLink as its last hop; where the network is used at all, it is the slower of the two.
-    up_us_per_byte = to_ranks * (1 - 1 / on_node) / (gpu.scale_up_gb_per_s * 1e3 * kernel.scale_up_fraction)
-    out_us_per_byte = to_nodes * off_node_share / ((gpu.scale_out_gb_per_s or 1) * 1e3 * kernel.scale_out_fraction)
-    us_per_byte = tokens * hot * width * np.maximum(up_us_per_byte, out_us_per_byte)
-
-    table = measured()["deepep_low_latency"]
-    h800, v3, sizes = load_gpu(table["gpu"]), load_model(table["model"]), [row[0] for row in table["rows"]]
-    measured_traffic = table["tokens_per_rank"] * v3.top_k * expert_width(v3)
-    extrapolated = (ep < min(sizes)) | (ep > max(sizes)) | (tokens * hot * model.top_k * width != measured_traffic)
-    same_links = (gpu.scale_up_gb_per_s, gpu.scale_out_gb_per_s) == (h800.scale_up_gb_per_s, h800.scale_out_gb_per_s)
-    if not same_links or node_size != table["ranks_per_node"] or ranks_per_token is not None:
-        extrapolated = np.ones_like(extrapolated)
-    return ExchangeTime(
-        kernel.latency_us + us_per_byte * _DISPATCH_BYTES,
-        kernel.latency_us + us_per_byte * _COMBINE_BYTES,
-        extrapolated,
-    )
+    if kind == "none":
+        nothing = np.zeros(ep.shape)
+        return ExchangeTime(nothing, nothing.copy(), np.zeros(ep.shape, bool))
+    # Values that the busiest rank moves over each link; every copy may take NVLink as its last hop.
+    everything = ep * tokens
+    up, out = {
+        "token": (received * (1 - 1 / on_node), tokens * nodes * off_node),
+        "pair": (load * (1 - 1 / on_node), load * off_node),
+        "gather": (everything * (1 - 1 / ep), everything * off_node / on_node),
+        "reduce": (2 * everything * (1 - 1 / ep), 2 * everything * off_node / on_node),
+    }[kind]
+    profile = profile or exchange_profile(kind, gpu.name)
+    times = []
+    for direction in (0, 1):
+        value_bytes = width * profile.bytes_per_value[direction]
+        up_us = up * value_bytes / (gpu.scale_up_gb_per_s * 1e3 * profile.scale_up_fraction[direction])
+        out_gb_per_s = (gpu.scale_out_gb_per_s or 1.0) * profile.scale_out_fraction[direction]
+        link_us = np.maximum(up_us, out * value_bytes / (out_gb_per_s * 1e3))
+        floor_us = profile.floor_us[direction] * np.maximum(tokens, 1.0) ** -profile.floor_falls[direction]
+        p = EXCHANGE_SHARPNESS
+        times.append((floor_us**p + link_us**p) ** (1 / p))
+    if kind == "reduce":
+        times[0] = np.zeros(ep.shape)
+    return ExchangeTime(times[0], times[1], ~_is_measured(model, gpu, profile, ep, tokens, load, on_node))
 
 
 def _check_traffic(
-    ep: np.ndarray, to_ranks: np.ndarray, to_nodes: np.ndarray, hot: np.ndarray, *, is_fan_out: bool
+    model: ModelSpec, ep: np.ndarray, tokens: np.ndarray, received: np.ndarray, load: np.ndarray
 ) -> None:
+    slack = 1 + 1e-9
     for wrong, text in (
-        (hot > ep, "imbalance: cannot be above ep_size, all load on one rank"),
-        (to_nodes > to_ranks, "nodes_per_token: cannot be above ranks_per_token"),
-        ((to_ranks > ep) & is_fan_out, "ranks_per_token: cannot be above ep_size"),
+        (received > ep * tokens * slack, "received_tokens: cannot be above ep_size x tokens_per_rank"),
+        (load > ep * tokens * model.top_k * slack, "pairs: cannot be above ep_size x tokens_per_rank x top_k"),
     ):
         if wrong.any():
             raise InputError(text)
+
+
+def _is_measured(
+    model: ModelSpec,
+    gpu: Gpu,
+    profile: Exchange,
+    ep: np.ndarray,
+    tokens: np.ndarray,
+    load: np.ndarray,
+    on_node: np.ndarray,
+) -> np.ndarray:
+    """Where a time is of a published set-up: DeepSeek-V3's sizes, no imbalance, nodes of 8."""
+    v3 = load_model("deepseek-v3")
+    links = (gpu.scale_up_gb_per_s, gpu.scale_out_gb_per_s)
+    if (
+        profile.measured_on != gpu.name
+        or links != (load_gpu(gpu.name).scale_up_gb_per_s, load_gpu(gpu.name).scale_out_gb_per_s)
+        or (model.top_k, expert_width(model)) != (v3.top_k, expert_width(v3))
+    ):
+        return np.zeros(ep.shape, bool)
+    (least_ep, most_ep), (least, most) = profile.measured_ep_size, profile.measured_tokens
+    inside = (ep >= least_ep) & (ep <= most_ep) & (tokens >= least) & (tokens <= most)
+    is_even = np.abs(load - tokens * model.top_k) <= 1e-9 * load
+    return inside & (is_even | (profile.kind != "pair")) & (on_node == np.minimum(ep, 8))

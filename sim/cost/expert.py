@@ -1,15 +1,17 @@
-"""Time of one rank's experts in one layer: a fixed part, then memory or arithmetic, whichever takes longer."""
+"""Time of one rank's experts in one layer: fixed parts, then memory or arithmetic, whichever takes longer, bent smoothly."""
 
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
+from scipy.special import lambertw
 
 from sim.cost.gpu import Gpu
 from sim.cost.inputs import as_gpu, as_numbers, expert_parameters, expert_width, together
 from sim.cost.tables import grouped_gemm_profile
 from sim.errors import InputError
+from sim.kernels import kernel
 from sim.model import ModelSpec, load_model
 
 BYTES_PER_VALUE = {
@@ -24,26 +26,38 @@ class ExpertRates(NamedTuple):
     """What the time of one rank's experts is made of, for a model, a GPU and a type of weights."""
 
     launch_us: float
+    idle_us: float  # of an expert of the rank without a token
+    spread_us: float  # of many distinct experts over that of one
     us_per_expert: float  # to read its weights
     us_per_pair: float  # to read its input and write its output
     us_per_row: float  # to compute a row, tiles padded
-    tile_rows: int
+    tile_rows: float
+    sharpness: float  # of the bend from memory to arithmetic
 
 
 def expert_rates(model: ModelSpec | str | Path, gpu: Gpu | str | Path, dtype: str = "fp8") -> ExpertRates:
     """Constants of `expert_time_us`; same errors."""
-    model, gpu, kernel = load_model(model), as_gpu(gpu), grouped_gemm_profile()
+    model, gpu, profile = load_model(model), as_gpu(gpu), grouped_gemm_profile()
     peak_tflops = gpu.peak_tflops(dtype)
     weights, width, value = expert_parameters(model), expert_width(model), BYTES_PER_VALUE[dtype]
-    bytes_per_us = gpu.hbm_tb_per_s * 1e6 * kernel.bandwidth_fraction
-    flops_per_us = peak_tflops * 1e6 * (gpu.peak_fraction or kernel.peak_fraction)
+    bandwidth, peak = reached_fractions(gpu)
+    bytes_per_us = gpu.hbm_tb_per_s * 1e6 * bandwidth
     return ExpertRates(
-        launch_us=kernel.launch_us,
+        launch_us=profile.launch_us,
+        idle_us=profile.idle_us,
+        spread_us=profile.spread_us,
         us_per_expert=weights * value / bytes_per_us,
         us_per_pair=width * (value + _OUTPUT_BYTES) / bytes_per_us,
-        us_per_row=2 * weights / flops_per_us,
-        tile_rows=kernel.tile_rows,
+        us_per_row=2 * weights / (peak_tflops * 1e6 * peak),
+        tile_rows=profile.tile_rows,
+        sharpness=profile.sharpness,
     )
+
+
+def reached_fractions(gpu: Gpu) -> tuple[float, float]:
+    """Shares of the memory bandwidth and of the peak that the grouped GEMM reaches on a GPU."""
+    profile = grouped_gemm_profile()
+    return gpu.bandwidth_fraction or profile.bandwidth_fraction, gpu.peak_fraction or profile.peak_fraction
 
 
 def expert_time_us(
@@ -53,16 +67,19 @@ def expert_time_us(
     pairs: ArrayLike,
     distinct_experts: ArrayLike,
     dtype: str = "fp8",
+    local_experts: ArrayLike | None = None,
 ) -> np.ndarray:
     """Time of one rank's routed experts in one layer, in microseconds.
 
-    launch + max(bytes / reached bandwidth, operations / reached peak), with the constants of
-    `grouped_gemm_profile()`:
+    launch + idle x (local - distinct) + spread x (1 - 1 / distinct) + (memory^p + compute^p)^(1/p), with the constants of
+    `grouped_gemm_profile()` and of the GPU:
 
-    - bytes: the weights of the distinct experts, and what goes into and out of them for each pair. What passes
-      between the two GEMMs is taken to stay in the L2 cache.
-    - operations: 2 per weight and row. A tile has rows of one expert only, so an expert with a token computes at least
-      one tile, and one with many computes half a tile more than it has rows, in the mean over uneven counts.
+    - memory: the weights of the distinct experts, and what goes into and out of them for each pair, over the bandwidth that
+      is reached. What passes between the two GEMMs is taken to stay in the L2 cache.
+    - compute: 2 operations per weight and row, over the peak that is reached. A tile has rows of one expert only, so an
+      expert with a token computes at least one tile, and one with many computes half a tile more than it has rows, in the
+      mean over uneven counts.
+    - idle: a masked GEMM looks at all experts of the rank, those without a token too.
 
     A rank without pairs takes the launch time: its kernels run all the same (CUDA graphs).
 
@@ -77,6 +94,10 @@ def expert_time_us(
         Experts of the rank with at least one token; broadcasts with `pairs`.
     dtype : str
         Type of weights and inputs, 'bf16', 'fp8' or 'fp4' (NVFP4); shares of the peak were measured in FP8 only.
+    local_experts : float array
+        Slots of the rank, with and without tokens. Where nobody says: the number whose chance of `distinct_experts` under
+        `pairs` random picks is best. With a pair for each distinct expert there is no best number; then, and at most,
+        the geometric mean of the fewest (the distinct ones) and the most (half of the model's, at EP 2) is taken.
 
     Returns
     -------
@@ -87,18 +108,69 @@ def expert_time_us(
     ------
     InputError
         Unknown names, a model whose sizes are not known, a type that the GPU has no peak for, or loads that are
-        negative, NaN or inconsistent: more distinct experts than pairs or than the model has, or pairs on no expert.
+        negative, NaN or inconsistent: more distinct experts than pairs, than local ones or than the model has, or pairs on
+        no expert.
 
     Examples
     --------
-    A rank of EP 32 that reads 8 experts of DeepSeek-V3, 352 MB:
+    A rank of EP 32 that has 8 experts of DeepSeek-V3 and reads them all, 352 MB:
 
-    >>> expert_time_us("deepseek-v3", "h200", pairs=[0, 8, 256], distinct_experts=[0, 8, 8]).round(0)
-    array([ 30., 118., 119.])
+    >>> expert_time_us("deepseek-v3", "h200", pairs=[0, 8, 256], distinct_experts=[0, 8, 8], local_experts=8).round(0)
+    array([ 24., 114., 115.])
     """
     model = load_model(model)
     rates = expert_rates(model, gpu, dtype)
-    return rates.launch_us + np.maximum(*_parts_us(model, rates, pairs, distinct_experts))
+    pairs, distinct = _loads(model, pairs, distinct_experts)
+    if local_experts is None:
+        local = likely_local_experts(model, pairs, distinct)
+    else:
+        most = as_numbers("local_experts", local_experts, 0)
+        pairs, distinct, local = together(pairs=pairs, distinct_experts=distinct, local_experts=most)
+        _refuse(distinct > local * (1 + 1e-9), distinct, local, "local_experts", "it must hold them all")
+    return time_ranks(rates, pairs, distinct, local)
+
+
+def time_ranks(rates: ExpertRates, pairs: np.ndarray, distinct: np.ndarray, local: np.ndarray) -> np.ndarray:
+    """Times of ranks by `rank_time_us`: loads as in `expert_time_us`, float64 of one shape, not checked."""
+    flat = (np.ascontiguousarray(values, float).reshape(-1) for values in (pairs, distinct, local))
+    times_us = np.empty(pairs.size)
+    _time_ranks(np.array(rates), *flat, times_us)
+    return times_us.reshape(pairs.shape)
+
+
+@kernel
+def rank_time_us(rates, pairs, distinct, local):
+    """Time of one rank and whether it grows with the rank's pairs; rates float64, the fields of ExpertRates."""
+    launch_us, idle_us, spread_us, us_per_expert, us_per_pair, us_per_row, tile_rows, sharpness = rates
+    fixed_us = launch_us + idle_us * (local - distinct)
+    if distinct <= 0.0:
+        return fixed_us, False
+    memory_us = distinct * us_per_expert + pairs * us_per_pair
+    tiles_us = us_per_row * distinct * tile_rows
+    rows_us = us_per_row * (pairs + distinct * (tile_rows / 2))
+    compute_us = max(tiles_us, rows_us)
+    most_us, least_us = max(memory_us, compute_us), min(memory_us, compute_us)
+    fixed_us += spread_us * (1.0 - 1.0 / max(distinct, 1.0))
+    bent_us = most_us * (1.0 + (least_us / most_us) ** sharpness) ** (1.0 / sharpness)
+    return fixed_us + bent_us, rows_us > tiles_us and rows_us > memory_us
+
+
+@kernel
+def _time_ranks(rates, pairs, distinct, local, times_us):
+    for i in range(len(pairs)):
+        times_us[i], _ = rank_time_us(rates, pairs[i], distinct[i], local[i])
+
+
+def likely_local_experts(model: ModelSpec, pairs: np.ndarray, distinct: np.ndarray) -> np.ndarray:
+    """Experts that a rank most likely has, of which `pairs` random picks hit `distinct`; see `expert_time_us`.
+
+    With x = pairs / local the picks hit local (1 - exp(-x)), so (1 - exp(-x)) / x = distinct / pairs.
+    """
+    most = np.maximum(distinct, np.sqrt(distinct * model.n_experts / 2))
+    a = np.divide(pairs, distinct, out=np.ones(np.shape(pairs)), where=distinct > 0)
+    x = np.maximum(a + lambertw(-a * np.exp(-a)).real, 0.0)
+    likely = np.divide(pairs, x, out=np.full(np.shape(pairs), np.inf), where=x > 1e-6)
+    return np.clip(likely, distinct, most)
 
 
 def ideal_times_us(
@@ -112,44 +184,41 @@ def ideal_times_us(
     """Times to move the bytes at the whole bandwidth, and to do the operations at the whole peak: the two sides of
     `expert_time_us`, which takes the same arguments, before its constants.
     """
-    model, gpu, kernel = load_model(model), as_gpu(gpu), grouped_gemm_profile()
-    memory_us, compute_us = _parts_us(model, expert_rates(model, gpu, dtype), pairs, distinct_experts)
-    return memory_us * kernel.bandwidth_fraction, compute_us * (gpu.peak_fraction or kernel.peak_fraction)
-
-
-def _parts_us(
-    model: ModelSpec, rates: ExpertRates, pairs: ArrayLike, distinct_experts: ArrayLike
-) -> tuple[np.ndarray, np.ndarray]:
-    """Times of memory and of arithmetic, loads checked."""
-    pairs, distinct = as_numbers("pairs", pairs, 0), as_numbers("distinct_experts", distinct_experts, 0)
-    pairs, distinct = together(pairs=pairs, distinct_experts=distinct)
-    _check_loads(model, pairs, distinct)
+    model, gpu = load_model(model), as_gpu(gpu)
+    rates, (bandwidth, peak) = expert_rates(model, gpu, dtype), reached_fractions(gpu)
+    pairs, distinct = _loads(model, pairs, distinct_experts)
     memory_us = distinct * rates.us_per_expert + pairs * rates.us_per_pair
-    return memory_us, rates.us_per_row * tile_padded_rows(pairs, distinct, rates.tile_rows)
+    return memory_us * bandwidth, rates.us_per_row * tile_padded_rows(pairs, distinct, rates.tile_rows) * peak
 
 
 def crossover_tokens(model: ModelSpec, rates: ExpertRates) -> float:
     """Tokens per step from which, under even load, a rank's time grows with its tokens.
 
     Below, it grows with its distinct experts alone: their weights are read, or a tile of each is computed, whichever
-    takes longer. The same for every EP size.
+    takes longer. The same for every EP size. The time bends smoothly there; this is where the two straight parts meet.
     """
     half_tile = rates.tile_rows / 2
     read = (rates.us_per_expert - rates.us_per_row * half_tile) / (rates.us_per_row - rates.us_per_pair)
     return max(read, half_tile) * model.n_experts / model.top_k
 
 
-def tile_padded_rows(pairs: np.ndarray, distinct: np.ndarray, tile_rows: int) -> np.ndarray:
+def tile_padded_rows(pairs: np.ndarray, distinct: np.ndarray, tile_rows: float) -> np.ndarray:
     """Rows that a grouped GEMM computes for `pairs` over `distinct` experts, padded to tiles of `tile_rows`."""
     return np.maximum(distinct * tile_rows, pairs + distinct * (tile_rows / 2))
 
 
-def _check_loads(model: ModelSpec, pairs: np.ndarray, distinct: np.ndarray) -> None:
-    for wrong, rule in (
-        (distinct > pairs * (1 + 1e-9), "each takes at least one pair"),
-        ((distinct == 0) & (pairs > 0), "pairs need an expert"),
-        (distinct > model.n_experts, f"{model.name} has {model.n_experts}"),
-    ):
-        if wrong.any():
-            d, p = distinct[wrong].flat[0], pairs[wrong].flat[0]
-            raise InputError(f"distinct_experts {d:g} with pairs {p:g}: {rule}")
+def _loads(model: ModelSpec, pairs: ArrayLike, distinct_experts: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    """Loads as float arrays of one shape, checked."""
+    pairs, distinct = together(
+        pairs=as_numbers("pairs", pairs, 0), distinct_experts=as_numbers("distinct_experts", distinct_experts, 0)
+    )
+    _refuse(distinct > pairs * (1 + 1e-9), distinct, pairs, "pairs", "each takes at least one pair")
+    _refuse((distinct == 0) & (pairs > 0), distinct, pairs, "pairs", "pairs need an expert")
+    _refuse(distinct > model.n_experts, distinct, pairs, "pairs", f"{model.name} has {model.n_experts}")
+    return pairs, distinct
+
+
+def _refuse(wrong: np.ndarray, distinct: np.ndarray, other: np.ndarray, name: str, rule: str) -> None:
+    if wrong.any():
+        d, value = distinct[wrong].flat[0], other[wrong].flat[0]
+        raise InputError(f"distinct_experts {d:g} with {name} {value:g}: {rule}")

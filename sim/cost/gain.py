@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from sim.cost.exchange import DEFAULT_EXCHANGE, exchange_kind
 from sim.cost.expert import crossover_tokens, expert_rates
 from sim.cost.gpu import Gpu
 from sim.cost.inputs import as_numbers
 from sim.cost.steps import StepSample, sample_steps
-from sim.cost.times import CellTimes, balanced_times, cell_times, check_exchange, with_network
+from sim.cost.times import CellTimes, balanced_times, cell_times, with_network
 from sim.errors import InputError
 from sim.model import ModelSpec, load_model
 from sim.placement import strategy_name
@@ -22,9 +23,9 @@ from sim.traffic import Workload
 PERFECT = "perfect balance"
 """Pairs and distinct experts spread evenly over ranks: the least time that any placement could take."""
 
-KNEE = (1 / 3, 6.0)
-"""Tokens over the crossover between which times bend from memory to arithmetic: the model has a corner there, kernels do not.
-Gains of EPLB that were measured on an H100 (results/measured/h100-copies.csv.gz) leave the predicted ones there, and only there.
+KNEE = {"bf16": (0.3, 3.0), "fp8": (0.3, 6.0), "fp4": (0.3, 6.0)}
+"""Tokens over the crossover between which measured gains (results/measured) leave the predicted ones by more than 5 points, by
+type: there kernels step at whole tiles, which pairs and distinct experts do not tell. Of fp4 nothing was measured.
 """
 
 
@@ -43,7 +44,7 @@ def predict_gain(
     placement: str | list[str] = "round_robin",
     baseline: str = "linear",
     dtype: str = "fp8",
-    exchange: str = "deepep_low_latency",
+    exchange: str | list[str] = DEFAULT_EXCHANGE,
     network_gb_per_s: float | None = None,
     moe_share: float | None = None,
     step_us: float | None = None,
@@ -62,8 +63,8 @@ def predict_gain(
     baseline : str
     dtype : str
         Type of weights and inputs, see `expert_time_us`.
-    exchange : str
-        A name of EXCHANGES.
+    exchange : str or list of str
+        Kinds of exchange, or backends that stand for one (`sim.cost.exchange.KINDS`, `BACKENDS`).
     network_gb_per_s : float
         Network bandwidth of one GPU and direction, where another than the GPU's own.
     moe_share : float
@@ -77,12 +78,14 @@ def predict_gain(
     Returns
     -------
     DataFrame
-        One row per GPU, placement, EP size and number of tokens. `layer_saved` is 1 - time / baseline's time of a layer, with its
-        paired 95 % interval over layer draws; `experts_saved` leaves the exchange out; `step_saved` is of the whole step,
-        where its rest is known. `load_bound`: share of the baseline's layers whose slowest rank's time grows with its
-        tokens, and not with its distinct experts alone; `crossover_tokens`: where that begins under even load.
+        One row per exchange, GPU, placement, EP size and number of tokens. `layer_saved` is 1 - time / baseline's time of a
+        layer, with its paired 95 % interval over layer draws; `experts_saved` leaves the exchange out; `step_saved` is of
+        the whole step, where its rest is known. `load_bound`: share of the baseline's layers whose slowest rank's time
+        grows with its tokens, and not with its distinct experts alone; `crossover_tokens`: where that begins under even
+        load.
         `imbalance`, `idle_ranks`, `ranks_per_token` and `nodes_per_token` are means over layers and steps.
-        `extrapolated`: the exchange lies beyond what was measured. `knee`: the tokens lie within KNEE of the crossover.
+        `extrapolated`: the exchange lies beyond what was measured. `knee`: the tokens lie within KNEE of
+        the crossover.
 
     Raises
     ------
@@ -96,21 +99,24 @@ def predict_gain(
         same = placements[names.index(strategy_name(baseline))]
         raise InputError(f"`baseline` {baseline} and `placement` {same} are the same: there is nothing to compare")
     names, baseline = list(dict.fromkeys(names)), strategy_name(baseline)
-    check_exchange(exchange)
+    exchanges = list(dict.fromkeys(exchange if isinstance(exchange, list) else [exchange]))
+    kinds = {name: exchange_kind(name) for name in exchanges}
     rest = _check_rest(moe_share, step_us)
     chips = [with_network(gpu, network_gb_per_s) for gpu in (gpus if isinstance(gpus, list) else [gpus])]
     rates = [expert_rates(model, gpu, dtype) for gpu in chips]
     sampled = [baseline, *(name for name in names if name != PERFECT)]
-    sample = sample_steps(model, workload, rates, placements=sampled, **sampling)
+    sample = sample_steps(
+        model, workload, rates, placements=sampled, counts_received="token" in kinds.values(), **sampling
+    )
     grid, rows = sample.plan.grid, []
-    for (rate, gpu), name in product(enumerate(chips), names):
+    for (exchange, kind), (rate, gpu), name in product(kinds.items(), enumerate(chips), names):
         for base in np.flatnonzero(grid.baseline_cells == np.arange(len(grid.cells))).tolist():
-            old = cell_times(sample, base, rate, gpu, exchange)
+            old = cell_times(sample, base, rate, gpu, kind)
             if name == PERFECT:
-                cell, new = None, balanced_times(sample, base, gpu, dtype, exchange)
+                cell, new = None, balanced_times(sample, base, gpu, dtype, kind)
             else:
                 cell = base + sampled.index(name) * len(grid.cells) // len(sampled)
-                new = cell_times(sample, cell, rate, gpu, exchange)
+                new = cell_times(sample, cell, rate, gpu, kind)
             row: dict[str, object] = {"model": model.name, "workload": grid.workload, "gpu": gpu.name, "dtype": dtype}
             row |= {"exchange": exchange, "baseline": baseline, "placement": name}
             row |= {"ep_size": int(grid.ep_size_of_cell[base]), "tokens": int(grid.tokens_of_cell[base])}
@@ -118,7 +124,9 @@ def predict_gain(
             row |= _loads_row(sample, cell, "") | {"load_bound": float(sample.load_bound[base][..., rate].mean())}
             crossover = crossover_tokens(model, rates[rate])
             of_crossover = int(grid.tokens_of_cell[base]) / crossover
-            rows.append({**row, "crossover_tokens": crossover, "knee": KNEE[0] <= of_crossover <= KNEE[1]})
+            rows.append(
+                {**row, "crossover_tokens": crossover, "knee": KNEE[dtype][0] <= of_crossover <= KNEE[dtype][1]}
+            )
     return pd.DataFrame(rows)
 
 

@@ -13,7 +13,7 @@ from sim.files import read_toml
 
 DTYPES = ("bf16", "fp8", "fp4")
 _NEEDED = ("hbm_tb_per_s", "bf16_tflops", "scale_up_gb_per_s")
-_OPTIONAL = ("fp8_tflops", "fp4_tflops", "scale_out_gb_per_s", "peak_fraction")
+_OPTIONAL = ("fp8_tflops", "fp4_tflops", "scale_out_gb_per_s", "bandwidth_fraction", "peak_fraction")
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,9 @@ class Gpu:
         Dense tensor-core peaks, TFLOPS; None where the chip does not compute in the type.
     scale_up_gb_per_s, scale_out_gb_per_s : float
         NVLink and network bandwidth of one GPU per direction, GB/s; scale-out None where it differs by cluster.
-    peak_fraction : float
-        Share of the peak that a grouped GEMM was measured to reach on this chip; None: the kernel profile's.
+    bandwidth_fraction, peak_fraction : float
+        Shares of memory bandwidth and peak that a grouped GEMM was measured to reach on this chip; None: the kernel
+        profile's.
     unverified : tuple of str
         Fields whose numbers are from secondary sources.
     source : str
@@ -44,6 +45,7 @@ class Gpu:
     fp8_tflops: float | None = None
     fp4_tflops: float | None = None
     scale_out_gb_per_s: float | None = None
+    bandwidth_fraction: float | None = None
     peak_fraction: float | None = None
     unverified: tuple[str, ...] = ()
     source: str = ""
@@ -56,7 +58,7 @@ class Gpu:
             value = getattr(self, field)
             if value is None and field in _OPTIONAL:
                 continue
-            most = 1.0 if field == "peak_fraction" else 1e6
+            most = 1.0 if field.endswith("_fraction") else 1e6
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= most:
                 raise InputError(f"{where}{field} must be a number above 0 and at most {most:g}, not {shown(value)}")
         if not isinstance(self.source, str):
@@ -86,8 +88,8 @@ def gpu_names() -> list[str]:
     return list(_presets())
 
 
-def load_gpu(name_or_path: str | Path) -> Gpu:
-    """Describe a GPU by preset name, or from the path of a .toml file with a preset's keys.
+def load_gpu(name_or_path: str | Path | Gpu) -> Gpu:
+    """Describe a GPU by preset name, or from the path of a .toml file with a preset's keys; a Gpu is returned as it is.
 
     Raises
     ------
@@ -99,6 +101,8 @@ def load_gpu(name_or_path: str | Path) -> Gpu:
     >>> load_gpu("h200").hbm_tb_per_s
     4.8
     """
+    if isinstance(name_or_path, Gpu):
+        return name_or_path
     name = str(name_or_path)
     if name.endswith(".toml"):
         fields = {"name": Path(name).stem, **read_toml(Path(name), f"gpu file {name}")}

@@ -20,6 +20,7 @@ def layer_time_us(
     distinct_experts: ArrayLike,
     exchange_us: ArrayLike = 0.0,
     dtype: str = "fp8",
+    local_experts: ArrayLike | None = None,
 ) -> np.ndarray:
     """Time of one MoE layer's routed experts: the slowest rank's computation and the exchange, in microseconds.
 
@@ -27,7 +28,7 @@ def layer_time_us(
 
     Parameters
     ----------
-    pairs, distinct_experts : float array [..., ranks]
+    pairs, distinct_experts, local_experts : float array [..., ranks]
         As in `expert_time_us`, for every rank.
     exchange_us : float array [...]
         Dispatch and combine, from `exchange_time_us`.
@@ -36,7 +37,9 @@ def layer_time_us(
     -------
     float array [...]
     """
-    experts_us = expert_time_us(model, gpu, pairs=pairs, distinct_experts=distinct_experts, dtype=dtype)
+    experts_us = expert_time_us(
+        model, gpu, pairs=pairs, distinct_experts=distinct_experts, dtype=dtype, local_experts=local_experts
+    )
     if np.ndim(experts_us) == 0 or np.shape(experts_us)[-1] == 0:
         raise InputError(f"pairs {np.shape(experts_us)}: the last axis must be the ranks, at least one")
     return np.max(experts_us, axis=-1) + as_numbers("exchange_us", exchange_us, 0)

@@ -8,11 +8,12 @@ import numpy as np
 import pandas as pd
 from scipy.special import stdtrit
 
+from sim.cost.exchange import DEFAULT_EXCHANGE, exchange_kind
 from sim.cost.expert import expert_rates
 from sim.cost.gpu import Gpu
 from sim.cost.layer import sglang_over_layers, vllm_over_layers
 from sim.cost.steps import StepSample, sample_steps
-from sim.cost.times import cell_times, check_exchange, with_network
+from sim.cost.times import cell_times, with_network
 from sim.errors import InputError, shown
 from sim.files import open_stream, reading
 from sim.model import ModelSpec, load_model
@@ -39,7 +40,7 @@ def predict_steps(
     *,
     placements: str | list[str],
     dtype: str = "fp8",
-    exchange: str = "deepep_low_latency",
+    exchange: str = DEFAULT_EXCHANGE,
     network_gb_per_s: float | None = None,
     **sampling: Any,
 ) -> pd.DataFrame:
@@ -55,8 +56,15 @@ def predict_steps(
         each) and within them (one deployment's steps).
     """
     model, chip = load_model(model), with_network(gpu, network_gb_per_s)
-    check_exchange(exchange)
-    sample = sample_steps(model, workload, [expert_rates(model, chip, dtype)], placements=placements, **sampling)
+    kind = exchange_kind(exchange)
+    sample = sample_steps(
+        model,
+        workload,
+        [expert_rates(model, chip, dtype)],
+        placements=placements,
+        counts_received=kind == "token",
+        **sampling,
+    )
     grid, rows = sample.plan.grid, []
     for cell in range(len(grid.cells)):
         placement, ep_size = grid.pairs[grid.pair_of_cell[cell]]
@@ -67,14 +75,14 @@ def predict_steps(
             "ep_size": ep_size,
             "tokens": int(grid.tokens_of_cell[cell]),
         }
-        for metric, values in _of_steps(sample, cell, chip, exchange).items():
+        for metric, values in _of_steps(sample, cell, chip, kind).items():
             rows.append({**keys, "metric": metric, **_distribution(values, sample.set_of_step(cell))})
     return pd.DataFrame(rows)
 
 
-def _of_steps(sample: StepSample, cell: int, gpu: Gpu, exchange: str) -> dict[str, np.ndarray]:
+def _of_steps(sample: StepSample, cell: int, gpu: Gpu, kind: str) -> dict[str, np.ndarray]:
     """Each of METRICS of a cell's steps, float64 [steps]."""
-    times, mean_load = cell_times(sample, cell, 0, gpu, exchange), float(sample.plan.grid.mean_load(cell))
+    times, mean_load = cell_times(sample, cell, 0, gpu, kind), float(sample.plan.grid.mean_load(cell))
     return {
         "balancedness_vllm": vllm_over_layers(mean_load, sample.max_load[cell]),
         "balancedness_sglang": sglang_over_layers(mean_load, sample.max_load[cell]),

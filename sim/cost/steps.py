@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from sim.cost.expert import ExpertRates
+from sim.cost.expert import ExpertRates, rank_time_us
 from sim.errors import InputError
 from sim.kernels import kernel, usable_processors
 from sim.model import ModelSpec
 from sim.options import LAYER_SETS, MOST_STEPS, StepOptions, check
+from sim.progress import track
 from sim.scoring import METRICS
 from sim.sweeps import make_plan
 from sim.sweeps.plan import Plan
@@ -49,6 +50,8 @@ class StepSample:
         Of each number of tokens (`plan.grid.steps`), the experts with at least one token.
     reached : list of int32 [steps, layers, 2]
         Of each pair, the ranks and nodes that the first token of a step is sent to.
+    received : list of int32 [steps, layers]
+        Of each cell, the tokens of the rank that receives most; 0 where they were not counted.
     """
 
     plan: Plan
@@ -60,6 +63,7 @@ class StepSample:
     idle_ranks: list[np.ndarray]
     active_experts: list[np.ndarray]
     reached: list[np.ndarray]
+    received: list[np.ndarray]
 
     def cell(self, placement: str, ep_size: int, tokens: int) -> int:
         """Index of a cell; ValueError if there is none."""
@@ -81,6 +85,7 @@ def sample_steps(
     most_steps: int = MOST_STEPS,
     budget_tokens: int = BUDGET_TOKENS,
     threads: int | None = None,
+    counts_received: bool = False,
     **of_plan: Any,
 ) -> StepSample:
     """Sample steps of every size and time their layers.
@@ -97,6 +102,9 @@ def sample_steps(
         Steps of each size: as many as the budget of routed tokens allows, at least 1, at most `most_steps`.
     threads : int
         By default all processors. The sample does not depend on it.
+    counts_received : bool
+        Whether received tokens are counted; where they cannot be, or not, they are taken as even over ranks, from the fan-out of
+        the first token of each step.
     **of_plan
         ep_sizes, tokens, placements, tokens_per_rank, ranks_per_node, seed, fit_tokens and fit_on of `sim.sweep`.
 
@@ -106,7 +114,8 @@ def sample_steps(
         As `sim.sweep`, and for a model whose number of MoE layers is not known.
     """
     check(StepOptions, layer_sets=layer_sets, most_steps=most_steps)
-    plan = make_plan(model, workload, bound_layers=0, trials=1, received="off", **of_plan)
+    received = "auto" if counts_received else "off"
+    plan = make_plan(model, workload, bound_layers=0, trials=1, received=received, **of_plan)
     n_layers = plan.workload.n_layers or plan.model.n_moe_layers
     if not n_layers:
         raise InputError(f"model {plan.model.name}: a step needs the number of MoE layers, which is not known")
@@ -125,14 +134,18 @@ def sample_steps(
         [np.empty(n, np.int32) for n in of_cell],
         [np.empty(n, np.int32) for n in blocks],
         [np.empty((int(blocks.max()), 2), np.int32) for _ in grid.pairs],
+        [np.zeros(n, np.int32) for n in of_cell],
     )
     chunks = _chunks(blocks, grid.steps, n_layers * n_sets)
     groups_of = cache(partial(place_pairs, plan, pairs=range(len(grid.pairs))))  # a draw comes again every n_sets steps
     constants = np.array(rates, float).reshape(len(rates), -1)
     with ThreadPoolExecutor(threads or usable_processors()) as pool:
-        list(pool.map(lambda trials: _run_chunk(sample, blocks, constants, groups_of, trials), chunks))
+        score = partial(_run_chunk, sample, blocks, constants, groups_of)
+        sizes = [len(chunk) * int(grid.steps[blocks > chunk.start].max()) for chunk in chunks]
+        list(track(pool.map(score, chunks), sizes, ["sampling"] * len(chunks)))
     for arrays in (
-        sample.slowest_us, sample.load_bound, sample.max_load, sample.idle_ranks, sample.active_experts, sample.reached
+        sample.slowest_us, sample.load_bound, sample.max_load, sample.idle_ranks, sample.active_experts, sample.reached,
+        sample.received,
     ):  # fmt: skip
         arrays[:] = [values.reshape(-1, n_layers, *values.shape[1:]) for values in arrays]
     return sample
@@ -174,6 +187,11 @@ def _run_chunk(
         sample.load_bound[cell][there] = load_bound[:, i]
         sample.max_load[cell][there] = seen.scores[:, i, METRICS.index("max_load")]
         sample.idle_ranks[cell][there] = seen.scores[:, i, METRICS.index("idle_ranks")]
+        if plan.grid.received:
+            sample.received[cell][there] = seen.scores[:, i, plan.grid.metrics.index("received_tokens_max")]
+        else:
+            spread = seen.reached[:, plan.grid.pair_of_cell[cell], 0].mean() / plan.grid.ep_size_of_cell[cell]
+            sample.received[cell][there] = round(plan.grid.tokens_of_cell[cell] * spread)
     for i, step in enumerate(live):
         sample.active_experts[step][there] = np.count_nonzero(seen.counts[:, i], axis=1)
     for pair, of_pair in enumerate(sample.reached):
@@ -186,7 +204,7 @@ def time_slowest_ranks(
 ):
     """Time of the slowest rank of each block under some cells.
 
-    Inputs as in `score_blocks`; constants float64 [rates, 5], the fields of ExpertRates; slowest_us float64 [trials,
+    Inputs as in `score_blocks`; constants float64 [rates, 8], the fields of ExpertRates; slowest_us float64 [trials,
     cells, rates], load_bound bool of that shape.
     """
     all_experts, all_bounds = layouts.experts, layouts.bounds
@@ -202,11 +220,9 @@ def time_slowest_ranks(
                     pairs = count[np.uint16(experts[slot])]
                     load += pairs
                     distinct += pairs > 0
+                local = begin[2 + r] - begin[1 + r]
                 for g in range(constants.shape[0]):
-                    launch_us, us_per_expert, us_per_pair, us_per_row, tile_rows = constants[g]
-                    whole_us = max(distinct * us_per_expert + load * us_per_pair, us_per_row * distinct * tile_rows)
-                    rows_us = us_per_row * (load + distinct * (tile_rows / 2))
-                    time_us = launch_us + max(whole_us, rows_us)
+                    time_us, grows = rank_time_us(constants[g], float(load), float(distinct), float(local))
                     if time_us > slowest_us[t, c, g]:
                         slowest_us[t, c, g] = time_us
-                        load_bound[t, c, g] = rows_us > whole_us
+                        load_bound[t, c, g] = grows

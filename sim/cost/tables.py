@@ -17,14 +17,21 @@ class GroupedGemm:
         The kernel, and what its constants were fitted to.
     launch_us : float
         Time of a layer without work: launches, activation and quantisation kernels, ramp-up.
+    idle_us, spread_us : float
+        Time of each expert of the rank without a token, and of many distinct experts over that of one.
+    sharpness : float
+        Exponent of the sum of the times of memory and arithmetic: they add up at 1, the longer one counts at infinity.
     bandwidth_fraction, peak_fraction : float
-        Shares of the memory bandwidth and of the dense peak that it reaches.
+        Shares of the memory bandwidth and of the dense peak that it reaches, on a GPU that has none of its own.
     tile_rows : int
         Rows that each expert's tokens are padded to a multiple of.
     """
 
     name: str
     launch_us: float
+    idle_us: float
+    spread_us: float
+    sharpness: float
     bandwidth_fraction: float
     peak_fraction: float
     tile_rows: int
@@ -33,23 +40,44 @@ class GroupedGemm:
 
 @dataclass(frozen=True)
 class Exchange:
-    """What an all-to-all reaches of the links.
+    """What an exchange of one kind reaches of the links. Pairs are of dispatch and combine.
 
     Attributes
     ----------
-    name, source : str
-        The kernel, and what its constants were fitted to.
-    latency_us : float
-        Time of one direction without traffic.
-    scale_up_fraction, scale_out_fraction : float
-        Shares of NVLink and network bandwidth that it reaches.
+    kind : str
+        token, pair, gather or reduce.
+    gpus : tuple of str
+        Presets that it is for; empty: all others.
+    floor_us : pair of float
+        Time of a direction with hardly any traffic.
+    floor_falls : pair of float
+        The floor falls with the tokens per rank to this power.
+    bytes_per_value : pair of float
+        FP8 with a 4-byte scale for every 128 values, and BF16.
+    scale_up_fraction, scale_out_fraction : pair of float
+        Shares of NVLink and network bandwidth that are reached.
+    measured_on : str
+        GPU that the constants were fitted to; empty where there was none.
+    measured_ep_size, measured_tokens : pair of int
+        From and to: EP sizes and tokens per rank of that fit.
+    source : str
     """
 
-    name: str
-    latency_us: float
-    scale_up_fraction: float
-    scale_out_fraction: float
+    kind: str
+    gpus: tuple[str, ...]
+    floor_us: tuple[float, float]
+    scale_up_fraction: tuple[float, float]
+    scale_out_fraction: tuple[float, float]
     source: str
+    floor_falls: tuple[float, float] = (0.0, 0.0)
+    bytes_per_value: tuple[float, float] = (1 + 4 / 128, 2.0)
+    measured_on: str = ""
+    measured_ep_size: tuple[int, int] = (0, 0)
+    measured_tokens: tuple[int, int] = (0, 0)
+
+
+EXCHANGE_SHARPNESS = 1.5
+"""Exponent of the sum of an exchange's floor and link time, chosen by leaving one size out of the published tables."""
 
 
 def _read(name: str) -> dict[str, Any]:
@@ -63,9 +91,20 @@ def grouped_gemm_profile() -> GroupedGemm:
 
 
 @cache
-def exchange_profile() -> Exchange:
-    """The kernel that exchange times are computed for."""
-    return Exchange(**_read("kernels.toml")["exchange"])
+def exchange_profiles() -> list[Exchange]:
+    """Constants of all kinds of exchange."""
+    rows: list[dict[str, Any]] = _read("kernels.toml")["exchange"]
+    pairs: list[dict[str, Any]] = [
+        {key: tuple(value) if isinstance(value, list) else value for key, value in row.items()} for row in rows
+    ]
+    return [Exchange(**row) for row in pairs]
+
+
+def exchange_profile(kind: str, gpu: str) -> Exchange:
+    """Constants of a kind on a GPU: its own, or those for all others."""
+    of_kind = [profile for profile in exchange_profiles() if profile.kind == kind]
+    own = [profile for profile in of_kind if gpu in profile.gpus]
+    return own[0] if own else next(profile for profile in of_kind if not profile.gpus)
 
 
 @cache

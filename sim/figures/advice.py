@@ -22,7 +22,9 @@ def advice_by_tokens(gains: pd.DataFrame, reference: str) -> Figure:
     looks: dict[str, dict[str, Any]] = {name: look(name) for name in names if name != reference}
     looks[reference] = {"color": "#999999", "linestyle": (0, (6, 2)), "marker": ""}
     base = rows[rows.placement == names[0]]
-    balance.plot(base.tokens, base.baseline_imbalance, **look("linear"))
+    current = base.baseline.iloc[0]
+    looks.setdefault(current, look(current))
+    balance.plot(base.tokens, base.baseline_imbalance, **looks[current])
     for name in names:
         mine = rows[rows.placement == name]
         style: dict[str, Any] = looks[name]
@@ -34,13 +36,13 @@ def advice_by_tokens(gains: pd.DataFrame, reference: str) -> Figure:
             balance.fill_between(
                 mine.tokens, mine.imbalance_low, mine.imbalance_high, color=style["color"], alpha=0.15, linewidth=0
             )
-    saved.axhline(0, **look("linear") | {"marker": "", "linewidth": 0.8})
+    saved.axhline(0, **looks[current] | {"marker": "", "linewidth": 0.8})
     crossover = rows.crossover_tokens.iloc[0]
     if rows.tokens.min() <= crossover <= rows.tokens.max():
         saved.axvline(crossover, color="#999999", linewidth=0.8)
     imbalance_axis(balance, "y")
     for ax, title, text in (
-        (saved, "time saved over linear", "layer time saved (%)"),
+        (saved, f"time saved over {label(current)}", "layer time saved (%)"),
         (balance, "imbalance of ranks", "mean imbalance (max / mean load)"),
     ):
         log2_ticks(ax, list(rows.tokens))
@@ -57,7 +59,7 @@ def advice_by_tokens(gains: pd.DataFrame, reference: str) -> Figure:
         ha="left",
     )
     handles = [
-        Line2D([], [], label=label(name), **style) for name, style in {"linear": look("linear"), **looks}.items()
+        Line2D([], [], label=label(name), **style) for name, style in ({current: looks[current]} | looks).items()
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
     return figure

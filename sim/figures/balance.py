@@ -1,125 +1,239 @@
-"""Averages and who bears them: imbalance against tokens, load of each rank, imbalance against fan-out."""
+"""What a placement buys and who pays: ratios to the baseline, load of each rank, imbalance against fan-out."""
+
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from sim.figures.style import (
+    Sweep,
     add_legend,
+    chosen_sizes,
+    differing_sizes,
     distinct_placements,
+    ep_sizes_of,
     imbalance_axis,
     label_outer,
     log2_ticks,
     look,
+    nearest,
     panels,
-    pick_ep_sizes,
     placements_of,
     set_title,
+    sideways,
     styled,
     title_panel,
     tokens_near,
     tokens_text,
+    twins_text,
 )
-from sim.results import SweepResult
-from sim.stats import Design, Moments, mean_interval
+
+_STEPS = {"small": 8, "middle": 256, "large": 8192}
+_MOST_CHANGE = 0.1  # a change beyond is marked at the edge, so that it does not hide the others
+_UNEVEN = 0.02
 
 
 @styled
-def imbalance_by_tokens(result: SweepResult) -> Figure:
-    """Mean (above) and p99 (below) imbalance against tokens per step, a column per EP size."""
-    sizes = pick_ep_sizes(result, (8, 16, 32, 64), 4)
-    figure, axes = panels(2 * len(sizes), len(sizes), 2.2, sharey=False)
-    drawn: list[str] = []
+def against_baseline(result: Sweep) -> Figure | None:
+    """What another placement buys: mean (above) and p99 (below) of the busiest rank's load relative to the baseline,
+    against EP size, for small, middle and large steps. None where the sweep has one placement.
+    """
+    ratios, names = result.against_baseline(), placements_of(result)
+    if len(names) < 2:
+        return None
+    steps = list(dict.fromkeys(nearest(sorted(result.summary.tokens.unique()), wanted) for wanted in _STEPS.values()))
+    near = [tokens_near(result, step) for step in steps]
+    figure, axes = panels(2 * len(steps), len(steps), 2.4, sharey="row")
+    sizes = ep_sizes_of(result)
+    beyond = False
     for i, ax in enumerate(axes):
-        statistic, ep_size = ("imbalance_mean", "imbalance_p99")[i // len(sizes)], sizes[i % len(sizes)]
-        names, twins = distinct_placements(result, ep_size)
+        what, of_size = ("mean", "p99")[i // len(steps)], near[i % len(steps)]
+        rows = ratios[(ratios.tokens == ratios.ep_size.map(of_size)) & ratios.ep_size.isin(sizes)]
+        for j, name in enumerate(names):
+            beyond |= _draw_ratio(ax, rows[rows.placement == name].sort_values("ep_size"), what, name, (j, len(names)))
+        log2_ticks(ax, sizes, apart=1.6)
+        if i < len(steps):
+            text = tokens_text({size: of_size[size] for size in sizes}).replace(" per step", "")
+            title_panel(ax, f"{list(_STEPS)[i].capitalize()} steps: {text}" if len(steps) == len(_STEPS) else text)
+    label_outer(axes, "EP size (ranks)", "")
+    for row, what in enumerate(("mean", "p99")):
+        _ratio_axes(axes[row * len(steps) : (row + 1) * len(steps)])
+        axes[row * len(steps)].set_ylabel(f"busiest rank, {what}:\nchange over {names[0]}")
+    note = "the p99 is a whole number of pairs, and jumps in small steps"
+    note += f"; triangle at the top: more than +{_MOST_CHANGE:.0%}" if beyond else ""
+    text = f"What another placement buys: load of the busiest rank relative to {names[0]} (below 0 is better)"
+    set_title(figure, result, text, note)
+    add_legend(figure, result, names)
+    return figure
+
+
+def _draw_ratio(ax: Axes, rows: pd.DataFrame, what: str, name: str, place: tuple[int, int], x: str = "ep_size") -> bool:
+    """A line of ratios with its band; whether some of it is beyond the axis."""
+    style = look(name)
+    change = rows[what] - 1
+    over = change > _MOST_CHANGE
+    ax.plot(rows[x], change.mask(over), **style | {"markersize": 3.5})
+    low, high = (rows[f"{what}{end}"] - 1 for end in ("_low", "_high"))
+    ax.fill_between(rows[x], low, high, where=~over, color=style["color"], alpha=0.12, linewidth=0)
+    ax.plot(
+        rows[x][over],
+        np.full(int(over.sum()), 0.9 * _MOST_CHANGE),
+        **{"linestyle": "", "marker": "^", "markersize": 6, "color": style["color"], "markerfacecolor": "white"},
+        transform=sideways(ax, *place, apart=1.5),
+    )
+    return bool(over.any())
+
+
+def _ratio_axes(axes: Sequence[Axes]) -> None:
+    """One y for a row of panels, in %: from the largest saving of a line to 0 and what is above."""
+    drawn = np.concatenate([np.asarray(line.get_ydata(), float) for ax in axes for line in ax.get_lines()])
+    low, high = float(np.nanmin(drawn, initial=0.0)), float(np.nanmax(drawn, initial=0.0))
+    axes[0].set_ylim(1.1 * low - 0.005, min(max(1.1 * high, 0.02), _MOST_CHANGE))
+    for ax in axes:
+        ax.axhline(0, color="#888888", linewidth=0.8, zorder=0)
+        ax.yaxis.set_major_locator(MaxNLocator(nbins=6))
+        ax.yaxis.set_major_formatter(FuncFormatter(_percent))
+
+
+def _percent(value: float, _: object) -> str:
+    return "0 %" if abs(value) < 1e-9 else f"{100 * value:+.0f} %".replace("-", "\N{MINUS SIGN}")
+
+
+@styled
+def imbalance_by_tokens(result: Sweep) -> Figure | None:
+    """Mean (above) and p99 (below) of the busiest rank's load relative to the baseline, against tokens per step, a column
+    per EP size. None where the sweep has one placement.
+    """
+    ratios, placements = result.against_baseline(), placements_of(result)
+    sizes = differing_sizes(result, (8, 16, 32, 64), 4)
+    if len(placements) < 2 or not sizes:
+        return None
+    figure, axes = panels(2 * len(sizes), len(sizes), 2.2, sharey="row")
+    drawn: list[str] = []
+    beyond = False
+    for i, ax in enumerate(axes):
+        what, ep_size = ("mean", "p99")[i // len(sizes)], sizes[i % len(sizes)]
+        names = distinct_placements(result, ep_size)[0]
         drawn += names
-        for placement in names:
-            of_pair = (result.summary.placement == placement) & (result.summary.ep_size == ep_size)
-            rows = result.summary[of_pair].sort_values("tokens")
-            style = look(placement)
-            ax.plot(rows.tokens, rows[statistic], **style | {"markersize": 3})
-            ax.fill_between(
-                rows.tokens,
-                rows[f"{statistic}_low"],
-                rows[f"{statistic}_high"],
-                color=style["color"],
-                alpha=0.15,
-                linewidth=0,
-            )
+        for j, name in enumerate(names):
+            rows = ratios[(ratios.placement == name) & (ratios.ep_size == ep_size)].sort_values("tokens")
+            beyond |= _draw_ratio(ax, rows, what, name, (j, len(names)), "tokens")
         log2_ticks(ax, sorted(rows.tokens), apart=7)
-        imbalance_axis(ax, "y")
         if i < len(sizes):
-            title_panel(ax, f"EP {ep_size}", twins)
-        else:
-            ax.set_xlabel("tokens per step")
-        if i % len(sizes) == 0:
-            ax.set_ylabel(("mean" if i < len(sizes) else "p99") + " imbalance (max / mean)")
-    set_title(figure, result, "Imbalance against tokens per step: mean above, p99 below (log axes)")
+            title_panel(ax, f"EP {ep_size}")
+    label_outer(axes, "tokens per step", "")
+    for row, what in enumerate(("mean", "p99")):
+        _ratio_axes(axes[row * len(sizes) : (row + 1) * len(sizes)])
+        axes[row * len(sizes)].set_ylabel(f"busiest rank, {what}:\nchange over {placements[0]}")
+    text = f"By tokens per step: load of the busiest rank relative to {placements[0]} (below 0 is better)"
+    note = f"triangle at the top: more than +{_MOST_CHANGE:.0%}" if beyond else ""
+    set_title(figure, result, text, note, twins_text(result, sizes), chosen_sizes(result, sizes))
     add_legend(figure, result, drawn)
     return figure
 
 
 @styled
-def load_by_rank(result: SweepResult) -> Figure:
-    """Mean load of each rank over the mean load, a panel per EP size: who is hot."""
-    sizes = pick_ep_sizes(result, (8, 12, 24, 48, 32, 64), 6)
-    counts = result.counts
-    figure, axes = panels(len(sizes), 3, 2.1)
-    summary = result.summary.sort_values("tokens").groupby(["placement", "ep_size"]).last()
+def load_by_rank(result: Sweep) -> Figure | None:
+    """Mean load of each rank over the mean load, a panel per EP size: who is hot. Drawn are the EP sizes at which the
+    interval of some rank is more than 2 % away from 1; None where there are none.
+    """
     studied = [name for name in placements_of(result) if name in ("linear", "linear_legacy", "round_robin")]
     studied = studied or placements_of(result)
+    loads: dict[int, dict[str, pd.DataFrame]] = {}
+    for ep_size in ep_sizes_of(result):
+        names = [name for name in distinct_placements(result, ep_size)[0] if name in studied]
+        of_size = {name: result.rank_loads(name, ep_size) for name in names}
+        if any(_is_uneven(rows) for rows in of_size.values()):
+            loads[ep_size] = of_size
+    if not loads:
+        return None
+    sizes = sorted(sorted(loads, key=lambda size: size not in (8, 12, 24, 48, 32, 64))[:6])
+    figure, axes = panels(len(sizes), 3, 2.1, sharey=False)
     for ax, ep_size in zip(axes, sizes, strict=True):
-        names, twins = distinct_placements(result, ep_size)
-        for placement in [name for name in names if name in studied]:
-            cell = summary.loc[(placement, ep_size)]
-            of_pair = counts[(counts.placement == placement) & (counts.ep_size == ep_size)]
-            loads = [
-                of_pair[of_pair.metric == f"rank_load{part}"].sort_values("value")["count"].to_numpy(float)
-                for part in ("", "_square", "_weighted")
-            ]
-            mean, low, high = mean_interval(Moments(*loads), Design.of(int(cell.trials), int(cell.draws)))
-            ranks, scale, style = np.arange(ep_size), mean.mean(), look(placement)
-            ax.plot(ranks, mean / scale, **style | {"markersize": 3, "linewidth": 0.8})
-            ax.fill_between(ranks, low / scale, high / scale, color=style["color"], alpha=0.15, linewidth=0)
-        title_panel(ax, f"EP {ep_size}", twins)
+        for name, rows in loads[ep_size].items():
+            style = look(name)
+            ax.plot(rows["rank"], rows.load, **style | {"markersize": 3 if ep_size <= 48 else 0, "linewidth": 0.8})
+            ax.fill_between(rows["rank"], rows.low, rows.high, color=style["color"], alpha=0.15, linewidth=0)
+        ax.axhline(1, color="#888888", linewidth=0.8, zorder=0)
+        title_panel(ax, f"EP {ep_size}")
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
     label_outer(axes, "rank", "mean load / average")
-    set_title(figure, result, f"Who is hot: mean load of each rank, {int(result.summary.tokens.max())} tokens per step")
+    text = f"Who is hot: mean load of each rank, {int(result.summary.tokens.max())} tokens per step"
+    left = [size for size in ep_sizes_of(result) if size not in loads]
+    even = f"even, and not drawn: EP {', '.join(map(str, left))}" if left else ""
+    set_title(figure, result, text, even, twins_text(result, sizes))
     add_legend(figure, result, studied)
     return figure
 
 
+def _is_uneven(rows: pd.DataFrame) -> bool:
+    """Whether the interval of some rank's load is more than 2 % away from 1."""
+    return bool(((rows.low > 1 + _UNEVEN) | (rows.high < 1 - _UNEVEN)).any())
+
+
 @styled
-def fan_out_trade(result: SweepResult, tokens: int = 512) -> Figure:
-    """Mean imbalance against ranks (above) and nodes (below) that a token is sent to, a column per EP size."""
+def fan_out_trade(result: Sweep, tokens: int = 512) -> Figure | None:
+    """Mean imbalance against ranks (above) and nodes (below) that a token is sent to, a column per EP size, on one scale.
+    None where the placements do not differ.
+    """
     steps = tokens_near(result, tokens)
-    sizes = pick_ep_sizes(result, (16, 32, 64, 128), 4)
-    figure, axes = panels(2 * len(sizes), len(sizes), 2.2, sharey=False)
+    sizes = differing_sizes(result, (16, 32, 64, 128), 4)
+    if len(placements_of(result)) < 2 or not sizes:
+        return None
     cells = result.summary.set_index(["placement", "ep_size", "tokens"]).sort_index()
+    drawn_cells = result.summary[result.summary.ep_size.isin(sizes)]
+    kinds = [what for what in ("ranks", "nodes") if (drawn_cells[f"{what}_per_token_mean"] > 1).any()]
+    figure, axes = panels(len(kinds) * len(sizes), len(sizes), 2.4)
     drawn: list[str] = []
     for i, ax in enumerate(axes):
-        what, ep_size = ("ranks", "nodes")[i // len(sizes)], sizes[i % len(sizes)]
-        names, twins = distinct_placements(result, ep_size)
+        what, ep_size = kinds[i // len(sizes)], sizes[i % len(sizes)]
+        names = distinct_placements(result, ep_size)[0]
         drawn += names
-        for placement in names:
-            cell = cells.loc[(placement, ep_size, steps[ep_size])]
-            x, y, style = cell[f"{what}_per_token_mean"], cell.imbalance_mean, look(placement)
-            ax.errorbar(
-                x,
-                y,
-                xerr=[[x - cell[f"{what}_per_token_mean_low"]], [cell[f"{what}_per_token_mean_high"] - x]],
-                yerr=[[y - cell.imbalance_mean_low], [cell.imbalance_mean_high - y]],
-                **style | {"linestyle": "", "markersize": 6, "elinewidth": 1},
-            )
-        ax.margins(0.2)
-        ax.xaxis.set_major_locator(MaxNLocator(nbins=4))
-        ax.yaxis.set_major_locator(MaxNLocator(nbins=5))
+        for name in names:
+            _draw_trade(ax, cells.loc[(name, ep_size, steps[ep_size])], what, name)
         ax.set_xlabel(f"{what} per token")
         if i < len(sizes):
-            title_panel(ax, f"EP {ep_size}", twins)
+            title_panel(ax, f"EP {ep_size}")
         if i % len(sizes) == 0:
             ax.set_ylabel("mean imbalance")
-    set_title(figure, result, f"Balance against fan-out (both: lower is better), {tokens_text(steps)}", "bars")
+    for row in range(len(kinds)):
+        _share_x(axes[row * len(sizes) : (row + 1) * len(sizes)])
+    low, high = axes[0].get_ylim()
+    for ax in axes:
+        imbalance_axis(ax, "y")
+        ax.set_ylim(max(1.0, 0.95 * low), 1.05 * high)
+    set_title(
+        figure,
+        result,
+        f"Balance against fan-out (both: lower is better), {tokens_text({size: steps[size] for size in sizes})}, one scale",
+        twins_text(result, sizes),
+        chosen_sizes(result, sizes),
+        ranges="bars",
+    )
     add_legend(figure, result, drawn, lines=False)
     return figure
+
+
+def _draw_trade(ax: Axes, cell: Any, what: str, name: str) -> None:
+    """A placement's point with both intervals."""
+    x, y = cell[f"{what}_per_token_mean"], cell.imbalance_mean
+    ax.errorbar(
+        x,
+        y,
+        xerr=[[x - cell[f"{what}_per_token_mean_low"]], [cell[f"{what}_per_token_mean_high"] - x]],
+        yerr=[[y - cell.imbalance_mean_low], [cell.imbalance_mean_high - y]],
+        **look(name) | {"linestyle": "", "markersize": 7, "markerfacecolor": "none", "elinewidth": 1},
+    )
+
+
+def _share_x(axes: list[Axes]) -> None:
+    """The range of all panels in each, with a margin."""
+    low, high = min(ax.get_xlim()[0] for ax in axes), max(ax.get_xlim()[1] for ax in axes)
+    edge = 0.04 * (high - low)
+    for ax in axes:
+        ax.set_xlim(low - edge, high + edge)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))

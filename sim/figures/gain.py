@@ -20,13 +20,15 @@ _GPU_LOOKS: list[Any] = [
 
 @styled
 def gain_by_tokens(gains: pd.DataFrame) -> Figure:
-    """Share of a layer's time that is saved against tokens per step, a panel per EP size, GPUs as lines."""
-    sizes = list(dict.fromkeys(gains.ep_size))
+    """Share of a layer's time that is saved against tokens per step, a panel per exchange and EP size, GPUs as lines."""
+    sizes = list(dict.fromkeys(zip(gains.exchange, gains.ep_size, strict=True)))
     gpus = list(dict.fromkeys(gains.gpu))
     figure, axes = panels(len(sizes), min(len(sizes), 4), 3.0)
-    for ax, ep_size in zip(axes, sizes, strict=True):
+    for ax, (exchange, ep_size) in zip(axes, sizes, strict=True):
         for gpu, (color, dashes, marker) in zip(gpus, _GPU_LOOKS * len(gpus), strict=False):
-            rows = gains[(gains.ep_size == ep_size) & (gains.gpu == gpu)].sort_values("tokens")
+            rows = gains[(gains.exchange == exchange) & (gains.ep_size == ep_size) & (gains.gpu == gpu)].sort_values(
+                "tokens"
+            )
             look: dict[str, Any] = {"color": color, "linestyle": dashes, "marker": marker, "markersize": 3}
             ax.plot(rows.tokens, 100 * rows.layer_saved, **look)
             low, high = 100 * rows.layer_saved_low, 100 * rows.layer_saved_high
@@ -35,10 +37,10 @@ def gain_by_tokens(gains: pd.DataFrame) -> Figure:
                 ax.axvline(rows.crossover_tokens.iloc[0], color=color, linestyle=dashes, linewidth=0.8)
         ax.axhline(0, color="#555555", linewidth=0.8)
         log2_ticks(ax, list(gains.tokens), apart=3.9)
-        title_panel(ax, f"EP {ep_size}")
+        title_panel(ax, f"EP {ep_size}, {exchange}" if gains.exchange.nunique() > 1 else f"EP {ep_size}")
     label_outer(axes, "tokens per step (whole EP group)", "layer time saved (%)")
     row = gains.iloc[0]
-    _title(figure, row)
+    _title(figure, row, ", ".join(dict.fromkeys(gains.exchange)))
     handles = [
         Line2D([], [], color=color, linestyle=dashes, marker=marker, markersize=3, label=gpu)
         for gpu, (color, dashes, marker) in zip(gpus, _GPU_LOOKS * len(gpus), strict=False)
@@ -47,9 +49,9 @@ def gain_by_tokens(gains: pd.DataFrame) -> Figure:
     return figure
 
 
-def _title(figure: Figure, row: Any) -> None:
+def _title(figure: Figure, row: Any, exchanges: str) -> None:
     figure.suptitle(
-        f"Predicted: time of a MoE layer that {row.placement} saves over {row.baseline} (exchange: {row.exchange})\n"
+        f"Predicted: time of a MoE layer that {row.placement} saves over {row.baseline} (exchange: {exchanges})\n"
         "upright lines: crossover, from where a rank's time grows with its tokens, not with its distinct experts alone\n"
         f"{row.model} in {row['dtype']}, {row.workload} traffic; bands: 95 %, paired",
         fontsize=10,

@@ -1,18 +1,14 @@
 """Whole layers as measured: what each placement gains under each exchange, and what the exchange itself takes."""
 
-from collections.abc import Sequence
-
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from sim.figures.style import label, label_outer, log2_ticks, look, panels, styled, title_panel
-from sim.measure.layer_compare import layer_gains
-from sim.measure.layer_plan import EXCHANGES
 
 
 @styled
-def measured_layer_gain(layers: pd.DataFrame, baseline: str = "linear", others: Sequence[str] = ()) -> Figure:
+def measured_layer_gain(layers: pd.DataFrame, gains: pd.DataFrame, baseline: str = "linear") -> Figure:
     """Gain of placements over a baseline in the time of a layer against tokens per step, with 95 % intervals: a row of
     panels per workload, a column per exchange.
 
@@ -20,15 +16,16 @@ def measured_layer_gain(layers: pd.DataFrame, baseline: str = "linear", others: 
     ----------
     layers : DataFrame
         From `sim.measure.layer_compare.read_layers`.
+    gains : DataFrame
+        From `sim.measure.layer_compare.layer_gains` over this baseline.
     """
-    table = layer_gains(layers, baseline, others)
-    exchanges, workloads = _exchanges(layers), list(dict.fromkeys(layers.workload))
-    placements = list(dict.fromkeys(table.placement))
+    exchanges, workloads = list(dict.fromkeys(layers.exchange)), list(dict.fromkeys(layers.workload))
+    placements = list(dict.fromkeys(gains.placement))
     figure, axes = panels(len(exchanges) * len(workloads), len(exchanges), 2.3)
     cells = [(workload, exchange) for workload in workloads for exchange in exchanges]
     for ax, (workload, exchange) in zip(axes, cells, strict=True):
         ax.axhline(0, color="#888888", linewidth=0.8)
-        of_panel = table[(table.workload == workload) & (table.exchange == exchange)]
+        of_panel = gains[(gains.workload == workload) & (gains.exchange == exchange)]
         for i, name in enumerate(placements):
             rows = of_panel[of_panel.placement == name].sort_values("tokens")
             x = rows.tokens * 2 ** (0.2 * (i - (len(placements) - 1) / 2))  # side by side, so that bars stay apart
@@ -45,7 +42,7 @@ def measured_layer_gain(layers: pd.DataFrame, baseline: str = "linear", others: 
 @styled
 def measured_exchange(layers: pd.DataFrame) -> Figure:
     """Time of the exchange alone against the most tokens that a rank receives (pair: pairs), a panel per exchange."""
-    exchanges, placements = _exchanges(layers), list(dict.fromkeys(layers.placement))
+    exchanges, placements = list(dict.fromkeys(layers.exchange)), list(dict.fromkeys(layers.placement))
     figure, axes = panels(len(exchanges), 4, 2.8)
     for ax, exchange in zip(axes, exchanges, strict=True):
         rows = layers[layers.exchange == exchange]
@@ -69,10 +66,6 @@ def measured_exchange(layers: pd.DataFrame) -> Figure:
     _title(figure, layers, "Measured time of dispatch and combine, each layer's slowest rank")
     _legend(figure, placements, lines=False)
     return figure
-
-
-def _exchanges(layers: pd.DataFrame) -> list[str]:
-    return [name for name in EXCHANGES if name in set(layers.exchange)]
 
 
 def _title(figure: Figure, layers: pd.DataFrame, text: str) -> None:

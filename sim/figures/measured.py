@@ -9,7 +9,6 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from sim.figures.style import label_outer, log2_ticks, panels, styled, title_panel
-from sim.measure.compare import gains
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = ("o", "^", "s", "D", "v", "P", "X")
@@ -58,7 +57,9 @@ def predicted_against_measured(predicted: pd.DataFrame) -> Figure:
 
 
 @styled
-def measured_gain(predicted: pd.DataFrame, baseline: str = "linear", other: str = "round_robin") -> Figure:
+def measured_gain(
+    predicted: pd.DataFrame, gains: pd.DataFrame, baseline: str = "linear", other: str = "round_robin"
+) -> Figure:
     """Gain of one placement over another against tokens per step: measured (markers, 95 % bars) and predicted (lines), a
     row of panels per type, a column per EP size, a colour per workload.
 
@@ -66,19 +67,20 @@ def measured_gain(predicted: pd.DataFrame, baseline: str = "linear", other: str 
     ----------
     predicted : DataFrame
         From `sim.measure.with_predictions`.
+    gains : DataFrame
+        From `sim.measure.gains` of these two placements.
     """
-    table = gains(predicted, baseline, other)
-    dtypes, sizes = sorted(table.dtype.unique()), sorted(table.ep_size.unique())[:6]
+    dtypes, sizes = sorted(gains.dtype.unique()), sorted(gains.ep_size.unique())[:6]
     workloads = list(dict.fromkeys(predicted.workload))
     figure, axes = panels(len(dtypes) * len(sizes), len(sizes), 2.2)
     cells = [(dtype, size) for dtype in dtypes for size in sizes]
     for ax, (dtype, size) in zip(axes, cells, strict=True):
         ax.axhline(0, color="#888888", linewidth=0.8)
-        of_panel = table[(table.dtype == dtype) & (table.ep_size == size)]
+        of_panel = gains[(gains.dtype == dtype) & (gains.ep_size == size)]
         for i, (workload, style) in enumerate(zip(workloads, _styles(), strict=False)):
             shift = 2 ** (0.2 * (i - (len(workloads) - 1) / 2))  # side by side, so that bars stay apart
             _draw_gain(ax, of_panel[of_panel.workload == workload].sort_values("tokens"), style, shift)
-        log2_ticks(ax, sorted(table.tokens.unique()), apart=7)
+        log2_ticks(ax, sorted(gains.tokens.unique()), apart=7)
         title_panel(ax, f"{dtype}, EP {size}")
     label_outer(axes, "tokens per step", "gain (%)")
     text = f"Gain of {other} over {baseline} in a layer's expert time, its slowest rank"

@@ -1,19 +1,22 @@
 """What the figures share: palette, panels, legend, and files that come out the same every time."""
 
+import textwrap
 from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import wraps
 from pathlib import Path
-from typing import Any, ParamSpec
+from typing import Any, Literal, ParamSpec, Protocol, TypeVar
 
 import matplotlib as mpl
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import NullLocator
+from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
+from matplotlib.transforms import ScaledTranslation, Transform
 
+from sim.files import whole_files
 from sim.placement import split_name
-from sim.results import SweepResult, whole_files
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; dashes and markers do it in greyscale.
 _LOOKS: dict[str, tuple[str, Any, str]] = {
@@ -32,6 +35,20 @@ _OTHER = ("#CC79A7", (0, (5, 1, 1, 1, 1, 1)), "P")
 _LABELS = {"round_robin": "round_robin (group-aware)"}
 _BASE_WIDTH = 9.0
 P = ParamSpec("P")
+Drawn = TypeVar("Drawn", Figure, Figure | None)
+
+
+class Sweep(Protocol):
+    """What the figures read of a `SweepResult`, whose room stands below theirs."""
+
+    @property
+    def summary(self) -> pd.DataFrame: ...  # noqa: D102
+    @property
+    def tail(self) -> pd.DataFrame: ...  # noqa: D102
+    def exceedance(self, metric: str, placement: str, ep_size: int, tokens: int) -> pd.DataFrame: ...  # noqa: D102
+    def rank_loads(self, placement: str, ep_size: int) -> pd.DataFrame: ...  # noqa: D102
+    def against_baseline(self) -> pd.DataFrame: ...  # noqa: D102
+
 
 _RC: Any = {
     "font.size": 9,
@@ -48,11 +65,11 @@ _RC: Any = {
 }
 
 
-def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
+def styled(draw: Callable[P, Drawn]) -> Callable[P, Drawn]:
     """Draw a figure under the shared settings."""
 
     @wraps(draw)
-    def inner(*args: P.args, **kwargs: P.kwargs) -> Figure:
+    def inner(*args: P.args, **kwargs: P.kwargs) -> Drawn:
         with mpl.rc_context(_RC):
             return draw(*args, **kwargs)
 
@@ -74,30 +91,43 @@ def label(placement: str) -> str:
     return _LABELS.get(placement, placement)
 
 
-def placements_of(result: SweepResult) -> list[str]:
+def placements_of(result: Sweep) -> list[str]:
     """Placements in the order of the sweep."""
     return list(dict.fromkeys(result.summary.placement))
 
 
-def distinct_placements(result: SweepResult, ep_size: int) -> tuple[list[str], str]:
-    """Placements that differ on an EP size, and a text that names those that equal one of them (to the last digit)."""
+def distinct_placements(result: Sweep, ep_size: int) -> tuple[list[str], dict[str, str]]:
+    """Placements that differ on an EP size, and of each other one that which it equals (to the last digit)."""
     of_size = result.summary[result.summary.ep_size == ep_size]
     columns = ["tokens", "max_load_mean", "idle_ranks_mean", "distinct_experts_max_mean", "ranks_per_token_mean"]
     rows = {str(name): cells[columns].to_numpy() for name, cells in of_size.groupby("placement", sort=False)}
-    shown: dict[str, list[str]] = {}
+    twins: dict[str, str] = {}
     for name, values in rows.items():
-        twin = next((other for other in shown if np.array_equal(rows[other], values)), name)
-        shown.setdefault(twin, []).append(name)
-    if len(shown) == 1 and len(rows) > 2:
-        return list(shown), "all placements equal"
-    return list(shown), "\n".join(" = ".join([*names[1:], names[0]]) for names in shown.values() if len(names) > 1)
+        twin = next((other for other in rows if other not in twins and np.array_equal(rows[other], values)), name)
+        if twin != name:
+            twins[name] = twin
+    return [name for name in rows if name not in twins], twins
 
 
-def title_panel(ax: Axes, text: str, twins: str = "") -> None:
-    """Panel title, and small at its right the placements that coincide."""
+def twins_text(result: Sweep, ep_sizes: Iterable[int]) -> str:
+    """Which placements are not drawn because they equal another one, and at which EP sizes."""
+    where: dict[tuple[str, str], list[int]] = {}
+    sizes = list(ep_sizes)
+    for ep_size in sizes:
+        for pair in distinct_placements(result, ep_size)[1].items():
+            where.setdefault(pair, []).append(ep_size)
+    parts = [
+        f"{name} = {twin}" + (f" at EP\N{NO-BREAK SPACE}{', '.join(map(str, at))}" if len(at) < len(sizes) else "")
+        for (name, twin), at in where.items()
+    ]
+    return f"equal placements are drawn once: {'; '.join(parts)}" if parts else ""
+
+
+def title_panel(ax: Axes, text: str, note: str = "") -> None:
+    """Panel title, and at its right a short note."""
     ax.set_title(text, loc="left", fontweight="bold")
-    if twins:
-        ax.set_title(twins, loc="right", fontsize=5.5, color="#555555")
+    if note:
+        ax.set_title(note, loc="right", color="#555555")
 
 
 def nearest(values: Iterable[int], wanted: int) -> int:
@@ -105,7 +135,7 @@ def nearest(values: Iterable[int], wanted: int) -> int:
     return min(values, key=lambda value: abs(np.log(value / wanted)))
 
 
-def tokens_near(result: SweepResult, wanted: int) -> dict[int, int]:
+def tokens_near(result: Sweep, wanted: int) -> dict[int, int]:
     """For each EP size its number of tokens per step nearest to `wanted`."""
     cells = result.summary.groupby("ep_size").tokens.unique()
     return {int(ep_size): int(nearest(values, wanted)) for ep_size, values in cells.items()}
@@ -117,15 +147,27 @@ def tokens_text(tokens: dict[int, int]) -> str:
     return f"{low} token{'s' if low > 1 else ''} per step" if low == high else f"{low} to {high} tokens per step"
 
 
-def pick_ep_sizes(result: SweepResult, wanted: Sequence[int], most: int) -> list[int]:
-    """Up to `most` EP sizes: the wanted ones that are there, filled up in order."""
-    there = [int(size) for size in sorted(result.summary.ep_size.unique()) if size > 1] or [1]
-    chosen = [size for size in wanted if size in there][:most]
-    chosen += [size for size in there if size not in chosen][: most - len(chosen)]
-    return sorted(chosen)
+def differing_sizes(result: Sweep, wanted: Sequence[int], most: int) -> list[int]:
+    """Up to `most` EP sizes at which placements differ, the wanted ones first; all are taken where there is one placement."""
+    alone = len(placements_of(result)) == 1
+    there = [size for size in ep_sizes_of(result) if alone or len(distinct_placements(result, size)[0]) > 1]
+    return sorted(sorted(there, key=lambda size: size not in wanted)[:most])
 
 
-def panels(n: int, columns: int, height: float, *, sharey: bool = True) -> tuple[Figure, list[Axes]]:
+def ep_sizes_of(result: Sweep) -> list[int]:
+    """EP sizes of more than one rank, or 1 where there is no other."""
+    return [int(size) for size in sorted(result.summary.ep_size.unique()) if size > 1] or [1]
+
+
+def sideways(ax: Axes, i: int, n: int, apart: float = 2.5) -> Transform:
+    """Data coordinates of the i-th of n lines, moved sideways by points of print, so that equal values stay visible."""
+    figure = ax.get_figure(root=True)
+    assert figure is not None
+    shift = apart * (i - (n - 1) / 2) / 72
+    return ax.transData + ScaledTranslation(shift, 0, figure.dpi_scale_trans)
+
+
+def panels(n: int, columns: int, height: float, *, sharey: bool | Literal["row"] = True) -> tuple[Figure, list[Axes]]:
     """A figure of README width with `n` panels in rows of `columns`, each row `height` inches high."""
     columns = min(columns, n)
     rows = -(-n // columns)
@@ -149,7 +191,7 @@ def label_outer(axes: Sequence[Axes], x: str, y: str) -> None:
 
 
 def add_legend(
-    figure: Figure, result: SweepResult, drawn: Collection[str], *, lines: bool = True, markers: bool = True
+    figure: Figure, result: Sweep, drawn: Collection[str], *, lines: bool = True, markers: bool = True
 ) -> None:
     """One legend below all panels, off the data, of the placements that are drawn, in the order of the sweep."""
     placements = [name for name in placements_of(result) if name in drawn]
@@ -160,21 +202,28 @@ def add_legend(
     figure.legend(handles=handles, loc="outside lower center", ncols=min(6, len(handles)), frameon=False)
 
 
-def set_title(figure: Figure, result: SweepResult, text: str, ranges: str = "bands") -> None:
-    """Title with the model, the traffic, and what shows the 95 % intervals."""
+def set_title(figure: Figure, result: Sweep, text: str, *notes: str, ranges: str = "bands") -> None:
+    """Title with the model, the traffic, what shows the 95 % intervals, and notes below in lines that fit."""
     row = result.summary.iloc[0]
     draws = f"{row.trials} trials" if row.trials == row.draws else f"{row.trials} trials of {row.draws} layer draws"
-    figure.suptitle(
-        f"{text}\n{Path(row.model).name}, {row.workload} traffic, {draws}, {ranges}: 95 %",
-        fontsize=10,
-        x=0.01,
-        ha="left",
-    )
+    about = f"{Path(row.model).name}, {row.workload} traffic, {draws}, {ranges}: 95 %"
+    lines = [text, about, *textwrap.wrap("; ".join(note for note in notes if note), 122)]
+    figure.suptitle("\n".join(lines), fontsize=10, x=0.01, ha="left")
+
+
+def chosen_sizes(result: Sweep, sizes: Sequence[int]) -> str:
+    """Which EP sizes of the sweep a figure leaves out."""
+    left = [size for size in ep_sizes_of(result) if size not in sizes]
+    return f"not drawn: EP\N{NO-BREAK SPACE}{', '.join(map(str, left))}" if left else ""
 
 
 def log2_ticks(ax: Axes, values: Sequence[int], apart: float = 1.3) -> None:
-    """A base-2 axis whose ticks are the values, less those nearer than the ratio `apart` to the one before."""
+    """A base-2 axis from the least to the largest value, ticks at the values, less those nearer than the ratio `apart` to the
+    one before.
+    """
     ax.set_xscale("log", base=2)
+    edge = max((max(values) / min(values)) ** 0.05, 1.15)  # a single value is in the middle
+    ax.set_xlim(min(values) / edge, max(values) * edge)
     ticks: list[int] = []
     for value in sorted(set(values)):
         if not ticks or value >= apart * ticks[-1]:
@@ -198,6 +247,27 @@ def imbalance_axis(ax: Axes, which: str) -> None:
             ticks.append(value)
     getattr(ax, f"set_{which}ticks")(ticks, [f"{tick:g}" for tick in ticks])
     getattr(ax, f"{which}axis").set_minor_locator(NullLocator())
+
+
+def probability_axis(ax: Axes, least: float) -> None:
+    """Make y a log axis of probabilities from `least` to 1."""
+    ax.set_yscale("log")
+    ax.set_ylim(least, 1)
+    ax.yaxis.set_major_locator(LogLocator(numticks=8))
+    ax.yaxis.set_minor_locator(NullLocator())
+    ax.yaxis.set_minor_formatter(NullFormatter())
+    for line in ax.get_lines():
+        y = np.asarray(line.get_ydata(), float)
+        if line.get_linestyle() == "None" and len(y) and (y >= least).all():
+            line.set_clip_on(False)  # markers at 1 are drawn whole
+
+
+def save_as(figure: Figure, stem: Path, formats: Sequence[str]) -> list[Path]:
+    """Write a figure as STEM.png, STEM.svg or both; the files."""
+    paths = [stem.with_name(f"{stem.name}.{suffix}") for suffix in formats]
+    for path in paths:
+        save(figure, path)
+    return paths
 
 
 def save(figure: Figure, path: Path) -> None:

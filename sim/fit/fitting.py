@@ -15,6 +15,7 @@ from sim.fit.effects import RequestEffect
 from sim.fit.popularity import fit_layer
 from sim.kernels import usable_processors
 from sim.model import ModelSpec
+from sim.progress import track
 from sim.traffic import FittedLayers, LoadCounts, RecordedTraffic, SyntheticTraffic
 from sim.traffic.split import load_of
 
@@ -89,7 +90,8 @@ def fit_traffic(
     effects = _request_effects(data, model.n_experts, notes)
     fit_one = partial(fit_layer, model, seed=seed, group_sigma=group_sigma)
     with ThreadPoolExecutor(threads or usable_processors()) as pool:
-        found = list(pool.map(fit_one, range(len(load)), wanted, effects or repeat(None)))
+        fits = pool.map(fit_one, range(len(load)), wanted, effects or repeat(None))
+        found = list(track(fits, [1.0] * len(load), [f"layer {i} of {len(load)}" for i in range(1, len(load) + 1)]))
     rms = np.array([layer.rms for layer in found]).T
     if (n_bad := int((rms.max(axis=0) > _WANTED_RMS).sum())) > 0:
         notes.append(f"{n_bad} of {len(load)} layers are fitted to worse than {_WANTED_RMS:.0%} (rms {rms.max():.1%})")

@@ -208,7 +208,7 @@ def _latest_for_group(others_best, others_second, cut, law):
 
 
 @kernel
-def _fill_latest(time, n_group, topk_group, top_k, law, latest):
+def fill_latest(time, n_group, topk_group, top_k, law, latest):
     """theta of every expert, float64 [experts], from the arrival times of all."""
     first = np.empty(top_k + 1)
     n_experts = time.size
@@ -272,7 +272,7 @@ def sum_selection(weight, noise, shared, own, router, law, sums):
             common = of_request[t % of_request.shape[0]]
             for e in range(n_experts):
                 time[e] = noise[q, t, e] / (weight[e] * common[e] * alone[0, e])
-            _fill_latest(time, router[0], router[1], router[2], law, latest)
+            fill_latest(time, router[0], router[1], router[2], law, latest)
             for e in range(n_experts):
                 rate[t, e] = weight[e] * common[e] * latest[e]
         for i in range(1, 1 + n_draws):

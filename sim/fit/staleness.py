@@ -16,6 +16,7 @@ from sim.placement import (
     place_fixed,
     strategy_name,
 )
+from sim.progress import track
 from sim.stats import ratio_interval
 from sim.traffic.split import Halves, Windows
 
@@ -147,12 +148,14 @@ def _table(
 ) -> pd.DataFrame:  # fmt: skip
     placements, ep_sizes = _checked(model, placements, ep_sizes, ranks_per_node)
     table = []
-    for ep_size in ep_sizes:
+    names = [f"EP {ep_size}" for ep_size in ep_sizes]
+    for ep_size in track(ep_sizes, [1.0] * len(ep_sizes), names):
         linear = imbalances(place_fixed("linear", model, ep_size, ranks_per_node), scored, ep_size)
         found = {"linear": np.broadcast_to(linear, (len(fitted), *linear.shape))}
         for name in placements:
-            slots = [place_balanced(name, model, ep_size, ranks_per_node, loads) for loads in fitted]
-            found[name] = np.stack([imbalances(of_window, scored, ep_size) for of_window in slots])
+            slots = (place_balanced(name, model, ep_size, ranks_per_node, loads) for loads in fitted)
+            of_windows = [imbalances(of_window, scored, ep_size) for of_window in slots]
+            found[name] = np.stack(of_windows)
         for name, of in found.items():
             for columns, i, j in rows:
                 if name == "linear" and (i != j).any():  # linear has no age

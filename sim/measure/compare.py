@@ -8,14 +8,16 @@ import pandas as pd
 from scipy.optimize import least_squares
 
 from sim.cost import Gpu, expert_time_us, load_gpu
-from sim.cost.expert import ideal_times_us
+from sim.cost.expert import expert_rates, ideal_times_us, reached_fractions
 from sim.cost.tables import grouped_gemm_profile
 from sim.errors import InputError
 from sim.model import load_model
+from sim.placement import split_name
 from sim.stats import half_width, ratio_parts, student_quantile
 
 CELL = ["dtype", "workload", "ep_size", "tokens"]
 _WITHIN = 0.2
+_FELT = 0.01  # a constant that moves no time by more than this share of its own change is not fitted
 
 
 def with_predictions(rows: pd.DataFrame, gpu: Gpu | None = None) -> pd.DataFrame:
@@ -32,17 +34,22 @@ def with_predictions(rows: pd.DataFrame, gpu: Gpu | None = None) -> pd.DataFrame
     -------
     DataFrame
         The rows with predicted_us, error (predicted / measured - 1), memory_us and compute_us (ideal times), bound:
-        'memory' or 'compute', which of the two the model takes, and peak_fraction, the model's for this GPU.
+        'memory' or 'compute', the longer of the two in the model, fixed_us (idle experts and spread), and the model's
+        bandwidth_fraction and peak_fraction for this GPU.
     """
-    model, kernel = load_model(rows.model.iloc[0]), grouped_gemm_profile()
+    model = load_model(rows.model.iloc[0])
     gpu = gpu or load_gpu(rows.gpu.iloc[0])
-    peak_fraction = gpu.peak_fraction or kernel.peak_fraction
+    bandwidth, peak = reached_fractions(gpu)
     parts = []
     for dtype, part in rows.groupby("dtype", sort=False):
         work = {"pairs": part.pairs, "distinct_experts": part.distinct, "dtype": str(dtype)}
         memory_us, compute_us = ideal_times_us(model, gpu, **work)
-        of_memory = memory_us / kernel.bandwidth_fraction >= compute_us / peak_fraction
-        predicted_us = expert_time_us(model, gpu, **work)
+        of_memory = memory_us / bandwidth >= compute_us / peak
+        slots = model.n_experts + part.placement.map(lambda name: split_name(name)[1])
+        local = np.maximum(slots / part.ep_size, part.distinct)
+        predicted_us = expert_time_us(model, gpu, **work, local_experts=local)
+        rates = expert_rates(model, gpu, str(dtype))
+        fixed_us = rates.idle_us * (local - part.distinct) + rates.spread_us * (1 - 1 / part.distinct.clip(lower=1))
         parts.append(
             part.assign(
                 predicted_us=predicted_us,
@@ -50,7 +57,9 @@ def with_predictions(rows: pd.DataFrame, gpu: Gpu | None = None) -> pd.DataFrame
                 memory_us=memory_us,
                 compute_us=compute_us,
                 bound=np.where(of_memory, "memory", "compute"),
-                peak_fraction=peak_fraction,
+                fixed_us=fixed_us,
+                bandwidth_fraction=bandwidth,
+                peak_fraction=peak,
             )
         )
     return pd.concat(parts)
@@ -163,7 +172,7 @@ def constants(predicted: pd.DataFrame) -> pd.DataFrame:
         the constant).
     """
     kernel = grouped_gemm_profile()
-    of_model = [kernel.launch_us, kernel.bandwidth_fraction, predicted.peak_fraction.iloc[0]]
+    of_model = [kernel.launch_us, *predicted[["bandwidth_fraction", "peak_fraction"]].iloc[0]]
     table = []
     for dtype, part in predicted.groupby("dtype"):
         fitted = _fit(part, of_model)
@@ -179,12 +188,15 @@ def constants(predicted: pd.DataFrame) -> pd.DataFrame:
 
 
 def _fit(rows: pd.DataFrame, start: list[float] | np.ndarray) -> np.ndarray:
-    memory_us, compute_us, time_us = (rows[name].to_numpy(float) for name in ("memory_us", "compute_us", "time_us"))
+    names = ("memory_us", "compute_us", "fixed_us", "time_us")
+    memory_us, compute_us, fixed_us, time_us = (rows[name].to_numpy(float) for name in names)
+    p = grouped_gemm_profile().sharpness
 
     def misfit(x: np.ndarray) -> np.ndarray:
         launch_us, bandwidth, peak = np.exp(x)
-        return np.log((launch_us + np.maximum(memory_us / bandwidth, compute_us / peak)) / time_us)
+        longer_us = ((memory_us / bandwidth) ** p + (compute_us / peak) ** p) ** (1 / p)
+        return np.log((launch_us + fixed_us + longer_us) / time_us)
 
     known = np.where(np.isfinite(start), start, 1.0)
     found = least_squares(misfit, np.log(known), x_scale=0.1)
-    return np.where(np.abs(found.jac).max(axis=0) > 0, np.exp(found.x), np.nan)
+    return np.where(np.abs(found.jac).max(axis=0) > _FELT, np.exp(found.x), np.nan)

@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from sim.errors import InputError, RunError
+from sim.files import whole_files
 from sim.measure.experts import Say
 from sim.measure.layer_plan import Cell, LayerSteps
 from sim.measure.run import software
 from sim.measure.table import growing_table
 from sim.measure.timers import cuda_torch
 from sim.measure.torch_layer import TOLERANCE, TorchLayer
-from sim.results import whole_files
 
 LAYER_COLUMNS = {
     "model": str,

@@ -111,6 +111,12 @@ class SweepOptions(CellOptions):
         default=None,
         identifies=True,
     )
+    tail_floor: float | None = option(
+        Number(1e-12, 0.1),
+        "of synthetic traffic with drawn popularity: estimate tails over all layers down to this probability, as in 1e-8 (some "
+        "ten seconds a cell)",
+        default=None,
+    )
     fit_tokens: int | None = option(
         Whole(1, MAX_TOKENS),
         "of synthetic traffic: tokens of each layer draw, other than those scored, that eplb is fitted on (default: 16384)",
@@ -202,7 +208,9 @@ class TimeOptions(Options):
     """What turns loads into times."""
 
     exchange: str = option(
-        NAME, "dispatch and combine: deepep_low_latency, deepep_high_throughput or none", default="deepep_low_latency"
+        NAME,
+        "dispatch and combine: pair, token, gather, reduce or none, or a backend that is one of them (epsim gpus)",
+        default="pair",
     )
     dtype: str = option(NAME, "type of weights and inputs: fp8, bf16 or fp4", default="fp8")
     network_gb_per_s: float | None = option(
@@ -223,4 +231,25 @@ class RestOptions(Options):
         "instead of `moe_share`: the baseline's measured step time",
         flag="--step-ms",
         default=None,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FigureOptions(Options):
+    """How figures are written."""
+
+    formats: Any = option(
+        Listed(of=Choice(names=("png", "svg")), metavar="LIST"), "png, svg or both", flag="--format", default="png"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlotOptions(FigureOptions):
+    """How the figures of a sweep are drawn."""
+
+    tokens: int | None = option(
+        Whole(1, MAX_TOKENS), "tokens per step of the worst-case figures (default: nearest to 64)", default=None
+    )
+    deepest: float = option(
+        Number(1e-300, 0.1, metavar="P"), "probability down to which worst cases are drawn", default=1e-6
     )

@@ -246,7 +246,7 @@ class Listed(Kind):
                 raise ArgumentTypeError(f"'{text}': expected numbers as in 1.5,2") from None
         if not all(parts):
             raise ArgumentTypeError(f"'{text}': expected names with commas between them")
-        return parts
+        return [self.of(part) for part in parts] if isinstance(self.of, Choice) else parts
 
     def check(self, name: str, value: Any) -> list[Any]:
         """See `Kind`."""

@@ -141,3 +141,30 @@ def _route(
         first_trial, key, logits, per_request, tokens, model.n_group, model.topk_group, workload.group_sigma,
         score_law(model), counts, ids,
     )  # fmt: skip
+
+
+def route_layers(
+    model: ModelSpec, workload: SyntheticTraffic, seed: int, what: str, mu: np.ndarray, first: int, n_tokens: int
+) -> np.ndarray:
+    """Route tokens through layers of given popularity, by the group effects and the noise of a workload.
+
+    Parameters
+    ----------
+    what : str
+        Names the stream: tokens of different names, and those of trials, are independent.
+    mu : float64 [layers, n_experts]
+        Popularity of each expert, request effects included.
+    first : int
+        Number of the first layer in the stream.
+
+    Returns
+    -------
+    int16 [layers, n_tokens, top_k]
+    """
+    counts = np.empty((len(mu), 1, model.n_experts), np.int32)
+    ids = np.empty((len(mu), n_tokens, model.top_k), np.int16)
+    sample_trials(
+        first, stream_key(seed, what), np.ascontiguousarray(mu)[:, None, :], _ONE_REQUEST, np.array([n_tokens]),
+        model.n_group, model.topk_group, workload.group_sigma, score_law(model), counts, ids,
+    )  # fmt: skip
+    return ids

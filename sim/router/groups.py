@@ -1,95 +1,127 @@
-"""Group scores of a batch of tokens, and the groups that are kept. Loops are short and touch few arrays each, because
-only then does the compiler vectorise them.
+"""Group scores of a batch of tokens, and the groups that are kept. Loops are short and touch few rows each, because only
+then does the compiler vectorise them.
 """
 
 import numpy as np
 
 from sim.kernels import kernel
-from sim.router.batch import LATE, gather
+from sim.router import workspace as row
 from sim.router.tables import draw_mark
-from sim.streams import exp32, exponential, normal_pair
+from sim.router.workspace import put_real, put_whole, real, whole
+from sim.streams import exp32, exponential, fma, normal_pair
 
 
 @kernel
-def _fill_factors(words, n, sigma, out):
-    """Group effects exp(sigma * normal) of two groups: words uint32 [2, n], out float32 [2, n]."""
-    word_0, word_1, out_0, out_1 = words[0], words[1], out[0], out[1]
+def _fill_effects(rows, at, n, sigma):
+    """exp(-sigma * normal) of two groups, by which their gaps are the longer."""
+    if sigma == 0:
+        for i in range(n):
+            put_real(rows, at + row.GAP, i, 1)
+            put_real(rows, at + row.GROUP_SIZE + row.GAP, i, 1)
+        return
     for i in range(n):
-        z_0, z_1 = normal_pair(word_0[i], word_1[i])
-        out_0[i] = exp32(sigma * z_0)
-        out_1[i] = exp32(sigma * z_1)
+        z_0, z_1 = normal_pair(
+            whole(rows, at + row.EFFECT_WORD, i), whole(rows, at + row.GROUP_SIZE + row.EFFECT_WORD, i)
+        )
+        put_real(rows, at + row.GAP, i, exp32(-sigma * z_0))
+        put_real(rows, at + row.GROUP_SIZE + row.GAP, i, exp32(-sigma * z_1))
 
 
 @kernel
-def _fill_times(words, n, rate, factor, mark, others, time_1, time_2):
-    """First two distinct arrivals of one group: words uint32 [2, n]."""
-    word_1, word_2 = words[0], words[1]
-    gather(n, others, mark, time_2)
+def _fill_marks(rows, at, n, g, size, alias, gap_without):
+    """First expert of a group to arrive; apart from arithmetic, since a table keeps the compiler from vectorising.
+
+    Two loops: where an address waits for a select, the compiler makes it a branch, mispredicted half of the time.
+    """
     for i in range(n):
-        time_1[i] = exponential(word_1[i]) / (rate * factor[i])
+        put_whole(rows, at + row.FIRST_MARK, i, draw_mark(whole(rows, at + row.MARK_WORD, i), g, size, alias))
     for i in range(n):
-        rest = time_2[i]
-        t = min(time_1[i] + exponential(word_2[i]) / (rest * factor[i]), LATE)
-        time_2[i] = t if rest > 0 else np.float32(np.inf)
+        put_real(rows, at + row.GAP_WITHOUT, i, gap_without[np.uint64(whole(rows, at + row.FIRST_MARK, i))])
 
 
 @kernel
-def _fill_scores(time_1, time_2, n, score_law, out):
+def _fill_times(rows, at, n, gap, last):
+    """First two distinct arrivals of one group, and its gap."""
+    for i in range(n):
+        effect = real(rows, at + row.GAP, i)
+        group_gap = gap * effect
+        first = min(exponential(whole(rows, at + row.TIME_WORD, i)) * group_gap, row.LATE)
+        put_real(rows, at + row.GAP, i, group_gap)
+        put_real(rows, at + row.FIRST_TIME, i, first)
+        between = exponential(whole(rows, at + row.SECOND_WORD, i)) * real(rows, at + row.GAP_WITHOUT, i)
+        put_real(rows, at + row.SECOND_TIME, i, min(fma(between, effect, first), last))
+
+
+@kernel
+def _fill_scores(rows, at, n, score_law):
     """Group scores: an arrival at t scores 1 / (b + a t); `score_law` (b, a, both) sums the first, or the first two."""
     b, a, one = np.float32(score_law[0]), np.float32(score_law[1]), np.float32(1)
     if score_law[2] > 0:
         for i in range(n):
-            out[i] = one / (b + a * time_1[i]) + one / (b + a * time_2[i])
+            first = one / fma(a, real(rows, at + row.FIRST_TIME, i), b)
+            put_real(rows, at + row.SCORE, i, first + one / fma(a, real(rows, at + row.SECOND_TIME, i), b))
     else:
         for i in range(n):
-            out[i] = one / (b + a * time_1[i])
+            put_real(rows, at + row.SCORE, i, one / fma(a, real(rows, at + row.FIRST_TIME, i), b))
 
 
 @kernel
-def score_groups(n, layer, group_sigma, score_law, batch):
-    """Group effects, first arrivals and group scores of n tokens; returns the number of words used per token."""
-    words, alias = batch.words, layer.alias
-    n_group = layer.group_weight.size
-    size = alias.size // n_group
-    row = 0
+def score_groups(n, layer, group_sigma, score_law, work):
+    """Group effects, first two arrivals and group scores of n tokens."""
+    rows, n_group = work.rows, layer.gap.size
+    size = layer.alias.size // n_group
+    last = np.float32(np.inf) if size == 1 else row.LATE
     for g in range(0, n_group, 2):
-        _fill_factors(words[row : row + 2], n, np.float32(group_sigma), batch.factor[g : g + 2])
-        row += 2
+        _fill_effects(rows, work.groups + g * row.GROUP_SIZE, n, np.float32(group_sigma))
     for g in range(n_group):
-        mark, word = batch.mark[g], words[row]
-        for i in range(n):
-            mark[i] = draw_mark(word[i], g, size, alias)
-        time_1, time_2 = batch.time_1[g], batch.time_2[g]
-        rate = layer.group_weight[g]
-        _fill_times(words[row + 1 : row + 3], n, rate, batch.factor[g], mark, layer.others, time_1, time_2)
-        _fill_scores(time_1, time_2, n, score_law, batch.score[g])
-        row += 3
-    return row
+        at = work.groups + g * row.GROUP_SIZE
+        _fill_marks(rows, at, n, g, size, layer.alias, layer.gap_without)
+        _fill_times(rows, at, n, layer.gap[g], last)
+        _fill_scores(rows, at, n, score_law)
 
 
 @kernel
-def keep_groups(n, topk_group, batch):
-    """The topk_group best groups of n tokens, ties to the lowest, with their first arrivals."""
-    n_group = batch.score.shape[0]
-    for g in range(n_group):
-        rank, mine = batch.rank[g], batch.score[g]
-        rank[:n] = 0
-        for h in range(n_group):
-            theirs = batch.score[h]
-            if h < g:
-                for i in range(n):
-                    rank[i] += np.int32(theirs[i] >= mine[i])
-            elif h > g:
-                for i in range(n):
-                    rank[i] += np.int32(theirs[i] > mine[i])
-    kept, rank = batch.kept, batch.rank
+def _compare(rows, at, later, n):
+    """Of two groups the one with the lower score falls back a rank; the later one if they are equal."""
     for i in range(n):
-        place = 0
-        for g in range(n_group):
-            kept[place, i] = g
-            place += rank[g, i] < topk_group
-    batch.left[:, :n] = -1
+        wins = real(rows, later + row.SCORE, i) > real(rows, at + row.SCORE, i)
+        put_whole(rows, at + row.RANK, i, whole(rows, at + row.RANK, i) + np.uint32(wins))
+        put_whole(rows, later + row.RANK, i, whole(rows, later + row.RANK, i) + np.uint32(not wins))
+
+
+@kernel
+def _find_kept(rows, at, place, n, rank, g):
+    """Where one of the groups g and g + 1 has this rank, it is the group of a place."""
+    rank, group, group_1 = np.uint32(rank), np.uint32(g), np.uint32(g + 1)
+    for i in range(n):
+        first, second = whole(rows, at + row.RANK, i) == rank, whole(rows, at + row.GROUP_SIZE + row.RANK, i) == rank
+        kept = whole(rows, place + row.GROUP, i)
+        put_whole(rows, place + row.GROUP, i, group if first else (group_1 if second else kept))
+
+
+@kernel
+def _take_kept(rows, groups, place, n):
+    """Copy the group of a place into it."""
+    for i in range(n):
+        at = np.uint64(groups) + np.uint64(whole(rows, place + row.GROUP, i)) * np.uint64(row.GROUP_SIZE)
+        put_whole(rows, place + row.TIME, i, whole(rows, at + np.uint64(row.FIRST_TIME), i))
+        put_whole(rows, place + row.SINCE, i, whole(rows, at + np.uint64(row.SECOND_TIME), i))
+        put_whole(rows, place + row.PLACE_GAP, i, whole(rows, at + np.uint64(row.GAP), i))
+        put_whole(rows, place + row.EXPERT, i, whole(rows, at + np.uint64(row.FIRST_MARK), i))
+
+
+@kernel
+def keep_groups(n, topk_group, n_group, work):
+    """Copy the topk_group best groups of n tokens, ties to the lowest, into places, best first."""
+    rows = work.rows
+    for g in range(n_group + n_group % 2):
+        at = np.uint64(work.groups + g * row.GROUP_SIZE + row.RANK)
+        rows[at : at + np.uint64(row.BATCH)] = 0 if g < n_group else n_group
+    for g in range(n_group):
+        for h in range(g + 1, n_group):
+            _compare(rows, work.groups + g * row.GROUP_SIZE, work.groups + h * row.GROUP_SIZE, n)
     for j in range(topk_group):
-        next_time, group, time_1 = batch.next_time[j], kept[j], batch.time_1
-        for i in range(n):
-            next_time[i] = time_1[np.uint32(group[i]), i]
+        place = work.places + j * row.PLACE_SIZE
+        for g in range(0, n_group, 2):
+            _find_kept(rows, work.groups + g * row.GROUP_SIZE, place, n, j, g)
+        _take_kept(rows, work.groups, place, n)

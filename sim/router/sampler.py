@@ -1,202 +1,97 @@
-"""Routed tokens of Gumbel traffic, drawn without drawing every logit: the law of `route` at a small part of its cost.
+"""Routed tokens of synthetic traffic, drawn without drawing every logit: the law of `route` at a small part of its cost.
 
-A logit is log(w_e) + log(f_g) + Gumbel noise, so exp(-logit) is an exponential time of rate w_e * f_g: the experts of a
-group arrive like a Poisson process of rate W_g * f_g whose marks have probability w_e / W_g (a repeated mark is
-ignored), and the k largest logits are the k first arrivals. With a = exp(-x0) an expert that arrives at time t has the
-sigmoid score 1 / (1 + a t). Per token the first two distinct arrivals of each group give the group scores; only the
-kept groups go on, merged in order of time, until top_k experts have arrived. Ungrouped, times do not matter: top_k
-distinct marks. (Exponential clocks for the Gumbel maximum: Yellott 1977; Efraimidis and Spirakis 2006.)
+A logit is log(w_e) + log(f_g) + Gumbel noise, so exp(-logit) is an exponential time of rate w_e f_g, and the k largest
+logits are the k first to arrive (Yellott 1977; Efraimidis and Spirakis 2006). With a = exp(-x0) an expert that arrives at
+time t has the sigmoid score 1 / (1 + a t).
 
-Every random word is addressed by (trial, token, index): a token's experts do not depend on how many tokens follow it,
-nor on the batches that tokens are worked in. A batch takes its k-th experts together, so that loops run over tokens;
-they are short and touch few arrays each, because only then does the compiler vectorise them.
+Ungrouped, times do not matter: experts are drawn one after another, each with probability w_e / (w of those left), by drawing
+again what repeats. Grouped, a token goes through these steps; W is the weight of a group.
+
+1. Each group gives its first two distinct arrivals: the first at Exp(W f), expert e with probability w_e / W; the second
+   after Exp((W - w_e) f), from the others. They make the group score; the topk_group best groups are kept.
+2. The token starts with these two experts of each kept group. From its second arrival on, let a kept group send arrivals
+   WITH replacement: a Poisson process of rate W f, each arrival expert e with probability w_e / W, whoever came before.
+3. Take the earliest arrival over the kept groups. If it is later than the latest expert that the token has, stop. If it is
+   an expert that the token has, pass over it; else it takes the latest one's place. Go on with the group's next arrival.
+
+This is exact. Given a group's first two arrivals at t1 < t2, each other expert of it arrives at t2 + Exp(w_e f), by lack of
+memory, independently of all else (and of the group scores, which are made of these two). The process of step 2 is the
+superposition of independent Poisson processes, one for each expert, of rates w_e f (its marks thin it back into them); the
+first point of expert e after t2 lies at t2 + Exp(w_e f). So the first points of the experts other than the two have the law
+that is wanted, and later points, and all points of the two, are repeats, to be passed over. An arrival is a repeat exactly
+if the token has its expert: a token loses an expert only to an earlier arrival, after which the latest it has is earlier than
+the lost one, so that a repeat of it comes after the stop. When the earliest arrival to come is later than the latest expert,
+no later one can change anything, and the token has its top_k first. About 1.5 arrivals are needed for a token of
+DeepSeek-V3: most tokens end in the rounds that a batch goes through together, the others are finished one by one.
+
+Where one expert has nearly all weight of a group, repeats go on and on. After a fixed number of them each expert that is left
+draws its own time from then on, which is exact by lack of memory, since that moment does not depend on what comes after it.
+Room is for max(top_k, 2 topk_group) experts; places that no expert has are later than any, and extra ones are dropped in
+the end.
+
+Every random word is addressed by (trial, token, index): a token's experts do not depend on how many tokens follow it, nor on
+the batches that tokens are worked in. Every operation rounds alike on every machine (see `sim.streams`), so rows do.
 """
 
 import numpy as np
 
 from sim.kernels import kernel
-from sim.router.batch import BATCH, LATE, gather, gather_group, new_batch
+from sim.router.arrivals import ROUNDS, begin_places, draw_distinct, expert_row, finish, run_round, sort_experts
 from sim.router.groups import keep_groups, score_groups
-from sim.router.tables import SMALL, TINY, draw_mark, fill_layer, new_layer
-from sim.streams import TOKEN, exponential, fill_words, word_at
-
-_TRIES = 16  # repeated marks before the exact scan; each try is an independent draw, so stopping does not bias
-
-
-@kernel
-def _is_taken(e, chosen, k, i):
-    """Whether e is one of the first k experts of token i."""
-    taken = False
-    for j in range(k):
-        taken |= chosen[j, i] == e
-    return taken
+from sim.router.tables import fill_layer, new_layer
+from sim.router.workspace import BATCH, GROUP_SIZE, new_workspace, whole
+from sim.streams import TOKEN, fill_block
 
 
 @kernel
-def _untaken_weight(lo, size, weight, chosen, k, i):
-    """Weight of the experts of a group that are not among the first k of token i; 0 only if there are none."""
-    total, n_left = 0.0, 0
-    for e in range(lo, lo + size):
-        if not _is_taken(e, chosen, k, i):
-            total += weight[e]
-            n_left += 1
-    return max(total, np.float64(TINY)) if n_left else 0.0
+def _fill_words(key, trial, start, n, n_group, rows, groups, words):
+    """Words of n tokens: a Philox block for each group, the others one after another; returns the number of blocks."""
+    block = 0
+    if n_group > 1:
+        for g in range(n_group + n_group % 2):
+            fill_block(key, TOKEN, trial, block, start, n, rows, groups + g * GROUP_SIZE, BATCH)
+            block += 1
+    for at in range(words, rows.size, 4 * BATCH):
+        fill_block(key, TOKEN, trial, block, start, n, rows, at, BATCH)
+        block += 1
+    return block
 
 
 @kernel
-def _scan_untaken(word, lo, size, weight, chosen, k, i):
-    """Expert drawn among those of a group that token i has not taken, by inverting their cumulated weights."""
-    target = (np.float64(word) + 0.5) * 2.0**-32 * _untaken_weight(lo, size, weight, chosen, k, i)
-    last = -1  # the lowest expert that is left, should all their weights be 0
-    for e in range(lo, lo + size):
-        if not _is_taken(e, chosen, k, i) and (last < 0 or weight[e] > 0.0):
-            last = e
-            target -= weight[e]
-            if target < 0.0:
-                break
-    return last
-
-
-@kernel
-def _redraw(n, start, trial, key, layer, batch, k):
-    """Draw the k-th experts of the flagged tokens again until they repeat none; their words are made one by one."""
-    alias, chosen, repeated, group = layer.alias, batch.chosen, batch.repeated, batch.group
-    k0, k1 = key[0], key[1]
-    size = alias.size // layer.group_weight.size
-    first_word = batch.words.shape[0] + k * (_TRIES + 1)
-    for i in range(n):
-        if repeated[i]:
-            tries, taken = 0, True
-            while taken and tries < _TRIES:
-                word = word_at(first_word + tries, start + i, trial, TOKEN, k0, k1)
-                e = draw_mark(word, group[i], size, alias)
-                taken = False
-                for j in range(k):
-                    taken |= chosen[j, i] == e
-                tries += 1
-            if taken:
-                word = word_at(first_word + tries, start + i, trial, TOKEN, k0, k1)
-                e = _scan_untaken(word, np.int64(group[i]) * size, size, layer.weight, chosen, k, i)
-            chosen[k, i] = e
-
-
-@kernel
-def _draw_experts(n, word, start, trial, key, layer, batch, k):
-    """The k-th experts of n tokens, each from batch.group: a mark, drawn again while it repeats an earlier one."""
-    alias, chosen, group, repeated, mine = layer.alias, batch.chosen, batch.group, batch.repeated, batch.chosen[k]
-    size = alias.size // layer.group_weight.size
-    for i in range(n):
-        mine[i] = draw_mark(word[i], group[i], size, alias)
-    repeated[:n] = False
-    for j in range(k):
-        earlier = chosen[j]
-        for i in range(n):
-            repeated[i] |= earlier[i] == mine[i]
-    _redraw(n, start, trial, key, layer, batch, k)
-
-
-@kernel
-def _find_next(n, batch):
-    """The kept group whose arrival is next, of n tokens: its place, group, time and weight left."""
-    place, group, now, before = batch.place, batch.group, batch.now, batch.before
-    place[:n] = 0
-    now[:n] = batch.next_time[0, :n]
-    for j in range(1, batch.next_time.shape[0]):
-        time = batch.next_time[j]
-        for i in range(n):
-            sooner = time[i] < now[i]
-            now[i] = time[i] if sooner else now[i]
-            place[i] = j if sooner else place[i]
-    for j in range(batch.next_time.shape[0]):
-        group_j, left_j = batch.kept[j], batch.left[j]
-        for i in range(n):
-            here = place[i] == j
-            group[i] = group_j[i] if here else group[i]
-            before[i] = left_j[i] if here else before[i]
-
-
-@kernel
-def _take_first_marks(n, batch, k):
-    """Where the group's first arrival is next, its expert is the mark that gave the group score."""
-    before, mark, chosen = batch.before, batch.mark_now, batch.chosen[k]
-    gather_group(n, batch.mark, batch.group, mark)
-    for i in range(n):
-        chosen[i] = mark[i] if before[i] < 0 else chosen[i]
-
-
-@kernel
-def _take_weight(n, layer, batch, k):
-    """Weight that is left in the groups that have just given the k-th experts of n tokens."""
-    before, rest, others, weight, chosen = batch.before, batch.rest, batch.others, batch.weight, batch.chosen[k]
-    gather(n, layer.others, chosen, others)
-    gather(n, layer.weight, chosen, weight)
-    n_small = 0
-    for i in range(n):
-        fewer = before[i] - weight[i]
-        rest[i] = others[i] if before[i] < 0 else fewer
-        n_small += rest[i] < SMALL * before[i]
-    if n_small == 0:
-        return
-    size = layer.weight.size // layer.group_weight.size
-    for i in range(n):
-        if rest[i] < SMALL * before[i]:
-            rest[i] = _untaken_weight(np.int64(batch.group[i]) * size, size, layer.weight, batch.chosen, k + 1, i)
-
-
-@kernel
-def _advance(n, word, batch):
-    """Next arrival of the groups that have just given an expert."""
-    before, rest, now, factor, second = batch.before, batch.rest, batch.now, batch.factor_now, batch.second
-    gather_group(n, batch.factor, batch.group, factor)
-    gather_group(n, batch.time_2, batch.group, second)
-    for i in range(n):
-        factor[i] = exponential(word[i]) / (rest[i] * factor[i])
-    for i in range(n):
-        later = min(now[i] + factor[i], LATE) if rest[i] > 0 else np.float32(np.inf)
-        now[i] = second[i] if before[i] < 0 else later
-    place = batch.place
-    for j in range(batch.left.shape[0]):
-        left_j, next_j = batch.left[j], batch.next_time[j]
-        for i in range(n):
-            here = place[i] == j
-            left_j[i] = rest[i] if here else left_j[i]
-            next_j[i] = now[i] if here else next_j[i]
-
-
-@kernel
-def _route_batch(n, start, trial, key, topk_group, group_sigma, score_law, layer, batch):
-    """Experts of the n tokens from `start` on, into batch.chosen."""
-    fill_words(key, TOKEN, trial, start, n, batch.words)
-    top_k = batch.chosen.shape[0]
-    if layer.group_weight.size == 1:
+def _route_batch(n, start, trial, key, topk_group, top_k, n_sorted, group_sigma, score_law, layer, work):
+    """Experts of the n tokens from `start` on, the first n_sorted of them best first."""
+    n_group = layer.gap.size
+    size = layer.alias.size // n_group
+    rows, words = work.rows, work.words
+    block = _fill_words(key, trial, start, n, n_group, rows, work.groups, words)
+    if n_group == 1:
         for k in range(top_k):
-            _draw_experts(n, batch.words[k], start, trial, key, layer, batch, k)
+            draw_distinct(n, start, trial, key, words + k * BATCH, layer, work, k)
         return
-    row = score_groups(n, layer, group_sigma, score_law, batch)
-    keep_groups(n, topk_group, batch)
-    for k in range(top_k):
-        _find_next(n, batch)
-        _draw_experts(n, batch.words[row + k], start, trial, key, layer, batch, k)
-        _take_first_marks(n, batch, k)
-        if k + 1 < top_k:
-            _take_weight(n, layer, batch, k)
-            _advance(n, batch.words[row + top_k + k], batch)
+    score_groups(n, layer, group_sigma, score_law, work)
+    keep_groups(n, topk_group, n_group, work)
+    begin_places(n, start, trial, key, topk_group, words, size, layer, work)
+    for r in range(ROUNDS):
+        run_round(n, words + (2 * topk_group + 2 * r) * BATCH, topk_group, size, layer.alias, work)
+    finish(n, start, trial, key, block, topk_group, layer, work)
+    sort_experts(n if 2 * work.n_places > top_k else n_sorted, work)
 
 
 @kernel
-def _count_experts(chosen, start, stop, counts):
+def _count_experts(rows, places, top_k, start, stop, counts):
     """Add the experts of tokens start .. stop - 1 of a batch to counts [n_experts]."""
-    for k in range(chosen.shape[0]):
+    for k in range(top_k):
+        row = expert_row(places, k)
         for i in range(start, stop):
-            counts[chosen[k, i]] += 1
+            counts[np.uint64(whole(rows, row, i))] += 1
 
 
 @kernel
 def _sample_trial(
-    trial, key, mu, tokens_per_request, tokens, topk_group, group_sigma, score_law, layer, batch, counts, ids
+    trial, key, mu, tokens_per_request, tokens, topk_group, group_sigma, score_law, layer, work, counts, ids
 ):
     """One trial: mu [requests, n_experts]; counts int32 [len(tokens), n_experts]; ids int16 [n, top_k]."""
-    chosen = batch.chosen
+    rows, places, top_k = work.rows, work.places, ids.shape[1]
     running = np.zeros(mu.shape[1], np.int32)
     start, snapshot = np.int64(0), 0  # typed: a literal would compile everything below twice
     while start < tokens[-1]:
@@ -204,16 +99,19 @@ def _sample_trial(
         if start == request * tokens_per_request:
             fill_layer(mu[request], layer)
         n = min(BATCH, tokens[-1] - start, (request + 1) * tokens_per_request - start)
-        _route_batch(n, start, trial, key, topk_group, group_sigma, score_law, layer, batch)
+        n_ids = max(min(n, ids.shape[0] - start), 0)
+        _route_batch(n, start, trial, key, topk_group, top_k, n_ids, group_sigma, score_law, layer, work)
         done = 0
         while snapshot < tokens.size and tokens[snapshot] <= start + n:
-            _count_experts(chosen, done, tokens[snapshot] - start, running)
+            _count_experts(rows, places, top_k, done, tokens[snapshot] - start, running)
             done = tokens[snapshot] - start
             counts[snapshot] = running
             snapshot += 1
-        _count_experts(chosen, done, n, running)
-        for i in range(start, min(start + n, ids.shape[0])):
-            ids[i] = chosen[:, i - start]
+        _count_experts(rows, places, top_k, done, n, running)
+        for k in range(top_k):
+            row = expert_row(places, k)
+            for i in range(n_ids):
+                ids[start + i, k] = whole(rows, row, i)
         start += n
 
 
@@ -227,9 +125,8 @@ def sample_trials(
     of the first tokens[j] tokens of each trial; ids int16 [trials, n, top_k], of its first n tokens, best first.
     """
     top_k = ids.shape[2]
-    n_words = (n_group + n_group % 2) + 3 * n_group + 2 * top_k if n_group > 1 else top_k
     layer = new_layer(mu.shape[2], n_group)
-    batch = new_batch((n_words + 3) // 4 * 4, n_group, topk_group, top_k)
+    work = new_workspace(n_group, topk_group, top_k, 2 * topk_group + 2 * ROUNDS if n_group > 1 else top_k)
     for t in range(mu.shape[0]):
         _sample_trial(
             first_trial + t,
@@ -241,7 +138,7 @@ def sample_trials(
             group_sigma,
             score_law,
             layer,
-            batch,
+            work,
             counts[t],
             ids[t],
         )

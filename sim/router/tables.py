@@ -6,18 +6,18 @@ import numpy as np
 
 from sim.kernels import kernel
 
-TINY = np.float32(1e-38)
-"""Weight of a group of which only experts of weight 0 are left: they arrive after all others, but they do arrive."""
-SMALL = np.float32(1 / 16)
+TINY = 1e-38
+"""Least weight of what is left of a group, should all of it be 0: it arrives after all others, but it does arrive."""
+SMALL = 1 / 16
 """A weight that falls below this share of itself is summed afresh, since the subtraction would have lost digits."""
 
 
 class Layer(NamedTuple):
-    """Tables of one layer (and request). An expert that is alone in its group has others = 0."""
+    """Tables of one layer (and request). A gap is a mean time between arrivals, 1 / weight, without the group effect."""
 
     weight: np.ndarray  # float64 [n_experts], exp(mu)
-    others: np.ndarray  # float32 [n_experts], weight of the other experts of its group
-    group_weight: np.ndarray  # float32 [n_group]
+    gap: np.ndarray  # float32 [n_group], of a group's arrivals
+    gap_without: np.ndarray  # float32 [n_experts], of the others of its group; infinite where there are none
     alias: np.ndarray  # uint64 [n_experts], alias tables, one per group: threshold * 2**32 + alias
     scratch: np.ndarray  # float64 [2, n_experts]
 
@@ -27,8 +27,8 @@ def new_layer(n_experts, n_group):
     """Unfilled tables."""
     return Layer(
         np.empty(n_experts, np.float64),
-        np.empty(n_experts, np.float32),
         np.empty(n_group, np.float32),
+        np.empty(n_experts, np.float32),
         np.empty(n_experts, np.uint64),
         np.empty((2, n_experts), np.float64),
     )
@@ -62,25 +62,25 @@ def _fill_alias(lo, hi, total, weight, alias, scratch):
 @kernel
 def fill_layer(mu, layer):
     """Make the tables of a layer from its mean logits mu float64 [n_experts]."""
-    weight, others, group_weight = layer.weight, layer.others, layer.group_weight
-    size = mu.size // group_weight.size
+    weight, gap, gap_without = layer.weight, layer.gap, layer.gap_without
+    size = mu.size // gap.size
     for e in range(mu.size):
         weight[e] = np.exp(mu[e])
-    for g in range(group_weight.size):
+    for g in range(gap.size):
         lo, hi = g * size, (g + 1) * size
         total = weight[lo:hi].sum()
-        group_weight[g] = total
+        gap[g] = 1 / max(total, TINY)
         for e in range(lo, hi):
             rest = total - weight[e]
             if rest < SMALL * total:
                 rest = weight[lo:e].sum() + weight[e + 1 : hi].sum()
-            others[e] = max(np.float32(rest), TINY) if size > 1 else np.float32(0)
+            gap_without[e] = 1 / max(rest, TINY) if size > 1 else np.inf
         _fill_alias(lo, hi, total, weight, layer.alias, layer.scratch)
 
 
-@kernel
+@kernel(forceinline=True)
 def draw_mark(word, group, size, alias):
-    """Expert of a group, int32, drawn from its alias table by one word.
+    """Expert of a group, uint32, drawn from its alias table by one word.
 
     Indices are unsigned, which spares the check for negative ones, and both outcomes lie in one entry: a select, where a
     branch would be mispredicted half of the time.
@@ -89,4 +89,4 @@ def draw_mark(word, group, size, alias):
     e = np.uint64(group) * np.uint64(size) + (product >> np.uint64(32))
     entry = alias[e]
     keep = (product & np.uint64(0xFFFFFFFF)) < (entry >> np.uint64(32))
-    return np.int32(e) if keep else np.int32(entry & np.uint64(0xFFFFFFFF))
+    return np.uint32(e) if keep else np.uint32(entry & np.uint64(0xFFFFFFFF))

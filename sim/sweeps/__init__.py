@@ -4,7 +4,7 @@ from sim.sweeps.bounds import no_bounds_because, replicas_have_no_bounds
 from sim.sweeps.combine import combine
 from sim.sweeps.journal import Journal
 from sim.sweeps.plan import Plan, make_plan
-from sim.sweeps.run import run_plan, sweep
+from sim.sweeps.run import run_plan, sweep, work_of
 
 __all__ = [
     "Journal",
@@ -15,4 +15,5 @@ __all__ = [
     "replicas_have_no_bounds",
     "run_plan",
     "sweep",
+    "work_of",
 ]

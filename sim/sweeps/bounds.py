@@ -16,13 +16,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import pandas as pd
 from scipy.special import ndtr
 
 from sim.kernels import kernel
+from sim.progress import track
 from sim.router import draw_trials
 from sim.stats import CONFIDENCE
 from sim.sweeps.grid import Events, events_of
@@ -30,7 +31,7 @@ from sim.sweeps.plan import Plan
 from sim.sweeps.steps import Group, place_pairs
 from sim.sweeps.tables import KEYS, cell_keys, certain_events, impossible_events
 from sim.sweeps.tally import Tally
-from sim.theory import TINY, UniformLayer, UniformRouter, fill_layer_bounds
+from sim.theory import TINY, UniformLayer, UniformRouter, all_tails, fill_layer_bounds, join_layer_bounds
 from sim.traffic import SyntheticTraffic
 from sim.traffic.synthetic import X0
 
@@ -42,6 +43,9 @@ _DEEPEST = 1e-18  # below this, only the sweep's own thresholds
 
 _NEAR_TINY = 1e6 * TINY
 _BATCH_TOKENS = 2**13
+_TALLIED = 2**10  # tokens whose loads are counted together
+_TABULATED = 128  # tokens of a step up to which all thresholds of a distribution are worked out at once
+_EARLIER = np.uint16(2**15)
 _MOST_BATCHES = 16  # per layer
 _LEAST_BATCHES, _TRIALS_PER_BATCH = 4, 625  # a larger sweep has more precise ones
 _COMMON = 0.5  # probability, by the normal approximation
@@ -96,7 +100,9 @@ def build_bounds(plan: Plan, tally: Tally, n_threads: int) -> tuple[pd.DataFrame
     except Exception as error:
         return pd.DataFrame(), [f"no bounds past sampling: {_reason(error)}"]
     with ThreadPoolExecutor(n_threads) as pool:
-        found = dict(zip(sources, pool.map(lambda p: _try_rows(plan, p, sources[p]), sources), strict=True))
+        rows_of = pool.map(lambda p: _try_rows(plan, p, sources[p]), sources)
+        sizes = [grid.pairs[p][1] * len(grid.steps) for p in sources]
+        found = dict(zip(sources, track(rows_of, sizes), strict=True))
     keys, rows_out = cell_keys(grid, tally), []
     all_layers = plan.workload.popularity == "none" or plan.workload.n_layers == n_layers
     for cell, (pair, step) in enumerate(grid.cells):
@@ -215,9 +221,28 @@ class DrawnLayers:
         if np.minimum(common, 1.0).mean() > _COMMON:
             return 0.0, 1.0
         out = np.empty((len(self.upper), 2))
-        fill_layer_bounds(self.upper, self.hot_lower, self.pair_upper, n_tokens, least, out)
+        if n_tokens <= _TABULATED:
+            upper, hot_lower, pair_upper = self._all_tails(n_tokens)
+            twice = min(2 * least, pair_upper.shape[2] - 1)
+            pairs = pair_upper[:, :, twice] if twice == 2 * least else np.zeros(pair_upper.shape[:2])
+            join_layer_bounds(upper[:, :, least], hot_lower[:, :, least], pairs, out)
+        else:
+            fill_layer_bounds(self.upper, self.hot_lower, self.pair_upper, n_tokens, least, out)
         low, high = out.mean(axis=0)
         return float(low), float(high)
+
+    def _all_tails(self, n_tokens: int) -> list[np.ndarray]:
+        """P(load of a step >= x) of the ranks, the hot ranks and their pairs: float64 [layers, n, n_tokens * top_k + 1]."""
+        if self._tables.get("n_tokens") != n_tokens:
+            self._tables.clear()  # a step's thresholds are asked for together
+            laws = (self.upper, self.hot_lower, self.pair_upper)
+            tables = [all_tails(p.reshape(-1, p.shape[2]), n_tokens).reshape(*p.shape[:2], -1) for p in laws]
+            self._tables.update(n_tokens=n_tokens, tables=tables)
+        return self._tables["tables"]
+
+    @cached_property
+    def _tables(self) -> dict[str, Any]:
+        return {}
 
     def received(self, n_tokens: int, least: int) -> tuple[float, float]:
         """P(a rank receives at least `least` of the tokens): binomial on each rank. The lower bound is that of one rank."""
@@ -260,13 +285,14 @@ def sample_token_loads(plan: Plan, pairs: list[int], n_layers: int, n_threads: i
         return []
     [group] = place_pairs(plan, range(n_layers), pairs)
     n_batches = min(max(plan.trials // _TRIALS_PER_BATCH, _LEAST_BATCHES), _MOST_BATCHES)
+    n_tokens = n_batches * _BATCH_TOKENS
     with ThreadPoolExecutor(n_threads) as pool:
         layers = list(pool.map(lambda i: _count(plan, group, i, n_batches), range(n_layers)))
-    n_tokens = n_batches * _BATCH_TOKENS
-    return [_bounded_loads([layer[i] for layer in layers], n_tokens) for i in range(len(pairs))]
+        of_pairs = zip(*layers, strict=True)
+        return list(pool.map(lambda of_layer: _bounded_loads(of_layer, n_tokens), of_pairs))
 
 
-def _bounded_loads(layers: list[tuple[np.ndarray, np.ndarray, np.ndarray]], n_tokens: int) -> DrawnLayers:
+def _bounded_loads(layers: tuple[tuple[np.ndarray, np.ndarray, np.ndarray], ...], n_tokens: int) -> DrawnLayers:
     single, hot, together = (np.stack(arrays) for arrays in zip(*layers, strict=True))
     n_bounds = 2 * len(layers) * (single.shape[2] - 1) * (single.shape[1] + together.shape[1])
     log_odds = np.log(n_bounds / (1 - CONFIDENCE))
@@ -291,9 +317,6 @@ def _count(plan: Plan, group: Group, layer: int, n_batches: int) -> list[tuple[n
         _, ids = _tokens(plan, layer, batch)
         for rank, (single, hot, together) in zip(ranks, found, strict=True):
             _tally_loads(ids[0], rank, hot, single, together)
-    for single, hot, together in found:
-        first, second = np.triu_indices(len(hot), 1)
-        together += single[hot[first]] + single[hot[second]]
     return found
 
 
@@ -305,32 +328,65 @@ def _tokens(plan: Plan, layer: int, batch: int) -> tuple[np.ndarray, np.ndarray]
 
 @kernel
 def _tally_loads(ids, rank, hot, single, together):
-    """Add tokens ids int16 [tokens, top_k] to single int64 [ranks, top_k + 1] and together int64 [pairs, top_k + 1]."""
-    load = np.zeros(single.shape[0], np.int64)
-    place = np.full(single.shape[0], -1)
-    for i in range(hot.size):
-        place[hot[i]] = i
-    hit, of_hit = np.empty(ids.shape[1], np.int64), np.empty(ids.shape[1], np.int64)
-    for t in range(ids.shape[0]):
-        for k in range(ids.shape[1]):
-            load[rank[ids[t, k]]] += 1
-        n_hit = 0
-        for k in range(ids.shape[1]):
-            r = rank[ids[t, k]]
-            if load[r]:
-                single[r, load[r]] += 1
-                if place[r] >= 0:
-                    hit[n_hit], of_hit[n_hit] = place[r], load[r]
-                    n_hit += 1
-                load[r] = 0
-        # A pair of which one rank is hit counts like that rank; `single` adds those, less the tokens that hit both.
-        for i in range(n_hit):
-            for j in range(i):
-                a, b = min(hit[i], hit[j]), max(hit[i], hit[j])
-                pair = a * hot.size - a * (a + 1) // 2 + b - a - 1
-                together[pair, of_hit[i] + of_hit[j]] += 1
-                together[pair, of_hit[i]] -= 1
-                together[pair, of_hit[j]] -= 1
+    """Add tokens ids int16 [tokens, top_k] to single int64 [ranks, top_k + 1] and together int64 [pairs, top_k + 1], of
+    which only loads from 1 on are of use. Tokens come last and numbers are narrow, so that loops over tokens vectorise.
+    """
+    top_k = ids.shape[1]
+    ranks, of_rank = np.empty((top_k, _TALLIED), np.uint16), np.empty(_TALLIED, np.uint16)
+    of_hot = np.empty((hot.size, _TALLIED), np.uint16)
+    for start in range(0, ids.shape[0], _TALLIED):
+        n = min(_TALLIED, ids.shape[0] - start)
+        for i in range(n):
+            for k in range(top_k):
+                ranks[k, i] = rank[np.uint16(ids[start + i, k])]
+        for k in range(top_k):
+            _count_same(n, ranks, k, of_rank)
+            for i in range(n):
+                single[ranks[k, i], of_rank[i]] += 1
+        for a in range(hot.size):
+            _count_equal(n, ranks, np.uint16(hot[a]), of_hot[a])
+        pair = 0
+        for a in range(hot.size):
+            for b in range(a + 1, hot.size):
+                for load in range(1, top_k + 1):
+                    together[pair, load] += _count_sums(n, of_hot[a], of_hot[b], np.uint16(load))
+                pair += 1
+
+
+@kernel
+def _count_same(n, ranks, k, out):
+    """Experts of each token on the rank of its k-th one; 0 where an earlier one is there, which is counted for both."""
+    mine = ranks[k]
+    out[:n] = 0
+    for j in range(ranks.shape[0]):
+        theirs = ranks[j]
+        if j < k:
+            for i in range(n):
+                out[i] = _EARLIER if theirs[i] == mine[i] else out[i]
+        else:
+            for i in range(n):
+                out[i] = out[i] + np.uint16(theirs[i] == mine[i])
+    for i in range(n):
+        out[i] = out[i] if out[i] < _EARLIER else np.uint16(0)
+
+
+@kernel
+def _count_equal(n, ranks, rank, out):
+    """Experts of each token on a rank."""
+    out[:n] = 0
+    for k in range(ranks.shape[0]):
+        of_expert = ranks[k]
+        for i in range(n):
+            out[i] = out[i] + np.uint16(of_expert[i] == rank)
+
+
+@kernel
+def _count_sums(n, a, b, load):
+    """Tokens whose loads on two ranks add up to `load`."""
+    found = np.uint16(0)
+    for i in range(n):
+        found = np.uint16(found + np.uint16(np.uint16(a[i] + b[i]) == load))
+    return np.int64(found)
 
 
 def _bounded(counts: np.ndarray, n_tokens: int, log_odds: float, up: bool) -> np.ndarray:

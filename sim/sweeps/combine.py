@@ -6,7 +6,8 @@ import numpy as np
 import pandas as pd
 
 from sim.errors import InputError
-from sim.results import CELL, SCHEMA, SweepResult
+from sim.results import SCHEMA, SweepResult
+from sim.stats import CELL
 from sim.sweeps.grid import Grid, events_of
 from sim.sweeps.tables import KEYS, build_summary, build_tail, cell_keys
 from sim.sweeps.tally import Tally, build_counts, read_counts

@@ -25,10 +25,12 @@ def threads(n_threads: int) -> Executor:
     """Compute chunks over threads, a few ahead at a time so that finished sums do not pile up."""
 
     def compute(plan: Plan, stage: Stage, chunks: list[range]) -> Iterator[tuple[range, Tally]]:
-        if chunks:  # alone, so that kernels are compiled once
-            yield chunks[0], run_chunk(plan, stage, chunks[0])
+        if chunks and n_threads > 1:  # one trial alone, so that kernels are compiled once; its sums are not taken
+            draw = chunks[0].start
+            first = stage.trials_of(draw)[0]
+            run_chunk(plan, stage._replace(trials=range(first, first + 1)), range(draw, draw + 1))
         with ThreadPoolExecutor(n_threads) as pool:
-            yield from _on_pool(pool, n_threads, plan, stage, chunks[1:])
+            yield from _on_pool(pool, n_threads, plan, stage, chunks)
 
     return compute
 

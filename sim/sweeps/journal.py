@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from sim.errors import InputError
-from sim.files import read_json
-from sim.results import digest_of, whole_files
+from sim.files import read_json, whole_files
+from sim.results import digest_of
 from sim.sweeps.chunk import Stage, stage_chunks
 from sim.sweeps.plan import Plan
 from sim.sweeps.tally import Tally

@@ -59,6 +59,8 @@ class Plan:
     precision : Precision, optional
     bound_layers : int
         Layer draws that bounds past sampling are taken over; 0 for no bounds.
+    tail_floor : float, optional
+        Probability down to which tails over all layers are estimated (`sim.theory.rare_tail`).
     """
 
     grid: Grid
@@ -74,6 +76,7 @@ class Plan:
     ranks_per_node: int
     precision: Precision | None
     bound_layers: int
+    tail_floor: float | None
 
     @property
     def identity(self) -> dict[str, object]:
@@ -82,6 +85,7 @@ class Plan:
         values |= {"law": routing_law(self.model, self.workload), "draws": self.draws or self.trials}
         values |= {"fit": self.fit} if self.fit else {}
         values |= {"replica_choice": self.replica_choice} if any(self.has_replicas) else {}
+        values |= {"tail_floor": self.tail_floor} if self.tail_floor is not None else {}
         return values | ({"precision": list(self.precision)} if self.precision else {})
 
     @cached_property
@@ -142,6 +146,7 @@ def make_plan(model: str | Path | ModelSpec, workload: str | Path | Workload, **
         ranks_per_node=chosen.ranks_per_node,
         precision=precision,
         bound_layers=_choose_bound_layers(grid, workload, trials, chosen.bound_layers),
+        tail_floor=chosen.tail_floor,
     )
     _check_sums_fit(plan)
     return plan

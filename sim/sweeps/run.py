@@ -4,7 +4,6 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +13,19 @@ import pandas as pd
 from sim.kernels import usable_processors
 from sim.model import ModelSpec
 from sim.options import THREADS, SweepOptions, takes
+from sim.progress import advance, phase
 from sim.results import SweepResult
 from sim.router import routing_law
 from sim.sweeps import executors
-from sim.sweeps.bounds import build_bounds
+from sim.sweeps.bounds import build_bounds, no_bounds_because
 from sim.sweeps.chunk import Stage, stage_chunks
 from sim.sweeps.journal import Journal
 from sim.sweeps.plan import Plan, make_plan
 from sim.sweeps.precision import first_stage, next_stage
+from sim.sweeps.rare import build_rare
 from sim.sweeps.tables import build_summary, build_tail
 from sim.sweeps.tally import Tally, build_counts, only_cells
 from sim.traffic import Workload
-
-Progress = Callable[[int, int], None]
 
 
 @takes(SweepOptions)
@@ -50,7 +49,7 @@ def sweep(
     Returns
     -------
     SweepResult
-        `.summary`, `.tail` and `.counts` are DataFrames; `.notes` says which bounds could not be computed.
+        `.summary`, `.tail` and `.counts` are DataFrames; `.notes` says which bounds and estimates could not be computed.
 
     Raises
     ------
@@ -77,25 +76,40 @@ def run_plan(
     executor: executors.Executor,
     *,
     n_threads: int = 1,
-    progress: Progress | None = None,
     journal: Journal | None = None,
     time_limit_s: float | None = None,
 ) -> SweepResult:
     """Run a checked plan.
 
-    Chunks run on `executor`, the bounds past sampling on `n_threads` threads. `progress(tokens done, tokens of the stage)`
-    is called after every chunk; chunks that the journal holds are not computed.
+    Chunks run on `executor`, the bounds past sampling on `n_threads` threads; chunks that the journal holds are not computed.
+    Progress is announced in the phases of `work_of`.
     """
-    tally, stopped = _run_stages(plan, executor, progress, journal, time_limit_s)
-    bounds, notes = build_bounds(plan, tally, n_threads)
-    tail = [build_tail(plan.grid, tally), bounds]
-    return SweepResult(
-        build_summary(plan.grid, tally, stopped, cell_ids(plan)),
-        pd.concat([part for part in tail if len(part)], ignore_index=True),
-        build_counts(plan.grid, tally),
-        plan.identity,
-        notes,
-    )
+    work = work_of(plan)
+    with phase("sampling", work):
+        tally, stopped = _run_stages(plan, executor, journal, time_limit_s)
+    with phase("bounds", work):
+        bounds, notes = build_bounds(plan, tally, n_threads)
+        rare, about_rare = build_rare(plan, tally, n_threads)
+    with phase("writing", work):
+        tail = [build_tail(plan.grid, tally), bounds, rare]
+        return SweepResult(
+            build_summary(plan.grid, tally, stopped, cell_ids(plan)),
+            pd.concat([part for part in tail if len(part)], ignore_index=True),
+            build_counts(plan.grid, tally),
+            plan.identity,
+            notes + about_rare,
+        )
+
+
+def work_of(plan: Plan) -> dict[str, float]:
+    """About how long the phases of a plan take, relative to each other and to those of other plans."""
+    grid = plan.grid
+    tokens = plan.trials * int(grid.steps[-1]) + plan.fit_tokens * (plan.draws or plan.trials)
+    blocks = plan.trials * int(grid.ep_size_of_cell.sum())
+    layers = 0 if no_bounds_because(plan) else min(plan.bound_layers, plan.draws or plan.trials)
+    bounds = layers * (_TOKENS_PER_LAYER + _TOKENS_PER_BOUND * int(grid.ep_size_of_cell.sum()))
+    sampling = _TOKENS_TO_START + tokens + _TOKENS_PER_RANK * blocks
+    return {"sampling": sampling, "bounds": bounds, "writing": _TOKENS_PER_ROW * len(grid.cells)}
 
 
 def cell_ids(plan: Plan) -> list[str]:
@@ -108,6 +122,13 @@ def cell_ids(plan: Plan) -> list[str]:
     return [hashlib.sha256(json.dumps(cell, sort_keys=True).encode()).hexdigest()[:16] for cell in about]
 
 
+_TOKENS_TO_START, _TOKENS_PER_RANK, _TOKENS_PER_ROW = 1e6, 0.02, 3000.0
+_TOKENS_PER_LAYER, _TOKENS_PER_BOUND = 150_000.0, 420.0
+"""What it takes in the time of a sampled token to start, to score a rank of a block, to write a cell, to count the tokens of a
+layer that bounds rest on, and to bound one of its ranks in a cell; measured on DeepSeek-V3.
+"""
+
+
 class _OutOfTime(Exception):  # noqa: N818
     pass
 
@@ -115,7 +136,6 @@ class _OutOfTime(Exception):  # noqa: N818
 def _run_stages(
     plan: Plan,
     executor: executors.Executor,
-    progress: Progress | None,
     journal: Journal | None,
     time_limit_s: float | None,
 ) -> tuple[Tally, np.ndarray]:
@@ -126,7 +146,7 @@ def _run_stages(
     started_s, end_s = time.monotonic(), math.inf
     while stage is not None:
         try:
-            new = _run_stage(plan, stage, executor, progress, journal, end_s)
+            new = _run_stage(plan, stage, executor, journal, end_s)
         except _OutOfTime:
             stopped[list(stage.cells)] = "time_limit"
             break
@@ -143,7 +163,6 @@ def _run_stage(
     plan: Plan,
     stage: Stage,
     executor: executors.Executor,
-    progress: Progress | None,
     journal: Journal | None,
     end_s: float,
 ) -> Tally:
@@ -156,8 +175,7 @@ def _run_stage(
         nonlocal done
         total.add(tally)
         done += sum(len(stage.trials_of(draw)) for draw in draws) * of_trial
-        if progress:
-            progress(done, len(stage.trials) * of_trial)
+        advance((stage.trials.start + done / of_trial) / plan.trials)  # under a precision, of the most that it may take
 
     missing = stage_chunks(plan, stage)
     if journal:

@@ -1,22 +1,21 @@
 """Exact answers and bounds: what a simulation must agree with, and what lies below anything that it can see."""
 
-from sim.theory.grouped import spread_by_enumeration, spread_over_groups
 from sim.theory.layer import UniformLayer
-from sim.theory.plain import idle_ranks, max_load_of_one_token, mean_idle_ranks, one_rank
-from sim.theory.sums import TINY, tails
-from sim.theory.uniform import UniformRouter
-from sim.theory.union import fill_layer_bounds
+from sim.theory.rare import RareRow, RareTail, no_rare_events_because, rare_tail
+from sim.theory.tails import TINY, all_tails, fill_layer_bounds, join_layer_bounds, tails
+from sim.theory.uniform import UniformRouter, spread_over_groups
 
 __all__ = [
     "TINY",
+    "RareRow",
+    "RareTail",
     "UniformLayer",
     "UniformRouter",
+    "all_tails",
     "fill_layer_bounds",
-    "idle_ranks",
-    "max_load_of_one_token",
-    "mean_idle_ranks",
-    "one_rank",
-    "spread_by_enumeration",
+    "join_layer_bounds",
+    "no_rare_events_because",
+    "rare_tail",
     "spread_over_groups",
     "tails",
 ]

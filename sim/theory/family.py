@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from sim.kernels import kernel
-from sim.theory.sums import tilted_moments
+from sim.theory.tails import tilted_moments
 
 _BRACKET = 60.0  # no law that was counted needs a stronger tilt
 

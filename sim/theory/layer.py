@@ -1,16 +1,24 @@
 """A placed layer under uniform traffic: the busiest rank, idle ranks and the one-rank event, exactly or between bounds."""
 
-from functools import cached_property
+from collections import Counter, defaultdict
+from fractions import Fraction
+from functools import cached_property, lru_cache
+from itertools import product
+from math import comb, prod
 
 import numpy as np
 
-from sim.theory.missed import missed_sets, probability_of_idle
-from sim.theory.one_token import Choices, choices_of_groups, most_on_one_rank
-from sim.theory.sums import TINY, tails
+from sim.theory.tails import TINY, at_least_one, tails
 from sim.theory.uniform import UniformRouter
-from sim.theory.union import at_least_one
 
 _MOST_CHOICES = 200  # of groups that look different to the ranks, that sets of experts are counted for
+_MOST_CLASSES = 6_000  # of sets of ranks, that bounds are added up over
+_MOST_EXACT = 50  # classes for inclusion and exclusion, in long integers
+_BITS = 1536  # of these: what cancels is some 2**256, what is left is above 1e-300
+
+Classes = Counter[tuple[int, tuple[int, ...]]]  # sets of ranks by their number and the experts of each group in them
+
+Choices = dict[tuple[tuple[int, ...], bytes, bytes], tuple[float, list[list[int]], list[int]]]
 
 
 class UniformLayer:
@@ -34,7 +42,7 @@ class UniformLayer:
         The upper bound is the sum over ranks (Boole). The lower one takes off the pairs of ranks that are both so high:
         the sum of their loads is then at least 2 * least, which is impossible beyond half of all pairs (token, expert).
         """
-        if n_tokens == 1 and 2 * least <= self.router.top_k and len(self._choices) <= _MOST_CHOICES:
+        if n_tokens == 1 and 2 * least <= self.router.top_k and self._choices is not None:
             p = most_on_one_rank(self._choices, least)
             return p, p
         (laws, counts), (pair_laws, pair_counts) = self._singles, self._pairs
@@ -82,7 +90,7 @@ class UniformLayer:
         return np.array([self.router.load_law(tuple(row))[0] for row in rows.tolist()])[place.reshape(-1)]
 
     @cached_property
-    def _choices(self) -> Choices:
+    def _choices(self) -> Choices | None:
         return choices_of_groups(self.router, self.held)
 
     @cached_property
@@ -103,3 +111,175 @@ class UniformLayer:
         rows, counts = np.unique(-np.sort(-held, axis=1), axis=0, return_counts=True)
         laws = [self.router.load_law(tuple(row)) for row in rows.tolist()]
         return np.array(laws).reshape(len(rows), self.router.top_k + 1), counts
+
+
+def missed_sets(held: np.ndarray) -> list[dict[tuple[int, ...], int]] | None:
+    """Sets of j ranks, j = 0 .. ranks, by the experts of each group that they hold together: counts of sets by held
+    experts (falling, without zeros; the order of groups does not matter). None if there are too many classes.
+
+    Ranks and groups that have nothing to do with each other are worked apart, which keeps the classes few.
+    """
+    together: Classes = Counter({(0, ()): 1})
+    for part in _components(held):
+        of_part: dict[tuple[int, tuple[int, ...]], int] = {(0, (0,) * part.shape[1]): 1}
+        for rank in part.tolist():
+            more = defaultdict(int, of_part)
+            for (j, experts), n in of_part.items():
+                more[j + 1, tuple(map(sum, zip(experts, rank, strict=True)))] += n
+            of_part = more
+            if len(of_part) > _MOST_CLASSES:
+                return None
+        classes: Classes = Counter()
+        for (j, experts), n in of_part.items():
+            classes[j, _falling(experts)] += n
+        joined: Classes = Counter()
+        for (i, some), n in together.items():
+            for (j, others), m in classes.items():
+                joined[i + j, _falling(some + others)] += n * m
+            if len(joined) > _MOST_CLASSES:
+                return None
+        together = joined
+    sets: list[dict[tuple[int, ...], int]] = [{} for _ in range(len(held) + 1)]
+    for (j, experts), n in together.items():
+        sets[j][experts] = n
+    return sets
+
+
+def _falling(counts: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(sorted((c for c in counts if c), reverse=True))
+
+
+def _components(held: np.ndarray) -> list[np.ndarray]:
+    """Parts of held [ranks, groups] that share neither a rank nor a group."""
+    group_of = list(range(held.shape[1]))  # the lowest group of each group's part
+    for rank in held:
+        joined = {group_of[g] for g in np.flatnonzero(rank)}
+        group_of = [min(joined) if g in joined else g for g in group_of]
+    parts = []
+    for first in sorted(set(group_of)):
+        groups = [g for g, of in enumerate(group_of) if of == first]
+        ranks = held[:, groups].any(axis=1)
+        if ranks.any():
+            parts.append(held[ranks][:, groups])
+    return parts
+
+
+def probability_of_idle(
+    router: UniformRouter, sets: list[dict[tuple[int, ...], int]], n_tokens: int, least: int
+) -> tuple[float, float]:
+    """P(at least `least` ranks are missed by all tokens): (lower bound, upper bound), equal where few classes allow the
+    whole of inclusion and exclusion; else its first two terms (Bonferroni).
+    """
+    if sum(map(len, sets)) <= _MOST_EXACT:
+        terms = [
+            (-1) ** (j - least) * comb(j - 1, least - 1) * _all_miss_exactly(router, sets[j], n_tokens)
+            for j in range(least, len(sets))
+        ]
+        p = float(Fraction(sum(terms), 1 << _BITS))
+        p = max(p, TINY) if sum(terms) > 0 else 0.0
+        return p, p
+    first = _all_miss(router, sets[least], n_tokens)
+    second = _all_miss(router, sets[least + 1], n_tokens) if least + 1 < len(sets) else 0.0
+    return max(first - least * second, 0.0), min(first, 1.0)
+
+
+def _all_miss(router: UniformRouter, sets: dict[tuple[int, ...], int], n_tokens: int) -> float:
+    """Sum over sets of P(all tokens miss the set)."""
+    missed = ((router.misses(experts), n) for experts, n in sets.items())
+    return float(sum(n * max(p**n_tokens, TINY) for p, n in missed if p > 0))
+
+
+def _all_miss_exactly(router: UniformRouter, sets: dict[tuple[int, ...], int], n_tokens: int) -> int:
+    """Sum over sets of P(all tokens miss the set), in units of 2**-_BITS: alternating sums of it lose no digits."""
+    total = 0
+    for experts, n in sets.items():
+        power, base, left = 1 << _BITS, _misses_exactly(router, experts), n_tokens
+        while left:
+            if left & 1:
+                power = power * base >> _BITS
+            base = base * base >> _BITS
+            left >>= 1
+        total += n * power
+    return total
+
+
+@lru_cache(maxsize=4096)
+def _misses_exactly(router: UniformRouter, experts: tuple[int, ...]) -> int:
+    """P(a token misses these experts), the router's probabilities taken as they are, in units of 2**-_BITS."""
+    others = [[comb(router.group_size - h, c) for c in range(router.top_k + 1)] for h in experts]
+    return sum(
+        weight * prod(ways[c] for ways, c in zip(others, row, strict=True))
+        for row, weight in _weights(router, len(experts))
+    )
+
+
+@lru_cache(maxsize=64)
+def _weights(router: UniformRouter, n: int) -> list[tuple[list[int], int]]:
+    """Counts in n groups with the probability of each set of such experts, in units of 2**-_BITS."""
+    sizes = [comb(router.group_size, c) for c in range(router.top_k + 1)]
+    weights = []
+    for row, p in zip(*(part.tolist() for part in router.marginal(n)), strict=True):
+        numerator, denominator = p.as_integer_ratio()
+        weights.append((row, (numerator << _BITS) // (denominator * prod(sizes[c] for c in row))))
+    return weights
+
+
+def choices_of_groups(router: UniformRouter, held: np.ndarray) -> Choices | None:
+    """How a token's experts may spread over groups, choices that look alike to the ranks taken together.
+
+    held int [ranks, groups]. Keys begin with the experts taken of each used group; values are the probability of each set
+    of such experts, and the distinct rows of `held` in the used groups with how many ranks have each. None if there are too
+    many choices.
+    """
+    choices: Choices = {}
+    columns = [column.tolist() for column in held.T]
+    looks: dict[tuple[int, ...], tuple[np.ndarray, np.ndarray]] = {}
+    for counts, probability in zip(router.counts.tolist(), router.probability.tolist(), strict=True):
+        used = tuple(sorted((g for g, c in enumerate(counts) if c), key=lambda g: (-counts[g], columns[g])))
+        if used not in looks:
+            looks[used] = np.unique(held[:, used], axis=0, return_counts=True)
+        rows, times = looks[used]
+        taken = tuple(counts[g] for g in used)
+        key = (taken, rows.tobytes(), times.tobytes())
+        of_a_set = probability / prod(comb(router.group_size, c) for c in taken)
+        choices[key] = (choices[key][0] + of_a_set if key in choices else of_a_set, rows.tolist(), times.tolist())
+        if len(choices) > _MOST_CHOICES:
+            return None
+    return choices
+
+
+def most_on_one_rank(choices: Choices, least: int) -> float:
+    """P(some rank has at least `least` of a token's experts).
+
+    Given how many experts a token takes of each group, the sets with fewer than `least` on every rank are counted by the
+    product over ranks of the polynomial of what a rank may give.
+    """
+    fewer = sum(p * _sets_with_fewer(key[0], rows, times, least) for key, (p, rows, times) in choices.items())
+    return min(max(1.0 - fewer, 0.0), 1.0)
+
+
+def _sets_with_fewer(taken: tuple[int, ...], rows: list[list[int]], times: list[int], least: int) -> float:
+    shape = tuple(c + 1 for c in taken)
+    ways = np.zeros(shape)
+    ways[(0,) * len(taken)] = 1
+    for row, n in zip(rows, times, strict=True):
+        of_rank = np.zeros(shape)
+        for take in product(*(range(min(c, h) + 1) for c, h in zip(taken, row, strict=True))):
+            if sum(take) < least:
+                of_rank[take] = prod(comb(h, t) for h, t in zip(row, take, strict=True))
+        while n:
+            if n & 1:
+                ways = _multiply(ways, of_rank)
+            of_rank = _multiply(of_rank, of_rank) if n > 1 else of_rank
+            n >>= 1
+    return float(ways[taken])
+
+
+def _multiply(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Product of two polynomials, cut off at their shape."""
+    out = np.zeros_like(a)
+    for at in zip(*np.nonzero(b), strict=True):
+        low = tuple(slice(i, None) for i in at)
+        high = tuple(slice(None, n - i) for i, n in zip(at, a.shape, strict=True))
+        out[low] += b[at] * a[high]
+    return out

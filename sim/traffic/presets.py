@@ -18,7 +18,21 @@ _SAYS_NOTHING = {"name", "about", "source", "fitted_to", "prefill"}
 
 @cache
 def _presets() -> dict[str, dict[str, Any]]:
-    return tomllib.loads(resources.files("sim.traffic").joinpath("presets.toml").read_text(encoding="utf-8"))
+    return _packaged("presets.toml")
+
+
+def _packaged(name: str) -> dict[str, Any]:
+    return tomllib.loads(resources.files("sim.traffic").joinpath(name).read_text(encoding="utf-8"))
+
+
+@cache
+def _preset(name: str) -> dict[str, Any]:
+    """Fields of a preset, with the tables of its layers where it has a file of them."""
+    fields = dict(_presets()[name])
+    if "tables" not in fields:
+        return fields
+    tables = _packaged(fields.pop("tables"))
+    return fields | tables["decode"] | {"prefill": fields["prefill"] | tables["prefill"]}
 
 
 def workload_names() -> list[str]:
@@ -75,7 +89,7 @@ def load_workload(
             )
         fields = {"name": Path(name).stem, **read}
     elif name in _presets():
-        fields = {"name": name, **_presets()[name]}
+        fields = {"name": name, **_preset(name)}
     else:
         raise unknown("--workload", name, _presets(), " (or file:TRACE, or a .toml file; `epsim workloads` lists them)")
     fields = _of_phase(name, fields, phase) | overrides

@@ -26,10 +26,10 @@ FROM_ARRAYS = "popularity as an array goes through sim.synthetic_traffic(popular
 _LEAST_POPULARITY = 1e-9  # over the mean of the layer: a zero is never seen, and its logarithm is finite
 
 # The tilted popularity, fitted to DeepSeek-R1 on GPQA: see `_tilted`.
-_STEEP_TILT, _STEEP_SHARE = 1.485, 8 / 58
+_STEEP_TILT, STEEP_SHARE = 1.485, 8 / 58
 _TILT_MEAN, _TILT_SD = 0.566, 0.264
 _SPREAD_MEAN, _SPREAD_SD, _SPREAD_RANGE = 0.58, 0.10, (0.40, 0.95)
-_STUDENT_DF = 6
+STUDENT_DF = 6
 
 
 @dataclass(frozen=True, eq=False)
@@ -269,17 +269,26 @@ def _tilted(u: np.ndarray, n_experts: int) -> np.ndarray:
     f is the centred -ln(v + 0.3), v = (e + 1/2) / n_experts, over its OLS slope on v; the tilt is steep in 8 of 58
     layers and else normal, at least 0; the spread is normal, clipped; t6 is Student's t, of variance 1.5.
     """
+    tilt, spread = tilt_and_spread(u[:, 0] < STEEP_SHARE, ndtri(u[:, 1]), ndtri(u[:, 2]))
+    z, *chi = np.split(u[:, 3:], 4, axis=1)
+    chi_square = -2.0 * np.log(chi[0] * chi[1] * chi[2])  # 6 degrees of freedom: three exponentials
+    student = ndtri(z) / np.sqrt(chi_square / STUDENT_DF)
+    return tilt[:, None] * tilt_profile(n_experts) + spread[:, None] * student / np.sqrt(1.5)
+
+
+def tilt_and_spread(steep: np.ndarray, z_tilt: np.ndarray, z_spread: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Tilt and spread of layers of tilted popularity: from whether the tilt is steep, and two standard normals."""
+    tilt = np.where(steep, _STEEP_TILT, np.maximum(0.0, _TILT_MEAN + _TILT_SD * z_tilt))
+    return tilt, np.clip(_SPREAD_MEAN + _SPREAD_SD * z_spread, *_SPREAD_RANGE)
+
+
+def tilt_profile(n_experts: int) -> np.ndarray:
+    """How a tilted popularity falls with the index of the expert, at a tilt of 1: float64 [n_experts], mean 0."""
     v = (np.arange(n_experts) + 0.5) / n_experts
     f = -np.log(v + 0.3)
     f -= f.mean()
     slope = np.dot(v - v.mean(), f) / np.dot(v - v.mean(), v - v.mean()) if n_experts > 1 else 1.0
-    f /= abs(slope)
-    tilt = np.where(u[:, 0] < _STEEP_SHARE, _STEEP_TILT, np.maximum(0.0, _TILT_MEAN + _TILT_SD * ndtri(u[:, 1])))
-    spread = np.clip(_SPREAD_MEAN + _SPREAD_SD * ndtri(u[:, 2]), *_SPREAD_RANGE)
-    z, *chi = np.split(u[:, 3:], 4, axis=1)
-    chi_square = -2.0 * np.log(chi[0] * chi[1] * chi[2])  # 6 degrees of freedom: three exponentials
-    student = ndtri(z) / np.sqrt(chi_square / _STUDENT_DF)
-    return tilt[:, None] * f + spread[:, None] * student / np.sqrt(1.5)
+    return f / abs(slope)
 
 
 def _table(where: str, name: str, values: Any, n_axes: int) -> np.ndarray:

@@ -48,9 +48,9 @@ def _gains(
     )  # fmt: skip
 
 
-def _by_step_size(conditions: Conditions, model: str, dtype: str) -> pd.DataFrame:
-    """round_robin against linear at EP 8 on H20, decode and prefill sizes, without all-to-all."""
-    setup: dict[str, Any] = {"ep_sizes": 8, "dtype": dtype, "exchange": "none"}
+def _by_step_size(conditions: Conditions, model: str, dtype: str, exchanges: list[str]) -> pd.DataFrame:
+    """round_robin against linear at EP 8 on H20, decode and prefill sizes, under some kinds of exchange."""
+    setup: dict[str, Any] = {"ep_sizes": 8, "dtype": dtype, "exchange": exchanges}
     return pd.concat(
         [
             _gains(conditions, model, "h20", _DECODE, conditions.workload, **setup),
@@ -81,27 +81,43 @@ def _tokens_text(tokens: int) -> str:
     return f"{tokens} token{'s' if tokens > 1 else ''}"
 
 
-def _of_sizes(conditions: Conditions, model: str, dtype: str, claimed: float, note: str = "") -> Finding:
-    gains = _by_step_size(conditions, model, dtype)
-    saved = np.array([_saved_of(row) for row in gains.itertuples()])
+def _of_sizes(conditions: Conditions, gains: pd.DataFrame, run: list[str], claimed: float, note: str) -> Finding:
+    """Finding over all step sizes: `run` are the kinds of exchange under which the engine runs the placement, so the verdict is
+    over them; the others in `gains` are what it would be.
+    """
+    tried = gains[gains.exchange.isin(run)].reset_index(drop=True)
+    saved = np.array([_saved_of(row) for row in tried.itertuples()])
     shares = np.array([needed_share(claimed, (value, low, high)) for value, low, high in saved])
-    sizes = gains.tokens.tolist()
-    verdict, remark = _verdict(conditions, shares, saved, lambda fits: f"a step has {ranges_text(sizes, fits)}")
-    at = {tokens: _saved_of(gains[gains.tokens == tokens].iloc[0]) for tokens in (1, 8, 64, 512, 16384)}
+
+    def cases(fits: list[bool]) -> str:
+        texts = []
+        for kind in run:
+            mine = (tried.exchange == kind).to_numpy()
+            chosen = np.array(fits)[mine].tolist()
+            if any(chosen):
+                where = f"the exchange is {kind} and " if len(run) > 1 else ""
+                texts.append(f"{where}a step has {ranges_text(tried.tokens[mine].tolist(), chosen)}")
+        return "; or ".join(texts)
+
+    verdict, remark = _verdict(conditions, shares, saved, cases)
     best = int(np.argmin(shares[:, 0]))
-    row = gains.iloc[best]
-    little = ranges_text(sizes, (gains.layer_saved < _LITTLE).tolist())
+    row = tried.iloc[best]
+    first = tried[tried.exchange == run[0]]
+    little = ranges_text(first.tokens.tolist(), (first.layer_saved < _LITTLE).tolist())
+    texts = []
+    for kind, rows in gains.groupby("exchange", sort=False):
+        at = rows.set_index("tokens").layer_saved
+        texts.append(f"{kind} " + ", ".join(f"{percent(at[tokens])} at {tokens}" for tokens in (1, 8, 64, 512, 16384)))
+    at_64 = needed_share(claimed, _saved_of(first[first.tokens == 64].iloc[0]))[0]
     return Finding(
-        "layer time saved: "
-        + ", ".join(f"{saved_text(saved)} at {tokens}" for tokens, saved in at.items())
-        + " tokens",
+        f"layer time saved, by exchange and tokens: {'; '.join(texts)}",
         *_saved_of(row),
-        f"share of the layer's time that is saved, {_tokens_text(row.tokens)}",
+        f"share of the layer's time that is saved, {row.exchange}, {_tokens_text(row.tokens)}",
         verdict,
-        f"A step must save {percent(claimed)}, so routed experts must take {share_text(shares[best, 0])} of it at "
-        f"{_tokens_text(row.tokens)}, where most is saved, and {share_text(needed_share(claimed, at[64])[0])} at 64; up to "
-        f"{percent(conditions.plausible_share, 0)} is taken as plausible. "
-        + (f"Less than {percent(_LITTLE, 0)} is saved at {little}. " if little else "")
+        f"A step must save {percent(claimed)}, so experts and exchange must take {share_text(shares[best, 0])} of it at "
+        f"{_tokens_text(row.tokens)} under {row.exchange}, where most is saved, and {share_text(at_64)} at 64 under {run[0]}; up "
+        f"to {percent(conditions.plausible_share, 0)} is taken as plausible. "
+        + (f"Under {run[0]} less than {percent(_LITTLE, 0)} is saved at {little}. " if little else "")
         + note
         + remark,
         needed_share(claimed, _saved_of(row)),
@@ -109,22 +125,28 @@ def _of_sizes(conditions: Conditions, model: str, dtype: str, claimed: float, no
 
 
 def qpm_8(conditions: Conditions, published: dict[str, float]) -> Finding:
-    """round_robin at EP 8 on H20 for every step size."""
+    """round_robin at EP 8 on H20 for every step size and kind of exchange.
+
+    vLLM runs round_robin without data parallelism (reduce), or with it on a backend that is `pair`; else it runs linear.
+    """
     claimed = time_saved(published["throughput_gain"])
-    return _of_sizes(conditions, "deepseek-r1", "fp8", claimed)
+    gains = _by_step_size(conditions, "deepseek-r1", "fp8", ["reduce", "pair", "token", "gather"])
+    note = "With data parallelism on a backend that is token or gather vLLM runs linear, and nothing changes."
+    return _of_sizes(conditions, gains, ["reduce", "pair"], claimed, note)
 
 
 def eplb_3(conditions: Conditions, published: dict[str, float]) -> Finding:
-    """The same for DeepSeek-V2 in BF16, before the first rebalance."""
+    """The same for DeepSeek-V2 in BF16 under tensor parallel attention, before the first rebalance."""
     claimed = time_saved(published["throughput_gain"])
     note = "This is until the first rebalance; after it the start does not matter."
-    return _of_sizes(conditions, "deepseek-v2", "bf16", claimed, note)
+    gains = _by_step_size(conditions, "deepseek-v2", "bf16", ["reduce"])
+    return _of_sizes(conditions, gains, ["reduce"], claimed, note)
 
 
 def tput_14_57(conditions: Conditions, published: dict[str, float]) -> Finding:
     """Decode of 8 tokens at EP 16 on H20, with and without dummy tokens of idle ranks."""
     claimed = published["time_saved"]
-    setup: dict[str, Any] = {"ep_sizes": 16, "exchange": "deepep_low_latency"}
+    setup: dict[str, Any] = {"ep_sizes": 16, "exchange": "pair"}
     saved = {}
     for dummies in _DUMMIES:
         workload = dataclasses.replace(conditions.workload, dummy_tokens=dummies)

@@ -7,16 +7,18 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from sim.advice.engines import BACKENDS, DEFAULT_BACKEND, engine_of
+from sim.advice.engines import BACKENDS, DEFAULT_BACKEND, engine_of, exchange_of
 from sim.advice.rule import ASSUMED_SHARE, LEAST_SAVED, LEAST_SEQUENCES, best_of, judge, judged_ends, overall
 from sim.advice.splits import Split, splits_of
 from sim.cost import Gpu, predict_gain
+from sim.cost.exchange import KINDS, REFUSED
 from sim.cost.expert import BYTES_PER_VALUE
 from sim.cost.gain import PERFECT
 from sim.cost.inputs import as_numbers, expert_parameters
 from sim.errors import InputError, shown, unknown, whole_number
 from sim.model import ModelSpec, load_model
-from sim.placement import check_ep_size, split_name, strategy_name
+from sim.placement import check_ep_size, is_load_aware, split_name, strategy_name
+from sim.progress import track
 from sim.traffic import LoadCounts, RecordedTraffic, Workload, load_workload, read_traffic
 from sim.traffic.read import names_file
 from sim.traffic.split import MeasuredTraffic
@@ -65,7 +67,7 @@ class Advice:
 
 
 def candidates(model: ModelSpec, ep_size: int, redundant: int | None = None) -> list[str]:
-    """Placements to compare with linear: eplb with 0, R and 2R redundant slots, or the next numbers that divide.
+    """Placements to compare with the baseline: eplb with 0, R and 2R redundant slots, or the next numbers that divide.
 
     R is `redundant`, by default one slot per rank.
     """
@@ -86,6 +88,7 @@ def advise(
     *,
     ep_size: int,
     fit_on: MeasuredTraffic | None = None,
+    placements: str | list[str] = "linear",
     backend: str = DEFAULT_BACKEND,
     data_parallel: int | None = None,
     redundant: int | None = None,
@@ -107,8 +110,11 @@ def advise(
     ep_size : int
     fit_on : RecordedTraffic or LoadCounts
         Other traffic of the same layers, to fit on.
+    placements : str or list of str
+        The baseline, as in `file:CURRENT` for the map that runs now; then the placements that are compared with it, by
+        default linear and those of `candidates`.
     backend : str
-        All2all backend of vLLM, of BACKENDS.
+        All2all backend, of BACKENDS; or a kind of exchange, where the backend is not known.
     data_parallel : int
         Data-parallel ranks; by default `ep_size`.
     redundant : int
@@ -134,20 +140,22 @@ def advise(
     check_ep_size(model, ep_size)
     if ep_size < 2:
         raise InputError(f"`ep_size` {ep_size}: there is nothing to place on one rank")
-    if backend not in BACKENDS:
-        raise unknown("`backend`", shown(backend), BACKENDS)
+    if backend in REFUSED:
+        raise InputError(f"`backend` {backend}: {REFUSED[backend]}")
+    if backend not in BACKENDS and backend not in KINDS:
+        raise unknown("`backend`", shown(backend), [*BACKENDS, *KINDS])
     ranks = whole_number("`data_parallel`", ep_size if data_parallel is None else data_parallel, 1, 2**15)
     as_numbers("`least_saved`", least_saved, 1e-6, 1)
     if step_us is not None and np.size(options.get("tokens", PER_RANK["tokens"])) > 1:
         raise InputError("`step_us` is the time of steps of one size: give one number of `tokens` with it")
-    names = candidates(model, ep_size, redundant)
+    baseline, *names = _names(placements, model, ep_size, redundant)
     share = ASSUMED_SHARE if moe_share is None and step_us is None else moe_share
     setup: dict[str, Any] = SAMPLED | (PER_RANK if "tokens" not in options else {}) | options
-    setup |= {"ep_sizes": ep_size, "exchange": BACKENDS[backend], "seed": seed}
-    setup |= {"placement": [*names, PERFECT], "moe_share": share, "step_us": step_us}
+    setup |= {"ep_sizes": ep_size, "exchange": exchange_of(backend, ranks), "seed": seed}
+    setup |= {"baseline": baseline, "placement": [*names, PERFECT], "moe_share": share, "step_us": step_us}
     splits = splits_of(model, traffic, fit_on, seed, options.get("threads"))
     gains = _gains(model, gpu, splits, setup)
-    engines = {name: engine_of(name, model, ep_size, backend, ranks) for name in ["linear", *names]}
+    engines = {name: engine_of(name, model, ep_size, backend, ranks) for name in [baseline, *names]}
     verdicts = _verdicts(gains, names, least_saved, is_enough=_is_enough(traffic))
     verdicts["runs_as"] = [engines[name].runs_as for name in verdicts.placement]
     run = verdicts[verdicts.runs_as == verdicts.placement]
@@ -156,6 +164,16 @@ def advise(
         hows[", ".join(name for name, engine in engines.items() if engine.how == how)] = how
     notes = list(dict.fromkeys(note for split in splits for note in split.notes))
     return Advice(gains, verdicts, hows, overall(run), best_of(run, least_saved), notes)
+
+
+def _names(placements: str | list[str], model: ModelSpec, ep_size: int, redundant: int | None) -> list[str]:
+    """The baseline, and what is compared with it."""
+    given = [placements] if isinstance(placements, str) else placements
+    names = list(dict.fromkeys(strategy_name(name, "placements") for name in given))
+    if not names:
+        raise InputError("`placements` needs at least one value")
+    others = names[1:] or ["linear", *candidates(model, ep_size, redundant)]
+    return [names[0], *(name for name in others if name != names[0])]
 
 
 def _as_traffic(name: str | Path, model: ModelSpec) -> Workload | LoadCounts:
@@ -167,9 +185,13 @@ def _as_traffic(name: str | Path, model: ModelSpec) -> Workload | LoadCounts:
 
 def _gains(model: ModelSpec, gpu: Gpu | str | Path, splits: list[Split], setup: dict[str, Any]) -> pd.DataFrame:
     """Gains in all splits, the hardest first."""
+    is_fitted = any(map(is_load_aware, [setup["baseline"], *setup["placement"]]))
+    names = [f"split {i} of {len(splits)}" for i in range(1, len(splits) + 1)]
     tables = [
-        predict_gain(model, split.scored, gpu, fit_on=split.fitted_on, **setup).assign(split=split.about)
-        for split in splits
+        predict_gain(model, split.scored, gpu, fit_on=split.fitted_on if is_fitted else None, **setup).assign(
+            split=split.about
+        )
+        for split in track(splits, [1.0] * len(splits), names if len(splits) > 1 else ())
     ]
     gains = pd.concat(sorted(tables, key=_saved_by_eplb), ignore_index=True)
     copies = [_redundant_bytes(model, row.placement, row.ep_size, row.dtype) for row in gains.itertuples()]
@@ -191,7 +213,8 @@ def _verdicts(gains: pd.DataFrame, names: list[str], least_saved: float, *, is_e
 
 def _saved_by_eplb(gains: pd.DataFrame) -> float:
     """What load-aware placements save in a split, for the order of splits: the least first."""
-    return float(gains.layer_saved[gains.placement.str.startswith("eplb")].mean())
+    saved = gains.layer_saved[gains.placement.str.startswith("eplb")]
+    return float((saved if len(saved) else gains.layer_saved).mean())
 
 
 def _is_enough(traffic: Workload | LoadCounts) -> bool:

@@ -1,14 +1,15 @@
-"""Exact answers for ungrouped, uniform traffic: what a simulation of it must agree with.
+"""Exact answers in rational numbers, for small routers: what theory and simulation must agree with.
 
-Each token takes top_k distinct experts, all sets equally likely, tokens independent: the loads of ranks are multivariate
-hypergeometric. `held` is the number of experts on each rank. Arithmetic is exact, in rational numbers.
+Ungrouped, uniform traffic: each token takes top_k distinct experts, all sets equally likely, tokens independent, so the
+loads of ranks are multivariate hypergeometric; `held` is the number of experts on each rank. Grouped: by going through all
+orders.
 """
 
 from collections import Counter
 from collections.abc import Sequence
 from fractions import Fraction
-from itertools import product
-from math import comb
+from itertools import permutations, product
+from math import comb, factorial
 
 
 def max_load_of_one_token(held: Sequence[int], top_k: int) -> list[Fraction]:
@@ -62,3 +63,22 @@ def idle_ranks(held: Sequence[int], top_k: int, tokens: int) -> list[Fraction]:
 def _misses(n_experts: int, n: int, top_k: int) -> Fraction:
     """P(a token takes none of n experts)."""
     return Fraction(comb(n_experts - n, top_k), comb(n_experts, top_k))
+
+
+def spread_by_enumeration(
+    values: Sequence[float], n_group: int, topk_group: int, top_k: int, both: bool
+) -> dict[tuple[int, ...], Fraction]:
+    """The same for a token whose choice scores are `values`, dealt to the experts in every order: by going through all.
+
+    For small routers. Where a group's score is its best alone the spread does not depend on the values, so this is the
+    law of any continuous logits that are alike.
+    """
+    size = len(values) // n_group
+    found: dict[tuple[int, ...], int] = {}
+    for dealt in permutations(values):
+        groups = [sorted(dealt[g * size : (g + 1) * size], reverse=True) for g in range(n_group)]
+        kept = sorted(groups, key=lambda group: -sum(group[: 2 if both else 1]))[:topk_group]
+        least = sorted((v for group in kept for v in group), reverse=True)[top_k - 1]
+        spread = tuple(sorted((sum(v >= least for v in group) for group in kept), reverse=True))
+        found[spread] = found.get(spread, 0) + 1
+    return {spread: Fraction(n, factorial(len(values))) for spread, n in found.items()}

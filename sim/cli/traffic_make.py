@@ -1,0 +1,177 @@
+"""The answers of `epsim traffic make` and `epsim traffic match`: traffic by workload, with a wanted imbalance."""
+
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import Any
+
+from sim.cli.progress import shown_progress
+from sim.cli.text import add_forms, filled, note, note_compiling, print_rows, print_table, say_about_inputs
+from sim.errors import InputError
+from sim.options import FILE, NAMES, SEED, Number, TrafficOptions, Whole, add_options
+
+_IMBALANCE_HELP = "mean over layers of max / mean rank load of a step, under linear placement"
+
+
+def add_make(parser: ArgumentParser) -> None:
+    """Add the options of `epsim traffic make`."""
+    add = parser.add_argument
+    add_options(parser, TrafficOptions, only=("model", "workload", "phase"))
+    add("--tokens", type=Whole(1, 2**24), default="65536", metavar="N", help="tokens of the trace (default: 65536)")
+    add("--sequences", type=Whole(1, 2**24), default="256", metavar="S", help="sequences of the trace (default: 256)")
+    add(
+        "--imbalance",
+        type=Number(1, 2**15),
+        metavar="X",
+        help=f"scale the popularity to this {_IMBALANCE_HELP}, of all tokens",
+    )
+    add("--ep", dest="ep_sizes", type=Whole(1, 2**15), metavar="R", help="EP size of --imbalance")
+    add("--seed", type=SEED, default=0, metavar="N", help="same seed, same trace (default: 0)")
+    add("--out", type=FILE, required=True, metavar="TRACE.npz", help="the trace that is written")
+
+
+def run_make(arguments: Namespace) -> None:
+    """Run `epsim traffic make`."""
+    from sim.fit.made import LARGE_STEP, make_traffic, match, trace_imbalance
+    from sim.progress import phase
+
+    out = Path(arguments.out)
+    if out.suffix != ".npz" or out.is_dir():
+        raise InputError(f"`out` {out}: must be the name of a .npz file")
+    if not out.parent.is_dir():
+        raise InputError(f"`out` {out}: the folder {out.parent} does not exist")
+    if (arguments.imbalance is None) != (arguments.ep_sizes is None):
+        raise InputError("`imbalance` and `ep_sizes` go together")
+    model, workload = _inputs(arguments)
+    scale, sizes = 1.0, {"popularity": 1.0 if arguments.imbalance else 0.0, "tokens": 1.0}
+    with shown_progress():
+        if arguments.imbalance is not None:
+            with phase("popularity", sizes):
+                step = min(arguments.tokens, LARGE_STEP)
+                n_layers = model.n_moe_layers or 0
+                found = match(workload, model, arguments.imbalance, arguments.ep_sizes, step, n_layers, arguments.seed)
+                scale = found.scale
+        with phase("tokens", sizes):
+            trace = make_traffic(workload, model, arguments.tokens, arguments.sequences, arguments.seed, scale)
+    write_trace(trace, out)
+    n_layers, n_tokens, top_k = trace.topk_ids.shape
+    print(filled(
+        f"{n_tokens} tokens in {len(trace.starts) - 1} sequences, {n_layers} layers, top-{top_k} of {model.n_experts} experts, "
+        f"of {workload.name} traffic"
+        + ("" if arguments.imbalance is None else f" with its popularity scaled by {scale:.4g}")
+        + f", seed {arguments.seed}"
+    ))  # fmt: skip
+    if arguments.imbalance is not None:
+        reached = trace_imbalance(trace, model, arguments.ep_sizes)
+        print(filled(
+            f"max / mean rank load of all its tokens, linear placement at EP {arguments.ep_sizes}, mean of layers: {reached:.3f} "
+            f"(asked for: {arguments.imbalance:g})"
+        ))  # fmt: skip
+        if abs(reached / arguments.imbalance - 1) > 0.02:
+            note(f"the nearest that this workload and this number of tokens reach is {reached:.3f}")
+    print(filled(f"written to {out}; use it as --workload file:{out} --model {arguments.model}"))
+
+
+def write_trace(trace: Any, path: Path) -> None:
+    """Write recorded routing in the form that `epsim traffic show` and all readers take. Raises OSError."""
+    import numpy as np
+
+    from sim.files import whole_files
+
+    with whole_files(path) as (temporary,):
+        np.savez_compressed(
+            temporary,
+            topk_ids=np.ascontiguousarray(trace.topk_ids.transpose(1, 0, 2)),
+            sequence_lengths=np.diff(trace.starts),
+            layers=trace.layer_ids,
+        )
+
+
+def add_match(parser: ArgumentParser) -> None:
+    """Add the options of `epsim traffic match`."""
+    add = parser.add_argument
+    add("--imbalance", type=Number(1, 2**15), required=True, metavar="X", help=f"as read off a log: {_IMBALANCE_HELP}")
+    add("--ep", dest="ep_sizes", type=Whole(2, 2**15), required=True, metavar="R", help="EP size of the log")
+    add_options(parser, TrafficOptions, only=("model",))
+    add(
+        "--workload",
+        type=NAMES,
+        metavar="LIST",
+        help="workloads to compare (default: every preset that fits the model)",
+    )
+    add(
+        "--tokens",
+        type=Whole(1, 2**24),
+        default="16384",
+        metavar="N",
+        help="tokens per step of the log, in all ranks (default: 16384)",
+    )
+    add("--seed", type=SEED, default=0, metavar="N", help="same seed, same answer (default: 0)")
+    add_forms(parser)
+
+
+def run_match(arguments: Namespace) -> None:
+    """Run `epsim traffic match`."""
+    import pandas as pd
+
+    from sim.fit.made import match
+    from sim.model import load_model
+    from sim.progress import track
+    from sim.router import check_pair
+    from sim.traffic import SyntheticTraffic, load_workload, workload_names
+
+    note_compiling()
+    model = load_model(arguments.model)
+    workloads = [load_workload(name) for name in arguments.workload or workload_names()]
+    fitting: list[SyntheticTraffic] = []
+    for workload in workloads:
+        if not isinstance(workload, SyntheticTraffic):
+            raise InputError(f"`workload` {workload.name}: only synthetic traffic can be scaled")
+        try:
+            check_pair(model, workload)
+        except InputError:
+            if arguments.workload:
+                raise
+            continue
+        if workload.popularity != "none" and not workload.request_sigma:
+            fitting.append(workload)
+    x, ep_size, tokens = arguments.imbalance, arguments.ep_sizes, min(arguments.tokens, 2**20)
+    with shown_progress():
+        names = [workload.name for workload in fitting]
+        found = [
+            match(workload, model, x, ep_size, tokens, seed=arguments.seed)
+            for workload in track(fitting, [1.0] * len(fitting), names)
+        ]
+    found.sort(key=lambda one: abs(one.unscaled - x))
+    rows = pd.DataFrame([vars(one) for one in found]).rename(columns={"name": "workload", "unscaled": "imbalance"})
+    if print_rows(rows, arguments):
+        return
+    cells = [
+        [one.name, f"{one.unscaled:.3f}", f"{one.unscaled / x - 1:+.1%}", f"{one.scale:.3f}", f"{one.reached:.3f}"]
+        for one in found
+    ]
+    title = (
+        f"{model.name}, linear placement at EP {ep_size}, {tokens} tokens per step: mean over layers of max / mean rank load, "
+        f"beside {x:g}"
+    )
+    heads = ["workload", "imbalance as it is", "off", "popularity scale", "imbalance with it"]
+    print_table(title, heads, cells, arguments.markdown, align="<")
+    if not arguments.markdown and found:
+        best = min(found, key=lambda one: abs(one.scale - 1))
+        print()
+        print(filled(
+            f"Nearest as it is: {found[0].name}. With a trace of {best.name} traffic that has {x:g}: epsim traffic make --model "
+            f"{arguments.model} --workload {best.name} --imbalance {x:g} --ep {ep_size} --out TRACE.npz"
+        ))  # fmt: skip
+
+
+def _inputs(arguments: Namespace) -> tuple[Any, Any]:
+    from sim.model import load_model
+    from sim.traffic import SyntheticTraffic, load_workload
+
+    note_compiling()
+    model = load_model(arguments.model)
+    workload = load_workload(arguments.workload, phase=arguments.phase)
+    if not isinstance(workload, SyntheticTraffic):
+        raise InputError(f"`workload` {workload.name}: a trace is made of synthetic traffic, and this is one")
+    say_about_inputs(model, workload)
+    return model, workload

@@ -1,0 +1,286 @@
+"""Tails without a floor: of sums of independent small whole numbers, and of unions of events.
+
+P(a sum of T numbers is at least x) is a transform inverted on a tilted line, so that small answers keep their digits; the
+union over ranks lies between bounds from its events one by one and two by two.
+"""
+
+import numpy as np
+
+from sim.kernels import kernel
+
+_DIGITS = 30.0  # -log of the share of the answer that may be lost: e**-30 = 1e-13
+_NEGLIGIBLE = 0.02  # of a sum, that a term's own bound may replace the term
+
+TINY = 1e-300
+"""What a possible event has at least: smaller answers are below what floats tell from 0."""
+
+
+@kernel
+def tilt(law, per_token):
+    """theta > 0 with mean `per_token` under the law tilted by exp(theta * j); it lies above the mean, below the largest."""
+    low, high, theta = 0.0, 1e4, 1.0
+    for _ in range(100):
+        _, mean, variance = tilted_moments(law, theta)
+        if mean < per_token:
+            low = theta
+        else:
+            high = theta
+        newton = theta + (per_token - mean) / max(variance, 1e-300)
+        if abs(newton - theta) < 1e-6 * theta:
+            break
+        theta = newton if low < newton < high else (0.5 * (low + high) if high < 1e4 else 2 * theta)
+    return theta
+
+
+@kernel
+def tilted_moments(law, theta):
+    """log of the moment generating function at theta, and mean and variance of the tilted law."""
+    top = law.size - 1
+    total, first, second = 0.0, 0.0, 0.0
+    for j in range(law.size):
+        share = law[j] * np.exp(theta * (j - top))
+        total += share
+        first += share * j
+        second += share * j * j
+    mean = first / total
+    return np.log(total) + theta * top, mean, max(second / total - mean * mean, 0.0)
+
+
+@kernel
+def _invert(law, n_tokens, least, theta):
+    """P(sum >= least) by inverting the transform of the tilted law on the line through theta.
+
+    The trapezoidal rule on `period` nodes adds up what lies at equal places modulo `period`, so a long enough period
+    makes it exact; and the nodes at which the transform has died out are few.
+    """
+    cumulant, _, variance = tilted_moments(law, theta)
+    sd = np.sqrt(n_tokens * variance)
+    largest = n_tokens * (law.size - 1)
+    period = _DIGITS / theta + 0.5 * theta * sd * sd + 12 * sd + 16
+    whole = period > largest  # then the period holds all values, and the sum over values ends at the largest
+    period = np.int64(min(period, largest + 1.0))
+    tilted = np.empty(law.size)
+    for j in range(law.size):
+        tilted[j] = law[j] * np.exp(theta * j - cumulant)
+    neighbours = 0.0
+    for j in range(1, law.size):
+        neighbours += tilted[j - 1] * tilted[j]
+    n_values = largest - least + 1
+    step = complex(np.cos(2 * np.pi / period), np.sin(2 * np.pi / period))
+    fade, turn, total = np.exp(-theta), complex(1.0, 0.0), 0.0
+    for m in range(period // 2 + 1):
+        # |psi|**2 = 1 - 4 sum over i < j of q_i q_j sin((j - i) angle / 2)**2, at most 1 less the neighbours' part
+        if (2 * neighbours * (1 - turn.real)) * n_tokens > 2 * (_DIGITS + 4):
+            break
+        psi = complex(0.0, 0.0)
+        for j in range(law.size - 1, -1, -1):
+            psi = psi * turn + tilted[j]
+        square = psi.real * psi.real + psi.imag * psi.imag
+        log_size = 0.5 * n_tokens * np.log(max(square, 1e-300))
+        if log_size > -_DIGITS - 4:
+            angle = 2 * np.pi * m / period
+            phase = n_tokens * np.arctan2(psi.imag, psi.real) - least * angle
+            part = np.exp(log_size) * complex(np.cos(phase), np.sin(phase)) / (1 - fade * turn.conjugate())
+            if whole:
+                part *= 1 - np.exp(-theta * n_values) * complex(np.cos(n_values * angle), -np.sin(n_values * angle))
+            total += part.real if m == 0 or 2 * m == period else 2 * part.real
+        turn *= step
+    return np.exp(n_tokens * cumulant - theta * least) * total / period
+
+
+@kernel
+def _tail(law, n_tokens, least):
+    """P(sum >= least) for a law without zeros at its ends, and least above the mean of the sum."""
+    variance = tilted_moments(law, 0.0)[2]
+    floor = min(3 / np.sqrt(n_tokens * variance), 1.0)  # near the pole at 0 the integrand is sharp
+    return _invert(law, n_tokens, least, max(floor, tilt(law, least / n_tokens)))
+
+
+@kernel
+def tail(law, n_tokens, least):
+    """P(sum of n_tokens independent numbers >= least): law float64 [largest + 1].
+
+    The terms that are added have one sign and are scaled by the tilt, so that small answers keep their digits.
+    """
+    top, bottom = law.size - 1, 0
+    while law[top] == 0.0:
+        top -= 1
+    while law[bottom] == 0.0:
+        bottom += 1
+    law = law[bottom : top + 1]
+    wanted, largest = least - n_tokens * bottom, n_tokens * (top - bottom)
+    if wanted <= 0:
+        return 1.0
+    if wanted > largest:
+        return 0.0
+    if n_tokens == 1:
+        return law[wanted:].sum()
+    if wanted == largest:
+        return max(law[-1] ** n_tokens, TINY)
+    if wanted == 1:
+        return -np.expm1(n_tokens * np.log1p(-law[1:].sum()))
+    if wanted > n_tokens * tilted_moments(law, 0.0)[1]:
+        return max(min(_tail(law, n_tokens, wanted), 1.0), TINY)
+    return max(1 - _tail(law[::-1].copy(), n_tokens, largest - wanted + 1), 0.0)
+
+
+@kernel
+def fill_tails(laws, n_tokens, least, out):
+    """out[i] = tail of law i: laws float64 [n, largest + 1], out float64 [n]."""
+    for i in range(laws.shape[0]):
+        out[i] = tail(laws[i], n_tokens, least)
+
+
+def tails(laws: np.ndarray, n_tokens: int, least: int) -> np.ndarray:
+    """P(a sum of `n_tokens` independent numbers is at least `least`), for each law.
+
+    Parameters
+    ----------
+    laws : float64 [n, largest + 1]
+        Probabilities of 0, 1, ..., each row with a sum of 1.
+    n_tokens, least : int
+
+    Returns
+    -------
+    float64 [n]
+        Relative errors near 1e-12, however small the probability; 0 only for what cannot be, else at least TINY.
+    """
+    laws = np.ascontiguousarray(laws, np.float64)
+    out = np.empty(len(laws))
+    fill_tails(laws, np.int64(n_tokens), np.int64(least), out)
+    return out
+
+
+@kernel
+def _fill_product(a, b, out):
+    """Product of two polynomials, into the first a.size + b.size - 1 places of `out`."""
+    out[: a.size + b.size - 1] = 0.0
+    for i in range(a.size):
+        factor, here = a[i], out[i : i + b.size]
+        for j in range(b.size):
+            here[j] += factor * b[j]
+
+
+@kernel
+def _fill_all_tails(laws, n_tokens, out):
+    """out[i, x] = tail of law i at x: laws float64 [n, largest + 1], out float64 [n, n_tokens * largest + 1]."""
+    room = out.shape[1]
+    power, total, product = np.empty(room), np.empty(room), np.empty(room)
+    for i in range(laws.shape[0]):
+        top = laws.shape[1] - 1
+        while laws[i, top] == 0.0:
+            top -= 1
+        power[: top + 1], total[0] = laws[i, : top + 1], 1.0
+        in_power, in_total, left = top + 1, 1, n_tokens
+        while left:
+            if left & 1:
+                _fill_product(total[:in_total], power[:in_power], product)
+                in_total += in_power - 1
+                total[:in_total] = product[:in_total]
+            left >>= 1
+            if left:
+                _fill_product(power[:in_power], power[:in_power], product)
+                in_power += in_power - 1
+                power[:in_power] = product[:in_power]
+        out[i, in_total:] = 0.0
+        above = 0.0
+        for x in range(in_total - 1, -1, -1):
+            above += total[x]
+            out[i, x] = max(min(above, 1.0), TINY)
+
+
+def all_tails(laws: np.ndarray, n_tokens: int) -> np.ndarray:
+    """`tails` at all numbers at once, by multiplying polynomials: quicker for some hundred tokens or fewer, much slower above.
+
+    All products are of positive numbers, so small answers keep their digits, and what falls below the smallest float does
+    not count beside TINY.
+
+    Returns
+    -------
+    float64 [n, n_tokens * largest + 1]
+        P(sum >= x) in column x.
+    """
+    laws = np.ascontiguousarray(laws, np.float64)
+    out = np.empty((len(laws), n_tokens * (laws.shape[1] - 1) + 1))
+    _fill_all_tails(laws, np.int64(n_tokens), out)
+    return out
+
+
+@kernel
+def at_least_one(single, pairs):
+    """Lower bound of P(any of some events), from the sum of their probabilities and a number that is not below the sum
+    over all pairs of events (Dawson and Sankoff 1967): at least Bonferroni's single - pairs, and never negative.
+    """
+    if single <= 0.0:
+        return 0.0
+    kappa = 1 + np.floor(2 * pairs / single)
+    return min(2 * single / (kappa + 1) - 2 * pairs / (kappa * (kappa + 1)), 1.0)
+
+
+@kernel
+def _hottest(laws):
+    """The law with the largest mean, and that mean."""
+    hottest, largest_mean = 0, -1.0
+    for i in range(laws.shape[0]):
+        mean = tilted_moments(laws[i], 0.0)[1]
+        if mean > largest_mean:
+            hottest, largest_mean = i, mean
+    return hottest, largest_mean
+
+
+@kernel
+def _sum_of_tails(laws, n_tokens, least, floor, up):
+    """Sum of the tails of some laws, not above 1: laws float64 [n, largest + 1].
+
+    Where a law's Chernoff bound is negligible beside the largest tail, or beside `floor`, the bound (up) or 0 stands for
+    the tail, so that the sum is not below (not above) the true one.
+    """
+    hottest, largest_mean = _hottest(laws)
+    if up and least <= n_tokens * largest_mean:
+        return 1.0
+    total = tail(laws[hottest], n_tokens, least)
+    small = _NEGLIGIBLE / laws.shape[0] * max(total, floor)
+    theta = 0.0
+    if total > 0.0 and n_tokens * largest_mean < least < n_tokens * (laws.shape[1] - 1):
+        theta = min(tilt(laws[hottest], least / n_tokens), 50.0)
+    for i in range(laws.shape[0]):
+        if i != hottest and total < 1.0:
+            bound = np.exp(n_tokens * tilted_moments(laws[i], theta)[0] - theta * least) if theta > 0.0 else 1.0
+            if bound > small:
+                total += tail(laws[i], n_tokens, least)
+            elif up:
+                total += bound
+    return min(total, 1.0)
+
+
+@kernel
+def fill_layer_bounds(upper, hot_lower, pair_upper, n_tokens, least, out):
+    """Bounds of P(max load >= least) in each layer: out float64 [layers, 2], lower and upper.
+
+    upper float64 [layers, ranks, largest + 1], load laws of single tokens that are not below the true ones in
+    stochastic order; hot_lower [layers, hot ranks, ...], of some ranks laws that are not above; pair_upper [layers,
+    pairs of hot ranks, ...], of the sum of two ranks' loads.
+    """
+    for layer in range(upper.shape[0]):
+        high = _sum_of_tails(upper[layer], n_tokens, least, 0.0, True)
+        single = _sum_of_tails(hot_lower[layer], n_tokens, least, 0.0, False)
+        pairs = 1.0
+        if single < 1.0:  # else the sum was cut off
+            pairs = _sum_of_tails(pair_upper[layer], n_tokens, 2 * least, single, True) if pair_upper.shape[1] else 0.0
+        low = at_least_one(single, pairs)
+        if pairs >= 1.0:  # which says nothing; one rank alone is a bound too
+            low = tail(hot_lower[layer, _hottest(hot_lower[layer])[0]], n_tokens, least)
+        out[layer, 0] = min(low, high)
+        out[layer, 1] = high
+
+
+@kernel
+def join_layer_bounds(upper, hot_lower, pair_upper, out):
+    """The same from tails that are known: upper float64 [layers, ranks], hot_lower [layers, hot ranks] at `least`, pair_upper
+    [layers, pairs of hot ranks] at 2 * least; out float64 [layers, 2].
+    """
+    for layer in range(upper.shape[0]):
+        single, pairs = min(hot_lower[layer].sum(), 1.0), pair_upper[layer].sum()
+        out[layer, 1] = min(upper[layer].sum(), 1.0)
+        low = hot_lower[layer].max() if single == 1.0 or pairs >= 1.0 else at_least_one(single, pairs)
+        out[layer, 0] = min(low, out[layer, 1])

@@ -1,0 +1,63 @@
+"""A made-up device, and measurements of sampled steps on it: what the tests of `sim.measure` share."""
+
+import numpy as np
+
+from sim.cost import load_gpu
+from sim.cost.expert import ideal_times_us
+from sim.cost.tables import grouped_gemm_profile
+from sim.measure import (
+    BackendError,
+    Timing,
+    measure,
+    plan_measurement,
+)
+from sim.model import load_model
+from sim.traffic import load_workload
+
+H100 = load_gpu("h100")
+KERNEL = grouped_gemm_profile()
+OF_MODEL = (KERNEL.launch_us, H100.bandwidth_fraction, H100.peak_fraction)
+
+
+def steps_of(model="deepseek-v3", **changes):
+    asked = {"ep_sizes": [8, 32], "tokens": [8, 512], "placements": ["linear", "round_robin"], "steps": 3, "seed": 1}
+    return plan_measurement(
+        load_model(model), [load_workload("chat"), load_workload("gpqa-tilted")], **(asked | changes)
+    )
+
+
+class MadeUp:
+    """A device that takes the time of a formula, with a fault on demand."""
+
+    device, versions = "NVIDIA H100 made up", "none"
+
+    def __init__(self, launch_us=5.0, bandwidth=0.7, peak=0.6, noise=0.0, fails=lambda dtype, calls: False):
+        self.of, self.noise, self.fails = (launch_us, bandwidth, peak), noise, fails
+        self.random, self.calls = np.random.default_rng(0), 0
+
+    def prepare(self, dtype, say):
+        if self.fails(dtype, 0):
+            raise BackendError(f"no {dtype}\nat all")
+        return f"formula {dtype}"
+
+    def calibrate(self, dtype):
+        raise RuntimeError("no calibration")
+
+    def time_layer(self, dtype, counts):
+        self.calls += 1
+        if self.fails(dtype, self.calls):
+            raise RuntimeError("CUDA error: made up")
+        work = {"pairs": counts.sum(), "distinct_experts": (counts > 0).sum(), "dtype": dtype}
+        memory_us, compute_us = ideal_times_us("deepseek-v3", "h100", **work)
+        launch_us, bandwidth, peak = self.of
+        p, distinct = KERNEL.sharpness, work["distinct_experts"]
+        fixed_us = KERNEL.idle_us * (len(counts) - distinct) + KERNEL.spread_us * (1 - 1 / max(distinct, 1))
+        time_us = launch_us + fixed_us + ((memory_us / bandwidth) ** p + (compute_us / peak) ** p) ** (1 / p)
+        return Timing(float(time_us * np.exp(self.noise * self.random.normal())), 0.1, 4, 5)
+
+
+def measured(tmp_path, backend=None, dtypes=("bf16", "fp8"), **changes):
+    out, lines = tmp_path / "measured.csv", []
+    steps = changes.pop("steps_of", None) or steps_of()
+    measure(steps, backend or MadeUp(), H100, list(dtypes), out, say=lines.append, **changes)
+    return out, lines
