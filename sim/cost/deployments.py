@@ -28,7 +28,7 @@ from sim.theory.family import BERNOULLI, Family, family_of, place_in_family, sad
 from sim.theory.tails import tilted_moments
 
 QUANTITIES = ("received", "pairs", "expert_rows")
-DEPLOYMENTS, FITTED_DEPLOYMENTS = 400, 80
+FITTED_DEPLOYMENTS = 80
 LAYER_TOKENS, KNOWN_LAYER_TOKENS = 2**11, 2**17
 _LAW_LAYERS, _LAW_TOKENS = 128, 2**13  # behind the laws of single tokens
 _BASES = 16
