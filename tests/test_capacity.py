@@ -254,7 +254,7 @@ def test_slots_that_do_not_divide_are_left_out_and_named():
 def test_the_verb_prints_and_writes(tmp_path, capsys):
     words = "capacity --ep 16 --tokens-per-rank 32 --placement linear,round_robin --deployments 8 --horizon 24h"
     assert main([*words.split(), "--capacity-factor", "1.25", "--out", str(tmp_path / "cap")]) == 0
-    said = capsys.readouterr().out
+    said = " ".join(capsys.readouterr().out.split())
     assert "received tokens, capacity exceeded with a probability of at most 0.001" in said
     assert "vLLM receive fraction" in said
     assert "Capacity factor 1.25" in said
@@ -304,3 +304,13 @@ def test_the_family_of_what_happens_or_not_is_binomial():
     assert tail_of_tilted(500, 200, *(part[0] for part in at), theta, cumulant, mean, variance) == pytest.approx(
         binom.sf(199, 500, 0.25), rel=2e-3
     )
+
+
+def test_steps_report_the_worst_of_their_layers():
+    """`predict_steps`: the mean over layers and the worst of 58, against the loads of the same layers in a sweep."""
+    options = {"ep_sizes": 8, "tokens": 64, "placements": "linear"}
+    steps = sim.predict_steps(V3, "chat", "h200", **options, layer_sets=3, most_steps=3).set_index("metric")
+    result = sim.sweep(V3, "chat", **options, trials=174, bound_layers=0, received="off")
+    assert steps["mean"]["mean_imbalance"] == pytest.approx(result.summary.imbalance_mean.iloc[0])
+    most = result.counts[result.counts.metric == "max_load"]["value"].max()
+    assert steps.p99["worst_imbalance"] == pytest.approx(most / 64)

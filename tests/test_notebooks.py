@@ -10,8 +10,8 @@ from notebooks import FOLDER, errors_of, execute
 PATHS = sorted(FOLDER.glob("*.ipynb"))
 
 
-def test_there_are_three():
-    assert [path.name[:2] for path in PATHS] == ["01", "02", "03"]
+def test_there_are_four():
+    assert [path.name[:2] for path in PATHS] == ["01", "02", "03", "04"]
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,8 @@ _SHORT = {
     "balancedness_sglang": "balancedness, SGLang",
     "slowest_rank_ms": "slowest ranks, ms",
     "moe_ms": "with exchange, ms",
+    "mean_imbalance": "max / mean of layers",
+    "worst_imbalance": "of the worst layer",
 }
 
 

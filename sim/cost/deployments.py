@@ -28,8 +28,8 @@ from sim.theory.family import BERNOULLI, Family, family_of, place_in_family, sad
 from sim.theory.tails import tilted_moments
 
 QUANTITIES = ("received", "pairs", "expert_rows")
-DEPLOYMENTS, FITTED_DEPLOYMENTS = 400, 100
-LAYER_TOKENS, KNOWN_LAYER_TOKENS = 2**12, 2**17
+FITTED_DEPLOYMENTS = 80
+LAYER_TOKENS, KNOWN_LAYER_TOKENS = 2**11, 2**17
 _LAW_LAYERS, _LAW_TOKENS = 128, 2**13  # behind the laws of single tokens
 _BASES = 16
 _HOTTEST = (
@@ -46,26 +46,27 @@ class Deployments:
     ----------
     family : Family
         Laws of one token on a receiver (a rank, or for 'expert_rows' a slot).
-    base, theta : int64, float64 [deployments, layers, groups]
-        The laws of receivers of each layer in the family, hottest first, each for a group of which it is the hottest.
+    base, tilted : int64 [deployments, layers, groups], float64 [..., 4]
+        The laws of receivers of each layer in the family, hottest first, each for a group of which it is the hottest: the base
+        law; its tilt, and cumulant, mean and variance there.
     sizes : int64 [groups]
         Receivers of each group.
     mean : float
         Of one token on one receiver, over all layers.
     rate_error : float
         Standard error of the hottest receivers' means, from counting.
-    some_base, some_theta : int64, float64 [layers, receivers]
+    some_base, some_tilted : int64 [layers, receivers], float64 [layers, receivers, 4]
         The laws of all receivers of some layers.
     """
 
     family: Family
     base: np.ndarray
-    theta: np.ndarray
+    tilted: np.ndarray
     sizes: np.ndarray
     mean: float
     rate_error: float
     some_base: np.ndarray
-    some_theta: np.ndarray
+    some_tilted: np.ndarray
 
     def log_fine(self, n_tokens: int, capacity: int) -> np.ndarray:
         """log P(no receiver of a layer has more than `capacity`), of each deployment's layers: float64 [deployments, layers].
@@ -73,27 +74,24 @@ class Deployments:
         P(one has more) is the sum over receivers, at most 1 (-inf then).
         """
         out = np.empty(self.base.shape[:2])
-        _fill_log_fine(self.family.laws, self.base, self.theta, self.sizes, n_tokens, capacity, out)
+        _fill_log_fine(self.family.laws, self.base, self.tilted, self.sizes, n_tokens, capacity, out)
         return out
 
     def capacities(self, n_tokens: int, log_fine: float) -> np.ndarray:
         """Smallest capacity of each deployment that all its layers keep within in a step with this log of a probability."""
         out = np.empty(len(self.base), np.int64)
-        _fill_capacities(self.family.laws, self.base, self.theta, self.sizes, n_tokens, log_fine, out)
+        _fill_capacities(self.family.laws, self.base, self.tilted, self.sizes, n_tokens, log_fine, out)
         return out
 
     def dropped_share(self, n_tokens: int, capacity: int) -> float:
         """Share of all that receivers get which lies beyond `capacity`, over all layers."""
-        shape = -1, self.base.shape[2]
-        over = (
-            max(  # of all receivers of some layers, or of the hottest ones of all layers: where they matter the latter
-                _mean_over(self.family.laws, base, theta, n_tokens, capacity)
-                for base, theta in (
-                    (self.some_base, self.some_theta),
-                    (self.base.reshape(shape), self.theta.reshape(shape)),
-                )
-            )
+        all_layers = -1, self.base.shape[2]
+        # Of all receivers of some layers, or of the hottest ones of all layers: where they matter the latter.
+        parts = (
+            (self.some_base, self.some_tilted),
+            (self.base.reshape(all_layers), self.tilted.reshape(*all_layers, 4)),
         )
+        over = max(_mean_over(self.family.laws, *part, n_tokens, capacity) for part in parts)
         return float(over / (n_tokens * self.mean * self.sizes.sum()))
 
 
@@ -221,21 +219,30 @@ def _without_noise(rates: np.ndarray, noise: float) -> np.ndarray:
 
 def _in_family(family: Family, means: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     flat = np.ascontiguousarray(means.reshape(-1))
-    base, theta = np.empty(flat.size, np.int64), np.empty(flat.size)
+    base, tilted = np.empty(flat.size, np.int64), np.empty((flat.size, 4))
+    theta = np.empty(flat.size)
     place_in_family(flat, family.laws, family.means, base, theta)
-    return base.reshape(means.shape), theta.reshape(means.shape)
+    _fill_tilted(family.laws, base, theta, tilted)
+    return base.reshape(means.shape), tilted.reshape(*means.shape, 4)
+
+
+@kernel
+def _fill_tilted(laws, base, theta, tilted):
+    for i in range(base.size):
+        tilted[i, 0] = theta[i]
+        tilted[i, 1], tilted[i, 2], tilted[i, 3] = tilted_moments(laws[base[i]], theta[i])
 
 
 def _deployments(family: Family, rates: np.ndarray, n_layers: int, n_tokens: int) -> Deployments:
     """From the means of all layers, float64 [deployments * layers, receivers]."""
     first = _first_of_groups(rates.shape[1])
     hottest = -np.sort(-rates, axis=1)[:, first]
-    base, theta = _in_family(family, hottest.reshape(-1, n_layers, len(first)))
+    base, tilted = _in_family(family, hottest.reshape(-1, n_layers, len(first)))
     sizes = np.diff(np.append(first, rates.shape[1]))
     some = _in_family(family, rates[: max(_LAW_LAYERS, n_layers)])
     hot = float(hottest.max())
     error = (hot * max(1 - hot, 0.0) if family is BERNOULLI else hot) / n_tokens
-    return Deployments(family, base, theta, sizes, float(rates.mean()), error**0.5, *some)
+    return Deployments(family, base, tilted, sizes, float(rates.mean()), error**0.5, *some)
 
 
 def _first_of_groups(n: int) -> np.ndarray:
@@ -244,14 +251,14 @@ def _first_of_groups(n: int) -> np.ndarray:
 
 
 @kernel
-def _layer_log_fine(laws, base, theta, sizes, n_tokens, least, at_theta, at_cumulant, at_variance):
-    """log P(no receiver of a layer reaches `least`), of groups base, theta, sizes [groups]."""
+def _layer_log_fine(base, tilted, sizes, n_tokens, least, at_theta, at_cumulant, at_variance):
+    """log P(no receiver of a layer reaches `least`), of groups base, sizes [groups], tilted [groups, 4]."""
     total = 0.0
     for i in range(base.size):
         b = base[i]
-        cumulant, mean, variance = tilted_moments(laws[b], theta[i])
+        theta, cumulant, mean, variance = tilted[i]
         total += sizes[i] * tail_of_tilted(
-            n_tokens, least, at_theta[b], at_cumulant[b], at_variance[b], theta[i], cumulant, mean, variance
+            n_tokens, least, at_theta[b], at_cumulant[b], at_variance[b], theta, cumulant, mean, variance
         )
         if total >= 1.0:
             return -np.inf
@@ -259,7 +266,7 @@ def _layer_log_fine(laws, base, theta, sizes, n_tokens, least, at_theta, at_cumu
 
 
 @kernel
-def _fill_log_fine(laws, base, theta, sizes, n_tokens, capacity, out):
+def _fill_log_fine(laws, base, tilted, sizes, n_tokens, capacity, out):
     least, n_bases = capacity + 1, laws.shape[0]
     if least > n_tokens * (laws.shape[1] - 1):
         out[:] = 0.0
@@ -269,12 +276,12 @@ def _fill_log_fine(laws, base, theta, sizes, n_tokens, capacity, out):
     for d in range(base.shape[0]):
         for layer in range(base.shape[1]):
             out[d, layer] = _layer_log_fine(
-                laws, base[d, layer], theta[d, layer], sizes, n_tokens, least, at_theta, at_cumulant, at_variance
+                base[d, layer], tilted[d, layer], sizes, n_tokens, least, at_theta, at_cumulant, at_variance
             )
 
 
 @kernel
-def _fill_capacities(laws, base, theta, sizes, n_tokens, log_fine, out):
+def _fill_capacities(laws, base, tilted, sizes, n_tokens, log_fine, out):
     n_bases, largest = laws.shape[0], n_tokens * (laws.shape[1] - 1)
     at_theta, at_cumulant, at_variance = np.empty(n_bases), np.empty(n_bases), np.empty(n_bases)
     for d in range(base.shape[0]):
@@ -290,9 +297,8 @@ def _fill_capacities(laws, base, theta, sizes, n_tokens, log_fine, out):
             total = 0.0
             for layer in range(base.shape[1]):
                 total += _layer_log_fine(
-                    laws,
                     base[d, layer],
-                    theta[d, layer],
+                    tilted[d, layer],
                     sizes,
                     n_tokens,
                     least,
@@ -313,8 +319,8 @@ def _fill_capacities(laws, base, theta, sizes, n_tokens, log_fine, out):
 
 
 @kernel
-def _mean_over(laws, base, theta, n_tokens, capacity):
-    """Sum over receivers of E(x - capacity)+, mean over layers: base, theta [layers, receivers]."""
+def _mean_over(laws, base, tilted, n_tokens, capacity):
+    """Sum over receivers of E(x - capacity)+, mean over layers: base [layers, receivers], tilted [layers, receivers, 4]."""
     least, n_bases = capacity + 1, laws.shape[0]
     if least > n_tokens * (laws.shape[1] - 1):
         return 0.0
@@ -324,7 +330,7 @@ def _mean_over(laws, base, theta, n_tokens, capacity):
     for layer in range(base.shape[0]):
         for i in range(base.shape[1]):
             b = base[layer, i]
-            cumulant, mean, variance = tilted_moments(laws[b], theta[layer, i])
+            theta, cumulant, mean, variance = tilted[layer, i]
             sd = np.sqrt(n_tokens * variance)
             z = (capacity - n_tokens * mean) / max(sd, 1e-12)
             if z > 2.0:  # beyond it the tail falls by a factor with each token more
@@ -334,12 +340,12 @@ def _mean_over(laws, base, theta, n_tokens, capacity):
                     at_theta[b],
                     at_cumulant[b],
                     at_variance[b],
-                    theta[layer, i],
+                    theta,
                     cumulant,
                     mean,
                     variance,
                 )
-                total += above / -np.expm1(-(at_theta[b] - theta[layer, i]))
+                total += above / -np.expm1(-(at_theta[b] - theta))
             else:
                 density = np.exp(-0.5 * z * z) * 0.3989422804014327
                 total += sd * density - sd * z * 0.5 * math.erfc(z * 0.7071067811865476)

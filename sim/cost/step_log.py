@@ -25,6 +25,8 @@ METRICS = {
     "balancedness_sglang": "mean over layers of mean load / largest load",
     "slowest_rank_ms": "sum over layers of the slowest rank's expert time",
     "moe_ms": "the same with dispatch and combine",
+    "mean_imbalance": "mean over layers of largest load / mean load, which the step's time follows",
+    "worst_imbalance": "the largest over layers, which buffers must hold",
 }
 _BALANCEDNESS = re.compile(r"(?<![a-z])(?<!average_)(?:current_pass_)?balancedness\"?\s*[=:]\s*([-+.\w]+)")
 """The step's own value in a line of an engine's log; averages over passes (last_10_average_balancedness) are not."""
@@ -88,6 +90,8 @@ def _of_steps(sample: StepSample, cell: int, gpu: Gpu, kind: str) -> dict[str, n
         "balancedness_sglang": sglang_over_layers(mean_load, sample.max_load[cell]),
         "slowest_rank_ms": times.experts_us.sum(axis=1) / 1e3,
         "moe_ms": times.layer_us.sum(axis=1) / 1e3,
+        "mean_imbalance": sample.max_load[cell].mean(axis=1) / mean_load,
+        "worst_imbalance": sample.max_load[cell].max(axis=1) / mean_load,
     }
 
 

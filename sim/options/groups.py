@@ -191,7 +191,7 @@ class CapacityOptions(CellOptions):
     )
     deployments: int = option(
         Whole(2, 10**5),
-        "deployments that are drawn, of synthetic traffic without known layers (at most 100 where placements are fitted)",
+        "deployments that are drawn, of synthetic traffic without known layers (at most 80 where placements are fitted)",
         default=400,
     )
     fit_tokens: int | None = option(
