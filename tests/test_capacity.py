@@ -4,7 +4,6 @@ import numpy as np
 import pandas as pd
 import pytest
 from scipy.stats import binom
-from sim.theory.sums import tilted_moments
 
 import sim
 from sim import InputError, load_model, load_workload, place
@@ -14,6 +13,7 @@ from sim.cost.deployments import QUANTITIES, sample_deployments
 from sim.sweeps.plan import make_plan
 from sim.theory import UniformRouter, tails
 from sim.theory.family import BERNOULLI, family_of, place_in_family, saddle_points, tail_of_tilted
+from sim.theory.tails import tilted_moments
 from sim.traffic.synthetic import X0
 
 V3 = load_model("deepseek-v3")
@@ -93,23 +93,23 @@ def test_probabilities_hold_against_sampled_steps(deployments, quantity):
     """P(some rank of a layer has more than a capacity), layers drawn afresh, against a sweep of other layers.
 
     Not below it by more than 4 standard errors of both (one false alarm in 30,000 a line), nor above it by more than these and
-    a third at 0.2, where the sum over ranks is loose, and 15 % at 0.05 and below.
+    15 %, or under EPLB, whose ranks are nearly alike, three quarters: there the sum over groups of ranks is loose.
     """
     plan, found = deployments
     result = sim.sweep(
-        V3, "chat", ep_sizes=[8, 32], tokens=256, placements=["linear", "round_robin", "eplb+32"], trials=4000,
-        bound_layers=0, seed=8,
+        V3, "chat", ep_sizes=[8, 32], tokens=256, placements=["linear", "round_robin", "eplb+32"], trials=2000,
+        bound_layers=0, seed=9, replica_choice="vllm_hash",
     )  # fmt: skip
     metric = {"received": "received_tokens_max", "pairs": "max_load"}[quantity]
     counts = result.counts[result.counts.metric == metric]
     for (placement, ep_size), of_pair in zip(plan.grid.pairs, found, strict=True):
         of_cell = counts[(counts.placement == placement) & (counts.ep_size == ep_size)].sort_values("value")
-        above = 1 - np.cumsum(of_cell["count"].to_numpy()) / 4000
+        above = 1 - np.cumsum(of_cell["count"].to_numpy()) / 2000
         for wanted in (0.2, 0.05, 0.01):
             at = int(np.abs(above - wanted).argmin())
             p = -np.expm1(of_pair[quantity].log_fine(256, int(of_cell["value"].iloc[at])))
-            se = np.hypot(p.mean(axis=1).std(ddof=1) / len(p) ** 0.5, (above[at] * (1 - above[at]) / 4000) ** 0.5)
-            most = (1.33 if wanted == 0.2 else 1.15) * above[at] + 4 * se
+            se = np.hypot(p.mean(axis=1).std(ddof=1) / len(p) ** 0.5, (above[at] * (1 - above[at]) / 2000) ** 0.5)
+            most = (1.75 if placement == "eplb+32" else 1.15) * above[at] + 4 * se
             assert above[at] - 4 * se <= p.mean() <= most, (placement, ep_size, wanted)
 
 
@@ -199,7 +199,7 @@ def test_a_given_factor_says_what_it_risks_and_drops(small):
     counts = sim.sweep(V3, "chat", ep_sizes=16, tokens=512, placements="linear", trials=3000, bound_layers=0).counts
     most = counts[counts.metric == "max_load"]
     above = most["count"][most["value"] > 320].sum() / 3000
-    assert pairs.risk["linear"] == pytest.approx(above, rel=0.05)
+    assert above - 0.02 <= pairs.risk["linear"] <= 1.1 * above  # a sum over ranks, which are common here
 
 
 def test_dropped_pairs_equal_those_of_sampled_steps(small):
@@ -293,7 +293,7 @@ def test_a_model_without_sizes_is_refused():
     with pytest.raises(InputError, match="sizes that are not known"):
         sim.capacity(replace(V3, moe_intermediate_size=0), "chat", **SMALL)
     with pytest.raises(InputError, match="needs the number of MoE layers"):
-        sim.capacity(replace(V3, moe_layer_ids=()), "chat", **SMALL)
+        sim.capacity(replace(V3, n_moe_layers=0, moe_layer_ids=()), "chat", **SMALL)
 
 
 def test_the_family_of_what_happens_or_not_is_binomial():

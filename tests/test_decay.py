@@ -305,7 +305,7 @@ def test_steps_and_single_tables(files, capsys):
     text = capsys.readouterr().out
     assert (
         "file:table.npy its counts split at random, mean of 16 times (seed 0), file:steps.npy even and odd steps"
-        in text
+        in " ".join(text.split())
     )
     assert "eplb fitted on table.npy, scored on steps.npy: of the gain that a fit to steps.npy has, it keeps" in text
     assert run(*RUN, table, *GPT, "--against", steps, "--seed", "5") == 0
@@ -331,7 +331,8 @@ def test_files_of_the_same_name_are_told_apart(files, tmp_path, capsys):
     assert run(*RUN, files[1], *GPT, "--against", other) == 0
     table = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("eplb        4")]
     names = {(row[2], row[4]) for row in table}
-    assert len(table) == len(names) == 4
+    assert len(names) == 4
+    assert len(table) % 4 == 0  # a wide table is cut into several, each with these columns
 
 
 def test_bad_input_is_one_line_and_nothing_is_written(files, tmp_path, capsys):

@@ -173,7 +173,7 @@ def test_a_sweep_goes_on_past_its_draws():
 
 def test_rows_depend_on_the_seed_alone():
     """Not on the number of threads."""
-    options = {"imbalance": [3.0], "one_rank": True, "n_layers": 200}
+    options: dict = {"imbalance": [3.0], "one_rank": True, "n_layers": 200}
     one, two, other = (
         rare_tail(ONE_EACH, lognormal(0.5), np.arange(4), 16, n_threads=n, seed=seed, **options)
         for n, seed in ((1, 0), (2, 0), (1, 1))

@@ -41,12 +41,22 @@ def add_arguments(parser: ArgumentParser) -> None:
         help=f"what the log holds: {', '.join(_SHORT)}",
     )
     add_forms(parser)
+    parser.add_argument(
+        "--traffic",
+        metavar="FILE",
+        help="recorded routing, in place of --workload: also replay whole steps, all layers of the same tokens, beside "
+        "independent layers",
+    )
     parser.add_argument("--out", type=Folder(), metavar="DIR", help="also write steps.csv there")
 
 
 def run(arguments: Namespace) -> None:
     """Run `epsim step`."""
+    if arguments.traffic is not None:
+        arguments.workload = f"file:{arguments.traffic}"
     options, folder = timed_options(arguments), arguments.out
+    if arguments.traffic is not None and not hasattr(options["workload"], "topk_ids"):
+        raise InputError(f"--traffic {arguments.traffic}: whole steps need the experts of single tokens, not a law")
     from sim.cost import load_gpu
     from sim.cost.step_log import compare_log, predict_steps, read_log
 
@@ -60,18 +70,84 @@ def run(arguments: Namespace) -> None:
     say_about_times(options, [gpu])
     with shown_progress():
         steps = predict_steps(gpu=gpu, placements=arguments.placements, **options)
+        replayed = None if arguments.traffic is None else _replay(options, arguments)
     compared = None if log is None else compare_log(steps, arguments.log_metric, log.values)
     if not print_rows(steps if compared is None else compared, arguments):
         _print_steps(steps, arguments.markdown)
         if compared is not None:
             _print_log(compared, arguments)
+        if replayed is not None:
+            _print_replay(replayed, options["workload"].name, arguments.markdown)
     if folder is not None:
         from sim.files import writable_folder
         from sim.results import write_table
 
         with writable_folder(folder):
+            if replayed is not None:
+                write_table(replayed, folder, "replay", identity_of(options, [gpu], placements=arguments.placements))
             write_table(steps, folder, "steps", identity_of(options, [gpu], placements=arguments.placements))
         say_written(f"written to {folder}: steps.csv, steps.json (what made it)", arguments)
+
+
+def _replay(options: dict[str, Any], arguments: Namespace) -> Any:
+    """Whole steps of recorded traffic, beside independent layers."""
+    import pandas as pd
+
+    from sim.cost.replay import compare_modes
+    from sim.sweeps import make_plan
+    from sim.traffic import RecordedTraffic
+
+    cells = {name: options[name] for name in ("ep_sizes", "tokens", "tokens_per_rank", "ranks_per_node", "seed")}
+    plan = make_plan(
+        options["model"],
+        options["workload"],
+        placements=arguments.placements,
+        trials=1,
+        bound_layers=0,
+        received="off",
+        **cells,
+    )
+    assert isinstance(plan.workload, RecordedTraffic)
+    tables = []
+    for ep_size in plan.grid.ep_sizes:
+        pairs = [p for p, (_, size) in enumerate(plan.grid.pairs) if size == ep_size]
+        placed = [placement for p in pairs if (placement := plan.placements[p]) is not None]
+        for tokens in sorted({int(n) for n in plan.grid.tokens_of_cell[plan.grid.ep_size_of_cell == ep_size]}):
+            if placed:
+                tables.append(compare_modes(plan.workload, placed, tokens, options["most_steps"], options["seed"]))
+    if not tables:
+        raise InputError(
+            "--traffic: random placements differ by layer draw, and are not replayed; name another --placement"
+        )
+    return pd.concat(tables, ignore_index=True)
+
+
+def _print_replay(table: Any, workload: str, markdown: bool) -> None:
+    title = (
+        f"\nWhole steps of {workload}: imbalance = max / mean of a layer; its mean over layers, and the worst layer\n"
+        "continuous batching, all requests started together, and layers that are independent; variance of a step's mean over "
+        "that of\nindependent layers, and correlation of consecutive steps"
+    )
+    heads = [
+        "EP",
+        "tokens",
+        "placement",
+        "steps are",
+        "mean",
+        "sd",
+        "worst mean",
+        "worst p99",
+        "variance ratio",
+        "auto- correlation",
+    ]
+    lines = [
+        [
+            str(row.ep_size), str(row.tokens), row.placement, row.mode, f"{row.layers_mean:.3f}", f"{row.layers_sd:.4f}",
+            f"{row.worst_mean:.3f}", f"{row.worst_p99:.3f}", f"{row.variance_ratio:.2f}", f"{row.autocorrelation:.2f}",
+        ]
+        for row in table.itertuples()
+    ]  # fmt: skip
+    print_table(title, heads, lines, markdown, align=">><<")
 
 
 def _digits(value: float) -> str:

@@ -114,7 +114,7 @@ class SweepOptions(CellOptions):
     tail_floor: float | None = option(
         Number(1e-12, 0.1),
         "of synthetic traffic with drawn popularity: estimate tails over all layers down to this probability, as in 1e-8 (some "
-        "seconds a cell)",
+        "ten seconds a cell)",
         default=None,
     )
     fit_tokens: int | None = option(

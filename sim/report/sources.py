@@ -89,8 +89,12 @@ def _of_advice(folder: Path) -> list[dict[str, Any]]:
 def _of_split(folder: Path, rows: pd.DataFrame, about: dict[str, Any]) -> dict[str, Any]:
     """One GPU, exchange and split of an advice; what the engine runs as another placement has no curve."""
     first = rows.iloc[0]
-    other = rows.runs_as.notna() & (rows.runs_as != rows.placement)
-    left = [f"{row.placement} is not run by the engine: it runs {row.runs_as}." for row in rows[other].itertuples()]
+    other = rows.verdict.notna() & (rows.runs_as != rows.placement)  # perfect balance has no verdict, and stays
+    left = [
+        f"{row.placement} is not run by the engine"
+        + (f": it runs {row.runs_as}." if isinstance(row.runs_as, str) else ", which has no such option.")
+        for row in rows[other].itertuples()
+    ]
     base = rows.drop_duplicates("tokens").assign(
         placement=first.baseline, layer_saved=0.0, experts_saved=0.0, step_saved=0.0
     )

@@ -10,9 +10,9 @@ from sim.streams import TOKEN, exponential, fma, philox, word_at
 
 ROUNDS = 3
 """Arrivals that all tokens of a batch are taken through together; the few that need more are finished one by one."""
-_TRIES = 16
+TRIES = 16
 """Repeated marks before an exact scan; each try is an independent draw, so stopping does not bias."""
-_REDRAWS, _SCAN = 2**20, 2**24  # words from here on: of marks drawn again, and of scans
+REDRAWS, SCAN = 2**20, 2**24  # words from here on: of marks drawn again, and of scans
 
 
 @kernel(forceinline=True)
@@ -58,13 +58,13 @@ def _scan_others(word, group, size, weight, rows, places, first, k, i):
 def _redraw(i, token, trial, key, group, layer, rows, places, first, k):
     """Draw the k-th expert of token i once more until it is none of the experts first .. k - 1; the second try is made."""
     size = layer.alias.size // layer.gap.size
-    for tries in range(1, _TRIES):
-        word = word_at(_REDRAWS + 2 * _TRIES * k + tries, token, trial, TOKEN, key[0], key[1])
+    for tries in range(1, TRIES):
+        word = word_at(REDRAWS + 2 * TRIES * k + tries, token, trial, TOKEN, key[0], key[1])
         e = draw_mark(word, group, size, layer.alias)
         if not _is_among(e, rows, places, first, k, i):
             put_whole(rows, expert_row(places, k), i, e)
             return
-    word = word_at(_REDRAWS + 2 * _TRIES * k + _TRIES, token, trial, TOKEN, key[0], key[1])
+    word = word_at(REDRAWS + 2 * TRIES * k + TRIES, token, trial, TOKEN, key[0], key[1])
     e = _scan_others(word, group, size, layer.weight, rows, places, first, k, i)
     put_whole(rows, expert_row(places, k), i, e)
 
@@ -73,7 +73,7 @@ def _redraw(i, token, trial, key, group, layer, rows, places, first, k):
 def _redraw_listed(n_listed, start, trial, key, layer, work, first, k):
     """Draw the k-th experts of the listed tokens again; the words of the first try together."""
     rows, list_at, word_at_ = work.rows, work.round + row.LISTED, work.round + row.LIST_WORD
-    block, k0, k1 = np.uint64((_REDRAWS + 2 * _TRIES * k) // 4), key[0], key[1]
+    block, k0, k1 = np.uint64((REDRAWS + 2 * TRIES * k) // 4), key[0], key[1]
     for m in range(n_listed):
         token = np.uint64(start) + np.uint64(whole(rows, list_at, m))
         put_whole(rows, word_at_, m, philox(block, token, np.uint64(trial), TOKEN, k0, k1)[0])
@@ -286,7 +286,7 @@ def _scan_rest(i, token, trial, key, time, topk_group, layer, work):
         gap /= layer.gap[group]  # of an expert of weight 1
         for e in range(group * size, (group + 1) * size):
             if not _is_among(np.uint32(e), rows, places, 0, 2 * work.n_places, i):
-                word = word_at(_SCAN + e, token, trial, TOKEN, key[0], key[1])
+                word = word_at(SCAN + e, token, trial, TOKEN, key[0], key[1])
                 between = np.float64(exponential(word)) * gap / max(layer.weight[e], 1e-300)
                 arrival = np.float32(min(since + between, np.float64(row.LATE)))
                 where, latest = _find_latest(rows, work, i)
@@ -302,7 +302,7 @@ def _finish_token(i, token, trial, key, block, topk_group, layer, work):
     size, n_repeats = layer.alias.size // layer.gap.size, 0
     a, b, c, d = np.uint64(0), np.uint64(0), np.uint64(0), np.uint64(0)
     n_arrivals = 0
-    while n_repeats < _TRIES:
+    while n_repeats < TRIES:
         place, time = places, real(rows, places + row.NEXT, i)
         for j in range(1, topk_group):
             next_time = real(rows, places + j * row.PLACE_SIZE + row.NEXT, i)

@@ -36,8 +36,8 @@ from sim.streams import POPULARITY, stream_key, uniforms
 from sim.theory.proposals import Layers, Levels, Problem, draw_experts, fit_level, kinds, sigma_of, weighed
 from sim.traffic import SyntheticTraffic
 
-LAYERS = 8_000
-"""Layers of the final sample, at the least."""
+LAYERS, LEAST_LAYERS, MOST_TOKENS = 20_000, 4_000, 2**24
+"""Layers of the final sample, by default: the first number, fewer where their tokens would be too many, at least the second."""
 FLOOR = 1e-12
 """The lowest floor: below it the rounding of the dynamic programme is no longer negligible."""
 _PILOT, _MOST_LEVELS = 300, 14
@@ -91,7 +91,7 @@ def rare_tail(
     idle_ranks: Sequence[int] = (),
     one_rank: bool = False,
     floor: float = 1e-8,
-    n_layers: int = LAYERS,
+    n_layers: int | None = None,
     seed: int = 0,
     n_threads: int = 1,
 ) -> RareTail:
@@ -114,8 +114,8 @@ def rare_tail(
         Whether to estimate that all of a step's load falls on one rank.
     floor : float
         Rows of smaller probabilities are left out.
-    n_layers : int
-        Layers of the final sample of each kind of event.
+    n_layers : int, optional
+        Layers of the final sample of each kind of event (default: 20,000, fewer for steps of more than 800 tokens).
     seed, n_threads : int
         The rows do not depend on the number of threads.
 
@@ -140,6 +140,8 @@ def rare_tail(
     upper = [("imbalance", float(x), ceil(Fraction(str(x)) * mean)) for x in imbalance]
     upper += [("one_rank", 1.0, whole)] if one_rank else []
     upper = [event for event in upper if event[2] <= problem.largest]
+    if n_layers is None:
+        n_layers = int(np.clip(MOST_TOKENS // problem.n_tokens, LEAST_LAYERS, LAYERS))
     if upper:
         _estimate(problem, upper, floor, n_layers, found)
     lower = [("idle_ranks", float(m), int(m)) for m in idle_ranks if 1 <= m < problem.n_ranks]
