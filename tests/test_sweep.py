@@ -174,6 +174,7 @@ def test_independent_figures_are_met(workload, tokens, ep_size, linear, round_ro
     assert abs(found["round_robin"] / round_robin - 1) < within
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workload", ["uniform", "chat", "gpqa-tilted", "prefill"])
 def test_committed_results_regenerate_to_the_last_digit(workload, tmp_path):
     """A small part: three EP sizes and four step sizes, every trial, all placements, both tables as text."""
