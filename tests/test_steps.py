@@ -141,9 +141,9 @@ def gain(**more):
 
 def test_gains_are_u_shaped():
     """Few tokens: distinct experts; the middle: nothing; many: tokens. Intervals do not touch."""
-    rows = gain(tokens=[1, 256, 4096]).set_index(["gpu", "tokens"])
+    rows = gain(tokens=[1, 256, 16384]).set_index(["gpu", "tokens"])
     for gpu in ("h20", "h200"):
-        few, middle, many = (rows.loc[(gpu, n)] for n in (1, 256, 4096))
+        few, middle, many = (rows.loc[(gpu, n)] for n in (1, 256, 16384))
         assert few.layer_saved_low > 0.03
         assert middle.layer_saved_high < 0.006
         assert many.layer_saved_low > 2 * middle.layer_saved_high
@@ -191,7 +191,8 @@ def test_each_kind_of_exchange_has_rows_of_its_own():
 def test_received_tokens_are_those_of_a_plain_loop():
     comp = sample(tokens=[4, 64], counts_received=True)
     _, ids = draw_trials(V3, load_workload("chat"), 0, range(0, 58), 116, np.array([4, 64]), 64)
-    assert not sample(tokens=[4]).received[0].any()
+    uncounted = sample(tokens=[4]).received[0]  # even over ranks, from the fan-out
+    assert 0 < uncounted.min() <= uncounted.max() < comp.received[comp.cell("linear", 12, 4)].mean()
     for placement in ("linear", "round_robin"):
         ranks = place(placement, V3, 12).rank_of_expert
         for tokens in (4, 64):
@@ -332,7 +333,7 @@ def test_gain_prints_and_writes(tmp_path, capsys):
         ("gain --placement linear", "--baseline linear and --placement linear are the same"),
         ("gain --baseline group_aware", "--baseline group_aware and --placement round_robin are the same"),
         ("gain --placement best", "--placement 'best' is not known"),
-        ("gain --placement random,linear", "one placement each"),
+        ("gain --placement random,linear", "--baseline linear and --placement linear are the same"),
         ("gain --exchange nccl", "--exchange 'nccl' is not known"),
         ("gain --exchange pair,moonep", "--exchange moonep: it balances within the step"),
         ("gain --moe-share 40% --step-ms 20", "give one of them"),

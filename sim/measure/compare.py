@@ -198,5 +198,7 @@ def _fit(rows: pd.DataFrame, start: list[float] | np.ndarray) -> np.ndarray:
         return np.log((launch_us + fixed_us + longer_us) / time_us)
 
     known = np.where(np.isfinite(start), start, 1.0)
+    # Whether rows depend on a constant is judged where the fit starts: a free one can wander until it matters.
+    felt = np.abs(least_squares(misfit, np.log(known), x_scale=0.1, max_nfev=1).jac).max(axis=0) > _FELT
     found = least_squares(misfit, np.log(known), x_scale=0.1)
-    return np.where(np.abs(found.jac).max(axis=0) > _FELT, np.exp(found.x), np.nan)
+    return np.where(felt, np.exp(found.x), np.nan)
