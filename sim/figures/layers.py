@@ -21,7 +21,7 @@ def measured_layer_gain(layers: pd.DataFrame, gains: pd.DataFrame, baseline: str
     """
     exchanges, workloads = list(dict.fromkeys(layers.exchange)), list(dict.fromkeys(layers.workload))
     placements = list(dict.fromkeys(gains.placement))
-    figure, axes = panels(len(exchanges) * len(workloads), len(exchanges), 2.3)
+    figure, axes = panels(len(exchanges) * len(workloads), len(exchanges), 2.3, sharey="row")  # chat gains far less
     cells = [(workload, exchange) for workload in workloads for exchange in exchanges]
     for ax, (workload, exchange) in zip(axes, cells, strict=True):
         ax.axhline(0, color="#888888", linewidth=0.8)
