@@ -372,7 +372,7 @@ def test_load_counts_are_advised_on_too(toy_files, capsys):
         (["--step-ms", "50"], "--step-ms is the time of steps of one size"),
         (["--workload", "absent.npz"], "absent.npz"),
         (["--workload", "hot.npz", "--fit-on", "hot.npz"], "is the traffic that is scored"),
-        (["--dummy-tokens", "8"], "--dummy-tokens goes with traffic by law"),
+        (["--dummy-tokens", "8"], "--dummy-tokens goes with synthetic traffic"),
         (["--gpu", "h9000"], "--gpu 'h9000' is not known"),
         (["--model", "deepseek-v3"], "model deepseek-v3 has top_k 8"),
         (["--workload", "chat", "--fit-on", "hot.npz"], "the layers of chat are drawn"),

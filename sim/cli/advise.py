@@ -172,7 +172,7 @@ def _read(arguments: Namespace, model: Any) -> tuple[Any, Any]:
     if not names_file(name):
         traffic = load_workload(name, phase=arguments.phase, dummy_tokens=dummies)
     elif dummies is not None:
-        raise InputError("--dummy-tokens goes with traffic by law, not with a file of recorded traffic")
+        raise InputError("--dummy-tokens goes with synthetic traffic, not with a file of recorded traffic")
     else:
         traffic = read(name)
     if isinstance(traffic, LoadCounts) and arguments.phase is not None:

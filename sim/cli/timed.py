@@ -9,7 +9,7 @@ from sim.options import StepOptions, TimeOptions, given
 
 KNEE_TEXT = (
     "~ from 0.3 of the crossover to 6 times it (bf16: 3 times): kernels step at whole tiles there, and measured gains differ\n"
-    "most from predicted ones (README, Measured)"
+    "most from predicted ones (results/README.md)"
 )
 EXTRAPOLATED_TEXT = (
     "* exchange computed, not measured: measured are pair without imbalance, on one node of H100, H200, B200 and GB200 up to\n"
