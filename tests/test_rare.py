@@ -110,7 +110,7 @@ def test_brute_force_of_two_billion_layers_is_reproduced(placement, ep_size):
     model, rows = load_model("deepseek-v3"), pd.read_csv(ROOT.parent / "shared/measured/tails-brute-force.csv")
     rows = rows[(rows.placement == placement) & (rows.ep_size == ep_size) & (rows.hits > 0)]
     rank = place(placement, model, ep_size).rank_of_expert
-    result = rare_tail(model, load_workload("chat"), rank, 64, imbalance=rows.threshold.tolist(), n_layers=3000)
+    result = rare_tail(model, load_workload("chat"), rank, 64, imbalance=rows.threshold.tolist(), n_layers=6000)
     found = {row.threshold: row for row in result.rows}
     assert len(found) >= 4
     for row in rows.itertuples():

@@ -88,7 +88,7 @@ def test_bounds_hold_where_sampling_sees_too(workload):
         V3,
         workload,
         ep_sizes=[8, 16],
-        tokens=64,
+        tokens=[16, 24, 32, 48, 64, 128],
         placements=["linear", "round_robin"],
         trials=6400,
         draws=draws,

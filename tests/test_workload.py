@@ -12,8 +12,8 @@ from sim.traffic.read import read_recorded
 KEY = stream_key(0, "popularity")
 
 
-def test_presets_are_the_stated_six():
-    assert workload_names() == ["uniform", "chat", "mixed", "gpqa-tilted", "prefill", "prefill-strong"]
+def test_presets_are_the_stated_ones():
+    assert workload_names() == ["uniform", "chat", "mixed", "gpqa-tilted", "prefill", "prefill-strong", "gpt-oss-20b"]
     chat, prefill = load_workload("chat"), load_workload("prefill-strong")
     assert (chat.sigma, chat.group_sigma, chat.request_sigma) == (0.65, 0.4, 0.0)
     assert (prefill.sigma, prefill.request_sigma, prefill.tokens_per_request) == (0.65, 1.05, 1024)
@@ -70,7 +70,7 @@ def test_draws_do_not_depend_on_how_they_are_grouped():
 def imbalance_of_r1(name):
     """Mean imbalance of DeepSeek-R1 under linear placement, by EP size."""
     result = sweep(
-        "deepseek-r1", name, ep_sizes=[32, 64, 128, 256], tokens=16384, placements="linear", trials=600, bound_layers=0
+        "deepseek-r1", name, ep_sizes=[32, 64, 128, 256], tokens=16384, placements="linear", trials=1500, bound_layers=0
     )
     return result.summary.set_index("ep_size").imbalance_mean
 

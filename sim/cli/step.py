@@ -58,7 +58,9 @@ def run(arguments: Namespace) -> None:
         arguments.workload = f"file:{arguments.traffic}"
     options, folder = timed_options(arguments), arguments.out
     if arguments.traffic is not None and not hasattr(options["workload"], "topk_ids"):
-        raise InputError(f"--traffic {arguments.traffic}: whole steps need the experts of single tokens, not synthetic traffic")
+        raise InputError(
+            f"--traffic {arguments.traffic}: whole steps need the experts of single tokens, not synthetic traffic"
+        )
     from sim.cost import load_gpu
     from sim.cost.step_log import compare_log, predict_steps, read_log
 
