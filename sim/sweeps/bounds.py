@@ -39,7 +39,7 @@ _NEAR_1 = (1.01, 1.02, 1.03, 1.04, 1.05, 1.06, 1.08, 1.1, 1.15, 1.2, 1.25, 1.3, 
 _COARSE, _FINE = (1, 1.25, 1.5, 1.75), (1, 1.125, 1.25, 1.375, 1.5, 1.625, 1.75, 1.875)
 LADDER, FINE_LADDER = ((*_NEAR_1, *(x * 2.0**i for i in range(1, 14) for x in between)) for between in (_COARSE, _FINE))
 """Imbalance thresholds of bounds, besides those of the sweep; the fine one where rows cost little."""
-_DEEPEST = 1e-13  # below this, only the sweep's own thresholds
+_DEEPEST = 1e-12  # below this, only the sweep's own thresholds
 
 _NEAR_TINY = 1e6 * TINY
 _BATCH_TOKENS = 2**13
