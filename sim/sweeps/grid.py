@@ -11,7 +11,7 @@ import numpy as np
 from sim.scoring import METRICS, RECEIVED
 
 _MAX_LOAD, _IDLE = METRICS.index("max_load"), METRICS.index("idle_ranks")
-RECEIVED_SHARES = (0.1, 0.25, 0.5, 0.75, 0.9)
+RECEIVED_SHARES = (0.25, 0.5, 0.75, 0.9)
 """Of a step's tokens, those that the busiest rank receives: thresholds of the tail."""
 _SINCE = {"dummy_tokens": 0, "received": False}  # fields that an identity has only where they are not these
 
