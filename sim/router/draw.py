@@ -136,9 +136,10 @@ def _route(
 ) -> None:
     """Route the tokens of consecutive trials from layers of popularity mu float64 [trials, n_experts]."""
     logits = np.ascontiguousarray(workload.draw_logits(key, mu, first_trial, int(tokens[-1]), first_draw))
+    contexts = workload.draw_contexts(key, first_trial, len(mu), int(tokens[-1]))
     per_request = workload.tokens_per_request if workload.request_sigma else _ONE_REQUEST
     sample_trials(
-        first_trial, key, logits, per_request, tokens, model.n_group, model.topk_group, workload.group_sigma,
+        first_trial, key, logits, contexts, per_request, tokens, model.n_group, model.topk_group, workload.group_sigma,
         score_law(model), counts, ids,
     )  # fmt: skip
 
@@ -164,7 +165,8 @@ def route_layers(
     counts = np.empty((len(mu), 1, model.n_experts), np.int32)
     ids = np.empty((len(mu), n_tokens, model.top_k), np.int16)
     sample_trials(
-        first, stream_key(seed, what), np.ascontiguousarray(mu)[:, None, :], _ONE_REQUEST, np.array([n_tokens]),
+        first, stream_key(seed, what), np.ascontiguousarray(mu)[:, None, :], np.empty((len(mu), 0), np.uint8), _ONE_REQUEST,
+        np.array([n_tokens]),
         model.n_group, model.topk_group, workload.group_sigma, score_law(model), counts, ids,
     )  # fmt: skip
     return ids
