@@ -24,6 +24,14 @@ _LEAST_STEPS = 4
 _MOST_STEPS = 32
 
 
+class Quantile(NamedTuple):
+    """A quantile of imbalance over blocks and layers."""
+
+    real: float
+    real_half: float  # half-width of its 95 % interval over sequences (jackknife)
+    simulated: float
+
+
 class Held(NamedTuple):
     """One comparison: mean imbalance (max / mean load of ranks, linear placement) over blocks and layers."""
 
@@ -34,6 +42,9 @@ class Held(NamedTuple):
     real_half: float  # half-width of its 95 % interval over sequences (jackknife) or steps
     simulated: float
     simulated_half: float  # of its sampling; the fit's own error, of about the size of real_half, is not in it
+    fitted: float  # of real blocks of the half that was fitted: how far the halves differ, which no fit can know
+    p95: Quantile | None = None
+    p99: Quantile | None = None  # None of steps
 
 
 def hold_out(
@@ -57,7 +68,8 @@ def hold_out(
     n = len(data.starts) - 1
     if n < _LEAST_SEQUENCES:
         return None
-    fit = fit_half(data.only_sequences(np.arange(0, n, 2)))
+    half = data.only_sequences(np.arange(0, n, 2))
+    fit = fit_half(half)
     other = data.only_sequences(np.arange(1, n, 2))
     parts = [other.only_sequences(np.flatnonzero(np.arange(n // 2) % _JACKKNIFE != left)) for left in range(_JACKKNIFE)]
     rows = []
@@ -65,7 +77,7 @@ def hold_out(
         for tokens in BLOCKS:
             if workload is None or (phase == "prefill" and not len(_places(other, tokens))):
                 continue
-            rows += _compare(model, workload, phase, tokens, sizes, [other, *parts], seed)
+            rows += _compare(model, workload, phase, tokens, sizes, [half, other, *parts], seed)
     return fit, rows
 
 
@@ -73,28 +85,30 @@ def _compare(
     model: ModelSpec, workload: SyntheticTraffic, phase: str, tokens: int, sizes: list[int],
     records: list[RecordedTraffic], seed: int,
 ) -> list[Held]:  # fmt: skip
-    """Rows of one phase and block; records are the whole held-out half, and that less each jackknife group."""
+    """Rows of one phase and block; records are the fitted half, the held-out half, and that less each jackknife group."""
     draws = [_real_blocks(record, phase, tokens, model.n_experts, seed) for record in records]
     simulated = _simulated(model, workload, tokens, seed)
     rows = []
     for size in sizes:
-        real = np.array([_imbalance(counts, model, size).mean() for counts in draws])
-        left_out = real[1:]
-        half = student_quantile(len(left_out) - 1) * np.sqrt((len(left_out) - 1) * left_out.var())
+        fitted, *real = (_imbalance(counts, model, size) for counts in draws)
         found = _imbalance(simulated, model, size)
         error = student_quantile(len(found) - 1) * found.std(axis=0).mean() / np.sqrt(found.size)
+        mean, half = _jackknife(np.array([x.mean() for x in real]))
+        quantiles = [
+            Quantile(*_jackknife(np.array([np.quantile(x, level) for x in real])), float(np.quantile(found, level)))
+            for level in (0.95, 0.99)
+        ]
         rows.append(
-            Held(
-                phase,
-                tokens,
-                size,
-                float(real[0]),
-                float(half),
-                float(found.mean()),
-                float(error),
-            )
+            Held(phase, tokens, size, mean, half, float(found.mean()), float(error), float(fitted.mean()), *quantiles)
         )
     return rows
+
+
+def _jackknife(values: np.ndarray) -> tuple[float, float]:
+    """The first value, and the half-width of its 95 % interval by the others, each without one of the groups."""
+    left_out = values[1:]
+    half = student_quantile(len(left_out) - 1) * np.sqrt((len(left_out) - 1) * left_out.var())
+    return float(values[0]), float(half)
 
 
 def _imbalance(counts: np.ndarray, model: ModelSpec, ep_size: int) -> np.ndarray:
@@ -169,7 +183,9 @@ def _hold_out_steps(
         found = _imbalance(drawn, model, size).mean(axis=(1, 2))
         halves = [_half_width(x) for x in (real, found)]
         mean_tokens = int(np.round(tokens.mean()))
-        rows.append(Held("steps", mean_tokens, size, float(real.mean()), halves[0], float(found.mean()), halves[1]))
+        fitted = float(_imbalance(first.counts, model, size).mean())
+        means = float(real.mean()), halves[0], float(found.mean()), halves[1]
+        rows.append(Held("steps", mean_tokens, size, *means, fitted))
     return fit, rows
 
 
