@@ -212,6 +212,8 @@ def _plot(out: Path, data: Any, about: Any, formats: list[str]) -> None:
 
 
 def _fit(arguments: Namespace, model: Any, data: Any) -> None:
+    import numpy as np
+
     from sim.files import whole_files
     from sim.fit import fit_text, fit_traffic, hold_out
     from sim.fit.fitting import GROUP_SIGMA
@@ -251,9 +253,13 @@ def _fit(arguments: Namespace, model: Any, data: Any) -> None:
         f"{fit.rms[0].max():.2%}) on fresh random numbers, {fit.seconds.mean():.1f} s per layer of a thread"
     )
     if fit.prefill is not None:
+        of = fit.prefill
+        local = np.mean(of.local_share)
+        lengths = " and ".join(f"{tokens:g}" for tokens in of.context_tokens)
         print(
-            f"prefill: request_sigma {fit.prefill.request_sigma:.2f}, {fit.prefill.tokens_per_request} tokens per request; "
-            f"shares to {fit.rms[1].mean():.2%} rms (worst layer {fit.rms[1].max():.2%})"
+            f"prefill: request_sigma {of.request_sigma:.2f}, {of.tokens_per_request} tokens per request, {local:.0%} of its "
+            f"variance local, in contexts of {lengths} tokens;\n  shares to {fit.rms[1].mean():.2%} rms (worst layer "
+            f"{fit.rms[1].max():.2%})"
         )
     phases = "" if fit.prefill is None else " (--phase decode or prefill)"
     print(f"written to {out}; use it as --workload {out}{phases}")
@@ -285,8 +291,8 @@ def _print_held(rows: list[Any], halves: str) -> None:
     n_off = sum(abs(row.simulated / row.real - 1) > 0.05 for row in rows)
     print(
         f"\nworst: {worst.phase}, {worst.tokens} tokens, EP {worst.ep_size}; {n_off} of {len(rows)} are off by more than 5 %. "
-        f"± : 95 %, of real blocks over {halves}, of simulated ones over their sampling alone; halves: what real {halves} of "
-        "the fitted half differ by, which no fit can know\n"
+        f"± : 95 %, of real blocks over {halves}, of simulated ones over their sampling alone; halves: real "
+        f"{halves} of the fitted half beside the held-out ones, a difference that no fit can know\n"
     )
 
 
