@@ -49,24 +49,31 @@ def run(arguments: Namespace) -> None:
     workload = load_workload(arguments.workload, phase=arguments.phase, dummy_tokens=arguments.dummy_tokens)
     note_compiling()
     say_about_inputs(model, workload)
+    if arguments.layer_correlation is not None:
+        note(
+            f"layer correlation {arguments.layer_correlation:g}: some layer of a step exceeds less often; below a probability of "
+            "about 1 % capacities stay as they are"
+        )
     found = size_buffers(model, workload, curves=arguments.out is not None, **options)
     for text in found.notes:
         note(text)
     _print(found, model, options, arguments)
     if arguments.out is not None:
         _write(found, model, workload, options, arguments.out)
-        print(f"\nwritten to {arguments.out}: capacity.csv, capacity.json (what made it), capacity.png")
+        figure = ", capacity.png" if len(found.curves) else ""
+        print(f"\nwritten to {arguments.out}: capacity.csv, capacity.json (what made it){figure}")
 
 
 def _print(found: Any, model: Any, options: dict[str, Any], arguments: Namespace) -> None:
-    from sim.cost.buffers import DEEPEP_LIMIT_BYTES, buffer_bytes, deepep_low_latency_bytes
-    from sim.cost.inputs import expert_width
+    from sim.cost.buffers import buffer_bytes
 
     table, risk = found.table, options["risk"]
     row = table.iloc[0]
     asked = table[table.risk == risk]
     for quantity, text in _SHORT.items():
         rows = asked[asked.quantity == quantity]
+        if not len(rows):
+            continue
         exchanges = list(dict.fromkeys(rows.exchange))
         first = rows[rows.exchange == exchanges[0]]
         heads = ["EP", "tokens", "placement", "balanced"]
@@ -95,28 +102,34 @@ def _print(found: Any, model: Any, options: dict[str, Any], arguments: Namespace
         print()
     if options["capacity_factor"] is not None:
         _print_factor(table[table.risk != risk], options["capacity_factor"], arguments.markdown)
-    print("What engines call it, for the last scope:")
-    last = asked.groupby(["quantity", "ep_size", "tokens", "placement"], sort=False).tail(1)
-    for cell in last[last.quantity == "received"].itertuples():
-        pairs, rows_of_expert = (
-            last[
-                (last.quantity == quantity)
-                & (last.ep_size == cell.ep_size)
-                & (last.tokens == cell.tokens)
-                & (last.placement == cell.placement)
-            ].iloc[0]
-            for quantity in ("pairs", "expert_rows")
-        )
-        per_rank = -(-cell.tokens // cell.ep_size)
-        n_slots = model.n_experts + int(cell.placement.partition("+")[2] or 0)
+    _print_engines(asked, model, arguments.markdown)
+
+
+def _print_engines(asked: Any, model: Any, markdown: bool) -> None:
+    """What engines call the capacities of the last scope, and the values to set."""
+    from sim.cost.buffers import DEEPEP_LIMIT_BYTES, deepep_low_latency_bytes
+    from sim.cost.inputs import expert_width
+
+    keys = ["ep_size", "tokens", "placement"]
+    last = asked.groupby([*keys, "quantity"], sort=False).tail(1)
+    heads = ["EP", "tokens", "placement", "vLLM receive fraction", "torchtitan capacity factor"]
+    heads += ["Megatron-LM moe_expert_capacity_factor", "DeepEP, SGLang num_max_dispatch_tokens_per_rank", "its GiB"]
+    cells = []
+    for of_cell, rows in last.groupby(keys, sort=False):
+        (ep_size, tokens, placement), at = of_cell, rows.set_index("quantity")
+        line = [str(ep_size), str(tokens), str(placement)]
+        line.append(f"{at.capacity_tokens['received'] / tokens:.2f}" if "received" in at.index else "-")
+        line += [f"{at.factor[name]:.2f}" if name in at.index else "-" for name in ("pairs", "expert_rows")]
+        per_rank = -(-tokens // ep_size)
+        n_slots = model.n_experts + int(placement.partition("+")[2] or 0)
         static = deepep_low_latency_bytes(expert_width(model), per_rank, n_slots)
-        limit = "" if static <= DEEPEP_LIMIT_BYTES else " (above DeepEP's limit of 32 GiB)"
-        print(
-            f"  EP {cell.ep_size}, {cell.tokens} tokens, {cell.placement}: vLLM receive fraction "
-            f"{cell.capacity_tokens / cell.tokens:.2f}; torchtitan capacity factor {pairs.factor:.2f}; Megatron-LM "
-            f"moe_expert_capacity_factor {rows_of_expert.factor:.2f}; SGLang, DeepEP num_max_dispatch_tokens_per_rank "
-            f"{per_rank}: {static / 2**30:.2f} GiB{limit}"
-        )
+        line += [str(per_rank), f"{static / 2**30:.2f}{'!' if static > DEEPEP_LIMIT_BYTES else ''}"]
+        cells.append(line)
+    title = (
+        "What engines call it, for the last scope: receive fraction = received tokens of a rank / tokens of the step; factors "
+        "are of the balanced load\n! above DeepEP's limit of 32 GiB"
+    )
+    print_table(title, heads, cells, markdown, align=">><", keys=3)
 
 
 def _print_factor(rows: Any, factor: float, markdown: bool) -> None:
@@ -132,7 +145,7 @@ def _print_factor(rows: Any, factor: float, markdown: bool) -> None:
         at = cell.set_index(["scope", "deployments"]).risk
         cells.append([*line, *(f"{at[scope]:.2g}" for scope in scopes)])
     title = f"Capacity factor {factor:g}: what it drops, and the probability that it is exceeded in a layer, a step, a horizon"
-    print_table(title, heads, cells, markdown, align=">><<")
+    print_table(title, heads, cells, markdown, align=">><<", keys=4)
     print()
 
 
@@ -146,7 +159,8 @@ def _write(found: Any, model: Any, workload: Any, options: dict[str, Any], folde
     identity |= {"fit_on": None if options["fit_on"] is None else str(options["fit_on"])}
     identity |= {"model": model.name, "workload": workload.name, "law": routing_law(model, workload)}
     with writable_folder(folder):
-        figure = capacity_curves(found.curves, options["risk"], f"{model.name}, {workload.name} traffic")
         write_table(found.table, folder, "capacity", identity)
-        with whole_files(folder / "capacity.png") as (path,):
-            figure.savefig(path, format="png", dpi=150)
+        if len(found.curves):
+            figure = capacity_curves(found.curves, options["risk"], f"{model.name}, {workload.name} traffic")
+            with whole_files(folder / "capacity.png") as (path,):
+                figure.savefig(path, format="png", dpi=150)

@@ -15,6 +15,7 @@ from sim.options.kinds import (
     Choice,
     Kind,
     Listed,
+    Measured,
     Number,
     PerRank,
     Placements,
@@ -31,6 +32,11 @@ MAX_RANKS_PER_NODE = 2**15
 THRESHOLDS = (1.1, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0)
 """Imbalance thresholds of tail.csv."""
 LAYER_SETS, MOST_STEPS = 32, 512
+LAYER_CORRELATION = 1.8
+"""Variance of a step's mean imbalance over its layers, relative to independent layers: 1.77, the geometric mean of 18 cells (1.2
+to 2.9), of gpt-oss-20b's recorded steps under continuous batching (AmanPriyanshu/GPT-OSS-MoE-ExpertFingerprinting at 72b368f):
+epsim step --model gpt-oss-20b --traffic FILE --ep 4,8,16 --tokens 8,64,256 --steps 4096. Replays of other models' traces: 1.3 to
+2.5."""
 DEFAULT_TRIALS = 10_000
 DEFAULT_MAX_TRIALS = 1_000_000
 
@@ -176,7 +182,19 @@ class StepOptions(CellOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CapacityOptions(CellOptions):
+class LayerOptions(Options):
+    """What layers of a step have to do with each other."""
+
+    layer_correlation: float | None = option(
+        Measured(1, 1e4, alone=LAYER_CORRELATION),
+        "variance of a step's mean over its layers, relative to layers that are independent (their default: they are). Without "
+        f"a number {LAYER_CORRELATION:g}, as on gpt-oss-20b's recorded steps; epsim step --traffic FILE measures yours",
+        default=None,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CapacityOptions(CellOptions, LayerOptions):
     """What `sim.capacity` takes beside model and workload."""
 
     placements: Any = option(Placements(), "placements (epsim placements)", flag="--placement")
