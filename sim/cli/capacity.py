@@ -8,11 +8,11 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
-from sim.cli.text import note, note_compiling, print_table, say_about_inputs
+from sim.cli.text import note, note_compiling, print_table, say_about_inputs, say_about_layers
 from sim.errors import InputError
 from sim.options import CapacityOptions, Folder, Number, Seconds, TrafficOptions, add_options, given
 
-_MOST_PER_SECOND = 1e6
+_PER_SECOND, _MOST_PER_SECOND = 20.0, 1e6
 _SHORT = {"received": "received tokens", "pairs": "rows of a rank", "expert_rows": "rows of an expert"}
 _TITLE_EXCHANGE = {"token": "buffer", "pair": "buffer", "workspace": "workspace", "deepep_low_latency": "low latency"}
 
@@ -26,9 +26,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--steps-per-second",
         type=Number(1e-6, _MOST_PER_SECOND),
-        default=20.0,
         metavar="X",
-        help="steps of the horizon (default: 20)",
+        help=f"steps of the horizon (default: {_PER_SECOND:g})",
     )
     parser.add_argument("--markdown", action="store_true", help="print Markdown tables")
     parser.add_argument("--out", type=Folder(), metavar="DIR", help="also write capacity.csv and capacity.png there")
@@ -42,19 +41,21 @@ def run(arguments: Namespace) -> None:
 
     options = given(arguments, CapacityOptions)
     if arguments.horizon is not None:
-        options["horizon_steps"] = round(arguments.horizon * arguments.steps_per_second)
+        options["horizon_steps"] = round(arguments.horizon * (arguments.steps_per_second or _PER_SECOND))
         if not options["horizon_steps"]:
             raise InputError("--horizon: it has no step; take a longer one, or more --steps-per-second")
+    elif arguments.steps_per_second is not None:
+        raise InputError("--steps-per-second goes with --horizon")
     model = load_model(arguments.model)
     workload = load_workload(arguments.workload, phase=arguments.phase, dummy_tokens=arguments.dummy_tokens)
     note_compiling()
     say_about_inputs(model, workload)
+    say_about_layers(arguments.layer_correlation)
+    found = size_buffers(model, workload, curves=arguments.out is not None, **options)
     if arguments.layer_correlation is not None:
         note(
-            f"layer correlation {arguments.layer_correlation:g}: some layer of a step exceeds less often; below a probability of "
-            "about 1 % capacities stay as they are"
+            "with a layer correlation some layer of a step exceeds less often; below a probability of about 1 % nothing changes"
         )
-    found = size_buffers(model, workload, curves=arguments.out is not None, **options)
     for text in found.notes:
         note(text)
     _print(found, model, options, arguments)
@@ -112,8 +113,8 @@ def _print_engines(asked: Any, model: Any, markdown: bool) -> None:
 
     keys = ["ep_size", "tokens", "placement"]
     last = asked.groupby([*keys, "quantity"], sort=False).tail(1)
-    heads = ["EP", "tokens", "placement", "vLLM receive fraction", "torchtitan capacity factor"]
-    heads += ["Megatron-LM moe_expert_capacity_factor", "DeepEP, SGLang num_max_dispatch_tokens_per_rank", "its GiB"]
+    heads = ["EP", "tokens", "placement", "vLLM fraction", "torchtitan factor", "Megatron-LM factor"]
+    heads += ["DeepEP tokens", "DeepEP GiB"]
     cells = []
     for of_cell, rows in last.groupby(keys, sort=False):
         (ep_size, tokens, placement), at = of_cell, rows.set_index("quantity")
@@ -126,8 +127,10 @@ def _print_engines(asked: Any, model: Any, markdown: bool) -> None:
         line += [str(per_rank), f"{static / 2**30:.2f}{'!' if static > DEEPEP_LIMIT_BYTES else ''}"]
         cells.append(line)
     title = (
-        "What engines call it, for the last scope: receive fraction = received tokens of a rank / tokens of the step; factors "
-        "are of the balanced load\n! above DeepEP's limit of 32 GiB"
+        "What engines call it, for the last scope\n"
+        "vLLM: receive fraction, received tokens of a rank / tokens of the step; torchtitan: capacity factor, of a rank's rows;\n"
+        "Megatron-LM: moe_expert_capacity_factor; DeepEP, SGLang: num_max_dispatch_tokens_per_rank, what a rank sends at most,\n"
+        "with its static low-latency buffer (! above its limit of 32 GiB)"
     )
     print_table(title, heads, cells, markdown, align=">><", keys=3)
 
@@ -141,7 +144,8 @@ def _print_factor(rows: Any, factor: float, markdown: bool) -> None:
     cells = []
     for keys, cell in rows.groupby(["ep_size", "tokens", "placement", "quantity"], sort=False):
         first = cell.iloc[0]
-        line = [*map(str, keys[:3]), _SHORT[str(keys[3])], f"{first.capacity_tokens:.0f}", f"{first.dropped_share:.2g}"]
+        line = [*map(str, keys[:3]), _SHORT[str(keys[3])], f"{first.capacity_tokens:.0f}"]
+        line.append("-" if first.dropped_share != first.dropped_share else f"{first.dropped_share:.2g}")
         at = cell.set_index(["scope", "deployments"]).risk
         cells.append([*line, *(f"{at[scope]:.2g}" for scope in scopes)])
     title = f"Capacity factor {factor:g}: what it drops, and the probability that it is exceeded in a layer, a step, a horizon"

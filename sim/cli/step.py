@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from sim.cli.progress import shown_progress
-from sim.cli.text import add_forms, note, print_rows, print_table, say_written
+from sim.cli.text import add_forms, note, print_rows, print_table, say_about_layers, say_written
 from sim.cli.timed import identity_of, say_about_maps, say_about_times, timed_options
 from sim.errors import InputError
 from sim.options import (
@@ -71,8 +71,6 @@ def run(arguments: Namespace) -> None:
         raise InputError(
             f"--traffic {arguments.traffic}: whole steps need the experts of single tokens, not synthetic traffic"
         )
-    if arguments.traffic is not None and options["workload"].dummy_tokens:
-        raise InputError("--dummy-tokens: whole steps are replayed without; leave it out, or leave --traffic out")
     from sim.cost import load_gpu
     from sim.cost.step_log import compare_log, predict_steps, read_log
 
@@ -84,6 +82,7 @@ def run(arguments: Namespace) -> None:
     gpu = load_gpu(arguments.gpu)
     say_about_maps(arguments.placements, options["model"], options["ep_sizes"], options["ranks_per_node"])
     say_about_times(options, [gpu])
+    say_about_layers(arguments.layer_correlation)
     with shown_progress():
         steps = predict_steps(
             gpu=gpu, placements=arguments.placements, layer_correlation=arguments.layer_correlation, **options

@@ -25,7 +25,7 @@ DEEPEP_LIMIT_BYTES = 32 * 2**30
 """Of DeepEP's low-latency buffer on a rank (csrc/config.hpp; vllm #57894)."""
 SAMPLED_TOKENS = 2**27
 """Of each cell at most, where tokens are not independent."""
-_CURVE_POINTS, _DEEPEST = 48, 1e-12
+_CURVE_POINTS, _DEEPEST, _DEEPEST_CURVE = 32, 1e-12, 1e-9
 _QUANTILES = {"median": 0.5, "worst_5_percent": 0.95}
 _EXCHANGES = {"received": ("token",), "pairs": ("pair", "workspace"), "expert_rows": ("deepep_low_latency",)}
 
@@ -98,8 +98,8 @@ def size_buffers(
     buffer_bytes(model, "workspace", 1, 1, 1)  # whether its sizes are known, before the work
     if reason := _dependent(plans[0].workload):
         if chosen.horizon_steps or chosen.layer_correlation:
-            name = "horizon_steps" if chosen.horizon_steps else "layer_correlation"
-            raise InputError(f"`{name}`: {reason}: only capacities of one layer of one step can be sampled")
+            what = "a horizon" if chosen.horizon_steps else "`layer_correlation`"
+            raise InputError(f"{what}: {reason}, and only capacities of one layer of one step can be sampled")
         notes.append(f"{reason}: sampled, of one layer of one step; steps and horizons lie beyond sampling")
         sampled = [_sample(plan, chosen, notes) for plan in plans]
         return Capacities(pd.concat(sampled, ignore_index=True), pd.DataFrame(), n_layers, list(dict.fromkeys(notes)))
@@ -178,21 +178,21 @@ def _sample(plan: Plan, chosen: CapacityOptions, notes: list[str]) -> pd.DataFra
     """
     least = math.ceil(math.log(0.025) / math.log1p(-chosen.risk))  # an upper end of the interval needs as many
     rows: list[dict[str, object]] = []
+    short = ""
     for cell in range(len(plan.grid.cells)):
         pair, tokens = plan.grid.cells[cell][0], int(plan.grid.tokens_of_cell[cell])
         placement, ep_size = plan.grid.pairs[pair]
         fitted = plan.fit_tokens if plan.placements[pair] is None and is_load_aware(placement) else 0
-        if least > SAMPLED_TOKENS // (tokens + fitted):
-            notes.append(
-                f"left out: {placement}, EP {ep_size}, {tokens} tokens: a risk of {chosen.risk:g} takes {least} steps, more than "
-                "are sampled; take a larger risk"
-            )
+        n_steps = min(4 * least, SAMPLED_TOKENS // (tokens + fitted))
+        if least > n_steps:
+            text = f"`risk` {chosen.risk:g} takes {least} steps of {tokens} tokens under {placement}, and {n_steps} are sampled"
+            short = short or text
+            notes.append(f"left out: {text}".replace("`", ""))
             continue
         swept = sweep(
             plan.model, plan.workload, ep_sizes=[ep_size], tokens=[tokens], bound_layers=0, seed=plan.seed,
             placements=placement if plan.placements[pair] is None else plan.placements[pair], threads=chosen.threads,
-            trials=min(4 * least, SAMPLED_TOKENS // (tokens + fitted)), ranks_per_node=plan.ranks_per_node,
-            fit_tokens=plan.fit_tokens or None,
+            trials=n_steps, ranks_per_node=plan.ranks_per_node, fit_tokens=fitted or None,
         )  # fmt: skip
         summary = swept.summary.iloc[0]
         for quantity, metric, mean in (
@@ -213,7 +213,7 @@ def _sample(plan: Plan, chosen: CapacityOptions, notes: list[str]) -> pd.DataFra
             rows += _as_rows(plan, cell, quantity, mean, solved, lambda _: np.nan)
     notes.append("rows of an expert are left out: their capacity is known for independent tokens")
     if not rows:
-        raise InputError(notes[-2])
+        raise InputError(short)
     return pd.DataFrame(rows)
 
 
@@ -362,13 +362,19 @@ def _curves(
     balanced, worst = tokens * of.mean, worst_case(plan, cell, quantity)
     placement, ep_size = plan.grid.pairs[pair]
     keys = {"placement": placement, "ep_size": ep_size, "tokens": tokens, "quantity": quantity}
-    per_step = math.log1p(-min(chosen.risk, 0.5)) / 100 / (chosen.horizon_steps or 1)
-    top = min(int(np.quantile(of.capacities(tokens, per_step), 0.95) * 1.02) + 1, worst)
+    scopes = {"step": 1, "horizon": chosen.horizon_steps or 0}
+    ends = [
+        np.minimum(of.capacities(tokens, log_fine / max(scopes.values()), chosen.layer_correlation), worst)
+        for log_fine in (math.log(0.5), math.log1p(-_DEEPEST_CURVE))
+    ]
+    edges = [np.quantile(of_end, list(_QUANTILES.values()), method="inverted_cdf") for of_end in ends]
+    steep = [np.linspace(start - 1, stop, _CURVE_POINTS // 4) for start, stop in zip(*edges, strict=True)]
+    even = np.linspace(balanced, max(min(1.02 * edges[1][1], worst), balanced + 1), _CURVE_POINTS)
     rows: list[dict[str, object]] = []
-    for held in np.unique(np.linspace(balanced, max(top, balanced + 1), _CURVE_POINTS).astype(int)):
+    for held in np.unique(np.concatenate([even, *steep]).astype(int)):
         fine = of.log_fine(tokens, int(held))
         values = [("layer", "all", float(np.mean(-np.expm1(fine))))]
-        for scope, steps in (("step", 1), ("horizon", chosen.horizon_steps)):
+        for scope, steps in scopes.items():
             if steps:
                 exceeded = -np.expm1(steps * of_step(fine, chosen.layer_correlation))
                 values += [(scope, name, _share(exceeded, q)) for name, q in _QUANTILES.items()]
