@@ -1,7 +1,8 @@
 """How much room buffers need: tokens and rows that a rank or an expert receives more of with at most a given probability.
 
 Of one layer of one step, of any layer of a step, and of any layer of any step of a horizon; for the median deployment (layers
-drawn once) and for the worst 5 % of them.
+drawn once) and for the worst 5 % of them. Given its layers, a deployment's tokens, the layers of a step and steps are taken as
+independent. Recorded steps (epsim step --traffic) exceed a capacity in some layer as often or up to a seventh less.
 """
 
 from argparse import ArgumentParser, Namespace

@@ -25,7 +25,7 @@ from sim.traffic import STEP_PHASES, RecordedTraffic
 OPENING = 16
 """Steps after a common start that are looked at apart: the first 8 tokens of gpt-oss's answers are nearly all the same."""
 MODES = ("continuous", "together", "after the opening", "independent")
-SHARES = (0.5, 0.1, 0.01)
+SHARES, WINDOW = (0.5, 0.1, 0.01), 32
 _PARTS = 16  # of consecutive steps, for the interval of a ratio of variances
 
 
@@ -61,7 +61,8 @@ def replay_steps(
         batching is what `layer_correlation` takes.
         exceeded : a row per cell and share (SHARES), for the largest imbalance `above` that at most such a share of steps has
         in some layer: the share `replayed`, the `product` over layers of each one's own share (what independent layers would
-        give), and the same with the measured layer correlation.
+        give), and the same with the measured layer correlation; `window_replayed`, the share of windows of WINDOW steps with
+        such a step, and `window_product`, what it would be if steps were independent.
 
     Raises
     ------
@@ -153,8 +154,12 @@ def _layers_exceed(sample: StepSample, cell: int, ratio: float) -> list[dict[str
         with np.errstate(divide="ignore"):
             fine = np.log1p(-above.mean(axis=0))[None]
         expected = [float(-np.expm1(of_step(fine, correlation))[0]) for correlation in (None, max(ratio, 1.0))]
-        row = {"steps": len(worst), "share": share, "above": most / mean, "replayed": float(above.any(axis=1).mean())}
-        rows.append({**row, "product": expected[0], "with_correlation": expected[1]})
+        some = above.max(axis=1)
+        row = {"steps": len(worst), "share": share, "above": most / mean, "replayed": float(some.mean())}
+        row |= {"product": expected[0], "with_correlation": expected[1]}
+        windows = some[: len(some) // WINDOW * WINDOW].reshape(-1, WINDOW).any(axis=1)
+        row |= {"window_replayed": float(windows.mean()) if len(windows) else np.nan}
+        rows.append({**row, "window_product": 1 - (1 - row["replayed"]) ** WINDOW})
     return rows
 
 

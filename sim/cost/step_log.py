@@ -55,7 +55,7 @@ def predict_steps(
     layer_correlation : float, optional
         Variance of a step's mean over its layers relative to layers that are independent, from 1 on, as `epsim step --traffic`
         measures it: the steps of a layer set are spread about their mean accordingly. Worst layers are left as they are:
-        replays have them at most 4 % lower.
+        gpt-oss-20b's recorded steps have them 0 to 4 % lower, and their variance is 0.9 to 1.1 times that of independent layers.
 
     Returns
     -------
