@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 from sim.cli.progress import shown_progress
 from sim.cli.show import print_result
-from sim.cli.text import add_forms, note, note_compiling, print_rows, say_about_file, say_about_inputs, say_written
+from sim.cli.text import (
+    add_forms,
+    note,
+    note_compiling,
+    print_rows,
+    say_about_file,
+    say_about_inputs,
+    say_written,
+    traffic_fields,
+)
 from sim.errors import InputError
 from sim.options import Folder, RunOptions, SweepOptions, TrafficOptions, add_options, given
 from sim.progress import phase
@@ -58,7 +67,7 @@ def run(arguments: Namespace) -> None:
         raise InputError(
             f"`out` {arguments.out}: several workloads need a folder each, as in results/{{model}}-{{workload}}"
         )
-    workloads = [load_workload(name, phase=arguments.phase, dummy_tokens=arguments.dummy_tokens) for name in names]
+    workloads = [load_workload(name, **traffic_fields(arguments)) for name in names]
     plans = [make_plan(arguments.model, workload, **given(arguments, SweepOptions)) for workload in workloads]
     folders = [_folder(arguments.out, plan) for plan in plans]
     results = [_held(folder, plan) for folder, plan in zip(folders, plans, strict=True)]

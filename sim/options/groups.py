@@ -45,6 +45,12 @@ class TrafficOptions(Options):
     model: str = option(NAME, "preset (epsim models) or path of a Hugging Face config.json", default="deepseek-v3")
     workload: str = option(NAME, _TRAFFIC_HELP, default="chat")
     phase: str | None = option(NAME, "of recorded or fitted routing: decode (default) or prefill", default=None)
+    tokens_per_request: int | None = option(
+        Whole(1, MAX_TOKENS),
+        "consecutive tokens of each request in a decode step, as speculative decoding verifies them, usually 2 to 8: they share "
+        "the request's effect; must divide the tokens of a step (default: 1)",
+        default=None,
+    )
     dummy_tokens: int | None = option(
         Whole(), "padding tokens per step, as idle data-parallel ranks run them (default: 0)", default=None
     )
