@@ -189,16 +189,21 @@ def _grid(
 def _choose_received(workload: Workload, chosen: SweepOptions) -> bool:
     """Whether received tokens are counted. Raises InputError where they cannot be and were asked for."""
     largest_step = max(chosen.tokens) * (max(chosen.ep_sizes) if chosen.tokens_per_rank else 1)
-    reason = ""
-    if isinstance(workload, RecordedTraffic) and workload.phase == "prefill":
-        reason = "recorded prefill is replayed in runs of tokens, which are not kept"
-    elif workload.dummy_tokens:
-        reason = "dummy tokens are counted by their experts, not one by one"
-    elif largest_step > MOST_HELD_TOKENS:
-        reason = f"every token of a step is held: at most {MOST_HELD_TOKENS} tokens, not {largest_step}"
+    reason = no_single_tokens_because(workload, largest_step)
     if reason and chosen.received == "on":
         raise InputError(f"`received` on: {reason}")
     return not reason and chosen.received != "off"
+
+
+def no_single_tokens_because(workload: Workload, largest_step: int) -> str | None:
+    """Why the experts of all tokens of a step, one by one, are not to be had; None if they are."""
+    if isinstance(workload, RecordedTraffic) and workload.phase == "prefill":
+        return "recorded prefill is replayed in runs of tokens, which are not kept"
+    if workload.dummy_tokens:
+        return "dummy tokens are counted by their experts, not one by one"
+    if largest_step > MOST_HELD_TOKENS:
+        return f"every token of a step is held: at most {MOST_HELD_TOKENS} tokens, not {largest_step}"
+    return None
 
 
 def _choose_bound_layers(grid: Grid, workload: Workload, trials: int, layers: int | None) -> int:
