@@ -13,7 +13,6 @@ from sim.traffic.read import names_file, read_recorded
 from sim.traffic.recorded import PHASES, RecordedTraffic
 from sim.traffic.synthetic import FROM_ARRAYS, TABLE_NAMES, FittedLayers, SyntheticTraffic
 
-_REQUESTS_OF = "prefill"  # the preset whose request effect those take that have none
 _SAYS_NOTHING = {"name", "about", "source", "fitted_to", "prefill"}
 
 
@@ -131,10 +130,13 @@ def _in_runs(workload: SyntheticTraffic | RecordedTraffic, run: int) -> Syntheti
             f"`tokens_per_request` {run}: workload {workload.name} has no request effect (request_sigma) that the tokens of a "
             "request could share"
         )
-    request_sigma = workload.request_sigma or _preset(_REQUESTS_OF)["request_sigma"]
-    return dataclasses.replace(
-        workload, name=name, request_sigma=request_sigma, tokens_per_request=run, whole_requests=True
-    )
+    effect = {} if workload.request_sigma else _effect_of_prefill()
+    return dataclasses.replace(workload, **effect | {"name": name, "tokens_per_request": run, "whole_requests": True})
+
+
+def _effect_of_prefill() -> dict[str, Any]:
+    """The request effect of preset `prefill`: what it says beyond `chat`."""
+    return {key: value for key, value in _preset("prefill").items() if key not in _preset("chat")}
 
 
 def _known_fields() -> list[str]:
