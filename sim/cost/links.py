@@ -174,7 +174,7 @@ def traffic_of_plan(
             for sum_of_cell, of_draw in zip(sums, total, strict=True):
                 sum_of_cell += [of_draw.sum(axis=0), (of_draw**2).sum(axis=0), (of_draw * blocks).sum(axis=0)]
 
-    size = min(_CHUNK_TOKENS // n_ids, _CHUNK_NUMBERS // sum(sizes), _CHUNK_DRAWS)
+    size = min(_CHUNK_TOKENS // n_ids, _CHUNK_NUMBERS // sum(sizes), _CHUNK_DRAWS, -(-n_draws // n_threads))
     chunks = [range(i, min(i + max(size, 1), n_draws)) for i in range(0, n_draws, max(size, 1))]
     with ThreadPoolExecutor(n_threads) as pool:
         list(track(pool.map(run, chunks), [len(chunk) for chunk in chunks], ["rank traffic"] * len(chunks)))
