@@ -81,7 +81,7 @@ def show(arguments: Namespace) -> None:
     if arguments.table is None:
         first = layers.iloc[0]
         print(
-            f"{first.model} in {first.dtype}, EP {first.ep_size} on {first.gpu}: {len(layers)} layers in "
+            f"{first.model} in {first['dtype']}, EP {first.ep_size} on {first.gpu}: {len(layers)} layers in "
             f"{layers.step.nunique()} steps"
         )
     for name, title in _TABLES.items():
