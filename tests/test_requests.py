@@ -85,7 +85,7 @@ def test_wrong_numbers_of_tokens_are_refused(record):
         sim.sweep(V3, load_workload("chat", tokens_per_request=2), tokens=2**17, **cells)
     with pytest.raises(InputError, match="no sequence of file:here has as many tokens"):
         load_workload(record, tokens_per_request=41)
-    with pytest.raises(InputError, match="`tokens_per_request` is of decode"):
+    with pytest.raises(InputError, match="`tokens_per_request` 2: only decode takes so many"):
         load_workload(load_workload(record, phase="prefill"), tokens_per_request=2)
     with pytest.raises(InputError, match="has no request effect"):
         load_workload(sim.synthetic_traffic(name="mine"), tokens_per_request=2)

@@ -47,10 +47,6 @@ def replay_counts(
     whole_number("`most_steps`", n_steps, 1, 10**6)
     if mode not in MODES:
         raise InputError(f"`mode` must be one of {', '.join(MODES)}, not '{mode}'")
-    if record.tokens_per_request > 1:
-        raise InputError(
-            f"`tokens_per_request` {record.tokens_per_request}: whole steps take one token of each request"
-        )
     if record.n_layers * tokens * n_steps > _MOST_IDS:
         raise InputError(f"{n_steps} steps of {tokens} tokens through {record.n_layers} layers are too many to replay")
     rng = np.random.default_rng([seed, MODES.index(mode)])

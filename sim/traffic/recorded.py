@@ -58,6 +58,11 @@ class RecordedTraffic:
     tokens_per_request: int = 1
 
     def __post_init__(self) -> None:
+        if self.whole_requests and self.phase != "decode":
+            raise InputError(
+                f"`tokens_per_request` {self.tokens_per_request}: only decode takes so many tokens of each request, not `phase` "
+                f"{self.phase}"
+            )
         if self.layer_ids.size == 0:
             object.__setattr__(self, "layer_ids", np.arange(len(self.topk_ids)))
         if not self.n_experts and self.topk_ids.size:
@@ -101,10 +106,8 @@ class RecordedTraffic:
     def with_runs(self, tokens_per_request: int) -> "RecordedTraffic":
         """Decode in which each sequence gives a step so many consecutive tokens, as speculative decoding does.
 
-        Shorter sequences are left out, with a note. Raises InputError for prefill, and where no sequence is as long.
+        Shorter sequences are left out, with a note. Raises InputError for other phases, and where no sequence is as long.
         """
-        if self.phase != "decode":
-            raise InputError(f"`tokens_per_request` is of decode; `phase` {self.phase} has runs of its own")
         long_enough = np.diff(self.starts) >= tokens_per_request
         n_short = int((~long_enough).sum())
         if not long_enough.any():
