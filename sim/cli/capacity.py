@@ -9,7 +9,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
-from sim.cli.text import note, note_compiling, print_table, say_about_inputs, say_about_layers
+from sim.cli.text import note, note_compiling, print_table, say_about_inputs, say_about_layers, traffic_fields
 from sim.errors import InputError
 from sim.options import CapacityOptions, Folder, Number, Seconds, TrafficOptions, add_options, given
 
@@ -48,7 +48,7 @@ def run(arguments: Namespace) -> None:
     elif arguments.steps_per_second is not None:
         raise InputError("--steps-per-second goes with --horizon")
     model = load_model(arguments.model)
-    workload = load_workload(arguments.workload, phase=arguments.phase, dummy_tokens=arguments.dummy_tokens)
+    workload = load_workload(arguments.workload, **traffic_fields(arguments))
     note_compiling()
     say_about_inputs(model, workload)
     say_about_layers(arguments.layer_correlation)

@@ -149,7 +149,7 @@ def _dependent(workload: Workload) -> str:
     """Why tokens are not independent given the layer; empty where they are."""
     if isinstance(workload, RecordedTraffic) and workload.phase == "prefill":
         return "recorded prefill takes runs of tokens of one sequence, which are not independent"
-    if isinstance(workload, SyntheticTraffic) and workload.request_sigma > 0:
+    if workload.whole_requests or (isinstance(workload, SyntheticTraffic) and workload.request_sigma > 0):
         return "the tokens of a request are not independent"
     return "dummy tokens are identical, not independent" if workload.dummy_tokens else ""
 
