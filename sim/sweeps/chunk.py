@@ -12,10 +12,18 @@ from sim.sweeps.steps import Blocks, Group, StepScorer, place_pairs
 from sim.sweeps.tally import Tally, histogram_keys, merge_counts
 from sim.traffic import RecordedTraffic
 
-_CHUNK_TOKENS = 2**20
-_CHUNK_DRAWS = 256
-_CHUNK_NUMBERS = 2**21  # bounds the memory of a chunk
 _LEAST_CHUNKS = 16
+
+
+class ChunkSize(NamedTuple):
+    """What a chunk may hold at most."""
+
+    tokens: int = 2**20
+    draws: int = 256
+    numbers: int = 2**21  # bounds its memory
+
+
+CPU_CHUNKS = ChunkSize()
 
 
 class Stage(NamedTuple):
@@ -31,8 +39,8 @@ class Stage(NamedTuple):
         return range(first, self.trials.stop, self.draws)
 
 
-def stage_chunks(plan: Plan, stage: Stage) -> list[range]:
-    """The draws of each chunk: about a million tokens, bounded memory, and enough chunks to share out."""
+def stage_chunks(plan: Plan, stage: Stage, most: ChunkSize = CPU_CHUNKS) -> list[range]:
+    """The draws of each chunk: by default about a million tokens; bounded memory, and enough chunks to share out."""
     steps = np.unique(plan.grid.tokens_of_cell[list(stage.cells)])
     first = stage.trials.start if stage.draws > stage.trials.start else 0
     draws = range(first, min(stage.draws, stage.trials.stop))
@@ -42,9 +50,9 @@ def stage_chunks(plan: Plan, stage: Stage) -> list[range]:
     if plan.grid.received:
         numbers_of_draw += len(plan.grid.pair_of_rank) * len(steps)
     size = min(
-        _CHUNK_TOKENS // tokens_of_draw,
-        _CHUNK_NUMBERS // numbers_of_draw,
-        _CHUNK_DRAWS,
+        most.tokens // tokens_of_draw,
+        most.numbers // numbers_of_draw,
+        most.draws,
         -(-len(draws) // _LEAST_CHUNKS),
     )
     size = max(1, size)

@@ -1,0 +1,465 @@
+"""Chunks of a sweep on a CUDA device: sampled, scored and summed there, so that only sums come back.
+
+A block of threads takes a layer draw, and its trials one after another; a thread routes one token after another
+(`sim.router.one_token`), and the block counts experts in shared memory. At each step size all its cells are scored from
+these counts. The sums are those of `sim.sweeps.chunk`, integer for integer: the words are the same, and so is every float
+operation on tokens. Tables of layers are another matter: `exp` and the normal quantile are those of the device, and may differ from
+the CPU's in the last digits of a float64. That changes a float32 gap by a last digit once in 1e7, and a token by that again
+once in 1e6: no token in 1e12.
+"""
+
+import math
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import config, cuda, float32, float64, int32, int64, uint64
+
+from sim.errors import InputError
+from sim.router.draw import score_law, token_key
+from sim.router.one_token import Token, route_token, token_room
+from sim.router.tables import fill_alias, gap_of, gap_of_others, total_of
+from sim.scoring import METRICS
+from sim.streams import POPULARITY, REQUEST, word_at
+from sim.sweeps.chunk import ChunkSize, Stage
+from sim.sweeps.grid import events_of
+from sim.sweeps.plan import Plan
+from sim.sweeps.steps import place_pairs
+from sim.sweeps.tally import VALUE_BITS, Tally
+from sim.traffic import RecordedTraffic, SyntheticTraffic
+from sim.traffic.synthetic import (
+    SPREAD_MEAN,
+    SPREAD_RANGE,
+    SPREAD_SD,
+    STEEP_SHARE,
+    STEEP_TILT,
+    STUDENT_DF,
+    TILT_MEAN,
+    TILT_SD,
+    tilt_profile,
+)
+
+_SIMULATED = bool(vars(config)["ENABLE_CUDASIM"])
+if _SIMULATED:
+    from scipy.special import ndtri as quantile
+else:
+    from numba.cuda.libdevice import normcdfinv as quantile
+
+_SHARED_BYTES, _MOST_THREADS, _BLOCKS_PER_PROCESSOR = 46 * 1024, 128, 16
+_MOST_BINS, _ONE_REQUEST, _N_METRICS = 2**28, 2**62, len(METRICS)
+_TABLE, _LOGNORMAL, _TILTED = range(3)
+
+
+class Popularity(NamedTuple):
+    """How the mean logits of a request come about."""
+
+    kind: int  # _TABLE, _LOGNORMAL or _TILTED
+    sigma: float
+    table: Any  # float64 [layers, n_experts]: logits of layer draws in turn; of tilted popularity its profile
+    request_sigma: float
+    sd: Any  # float64 [layers, n_experts]
+    loadings: Any  # float64 [layers, factors, n_experts]
+    tokens_per_request: int
+
+
+class Router(NamedTuple):
+    """What a token's experts depend on beside the popularity."""
+
+    n_group: int
+    topk_group: int
+    top_k: int
+    group_sigma: float
+    score_law: tuple[float, float, float]
+
+
+class Cells(NamedTuple):
+    """What is scored. Cells lie step by step; the ranks of a step's cells are its items."""
+
+    tokens: Any  # int64 [steps], ascending
+    first_cell: Any  # int32 [steps + 1]
+    cell: Any  # int32 [cells], places among the stage's cells
+    first_item: Any  # int32 [steps + 1]
+    item_cell: Any  # int32 [items], places in the step
+    item_pair: Any  # int32 [items]
+    item_rank: Any  # int32 [items]
+    item_load: Any  # int32 [items], where in the values the load is summed; -1 for nowhere
+    first_event: Any  # int32 [cells of the stage + 1]
+    event_metric: Any  # int32 [events]
+    event_least: Any  # int32 [events]
+    first_bin: Any  # int64 [cells of the stage * metrics]
+    baseline: Any  # int32 [cells of the stage * metrics], values that cross-products are taken with
+    events_at: int  # where in the values the events are summed
+    reached_at: int
+    ranks_per_node: int
+
+
+class Places(NamedTuple):
+    """`sim.scoring.Layouts`, and which of them each draw has under each pair."""
+
+    ranks: Any
+    experts: Any
+    bounds: Any
+    rows: Any  # int32 [draws or 1, pairs]
+
+
+class Room(NamedTuple):
+    """Where arrays begin in shared memory, in their own units."""
+
+    weight: int
+    alias: int
+    total: int
+    best: int
+    scratch: int
+    gap_without: int
+    gap: int
+    counts: int
+    idle: int
+    distinct: int
+    first: int
+    token: int
+    slots: tuple[int, ...]  # ends of the arrays of `Token`, in numbers of a thread
+
+
+@cuda.jit(device=True)
+def _uniform(index, row, sequence, purpose, k0, k1):
+    return (float(word_at(index, row, sequence, purpose, k0, k1)) + 0.5) * 2.0**-32
+
+
+@cuda.jit(device=True)
+def _logit(e, draw, layer, trial, request, k0, k1, popularity):
+    """Mean logit of an expert for a request of a trial, as `SyntheticTraffic` draws it."""
+    n_experts, kind = popularity.table.shape[1], popularity.kind
+    mu = popularity.table[layer, e]
+    if kind == _LOGNORMAL:
+        mu = popularity.sigma * quantile(_uniform(e, draw, 0, POPULARITY, k0, k1))
+    elif kind == _TILTED:
+        tilt = STEEP_TILT
+        if _uniform(0, draw, 0, POPULARITY, k0, k1) >= STEEP_SHARE:
+            tilt = max(0.0, TILT_MEAN + TILT_SD * quantile(_uniform(1, draw, 0, POPULARITY, k0, k1)))
+        spread = SPREAD_MEAN + SPREAD_SD * quantile(_uniform(2, draw, 0, POPULARITY, k0, k1))
+        spread = min(max(spread, SPREAD_RANGE[0]), SPREAD_RANGE[1])
+        product = 1.0
+        for part in range(1, 4):
+            product *= _uniform(3 + part * n_experts + e, draw, 0, POPULARITY, k0, k1)
+        student = quantile(_uniform(3 + e, draw, 0, POPULARITY, k0, k1)) / math.sqrt(-2.0 * math.log(product) / STUDENT_DF)
+        mu = tilt * mu + spread * student / math.sqrt(1.5)
+    if popularity.request_sigma > 0:
+        effect = popularity.sd[layer, e] * quantile(_uniform(e, trial, request, REQUEST, k0, k1))
+        for f in range(popularity.loadings.shape[1]):
+            normal = quantile(_uniform(n_experts + f, trial, request, REQUEST, k0, k1))
+            effect += normal * popularity.loadings[layer, f, e]
+        mu += popularity.request_sigma * effect
+    return mu
+
+
+@cuda.jit(device=True)
+def _reach(p, row, top_k, first, places, ranks_per_node, values, at):
+    """Add the ranks and nodes that a trial's first token is sent to under a pair."""
+    for k in range(top_k):
+        rank = places.ranks[row, first[k]]
+        new_rank, new_node = 1, 1
+        for j in range(k):
+            other = places.ranks[row, first[j]]
+            if other == rank:
+                new_rank = 0
+            if other // ranks_per_node == rank // ranks_per_node:
+                new_node = 0
+        values[at + 2 * p] += new_rank
+        values[at + 2 * p + 1] += new_node
+
+
+@cuda.jit
+def _run(first_draw, n, start, stop, n_draws, key, popularity, router, cells, places, room, bins, values, sums, totals):
+    """The stage's trials start .. stop - 1 of the layer draws first_draw .. first_draw + n - 1 of n_draws.
+
+    bins int32, histograms to add to; values int64 [blocks, values], zeros, of a draw; sums int64 [blocks, 4, values], zeros;
+    totals int64 [4, values], to which sums over draws of Y, Y**2, trials * Y and Y * Y of the baseline are added.
+    """
+    doubles, longs = cuda.shared.array(0, float64), cuda.shared.array(0, int64)
+    unsigned, reals, wholes = cuda.shared.array(0, uint64), cuda.shared.array(0, float32), cuda.shared.array(0, int32)
+    thread, n_threads = cuda.threadIdx.x, cuda.blockDim.x
+    n_experts, n_group, top_k = popularity.table.shape[1], router.n_group, router.top_k
+    size = n_experts // n_group
+    weight = doubles[room.weight : room.weight + n_experts]
+    total = doubles[room.total : room.total + n_group]
+    share = doubles[room.scratch : room.scratch + n_experts]
+    stack = doubles[room.scratch + n_experts : room.scratch + 2 * n_experts]
+    alias = unsigned[room.alias : room.alias + n_experts]
+    gap_without = reals[room.gap_without : room.gap_without + n_experts]
+    gap = reals[room.gap : room.gap + n_group]
+    counts = wholes[room.counts : room.counts + n_experts]
+    best, idle, distinct_most = longs[room.best :], wholes[room.idle :], wholes[room.distinct :]
+    first = wholes[room.first : room.first + top_k]
+    s, begin = room.slots, room.token + thread
+    end = room.token
+    own = Token(
+        reals[begin : end + s[0] * n_threads : n_threads],
+        reals[begin + s[0] * n_threads : end + s[1] * n_threads : n_threads],
+        reals[begin + s[1] * n_threads : end + s[2] * n_threads : n_threads],
+        reals[begin + s[2] * n_threads : end + s[3] * n_threads : n_threads],
+        reals[begin + s[3] * n_threads : end + s[4] * n_threads : n_threads],
+        reals[begin + s[4] * n_threads : end + s[5] * n_threads : n_threads],
+        wholes[begin + s[5] * n_threads : end + s[6] * n_threads : n_threads],
+        wholes[begin + s[6] * n_threads : end + s[7] * n_threads : n_threads],
+        wholes[begin + s[7] * n_threads : end + s[8] * n_threads : n_threads],
+    )
+    k0, k1 = key[0], key[1]
+    mine, summed = values[cuda.blockIdx.x], sums[cuda.blockIdx.x]
+    clustered = n_draws < stop
+    n_steps, n_values, n_pairs = cells.tokens.size, values.shape[1], places.rows.shape[1]
+    for i in range(cuda.blockIdx.x, n, cuda.gridDim.x):
+        draw, place_row = first_draw + i, i % places.rows.shape[0]
+        layer = draw % popularity.table.shape[0]
+        trial, n_trials = start + ((draw - start) % n_draws + n_draws) % n_draws, 0
+        while trial < stop:
+            cuda.syncthreads()
+            for e in range(thread, n_experts, n_threads):
+                counts[e] = 0
+            token_start, step, request = 0, 0, -1
+            while step < n_steps:
+                if token_start // popularity.tokens_per_request != request:
+                    request = token_start // popularity.tokens_per_request
+                    cuda.syncthreads()
+                    for e in range(thread, n_experts, n_threads):
+                        weight[e] = math.exp(_logit(e, draw, layer, trial, request, k0, k1, popularity))
+                    cuda.syncthreads()
+                    for g in range(thread, n_group, n_threads):
+                        total[g] = total_of(weight, g * size, (g + 1) * size)
+                        gap[g] = gap_of(total[g])
+                    cuda.syncthreads()
+                    for e in range(thread, n_experts, n_threads):
+                        g = np.uint32(e) // np.uint32(size)  # unsigned and short: a long division is slow here
+                        gap_without[e] = gap_of_others(e, g * size, (g + 1) * size, total[g], weight)
+                    for g in range(thread, n_group, n_threads):
+                        fill_alias(g * size, (g + 1) * size, total[g], weight, alias, (share, stack))
+                    cuda.syncthreads()
+                token_stop = min(cells.tokens[step], (request + 1) * popularity.tokens_per_request)
+                for token in range(token_start + thread, token_stop, n_threads):
+                    route_token(
+                        uint64(token), uint64(trial), k0, k1, router.topk_group, top_k, router.group_sigma,
+                        router.score_law, weight, gap, gap_without, alias, own,
+                    )  # fmt: skip
+                    for k in range(top_k):
+                        cuda.atomic.add(counts, own.expert[k], 1)
+                        if token == 0:
+                            first[k] = own.expert[k]
+                token_start = token_stop
+                if token_stop < cells.tokens[step]:
+                    continue
+                first_cell, n_cells = cells.first_cell[step], cells.first_cell[step + 1] - cells.first_cell[step]
+                for c in range(thread, n_cells, n_threads):
+                    best[c], idle[c], distinct_most[c] = 0, 0, 0
+                cuda.syncthreads()
+                for item in range(cells.first_item[step] + thread, cells.first_item[step + 1], n_threads):
+                    c, rank, load, distinct = cells.item_cell[item], cells.item_rank[item], 0, 0
+                    row = places.rows[place_row, cells.item_pair[item]]
+                    for slot in range(places.bounds[row, 1 + rank], places.bounds[row, 2 + rank]):
+                        pairs = counts[places.experts[row, slot]]
+                        load += pairs
+                        distinct += 1 if pairs > 0 else 0
+                    if load == 0:
+                        cuda.atomic.add(idle, c, 1)
+                    cuda.atomic.max(distinct_most, c, distinct)
+                    # The largest load, of the lowest rank that has it, with its distinct experts.
+                    cuda.atomic.max(best, c, (int64(load) << 32) | ((0xFFFF - int64(rank)) << 16) | int64(distinct))
+                    if cells.item_load[item] >= 0:
+                        mine[cells.item_load[item]] += load
+                cuda.syncthreads()
+                for c in range(thread, n_cells, n_threads):
+                    at = cells.cell[first_cell + c]
+                    scores = (best[c] >> 32, int64(idle[c]), best[c] & 0xFFFF, int64(distinct_most[c]))
+                    for m in range(_N_METRICS):
+                        cuda.atomic.add(bins, cells.first_bin[_N_METRICS * at + m] + scores[m], 1)
+                        mine[_N_METRICS * at + m] += scores[m]
+                    if clustered:
+                        for event in range(cells.first_event[at], cells.first_event[at + 1]):
+                            happens = scores[cells.event_metric[event]] >= cells.event_least[event]
+                            mine[cells.events_at + event] += 1 if happens else 0
+                step += 1
+            for p in range(thread, n_pairs, n_threads):
+                row = places.rows[place_row, p]
+                _reach(p, row, top_k, first, places, cells.ranks_per_node, mine, cells.reached_at)
+            trial += n_draws
+            n_trials += 1
+        cuda.syncthreads()
+        for v in range(thread, n_values, n_threads):
+            y = mine[v]
+            summed[0, v] += y
+            summed[1, v] += y * y
+            summed[2, v] += n_trials * y
+            if v < cells.baseline.size:
+                summed[3, v] += y * mine[cells.baseline[v]]
+        cuda.syncthreads()
+        for v in range(thread, n_values, n_threads):
+            mine[v] = 0
+    for v in range(thread, n_values, n_threads):
+        for part in range(4):
+            cuda.atomic.add(totals, (part, v), summed[part, v])
+
+
+def check_plan(plan: Plan) -> None:
+    """Refuse what is not computed on a device. Raises InputError."""
+    reason = ""
+    workload = plan.workload
+    if isinstance(workload, RecordedTraffic):
+        reason = "recorded traffic is replayed on the CPU"
+    elif workload.dummy_tokens:
+        reason = "dummy tokens are not drawn on a GPU"
+    elif any(plan.has_replicas):
+        reason = "placements with replicas are scored on the CPU"
+    elif plan.grid.received:
+        reason = "received tokens are counted on the CPU; turn them off with `received` off"
+    elif max(plan.grid.ep_sizes) > 0xFFFF:
+        reason = f"at most {0xFFFF} ranks"
+    if reason:
+        raise InputError(f"`executor` cuda: {reason}")
+
+
+def count_devices() -> int:
+    """CUDA devices that numba can use."""
+    return len(cuda.gpus) if cuda.is_available() else 0
+
+
+def take_device(free: Any) -> None:
+    """Make a device of the queue `free` that of this process."""
+    cuda.select_device(free.get())
+
+
+def chunk_size(plan: Plan) -> ChunkSize:
+    """Of a device: large chunks, but where every draw has placements of its own, which are made on the CPU."""
+    fixed = all(placement is not None and placement.n_rows == 1 for placement in plan.placements)
+    return ChunkSize(tokens=2**30, draws=2**22 if fixed else 2**12, numbers=2**40)
+
+
+def run_chunk_on_device(plan: Plan, stage: Stage, draws: range) -> Tally:
+    """As `sim.sweeps.chunk.run_chunk`, on the current CUDA device.
+
+    Raises
+    ------
+    InputError
+        What `check_plan` refuses; a router, or histograms, too large for a device.
+    """
+    check_plan(plan)
+    assert isinstance(plan.workload, SyntheticTraffic)
+    grid, model, cells = plan.grid, plan.model, np.array(stage.cells)
+    fixed = chunk_size(plan).draws > 2**12
+    pairs = np.unique(grid.pair_of_cell[cells])
+    (group,) = place_pairs(plan, range(draws.start, draws.start + 1) if fixed else draws, pairs.tolist())
+    tokens, step = np.unique(grid.tokens_of_cell[cells], return_inverse=True)
+    pair = np.searchsorted(group.pairs, grid.pair_of_cell[cells])
+    events = events_of(grid)
+    live = np.flatnonzero(np.isin(events.cell, cells))
+    largest = np.flatnonzero(np.isin(grid.largest_cells, cells))
+    ranks = np.flatnonzero(np.isin(grid.pair_of_rank, largest))
+    n_metrics, n_loads = len(cells) * _N_METRICS, len(ranks)
+    events_at, reached_at = n_metrics, n_metrics + len(live)
+    loads_at = reached_at + 2 * len(pairs)
+    n_values = loads_at + n_loads
+    order = np.argsort(step, kind="stable")
+    sizes = grid.ep_size_of_cell[cells]
+    first_cell = np.searchsorted(step[order], np.arange(len(tokens) + 1))
+    item_cell = np.repeat(order, sizes[order])
+    item_rank = np.arange(len(item_cell)) - np.repeat(np.cumsum(sizes[order]) - sizes[order], sizes[order])
+    is_largest = np.isin(cells, grid.largest_cells)
+    first_rank = np.searchsorted(grid.pair_of_rank[ranks], grid.pair_of_cell[cells])
+    item_load = np.where(is_largest[item_cell], loads_at + first_rank[item_cell] + item_rank, -1)
+    place_in_step = np.empty(len(cells), np.int64)
+    place_in_step[order] = np.arange(len(cells)) - first_cell[step[order]]
+    largest_rank = np.array(grid.largest_rank)[grid.pair_of_cell[cells]]
+    most_load = grid.tokens_of_cell[cells] * np.minimum(model.top_k, largest_rank)
+    widths = np.stack([most_load, sizes, largest_rank, largest_rank], axis=1).reshape(-1) + 1
+    first_bin = np.cumsum(widths) - widths
+    if widths.sum() > _MOST_BINS:
+        raise InputError("`executor` cuda: histograms of so many cells and tokens do not fit; take fewer, or smaller steps")
+    baseline = np.searchsorted(cells, grid.baseline_cells[cells])
+    metrics = np.arange(_N_METRICS)
+    small = np.int32
+    job = Cells(
+        tokens, first_cell.astype(small), order.astype(small),
+        np.searchsorted(step[item_cell], np.arange(len(tokens) + 1)).astype(small),
+        place_in_step[item_cell].astype(small), pair[item_cell].astype(small), item_rank.astype(small), item_load.astype(small),
+        np.searchsorted(events.cell[live], np.append(cells, len(grid.cells))).astype(small),
+        events.metric[live].astype(small), events.least[live].astype(small), first_bin,
+        (baseline[:, None] * _N_METRICS + metrics).reshape(-1).astype(small), events_at, reached_at, plan.ranks_per_node,
+    )  # fmt: skip
+    places = Places(*group.layouts, group.rows.astype(small))
+    room, n_threads, n_bytes = _room(plan, int(tokens[-1]), int(np.diff(first_cell).max()))
+    n_blocks = min(len(draws), _BLOCKS_PER_PROCESSOR * _processors())
+    law = score_law(model).astype(np.float32)
+    router = Router(
+        model.n_group, model.topk_group, model.top_k, np.float32(plan.workload.group_sigma), tuple(law)
+    )
+    stream = cuda.stream()
+
+    def put(values: Any) -> Any:
+        return type(values)(*(cuda.to_device(v, stream) if isinstance(v, np.ndarray) else v for v in values))
+
+    out = [
+        cuda.to_device(np.zeros(shape, kind), stream)
+        for shape, kind in [(int(widths.sum()), small), ((n_blocks, n_values), np.int64), ((n_blocks, 4, n_values), np.int64),
+                            ((4, n_values), np.int64)]
+    ]  # fmt: skip
+    _run[n_blocks, n_threads, stream, n_bytes](
+        draws.start, len(draws), stage.trials.start, stage.trials.stop, stage.draws,
+        cuda.to_device(token_key(model, plan.workload, plan.seed), stream),
+        put(_popularity(plan.workload, model.n_experts)), router, put(job), put(places), room, *out,
+    )  # fmt: skip
+    bins, totals = out[0].copy_to_host(stream=stream), out[3].copy_to_host(stream=stream)
+    stream.synchronize()
+    filled = np.flatnonzero(bins)
+    value_of = np.searchsorted(first_bin, filled, side="right") - 1
+    tally = Tally.zero(grid)
+    tally.keys = (cells[value_of // _N_METRICS] * _N_METRICS + value_of % _N_METRICS) << VALUE_BITS
+    tally.keys += filled - first_bin[value_of]
+    tally.counts = bins[filled].astype(np.int64)
+    # Trials of each draw, as `Stage.trials_of` has them.
+    first = stage.trials.start + (np.arange(draws.start, draws.stop) - stage.trials.start) % stage.draws
+    blocks = np.maximum(-(-(stage.trials.stop - first) // stage.draws), 0)
+    tally.design[cells] = blocks.sum(), (blocks > 0).sum(), (blocks * blocks).sum()
+    for part, of_values in zip(("", "_square", "_weighted"), totals, strict=False):
+        getattr(tally, f"metric{part}")[cells] = of_values[:n_metrics].reshape(len(cells), -1)
+        getattr(tally, f"reached{part}")[cells] = of_values[reached_at:loads_at].reshape(len(pairs), 2)[pair]
+        getattr(tally, f"load{part}")[ranks] = of_values[loads_at:]
+        if part:
+            getattr(tally, f"event{part}")[live] = of_values[events_at:reached_at]
+    tally.metric_cross[cells] = totals[3, :n_metrics].reshape(len(cells), -1)
+    return tally
+
+
+@cache
+def _processors() -> int:
+    return 1 if _SIMULATED else int(cuda.get_current_device().MULTIPROCESSOR_COUNT)
+
+
+def _popularity(workload: SyntheticTraffic, n_experts: int) -> Popularity:
+    kind = {"lognormal": _LOGNORMAL, "tilted": _TILTED}.get(workload.popularity, _TABLE)
+    table, sd, loadings = np.zeros((1, n_experts)), np.ones((1, n_experts)), np.zeros((1, 0, n_experts))
+    if workload.layers is not None:
+        table, sd, loadings = (
+            np.ascontiguousarray(part, float)
+            for part in (workload.layers.mu, workload.layers.request_sd, workload.layers.request_loadings)
+        )
+    elif kind == _TILTED:
+        table = tilt_profile(n_experts)[None]
+    per_request = workload.tokens_per_request if workload.request_sigma else _ONE_REQUEST
+    return Popularity(
+        kind, float(workload.sigma), table, float(workload.request_sigma), sd, loadings, per_request
+    )
+
+
+def _room(plan: Plan, most_tokens: int, most_cells: int) -> tuple[Room, int, int]:
+    """Shared memory, the number of threads that fit in it, and its bytes."""
+    model = plan.model
+    n, slots = model.n_experts, np.cumsum(token_room(model.n_group, model.topk_group, model.top_k))
+    ends = np.cumsum([n, n, model.n_group, most_cells])  # of 8 bytes
+    weight, alias, total, best = (int(end) for end in np.concatenate([[0], ends[:-1]]))
+    at = 2 * int(ends[-1])  # of 4 bytes
+    ends_4 = at + np.cumsum([n, model.n_group, n, most_cells, most_cells, model.top_k])
+    starts = [at, *map(int, ends_4[:-1])]
+    token = (int(ends_4[-1]) + 1) // 2 * 2
+    threads = min(-(-min(most_tokens, _MOST_THREADS) // 32) * 32, (_SHARED_BYTES // 4 - token) // int(slots[-1]) // 32 * 32)
+    n_bytes = 4 * (token + max(4 * n, int(slots[-1]) * threads))
+    if threads < 32 or n_bytes > _SHARED_BYTES:
+        raise InputError(f"`executor` cuda: the router of {model.name} is too large for the shared memory of a GPU")
+    room = Room(weight, alias, total, best, token // 2, *starts, token, tuple(int(slot) for slot in slots))
+    return room, threads, n_bytes
