@@ -20,51 +20,91 @@ _INFINITE, _ONE, _ZERO = np.float32(np.inf), np.float32(1), np.float32(0)
 
 
 class Token(NamedTuple):
-    """Room for what is known of a token. Group g is in row g, place j (a kept group, best first) in row j."""
+    """Room for what is known of a token: numbers of a group g, and of a place j (a kept group, best first; or an expert).
 
-    score: np.ndarray  # float32 [n_group]
-    group_gap: np.ndarray  # float32 [n_group]
-    first_time: np.ndarray  # float32 [n_group], of its first arrival
-    second_time: np.ndarray  # float32 [n_group]
-    next_time: np.ndarray  # float32 [topk_group], next arrival of each place
-    time: np.ndarray  # float32 [places], of the token's experts
-    mark: np.ndarray  # int32 [n_group], expert of the first arrival
-    group: np.ndarray  # int32 [topk_group], the kept groups
-    expert: np.ndarray  # int32 [places]
+    Number n lies at `at` + n * `stride`, so that the threads of a GPU's block share two arrays without getting in each other's
+    way (which may be one memory: no number is in both).
+    """
+
+    real: (
+        np.ndarray
+    )  # float32: scores, gaps, first and second arrivals of groups; next arrivals of places; times of experts
+    whole: np.ndarray  # int32: first experts of groups; groups of places; experts
+    at: int
+    stride: int
+    next: int  # where these begin
+    time: int
+    mark: int
+    group: int
+    expert: int
+    size: int  # of all
 
 
-def token_room(n_group: int, topk_group: int, top_k: int) -> list[int]:
-    """Lengths of the arrays of `Token`."""
+def new_token(n_group: int, topk_group: int, top_k: int) -> Token:
+    """Room for one token."""
     if n_group == 1:
-        return [0, 0, 0, 0, 0, 0, 0, 0, top_k]
-    places = 2 * max((top_k + 1) // 2, topk_group)
-    return [n_group, n_group, n_group, n_group, topk_group, places, n_group, topk_group, places]
+        ends = np.array([0, 0, 0, 0, 0, top_k])
+    else:
+        n_places = 2 * max((top_k + 1) // 2, topk_group)
+        ends = np.cumsum([4 * n_group, topk_group, n_places, n_group, topk_group, n_places])
+    size = int(ends[-1])
+    return Token(np.zeros(size, np.float32), np.zeros(size, np.int32), 0, 1, *map(int, ends))
+
+
+@kernel(forceinline=True)
+def _place(own, n):
+    """Unsigned and short, which spares a GPU long arithmetic and the test for negative indices."""
+    return np.uint64(np.uint32(own.at + np.uint32(n) * own.stride))
+
+
+@kernel(forceinline=True)
+def real(own, n):
+    """Number n, float32."""
+    return own.real[_place(own, n)]
+
+
+@kernel(forceinline=True)
+def put_real(own, n, value):
+    """Set number n."""
+    own.real[_place(own, n)] = value
+
+
+@kernel(forceinline=True)
+def whole(own, n):
+    """Number n, int32."""
+    return own.whole[_place(own, n)]
+
+
+@kernel(forceinline=True)
+def put_whole(own, n, value):
+    """Set number n."""
+    own.whole[_place(own, n)] = value
 
 
 @kernel
-def _is_among(e, expert, first, k):
+def _is_among(e, own, first, k):
     found = False
     for j in range(first, k):
-        found |= expert[j] == e
+        found |= whole(own, own.expert + j) == e
     return found
 
 
 @kernel
-def _draw_other(token, trial, k0, k1, group, size, alias, weight, expert, first, k):
+def _draw_other(token, trial, k0, k1, group, size, alias, weight, own, first, k):
     """The k-th expert of a token drawn again until it is none of the experts first .. k - 1."""
     for tries in range(TRIES):
         word = word_at(REDRAWS + 2 * TRIES * k + tries, token, trial, TOKEN, k0, k1)
         e = np.int32(draw_mark(word, group, size, alias))
-        if not _is_among(e, expert, first, k):
+        if not _is_among(e, own, first, k):
             return e
     word = word_at(REDRAWS + 2 * TRIES * k + TRIES, token, trial, TOKEN, k0, k1)
-    lo, total = group * size, 0.0
+    lo, total = np.int64(group) * size, 0.0
     for e in range(lo, lo + size):
-        if not _is_among(e, expert, first, k):
+        if not _is_among(e, own, first, k):
             total += weight[e]
     target, last = max((np.float64(word) + 0.5) * 2.0**-32 * total, 0.0), -1  # max: a product that is not fused
     for e in range(lo, lo + size):
-        if not _is_among(e, expert, first, k) and (last < 0 or weight[e] > 0.0):
+        if not _is_among(e, own, first, k) and (last < 0 or weight[e] > 0.0):
             last = e
             target -= weight[e]
             if target < 0.0:
@@ -73,19 +113,22 @@ def _draw_other(token, trial, k0, k1, group, size, alias, weight, expert, first,
 
 
 @kernel(forceinline=True)
-def _enter_group(g, w_0, w_1, w_2, effect, size, score_law, gap, gap_without, alias, own):
+def _enter_group(g, n_group, w_0, w_1, w_2, effect, size, score_law, gap, gap_without, alias, own):
     """Gap, first two arrivals and score of a group."""
     b, a, both = score_law
     e = draw_mark(w_0, g, size, alias)
-    group_gap = gap[g] * effect
+    group_gap = gap[np.uint64(g)] * effect
     first = min(exponential(w_1) * group_gap, LATE)
     last = _INFINITE if size == 1 else LATE
-    second = min(fma(exponential(w_2) * gap_without[e], effect, first), last)
+    second = min(fma(exponential(w_2) * gap_without[np.uint64(e)], effect, first), last)
     score = _ONE / fma(a, first, b)
     if both > _ZERO:
         score = score + _ONE / fma(a, second, b)
-    own.group_gap[g], own.mark[g], own.score[g] = group_gap, np.int32(e), score
-    own.first_time[g], own.second_time[g] = first, second
+    put_real(own, g, score)
+    put_real(own, n_group + g, group_gap)
+    put_real(own, 2 * n_group + g, first)
+    put_real(own, 3 * n_group + g, second)
+    put_whole(own, own.mark + g, np.int32(e))
 
 
 @kernel
@@ -99,12 +142,13 @@ def _score_groups(token, trial, k0, k1, n_group, size, sigma, score_law, gap, ga
             z_0, z_1 = normal_pair(np.uint32(a_3), np.uint32(b_3))
             effect, effect_1 = exp32(-sigma * z_0), exp32(-sigma * z_1)
         _enter_group(
-            g, np.uint32(a_0), np.uint32(a_1), np.uint32(a_2), effect, size, score_law, gap, gap_without, alias, own
-        )
+            g, n_group, np.uint32(a_0), np.uint32(a_1), np.uint32(a_2), effect, size, score_law, gap, gap_without,
+            alias, own,
+        )  # fmt: skip
         if g + 1 < n_group:
             _enter_group(
-                g + 1, np.uint32(b_0), np.uint32(b_1), np.uint32(b_2), effect_1, size, score_law, gap, gap_without,
-                alias, own,
+                g + 1, n_group, np.uint32(b_0), np.uint32(b_1), np.uint32(b_2), effect_1, size, score_law, gap,
+                gap_without, alias, own,
             )  # fmt: skip
 
 
@@ -112,12 +156,12 @@ def _score_groups(token, trial, k0, k1, n_group, size, sigma, score_law, gap, ga
 def _keep_groups(n_group, topk_group, own):
     """The topk_group best groups, best first, ties to the lowest."""
     for g in range(n_group):
-        score, rank = own.score[g], 0
+        score, rank = real(own, g), 0
         for h in range(n_group):
-            other = own.score[h]
+            other = real(own, h)
             rank += (other > score) | ((other == score) & (h < g))
         if rank < topk_group:
-            own.group[rank] = g
+            put_whole(own, own.group + rank, np.int32(g))
 
 
 @kernel(forceinline=True)
@@ -128,60 +172,57 @@ def _lane(lane, a, b, c, d):
 
 
 @kernel
-def _begin_places(token, trial, k0, k1, size, block, topk_group, n_slots, weight, alias, own):
+def _begin_places(token, trial, k0, k1, n_group, size, block, topk_group, n_slots, weight, alias, own):
     """First two experts, and next arrival, of each kept group; words from Philox block `block` on."""
     for k in range(2 * topk_group, n_slots):
-        own.time[k], own.expert[k] = _INFINITE, _NOBODY
+        put_real(own, own.time + k, _INFINITE)
+        put_whole(own, own.expert + k, _NOBODY)
     a_0 = a_1 = a_2 = a_3 = b_0 = b_1 = b_2 = b_3 = np.uint64(0)
     for j in range(topk_group):
-        g, at = np.int64(own.group[j]), topk_group + j
+        g, at = np.uint32(whole(own, own.group + j)), topk_group + j
         if j % 4 == 0:
             a_0, a_1, a_2, a_3 = philox(np.uint64(block + j // 4), token, trial, TOKEN, k0, k1)
         if j == 0 or at % 4 == 0:
             b_0, b_1, b_2, b_3 = philox(np.uint64(block + at // 4), token, trial, TOKEN, k0, k1)
-        second, mark = own.second_time[g], own.mark[g]
-        e = _NOBODY
+        second, e = real(own, 3 * n_group + g), _NOBODY
         if size > 1:
             e = np.int32(draw_mark(_lane(j % 4, a_0, a_1, a_2, a_3), g, size, alias))
-        own.time[2 * j], own.time[2 * j + 1] = own.first_time[g], second if size > 1 else _INFINITE
-        own.expert[2 * j], own.expert[2 * j + 1] = mark, e
-        later = min(fma(exponential(_lane(at % 4, b_0, b_1, b_2, b_3)), own.group_gap[g], second), LATE)
-        own.next_time[j] = later if size > 2 else _INFINITE
+        put_real(own, own.time + 2 * j, real(own, 2 * n_group + g))
+        put_real(own, own.time + 2 * j + 1, second if size > 1 else _INFINITE)
+        put_whole(own, own.expert + 2 * j, whole(own, own.mark + g))
+        put_whole(own, own.expert + 2 * j + 1, e)
+        later = min(fma(exponential(_lane(at % 4, b_0, b_1, b_2, b_3)), real(own, n_group + g), second), LATE)
+        put_real(own, own.next + j, later if size > 2 else _INFINITE)
     for j in range(topk_group):
-        if own.expert[2 * j] == own.expert[2 * j + 1]:
-            own.expert[2 * j + 1] = _draw_other(
-                token, trial, k0, k1, np.int64(own.group[j]), size, alias, weight, own.expert, 2 * j, 2 * j + 1
-            )
+        if whole(own, own.expert + 2 * j) == whole(own, own.expert + 2 * j + 1):
+            group = np.uint32(whole(own, own.group + j))
+            e = _draw_other(token, trial, k0, k1, group, size, alias, weight, own, 2 * j, 2 * j + 1)
+            put_whole(own, own.expert + 2 * j + 1, e)
 
 
 @kernel
-def _latest(time, n):
-    where = 0
-    for k in range(1, n):
-        if time[k] > time[where]:
-            where = k
-    return where
-
-
-@kernel
-def _draw_rest(token, trial, k0, k1, size, now, topk_group, n_slots, weight, gap, own):
+def _draw_rest(token, trial, k0, k1, n_group, size, now, topk_group, n_slots, weight, gap, own):
     """What is left of the arrivals after `now`, one of each expert that the token has not taken."""
     for j in range(topk_group):
-        g = np.int64(own.group[j])
-        since = np.float64(max(now, own.second_time[g]))
-        of_weight_1 = np.float64(own.group_gap[g]) / np.float64(gap[g])
+        g = np.int64(whole(own, own.group + j))
+        since = np.float64(max(now, real(own, 3 * n_group + g)))
+        of_weight_1 = np.float64(real(own, n_group + g)) / np.float64(gap[g])
         for e in range(g * size, (g + 1) * size):
-            if not _is_among(e, own.expert, 0, n_slots):
+            if not _is_among(e, own, 0, n_slots):
                 word = word_at(SCAN + e, token, trial, TOKEN, k0, k1)
                 between = np.float64(exponential(word)) * of_weight_1 / max(weight[e], 1e-300)
                 arrival = np.float32(min(since + between, np.float64(LATE)))
-                where = _latest(own.time, n_slots)
-                if arrival < own.time[where]:
-                    own.time[where], own.expert[where] = arrival, np.int32(e)
+                where, latest = 0, real(own, own.time)
+                for k in range(1, n_slots):
+                    time = real(own, own.time + k)
+                    where, latest = (k, time) if time > latest else (where, latest)
+                if arrival < latest:
+                    put_real(own, own.time + where, arrival)
+                    put_whole(own, own.expert + where, np.int32(e))
 
 
 @kernel
-def _add_arrivals(token, trial, k0, k1, size, topk_group, n_slots, at, weight, gap, alias, own):
+def _add_arrivals(token, trial, k0, k1, n_group, size, topk_group, n_slots, at, weight, gap, alias, own):
     """Later arrivals, until the next is later than the latest expert; their words from index `at` on."""
     finish = (at + 2 * ROUNDS + 3) // 4 * 4  # words of arrivals past the rounds begin with a block
     n_repeats, arrival, index = 0, 0, at
@@ -189,31 +230,32 @@ def _add_arrivals(token, trial, k0, k1, size, topk_group, n_slots, at, weight, g
     while True:
         if arrival == ROUNDS:
             index = finish
-        if arrival == 0 or index % 4 == 0:
-            a, b, c, d = philox(np.uint64(index // 4), token, trial, TOKEN, k0, k1)
         is_first = index % 4 == 0
-        place, now = 0, own.next_time[0]
+        if arrival == 0 or is_first:
+            a, b, c, d = philox(np.uint64(index // 4), token, trial, TOKEN, k0, k1)
+        place, now = 0, real(own, own.next)
         for j in range(1, topk_group):
-            time = own.next_time[j]
+            time = real(own, own.next + j)
             place, now = (j, time) if time < now else (place, now)
-        g = np.int64(own.group[place])
+        g = np.uint32(whole(own, own.group + place))
         e = np.int32(draw_mark(np.uint32(a if is_first else c), g, size, alias))
-        where, latest, repeats = 0, own.time[0], own.expert[0] == e
+        where, latest, repeats = 0, real(own, own.time), whole(own, own.expert) == e
         for k in range(1, n_slots):
-            time = own.time[k]
+            time = real(own, own.time + k)
             where, latest = (k, time) if time > latest else (where, latest)
-            repeats |= own.expert[k] == e
+            repeats |= whole(own, own.expert + k) == e
         if not now < latest:
             return
         if not repeats:
-            own.time[where], own.expert[where] = now, e
+            put_real(own, own.time + where, now)
+            put_whole(own, own.expert + where, e)
         elif arrival >= ROUNDS:
             n_repeats += 1
             if n_repeats == TRIES:
-                _draw_rest(token, trial, k0, k1, size, now, topk_group, n_slots, weight, gap, own)
+                _draw_rest(token, trial, k0, k1, n_group, size, now, topk_group, n_slots, weight, gap, own)
                 return
-        gap_to_next = exponential(np.uint32(b if is_first else d))
-        own.next_time[place] = min(fma(gap_to_next, own.group_gap[g], now), LATE)
+        between = exponential(np.uint32(b if is_first else d))
+        put_real(own, own.next + place, min(fma(between, real(own, n_group + g), now), LATE))
         arrival += 1
         index += 2
 
@@ -222,39 +264,39 @@ def _add_arrivals(token, trial, k0, k1, size, topk_group, n_slots, at, weight, g
 def sort_token(n, own):
     """Sort n experts of a token by time, equals as they are: best first."""
     for k in range(1, n):
-        time, expert, place = own.time[k], own.expert[k], k
-        while place > 0 and own.time[place - 1] > time:
-            own.time[place], own.expert[place] = own.time[place - 1], own.expert[place - 1]
+        time, expert, place = real(own, own.time + k), whole(own, own.expert + k), k
+        while place > 0 and real(own, own.time + place - 1) > time:
+            put_real(own, own.time + place, real(own, own.time + place - 1))
+            put_whole(own, own.expert + place, whole(own, own.expert + place - 1))
             place -= 1
-        own.time[place], own.expert[place] = time, expert
+        put_real(own, own.time + place, time)
+        put_whole(own, own.expert + place, expert)
 
 
 @kernel
-def route_token(token, trial, k0, k1, topk_group, top_k, sigma, score_law, weight, gap, gap_without, alias, own):
-    """Experts of a token into own.expert[:top_k], of a grouped router in any order.
+def route_token(
+    token, trial, k0, k1, n_group, size, topk_group, top_k, sigma, score_law, weight, gap, gap_without, alias, own
+):
+    """Experts of a token into the first top_k numbers from `own.expert` on, of a grouped router in any order.
 
-    token, trial uint64; k0, k1 uint64, the key; sigma float32; score_law float32 (b, a, both), as a tuple; the tables as in
-    `sim.router.tables.Layer`.
+    token, trial uint64; k0, k1 uint64, the key; size is that of a group; sigma float32; score_law float32 (b, a, both), as a
+    tuple; the tables as in `sim.router.tables.Layer`.
     """
-    n_group = gap.size
-    size = alias.size // n_group
     if n_group == 1:
         a = b = c = d = np.uint64(0)
         for k in range(top_k):
             if k % 4 == 0:
                 a, b, c, d = philox(np.uint64(k // 4), token, trial, TOKEN, k0, k1)
-            e = np.int32(draw_mark(_lane(k % 4, a, b, c, d), 0, size, alias))
-            if _is_among(e, own.expert, 0, k):
-                e = _draw_other(token, trial, k0, k1, 0, size, alias, weight, own.expert, 0, k)
-            own.expert[k] = e
+            e = np.int32(draw_mark(_lane(k % 4, a, b, c, d), np.uint32(0), size, alias))
+            if _is_among(e, own, 0, k):
+                e = _draw_other(token, trial, k0, k1, np.uint32(0), size, alias, weight, own, 0, k)
+            put_whole(own, own.expert + k, e)
         return
     _score_groups(token, trial, k0, k1, n_group, size, sigma, score_law, gap, gap_without, alias, own)
     _keep_groups(n_group, topk_group, own)
-    n_slots = own.expert.size
-    block = n_group + n_group % 2
-    _begin_places(token, trial, k0, k1, size, block, topk_group, n_slots, weight, alias, own)
-    _add_arrivals(
-        token, trial, k0, k1, size, topk_group, n_slots, 4 * block + 2 * topk_group, weight, gap, alias, own
-    )
+    block, n_slots = n_group + n_group % 2, own.size - own.expert
+    _begin_places(token, trial, k0, k1, n_group, size, block, topk_group, n_slots, weight, alias, own)
+    at = 4 * block + 2 * topk_group
+    _add_arrivals(token, trial, k0, k1, n_group, size, topk_group, n_slots, at, weight, gap, alias, own)
     if n_slots > top_k:
         sort_token(n_slots, own)

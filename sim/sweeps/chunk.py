@@ -38,6 +38,16 @@ class Stage(NamedTuple):
         first = self.trials.start + (draw - self.trials.start) % self.draws
         return range(first, self.trials.stop, self.draws)
 
+    def design(self, draws: range) -> tuple[int, int, int]:
+        """Trials of consecutive draws, how many of these have any, and the sum of the squares of a draw's trials."""
+        below = [
+            trial // self.draws * len(draws) + min(max(trial % self.draws - draws.start, 0), len(draws))
+            for trial in (self.trials.start, self.trials.stop)
+        ]
+        n_trials, least = below[1] - below[0], len(self.trials) // self.draws  # a draw has so many, or one more
+        more = n_trials - least * len(draws)
+        return n_trials, len(draws) if least else more, len(draws) * least**2 + more * (2 * least + 1)
+
 
 def stage_chunks(plan: Plan, stage: Stage, most: ChunkSize = CPU_CHUNKS) -> list[range]:
     """The draws of each chunk: by default about a million tokens; bounded memory, and enough chunks to share out."""
@@ -115,7 +125,7 @@ def run_chunk(plan: Plan, stage: Stage, draws: range) -> Tally:
             event[:n] += seen.scores[:, place_of_event, events.metric[live]] >= events.least[live]
     tally = Tally.zero(grid)
     tally.keys, tally.counts = merge_counts(keys, counts)
-    tally.design[cells] = blocks.sum(), (blocks > 0).sum(), (blocks * blocks).sum()
+    tally.design[cells] = stage.design(draws)
     _fill_sums(tally, "metric", cells, metric, blocks)
     baseline = np.searchsorted(cells, grid.baseline_cells[cells])
     tally.metric_cross[cells] = (metric * metric[:, baseline]).sum(axis=0)

@@ -3,9 +3,9 @@
 A block of threads takes a layer draw, and its trials one after another; a thread routes one token after another
 (`sim.router.one_token`), and the block counts experts in shared memory. At each step size all its cells are scored from
 these counts. The sums are those of `sim.sweeps.chunk`, integer for integer: the words are the same, and so is every float
-operation on tokens. Tables of layers are another matter: `exp` and the normal quantile are those of the device, and may differ from
-the CPU's in the last digits of a float64. That changes a float32 gap by a last digit once in 1e7, and a token by that again
-once in 1e6: no token in 1e12.
+operation on tokens. Tables of layers are another matter: `exp` and the normal quantile are those of the device, and may
+differ from the CPU's in the last digits of a float64. That changes the last digit of a float32 gap once in 1e7, and a token
+by that once in 1e6: no token in 1e12.
 """
 
 import math
@@ -17,7 +17,7 @@ from numba import config, cuda, float32, float64, int32, int64, uint64
 
 from sim.errors import InputError
 from sim.router.draw import score_law, token_key
-from sim.router.one_token import Token, route_token, token_room
+from sim.router.one_token import Token, new_token, route_token, whole
 from sim.router.tables import fill_alias, gap_of, gap_of_others, total_of
 from sim.scoring import METRICS
 from sim.streams import POPULARITY, REQUEST, word_at
@@ -45,9 +45,13 @@ if _SIMULATED:
 else:
     from numba.cuda.libdevice import normcdfinv as quantile
 
+_jit: Any = cuda.jit
+if not _SIMULATED:
+    _jit = _jit(max_registers=128)  # four blocks of threads to a processor
 _SHARED_BYTES, _MOST_THREADS, _BLOCKS_PER_PROCESSOR = 46 * 1024, 128, 16
 _MOST_BINS, _ONE_REQUEST, _N_METRICS = 2**28, 2**62, len(METRICS)
 _TABLE, _LOGNORMAL, _TILTED = range(3)
+_MOST_RANKS, _NO_RANK = 0x7FFF, 0x7FFFFFFF
 
 
 class Popularity(NamedTuple):
@@ -58,7 +62,8 @@ class Popularity(NamedTuple):
     table: Any  # float64 [layers, n_experts]: logits of layer draws in turn; of tilted popularity its profile
     request_sigma: float
     sd: Any  # float64 [layers, n_experts]
-    loadings: Any  # float64 [layers, factors, n_experts]
+    n_factors: int
+    loadings: Any  # float64 [layers, at least n_factors, n_experts]
     tokens_per_request: int
 
 
@@ -68,8 +73,8 @@ class Router(NamedTuple):
     n_group: int
     topk_group: int
     top_k: int
-    group_sigma: float
-    score_law: tuple[float, float, float]
+    group_sigma: Any  # float32
+    score_law: Any  # three float32, a tuple
 
 
 class Cells(NamedTuple):
@@ -108,16 +113,22 @@ class Room(NamedTuple):
     weight: int
     alias: int
     total: int
-    best: int
     scratch: int
     gap_without: int
     gap: int
     counts: int
+    busiest: int
+    lowest: int
     idle: int
     distinct: int
     first: int
-    token: int
-    slots: tuple[int, ...]  # ends of the arrays of `Token`, in numbers of a thread
+    token: int  # of the first thread, and so on as in `Token`
+    next: int
+    time: int
+    mark: int
+    group: int
+    expert: int
+    size: int
 
 
 @cuda.jit(device=True)
@@ -141,11 +152,13 @@ def _logit(e, draw, layer, trial, request, k0, k1, popularity):
         product = 1.0
         for part in range(1, 4):
             product *= _uniform(3 + part * n_experts + e, draw, 0, POPULARITY, k0, k1)
-        student = quantile(_uniform(3 + e, draw, 0, POPULARITY, k0, k1)) / math.sqrt(-2.0 * math.log(product) / STUDENT_DF)
+        student = quantile(_uniform(3 + e, draw, 0, POPULARITY, k0, k1)) / math.sqrt(
+            -2.0 * math.log(product) / STUDENT_DF
+        )
         mu = tilt * mu + spread * student / math.sqrt(1.5)
     if popularity.request_sigma > 0:
         effect = popularity.sd[layer, e] * quantile(_uniform(e, trial, request, REQUEST, k0, k1))
-        for f in range(popularity.loadings.shape[1]):
+        for f in range(popularity.n_factors):
             normal = quantile(_uniform(n_experts + f, trial, request, REQUEST, k0, k1))
             effect += normal * popularity.loadings[layer, f, e]
         mu += popularity.request_sigma * effect
@@ -168,15 +181,15 @@ def _reach(p, row, top_k, first, places, ranks_per_node, values, at):
         values[at + 2 * p + 1] += new_node
 
 
-@cuda.jit
+@_jit
 def _run(first_draw, n, start, stop, n_draws, key, popularity, router, cells, places, room, bins, values, sums, totals):
     """The stage's trials start .. stop - 1 of the layer draws first_draw .. first_draw + n - 1 of n_draws.
 
     bins int32, histograms to add to; values int64 [blocks, values], zeros, of a draw; sums int64 [blocks, 4, values], zeros;
     totals int64 [4, values], to which sums over draws of Y, Y**2, trials * Y and Y * Y of the baseline are added.
     """
-    doubles, longs = cuda.shared.array(0, float64), cuda.shared.array(0, int64)
-    unsigned, reals, wholes = cuda.shared.array(0, uint64), cuda.shared.array(0, float32), cuda.shared.array(0, int32)
+    doubles, unsigned = cuda.shared.array(0, float64), cuda.shared.array(0, uint64)
+    reals, wholes = cuda.shared.array(0, float32), cuda.shared.array(0, int32)
     thread, n_threads = cuda.threadIdx.x, cuda.blockDim.x
     n_experts, n_group, top_k = popularity.table.shape[1], router.n_group, router.top_k
     size = n_experts // n_group
@@ -188,27 +201,20 @@ def _run(first_draw, n, start, stop, n_draws, key, popularity, router, cells, pl
     gap_without = reals[room.gap_without : room.gap_without + n_experts]
     gap = reals[room.gap : room.gap + n_group]
     counts = wholes[room.counts : room.counts + n_experts]
-    best, idle, distinct_most = longs[room.best :], wholes[room.idle :], wholes[room.distinct :]
+    busiest, lowest = wholes[room.busiest :], wholes[room.lowest :]
+    idle, distinct_most = wholes[room.idle :], wholes[room.distinct :]
+    loads = wholes[room.token :]  # no token is worked while ranks are scored
     first = wholes[room.first : room.first + top_k]
-    s, begin = room.slots, room.token + thread
-    end = room.token
     own = Token(
-        reals[begin : end + s[0] * n_threads : n_threads],
-        reals[begin + s[0] * n_threads : end + s[1] * n_threads : n_threads],
-        reals[begin + s[1] * n_threads : end + s[2] * n_threads : n_threads],
-        reals[begin + s[2] * n_threads : end + s[3] * n_threads : n_threads],
-        reals[begin + s[3] * n_threads : end + s[4] * n_threads : n_threads],
-        reals[begin + s[4] * n_threads : end + s[5] * n_threads : n_threads],
-        wholes[begin + s[5] * n_threads : end + s[6] * n_threads : n_threads],
-        wholes[begin + s[6] * n_threads : end + s[7] * n_threads : n_threads],
-        wholes[begin + s[7] * n_threads : end + s[8] * n_threads : n_threads],
-    )
+        reals, wholes, np.uint32(room.token + thread), np.uint32(n_threads), np.uint32(room.next), np.uint32(room.time),
+        np.uint32(room.mark), np.uint32(room.group), np.uint32(room.expert), np.uint32(room.size),
+    )  # fmt: skip
     k0, k1 = key[0], key[1]
     mine, summed = values[cuda.blockIdx.x], sums[cuda.blockIdx.x]
     clustered = n_draws < stop
     n_steps, n_values, n_pairs = cells.tokens.size, values.shape[1], places.rows.shape[1]
-    for i in range(cuda.blockIdx.x, n, cuda.gridDim.x):
-        draw, place_row = first_draw + i, i % places.rows.shape[0]
+    for d in range(cuda.blockIdx.x, n, cuda.gridDim.x):
+        draw, place_row = first_draw + d, d % places.rows.shape[0]
         layer = draw % popularity.table.shape[0]
         trial, n_trials = start + ((draw - start) % n_draws + n_draws) % n_draws, 0
         while trial < stop:
@@ -236,38 +242,48 @@ def _run(first_draw, n, start, stop, n_draws, key, popularity, router, cells, pl
                 token_stop = min(cells.tokens[step], (request + 1) * popularity.tokens_per_request)
                 for token in range(token_start + thread, token_stop, n_threads):
                     route_token(
-                        uint64(token), uint64(trial), k0, k1, router.topk_group, top_k, router.group_sigma,
-                        router.score_law, weight, gap, gap_without, alias, own,
+                        uint64(token), uint64(trial), k0, k1, n_group, size, router.topk_group, top_k,
+                        router.group_sigma, router.score_law, weight, gap, gap_without, alias, own,
                     )  # fmt: skip
                     for k in range(top_k):
-                        cuda.atomic.add(counts, own.expert[k], 1)
+                        e = whole(own, own.expert + k)
+                        cuda.atomic.add(counts, np.uint32(e), 1)
                         if token == 0:
-                            first[k] = own.expert[k]
+                            first[k] = e
                 token_start = token_stop
                 if token_stop < cells.tokens[step]:
                     continue
                 first_cell, n_cells = cells.first_cell[step], cells.first_cell[step + 1] - cells.first_cell[step]
                 for c in range(thread, n_cells, n_threads):
-                    best[c], idle[c], distinct_most[c] = 0, 0, 0
+                    busiest[c], lowest[c], idle[c], distinct_most[c] = 0, _NO_RANK, 0, 0
                 cuda.syncthreads()
-                for item in range(cells.first_item[step] + thread, cells.first_item[step + 1], n_threads):
+                first_item, n_items = cells.first_item[step], cells.first_item[step + 1] - cells.first_item[step]
+                for i in range(thread, n_items, n_threads):
+                    item = first_item + i
                     c, rank, load, distinct = cells.item_cell[item], cells.item_rank[item], 0, 0
                     row = places.rows[place_row, cells.item_pair[item]]
                     for slot in range(places.bounds[row, 1 + rank], places.bounds[row, 2 + rank]):
-                        pairs = counts[places.experts[row, slot]]
+                        pairs = counts[np.uint32(places.experts[row, slot])]
                         load += pairs
                         distinct += 1 if pairs > 0 else 0
+                    loads[2 * i], loads[2 * i + 1] = load, distinct
                     if load == 0:
                         cuda.atomic.add(idle, c, 1)
                     cuda.atomic.max(distinct_most, c, distinct)
-                    # The largest load, of the lowest rank that has it, with its distinct experts.
-                    cuda.atomic.max(best, c, (int64(load) << 32) | ((0xFFFF - int64(rank)) << 16) | int64(distinct))
+                    cuda.atomic.max(busiest, c, load)
                     if cells.item_load[item] >= 0:
                         mine[cells.item_load[item]] += load
                 cuda.syncthreads()
+                for i in range(thread, n_items, n_threads):
+                    c = cells.item_cell[first_item + i]
+                    if (
+                        loads[2 * i] == busiest[c]
+                    ):  # of the ranks with the largest load the lowest, with its distinct experts
+                        cuda.atomic.min(lowest, c, (cells.item_rank[first_item + i] << 16) | loads[2 * i + 1])
+                cuda.syncthreads()
                 for c in range(thread, n_cells, n_threads):
                     at = cells.cell[first_cell + c]
-                    scores = (best[c] >> 32, int64(idle[c]), best[c] & 0xFFFF, int64(distinct_most[c]))
+                    scores = (int64(busiest[c]), int64(idle[c]), int64(lowest[c] & 0xFFFF), int64(distinct_most[c]))
                     for m in range(_N_METRICS):
                         cuda.atomic.add(bins, cells.first_bin[_N_METRICS * at + m] + scores[m], 1)
                         mine[_N_METRICS * at + m] += scores[m]
@@ -309,10 +325,16 @@ def check_plan(plan: Plan) -> None:
         reason = "placements with replicas are scored on the CPU"
     elif plan.grid.received:
         reason = "received tokens are counted on the CPU; turn them off with `received` off"
-    elif max(plan.grid.ep_sizes) > 0xFFFF:
-        reason = f"at most {0xFFFF} ranks"
+    elif max(plan.grid.ep_sizes) > _MOST_RANKS:
+        reason = f"at most {_MOST_RANKS} ranks"
     if reason:
         raise InputError(f"`executor` cuda: {reason}")
+
+
+def device_name() -> str:
+    """Name of the current device."""
+    name = cuda.get_current_device().name
+    return name.decode() if isinstance(name, bytes) else str(name)
 
 
 def count_devices() -> int:
@@ -370,7 +392,9 @@ def run_chunk_on_device(plan: Plan, stage: Stage, draws: range) -> Tally:
     widths = np.stack([most_load, sizes, largest_rank, largest_rank], axis=1).reshape(-1) + 1
     first_bin = np.cumsum(widths) - widths
     if widths.sum() > _MOST_BINS:
-        raise InputError("`executor` cuda: histograms of so many cells and tokens do not fit; take fewer, or smaller steps")
+        raise InputError(
+            "`executor` cuda: histograms of so many cells and tokens do not fit; take fewer, or smaller steps"
+        )
     baseline = np.searchsorted(cells, grid.baseline_cells[cells])
     metrics = np.arange(_N_METRICS)
     small = np.int32
@@ -383,22 +407,22 @@ def run_chunk_on_device(plan: Plan, stage: Stage, draws: range) -> Tally:
         (baseline[:, None] * _N_METRICS + metrics).reshape(-1).astype(small), events_at, reached_at, plan.ranks_per_node,
     )  # fmt: skip
     places = Places(*group.layouts, group.rows.astype(small))
-    room, n_threads, n_bytes = _room(plan, int(tokens[-1]), int(np.diff(first_cell).max()))
+    room, n_threads, n_bytes = _room(
+        plan, int(tokens[-1]), int(np.diff(first_cell).max()), int(np.diff(job.first_item).max())
+    )
     n_blocks = min(len(draws), _BLOCKS_PER_PROCESSOR * _processors())
     law = score_law(model).astype(np.float32)
-    router = Router(
-        model.n_group, model.topk_group, model.top_k, np.float32(plan.workload.group_sigma), tuple(law)
-    )
+    router = Router(model.n_group, model.topk_group, model.top_k, np.float32(plan.workload.group_sigma), tuple(law))
     stream = cuda.stream()
 
     def put(values: Any) -> Any:
         return type(values)(*(cuda.to_device(v, stream) if isinstance(v, np.ndarray) else v for v in values))
 
-    out = [
-        cuda.to_device(np.zeros(shape, kind), stream)
-        for shape, kind in [(int(widths.sum()), small), ((n_blocks, n_values), np.int64), ((n_blocks, 4, n_values), np.int64),
-                            ((4, n_values), np.int64)]
+    shapes: list[tuple[Any, Any]] = [
+        (int(widths.sum()), small), ((n_blocks, n_values), np.int64), ((n_blocks, 4, n_values), np.int64),
+        ((4, n_values), np.int64),
     ]  # fmt: skip
+    out = [cuda.to_device(np.zeros(shape, kind), stream) for shape, kind in shapes]
     _run[n_blocks, n_threads, stream, n_bytes](
         draws.start, len(draws), stage.trials.start, stage.trials.stop, stage.draws,
         cuda.to_device(token_key(model, plan.workload, plan.seed), stream),
@@ -412,10 +436,7 @@ def run_chunk_on_device(plan: Plan, stage: Stage, draws: range) -> Tally:
     tally.keys = (cells[value_of // _N_METRICS] * _N_METRICS + value_of % _N_METRICS) << VALUE_BITS
     tally.keys += filled - first_bin[value_of]
     tally.counts = bins[filled].astype(np.int64)
-    # Trials of each draw, as `Stage.trials_of` has them.
-    first = stage.trials.start + (np.arange(draws.start, draws.stop) - stage.trials.start) % stage.draws
-    blocks = np.maximum(-(-(stage.trials.stop - first) // stage.draws), 0)
-    tally.design[cells] = blocks.sum(), (blocks > 0).sum(), (blocks * blocks).sum()
+    tally.design[cells] = stage.design(draws)
     for part, of_values in zip(("", "_square", "_weighted"), totals, strict=False):
         getattr(tally, f"metric{part}")[cells] = of_values[:n_metrics].reshape(len(cells), -1)
         getattr(tally, f"reached{part}")[cells] = of_values[reached_at:loads_at].reshape(len(pairs), 2)[pair]
@@ -433,33 +454,34 @@ def _processors() -> int:
 
 def _popularity(workload: SyntheticTraffic, n_experts: int) -> Popularity:
     kind = {"lognormal": _LOGNORMAL, "tilted": _TILTED}.get(workload.popularity, _TABLE)
-    table, sd, loadings = np.zeros((1, n_experts)), np.ones((1, n_experts)), np.zeros((1, 0, n_experts))
+    table, sd, loadings, n_factors = np.zeros((1, n_experts)), np.ones((1, n_experts)), np.zeros((1, 1, n_experts)), 0
     if workload.layers is not None:
         table, sd, loadings = (
             np.ascontiguousarray(part, float)
             for part in (workload.layers.mu, workload.layers.request_sd, workload.layers.request_loadings)
         )
+        n_factors = loadings.shape[1]
+        loadings = loadings if n_factors else np.zeros((len(table), 1, n_experts))  # nothing to send is not sent
     elif kind == _TILTED:
         table = tilt_profile(n_experts)[None]
     per_request = workload.tokens_per_request if workload.request_sigma else _ONE_REQUEST
-    return Popularity(
-        kind, float(workload.sigma), table, float(workload.request_sigma), sd, loadings, per_request
-    )
+    sigma, of_request = float(workload.sigma), float(workload.request_sigma)
+    return Popularity(kind, sigma, table, of_request, sd, n_factors, loadings, per_request)
 
 
-def _room(plan: Plan, most_tokens: int, most_cells: int) -> tuple[Room, int, int]:
+def _room(plan: Plan, most_tokens: int, most_cells: int, most_items: int) -> tuple[Room, int, int]:
     """Shared memory, the number of threads that fit in it, and its bytes."""
     model = plan.model
-    n, slots = model.n_experts, np.cumsum(token_room(model.n_group, model.topk_group, model.top_k))
-    ends = np.cumsum([n, n, model.n_group, most_cells])  # of 8 bytes
-    weight, alias, total, best = (int(end) for end in np.concatenate([[0], ends[:-1]]))
-    at = 2 * int(ends[-1])  # of 4 bytes
-    ends_4 = at + np.cumsum([n, model.n_group, n, most_cells, most_cells, model.top_k])
-    starts = [at, *map(int, ends_4[:-1])]
-    token = (int(ends_4[-1]) + 1) // 2 * 2
-    threads = min(-(-min(most_tokens, _MOST_THREADS) // 32) * 32, (_SHARED_BYTES // 4 - token) // int(slots[-1]) // 32 * 32)
-    n_bytes = 4 * (token + max(4 * n, int(slots[-1]) * threads))
+    n, own = model.n_experts, new_token(model.n_group, model.topk_group, model.top_k)
+    weight, alias, total, end = (int(at) for at in np.cumsum([0, n, n, model.n_group]))  # of 8 bytes
+    sizes = [n, model.n_group, n, *4 * [most_cells], model.top_k]
+    *starts, end = (int(at) for at in np.cumsum([2 * end, *sizes]))  # of 4 bytes
+    token = (end + 1) // 2 * 2
+    threads = min(-(-min(most_tokens, _MOST_THREADS) // 32), (_SHARED_BYTES // 4 - token) // own.size // 32) * 32
+    n_bytes = 4 * (token + max(4 * n, 2 * most_items, own.size * threads))
     if threads < 32 or n_bytes > _SHARED_BYTES:
-        raise InputError(f"`executor` cuda: the router of {model.name} is too large for the shared memory of a GPU")
-    room = Room(weight, alias, total, best, token // 2, *starts, token, tuple(int(slot) for slot in slots))
-    return room, threads, n_bytes
+        raise InputError(
+            "`executor` cuda: a router or a grid so large does not fit into the shared memory of a GPU; take fewer cells"
+        )
+    ends = (own.next, own.time, own.mark, own.group, own.expert, own.size)
+    return Room._make([weight, alias, total, token // 2, *starts, token, *ends]), threads, n_bytes

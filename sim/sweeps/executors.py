@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures import Executor as Pool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing import get_context
 from typing import Any, NamedTuple
 
@@ -89,11 +89,11 @@ def gpus(plan: Plan) -> Iterator[Executor]:
     InputError
         There is no GPU, or no numba to use it; or the plan has what is not computed there.
     """
-    try:
+    n_gpus = 0
+    with suppress(ImportError):  # a numba without a CUDA target of its own
         from sim.sweeps import device
-    except ImportError:  # a numba without the CUDA target of its own
-        device = None
-    n_gpus = device.count_devices() if device else 0
+
+        n_gpus = device.count_devices()
     if not n_gpus:
         raise InputError(
             "`executor` cuda needs an NVIDIA GPU and the extra 'cuda' (pip install 'epsim[cuda]'): no GPU was found by numba"

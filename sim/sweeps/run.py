@@ -178,7 +178,7 @@ def _run_stage(
     def take(draws: range, tally: Tally) -> None:
         nonlocal done
         total.add(tally)
-        done += sum(len(stage.trials_of(draw)) for draw in draws) * of_trial
+        done += stage.design(draws)[0] * of_trial
         advance((stage.trials.start + done / of_trial) / plan.trials)  # under a precision, of the most that it may take
 
     missing = stage_chunks(plan, stage, executor.chunk_size(plan))
