@@ -93,9 +93,11 @@ class Cells(NamedTuple):
     event_least: Any  # int32 [events]
     first_bin: Any  # int64 [cells of the stage * metrics]
     baseline: Any  # int32 [cells of the stage * metrics], values that cross-products are taken with
-    events_at: int  # where in the values the events are summed
-    reached_at: int
     ranks_per_node: int
+    events_at: int  # values of a draw: metrics of cells, events, ranks and nodes reached under pairs, loads of ranks
+    reached_at: int
+    loads_at: int
+    n_values: int
 
 
 class Places(NamedTuple):
@@ -166,27 +168,39 @@ def _logit(e, draw, layer, trial, request, k0, k1, popularity):
 
 
 @cuda.jit(device=True)
-def _reach(p, row, top_k, first, places, ranks_per_node, values, at):
-    """Add the ranks and nodes that a trial's first token is sent to under a pair."""
+def _add(values, row, v, number, is_shared):
+    """Add to a value of a draw, which may be that of several blocks."""
+    if is_shared:
+        cuda.atomic.add(values, (row, v), number)
+    else:
+        values[row, v] += number
+
+
+@cuda.jit(device=True)
+def _reach(layout, top_k, first, places, ranks_per_node):
+    """Ranks and nodes that a trial's first token is sent to under a layout."""
+    n_ranks, n_nodes = 0, 0
     for k in range(top_k):
-        rank = places.ranks[row, first[k]]
+        rank = places.ranks[layout, first[k]]
         new_rank, new_node = 1, 1
         for j in range(k):
-            other = places.ranks[row, first[j]]
+            other = places.ranks[layout, first[j]]
             if other == rank:
                 new_rank = 0
             if other // ranks_per_node == rank // ranks_per_node:
                 new_node = 0
-        values[at + 2 * p] += new_rank
-        values[at + 2 * p + 1] += new_node
+        n_ranks += new_rank
+        n_nodes += new_node
+    return n_ranks, n_nodes
 
 
 @_jit
-def _run(first_draw, n, start, stop, n_draws, key, popularity, router, cells, places, room, bins, values, sums, totals):
+def _run(first_draw, n, parts, start, stop, n_draws, key, popularity, router, cells, places, room, bins, values, sums):
     """The stage's trials start .. stop - 1 of the layer draws first_draw .. first_draw + n - 1 of n_draws.
 
-    bins int32, histograms to add to; values int64 [blocks, values], zeros, of a draw; sums int64 [blocks, 4, values], zeros;
-    totals int64 [4, values], to which sums over draws of Y, Y**2, trials * Y and Y * Y of the baseline are added.
+    bins int32, histograms to add to. Where a draw has but one trial, values and sums are int64 [blocks, values] and [blocks, 3,
+    values] unset: sums over draws of Y, Y**2 and Y * Y of the baseline. Where it may have more, which `parts` blocks share,
+    values is int64 [draws, values], to which is added, and there are no sums.
     """
     doubles, unsigned = cuda.shared.array(0, float64), cuda.shared.array(0, uint64)
     reals, wholes = cuda.shared.array(0, float32), cuda.shared.array(0, int32)
@@ -210,13 +224,15 @@ def _run(first_draw, n, start, stop, n_draws, key, popularity, router, cells, pl
         np.uint32(room.mark), np.uint32(room.group), np.uint32(room.expert), np.uint32(room.size),
     )  # fmt: skip
     k0, k1 = key[0], key[1]
-    mine, summed = values[cuda.blockIdx.x], sums[cuda.blockIdx.x]
-    clustered = n_draws < stop
-    n_steps, n_values, n_pairs = cells.tokens.size, values.shape[1], places.rows.shape[1]
-    for d in range(cuda.blockIdx.x, n, cuda.gridDim.x):
-        draw, place_row = first_draw + d, d % places.rows.shape[0]
+    clustered, block = n_draws < stop, cuda.blockIdx.x
+    n_steps, n_values, n_pairs = cells.tokens.size, cells.n_values, places.rows.shape[1]
+    for v in range(thread, 0 if clustered else n_values, n_threads):
+        values[block, v] = sums[block, 0, v] = sums[block, 1, v] = sums[block, 2, v] = 0
+    for unit in range(block, n * parts, cuda.gridDim.x):
+        d = unit // parts
+        draw, place_row, value_row = first_draw + d, d % places.rows.shape[0], d if clustered else block
         layer = draw % popularity.table.shape[0]
-        trial, n_trials = start + ((draw - start) % n_draws + n_draws) % n_draws, 0
+        trial = start + (draw - start) % n_draws + unit % parts * n_draws
         while trial < stop:
             cuda.syncthreads()
             for e in range(thread, n_experts, n_threads):
@@ -272,7 +288,7 @@ def _run(first_draw, n, start, stop, n_draws, key, popularity, router, cells, pl
                     cuda.atomic.max(distinct_most, c, distinct)
                     cuda.atomic.max(busiest, c, load)
                     if cells.item_load[item] >= 0:
-                        mine[cells.item_load[item]] += load
+                        _add(values, value_row, cells.item_load[item], load, clustered)
                 cuda.syncthreads()
                 for i in range(thread, n_items, n_threads):
                     c = cells.item_cell[first_item + i]
@@ -286,31 +302,29 @@ def _run(first_draw, n, start, stop, n_draws, key, popularity, router, cells, pl
                     scores = (int64(busiest[c]), int64(idle[c]), int64(lowest[c] & 0xFFFF), int64(distinct_most[c]))
                     for m in range(_N_METRICS):
                         cuda.atomic.add(bins, cells.first_bin[_N_METRICS * at + m] + scores[m], 1)
-                        mine[_N_METRICS * at + m] += scores[m]
+                        _add(values, value_row, _N_METRICS * at + m, scores[m], clustered)
                     if clustered:
                         for event in range(cells.first_event[at], cells.first_event[at + 1]):
-                            happens = scores[cells.event_metric[event]] >= cells.event_least[event]
-                            mine[cells.events_at + event] += 1 if happens else 0
+                            if scores[cells.event_metric[event]] >= cells.event_least[event]:
+                                _add(values, value_row, cells.events_at + event, 1, clustered)
                 step += 1
             for p in range(thread, n_pairs, n_threads):
-                row = places.rows[place_row, p]
-                _reach(p, row, top_k, first, places, cells.ranks_per_node, mine, cells.reached_at)
-            trial += n_draws
-            n_trials += 1
+                reached = _reach(places.rows[place_row, p], top_k, first, places, cells.ranks_per_node)
+                _add(values, value_row, cells.reached_at + 2 * p, reached[0], clustered)
+                _add(values, value_row, cells.reached_at + 2 * p + 1, reached[1], clustered)
+            trial += parts * n_draws
+        if clustered:
+            continue
         cuda.syncthreads()
         for v in range(thread, n_values, n_threads):
-            y = mine[v]
-            summed[0, v] += y
-            summed[1, v] += y * y
-            summed[2, v] += n_trials * y
+            y = values[block, v]
+            sums[block, 0, v] += y
+            sums[block, 1, v] += y * y
             if v < cells.baseline.size:
-                summed[3, v] += y * mine[cells.baseline[v]]
+                sums[block, 2, v] += y * values[block, cells.baseline[v]]
         cuda.syncthreads()
         for v in range(thread, n_values, n_threads):
-            mine[v] = 0
-    for v in range(thread, n_values, n_threads):
-        for part in range(4):
-            cuda.atomic.add(totals, (part, v), summed[part, v])
+            values[block, v] = 0
 
 
 def check_plan(plan: Plan) -> None:
@@ -348,9 +362,14 @@ def take_device(free: Any) -> None:
 
 
 def chunk_size(plan: Plan) -> ChunkSize:
-    """Of a device: large chunks, but where every draw has placements of its own, which are made on the CPU."""
-    fixed = all(placement is not None and placement.n_rows == 1 for placement in plan.placements)
-    return ChunkSize(tokens=2**30, draws=2**22 if fixed else 2**12, numbers=2**40)
+    """Of a device: large chunks, but where draws have placements of their own, made on the CPU, or values of their own."""
+    few = plan.draws is not None or not _is_fixed(plan)
+    return ChunkSize(tokens=2**30, draws=2**12 if few else 2**22, numbers=2**40)
+
+
+def _is_fixed(plan: Plan) -> bool:
+    """Whether all draws have the same placements."""
+    return all(placement is not None and placement.n_rows == 1 for placement in plan.placements)
 
 
 def run_chunk_on_device(plan: Plan, stage: Stage, draws: range) -> Tally:
@@ -364,87 +383,112 @@ def run_chunk_on_device(plan: Plan, stage: Stage, draws: range) -> Tally:
     check_plan(plan)
     assert isinstance(plan.workload, SyntheticTraffic)
     grid, model, cells = plan.grid, plan.model, np.array(stage.cells)
-    fixed = chunk_size(plan).draws > 2**12
+    n_placed = 1 if _is_fixed(plan) else len(draws)
     pairs = np.unique(grid.pair_of_cell[cells])
-    (group,) = place_pairs(plan, range(draws.start, draws.start + 1) if fixed else draws, pairs.tolist())
-    tokens, step = np.unique(grid.tokens_of_cell[cells], return_inverse=True)
-    pair = np.searchsorted(group.pairs, grid.pair_of_cell[cells])
-    events = events_of(grid)
-    live = np.flatnonzero(np.isin(events.cell, cells))
-    largest = np.flatnonzero(np.isin(grid.largest_cells, cells))
-    ranks = np.flatnonzero(np.isin(grid.pair_of_rank, largest))
-    n_metrics, n_loads = len(cells) * _N_METRICS, len(ranks)
-    events_at, reached_at = n_metrics, n_metrics + len(live)
-    loads_at = reached_at + 2 * len(pairs)
-    n_values = loads_at + n_loads
-    order = np.argsort(step, kind="stable")
-    sizes = grid.ep_size_of_cell[cells]
-    first_cell = np.searchsorted(step[order], np.arange(len(tokens) + 1))
-    item_cell = np.repeat(order, sizes[order])
-    item_rank = np.arange(len(item_cell)) - np.repeat(np.cumsum(sizes[order]) - sizes[order], sizes[order])
-    is_largest = np.isin(cells, grid.largest_cells)
-    first_rank = np.searchsorted(grid.pair_of_rank[ranks], grid.pair_of_cell[cells])
-    item_load = np.where(is_largest[item_cell], loads_at + first_rank[item_cell] + item_rank, -1)
-    place_in_step = np.empty(len(cells), np.int64)
-    place_in_step[order] = np.arange(len(cells)) - first_cell[step[order]]
-    largest_rank = np.array(grid.largest_rank)[grid.pair_of_cell[cells]]
-    most_load = grid.tokens_of_cell[cells] * np.minimum(model.top_k, largest_rank)
-    widths = np.stack([most_load, sizes, largest_rank, largest_rank], axis=1).reshape(-1) + 1
-    first_bin = np.cumsum(widths) - widths
-    if widths.sum() > _MOST_BINS:
-        raise InputError(
-            "`executor` cuda: histograms of so many cells and tokens do not fit; take fewer, or smaller steps"
-        )
-    baseline = np.searchsorted(cells, grid.baseline_cells[cells])
-    metrics = np.arange(_N_METRICS)
-    small = np.int32
-    job = Cells(
-        tokens, first_cell.astype(small), order.astype(small),
-        np.searchsorted(step[item_cell], np.arange(len(tokens) + 1)).astype(small),
-        place_in_step[item_cell].astype(small), pair[item_cell].astype(small), item_rank.astype(small), item_load.astype(small),
-        np.searchsorted(events.cell[live], np.append(cells, len(grid.cells))).astype(small),
-        events.metric[live].astype(small), events.least[live].astype(small), first_bin,
-        (baseline[:, None] * _N_METRICS + metrics).reshape(-1).astype(small), events_at, reached_at, plan.ranks_per_node,
-    )  # fmt: skip
-    places = Places(*group.layouts, group.rows.astype(small))
-    room, n_threads, n_bytes = _room(
-        plan, int(tokens[-1]), int(np.diff(first_cell).max()), int(np.diff(job.first_item).max())
-    )
-    n_blocks = min(len(draws), _BLOCKS_PER_PROCESSOR * _processors())
-    law = score_law(model).astype(np.float32)
-    router = Router(model.n_group, model.topk_group, model.top_k, np.float32(plan.workload.group_sigma), tuple(law))
+    (group,) = place_pairs(plan, range(draws.start, draws.start + n_placed), pairs.tolist())
+    live = np.flatnonzero(np.isin(events_of(grid).cell, cells))
+    ranks = np.flatnonzero(np.isin(grid.pair_of_rank, np.flatnonzero(np.isin(grid.largest_cells, cells))))
+    job, n_bins = _lay_out_cells(plan, cells, pairs, live, ranks)
+    room, n_threads, n_bytes = _room(plan, job)
+    blocks, clustered = _BLOCKS_PER_PROCESSOR * _processors(), stage.draws < stage.trials.stop
+    parts = min(-(-blocks // len(draws)), -(-len(stage.trials) // stage.draws)) if clustered else 1
+    n_blocks = min(len(draws) * parts, blocks)
+    law = tuple(score_law(model).astype(np.float32))
+    router = Router(model.n_group, model.topk_group, model.top_k, np.float32(plan.workload.group_sigma), law)
     stream = cuda.stream()
 
     def put(values: Any) -> Any:
         return type(values)(*(cuda.to_device(v, stream) if isinstance(v, np.ndarray) else v for v in values))
 
-    shapes: list[tuple[Any, Any]] = [
-        (int(widths.sum()), small), ((n_blocks, n_values), np.int64), ((n_blocks, 4, n_values), np.int64),
-        ((4, n_values), np.int64),
-    ]  # fmt: skip
-    out = [cuda.to_device(np.zeros(shape, kind), stream) for shape, kind in shapes]
+    bins_there = cuda.to_device(np.zeros(n_bins, np.int32), stream)
+    if clustered:
+        values_there = cuda.to_device(np.zeros((len(draws), job.n_values), np.int64), stream)
+    else:
+        values_there = cuda.device_array((n_blocks, job.n_values), np.int64, stream=stream)
+    sums_there = cuda.device_array((1 if clustered else n_blocks, 3, job.n_values), np.int64, stream=stream)
     _run[n_blocks, n_threads, stream, n_bytes](
-        draws.start, len(draws), stage.trials.start, stage.trials.stop, stage.draws,
+        draws.start, len(draws), parts, stage.trials.start, stage.trials.stop, stage.draws,
         cuda.to_device(token_key(model, plan.workload, plan.seed), stream),
-        put(_popularity(plan.workload, model.n_experts)), router, put(job), put(places), room, *out,
+        put(_popularity(plan.workload, model.n_experts)), router, put(job),
+        put(Places(*group.layouts, group.rows.astype(np.int32))), room, bins_there, values_there, sums_there,
     )  # fmt: skip
-    bins, totals = out[0].copy_to_host(stream=stream), out[3].copy_to_host(stream=stream)
+    bins = bins_there.copy_to_host(stream=stream)
+    seen = (values_there if clustered else sums_there).copy_to_host(stream=stream)
     stream.synchronize()
-    filled = np.flatnonzero(bins)
-    value_of = np.searchsorted(first_bin, filled, side="right") - 1
+    if clustered:
+        n_trials = np.array([len(stage.trials_of(draw)) for draw in draws])[:, None]
+        of_metrics = seen[:, : len(job.baseline)]
+        total, square, weighted = (part.sum(axis=0) for part in (seen, seen * seen, seen * n_trials))
+        cross = (of_metrics * seen[:, job.baseline]).sum(axis=0)
+    else:
+        total, square, cross = seen.sum(axis=0)
+        weighted, cross = total, cross[: len(job.baseline)]
     tally = Tally.zero(grid)
-    tally.keys = (cells[value_of // _N_METRICS] * _N_METRICS + value_of % _N_METRICS) << VALUE_BITS
-    tally.keys += filled - first_bin[value_of]
+    filled = np.flatnonzero(bins)
+    of_bin = np.searchsorted(job.first_bin, filled, side="right") - 1
+    tally.keys = (cells[of_bin // _N_METRICS] * _N_METRICS + of_bin % _N_METRICS) << VALUE_BITS
+    tally.keys += filled - job.first_bin[of_bin]
     tally.counts = bins[filled].astype(np.int64)
     tally.design[cells] = stage.design(draws)
-    for part, of_values in zip(("", "_square", "_weighted"), totals, strict=False):
-        getattr(tally, f"metric{part}")[cells] = of_values[:n_metrics].reshape(len(cells), -1)
-        getattr(tally, f"reached{part}")[cells] = of_values[reached_at:loads_at].reshape(len(pairs), 2)[pair]
-        getattr(tally, f"load{part}")[ranks] = of_values[loads_at:]
+    tally.metric_cross[cells] = cross.reshape(len(cells), -1)
+    pair = np.searchsorted(pairs, grid.pair_of_cell[cells])
+    for part, values in (("", total), ("_square", square), ("_weighted", weighted)):
+        getattr(tally, f"metric{part}")[cells] = values[: job.events_at].reshape(len(cells), -1)
+        getattr(tally, f"reached{part}")[cells] = values[job.reached_at : job.loads_at].reshape(-1, 2)[pair]
+        getattr(tally, f"load{part}")[ranks] = values[job.loads_at :]
         if part:
-            getattr(tally, f"event{part}")[live] = of_values[events_at:reached_at]
-    tally.metric_cross[cells] = totals[3, :n_metrics].reshape(len(cells), -1)
+            getattr(tally, f"event{part}")[live] = values[job.events_at : job.reached_at]
     return tally
+
+
+def _lay_out_cells(
+    plan: Plan, cells: np.ndarray, pairs: np.ndarray, live: np.ndarray, ranks: np.ndarray
+) -> tuple[Cells, int]:
+    """Some cells, ascending, with their pairs, events and ranks whose loads are summed; and the bins of their histograms."""
+    grid, events = plan.grid, events_of(plan.grid)
+    tokens, step = np.unique(grid.tokens_of_cell[cells], return_inverse=True)
+    order, sizes = np.argsort(step, kind="stable"), grid.ep_size_of_cell[cells]
+    of_item = np.repeat(order, sizes[order])
+    item_rank = np.arange(len(of_item)) - np.repeat(np.cumsum(sizes[order]) - sizes[order], sizes[order])
+    first_cell, first_item = (np.searchsorted(step[of], np.arange(len(tokens) + 1)) for of in (order, of_item))
+    place_in_step = np.empty(len(cells), np.int64)
+    place_in_step[order] = np.arange(len(cells)) - first_cell[step[order]]
+    events_at = len(cells) * _N_METRICS
+    reached_at = events_at + len(live)
+    loads_at = reached_at + 2 * len(pairs)
+    pair_of_cell = grid.pair_of_cell[cells]
+    load_at = loads_at + np.searchsorted(grid.pair_of_rank[ranks], pair_of_cell)
+    load_at = np.where(np.isin(cells, grid.largest_cells)[of_item], load_at[of_item] + item_rank, -1)
+    largest_rank = np.array(grid.largest_rank)[pair_of_cell]
+    most_load = grid.tokens_of_cell[cells] * np.minimum(plan.model.top_k, largest_rank)
+    widths = np.stack([most_load, sizes, largest_rank, largest_rank], axis=1).reshape(-1) + 1  # of METRICS
+    if widths.sum() > _MOST_BINS:
+        raise InputError("`executor` cuda: histograms of so many cells and tokens do not fit; take fewer")
+    baseline = np.searchsorted(cells, grid.baseline_cells[cells])[:, None] * _N_METRICS + np.arange(_N_METRICS)
+    int32s = {
+        "first_cell": first_cell,
+        "cell": order,
+        "first_item": first_item,
+        "item_cell": place_in_step[of_item],
+        "item_pair": np.searchsorted(pairs, pair_of_cell)[of_item],
+        "item_rank": item_rank,
+        "item_load": load_at,
+        "first_event": np.searchsorted(events.cell[live], np.append(cells, len(grid.cells))),
+        "event_metric": events.metric[live],
+        "event_least": events.least[live],
+        "baseline": baseline.reshape(-1),
+    }
+    job = Cells(
+        tokens=tokens,
+        first_bin=np.cumsum(widths) - widths,
+        ranks_per_node=plan.ranks_per_node,
+        events_at=events_at,
+        reached_at=reached_at,
+        loads_at=loads_at,
+        n_values=loads_at + len(ranks),
+        **{name: values.astype(np.int32) for name, values in int32s.items()},
+    )
+    return job, int(widths.sum())
 
 
 @cache
@@ -469,8 +513,10 @@ def _popularity(workload: SyntheticTraffic, n_experts: int) -> Popularity:
     return Popularity(kind, sigma, table, of_request, sd, n_factors, loadings, per_request)
 
 
-def _room(plan: Plan, most_tokens: int, most_cells: int, most_items: int) -> tuple[Room, int, int]:
+def _room(plan: Plan, job: Cells) -> tuple[Room, int, int]:
     """Shared memory, the number of threads that fit in it, and its bytes."""
+    most_cells, most_items = (int(np.diff(first).max()) for first in (job.first_cell, job.first_item))
+    most_tokens = int(job.tokens[-1])
     model = plan.model
     n, own = model.n_experts, new_token(model.n_group, model.topk_group, model.top_k)
     weight, alias, total, end = (int(at) for at in np.cumsum([0, n, n, model.n_group]))  # of 8 bytes
