@@ -156,10 +156,10 @@ def _score_groups(token, trial, k0, k1, n_group, size, sigma, score_law, gap, ga
 def _keep_groups(n_group, topk_group, own):
     """The topk_group best groups, best first, ties to the lowest."""
     for g in range(n_group):
-        score, rank = real(own, g), 0
+        score, rank = real(own, g), np.int32(0)
         for h in range(n_group):
             other = real(own, h)
-            rank += (other > score) | ((other == score) & (h < g))
+            rank = np.int32(rank + np.int32((other > score) | ((other == score) & (h < g))))
         if rank < topk_group:
             put_whole(own, own.group + rank, np.int32(g))
 
@@ -225,24 +225,24 @@ def _draw_rest(token, trial, k0, k1, n_group, size, now, topk_group, n_slots, we
 def _add_arrivals(token, trial, k0, k1, n_group, size, topk_group, n_slots, at, weight, gap, alias, own):
     """Later arrivals, until the next is later than the latest expert; their words from index `at` on."""
     finish = (at + 2 * ROUNDS + 3) // 4 * 4  # words of arrivals past the rounds begin with a block
-    n_repeats, arrival, index = 0, 0, at
+    n_repeats, arrival, index = np.int32(0), np.int32(0), np.uint32(at)
     a = b = c = d = np.uint64(0)
     while True:
         if arrival == ROUNDS:
-            index = finish
-        is_first = index % 4 == 0
+            index = np.uint32(finish)
+        is_first = index & np.uint32(3) == 0
         if arrival == 0 or is_first:
-            a, b, c, d = philox(np.uint64(index // 4), token, trial, TOKEN, k0, k1)
-        place, now = 0, real(own, own.next)
+            a, b, c, d = philox(np.uint64(index >> np.uint32(2)), token, trial, TOKEN, k0, k1)
+        place, now = np.uint32(0), real(own, own.next)
         for j in range(1, topk_group):
             time = real(own, own.next + j)
-            place, now = (j, time) if time < now else (place, now)
+            place, now = (np.uint32(j), time) if time < now else (place, now)
         g = np.uint32(whole(own, own.group + place))
         e = np.int32(draw_mark(np.uint32(a if is_first else c), g, size, alias))
-        where, latest, repeats = 0, real(own, own.time), whole(own, own.expert) == e
+        where, latest, repeats = np.uint32(0), real(own, own.time), whole(own, own.expert) == e
         for k in range(1, n_slots):
             time = real(own, own.time + k)
-            where, latest = (k, time) if time > latest else (where, latest)
+            where, latest = (np.uint32(k), time) if time > latest else (where, latest)
             repeats |= whole(own, own.expert + k) == e
         if not now < latest:
             return
@@ -250,14 +250,14 @@ def _add_arrivals(token, trial, k0, k1, n_group, size, topk_group, n_slots, at, 
             put_real(own, own.time + where, now)
             put_whole(own, own.expert + where, e)
         elif arrival >= ROUNDS:
-            n_repeats += 1
+            n_repeats = np.int32(n_repeats + 1)
             if n_repeats == TRIES:
                 _draw_rest(token, trial, k0, k1, n_group, size, now, topk_group, n_slots, weight, gap, own)
                 return
         between = exponential(np.uint32(b if is_first else d))
         put_real(own, own.next + place, min(fma(between, real(own, n_group + g), now), LATE))
-        arrival += 1
-        index += 2
+        arrival = np.int32(arrival + 1)
+        index = np.uint32(index + 2)
 
 
 @kernel
