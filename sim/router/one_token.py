@@ -30,14 +30,14 @@ class Token(NamedTuple):
         np.ndarray
     )  # float32: scores, gaps, first and second arrivals of groups; next arrivals of places; times of experts
     whole: np.ndarray  # int32: first experts of groups; groups of places; experts
-    at: int
-    stride: int
-    next: int  # where these begin
-    time: int
-    mark: int
-    group: int
-    expert: int
-    size: int  # of all
+    at: np.uint32
+    stride: np.uint32
+    next: np.uint32  # where these begin
+    time: np.uint32
+    mark: np.uint32
+    group: np.uint32
+    expert: np.uint32
+    size: np.uint32  # of all
 
 
 def new_token(n_group: int, topk_group: int, top_k: int) -> Token:
@@ -48,7 +48,8 @@ def new_token(n_group: int, topk_group: int, top_k: int) -> Token:
         n_places = 2 * max((top_k + 1) // 2, topk_group)
         ends = np.cumsum([4 * n_group, topk_group, n_places, n_group, topk_group, n_places])
     size = int(ends[-1])
-    return Token(np.zeros(size, np.float32), np.zeros(size, np.int32), 0, 1, *map(int, ends))
+    places = (np.uint32(at) for at in (0, 1, *ends))
+    return Token(np.zeros(size, np.float32), np.zeros(size, np.int32), *places)
 
 
 @kernel(forceinline=True)
@@ -294,7 +295,7 @@ def route_token(
         return
     _score_groups(token, trial, k0, k1, n_group, size, sigma, score_law, gap, gap_without, alias, own)
     _keep_groups(n_group, topk_group, own)
-    block, n_slots = n_group + n_group % 2, own.size - own.expert
+    block, n_slots = n_group + n_group % 2, np.int64(own.size) - np.int64(own.expert)
     _begin_places(token, trial, k0, k1, n_group, size, block, topk_group, n_slots, weight, alias, own)
     at = 4 * block + 2 * topk_group
     _add_arrivals(token, trial, k0, k1, n_group, size, topk_group, n_slots, at, weight, gap, alias, own)

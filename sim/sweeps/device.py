@@ -6,6 +6,7 @@ the last digits of a float64. That changes the last digit of a float32 gap once 
 token in 1e12.
 """
 
+import warnings
 from functools import cache
 from typing import Any
 
@@ -119,12 +120,14 @@ def run_chunk_on_device(plan: Plan, stage: Stage, draws: range) -> Tally:
     else:
         values_there = cuda.device_array((n_blocks, job.n_values), np.int64, stream=stream)
     sums_there = cuda.device_array((1 if clustered else n_blocks, 3, job.n_values), np.int64, stream=stream)
-    kernel_of(router)[n_blocks, router.n_threads, stream, 4 * (cells_at + 4 * most_cells)](
-        draws.start, len(draws), parts, stage.trials.start, stage.trials.stop, stage.draws,
-        cuda.to_device(token_key(model, plan.workload, plan.seed), stream), np.float32(plan.workload.group_sigma), law,
-        put(_popularity(plan.workload, model.n_experts)), put(job), put(Places(*group.layouts, group.rows.astype(np.int32))),
-        cells_at, most_cells, bins_there, values_there, sums_there,
-    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # numba's word on small grids
+        kernel_of(router)[n_blocks, router.n_threads, stream, 4 * (cells_at + 4 * most_cells)](
+            draws.start, len(draws), parts, stage.trials.start, stage.trials.stop, stage.draws,
+            cuda.to_device(token_key(model, plan.workload, plan.seed), stream), np.float32(plan.workload.group_sigma), law,
+            put(_popularity(plan.workload, model.n_experts)), put(job), put(Places(*group.layouts, group.rows.astype(np.int32))),
+            cells_at, most_cells, bins_there, values_there, sums_there,
+        )  # fmt: skip
     bins = bins_there.copy_to_host(stream=stream)
     seen = (values_there if clustered else sums_there).copy_to_host(stream=stream)
     stream.synchronize()

@@ -34,7 +34,7 @@ else:
 
 _jit: Any = cuda.jit
 if not SIMULATED:
-    _jit = cuda.jit(max_registers=128)  # so that 16 warps share a processor, none with registers in memory
+    _jit = _jit(max_registers=128)  # so that 16 warps share a processor, none with registers in memory
 
 TABLE, LOGNORMAL, TILTED = range(3)
 MOST_RANKS = 0x7FFF
@@ -117,7 +117,7 @@ def room_of(router: Router) -> Room:
     weight, alias, total, end = (int(at) for at in np.cumsum([0, n, n, n_group]))  # of 8 bytes
     gap_without, gap, counts, first, end = (int(at) for at in np.cumsum([2 * end, n, n_group, n, router.top_k]))  # of 4
     token = (end + 1) // 2 * 2
-    of_tokens = router.n_threads * new_token(n_group, router.topk_group, router.top_k).size
+    of_tokens = router.n_threads * int(new_token(n_group, router.topk_group, router.top_k).size)
     return Room(weight, alias, total, token // 2, gap_without, gap, counts, first, token, token + max(4 * n, of_tokens))
 
 
@@ -195,7 +195,7 @@ def kernel_of(router: Router) -> Any:
     n_experts, n_group, topk_group, top_k, n_threads = router
     size, room, slots = n_experts // n_group, room_of(router), new_token(n_group, topk_group, top_k)
     weight_at, alias_at, total_at, scratch_at, gap_without_at, gap_at, counts_at, first_at, token_at, _ = room
-    next_at, time_at, mark_at, group_at, expert_at, n_slots = slots[4:]
+    next_at, time_at, mark_at, group_at, expert_at, n_slots = (int(at) for at in slots[4:])
 
     @_jit
     def run(
