@@ -73,7 +73,9 @@ def count_devices() -> int:
 
 def take_device(free: Any) -> None:
     """Make a device of the queue `free` that of this process."""
-    cuda.select_device(free.get())
+    number = free.get()
+    if not SIMULATED:  # the simulator has but one
+        cuda.select_device(number)
 
 
 def chunk_size(plan: Plan) -> ChunkSize:
