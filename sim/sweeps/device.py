@@ -117,10 +117,7 @@ def run_chunk_on_device(plan: Plan, stage: Stage, draws: range) -> Tally:
         return type(values)(*(cuda.to_device(v, stream) if isinstance(v, np.ndarray) else v for v in values))
 
     bins_there = cuda.to_device(np.zeros(n_bins, np.int32), stream)
-    if clustered:
-        values_there = cuda.to_device(np.zeros((len(draws), job.n_values), np.int64), stream)
-    else:
-        values_there = cuda.device_array((n_blocks, job.n_values), np.int64, stream=stream)
+    values_there = cuda.to_device(np.zeros((len(draws) if clustered else 1, job.n_values), np.int64), stream)
     sums_there = cuda.device_array((1 if clustered else n_blocks, 3, job.n_values), np.int64, stream=stream)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # numba's word on small grids
@@ -133,14 +130,15 @@ def run_chunk_on_device(plan: Plan, stage: Stage, draws: range) -> Tally:
     bins = bins_there.copy_to_host(stream=stream)
     seen = (values_there if clustered else sums_there).copy_to_host(stream=stream)
     stream.synchronize()
+    baseline = np.searchsorted(cells, grid.baseline_cells[cells])
     if clustered:
         n_trials = np.array([len(stage.trials_of(draw)) for draw in draws])[:, None]
-        of_metrics = seen[:, : len(job.baseline)]
         total, square, weighted = (part.sum(axis=0) for part in (seen, seen * seen, seen * n_trials))
-        cross = (of_metrics * seen[:, job.baseline]).sum(axis=0)
+        of_metrics = seen[:, : job.events_at].reshape(len(draws), len(cells), -1)
+        cross = (of_metrics * of_metrics[:, baseline]).sum(axis=0)
     else:
         total, square, cross = seen.sum(axis=0)
-        weighted, cross = total, cross[: len(job.baseline)]
+        weighted, cross = total, cross[: job.events_at].reshape(len(cells), -1)
     tally = Tally.zero(grid)
     filled = np.flatnonzero(bins)
     of_bin = np.searchsorted(job.first_bin, filled, side="right") - 1
@@ -148,7 +146,7 @@ def run_chunk_on_device(plan: Plan, stage: Stage, draws: range) -> Tally:
     tally.keys += filled - job.first_bin[of_bin]
     tally.counts = bins[filled].astype(np.int64)
     tally.design[cells] = stage.design(draws)
-    tally.metric_cross[cells] = cross.reshape(len(cells), -1)
+    tally.metric_cross[cells] = cross
     pair = np.searchsorted(pairs, grid.pair_of_cell[cells])
     for part, values in (("", total), ("_square", square), ("_weighted", weighted)):
         getattr(tally, f"metric{part}")[cells] = values[: job.events_at].reshape(len(cells), -1)
@@ -182,7 +180,6 @@ def _lay_out_cells(
     widths = np.stack([most_load, sizes, largest_rank, largest_rank], axis=1).reshape(-1) + 1  # of METRICS
     if widths.sum() > _MOST_BINS:
         raise InputError("`executor` cuda: histograms of so many cells and tokens do not fit; take fewer")
-    baseline = np.searchsorted(cells, grid.baseline_cells[cells])[:, None] * _N_METRICS + np.arange(_N_METRICS)
     int32s = {
         "first_cell": first_cell,
         "cell": order,
@@ -194,7 +191,7 @@ def _lay_out_cells(
         "first_event": np.searchsorted(events.cell[live], np.append(cells, len(grid.cells))),
         "event_metric": events.metric[live],
         "event_least": events.least[live],
-        "baseline": baseline.reshape(-1),
+        "baseline": place_in_step[np.searchsorted(cells, grid.baseline_cells[cells])],
     }
     job = Cells(
         tokens=tokens,

@@ -79,7 +79,7 @@ class Cells(NamedTuple):
     event_metric: Any  # int32 [events]
     event_least: Any  # int32 [events]
     first_bin: Any  # int64 [cells of the stage * metrics]
-    baseline: Any  # int32 [cells of the stage * metrics], values that cross-products are taken with
+    baseline: Any  # int32 [cells of the stage], place in its step of the cell that cross-products are taken with
     ranks_per_node: int
     events_at: int  # values of a draw: metrics of cells, events, ranks and nodes reached under pairs, loads of ranks
     reached_at: int
@@ -156,12 +156,19 @@ def _logit(e, draw, layer, trial, request, k0, k1, popularity):
 
 
 @cuda.jit(device=True)
-def _add(values, row, v, number, is_shared):
-    """Add to a value of a draw, which may be that of several blocks."""
-    if is_shared:
-        cuda.atomic.add(values, (row, v), number)
+def _add(number, v, clustered, values, draw, sums, block):
+    """Add to a value: of a draw, which several blocks may share; or, where this is all of it, to the sums over draws."""
+    if clustered:
+        cuda.atomic.add(values, (draw, v), number)
     else:
-        values[row, v] += number
+        sums[block, 0, v] += number
+        sums[block, 1, v] += int64(number) * number
+
+
+@cuda.jit(device=True)
+def _scores(c, busiest, idle, lowest, distinct_most):
+    """The METRICS of a cell."""
+    return int64(busiest[c]), int64(idle[c]), int64(lowest[c] & 0xFFFF), int64(distinct_most[c])
 
 
 @cuda.jit(device=True)
@@ -186,11 +193,10 @@ def _reach(layout, top_k, first, places, ranks_per_node):
 def kernel_of(router: Router) -> Any:
     """The kernel for a router and a number of threads.
 
-    It takes the stage's trials start .. stop - 1 of the layer draws first_draw .. first_draw + n - 1 of n_draws. bins int32,
-    histograms to add to. Where a draw has but one trial, values and sums are int64 [blocks, values] and [blocks, 3, values],
-    unset: sums over draws of Y, Y**2 and Y * Y of the baseline. Where it may have more, which `parts` blocks share, values
-    is int64 [draws, values], to which is added, and there are no sums. In shared memory `cells_at` begins what is kept of the
-    `most_cells` cells of a step.
+    It takes the stage's trials start .. stop - 1 of the layer draws first_draw .. first_draw + n - 1 of n_draws, and adds to
+    bins int32, their histograms. Where a draw has but one trial, it sets sums int64 [blocks, 3, values]: sums over the draws of a
+    block of Y, Y**2 and, of metrics, Y * Y of the baseline. Where a draw may have more, which `parts` blocks share, it adds to
+    values int64 [draws, values]. In shared memory `cells_at` begins what is kept of the `most_cells` cells of a step.
     """
     n_experts, n_group, topk_group, top_k, n_threads = router
     size, room, slots = n_experts // n_group, room_of(router), new_token(n_group, topk_group, top_k)
@@ -225,10 +231,11 @@ def kernel_of(router: Router) -> Any:
         clustered, block = n_draws < stop, cuda.blockIdx.x
         n_steps, n_values, n_pairs = cells.tokens.size, cells.n_values, places.rows.shape[1]
         for v in range(thread, 0 if clustered else n_values, n_threads):
-            values[block, v] = sums[block, 0, v] = sums[block, 1, v] = sums[block, 2, v] = 0
+            sums[block, 0, v] = sums[block, 1, v] = sums[block, 2, v] = 0
+        cuda.syncthreads()
         for unit in range(block, n * parts, cuda.gridDim.x):
             d = unit // parts
-            draw, place_row, value_row = first_draw + d, d % places.rows.shape[0], d if clustered else block
+            draw, place_row = first_draw + d, d % places.rows.shape[0]
             layer = draw % popularity.table.shape[0]
             trial = start + (draw - start) % n_draws + unit % parts * n_draws
             while trial < stop:
@@ -286,7 +293,7 @@ def kernel_of(router: Router) -> Any:
                         cuda.atomic.max(distinct_most, c, distinct)
                         cuda.atomic.max(busiest, c, load)
                         if cells.item_load[item] >= 0:
-                            _add(values, value_row, cells.item_load[item], load, clustered)
+                            _add(load, cells.item_load[item], clustered, values, d, sums, block)
                     cuda.syncthreads()
                     for i in range(thread, n_items, n_threads):
                         c = cells.item_cell[first_item + i]
@@ -296,31 +303,25 @@ def kernel_of(router: Router) -> Any:
                     cuda.syncthreads()
                     for c in range(thread, n_cells, n_threads):
                         at = cells.cell[first_cell + c]
-                        scores = (int64(busiest[c]), int64(idle[c]), int64(lowest[c] & 0xFFFF), int64(distinct_most[c]))
+                        scores = _scores(c, busiest, idle, lowest, distinct_most)
+                        of_baseline = _scores(cells.baseline[at], busiest, idle, lowest, distinct_most)
                         for m in range(_N_METRICS):
-                            cuda.atomic.add(bins, cells.first_bin[_N_METRICS * at + m] + scores[m], 1)
-                            _add(values, value_row, _N_METRICS * at + m, scores[m], clustered)
+                            v = _N_METRICS * at + m
+                            cuda.atomic.add(bins, cells.first_bin[v] + scores[m], 1)
+                            _add(scores[m], v, clustered, values, d, sums, block)
+                            if not clustered:
+                                sums[block, 2, v] += scores[m] * of_baseline[m]
                         if clustered:
                             for event in range(cells.first_event[at], cells.first_event[at + 1]):
                                 if scores[cells.event_metric[event]] >= cells.event_least[event]:
-                                    _add(values, value_row, cells.events_at + event, 1, clustered)
+                                    _add(1, cells.events_at + event, clustered, values, d, sums, block)
+                    cuda.syncthreads()  # scores are also looked at by those who have the cell as baseline
                     step += 1
                 for p in range(thread, n_pairs, n_threads):
+                    at = cells.reached_at + 2 * p
                     reached = _reach(places.rows[place_row, p], top_k, first, places, cells.ranks_per_node)
-                    _add(values, value_row, cells.reached_at + 2 * p, reached[0], clustered)
-                    _add(values, value_row, cells.reached_at + 2 * p + 1, reached[1], clustered)
+                    _add(reached[0], at, clustered, values, d, sums, block)
+                    _add(reached[1], at + 1, clustered, values, d, sums, block)
                 trial += parts * n_draws
-            if clustered:
-                continue
-            cuda.syncthreads()
-            for v in range(thread, n_values, n_threads):
-                y = values[block, v]
-                sums[block, 0, v] += y
-                sums[block, 1, v] += y * y
-                if v < cells.baseline.size:
-                    sums[block, 2, v] += y * values[block, cells.baseline[v]]
-            cuda.syncthreads()
-            for v in range(thread, n_values, n_threads):
-                values[block, v] = 0
 
     return run
