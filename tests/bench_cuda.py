@@ -39,7 +39,7 @@ CASES: list[tuple[str, Any, str, dict[str, Any], float]] = [
     ("uniform", "uniform", V3, {"tokens": [64, 512]}, 0.1),
     ("prefill", "prefill", V3, {"tokens": [1500, 4096]}, 0.1),
     ("requests of 100 tokens", load_workload("prefill-strong", tokens_per_request=100), V3, {"tokens": [512]}, 0.05),
-    ("sharp layers", load_workload(CHAT, sigma=4.0), V3, {"tokens": [512]}, 0.02),
+    ("sharp layers", load_workload(CHAT, sigma=4.0), V3, {"tokens": [512]}, 0.01),
     (
         "deepseek-v2 (best expert of a group, 20 experts in each)",
         CHAT,
@@ -74,7 +74,7 @@ def check(n_tokens: int) -> list[dict[str, Any]]:
     rows = []
     for name, workload, model, options, share in CASES:
         step = max(options["tokens"])
-        trials = max(int(share * n_tokens) // step, 16)
+        trials = max(int(share * n_tokens) // step, 128)
         start = time.perf_counter()
         on_gpu = run("cuda", model, workload, trials, options)
         middle = time.perf_counter()
