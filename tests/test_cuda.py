@@ -7,6 +7,8 @@ import sys
 import pytest
 from conftest import ROOT, fails
 
+from sim.sweeps import device
+
 IN_SIMULATOR = """
 from conftest import assert_same_tables
 from sim import load_workload, sweep
@@ -47,3 +49,16 @@ SWEEP = ["sweep", "--ep", 8, "--tokens", 2, "--trials", 16, "--bound-layers", 0,
 def test_without_a_gpu_there_is_one_clear_line(capsys, tmp_path):
     fails(capsys, [*SWEEP, "--out", tmp_path / "out"], "--executor cuda needs an NVIDIA GPU", "epsim[cuda]")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["--received", "on"], "--received off"),
+        (["--received", "off", "--placement", "eplb+8"], "replicas"),
+        (["--received", "off", "--dummy-tokens", 3], "dummy_tokens"),
+    ],
+)
+def test_what_is_not_computed_on_a_gpu_is_refused_by_name(capsys, tmp_path, monkeypatch, words, part):
+    monkeypatch.setattr(device, "count_devices", lambda: 1)
+    fails(capsys, [*SWEEP, *words, "--out", tmp_path / "out"], "--executor cuda", part)

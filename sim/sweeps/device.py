@@ -40,16 +40,17 @@ from sim.traffic.synthetic import tilt_profile
 _SHARED_BYTES, _BLOCKS_PER_PROCESSOR = 46 * 1024, 16
 _THREADS = (128, 64, 32)  # of a block
 _MOST_BINS, _ONE_REQUEST, _N_METRICS = 2**28, 2**62, len(METRICS)
+_LAW = {"popularity", "sigma", "layers", "x0", "group_sigma", "request_sigma", "tokens_per_request"}
+"""What of a workload's law the kernel knows: of what it does not, it would draw something else."""
 
 
 def check_plan(plan: Plan) -> None:
     """Refuse what is not computed on a device. Raises InputError."""
     reason = ""
-    workload = plan.workload
-    if isinstance(workload, RecordedTraffic):
+    if isinstance(plan.workload, RecordedTraffic):
         reason = "recorded traffic is replayed on the CPU"
-    elif workload.dummy_tokens:
-        reason = "dummy tokens are not drawn on a GPU"
+    elif unknown := sorted(set(plan.workload.law) - _LAW):
+        reason = f"traffic with {unknown[0]} is drawn on the CPU"
     elif any(plan.has_replicas):
         reason = "placements with replicas are scored on the CPU"
     elif plan.grid.received:

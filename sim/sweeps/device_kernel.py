@@ -39,6 +39,9 @@ if not SIMULATED:
 TABLE, LOGNORMAL, TILTED = range(3)
 MOST_RANKS = 0x7FFF
 _N_METRICS, _NO_RANK = len(METRICS), 0x7FFFFFFF
+assert METRICS == ("max_load", "idle_ranks", "distinct_experts_busiest", "distinct_experts_max"), (
+    "as `_scores` has them"
+)
 
 
 class Router(NamedTuple):
