@@ -1,6 +1,6 @@
 """The executor on this machine's GPUs against the CPU (`make bench-cuda`): the same rows, and how fast.
 
-    python tests/bench_cuda.py [--check-tokens N] [--out results/measured/speed-h100.json]
+    python tests/bench_cuda.py [--check-tokens N] [--repeats N] [--out results/measured/speed-h100.json]
 
 First every kind of traffic and router is swept on both, and the raw counts are held against each other, integer for
 integer. Then the sweep of issue 17 and one of small steps are timed, several times each; the CPU's figure stands beside them.
@@ -121,7 +121,7 @@ def main() -> None:
     print(about, flush=True)
     checked = check(arguments.check_tokens) if arguments.check_tokens else []
     measured = {}
-    for name, (steps, on_gpu, on_cpu) in SPEED.items():
+    for name, (steps, on_gpu, on_cpu) in SPEED.items() if arguments.repeats else ():
         print(name, flush=True)
         measured[name] = measure(steps, on_gpu, on_cpu, arguments.repeats)
     if arguments.out:
