@@ -14,6 +14,7 @@ import shlex
 import statistics
 import sys
 import time
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,13 @@ CASES: list[tuple[str, Any, str, dict[str, Any], float]] = [
     ("gpqa-tilted", "gpqa-tilted", V3, {"tokens": [64, 512]}, 0.1),
     ("uniform", "uniform", V3, {"tokens": [64, 512]}, 0.1),
     ("prefill", "prefill", V3, {"tokens": [1500, 4096]}, 0.1),
-    ("requests of 100 tokens", load_workload("prefill-strong", tokens_per_request=100), V3, {"tokens": [512]}, 0.05),
+    (
+        "requests of 100 tokens",
+        replace(load_workload("prefill-strong"), tokens_per_request=100),
+        V3,
+        {"tokens": [512]},
+        0.05,
+    ),
     ("sharp layers", load_workload(CHAT, sigma=4.0), V3, {"tokens": [512]}, 0.01),
     (
         "deepseek-v2 (best expert of a group, 20 experts in each)",

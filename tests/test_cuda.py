@@ -10,12 +10,13 @@ from conftest import ROOT, fails
 from sim.sweeps import device
 
 IN_SIMULATOR = """
+from dataclasses import replace
 from conftest import assert_same_tables
 from sim import load_workload, sweep
 from sim.sweeps import device
 
 options = dict(ep_sizes=[4, 8], tokens=[2, 9], placements=["linear", "round_robin"], trials=4, bound_layers=0, received="off")
-prefill = load_workload("prefill", tokens_per_request=4)
+prefill = replace(load_workload("prefill"), tokens_per_request=4)
 workloads = [
     ("chat", {}),
     ("gpqa-tilted", {"trials": 2}),
