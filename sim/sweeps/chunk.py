@@ -18,7 +18,7 @@ class ChunkSize(NamedTuple):
     """What a chunk may hold at most."""
 
     tokens: int = 2**20
-    draws: int = 256
+    draws: int = 1024
     numbers: int = 2**21  # bounds its memory
 
 
