@@ -48,6 +48,21 @@ def test_tails_of_tilted_laws_equal_exact_ones(law, n_tokens, theta):
             assert comp == pytest.approx(ref, rel=0.01 if n_tokens >= 128 else 0.04)
 
 
+def test_tails_of_many_tokens_fall_from_1_to_0():
+    """2**20 tokens, at and far beyond where the saddlepoint's exponent leaves the range of doubles, on either side."""
+    law = np.array([0.7, 0.3])
+    cumulant, mean, variance = tilted_moments(law, 0.0)
+    tail = []
+    for share in np.linspace(0.01, 0.99, 99):
+        at = [np.empty(1) for _ in range(3)]
+        least = int(share * 2**20)
+        saddle_points(law[None], least / 2**20, *at)
+        tail.append(tail_of_tilted(2**20, least, *(part[0] for part in at), 0.0, cumulant, mean, variance))
+    assert tail[:28] == [1.0] * 28
+    assert tail[32:] == [0.0] * 67
+    assert (np.diff(tail) <= 0).all()
+
+
 def test_a_law_of_a_family_has_its_mean():
     laws = np.random.default_rng(0).dirichlet(np.ones(5), 40)
     family = family_of(laws, 8)

@@ -344,7 +344,7 @@ def _deployment_quantile(of: Deployments, tokens: int, capacities: np.ndarray, q
 
 def _share(exceeded: np.ndarray, q: float) -> float:
     """What a share q of deployments has at most."""
-    return float(np.quantile(exceeded, q, method="inverted_cdf"))
+    return float(np.quantile(exceeded, q, method="inverted_cdf")) + 0.0  # not -0
 
 
 def _around(of: Deployments, tokens: int, capacity_tokens: int) -> tuple[float, float]:
