@@ -11,7 +11,8 @@ from sim.cli import main
 
 SMALL = "--ep 4 --tokens 8"
 COMMANDS = [
-    f"sweep --workload chat {SMALL} --trials 20 --placement linear,eplb,eplb+4,eplb_refined --fit-tokens 64 --out {{}}/a",
+    f"sweep --workload chat {SMALL} --trials 20 --placement linear,eplb,eplb+4,eplb_refined --fit-tokens 64 --rank-traffic"
+    " --out {}/a",
     f"sweep --workload uniform {SMALL} --trials 20 --out {{}}/b",
     f"sweep --model deepseek-v2 --workload prefill {SMALL} --trials 20 --replica-choice even --out {{}}/c",
     f"sweep --model gpt-oss-20b --workload chat {SMALL} --trials 20 --out {{}}/d",
@@ -19,6 +20,8 @@ COMMANDS = [
     f"sweep --model gpt-oss-20b --workload {{}}/x.npz {SMALL} --trials 20 --placement linear,eplb+4 --out {{}}/f",
     f"gain --model gpt-oss-20b {SMALL} --layer-sets 2 --steps 2",
     f"step --model gpt-oss-20b {SMALL} --layer-sets 2 --steps 2",
+    f"step --model gpt-oss-20b --traffic {{}}/x.npz {SMALL} --steps 4",
+    f"capacity {SMALL} --deployments 2",
     "traffic show {}/x.npz --model gpt-oss-20b",
     "traffic fit {}/x.npz --model gpt-oss-20b --out {}/x.toml",
     f"advise --model gpt-oss-20b --workload {{}}/x.npz {SMALL} --steps 2",

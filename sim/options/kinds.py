@@ -103,6 +103,13 @@ class Number(Kind):
 
 
 @dataclass(frozen=True)
+class Measured(Number):
+    """A number that was measured: on the command line the option alone stands for `alone`."""
+
+    alone: float = field(kw_only=True)
+
+
+@dataclass(frozen=True)
 class Positive(Number):
     """A number above 0, and at most 1e6."""
 
@@ -255,6 +262,21 @@ class Listed(Kind):
         if not listed:
             raise InputError(f"`{name}` needs at least one value")
         return [self.of.check(name, item) for item in listed]
+
+
+@dataclass(frozen=True)
+class Numbers(Listed):
+    """One number or several, which may repeat."""
+
+    of: Kind = Number()
+
+    def check(self, name: str, value: Any) -> list[float]:
+        """See `Kind`."""
+        several = isinstance(value, Iterable) and not isinstance(value, str) and getattr(value, "ndim", 1) > 0
+        numbers = list(value) if several else [value]
+        if not numbers:
+            raise InputError(f"`{name}` needs at least one value")
+        return [float(self.of.check(name, number)) for number in numbers]
 
 
 def _range(part: str) -> list[int]:

@@ -10,6 +10,8 @@ from sim.kernels import kernel
 from sim.streams import REPLAY, word_at
 
 PHASES = ("decode", "prefill")
+STEP_PHASES = ("continuous", "together", "independent")
+"""Phases of whole steps, in which trial t is layer t % n_layers of step t // n_layers: see `RecordedTraffic`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,9 +23,14 @@ class RecordedTraffic:
     name : str
         'file:' and the file's name.
     phase : str
-        'decode': each token of a step comes from another sequence, sequences reused once all have given one.
+        'decode': each token of a step (each run of `tokens_per_request`) comes from another sequence, from a random place;
+        sequences are reused once all have given one.
         'prefill': consecutive tokens of one sequence, from a random place where it is longer than the step; a step longer
         than the sequence takes all of it and goes on with another.
+        'continuous': whole steps under continuous batching, all layers of the same tokens: each of a step's slots gives the
+        next token of its sequence to each step, at first a random token of the record, and goes on with another sequence from
+        its first token. 'together': the same, but all slots begin with a first token, as when a benchmark starts all requests
+        at once. 'independent': as many tokens, any of the record, others in each layer and step.
     topk_ids : int16 [layers, tokens, top_k]
     starts : int64 [sequences + 1]
         First token of each sequence, and the number of tokens.
@@ -37,6 +44,8 @@ class RecordedTraffic:
         Forward passes that the tokens were recorded in; None where the file has none.
     notes : tuple of str
         What the file was recognised as, and what was left out.
+    tokens_per_request : int
+        Of decode: consecutive tokens that a sequence gives to a step.
     """
 
     name: str
@@ -52,8 +61,14 @@ class RecordedTraffic:
     n_experts: int = 0
     n_steps: int | None = None
     notes: tuple[str, ...] = ()
+    tokens_per_request: int = 1
 
     def __post_init__(self) -> None:
+        if self.whole_requests and self.phase != "decode":
+            raise InputError(
+                f"`tokens_per_request` {self.tokens_per_request}: only decode takes so many tokens of each request, not `phase` "
+                f"{self.phase}"
+            )
         if self.layer_ids.size == 0:
             object.__setattr__(self, "layer_ids", np.arange(len(self.topk_ids)))
         if not self.n_experts and self.topk_ids.size:
@@ -84,9 +99,30 @@ class RecordedTraffic:
         return np.stack([np.bincount(layer.ravel(), minlength=n_experts) for layer in self.topk_ids])
 
     @property
-    def law(self) -> dict[str, str]:
+    def law(self) -> dict[str, str | int]:
         """Everything that changes the distribution, and nothing else."""
-        return {"recorded": self.digest, "phase": self.phase}
+        law: dict[str, str | int] = {"recorded": self.digest, "phase": self.phase}
+        return law | ({"tokens_per_request": self.tokens_per_request} if self.whole_requests else {})
+
+    @property
+    def whole_requests(self) -> bool:
+        """Whether a step must hold all tokens of its requests, which have several each."""
+        return self.tokens_per_request > 1
+
+    def with_runs(self, tokens_per_request: int) -> "RecordedTraffic":
+        """Decode in which each sequence gives a step so many consecutive tokens, as speculative decoding does.
+
+        Shorter sequences are left out, with a note. Raises InputError for other phases, and where no sequence is as long.
+        """
+        long_enough = np.diff(self.starts) >= tokens_per_request
+        n_short = int((~long_enough).sum())
+        if not long_enough.any():
+            raise InputError(
+                f"`tokens_per_request` {tokens_per_request}: no sequence of {self.name} has as many tokens"
+            )
+        mine = self.only_sequences(np.flatnonzero(long_enough)) if n_short else self
+        left_out = f"{n_short} sequences of fewer than {tokens_per_request} tokens are left out"
+        return replace(mine, tokens_per_request=tokens_per_request, notes=self.notes + ((left_out,) if n_short else ()))
 
     def check_model(self, n_experts: int, top_k: int, model_name: str) -> None:
         """Refuse a model that cannot have made this record."""
@@ -130,12 +166,22 @@ class RecordedTraffic:
         starts = np.concatenate([[0], np.cumsum(lengths[mine])])
         return replace(self, name=name or self.name, topk_ids=ids, starts=starts, digest=_digest(ids, starts))
 
+    def in_phase(self, phase: str) -> "RecordedTraffic":
+        """The same record in another phase, of PHASES or STEP_PHASES."""
+        return replace(self, phase=phase)
+
     def sample(
         self, key: np.ndarray, first_trial: int, tokens: np.ndarray, counts: np.ndarray, ids: np.ndarray
     ) -> None:
         """Replay consecutive trials; trial t runs layer t % n_layers. Output as `router.sampler.sample_trials`."""
-        replay = _replay_decode if self.phase == "decode" else _replay_prefill
-        replay(first_trial, key, self.topk_ids, self.starts, tokens, counts, ids)
+        if self.phase in STEP_PHASES:
+            way = STEP_PHASES.index(self.phase)
+            _replay_steps(first_trial, key, self.topk_ids, self.starts, way, tokens, counts, ids)
+        elif self.phase == "decode":
+            run = self.tokens_per_request
+            _replay_decode(first_trial, key, self.topk_ids, self.starts, run, tokens, counts, ids)
+        else:
+            _replay_prefill(first_trial, key, self.topk_ids, self.starts, tokens, counts, ids)
 
 
 def build_record(
@@ -223,7 +269,7 @@ def _next_sequence(place, trial, key, order):
 
 
 @kernel
-def _replay_decode(first_trial, key, topk_ids, starts, tokens, counts, ids):
+def _replay_decode(first_trial, key, topk_ids, starts, run, tokens, counts, ids):
     order = np.arange(starts.size - 1)
     running = np.empty(counts.shape[2], np.int32)
     for t in range(counts.shape[0]):
@@ -233,13 +279,65 @@ def _replay_decode(first_trial, key, topk_ids, starts, tokens, counts, ids):
         snapshot = 0
         for i in range(order.size):
             order[i] = i
+        token = np.int64(0)
         for i in range(tokens[-1]):
-            s = _next_sequence(i, trial, key, order)
-            token = starts[s] + _below(starts[s + 1] - starts[s], 2 * i + 1, trial, key)
+            request = i // run
+            if i == request * run:
+                s = _next_sequence(request, trial, key, order)
+                token = starts[s] + _below(starts[s + 1] - starts[s] - run + 1, 2 * request + 1, trial, key)
+            else:
+                token += 1
             for k in range(layer.shape[1]):
                 running[layer[token, k]] += 1
             if i < ids.shape[1]:
                 ids[t, i] = layer[token]
+            if i + 1 == tokens[snapshot]:
+                counts[t, snapshot] = running
+                snapshot += 1
+
+
+@kernel
+def _in_flight(slot, step, way, starts, key):
+    """Token that a slot gives to a step: the stream's row 1 + slot has its sequences, one after the other."""
+    n = starts.size - 1
+    if way == 0:
+        token = _below_of_slot(starts[n], 0, slot, key)
+        s = np.searchsorted(starts, token, side="right") - 1
+        place = token - starts[s] + step
+    else:
+        s, place = _below_of_slot(n, 0, slot, key), step
+    index = 1
+    while place >= starts[s + 1] - starts[s]:
+        place -= starts[s + 1] - starts[s]
+        s = _below_of_slot(n, index, slot, key)
+        index += 1
+    return starts[s] + place
+
+
+@kernel
+def _below_of_slot(n, index, slot, key):
+    return np.int64(np.uint64(word_at(index, 1 + slot, 0, REPLAY, key[0], key[1])) * np.uint64(n) >> np.uint64(32))
+
+
+@kernel
+def _replay_steps(first_trial, key, topk_ids, starts, way, tokens, counts, ids):
+    n_layers, last = topk_ids.shape[0], -1
+    at = np.empty(tokens[-1], np.int64)
+    running = np.empty(counts.shape[2], np.int32)
+    for t in range(counts.shape[0]):
+        trial = first_trial + t
+        step, layer = trial // n_layers, topk_ids[trial % n_layers]
+        if way == 2 or step != last:
+            for i in range(at.size):
+                at[i] = _below(starts[-1], i, trial, key) if way == 2 else _in_flight(i, step, way, starts, key)
+        last = step
+        running[:] = 0
+        snapshot = 0
+        for i in range(at.size):
+            for k in range(layer.shape[1]):
+                running[layer[at[i], k]] += 1
+            if i < ids.shape[1]:
+                ids[t, i] = layer[at[i]]
             if i + 1 == tokens[snapshot]:
                 counts[t, snapshot] = running
                 snapshot += 1
