@@ -12,12 +12,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from sim.copies import find_copies
 from sim.errors import InputError, unknown
 from sim.measure.steps import plan_measurement
 from sim.model import ModelSpec
 from sim.placement import Placement
 from sim.router import draw_trials
-from sim.scoring import find_copies
 from sim.traffic import SyntheticTraffic, Workload
 
 EXCHANGES = {

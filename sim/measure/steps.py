@@ -83,7 +83,7 @@ class Measurement:
         """
         group, i = self.groups[key]
         counts = self.counts[key[0]][step : step + 1, size : size + 1]
-        assigned = group._replace(rows=group.rows[step : step + 1]).assign_evenly(counts)[0, 0]
+        assigned = group._replace(rows=group.rows[step : step + 1]).assign(counts)[0, 0]
         placement = group.placements[i]
         row = step % placement.n_rows
         if not placement.has_replicas:  # counts are those of experts

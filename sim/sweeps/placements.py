@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
+from sim.copies import REPLICA_CHOICES
 from sim.errors import InputError, shown, unknown, whole_number
 from sim.model import ModelSpec
 from sim.placement import (
@@ -22,7 +23,6 @@ from sim.placement import (
     split_name,
     strategy_name,
 )
-from sim.scoring import REPLICA_CHOICES
 from sim.traffic import RecordedTraffic, SyntheticTraffic, Workload, load_table
 
 MAX_TOKENS = 2**24
