@@ -35,11 +35,11 @@ class Copies(NamedTuple):
 
 
 def find_copies(experts: np.ndarray, n_experts: int) -> Copies:
-    """Copies of the layouts `experts` int16 [layouts, slots], the expert in each slot."""
+    """Copies of the layouts `experts` int16 [layouts, slots], the expert in each slot; -1 is none, and comes first in `slots`."""
     slots = np.argsort(experts, axis=1, kind="stable").astype(np.int32)
     first = np.zeros((len(experts), n_experts + 1), np.int32)
     for row, of_slot in zip(first, experts, strict=True):
-        np.cumsum(np.bincount(of_slot, minlength=n_experts), out=row[1:])
+        np.cumsum(np.bincount(of_slot.astype(np.int64) + 1, minlength=n_experts + 1), out=row)
     return Copies(slots, first)
 
 

@@ -47,27 +47,30 @@ class Layouts(NamedTuple):
     bounds: np.ndarray  # int32 [layouts, most ranks + 2]: EP size, begin of each rank in `experts`, end of the last
 
 
-def lay_out(ranks: np.ndarray, ep_sizes: np.ndarray) -> Layouts:
-    """Layouts of `ranks` int32 [layouts, n_experts] on `ep_sizes` int64 [layouts] ranks."""
+def lay_out(ranks: np.ndarray, ep_sizes: np.ndarray, is_there: np.ndarray | None = None) -> Layouts:
+    """Layouts of `ranks` int32 [layouts, n_experts] on `ep_sizes` int64 [layouts] ranks; with replicas of slots in the place of
+    experts, those that are there, bool [layouts, slots].
+    """
     experts = np.empty(ranks.shape, np.int16)
     bounds = np.zeros((len(ranks), int(ep_sizes.max()) + 2), np.int32)
-    _fill_layouts(ranks, ep_sizes, experts, bounds)
+    _fill_layouts(ranks, np.ones(ranks.shape, np.bool_) if is_there is None else is_there, ep_sizes, experts, bounds)
     return Layouts(ranks, experts, bounds)
 
 
 @kernel
-def _fill_layouts(ranks, ep_sizes, experts, bounds):
+def _fill_layouts(ranks, is_there, ep_sizes, experts, bounds):
     for row in range(ranks.shape[0]):
         rank, begin = ranks[row], bounds[row]
         begin[0] = ep_sizes[row]
         for e in range(rank.size):
-            begin[2 + rank[e]] += 1
+            begin[2 + rank[e]] += is_there[row, e]
         for r in range(ep_sizes[row]):
             begin[2 + r] += begin[1 + r]
         free = begin[1:].copy()
         for e in range(rank.size):
-            experts[row, free[rank[e]]] = e
-            free[rank[e]] += 1
+            if is_there[row, e]:
+                experts[row, free[rank[e]]] = e
+                free[rank[e]] += 1
 
 
 @kernel

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import fails
+from conftest import fails, run
 from hypothesis import given
 from hypothesis import strategies as st
 from naive import slot_counts
@@ -13,22 +13,30 @@ from scipy.optimize import linprog
 
 from sim import (
     InputError,
+    ModelSpec,
     Placement,
+    RecordedTraffic,
     expert_time_us,
     load_model,
     load_workload,
     place,
     predict_gain,
     score,
+    score_tokens,
     sweep,
 )
 from sim.cli import main
 from sim.cost.expert import expert_rates
 from sim.cost.gain import BALANCER_US, IN_STEP, PERFECT, break_even_tokens
 from sim.cost.steps import sample_steps
+from sim.placement import place_balanced, read_placement
+from sim.placement.budget import spend
 from sim.router import draw_loads, draw_trials
+from sim.sweeps import make_plan
+from sim.sweeps.steps import place_pairs
 
 V3, CHAT = load_model("deepseek-v3"), load_workload("chat")
+TOY = ModelSpec("toy", 16, 2, moe_intermediate_size=256, hidden_size=512, expert_matrices=3, n_moe_layers=6)
 
 
 @st.composite
@@ -183,3 +191,130 @@ def test_gain_prints_the_break_even(capsys):
 
 def plain_text(out):
     return " ".join(out.split())
+
+
+# Budgets of copies
+
+
+def uneven_layers(n_layers=6, n_experts=16, seed=0):
+    """Loads of layers, every other one far more uneven."""
+    rng = np.random.default_rng(seed)
+    sigma = np.where(np.arange(n_layers) % 2, 1.5, 0.2)[:, None]
+    return np.exp(sigma * rng.normal(size=(n_layers, n_experts)))
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 4), st.integers(0, 9))
+def test_a_budget_buys_the_most_where_costs_fall_ever_less(seed, n_layers, budget):
+    """Against every way to spend at most the budget; elsewhere never more than the budget, and never at a loss."""
+    rng = np.random.default_rng(seed)
+    falls = rng.integers(0, 9, (n_layers, 4)).astype(float)
+    for costs in (20 - np.cumsum(-np.sort(-falls, axis=1), axis=1), 50 - np.cumsum(falls - 2, axis=1)):
+        costs = np.hstack([costs[:, :1] + 1, costs])
+        spent = spend(costs, budget)
+        total = np.take_along_axis(costs, spent[:, None], axis=1).sum()
+        assert spent.sum() <= budget
+        assert total <= costs[:, 0].sum()
+        if (np.diff(costs, 2, axis=1) >= 0).all():
+            ways = [way for way in itertools.product(range(5), repeat=n_layers) if sum(way) <= budget]
+            assert total == pytest.approx(min(costs[range(n_layers), way].sum() for way in map(list, ways)))
+
+
+@pytest.mark.parametrize("redundant", [2, 4, 8])
+def test_copies_go_to_the_layers_that_need_them(redundant):
+    """At most the budget; each layer is EPLB's with its slots; less is waited for than with as many slots in each layer."""
+    loads = uneven_layers()
+    comp = place_balanced(f"eplb_budget+{redundant}", TOY, 4, 8, loads)
+    copies = comp.slots_of_row - 16
+    assert copies.sum() <= redundant * 6
+    assert (copies % 4 == 0).all()
+    assert copies[1::2].sum() > copies[::2].sum()
+    for row, n in enumerate(copies):
+        ref = place_balanced(f"eplb+{n}", TOY, 4, 8, loads[row : row + 1])
+        experts = comp.experts[row].reshape(4, -1)
+        np.testing.assert_array_equal(experts[:, : (16 + n) // 4].ravel(), ref.experts[0])
+        assert (experts[:, (16 + n) // 4 :] == -1).all()
+    alike = place_balanced(f"eplb+{redundant // 4 * 4}" if redundant >= 4 else "eplb", TOY, 4, 8, loads)
+    counts = np.round(1e6 * loads / loads.sum(axis=1, keepdims=True)).astype(int)
+    assert score(comp, counts).imbalance.sum() < score(alike, counts).imbalance.sum()
+
+
+def test_layers_with_fewer_slots_score_as_if_they_stood_alone():
+    """Counts, tokens and the kernels of steps, times with the slots of each rank included."""
+    loads, rng = uneven_layers(), np.random.default_rng(1)
+    comp = place_balanced("eplb_budget+4", TOY, 4, 8, loads)
+    ids = np.array(
+        [[rng.choice(16, 2, replace=False, p=row / row.sum()) for _ in range(50)] for row in loads], np.int16
+    )
+    counts = np.array([np.bincount(layer.ravel(), minlength=16) for layer in ids])
+    alone = [place_balanced(f"eplb+{n - 16}", TOY, 4, 8, loads[i : i + 1]) for i, n in enumerate(comp.slots_of_row)]
+    for choice in ("even", "in_step"):
+        found = score(comp, counts, choice)
+        for row, ref in enumerate(alone):
+            np.testing.assert_array_equal(found.loads[row], score(ref, counts[row], choice).loads)
+            np.testing.assert_array_equal(found.distinct_experts[row], score(ref, counts[row], choice).distinct_experts)
+    traffic = RecordedTraffic("made", "decode", ids, np.arange(51), "")
+    steps = sample_steps(
+        TOY, traffic, [expert_rates(TOY, "h200")], ep_sizes=4, tokens=50, placements=comp, most_steps=1
+    )
+    tokens = score_tokens(comp, ids)
+    for row, ref in enumerate(alone):
+        np.testing.assert_array_equal(tokens.received_tokens[row], score_tokens(ref, ids[row]).received_tokens)
+        even = score(ref, counts[row])
+        local, loaded = ref.n_slots // 4, {"pairs": even.loads, "distinct_experts": even.distinct_experts}
+        times = expert_time_us(TOY, "h200", **loaded, local_experts=local)
+        assert steps.slowest_us[0][0, row, 0] == pytest.approx(times.max(), rel=1e-12)
+        assert steps.max_load[0][0, row] == even.max_load
+
+
+def test_drawn_layers_share_a_budget_by_deployments_whatever_the_chunks():
+    plan = make_plan(V3, CHAT, ep_sizes=16, tokens=8, placements="eplb_budget+16", trials=200, fit_tokens=300)
+    (group,) = place_pairs(plan, range(50, 130), [0])
+    comp = group.placements[0].experts[group.rows[:, 0]]
+    (second,) = place_pairs(plan, range(58, 116), [0])
+    np.testing.assert_array_equal(comp[8:66], second.placements[0].experts[second.rows[:, 0]])
+    copies = np.count_nonzero(comp[8:66] >= 0, axis=1) - 256
+    assert copies.sum() <= 58 * 16
+    assert np.unique(copies).size > 1
+    options = {"ep_sizes": 16, "tokens": 8, "placements": ["linear", "eplb_budget+4"], "trials": 150, "fit_tokens": 300}
+    one, two = (sweep(V3, CHAT, **options, threads=n).summary for n in (1, 2))
+    pd.testing.assert_frame_equal(one, two)
+
+
+def test_with_a_gpu_copies_are_bought_for_their_time():
+    """At few tokens a copy costs more than it saves, and none is bought; at many tokens they are."""
+    options = {"ep_sizes": 16, "layer_sets": 1, "most_steps": 1, "placements": "eplb_budget+16", "fit_tokens": 2**14}
+    few, many = (sample_steps(V3, CHAT, [expert_rates(V3, "h200")], tokens=n, **options).plan for n in (256, 65536))
+    slots = [np.count_nonzero(place_pairs(plan, range(58), [0])[0].placements[0].experts >= 0) for plan in (few, many)]
+    assert slots[0] == 58 * 256
+    assert 58 * 264 < slots[1] <= 58 * 272
+
+
+def test_its_map_is_exported_where_layers_may_differ(tmp_path, capsys):
+    rng, hot = np.random.default_rng(7), np.where(np.arange(32), 1.0, 1000.0)  # in every token of the second layer
+    ids = [rng.choice(32, 4, False, p) for p in (np.full(32, 1 / 32), hot / hot.sum()) * 200]
+    trace = tmp_path / "trace.npz"
+    np.savez(trace, topk_ids=np.reshape(ids, (200, 2, 4)).astype(np.int16), sequence_lengths=np.full(20, 10))
+    words = ["export", "--model", "gpt-oss-20b", "--ep", "4", "--placement", "eplb_budget+2", "--fit-on", trace]
+    assert run(*words, "--format", "vllm-ascend", "--out", tmp_path / "map.json") == 0
+    text, aside = capsys.readouterr()
+    assert "2 layers x 32 to 36 slots on 4 ranks" in text
+    assert "dynamic EPLB needs one number" in plain_text(aside)
+    found = read_placement(tmp_path / "map.json", load_model("gpt-oss-20b"), 4)
+    assert found.slots_of_row.tolist() == [32, 36]
+    assert not found.idle_copies.any()
+    for form in ("vllm", "sglang", "trtllm"):
+        out = tmp_path / form
+        fails(capsys, [*words, "--format", form, "--out", out], "one number of slots for all layers", "from 32 to 36")
+        assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("sweep --placement eplb_budget", "needs redundant slots that it can spend, as in eplb_budget+32"),
+        ("sweep --ep 320 --placement eplb_budget+32", "as in eplb+64"),
+        ("capacity --placement eplb_budget+16", "--placement eplb_budget+16: its layers differ in slots"),
+    ],
+)
+def test_a_budget_that_cannot_be_is_refused_in_one_line(words, message, capsys):
+    fails(capsys, words.split(), message)

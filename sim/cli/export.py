@@ -58,9 +58,15 @@ def run(arguments: Namespace) -> None:
     elif moe and ids != moe and model.n_layers:
         note(f"the map has {_listed(ids)}, the MoE layers of {model.name} are {_listed(moe)}")
     _write_checked(path, placement_text(placement, form, decoder_layers(model) if named else 0), placement, model)
-    n_layers, n_slots = placement.experts.shape
-    print(f"{n_layers} layers x {n_slots} slots on {placement.ep_size} ranks, {form} format, written to {path}")
-    print(how_to_load(form, path, n_slots - model.n_experts))
+    fewest, most = int(placement.slots_of_row.min()), placement.n_slots
+    slots = f"{most}" if fewest == most else f"{fewest} to {most}"
+    print(f"{placement.n_rows} layers x {slots} slots on {placement.ep_size} ranks, {form} format, written to {path}")
+    print(how_to_load(form, path, most - model.n_experts))
+    if fewest < most:
+        note(
+            "layers differ in slots, which vllm-ascend's source reads from its map; not run here. Its dynamic EPLB needs one "
+            "number of slots for all layers: leave it off"
+        )
 
 
 def _placement(arguments: Namespace, model: "ModelSpec", ep_size: int) -> "Placement":

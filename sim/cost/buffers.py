@@ -14,7 +14,7 @@ from sim.errors import InputError
 from sim.kernels import usable_processors
 from sim.model import ModelSpec, load_model
 from sim.options import CapacityOptions, takes
-from sim.placement import check_slots, split_name, strategy_name
+from sim.placement import BUDGET, check_slots, split_name, strategy_name
 from sim.stats import Histogram, mean_interval, moments_of_draws, quantile_interval, student_quantile
 from sim.sweeps import make_plan
 from sim.sweeps.plan import Plan
@@ -131,6 +131,11 @@ def _plan(
         model, workload, ep_sizes=ep_sizes, placements=placements, trials=1, bound_layers=0, received="off", **of_plan
     )
     _check_independent(plan.workload)
+    for name in plan.grid.placements:
+        if split_name(name)[0] == BUDGET:
+            raise InputError(
+                f"`placements` {name}: its layers differ in slots; buffers are sized for one number of them"
+            )
     return plan
 
 

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sim.cost.expert import ExpertRates, rank_time_us
+from sim.cost.expert import ExpertRates, rank_time_us, time_ranks
 from sim.errors import InputError
 from sim.kernels import kernel, usable_processors
-from sim.model import ModelSpec
+from sim.model import ModelSpec, load_model
 from sim.options import LAYER_SETS, MOST_STEPS, StepOptions, check
 from sim.placement import is_load_aware, split_name
 from sim.progress import track
@@ -111,6 +111,7 @@ def sample_steps(
         Steps of each size: as many as the budget of routed tokens allows, at least 1, at most `most_steps`.
     threads : int
         By default all processors. The sample does not depend on it.
+        A budget of copies (`eplb_budget+N`) is spent by the times of the first of them, at the most tokens.
     counts_received : bool
         Whether received tokens are counted; where they cannot be, or not, they are taken as even over ranks, from the fan-out of
         the first token of each step.
@@ -126,7 +127,13 @@ def sample_steps(
     """
     check(StepOptions, layer_sets=layer_sets, most_steps=most_steps)
     received = "auto" if counts_received else "off"
-    plan = make_plan(model, workload, bound_layers=0, trials=1, received=received, **of_plan)
+    model = load_model(model)
+    cost = partial(
+        _slowest_of_shares, rates[0], model.top_k, of_plan.get("tokens"), bool(of_plan.get("tokens_per_rank"))
+    )
+    plan = make_plan(
+        model, workload, bound_layers=0, trials=1, received=received, layer_cost=cost if rates else None, **of_plan
+    )
     n_layers = plan.workload.n_layers or plan.model.n_moe_layers
     if not n_layers:
         raise InputError(f"model {plan.model.name}: a step needs the number of MoE layers, which is not known")
@@ -172,6 +179,15 @@ def sample_steps(
     for arrays in lists:
         arrays[:] = [values.reshape(-1, n_layers, *values.shape[1:]) for values in arrays]
     return sample
+
+
+def _slowest_of_shares(rates: ExpertRates, top_k: int, tokens: Any, per_rank: bool, shares: np.ndarray) -> np.ndarray:
+    """Predicted time of the slowest rank in steps of the most tokens, float64 [layers], where slots have these shares of a
+    layer's pairs, float64 [layers, ranks, slots of a rank]: what copies are spent by (`LayerCost`).
+    """
+    pairs = shares * (float(np.max(tokens)) * (shares.shape[1] if per_rank else 1) * top_k)
+    distinct = -np.expm1(-pairs).sum(axis=2)
+    return time_ranks(rates, pairs.sum(axis=2), distinct, np.full(distinct.shape, shares.shape[2])).max(axis=1)
 
 
 class _Cells(NamedTuple):

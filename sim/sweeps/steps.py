@@ -6,6 +6,7 @@ counts of experts; each pair with replicas has the counts of its own slots, to w
 """
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +20,16 @@ from sim.copies import (
     pick_slots,
     slots_by_hash,
 )
-from sim.placement import Placement, is_load_aware, place_balanced, random_ranks
+from sim.placement import (
+    BUDGET,
+    Placement,
+    balance_budget,
+    is_load_aware,
+    most_slots,
+    place_balanced,
+    random_ranks,
+    split_name,
+)
 from sim.router import draw_loads, draw_trials
 from sim.scoring import (
     METRICS,
@@ -104,8 +114,28 @@ def _placement_of_draws(plan: Plan, draws: range, pair: int, loads: np.ndarray |
     if name == "random":
         ranks = random_ranks(plan.model.n_experts, ep_size, plan.seed, draws.start, len(draws))
         return Placement.of_ranks(name, ep_size, ranks), np.arange(len(draws))
+    if split_name(name)[0] == BUDGET:
+        n_layers = plan.n_layers
+        deployments = range(draws.start // n_layers, -(-draws.stop // n_layers))
+        experts = np.concatenate([_budget_of_deployment(plan, pair, deployment) for deployment in deployments])
+        return Placement.of_slots(name, ep_size, plan.model.n_experts, experts), np.arange(
+            len(draws)
+        ) + draws.start % n_layers
     assert loads is not None
     return place_balanced(name, plan.model, ep_size, plan.ranks_per_node, loads), np.arange(len(draws))
+
+
+@lru_cache(maxsize=64)  # chunks of draws ask for the same deployments
+def _budget_of_deployment(plan: Plan, pair: int, deployment: int) -> np.ndarray:
+    """Expert of each slot of the layers of a deployment, int16 [layers, slots]: so many draws in a row as there are layers."""
+    (name, ep_size), n_layers, n_experts = plan.grid.pairs[pair], plan.n_layers, plan.model.n_experts
+    draws = range(deployment * n_layers, (deployment + 1) * n_layers)
+    assert isinstance(plan.workload, SyntheticTraffic)
+    loads = draw_loads(plan.model, plan.workload, plan.seed, draws, plan.fit_tokens)
+    per_rank = most_slots(name, n_experts, ep_size) // ep_size  # the same for all deployments
+    return balance_budget(
+        loads, plan.model, ep_size, plan.ranks_per_node, split_name(name)[1], plan.layer_cost, per_rank
+    )
 
 
 def _plain_group(plan: Plan, draws: range, pairs: list[int], loads: np.ndarray | None) -> Group:
@@ -123,7 +153,7 @@ def _plain_group(plan: Plan, draws: range, pairs: list[int], loads: np.ndarray |
 
 def _replica_group(plan: Plan, draws: range, pair: int, loads: np.ndarray | None) -> Group:
     placement, row = _placement_of_draws(plan, draws, pair, loads)
-    layouts = lay_out(placement.ranks, np.full(placement.n_rows, placement.ep_size))
+    layouts = lay_out(placement.ranks, np.full(placement.n_rows, placement.ep_size), placement.experts >= 0)
     copies = find_copies(placement.experts, plan.model.n_experts)
     return Group(np.array([pair]), layouts, row[:, None], copies, [placement])
 
