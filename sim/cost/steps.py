@@ -15,7 +15,7 @@ from sim.errors import InputError
 from sim.kernels import kernel, usable_processors
 from sim.model import ModelSpec, load_model
 from sim.options import LAYER_SETS, MOST_STEPS, StepOptions, check
-from sim.placement import is_load_aware, split_name
+from sim.placement import LayerCost, is_load_aware, split_name
 from sim.progress import track
 from sim.scoring import METRICS, score_blocks
 from sim.sweeps import make_plan
@@ -128,12 +128,8 @@ def sample_steps(
     check(StepOptions, layer_sets=layer_sets, most_steps=most_steps)
     received = "auto" if counts_received else "off"
     model = load_model(model)
-    cost = partial(
-        _slowest_of_shares, rates[0], model.top_k, of_plan.get("tokens"), bool(of_plan.get("tokens_per_rank"))
-    )
-    plan = make_plan(
-        model, workload, bound_layers=0, trials=1, received=received, layer_cost=cost if rates else None, **of_plan
-    )
+    cost = time_cost(rates[0], model, of_plan.get("tokens"), bool(of_plan.get("tokens_per_rank"))) if rates else None
+    plan = make_plan(model, workload, bound_layers=0, trials=1, received=received, layer_cost=cost, **of_plan)
     n_layers = plan.workload.n_layers or plan.model.n_moe_layers
     if not n_layers:
         raise InputError(f"model {plan.model.name}: a step needs the number of MoE layers, which is not known")
@@ -181,13 +177,17 @@ def sample_steps(
     return sample
 
 
-def _slowest_of_shares(rates: ExpertRates, top_k: int, tokens: Any, per_rank: bool, shares: np.ndarray) -> np.ndarray:
-    """Predicted time of the slowest rank in steps of the most tokens, float64 [layers], where slots have these shares of a
-    layer's pairs, float64 [layers, ranks, slots of a rank]: what copies are spent by (`LayerCost`).
+def time_cost(rates: ExpertRates, model: ModelSpec, tokens: Any, per_rank: bool = False) -> LayerCost:
+    """What a budget of copies is spent by where a GPU is known: the predicted time of the slowest rank, in steps of the most of
+    these numbers of tokens, over the EP group or on each rank.
     """
-    pairs = shares * (float(np.max(tokens)) * (shares.shape[1] if per_rank else 1) * top_k)
-    distinct = -np.expm1(-pairs).sum(axis=2)
-    return time_ranks(rates, pairs.sum(axis=2), distinct, np.full(distinct.shape, shares.shape[2])).max(axis=1)
+
+    def slowest_us(shares: np.ndarray) -> np.ndarray:
+        pairs = shares * (float(np.max(tokens)) * (shares.shape[1] if per_rank else 1) * model.top_k)
+        distinct = -np.expm1(-pairs).sum(axis=2)
+        return time_ranks(rates, pairs.sum(axis=2), distinct, np.full(distinct.shape, shares.shape[2])).max(axis=1)
+
+    return slowest_us
 
 
 class _Cells(NamedTuple):
