@@ -302,7 +302,7 @@ def test_its_map_is_exported_where_layers_may_differ(tmp_path, capsys):
     found = read_placement(tmp_path / "map.json", load_model("gpt-oss-20b"), 4)
     assert found.slots_of_row.tolist() == [32, 36]
     assert not found.idle_copies.any()
-    by_time = [*words, "--format", "vllm", "--gpu", "h200", "--tokens", "1", "--out", tmp_path / "map.json"]
+    by_time = [*words, "--format", "vllm", "--gpu", "h200", "--tokens", "64", "--out", tmp_path / "map.json"]
     assert run(*by_time) == 0  # a copy takes more time than it saves: no layer has one
     assert "2 layers x 32 slots" in capsys.readouterr().out
     fails(capsys, [*by_time, "--placement", "eplb+4"], "--gpu and --tokens go with eplb_budget")
