@@ -175,9 +175,10 @@ def test_break_even_is_where_it_buys_what_the_balancer_takes():
     assert gains().balancer_us.max() == BALANCER_US[0] < rows.balancer_us.max() == BALANCER_US[1]
 
 
-def test_gain_prints_the_break_even(capsys):
+def test_gain_prints_the_break_even(capsys, tmp_path):
     words = "gain --ep 8 --tokens 64,1024 --layer-sets 1 --steps 1 --baseline linear+8 --placement in_step --balancer-us 1e5"
-    assert main(words.split()) == 0
+    assert main([*words.split(), "--out", str(tmp_path)]) == 0
+    assert (tmp_path / "gain_by_tokens.png").stat().st_size > 10_000
     out = capsys.readouterr().out
     assert "over the copies of linear+8" in plain_text(out)
     assert "EP 8: not up to 1024; it buys" in out
