@@ -296,7 +296,7 @@ def score(placement: Placement, counts: Any, replica_choice: str = "even") -> Sc
 
     >>> copied = place("eplb", "mixtral-8x7b", 4, loads=[3, 1, 1, 1, 1, 1, 1, 1], redundant=4)
     >>> [score(copied, [0, 8, 0, 8, 4, 0, 0, 0], choice).max_load.item() for choice in ("even", "in_step")]
-    [8, 5]
+    [12, 8]
     """
     table = _whole_numbers("counts", counts, _MOST_COUNT)
     rows, n_experts = placement.n_rows, placement.n_experts
