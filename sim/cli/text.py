@@ -28,7 +28,7 @@ def print_rows(frame: Any, arguments: Namespace) -> bool:
     """Print a table as --json or --csv if one of them is given; whether it is."""
     if arguments.json:
         rows = [
-            {key: None if value != value else value for key, value in row.items()}
+            {key: None if value != value or value == float("inf") else value for key, value in row.items()}
             for row in frame.to_dict(orient="records")
         ]
         print(json.dumps(rows, indent=1, default=lambda value: value.item()))

@@ -33,14 +33,18 @@ def gain_by_tokens(gains: pd.DataFrame) -> Figure:
             ax.plot(rows.tokens, 100 * rows.layer_saved, **look)
             low, high = 100 * rows.layer_saved_low, 100 * rows.layer_saved_high
             ax.fill_between(rows.tokens, low, high, color=color, alpha=0.15, linewidth=0)
+            if "balancer_us" in rows and rows.balancer_us.notna().all():
+                net = 100 * (rows.layer_saved - rows.balancer_us / rows.baseline_layer_us)
+                ax.plot(rows.tokens, net, color=color, linewidth=0.8, alpha=0.6)
+                if rows.tokens.min() < rows.break_even_tokens.iloc[0] <= rows.tokens.max():
+                    ax.axvline(rows.break_even_tokens.iloc[0], color=color, linestyle=":", linewidth=1.2)
             if rows.tokens.min() <= rows.crossover_tokens.iloc[0] <= rows.tokens.max():
                 ax.axvline(rows.crossover_tokens.iloc[0], color=color, linestyle=dashes, linewidth=0.8)
         ax.axhline(0, color="#555555", linewidth=0.8)
         log2_ticks(ax, list(gains.tokens), apart=3.9)
         title_panel(ax, f"EP {ep_size}, {exchange}" if gains.exchange.nunique() > 1 else f"EP {ep_size}")
     label_outer(axes, "tokens per step (whole EP group)", "layer time saved (%)")
-    row = gains.iloc[0]
-    _title(figure, row, ", ".join(dict.fromkeys(gains.exchange)))
+    _title(figure, gains, ", ".join(dict.fromkeys(gains.exchange)))
     handles = [
         Line2D([], [], color=color, linestyle=dashes, marker=marker, markersize=3, label=gpu)
         for gpu, (color, dashes, marker) in zip(gpus, _GPU_LOOKS * len(gpus), strict=False)
@@ -49,10 +53,20 @@ def gain_by_tokens(gains: pd.DataFrame) -> Figure:
     return figure
 
 
-def _title(figure: Figure, row: Any, exchanges: str) -> None:
+def _title(figure: Figure, gains: pd.DataFrame, exchanges: str) -> None:
+    row = gains.iloc[0]
+    name, of_balancer = row.placement, ""
+    if name == "in_step":
+        name = f"in_step (best split over the copies of {row.copies_of})"
+        takes = " to ".join(f"{us:.0f}" for us in sorted(set(gains.balancer_us)))
+        of_balancer = (
+            f"thin lines: with the {takes} us that a balancer takes; dotted upright lines: from where it pays over "
+            f"{row.copies_of} with an even split\n"
+        )
     figure.suptitle(
-        f"Predicted: time of a MoE layer that {row.placement} saves over {row.baseline} (exchange: {exchanges})\n"
-        "upright lines: crossover, from where a rank's time grows with its tokens, not with its distinct experts alone\n"
+        f"Predicted: time of a MoE layer that {name} saves over {row.baseline} (exchange: {exchanges})\n"
+        f"{of_balancer}upright lines: crossover, from where a rank's time grows with its tokens, not with its distinct experts "
+        "alone\n"
         f"{row.model} in {row['dtype']}, {row.workload} traffic; bands: 95 %, paired",
         fontsize=10,
         x=0.01,
