@@ -83,7 +83,8 @@ def predict_gain(
         the whole step, where its rest is known. `load_bound`: share of the baseline's layers whose slowest rank's time
         grows with its tokens, and not with its distinct experts alone; `crossover_tokens`: where that begins under even
         load.
-        `imbalance`, `idle_ranks`, `ranks_per_token` and `nodes_per_token` are means over layers and steps.
+        `imbalance`, `idle_ranks`, `ranks_per_token` and `nodes_per_token` are means over layers and steps; `imbalance_saved` is
+        1 - imbalance / baseline's, paired like `layer_saved`.
         `extrapolated`: the exchange lies beyond what was measured. `knee`: the tokens lie within KNEE of
         the crossover.
 
@@ -121,7 +122,8 @@ def predict_gain(
             row |= {"exchange": exchange, "baseline": baseline, "placement": name}
             row |= {"ep_size": int(grid.ep_size_of_cell[base]), "tokens": int(grid.tokens_of_cell[base])}
             row |= _times_row(sample, base, old, new, rest) | _loads_row(sample, base, "baseline_")
-            row |= _loads_row(sample, cell, "") | {"load_bound": float(sample.load_bound[base][..., rate].mean())}
+            row |= _loads_row(sample, cell, "") | _with_ends("imbalance_saved", _evened_out(sample, base, cell))
+            row["load_bound"] = float(sample.load_bound[base][..., rate].mean())
             crossover = crossover_tokens(model, rates[rate])
             of_crossover = int(grid.tokens_of_cell[base]) / crossover
             rows.append(
@@ -187,6 +189,13 @@ def _loads_row(sample: StepSample, cell: int | None, prefix: str) -> dict[str, o
         ends = (float(end) for end in bounded_mean_interval(moments, design, least, most))
         row |= _with_ends(prefix + name, ends)
     return row
+
+
+def _evened_out(sample: StepSample, base: int, cell: int | None) -> tuple[float, float, float]:
+    """Share of the busiest rank's load that a cell, or perfect balance (None), has less than the baseline's; paired."""
+    old = sample.max_load[base].astype(float)
+    new = np.full(old.shape, float(sample.plan.grid.mean_load(base))) if cell is None else sample.max_load[cell]
+    return saved_share(new, old, _draws(sample, len(old)))
 
 
 def _draws(sample: StepSample, n_steps: int) -> np.ndarray:
