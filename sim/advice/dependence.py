@@ -99,7 +99,7 @@ def saved_by_traffic(
             setup = SAMPLED | options | ({"fit_on": split.fitted_on} if is_fitted else {})
             gains = predict_gain(
                 model, split.scored, gpu, placement=list(of_name), baseline=baseline, exchange=list(exchange), ep_sizes=ep_size,
-                seed=seed, threads=threads, **setup,
+                seed=seed, threads=threads, paired_imbalance=True, **setup,
             )  # fmt: skip
             tables.append(_long(gains, of_name).assign(workload=subject.name, fitted=split.about))
     table = pd.concat(tables, ignore_index=True)

@@ -48,6 +48,7 @@ def predict_gain(
     network_gb_per_s: float | None = None,
     moe_share: float | None = None,
     step_us: float | None = None,
+    paired_imbalance: bool = False,
     **sampling: Any,
 ) -> pd.DataFrame:
     """Time that a placement saves over another, per layer and per step, for every GPU, EP size and number of tokens.
@@ -72,6 +73,8 @@ def predict_gain(
         of the layers'.
     step_us : float
         Or: the baseline's measured step time.
+    paired_imbalance : bool
+        Whether there are columns `imbalance_saved`, 1 - imbalance / baseline's, with its ends, paired like `layer_saved`.
     **sampling
         ep_sizes, tokens and more, as in `sample_steps`.
 
@@ -83,8 +86,7 @@ def predict_gain(
         the whole step, where its rest is known. `load_bound`: share of the baseline's layers whose slowest rank's time
         grows with its tokens, and not with its distinct experts alone; `crossover_tokens`: where that begins under even
         load.
-        `imbalance`, `idle_ranks`, `ranks_per_token` and `nodes_per_token` are means over layers and steps; `imbalance_saved` is
-        1 - imbalance / baseline's, paired like `layer_saved`.
+        `imbalance`, `idle_ranks`, `ranks_per_token` and `nodes_per_token` are means over layers and steps.
         `extrapolated`: the exchange lies beyond what was measured. `knee`: the tokens lie within KNEE of
         the crossover.
 
@@ -122,8 +124,9 @@ def predict_gain(
             row |= {"exchange": exchange, "baseline": baseline, "placement": name}
             row |= {"ep_size": int(grid.ep_size_of_cell[base]), "tokens": int(grid.tokens_of_cell[base])}
             row |= _times_row(sample, base, old, new, rest) | _loads_row(sample, base, "baseline_")
-            row |= _loads_row(sample, cell, "") | _with_ends("imbalance_saved", _evened_out(sample, base, cell))
-            row["load_bound"] = float(sample.load_bound[base][..., rate].mean())
+            row |= _loads_row(sample, cell, "") | {"load_bound": float(sample.load_bound[base][..., rate].mean())}
+            if paired_imbalance:
+                row |= _with_ends("imbalance_saved", _evened_out(sample, base, cell))
             crossover = crossover_tokens(model, rates[rate])
             of_crossover = int(grid.tokens_of_cell[base]) / crossover
             rows.append(
