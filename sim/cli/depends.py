@@ -10,6 +10,7 @@ from sim.cli.timed import law_of, say_about_times, step_options
 from sim.errors import InputError, unknown
 from sim.options import (
     NAMES,
+    WHOLE_NUMBERS,
     Choice,
     FigureOptions,
     Folder,
@@ -21,7 +22,7 @@ from sim.options import (
 )
 
 _TABLES = ("conclusions", "saved")
-_EP_SIZES, _TOKENS = [8, 16, 32, 64], [64, 16384]
+_EP_SIZES, _TOKENS = "8,16,32,64", "64,16384"
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -61,8 +62,15 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="saved share from which on a change counts (default: 1%%)",
     )
     add_options(parser, TrafficOptions, only=("model",))
-    # without a default here: --show prints all that is there
-    add_options(parser, StepOptions, ep_sizes=None, tokens=None, most_steps="64", layer_sets="16")
+    add(
+        "--tokens",
+        type=WHOLE_NUMBERS,
+        default=_TOKENS,
+        metavar="LIST",
+        help=f"tokens per step over the EP group (default: {_TOKENS})",
+    )
+    others = ("ep_sizes", "ranks_per_node", "seed", "layer_sets", "most_steps", "threads")
+    add_options(parser, StepOptions, only=others, ep_sizes=_EP_SIZES, most_steps="64", layer_sets="16")
     add_options(parser, TimeOptions, exchange="pair,token")
     add(
         "--show",
@@ -115,10 +123,6 @@ def _compute(arguments: Namespace) -> tuple[Any, dict[str, Any]]:
     from sim.router import model_for
     from sim.traffic import load_workload, workload_names
 
-    if arguments.ep_sizes is None:
-        arguments.ep_sizes = _EP_SIZES
-    if arguments.tokens is None and arguments.tokens_per_rank is None:
-        arguments.tokens = _TOKENS
     options = step_options(arguments)
     gpu, asked = load_gpu(arguments.gpu), load_model(arguments.model)
     subjects = []
@@ -169,8 +173,10 @@ def _read(arguments: Namespace) -> Any:
     for column in ("workload", "ep_size", "tokens", "placement", "measure", "baseline", "of", "saved", "low", "high"):
         if column not in table:
             raise InputError(f"{path} has no column '{column}'")
-    chosen = {"workload": arguments.workload, "ep_size": arguments.ep_sizes, "tokens": arguments.tokens}
-    for column, wanted in (chosen | {"placement": arguments.placements}).items():
+    chosen = {"workload": arguments.workload, "placement": arguments.placements}
+    for column, wanted, default in (("ep_size", arguments.ep_sizes, _EP_SIZES), ("tokens", arguments.tokens, _TOKENS)):
+        chosen[column] = None if wanted == WHOLE_NUMBERS(default) else wanted  # by default all that is there
+    for column, wanted in chosen.items():
         for value in wanted or []:
             if value not in set(table[column]):
                 raise unknown(f"--{column.removesuffix('_size')}", str(value), [str(x) for x in table[column].unique()])

@@ -166,9 +166,12 @@ def match(
 
     unscaled, half = imbalance_at(1.0)
     found = {1.0: unscaled}
-    low, high = (1.0, _MOST_SCALE) if unscaled < imbalance else (0.0, 1.0)
-    for scale in (low, high):
-        found.setdefault(scale, reached(scale))
+    low, high = 0.0, 1.0
+    if unscaled >= imbalance:
+        found[low] = reached(low)
+    while found[high] < imbalance and high < _MOST_SCALE:  # doubled, as steep popularity takes long to sample
+        low, high = high, 2 * high
+        found[high] = reached(high)
     for _ in range(_SEARCHES):
         if not found[low] < imbalance < found[high]:
             break
