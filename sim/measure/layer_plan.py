@@ -12,7 +12,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from sim.cost.inputs import expert_width
 from sim.errors import InputError, unknown
+from sim.measure.experts import DTYPES
 from sim.measure.steps import plan_measurement
 from sim.model import ModelSpec
 from sim.placement import Placement
@@ -184,6 +186,8 @@ class LayerSteps:
     weights : float32 [most tokens, top_k]
         Weights of the router, the same in all steps.
     seed : int
+    dtype : str
+        Type of the weights, and of the tokens that are dispatched: 'bf16' or 'fp8'.
     """
 
     model: ModelSpec
@@ -194,6 +198,7 @@ class LayerSteps:
     exchanges: list[str]
     weights: np.ndarray
     seed: int
+    dtype: str = "bf16"
 
     @property
     def n_steps(self) -> int:
@@ -254,6 +259,7 @@ def sample_layers(
     exchanges: Sequence[str],
     steps: int,
     seed: int = 0,
+    dtype: str = "bf16",
 ) -> LayerSteps:
     """Sample steps of each workload token by token, and place the experts; every step has a fresh layer.
 
@@ -263,8 +269,12 @@ def sample_layers(
     ------
     InputError
         As `plan_measurement`; also an EP size that divides the experts or some number of tokens with a remainder, a placement
-        with unequal ranks, an unknown exchange, and traffic that is not synthetic.
+        with unequal ranks, an unknown exchange or type, and traffic that is not synthetic.
     """
+    if dtype not in DTYPES:
+        raise unknown("--dtype", dtype, DTYPES)
+    if dtype == "fp8" and (expert_width(model) % 16 or (model.moe_intermediate_size or 0) % 16):
+        raise InputError(f"--dtype fp8: the widths of {model.name} must be multiples of 16")
     for name in exchanges:
         if name not in EXCHANGES:
             raise unknown("--exchange", name, EXCHANGES)
@@ -297,4 +307,5 @@ def sample_layers(
         exchanges=list(dict.fromkeys(exchanges)),
         weights=weights / weights.sum(axis=1, keepdims=True),
         seed=seed,
+        dtype=dtype,
     )
