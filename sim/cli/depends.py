@@ -242,7 +242,8 @@ def _print_conclusions(table: Any, least: float, markdown: bool) -> None:
     print(filled(
         f"Against {row.baseline}, {table.workload.nunique()} kinds of traffic, EP {sizes}, times on {row.gpu} in "
         f"{row['dtype']}. A conclusion holds for traffic where at every EP size the whole 95 % interval is beyond "
-        f"{100 * least:g} %, or within it where it says so; elsewhere: what is shown there instead."
+        f"{100 * least:g} %, or within it where it says so; elsewhere: what is shown there instead, undecided where an interval "
+        "crosses that line."
     ))  # fmt: skip
     for tokens, conclusion, verdict, span, others in cells:
         saved = "" if span == "-" else f", {span} saved"
