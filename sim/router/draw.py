@@ -14,6 +14,7 @@ from sim.traffic import RecordedTraffic, SyntheticTraffic, Workload
 from sim.traffic.synthetic import X0
 
 _ONE_REQUEST = 2**62  # tokens per request where requests have no effect
+_HELD_LOGITS = 2**22  # of the requests of some trials, at a time
 
 
 def routing_law(model: ModelSpec, workload: Workload) -> dict[str, object]:
@@ -88,7 +89,7 @@ def draw_trials(
     ids : int16 [trials, n_ids, top_k]
         Experts of the first tokens.
     """
-    key = stream_key(seed, _token_law(model, workload))
+    key = token_key(model, workload, seed)
     counts = np.empty((len(trials), len(tokens), model.n_experts), np.int32)
     ids = np.empty((len(trials), n_ids, model.top_k), np.int16)
     if isinstance(workload, RecordedTraffic):
@@ -112,9 +113,14 @@ def draw_loads(model: ModelSpec, workload: SyntheticTraffic, seed: int, draws: r
     float64 [draws, n_experts]
         Tokens, of `n_tokens`, that take each expert.
     """
-    key = stream_key(seed, _token_law(model, workload))
+    key = token_key(model, workload, seed)
     mu = workload.draw_popularity(key, draws.start, len(draws), model.n_experts)
     return _draw_other_tokens(model, workload, seed, "fit", mu, draws.start, n_tokens)[:, 0].astype(float)
+
+
+def token_key(model: ModelSpec, workload: Workload, seed: int) -> np.ndarray:
+    """Key of the stream of trials."""
+    return stream_key(seed, _token_law(model, workload))
 
 
 def _token_law(model: ModelSpec, workload: Workload) -> str:
@@ -146,12 +152,17 @@ def _route(
     ids: np.ndarray,
 ) -> None:
     """Route the tokens of consecutive trials from layers of popularity mu float64 [trials, n_experts]."""
-    logits = np.ascontiguousarray(workload.draw_logits(key, mu, first_trial, int(tokens[-1]), first_draw))
     per_request = workload.tokens_per_request if workload.request_sigma else _ONE_REQUEST
-    sample_trials(
-        first_trial, key, logits, per_request, tokens, model.n_group, model.topk_group, workload.group_sigma,
-        score_law(model), counts, ids,
-    )  # fmt: skip
+    size = max(1, _HELD_LOGITS // (-(-int(tokens[-1]) // per_request) * model.n_experts))
+    for i in range(0, len(mu), size):
+        part = slice(i, i + size)
+        logits = np.ascontiguousarray(
+            workload.draw_logits(key, mu[part], first_trial + i, int(tokens[-1]), first_draw + i)
+        )
+        sample_trials(
+            first_trial + i, key, logits, per_request, tokens, model.n_group, model.topk_group, workload.group_sigma,
+            score_law(model), counts[part], ids[part],
+        )  # fmt: skip
 
 
 def route_layers(
