@@ -50,7 +50,7 @@ def identity_of(options: dict[str, Any], gpus: list[Any], **more: Any) -> dict[s
 
     identity = {name: value for name, value in options.items() if name not in ("model", "workload", "threads")}
     identity |= {"model": options["model"].name, "workload": options["workload"].name}
-    return identity | {"law": _law(options["workload"]), "gpus": [asdict(gpu) for gpu in gpus]} | more
+    return identity | {"law": law_of(options["workload"]), "gpus": [asdict(gpu) for gpu in gpus]} | more
 
 
 def say_about_times(options: dict[str, Any], gpus: list[Any]) -> None:
@@ -121,6 +121,6 @@ def model_dtype(model: Any) -> str:
     return next((dtype for dtype in ("bf16", "fp8", "fp4") if dtype in model.routed_dtype), model.routed_dtype)
 
 
-def _law(traffic: Any) -> dict[str, Any]:
+def law_of(traffic: Any) -> dict[str, Any]:
     """What tells traffic apart: its law, or the digest of load counts."""
     return traffic.law if hasattr(traffic, "law") else {"counts": traffic.digest}

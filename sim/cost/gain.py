@@ -59,6 +59,7 @@ def predict_gain(
     moe_share: float | None = None,
     step_us: float | None = None,
     balancer_us: float | None = None,
+    paired_imbalance: bool = False,
     **sampling: Any,
 ) -> pd.DataFrame:
     """Time that a placement saves over another, per layer and per step, for every GPU, EP size and number of tokens.
@@ -86,6 +87,8 @@ def predict_gain(
         Or: the baseline's measured step time.
     balancer_us : float
         Time of a layer that a balancer within the step takes; by default BALANCER_US. Times of IN_STEP are without it.
+    paired_imbalance : bool
+        Whether there are columns `imbalance_saved`, 1 - imbalance / baseline's, with its ends, paired like `layer_saved`.
     **sampling
         ep_sizes, tokens and more, as in `sample_steps`.
 
@@ -146,6 +149,8 @@ def predict_gain(
             row |= {"ep_size": int(grid.ep_size_of_cell[base]), "tokens": int(grid.tokens_of_cell[base])}
             row |= _times_row(sample, base, old, new, rest) | _loads_row(sample, base, "baseline_")
             row |= _loads_row(of, cell, "") | {"load_bound": float(sample.load_bound[base][..., rate].mean())}
+            if paired_imbalance:
+                row |= _with_ends("imbalance_saved", _evened_out(sample, base, of, cell))
             crossover = crossover_tokens(model, rates[rate])
             of_crossover = int(grid.tokens_of_cell[base]) / crossover
             row |= {"crossover_tokens": crossover, "knee": KNEE[dtype][0] <= of_crossover <= KNEE[dtype][1]}
@@ -253,6 +258,13 @@ def _loads_row(sample: StepSample, cell: int | None, prefix: str) -> dict[str, o
         ends = (float(end) for end in bounded_mean_interval(moments, design, least, most))
         row |= _with_ends(prefix + name, ends)
     return row
+
+
+def _evened_out(sample: StepSample, base: int, of: StepSample, cell: int | None) -> tuple[float, float, float]:
+    """Share of the busiest rank's load that a cell of a sample, or perfect balance (None), has less than the baseline; paired."""
+    old = sample.max_load[base].astype(float)
+    new = np.full(old.shape, float(sample.plan.grid.mean_load(base))) if cell is None else of.max_load[cell]
+    return saved_share(new, old, _draws(sample, len(old)))
 
 
 def _draws(sample: StepSample, n_steps: int) -> np.ndarray:
