@@ -23,9 +23,10 @@ from sim.traffic import Workload
 PERFECT = "perfect balance"
 """Pairs and distinct experts spread evenly over ranks: the least time that any placement could take."""
 
-KNEE = {"bf16": (0.3, 3.0), "fp8": (0.3, 6.0), "fp4": (0.3, 6.0)}
+KNEE = {"bf16": (0.25, 0.8), "fp8": (0.3, 6.0), "fp4": (0.3, 6.0)}
 """Tokens over the crossover between which measured gains (results/measured) leave the predicted ones by more than 5 points, by
-type: there kernels step at whole tiles, which pairs and distinct experts do not tell. Of fp4 nothing was measured.
+type: there kernels step at whole tiles, and a library changes from one kernel to another, which pairs and distinct experts do not
+tell. In fp8 another kernel was measured (PyTorch's) than is predicted (DeepGEMM's). Of fp4 no gains were measured.
 """
 
 
