@@ -14,6 +14,7 @@ from sim.traffic import RecordedTraffic, SyntheticTraffic, Workload
 from sim.traffic.synthetic import X0
 
 _ONE_REQUEST = 2**62  # tokens per request where requests have no effect
+_HELD_LOGITS = 2**22  # of the requests of some trials, at a time
 
 
 def routing_law(model: ModelSpec, workload: Workload) -> dict[str, object]:
@@ -135,12 +136,17 @@ def _route(
     ids: np.ndarray,
 ) -> None:
     """Route the tokens of consecutive trials from layers of popularity mu float64 [trials, n_experts]."""
-    logits = np.ascontiguousarray(workload.draw_logits(key, mu, first_trial, int(tokens[-1]), first_draw))
     per_request = workload.tokens_per_request if workload.request_sigma else _ONE_REQUEST
-    sample_trials(
-        first_trial, key, logits, per_request, tokens, model.n_group, model.topk_group, workload.group_sigma,
-        score_law(model), counts, ids,
-    )  # fmt: skip
+    size = max(1, _HELD_LOGITS // (-(-int(tokens[-1]) // per_request) * model.n_experts))
+    for i in range(0, len(mu), size):
+        part = slice(i, i + size)
+        logits = np.ascontiguousarray(
+            workload.draw_logits(key, mu[part], first_trial + i, int(tokens[-1]), first_draw + i)
+        )
+        sample_trials(
+            first_trial + i, key, logits, per_request, tokens, model.n_group, model.topk_group, workload.group_sigma,
+            score_law(model), counts[part], ids[part],
+        )  # fmt: skip
 
 
 def route_layers(
