@@ -60,9 +60,9 @@ def test_verdicts_follow_the_rule(low, high, enough, verdict):
 
 def test_the_error_near_the_crossover_is_the_largest_that_was_measured():
     """Saved shares as measured less as predicted, of every cell of the committed runs: bf16 near the crossover within
-    KNEE_ERROR, and it takes that much; away from it, every type within 0.05.
+    KNEE_ERROR, and it takes that much; away from it within 0.045 in bf16, whose kernel was fitted, and 0.035 in fp8.
     """
-    near, away = [], []
+    near, away = [], {"bf16": [], "fp8": []}
     for name in ("h100", "h200", "h100-copies"):
         rows = with_predictions(read_measured(ROOT / "results" / "measured" / f"{name}.csv.gz"))
         for placement, (dtype, rates) in itertools.product(
@@ -73,9 +73,10 @@ def test_the_error_near_the_crossover_is_the_largest_that_was_measured():
             off = 1 / (1 + table.predicted) - 1 / (1 + table.measured)
             is_near = (ratio >= KNEE[dtype][0]) & (ratio <= KNEE[dtype][1])
             near += off[is_near].tolist() if dtype == "bf16" else []
-            away += off[~is_near].tolist()
+            away[dtype] += off[~is_near].tolist()
     assert KNEE_ERROR - 0.01 <= max(map(abs, near)) <= KNEE_ERROR
-    assert max(map(abs, away)) <= 0.05
+    assert max(map(abs, away["bf16"])) <= 0.045
+    assert max(map(abs, away["fp8"])) <= 0.035
 
 
 def test_near_the_crossover_the_models_error_is_in_the_ends():
