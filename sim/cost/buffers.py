@@ -15,7 +15,7 @@ from sim.errors import InputError
 from sim.kernels import usable_processors
 from sim.model import ModelSpec, load_model
 from sim.options import CapacityOptions, takes
-from sim.placement import check_slots, is_load_aware, split_name, strategy_name
+from sim.placement import BUDGET, check_slots, is_load_aware, split_name, strategy_name
 from sim.stats import Histogram, mean_interval, moments_of_draws, quantile_interval, student_quantile
 from sim.sweeps import make_plan, sweep
 from sim.sweeps.plan import Plan
@@ -140,9 +140,15 @@ def _plan(
 ) -> Plan:
     names = ("tokens", "tokens_per_rank", "ranks_per_node", "seed", "fit_tokens", "fit_on")
     of_plan = {name: getattr(chosen, name) for name in names}
-    return make_plan(
+    plan = make_plan(
         model, workload, ep_sizes=ep_sizes, placements=placements, trials=1, bound_layers=0, received="off", **of_plan
     )
+    for name in plan.grid.placements:
+        if split_name(name)[0] == BUDGET:
+            raise InputError(
+                f"`placements` {name}: its layers differ in slots; buffers are sized for one number of them"
+            )
+    return plan
 
 
 def _dependent(workload: Workload) -> str:

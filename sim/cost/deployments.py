@@ -165,7 +165,7 @@ def _count_rates(plan: Plan, draws: range, pairs: list[int], n_tokens: int) -> l
     counts, ids = draw_trials(plan.model, plan.workload, plan.seed, draws, 2**62, steps, n_tokens)
     found: dict[int, tuple[np.ndarray, ...]] = {}
     for group in place_pairs(plan, draws, pairs):
-        assigned = group.assign_evenly(counts)
+        assigned = group.assign(counts)
         to = receivers(np.array([plan.grid.pairs[p][1] for p in group.pairs]), plan.ranks_per_node)
         received, _ = count_received(group.slots_of_all(ids), steps, group.rows, group.layouts, to)
         for i, p in enumerate(group.pairs.tolist()):

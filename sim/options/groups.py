@@ -142,7 +142,8 @@ class SweepOptions(CellOptions):
     )
     replica_choice: str = option(
         NAME,
-        "copy of a replicated expert that a token goes to: even, or vllm_hash of the token's index in the step",
+        "copy of a replicated expert that a token goes to: even; vllm_hash of the token's index in the step; or in_step, the "
+        "best split of each step's pairs that there is, as balancers within the step (LPLB) strive for",
         default="even",
     )
     received: str = option(
@@ -275,13 +276,19 @@ class TimeOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class RestOptions(Options):
-    """What a step does beside routed experts and their exchange: one of the two."""
+    """What a step does beside routed experts and their exchange: one of the first two; and what a balancer takes of it."""
 
     moe_share: float | None = option(Share(), "share of a step that experts and exchange take, as in 40%", default=None)
     step_us: float | None = option(
         Positive(scale=1e3, metavar="MS"),
         "instead of `moe_share`: the baseline's measured step time",
         flag="--step-ms",
+        default=None,
+    )
+    balancer_us: float | None = option(
+        Number(0, 1e6, metavar="US"),
+        "of placement in_step: what the balancer takes of each layer (default: 100 within a node, 200 across nodes, as LPLB's "
+        "authors say; not verified)",
         default=None,
     )
 
