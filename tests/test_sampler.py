@@ -19,7 +19,7 @@ from sim.router.tables import fill_layer, new_layer
 from sim.streams import TOKEN, stream_key
 from sim.theory import spread_over_groups
 from sim.traffic import SyntheticTraffic
-from sim.traffic.synthetic import X0
+from sim.traffic.synthetic import X0, one_kind
 
 FALSE_ALARM = 1e-4
 
@@ -36,7 +36,8 @@ def sample(mu, model, group_sigma=0.0, n_tokens=200_000, seed=0, tokens=None):
     ids = np.empty((1, tokens[-1], model.top_k), np.int16)
     logits = np.ascontiguousarray(mu, float)[None, None]
     key = stream_key(seed, "test")
-    sample_trials(0, key, logits, 2**62, tokens, model.n_group, model.topk_group, group_sigma, law, counts, ids)
+    args = (model.n_group, model.topk_group, group_sigma, law, one_kind(1))
+    sample_trials(0, key, logits, 2**62, tokens, *args, counts, ids)
     return ids[0], counts[0]
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import repeat
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tomli_w
@@ -12,6 +13,7 @@ import tomli_w
 from sim.errors import InputError
 from sim.fit.correlation import sequence_counts, within_sequences
 from sim.fit.effects import RequestEffect
+from sim.fit.kinds import fit_kinds
 from sim.fit.popularity import fit_layer
 from sim.kernels import usable_processors
 from sim.model import ModelSpec
@@ -90,17 +92,26 @@ def fit_traffic(
     effects = _request_effects(data, model.n_experts, notes)
     fit_one = partial(fit_layer, model, seed=seed, group_sigma=group_sigma)
     with ThreadPoolExecutor(threads or usable_processors()) as pool:
-        fits = pool.map(fit_one, range(len(load)), wanted, effects or repeat(None))
+        kinds = None
+        if isinstance(data, RecordedTraffic) and not model.is_grouped:
+            kinds = fit_kinds(data, model.n_experts, pool.map)
+        fits = pool.map(fit_one, range(len(load)), wanted, effects or repeat(None), kinds or repeat(None))
         found = list(track(fits, [1.0] * len(load), [f"layer {i} of {len(load)}" for i in range(1, len(load) + 1)]))
     rms = np.array([layer.rms for layer in found]).T
     if (n_bad := int((rms.max(axis=0) > _WANTED_RMS).sum())) > 0:
         notes.append(f"{n_bad} of {len(load)} layers are fitted to worse than {_WANTED_RMS:.0%} (rms {rms.max():.1%})")
+    of_kinds: dict[str, Any] = {}
+    if kinds is not None:
+        of_kinds = {
+            "kind_shares": [of_layer.shares for of_layer in kinds],
+            "kind_effects": [of_layer.effects for of_layer in kinds],
+        }
     about = f"fitted to {data.name}, digest {data.digest}"
     common = {"source": about, "fitted_to": model.name, "popularity": "fitted", "group_sigma": group_sigma}
     name = Path(data.name.removeprefix("file:")).stem
     of_decode = SyntheticTraffic(
         name, about="decode: tokens independent given the layer", **common,  # type: ignore[arg-type]
-        layers=FittedLayers.of(np.round([layer.decode.mu for layer in found], 4)),
+        layers=FittedLayers.of(np.round([layer.decode.mu for layer in found], 4), **of_kinds),
     )  # fmt: skip
     of_prefill = None
     if effects and isinstance(data, RecordedTraffic):
@@ -111,6 +122,7 @@ def fit_traffic(
             np.round([layer.mu for layer in prefill], 4),
             np.round([s * effect.sd for s, effect in zip(scale, effects, strict=True)], 4),
             np.round([s * effect.loadings for s, effect in zip(scale, effects, strict=True)], 4),
+            **of_kinds,
         )
         of_prefill = SyntheticTraffic(
             name, about="prefill: the tokens of a request share its effect", **common,  # type: ignore[arg-type]
@@ -197,6 +209,9 @@ def fit_text(fit: FittedTraffic) -> str:
     assert decode.layers is not None
     head = {"about": decode.about, "source": decode.source, "fitted_to": decode.fitted_to, "popularity": "fitted"}
     text = tomli_w.dumps(head | {"group_sigma": decode.group_sigma}) + _table("mu", decode.layers.mu)
+    if decode.layers.kind_shares is not None and decode.layers.kind_effects is not None:
+        text += "# Kinds of tokens, which make experts go together: of both phases.\n"
+        text += _table("kind_shares", decode.layers.kind_shares) + _table("kind_effects", decode.layers.kind_effects)
     if prefill is not None and prefill.layers is not None:
         of_requests = {key: getattr(prefill, key) for key in ("about", "request_sigma", "tokens_per_request")}
         text += "\n[prefill]  # --phase prefill: what differs where the tokens of a request follow each other\n"

@@ -10,6 +10,7 @@ for its group to be kept, which is monotone too: the other groups' scores do not
 over the groups that are kept together with e's.
 """
 
+import copy
 import time
 from math import factorial
 from typing import NamedTuple
@@ -59,6 +60,13 @@ class LayerFit(NamedTuple):
     seconds: float
 
 
+class Kinds(NamedTuple):
+    """Kinds of the tokens of a layer: see `FittedLayers`."""
+
+    shares: np.ndarray  # float64 [kinds]
+    effects: np.ndarray  # float64 [kinds, experts]
+
+
 class Noise:
     """The random numbers of a layer: the same in every round of its fit, and others for its check."""
 
@@ -74,6 +82,19 @@ class Noise:
             of_token = drawn.astype(np.float32).reshape(self.n, 2, model.n_group)
             self.groups = np.repeat(of_token, model.group_size, axis=2)
         self.key, self.layer = key, layer
+
+    def of_kinds(self, kinds: Kinds | None) -> "Noise":
+        """The same with kinds of tokens: each kind has its share of the first tokens of all requests, and of the second ones."""
+        if kinds is None:
+            return self
+        ends = np.cumsum(kinds.shares)
+        places = np.stack(
+            [np.arange(self.n), np.argsort(uniforms(self.key, GROUP, self.layer, (1, self.n))[0])], axis=1
+        )
+        of_token = np.minimum(np.searchsorted(ends, (places + 0.5) / self.n), len(ends) - 1)
+        other = copy.copy(self)
+        other.groups = self.groups + kinds.effects.astype(np.float32)[of_token]
+        return other
 
     def draw(self, effect: RequestEffect | None) -> DrawnEffects | None:
         """Requests with this effect; None without."""
@@ -133,16 +154,17 @@ def fit_popularity(noise: Noise, p: np.ndarray, effect: RequestEffect | None = N
 
 
 def fit_layer(
-    model: ModelSpec, layer: int, p: np.ndarray, effect: RequestEffect | None, *, seed: int, group_sigma: float
-) -> LayerFit:
+    model: ModelSpec, layer: int, p: np.ndarray, effect: RequestEffect | None, kinds: Kinds | None = None, *, seed: int,
+    group_sigma: float,
+) -> LayerFit:  # fmt: skip
     """Fit the popularity of a layer without and, if they have one, with its request effect (see `fit_popularity`), and
     check what is written of it: mu to 4 digits.
     """
     started = time.perf_counter()
-    noise = Noise(model, group_sigma, seed, layer)
+    noise = Noise(model, group_sigma, seed, layer).of_kinds(kinds)
     effects = [None] if effect is None else [None, effect]
     found = [fit_popularity(noise, p, of_phase) for of_phase in effects]
-    check = Noise(model, group_sigma, seed, layer, "check")
+    check = Noise(model, group_sigma, seed, layer, "check").of_kinds(kinds)
     rms = []
     for popularity, of_phase in zip(found, effects, strict=True):
         share = check.picks(np.round(popularity.mu, 4), check.draw(of_phase), popularity.strength)[0]

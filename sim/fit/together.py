@@ -214,7 +214,7 @@ def co_selection(record: RecordedTraffic, model: ModelSpec | None = None) -> pd.
                 tops[name, layer], bottoms[name, layer] = (x[0] for x in _sums(counts, part, expected))
     rows = []
     for name in [*range(record.n_layers), None]:
-        row = {"layer": "all" if name is None else int(record.layer_ids[name])}
+        row: dict[str, str | float] = {"layer": "all" if name is None else int(record.layer_ids[name])}
         for column, top, bottom in zip(names, tops, bottoms, strict=True):
             here = slice(None) if name is None else slice(name, name + 1)
             known = ~np.isnan(top[here, 0])

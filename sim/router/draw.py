@@ -11,7 +11,7 @@ from sim.model.spec import ROUTED_SCORINGS
 from sim.router.sampler import sample_trials
 from sim.streams import stream_key
 from sim.traffic import RecordedTraffic, SyntheticTraffic, Workload
-from sim.traffic.synthetic import X0
+from sim.traffic.synthetic import X0, one_kind
 
 _ONE_REQUEST = 2**62  # tokens per request where requests have no effect
 
@@ -31,7 +31,7 @@ def check_pair(model: ModelSpec, workload: Workload) -> None:
     Raises
     ------
     InputError
-        A record or a fitted table of another model, or a grouped router whose scoring is not known.
+        A record or a fitted table of another model, kinds of tokens or an unknown scoring with a grouped router.
     """
     if isinstance(workload, RecordedTraffic):
         workload.check_model(model.n_experts, model.top_k, model.name)
@@ -40,6 +40,10 @@ def check_pair(model: ModelSpec, workload: Workload) -> None:
         raise InputError(
             f"workload {workload.name} is fitted to {workload.layers.mu.shape[1]} experts, model {model.name} has "
             f"{model.n_experts}"
+        )
+    if workload.layers is not None and workload.layers.kind_shares is not None and model.is_grouped:
+        raise InputError(
+            f"workload {workload.name} has kinds of tokens, which routers with groups (model {model.name}) do not take"
         )
     if model.is_grouped and model.scoring not in ROUTED_SCORINGS:
         raise InputError(
@@ -135,11 +139,14 @@ def _route(
     ids: np.ndarray,
 ) -> None:
     """Route the tokens of consecutive trials from layers of popularity mu float64 [trials, n_experts]."""
-    logits = np.ascontiguousarray(workload.draw_logits(key, mu, first_trial, int(tokens[-1]), first_draw))
+    logits = workload.draw_logits(key, mu, first_trial, int(tokens[-1]), first_draw)
+    chances, effects = workload.kinds(first_draw, len(mu))
+    if effects is not None:
+        logits = (logits[:, :, None, :] + effects[:, None]).reshape(len(mu), logits.shape[1], -1)
     per_request = workload.tokens_per_request if workload.request_sigma else _ONE_REQUEST
     sample_trials(
-        first_trial, key, logits, per_request, tokens, model.n_group, model.topk_group, workload.group_sigma,
-        score_law(model), counts, ids,
+        first_trial, key, np.ascontiguousarray(logits), per_request, tokens, model.n_group, model.topk_group,
+        workload.group_sigma, score_law(model), chances, counts, ids,
     )  # fmt: skip
 
 
@@ -165,6 +172,6 @@ def route_layers(
     ids = np.empty((len(mu), n_tokens, model.top_k), np.int16)
     sample_trials(
         first, stream_key(seed, what), np.ascontiguousarray(mu)[:, None, :], _ONE_REQUEST, np.array([n_tokens]),
-        model.n_group, model.topk_group, workload.group_sigma, score_law(model), counts, ids,
+        model.n_group, model.topk_group, workload.group_sigma, score_law(model), one_kind(len(mu)), counts, ids,
     )  # fmt: skip
     return ids

@@ -19,8 +19,15 @@ POPULARITIES = ("none", "lognormal", "tilted", "fitted")
 MOST_LOGIT = 50.0
 """Largest absolute value of a table's numbers."""
 _MOST_NUMBERS = 2**22
-TABLE_NAMES = ("mu", "request_sd", "request_loadings")
+_EXPERTS = ("layers", "n_experts")
+_TABLES = {
+    "mu": _EXPERTS, "request_sd": _EXPERTS, "request_loadings": ("layers", "factors", "n_experts"),
+    "kind_shares": ("layers", "kinds"), "kind_effects": ("layers", "kinds", "n_experts"),
+}  # fmt: skip
+TABLE_NAMES = tuple(_TABLES)
 """The tables of fitted traffic: keys of its TOML file."""
+MOST_KINDS = 64
+"""Kinds of tokens of a layer."""
 
 FROM_ARRAYS = "popularity as an array goes through sim.synthetic_traffic(popularity=...)"
 _LEAST_POPULARITY = 1e-9  # over the mean of the layer: a zero is never seen, and its logarithm is finite
@@ -44,36 +51,56 @@ class FittedLayers:
         Standard deviation of what a request adds to one expert alone, in units of the traffic's request_sigma.
     request_loadings : float64 [layers, factors, n_experts]
         What a request adds to all experts together (its subject): one standard normal per factor, in the same units.
+    kind_shares, kind_effects : float64 [layers, kinds], [layers, kinds, n_experts], or None
+        Share of each kind in the tokens, and what a kind adds to the logits: experts that go together have it of one kind.
     """
 
     mu: np.ndarray
     request_sd: np.ndarray
     request_loadings: np.ndarray
+    kind_shares: np.ndarray | None = None
+    kind_effects: np.ndarray | None = None
 
     @classmethod
-    def of(cls, mu: Any, request_sd: Any = None, request_loadings: Any = None, where: str = "") -> "FittedLayers":
-        """Checked tables; without `request_sd` it is 1, without `request_loadings` there are none.
+    def of(
+        cls, mu: Any, request_sd: Any = None, request_loadings: Any = None, where: str = "", kind_shares: Any = None,
+        kind_effects: Any = None,
+    ) -> "FittedLayers":  # fmt: skip
+        """Checked tables; without `request_sd` it is 1, without `request_loadings` there are none, nor kinds of tokens
+        without theirs.
 
         Raises
         ------
         InputError
             Tables that are not numbers, differ in width, or hold NaN or more than 50 in absolute value.
         """
-        mu = _table(where, "mu", mu, 2)
-        sd = np.ones(mu.shape) if request_sd is None else _table(where, "request_sd", request_sd, 2)
+        mu = _table(where, "mu", mu)
+        sd = np.ones(mu.shape) if request_sd is None else _table(where, "request_sd", request_sd)
         shape = (len(mu), 0, mu.shape[1])
-        loadings = np.zeros(shape) if request_loadings is None else _table(where, TABLE_NAMES[2], request_loadings, 3)
+        loadings = np.zeros(shape) if request_loadings is None else _table(where, "request_loadings", request_loadings)
         if sd.shape != mu.shape or (loadings.shape[0], loadings.shape[2]) != mu.shape:
             raise InputError(f"{where}request_sd and request_loadings must have the layers and experts of mu")
         if sd.min() < 0:
             raise InputError(f"{where}request_sd must not be negative, found {sd.min():g}")
-        return cls(mu, sd, loadings)
+        if kind_shares is None and kind_effects is None:
+            return cls(mu, sd, loadings)
+        if kind_shares is None or kind_effects is None:
+            raise InputError(f"{where}kind_shares and kind_effects go together")
+        shares, effects = _table(where, "kind_shares", kind_shares), _table(where, "kind_effects", kind_effects)
+        if effects.shape != (*shares.shape, mu.shape[1]) or len(shares) != len(mu) or shares.shape[1] > MOST_KINDS:
+            raise InputError(
+                f"{where}kind_shares and kind_effects must have the layers and experts of mu, and at most {MOST_KINDS} kinds"
+            )
+        if shares.min() < 0 or np.abs(shares.sum(axis=1) - 1).max() > 0.01:
+            raise InputError(f"{where}kind_shares must not be negative, and must sum to 1 in each layer")
+        return cls(mu, sd, loadings, shares / shares.sum(axis=1, keepdims=True), effects)
 
     @cached_property
     def digest(self) -> str:
         """Digest of all tables."""
-        tables = (self.mu, self.request_sd, self.request_loadings)
-        return hashlib.sha256(b"".join(np.ascontiguousarray(table).tobytes() for table in tables)).hexdigest()[:32]
+        tables = (self.mu, self.request_sd, self.request_loadings, self.kind_shares, self.kind_effects)
+        known = [np.ascontiguousarray(table).tobytes() for table in tables if table is not None]
+        return hashlib.sha256(b"".join(known)).hexdigest()[:32]
 
     def rows(self, first_draw: int, n_draws: int) -> np.ndarray:
         """The layers of consecutive draws, int64 [n_draws]."""
@@ -89,6 +116,8 @@ class FittedLayers:
 @dataclass(frozen=True)
 class SyntheticTraffic:
     """Traffic whose logits are mu[e] + request_sigma * B[request, e] + group_sigma * A[token, group] + Gumbel noise.
+
+    Fitted layers may add C[kind, e], of the kind that a token draws for itself: what makes experts go together.
 
     Attributes
     ----------
@@ -187,6 +216,21 @@ class SyntheticTraffic:
         if self.layers is not None:
             requests = [self.layers.request_effect(normals, first_draw) for normals in requests]
         return mu[:, None, :] + self.request_sigma * np.stack(requests, axis=1)
+
+    def kinds(self, first_draw: int, n_draws: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """Kinds of the tokens of consecutive draws: their cumulated chances in units of 2**-32, uint64 [draws, kinds], and what
+        each adds to the logits, float64 [draws, kinds, n_experts]; None where there is but one kind.
+        """
+        if self.layers is None or self.layers.kind_shares is None or self.layers.kind_effects is None:
+            return one_kind(n_draws), None
+        rows = self.layers.rows(first_draw, n_draws)
+        chances = np.round(np.cumsum(self.layers.kind_shares[rows], axis=1) * 2.0**32).astype(np.uint64)
+        return chances, self.layers.kind_effects[rows]
+
+
+def one_kind(n: int) -> np.ndarray:
+    """The chances of kinds of n layers whose tokens are all of one, as `SyntheticTraffic.kinds` gives them."""
+    return np.full((n, 1), 2**32, np.uint64)
 
 
 def synthetic_traffic(
@@ -291,10 +335,9 @@ def tilt_profile(n_experts: int) -> np.ndarray:
     return f / abs(slope)
 
 
-def _table(where: str, name: str, values: Any, n_axes: int) -> np.ndarray:
-    """A table of numbers, float64, with `n_axes` axes."""
-    axes = ["layers", "factors", "n_experts"] if n_axes == 3 else ["layers", "n_experts"]
-    shape = f"[{', '.join(axes)}]"
+def _table(where: str, name: str, values: Any) -> np.ndarray:
+    """A table of numbers by its name, float64."""
+    n_axes, shape = len(_TABLES[name]), f"[{', '.join(_TABLES[name])}]"
     try:
         array = np.asarray(values)
     except ValueError:
