@@ -22,7 +22,7 @@ from numba.extending import intrinsic
 from sim.kernels import kernel
 
 # What a word is drawn for: the last counter word, so that no two purposes share a word.
-POPULARITY, REQUEST, TOKEN, PERMUTATION, REPLAY, GROUP = (np.uint64(purpose) for purpose in range(6))
+POPULARITY, REQUEST, TOKEN, PERMUTATION, REPLAY, GROUP, CONTEXT, LOCAL = (np.uint64(purpose) for purpose in range(8))
 
 _MUL_0, _MUL_1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 _WEYL_0, _WEYL_1 = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)
@@ -206,3 +206,27 @@ def exp32(x):
     p = fma(p, r, _ONE)
     power = np.int32((np.int32(k) + np.int32(127)) << _MANTISSA_BITS).view(np.float32)
     return p * power
+
+
+@kernel
+def fill_normals(words, out):
+    """Standard normals of words uint32 [>= 2 pairs, n], a pair of words for each pair: out float32 [n, <= 2 pairs]."""
+    n, n_out = out.shape
+    pair = np.empty((2, n), np.float32)
+    for j in range(0, n_out, 2):
+        for i in range(n):
+            pair[0, i], pair[1, i] = normal_pair(words[j, i], words[j + 1, i])
+        for k in range(min(2, n_out - j)):
+            out[:, j + k] = pair[k]
+
+
+def normals(
+    key: np.ndarray, purpose: np.uint64, sequence: int, shape: tuple[int, int], first_row: int = 0
+) -> np.ndarray:
+    """Standard normals, float32 `shape` [rows, numbers], from `words`; at most 6.7."""
+    n_rows, n_numbers = shape
+    drawn = np.empty((-(-n_numbers // 4) * 4, n_rows), np.uint32)
+    fill_words(key, purpose, sequence, first_row, n_rows, drawn)
+    out = np.empty(shape, np.float32)
+    fill_normals(drawn, out)
+    return out

@@ -71,6 +71,22 @@ def draw_logits(rng, mu, n_tokens, n_group, group_sigma):
     return mu + effect + rng.gumbel(size=(n_tokens, len(mu)))
 
 
+def contexts_of(words, tokens_per_request, tokens, shares, n_contexts):
+    """Context of each token, from the words of each: the first two say whether and of which kind a stretch begins, the third
+    its context.
+    """
+    found, kind, context = [], None, None
+    of_segment = np.array(shares) / np.array(tokens)
+    for i, (leave, which, where, _) in enumerate(words):
+        first = i % tokens_per_request == 0
+        if first or leave < round(2**32 / tokens[kind]):
+            law = np.cumsum(np.array(shares) / sum(shares) if first else of_segment / of_segment.sum())
+            kind = min(k for k in range(len(tokens)) if k == len(tokens) - 1 or which < round(law[k] * 2**32))
+            context = where * n_contexts >> 32
+        found.append(context)
+    return found
+
+
 def pack(loads, n_packs):
     """EPLB's balanced packing, in float32: (pack, place in it) of each item."""
     if len(loads) == n_packs:

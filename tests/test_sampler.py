@@ -28,16 +28,18 @@ def z_bound(n_scores):
     return norm.isf(FALSE_ALARM / (2 * n_scores))
 
 
-def sample(mu, model, group_sigma=0.0, n_tokens=200_000, seed=0, tokens=None):
-    """Expert ids of the sampler's tokens in one layer: int16 [n_tokens, top_k], and the counts."""
+def sample(mu, model, group_sigma=0.0, n_tokens=200_000, seed=0, tokens=None, contexts=None, per_request=2**62):
+    """Expert ids of the sampler's tokens in one layer: int16 [n_tokens, top_k], and the counts; mu [n_experts], or
+    [requests * contexts, n_experts] with the contexts of the tokens.
+    """
     law = score_law(model)
     tokens = np.array([n_tokens] if tokens is None else tokens)
-    counts = np.empty((1, len(tokens), len(mu)), np.int32)
+    logits = np.atleast_2d(np.ascontiguousarray(mu, float))[None]
+    counts = np.empty((1, len(tokens), logits.shape[2]), np.int32)
     ids = np.empty((1, tokens[-1], model.top_k), np.int16)
-    logits = np.ascontiguousarray(mu, float)[None, None]
-    key = stream_key(seed, "test")
+    key, contexts = stream_key(seed, "test"), np.empty((1, 0), np.uint8) if contexts is None else contexts[None]
     args = (model.n_group, model.topk_group, group_sigma, law, one_kind(1))
-    sample_trials(0, key, logits, 2**62, tokens, *args, counts, ids)
+    sample_trials(0, key, logits, contexts, per_request, tokens, *args, counts, ids)
     return ids[0], counts[0]
 
 
@@ -77,8 +79,8 @@ MODELS = {
 }
 
 
-def reference(mu, model, group_sigma, n_tokens, seed=0):
-    """Expert ids of the same tokens by the plain reference, from the same words."""
+def reference(mu, model, group_sigma, n_tokens, seed=0, first=0):
+    """Expert ids of the same tokens by the plain reference, from the same words: rows of words from `first` on."""
     layer, key, blocks = new_layer(len(mu), model.n_group), [int(k) for k in stream_key(seed, "test")], {}
     fill_layer(mu, layer)
 
@@ -89,7 +91,7 @@ def reference(mu, model, group_sigma, n_tokens, seed=0):
         return blocks[at][index % 4]
 
     shape = model.n_group, model.topk_group, model.top_k
-    for token in range(n_tokens):
+    for token in range(first, first + n_tokens):
         yield token_experts(
             lambda index, token=token: word(token, index),
             layer.weight, layer.alias, *shape, group_sigma, score_law(model),
@@ -232,6 +234,34 @@ def test_requests_change_where_they_should():
     np.testing.assert_array_equal(counts[:, 0], longer[:, 1])
     np.testing.assert_array_equal(counts[:, 1], longer[:, 2])
     assert (counts.sum(axis=2) == 8 * np.array([100, 200, 250])).all()
+
+
+@pytest.mark.parametrize("name", ["v3", "ungrouped", "softmax-top2"])
+def test_a_token_has_the_experts_of_its_context_bit_for_bit(name):
+    """Two requests of 150 tokens in 8 contexts: the m-th token of a context has the m-th row of that context's words."""
+    model, rng = MODELS[name], np.random.default_rng(6)
+    mu, contexts = rng.normal(0, 1, (16, model.n_experts)), rng.integers(0, 8, 300).astype(np.uint8)
+    comp, counts = sample(mu, model, 0.4, tokens=[1, 70, 200, 300], contexts=contexts, per_request=150)
+    ref = np.empty_like(comp)
+    for row in range(16):
+        mine = np.flatnonzero((np.arange(300) // 150 == row // 8) & (contexts == row % 8))
+        ref[mine] = list(reference(mu[row], model, 0.4, len(mine), first=150 * row))
+    np.testing.assert_array_equal(comp, ref)
+    for step, count in zip([1, 70, 200, 300], counts, strict=True):
+        np.testing.assert_array_equal(count, np.bincount(ref[:step].ravel(), minlength=model.n_experts))
+
+
+@pytest.mark.parametrize("name", ["v3", "v2", "ungrouped", "exact fit"])
+def test_tokens_of_each_context_have_the_law_of_route_on_its_logits(name):
+    """One request of 8 contexts that change from token to token; a family of 8 x features at the bound."""
+    model, n, rng = MODELS[name], 160_000, np.random.default_rng(21)
+    mu, contexts = rng.normal(0, 1, (8, model.n_experts)), rng.integers(0, 8, n).astype(np.uint8)
+    ids = sample(mu, model, 0.4, n, contexts=contexts)[0]
+    z = []
+    for context, row in enumerate(mu):
+        comp = features(ids[contexts == context], model.n_experts, model.n_group)
+        z.append(z_scores(comp, features(full(row, model, 0.4, 20_000, seed=context), model.n_experts, model.n_group)))
+    assert np.abs(z).max() < z_bound(np.size(z))
 
 
 BATCHES, N_BATCH = 40, 50_000

@@ -143,9 +143,10 @@ def _route(
     chances, effects = workload.kinds(first_draw, len(mu))
     if effects is not None:
         logits = (logits[:, :, None, :] + effects[:, None]).reshape(len(mu), logits.shape[1], -1)
+    contexts = workload.draw_contexts(key, first_trial, len(mu), int(tokens[-1]))
     per_request = workload.tokens_per_request if workload.request_sigma else _ONE_REQUEST
     sample_trials(
-        first_trial, key, np.ascontiguousarray(logits), per_request, tokens, model.n_group, model.topk_group,
+        first_trial, key, np.ascontiguousarray(logits), contexts, per_request, tokens, model.n_group, model.topk_group,
         workload.group_sigma, score_law(model), chances, counts, ids,
     )  # fmt: skip
 
@@ -171,7 +172,8 @@ def route_layers(
     counts = np.empty((len(mu), 1, model.n_experts), np.int32)
     ids = np.empty((len(mu), n_tokens, model.top_k), np.int16)
     sample_trials(
-        first, stream_key(seed, what), np.ascontiguousarray(mu)[:, None, :], _ONE_REQUEST, np.array([n_tokens]),
+        first, stream_key(seed, what), np.ascontiguousarray(mu)[:, None, :], np.empty((len(mu), 0), np.uint8), _ONE_REQUEST,
+        np.array([n_tokens]),
         model.n_group, model.topk_group, workload.group_sigma, score_law(model), one_kind(len(mu)), counts, ids,
     )  # fmt: skip
     return ids

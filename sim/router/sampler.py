@@ -51,9 +51,13 @@ from sim.router.arrivals import (
     sort_experts,
 )
 from sim.router.groups import keep_groups, score_groups
-from sim.router.tables import fill_layer, new_layer
+from sim.router.tables import Layer, fill_layer, new_layer, new_tables
 from sim.router.workspace import BATCH, GROUP_SIZE, new_workspace, whole
 from sim.streams import TOKEN, fill_block
+from sim.traffic.synthetic import CONTEXTS
+
+_SPAN = 4096  # tokens that are sorted by context at a time
+_ROOM = 2**24  # rows of words that each context of a request has, at most: a step has no more tokens
 
 
 @kernel
@@ -133,20 +137,129 @@ def _sample_trial(
 
 
 @kernel
+def _sort_contexts(contexts, start, stop, first, order):
+    """Tokens start .. stop - 1 by context, those of one as they lie: order int64, of context c from first[c] to
+    first[c + 1]; contexts uint8 [tokens].
+    """
+    first[:] = 0
+    for i in range(start, stop):
+        first[contexts[i] + 1] += 1
+    for c in range(first.size - 1):
+        first[c + 1] += first[c]
+    for i in range(stop - 1, start - 1, -1):
+        c = contexts[i] + 1
+        first[c] -= 1
+        order[first[c]] = i
+    for c in range(first.size - 1):  # each has come down to where the one before it ends
+        first[c] = first[c + 1]
+    first[-1] = stop - start
+
+
+@kernel
+def _sample_contexts(
+    trial,
+    key,
+    mu,
+    contexts,
+    tokens_per_request,
+    tokens,
+    topk_group,
+    group_sigma,
+    score_law,
+    chances,
+    tables,
+    work,
+    counts,
+    ids,
+):
+    """One trial of requests whose effect decays: as `_sample_trial`, mu [requests * contexts, kinds * n_experts], contexts
+    uint8 [tokens]. The tokens of a context are worked together; the m-th token that a context of a request has takes the
+    words of row (request * contexts + context) * room + m, whatever follows it.
+    """
+    rows, places, top_k, n_contexts = work.rows, work.places, ids.shape[1], tables.weight.shape[0]
+    running, room = np.zeros(counts.shape[1], np.int32), min(tokens_per_request, _ROOM)
+    n_seen, is_filled = np.zeros(n_contexts, np.int64), np.zeros(n_contexts, np.bool_)
+    first, order = np.empty(n_contexts + 1, np.int64), np.empty(_SPAN, np.int64)
+    start, snapshot = np.int64(0), 0
+    while start < tokens[-1]:
+        request = start // tokens_per_request
+        if start == request * tokens_per_request:
+            n_seen[:] = 0
+            is_filled[:] = False
+        stop = min(tokens[snapshot], (request + 1) * tokens_per_request, start + _SPAN)
+        _sort_contexts(contexts, start, stop, first, order)
+        for c in range(n_contexts):
+            layer = Layer(tables.weight[c], tables.gap[c], tables.gap_without[c], tables.alias[c], tables.scratch[c])
+            at = first[c]
+            if at < first[c + 1] and not is_filled[c]:
+                fill_layer(mu[request * n_contexts + c], layer)
+                is_filled[c] = True
+            while at < first[c + 1]:
+                n = min(BATCH, first[c + 1] - at)
+                row = (request * n_contexts + c) * room + n_seen[c]
+                n_ids = n if order[at] < ids.shape[0] else 0
+                _route_batch(n, row, trial, key, topk_group, top_k, n_ids, group_sigma, score_law, chances, layer, work)
+                _count_experts(rows, places, top_k, 0, n, running)
+                for k in range(top_k if n_ids else 0):
+                    expert = expert_row(places, k)
+                    for i in range(n):
+                        if order[at + i] < ids.shape[0]:
+                            ids[order[at + i], k] = whole(rows, expert, i)
+                n_seen[c] += n
+                at += n
+        start = stop
+        if start == tokens[snapshot]:
+            counts[snapshot] = running
+            snapshot += 1
+
+
+@kernel
 def sample_trials(
-    first_trial, key, mu, tokens_per_request, tokens, n_group, topk_group, group_sigma, score_law, chances, counts, ids
+    first_trial,
+    key,
+    mu,
+    contexts,
+    tokens_per_request,
+    tokens,
+    n_group,
+    topk_group,
+    group_sigma,
+    score_law,
+    chances,
+    counts,
+    ids,
 ):
     """Route the trials first_trial .. first_trial + len(mu) - 1.
 
-    mu float64 [trials, requests, kinds * n_experts]; tokens int64, ascending; chances uint64 [trials, kinds], cumulated, of a
-    token's kind in units of 2**-32 (grouped routers have one kind); counts int32 [trials, len(tokens), n_experts], of the
-    first tokens[j] tokens of each trial; ids int16 [trials, n, top_k], of its first n tokens, best first.
+    mu float64 [trials, requests * contexts, kinds * n_experts]; contexts uint8 [trials, tokens], of each token, or [trials, 0]
+    where a request has but one; tokens int64, ascending; chances uint64 [trials, kinds], cumulated, of a token's kind in units
+    of 2**-32 (grouped routers have one kind); counts int32 [trials, len(tokens), n_experts], of the first tokens[j] tokens of
+    each trial; ids int16 [trials, n, top_k], of its first n tokens, best first.
     """
     top_k, n_kinds = ids.shape[2], chances.shape[1]
     layer = new_layer(mu.shape[2], n_group * n_kinds)
+    tables = new_tables(CONTEXTS if contexts.shape[1] else 0, mu.shape[2], n_group * n_kinds)
     n_words = 2 * topk_group + 2 * ROUNDS if n_group > 1 else top_k + (n_kinds > 1)
     work = new_workspace(n_group, topk_group, top_k, n_words)
     for t in range(mu.shape[0]):
+        if contexts.shape[1]:
+            _sample_contexts(
+                first_trial + t,
+                key,
+                mu[t],
+                contexts[t],
+                tokens_per_request,
+                tokens,
+                topk_group,
+                group_sigma,
+                score_law,
+                chances[t],
+                tables,
+                work,
+                counts[t],
+                ids[t],
+            )
+            continue
         _sample_trial(
             first_trial + t,
             key,

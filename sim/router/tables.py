@@ -35,6 +35,18 @@ def new_layer(n_experts, n_group):
 
 
 @kernel
+def new_tables(n, n_experts, n_group):
+    """Unfilled tables of n layers, along a leading axis."""
+    return Layer(
+        np.empty((n, n_experts), np.float64),
+        np.empty((n, n_group), np.float32),
+        np.empty((n, n_experts), np.float32),
+        np.empty((n, n_experts), np.uint64),
+        np.empty((n, 2, n_experts), np.float64),
+    )
+
+
+@kernel
 def _fill_alias(lo, hi, total, weight, alias, scratch):
     """Alias table of weight[lo:hi] (Vose 1991): thresholds in units of 2**-32, aliases as expert ids."""
     share, stack = scratch[0], scratch[1]

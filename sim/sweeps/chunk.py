@@ -37,7 +37,7 @@ def stage_chunks(plan: Plan, stage: Stage) -> list[range]:
     first = stage.trials.start if stage.draws > stage.trials.start else 0
     draws = range(first, min(stage.draws, stage.trials.stop))
     tokens_of_draw = -(-len(stage.trials) // len(draws)) * int(steps[-1]) + plan.fit_tokens
-    numbers_of_draw = len(stage.cells) + plan.model.n_experts * (len(steps) + _requests(plan, int(steps[-1])))
+    numbers_of_draw = len(stage.cells) + plan.model.n_experts * (len(steps) + _logits_of_trial(plan, int(steps[-1])))
     numbers_of_draw += plan.slots_of_draw + plan.most_slots * len(steps)
     if plan.grid.received:
         numbers_of_draw += len(plan.grid.pair_of_rank) * len(steps)
@@ -51,11 +51,11 @@ def stage_chunks(plan: Plan, stage: Stage) -> list[range]:
     return [range(start, min(start + size, draws.stop)) for start in range(draws.start, draws.stop, size)]
 
 
-def _requests(plan: Plan, largest_step: int) -> int:
-    """Requests of a trial whose logits are held at a time."""
+def _logits_of_trial(plan: Plan, largest_step: int) -> int:
+    """Requests of a trial, or contexts of them, whose logits are held at a time."""
     if isinstance(plan.workload, RecordedTraffic) or not plan.workload.request_sigma:
         return 1
-    return -(-largest_step // plan.workload.tokens_per_request)
+    return -(-largest_step // plan.workload.tokens_per_request) * plan.workload.n_contexts
 
 
 class _LargestSteps:

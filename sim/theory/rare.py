@@ -74,6 +74,8 @@ def no_rare_events_because(workload: SyntheticTraffic, tokens: int) -> str | Non
         return "dummy tokens are identical, not independent"
     if workload.request_sigma and tokens > workload.tokens_per_request:
         return "the tokens of a step belong to several requests"
+    if workload.n_contexts > 1:
+        return "the tokens of a step belong to several contexts of a request"
     if workload.request_sigma and workload.popularity == "tilted":
         return "request effects under a tilted popularity are not tilted together"
     if sigma_of(workload) == 0 and workload.popularity != "tilted":

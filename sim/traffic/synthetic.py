@@ -1,6 +1,7 @@
 """Synthetic traffic: popularity of experts by layer, drawn or given as tables, request and group effects, Gumbel noise."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from numbers import Real
@@ -10,11 +11,17 @@ import numpy as np
 from scipy.special import ndtri
 
 from sim.errors import InputError, shown, whole_number
-from sim.streams import POPULARITY, REQUEST, uniforms
+from sim.kernels import kernel
+from sim.streams import CONTEXT, LOCAL, POPULARITY, REQUEST, fill_words, normals, uniforms
 
 X0 = -4.0
 """Offset of the logits before the sigmoid."""
 POPULARITIES = ("none", "lognormal", "tilted", "fitted")
+
+CONTEXTS = 8
+"""Contexts of a request, each with a local effect of its own, where there is one."""
+MOST_KINDS = 8
+"""Lengths of contexts that traffic may mix."""
 
 MOST_LOGIT = 50.0
 """Largest absolute value of a table's numbers."""
@@ -26,7 +33,7 @@ _TABLES = {
 }  # fmt: skip
 TABLE_NAMES = tuple(_TABLES)
 """The tables of fitted traffic: keys of its TOML file."""
-MOST_KINDS = 64
+MOST_TOKEN_KINDS = 64
 """Kinds of tokens of a layer."""
 
 FROM_ARRAYS = "popularity as an array goes through sim.synthetic_traffic(popularity=...)"
@@ -87,9 +94,13 @@ class FittedLayers:
         if kind_shares is None or kind_effects is None:
             raise InputError(f"{where}kind_shares and kind_effects go together")
         shares, effects = _table(where, "kind_shares", kind_shares), _table(where, "kind_effects", kind_effects)
-        if effects.shape != (*shares.shape, mu.shape[1]) or len(shares) != len(mu) or shares.shape[1] > MOST_KINDS:
+        if (
+            effects.shape != (*shares.shape, mu.shape[1])
+            or len(shares) != len(mu)
+            or shares.shape[1] > MOST_TOKEN_KINDS
+        ):
             raise InputError(
-                f"{where}kind_shares and kind_effects must have the layers and experts of mu, and at most {MOST_KINDS} kinds"
+                f"{where}kind_shares and kind_effects must have the layers and experts of mu, at most {MOST_TOKEN_KINDS} kinds"
             )
         if shares.min() < 0 or np.abs(shares.sum(axis=1) - 1).max() > 0.01:
             raise InputError(f"{where}kind_shares must not be negative, and must sum to 1 in each layer")
@@ -107,10 +118,10 @@ class FittedLayers:
         return np.arange(first_draw, first_draw + n_draws) % len(self.mu)
 
     def request_effect(self, normals: np.ndarray, first_draw: int) -> np.ndarray:
-        """What requests add to the logits, float64 [draws, n_experts], from normals [draws, n_experts + factors]."""
-        rows, n_experts = self.rows(first_draw, len(normals)), self.mu.shape[1]
-        shared = np.einsum("df,dfe->de", normals[:, n_experts:], self.request_loadings[rows])
-        return self.request_sd[rows] * normals[:, :n_experts] + shared
+        """What requests add to the logits, float64 [..., draws, n_experts], from normals [..., draws, n_experts + factors]."""
+        rows, n_experts = self.rows(first_draw, normals.shape[-2]), self.mu.shape[1]
+        shared = np.einsum("...df,dfe->...de", normals[..., n_experts:], self.request_loadings[rows])
+        return self.request_sd[rows] * normals[..., :n_experts] + shared
 
 
 @dataclass(frozen=True)
@@ -118,6 +129,12 @@ class SyntheticTraffic:
     """Traffic whose logits are mu[e] + request_sigma * B[request, e] + group_sigma * A[token, group] + Gumbel noise.
 
     Fitted layers may add C[kind, e], of the kind that a token draws for itself: what makes experts go together.
+
+    B may decay along the sequence: B = sqrt(1 - local_share) * topic + sqrt(local_share) * local, both standard normal. The
+    topic holds for the request. The local effect is that of the token's context, one of CONTEXTS that a request draws for
+    itself. A token is the first of a stretch with probability 1 / (mean length), of whichever kind the stretch before is,
+    and then takes a context at random, so two tokens of a request that are `lag` apart have the same context with
+    probability `same_context(lag)`, wherever they lie: a mixture of geometric decays.
 
     Attributes
     ----------
@@ -130,6 +147,12 @@ class SyntheticTraffic:
         Standard deviations of mu, of the group effect of a token and of the expert effect of a request.
     tokens_per_request : int
         Consecutive tokens that share a request; without a request effect every token is a request of its own (decode).
+    local_share : float or tuple of float [layers]
+        Share of the request effect's variance that is local, 0 (none) to 1; of fitted layers one number, or one for each.
+    context_tokens : tuple of float
+        Mean length of the stretches of a context, one number for each kind of stretch, at least 1.
+    context_shares : tuple of float
+        Share of the tokens that lie in stretches of each kind; sums to 1.
     dummy_tokens : int
         Padding tokens per step, as run by idle data-parallel ranks: all take the experts of one token, which is drawn once
         for each layer draw.
@@ -146,6 +169,9 @@ class SyntheticTraffic:
     group_sigma: float = 0.0
     request_sigma: float = 0.0
     tokens_per_request: int = 1024
+    local_share: float | tuple[float, ...] = 0.0
+    context_tokens: tuple[float, ...] = (2.5, 40.0)
+    context_shares: tuple[float, ...] = (0.5, 0.5)
     dummy_tokens: int = 0
     layers: FittedLayers | None = field(default=None, repr=False)
 
@@ -168,7 +194,38 @@ class SyntheticTraffic:
             if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) <= 5:
                 raise InputError(f"{where}{name} must be a number from 0 to 5, not {shown(value)}")
         whole_number(f"{where}tokens_per_request", self.tokens_per_request, 1, 2**31)
+        self._check_local(where)
         whole_number(f"{where}dummy_tokens", self.dummy_tokens, 0, 2**24)
+
+    def _check_local(self, where: str) -> None:
+        """Check what says how a request effect decays, and make tuples of lists."""
+        shares: Sequence[Any] = self.local_share if isinstance(self.local_share, list | tuple) else [self.local_share]
+        for value in shares:
+            if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) <= 1:
+                raise InputError(f"{where}local_share must be a number from 0 to 1, not {shown(value)}")
+        if isinstance(self.local_share, list | tuple):
+            if self.layers is None or len(shares) != len(self.layers.mu):
+                raise InputError(f"{where}local_share must be one number, or one for each layer of mu")
+            object.__setattr__(self, "local_share", tuple(map(float, shares)))
+        for name, least, most in (("context_tokens", 1, 2**20), ("context_shares", 0, 1)):
+            values: Any = getattr(self, name)
+            if not isinstance(values, list | tuple) or not 1 <= len(values) <= MOST_KINDS:
+                raise InputError(f"{where}{name} must be a list of 1 to {MOST_KINDS} numbers, not {shown(values)}")
+            for value in values:
+                if isinstance(value, bool) or not isinstance(value, Real) or not least <= float(value) <= most:
+                    raise InputError(f"{where}{name} must be numbers from {least} to {most}, not {shown(value)}")
+            object.__setattr__(self, name, tuple(map(float, values)))
+        if len(self.context_tokens) != len(self.context_shares) or abs(sum(self.context_shares) - 1) > 1e-3:
+            raise InputError(f"{where}context_shares must sum to 1, a share for each of context_tokens")
+
+    @property
+    def n_contexts(self) -> int:
+        """Contexts of a request that differ in their effect: 1 where its effect does not decay."""
+        return CONTEXTS if self.request_sigma > 0 and np.any(self.local_share) else 1
+
+    def same_context(self, lag: Any) -> np.ndarray:
+        """Probability that two tokens of a request, `lag` tokens apart, have the same context; float64, of lag's shape."""
+        return same_context(lag, self.context_tokens, self.context_shares)
 
     @property
     def n_layers(self) -> int | None:
@@ -176,15 +233,18 @@ class SyntheticTraffic:
         return None if self.layers is None else len(self.layers.mu)
 
     @property
-    def law(self) -> dict[str, str | float | int]:
+    def law(self) -> dict[str, Any]:
         """Everything that changes the distribution, and nothing else."""
-        law: dict[str, str | float | int] = {"popularity": self.popularity, "group_sigma": self.group_sigma, "x0": X0}
+        law: dict[str, Any] = {"popularity": self.popularity, "group_sigma": self.group_sigma, "x0": X0}
         if self.popularity == "lognormal":
             law["sigma"] = self.sigma
         if self.layers is not None:
             law["layers"] = self.layers.digest
         if self.request_sigma > 0:
             law |= {"request_sigma": self.request_sigma, "tokens_per_request": self.tokens_per_request}
+        if self.n_contexts > 1:
+            law |= {"local_share": self.local_share, "contexts": CONTEXTS}
+            law |= {"context_tokens": self.context_tokens, "context_shares": self.context_shares}
         if self.dummy_tokens:
             law["dummy_tokens"] = self.dummy_tokens
         return law
@@ -202,20 +262,54 @@ class SyntheticTraffic:
     def draw_logits(
         self, key: np.ndarray, mu: np.ndarray, first_trial: int, n_tokens: int, first_draw: int
     ) -> np.ndarray:
-        """Mean logits of the requests of consecutive trials (and draws), float64 [trials, requests, n_experts]; mu
-        [trials, n_experts].
+        """Mean logits of the requests of consecutive trials (and draws), float64 [trials, requests * contexts, n_experts],
+        those of the contexts of a request one after another; mu [trials, n_experts].
         """
         if self.request_sigma == 0:
             return mu[:, None, :]
         n_factors = 0 if self.layers is None else self.layers.request_loadings.shape[1]
         shape = (len(mu), mu.shape[1] + n_factors)
-        requests = [
+        topics = [
             ndtri(uniforms(key, REQUEST, request, shape, first_trial))
             for request in range(-(-n_tokens // self.tokens_per_request))
         ]
+        if self.n_contexts > 1:
+            return self._draw_local(key, mu, first_trial, first_draw, topics)
         if self.layers is not None:
-            requests = [self.layers.request_effect(normals, first_draw) for normals in requests]
-        return mu[:, None, :] + self.request_sigma * np.stack(requests, axis=1)
+            topics = [self.layers.request_effect(topic, first_draw) for topic in topics]
+        return mu[:, None, :] + self.request_sigma * np.stack(topics, axis=1)
+
+    def _draw_local(
+        self, key: np.ndarray, mu: np.ndarray, first_trial: int, first_draw: int, topics: list[np.ndarray]
+    ) -> np.ndarray:
+        """`draw_logits` where each context of a request has a local effect beside the topic, float64 [trials, normals]."""
+        share = np.resize(self.local_share, self.n_layers or 1)  # of each layer
+        share = share[np.arange(first_draw, first_draw + len(mu)) % len(share), None]
+        of_topic, of_local = np.sqrt(1 - share), np.sqrt(share).astype(np.float32)
+        logits = np.empty((len(mu), len(topics), CONTEXTS, mu.shape[1]))
+        for request, topic in enumerate(topics):
+            effects: np.ndarray = np.empty((CONTEXTS, *topic.shape), np.float32)
+            for context, effect in enumerate(effects):
+                effect[:] = normals(key, LOCAL, request * CONTEXTS + context, topic.shape, first_trial)
+            effects *= of_local
+            effects += (of_topic * topic).astype(np.float32)
+            if self.layers is not None:
+                effects = self.layers.request_effect(effects, first_draw)
+            np.multiply(effects.transpose(1, 0, 2), self.request_sigma, out=logits[:, request])
+        logits += mu[:, None, None, :]
+        return logits.reshape(len(mu), -1, mu.shape[1])
+
+    def draw_contexts(self, key: np.ndarray, first_trial: int, n_trials: int, n_tokens: int) -> np.ndarray:
+        """Context of each token of consecutive trials, uint8 [trials, n_tokens]; [trials, 0] where there is but one."""
+        if self.n_contexts == 1:
+            return np.empty((n_trials, 0), np.uint8)
+        contexts = np.empty((n_trials, n_tokens), np.uint8)
+        leave, shares = 1 / np.array(self.context_tokens), np.array(self.context_shares)
+        chances = np.array([shares, shares * leave])  # of kinds, at a token and at the begin of a stretch
+        chances = np.cumsum(chances / chances.sum(axis=1, keepdims=True), axis=1)
+        chances[:, -1] = 1.0
+        fill_contexts(key, first_trial, self.tokens_per_request, _in_words(leave), _in_words(chances), contexts)
+        return contexts
 
     def kinds(self, first_draw: int, n_draws: int) -> tuple[np.ndarray, np.ndarray | None]:
         """Kinds of the tokens of consecutive draws: their cumulated chances in units of 2**-32, uint64 [draws, kinds], and what
@@ -224,8 +318,44 @@ class SyntheticTraffic:
         if self.layers is None or self.layers.kind_shares is None or self.layers.kind_effects is None:
             return one_kind(n_draws), None
         rows = self.layers.rows(first_draw, n_draws)
-        chances = np.round(np.cumsum(self.layers.kind_shares[rows], axis=1) * 2.0**32).astype(np.uint64)
+        chances = _in_words(np.cumsum(self.layers.kind_shares[rows], axis=1))
         return chances, self.layers.kind_effects[rows]
+
+
+def same_context(lag: Any, context_tokens: Sequence[float], context_shares: Sequence[float]) -> np.ndarray:
+    """`SyntheticTraffic.same_context` of stretches of given mean lengths, in tokens, and their shares of the tokens."""
+    lag = np.asarray(lag, float)[..., None]
+    same_stretch = ((1 - 1 / np.array(context_tokens)) ** lag) @ np.array(context_shares)
+    return same_stretch + (1 - same_stretch) / CONTEXTS
+
+
+def _in_words(probabilities: np.ndarray) -> np.ndarray:
+    """Probabilities in units of 2**-32, uint64: a word is below one with that probability."""
+    return np.round(probabilities * 2.0**32).astype(np.uint64)
+
+
+@kernel
+def fill_contexts(key, first_trial, tokens_per_request, leave, chances, contexts):
+    """Contexts of the tokens of consecutive trials: contexts uint8 [trials, tokens].
+
+    leave uint64 [kinds] is the chance that a token begins a new stretch, by the kind of the one before; chances uint64
+    [2, kinds] are cumulated over kinds, of the stretch that a request begins in and of a later one; in units of 2**-32.
+    """
+    words = np.empty((4, 512), np.uint32)
+    for trial in range(contexts.shape[0]):
+        kind, context, place = 0, np.uint64(0), np.int64(0)
+        for start in range(0, contexts.shape[1], 512):
+            n = min(512, contexts.shape[1] - start)
+            fill_words(key, CONTEXT, first_trial + trial, start, n, words)
+            for i in range(n):
+                if place == 0 or np.uint64(words[0, i]) < leave[kind]:
+                    law = chances[0 if place == 0 else 1]
+                    kind = 0
+                    while np.uint64(words[1, i]) >= law[kind]:
+                        kind += 1
+                    context = (np.uint64(words[2, i]) * np.uint64(CONTEXTS)) >> np.uint64(32)
+                contexts[trial, start + i] = context
+                place = place + 1 if place + 1 < tokens_per_request else 0
 
 
 def one_kind(n: int) -> np.ndarray:
@@ -239,6 +369,9 @@ def synthetic_traffic(
     group_sigma: float = 0.0,
     request_sigma: float = 0.0,
     tokens_per_request: int = 1024,
+    local_share: float | Sequence[float] = 0.0,
+    context_tokens: Sequence[float] = (2.5, 40.0),
+    context_shares: Sequence[float] = (0.5, 0.5),
     dummy_tokens: int = 0,
     name: str = "synthetic",
 ) -> SyntheticTraffic:
@@ -257,6 +390,12 @@ def synthetic_traffic(
         Standard deviation of what a request adds to each expert, 0 to 5.
     tokens_per_request : int
         Consecutive tokens that share a request.
+    local_share : float or sequence of float [layers]
+        Share of the variance of the request effect that holds for a context only, 0 to 1; the rest holds for the request.
+    context_tokens : sequence of float
+        Mean lengths of a context's stretches, in tokens: one number for each kind of stretch.
+    context_shares : sequence of float
+        Shares of the tokens that lie in stretches of each kind.
     dummy_tokens : int
         Padding tokens per step, as run by idle data-parallel ranks.
     name : str
@@ -281,7 +420,8 @@ def synthetic_traffic(
     2.079
     """
     effects: dict[str, Any] = {"group_sigma": group_sigma, "request_sigma": request_sigma}
-    effects |= {"tokens_per_request": tokens_per_request, "dummy_tokens": dummy_tokens}
+    effects |= {"tokens_per_request": tokens_per_request, "dummy_tokens": dummy_tokens, "local_share": local_share}
+    effects |= {"context_tokens": context_tokens, "context_shares": context_shares}
     if popularity is None:
         return SyntheticTraffic(name, **effects)
     if isinstance(popularity, str):
