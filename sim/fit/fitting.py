@@ -104,7 +104,7 @@ def fit_traffic(
     if kinds is not None:
         of_kinds = {
             "kind_shares": [of_layer.shares for of_layer in kinds],
-            "kind_effects": [of_layer.effects for of_layer in kinds],
+            "kind_effects": [layer.kind_effects for layer in found],
         }
     about = f"fitted to {data.name}, digest {data.digest}"
     common = {"source": about, "fitted_to": model.name, "popularity": "fitted", "group_sigma": group_sigma}

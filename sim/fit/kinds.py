@@ -6,11 +6,10 @@ are kept if they make the experts of other sequences likelier than loads alone d
 """
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from sim.fit.popularity import Kinds
 from sim.fit.together import fit_odds, others
 from sim.streams import TOKEN, stream_key, uniforms
 from sim.traffic import RecordedTraffic
@@ -23,6 +22,13 @@ _MOST_TOKENS = 20_000  # of a layer
 _PRIOR = 20.0  # tokens with the layer's own popularity that are added to each kind
 _ROUNDS, _INNER = 60, 4
 _CLOSE = 1e-5  # of the mean log likelihood of a token
+
+
+class Kinds(NamedTuple):
+    """Kinds of the tokens of a layer."""
+
+    shares: np.ndarray  # float64 [kinds], of the tokens
+    picked: np.ndarray  # float64 [kinds, experts], probability that a token of a kind picks an expert; sums to top_k
 
 
 def fit_kinds(
@@ -40,7 +46,7 @@ def fit_kinds(
     Returns
     -------
     list of Kinds, or None
-        Of each layer; effects have mean 0 over tokens. None where there is nothing to fit: fewer than 32 tokens per expert in
+        Of each layer. None where there is nothing to fit: fewer than 32 tokens per expert in
         a half, one expert per token; or where kinds do not predict the odd-numbered sequences.
     """
     if record.topk_ids.shape[2] < 2:
@@ -107,4 +113,5 @@ def _fit_layer(taken: np.ndarray, held: np.ndarray, top_k: int, layer: int) -> t
         odds = fit_odds(_inside((of_kind.T @ taken + _PRIOR * p) / n[:, None], top_k), sizes, odds, _INNER)
     alone = fit_odds(_inside(p[None], top_k), _sizes(1, top_k))
     gain = _likelihood(held, shares, odds, top_k)[0] - _likelihood(held, np.ones(1), alone, top_k)[0]
-    return Kinds(np.round(shares, 4), np.round(np.log(odds) - shares @ np.log(odds), 3)), gain
+    picked = _inside((of_kind.T @ taken + _PRIOR * p) / (of_kind.sum(axis=0, dtype=float) + _PRIOR)[:, None], top_k)
+    return Kinds(np.round(shares, 4), picked), gain
