@@ -1,16 +1,20 @@
 """Experts that go together: measured against enumeration and planted pairs, sampled as kinds of tokens, fitted, predicted."""
 
+import io
 import itertools
+import json
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 from conftest import record_of
 from scipy.stats import norm
-from test_traffic import a_record, gpt_oss  # noqa: F401
+from test_traffic import a_record
 
-from sim import InputError, ModelSpec, load_model, load_workload
-from sim.fit import co_selection, fit_text, fit_traffic, hold_out
+from sim import InputError, ModelSpec, load_workload
+from sim.cli import main
+from sim.fit import co_selection, fit_text, fit_traffic
 from sim.fit.kinds import fit_kinds
 from sim.fit.together import expected_pairs, fit_odds
 from sim.router import check_pair, draw_trials
@@ -50,7 +54,9 @@ def ref_pairs(odds, k):
 
 
 def ref_shares(odds, k):
-    return np.array([sum(p for chosen, p in zip(*ref_sets(odds, k), strict=True) if e in chosen) for e in range(len(odds))])
+    return np.array(
+        [sum(p for chosen, p in zip(*ref_sets(odds, k), strict=True) if e in chosen) for e in range(len(odds))]
+    )
 
 
 def test_expected_pairs_are_those_of_all_sets_with_the_same_loads():
@@ -135,7 +141,10 @@ def test_kinds_are_sampled_exactly(local_share):
     kind = rng.choice(3, n, p=[0.5, 0.3, 0.2])
     logits = (workload.layers.mu + workload.layers.kind_effects[0])[kind] + rng.gumbel(size=(n, 16))
     ref = logits.argsort(axis=1)[:, -4:]
-    comp, other = ((lambda x: x.T @ x)(np.stack([(i == e).any(axis=1) for e in range(16)], axis=1).astype(float)) for i in (ids[0], ref))
+    comp, other = (
+        (lambda x: x.T @ x)(np.stack([(i == e).any(axis=1) for e in range(16)], axis=1).astype(float))
+        for i in (ids[0], ref)
+    )
     above = np.triu_indices(16, 1)
     z = (comp - other)[above] / np.sqrt((comp + other)[above] * (1 - comp[above] / n) + 1)
     assert np.abs(z).max() < norm.isf(1e-4 / (2 * len(z)))
@@ -177,14 +186,18 @@ def test_bad_tables_of_kinds_are_refused(shares, effects, message):
         FittedLayers.of(np.zeros((1, 16)), kind_shares=shares, kind_effects=effects)
 
 
-@pytest.mark.slow
-def test_kinds_predict_ranks_per_token_and_received_tokens_of_the_other_half(gpt_oss):  # noqa: F811
-    """Ranks per token within 1.5 %, tokens that the busiest rank receives within 5 %, at EP 4, 8 and 16; without kinds the
-    error of the first is 3 times as large and more at EP 4.
-    """
-    model = load_model("gpt-oss-20b")
-    _, rows = hold_out(model, gpt_oss)
-    for row in rows:
-        error = abs(row.simulated / row.real - 1)
-        if row.figure != "imbalance" and row.phase == "decode":
-            assert error < (0.015 if row.figure == "ranks_per_token" else 0.05), row
+def test_show_prints_and_exports_what_goes_together(tmp_path, capsys):
+    record = tokens_of(PLAIN, with_kinds(np.random.default_rng(5)), 4000)
+    path = tmp_path / "x.npz"
+    np.savez(path, topk_ids=record.topk_ids.transpose(1, 0, 2), sequence_lengths=np.diff(record.starts))
+    found = co_selection(record)
+    assert main(["traffic", "show", str(path)]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert f"two experts of a token, over popularity and groups: {found.pair_lift[2]:.2f} (± " in out
+    assert f"shuffled: {found.next_lift_shuffled[2]:.2f}" in out
+    assert main(["traffic", "show", str(path), "--csv"]) == 0
+    table = pd.read_csv(io.StringIO(capsys.readouterr().out))
+    np.testing.assert_allclose(table.pair_lift_low, found.pair_lift_low[:2])
+    assert table.cv.notna().all()
+    assert main(["traffic", "show", str(path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["next_lift"] is None

@@ -122,7 +122,6 @@ def fit_traffic(
             np.round([layer.mu for layer in prefill], 4),
             np.round([s * effect.sd for s, effect in zip(scale, effects, strict=True)], 4),
             np.round([s * effect.loadings for s, effect in zip(scale, effects, strict=True)], 4),
-            **of_kinds,
         )
         of_prefill = SyntheticTraffic(
             name, about="prefill: the tokens of a request share its effect", **common,  # type: ignore[arg-type]
@@ -210,7 +209,7 @@ def fit_text(fit: FittedTraffic) -> str:
     head = {"about": decode.about, "source": decode.source, "fitted_to": decode.fitted_to, "popularity": "fitted"}
     text = tomli_w.dumps(head | {"group_sigma": decode.group_sigma}) + _table("mu", decode.layers.mu)
     if decode.layers.kind_shares is not None and decode.layers.kind_effects is not None:
-        text += "# Kinds of tokens, which make experts go together: of both phases.\n"
+        text += "# Kinds of tokens, which make experts go together.\n"
         text += _table("kind_shares", decode.layers.kind_shares) + _table("kind_effects", decode.layers.kind_effects)
     if prefill is not None and prefill.layers is not None:
         of_requests = {key: getattr(prefill, key) for key in ("about", "request_sigma", "tokens_per_request")}

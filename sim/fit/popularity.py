@@ -58,7 +58,7 @@ class LayerFit(NamedTuple):
 
     decode: Popularity
     prefill: Popularity | None  # with the request effect
-    kind_effects: np.ndarray | None  # float64 [kinds, experts], to 3 digits
+    kind_effects: np.ndarray | None  # float64 [kinds, experts], to 3 digits: of decode
     rms: list[float]  # of fitted / measured share - 1, of decode, and of prefill if there is one
     seconds: float
 
@@ -162,21 +162,23 @@ def fit_layer(
     model: ModelSpec, layer: int, p: np.ndarray, effect: RequestEffect | None, kinds: Kinds | None = None, *, seed: int,
     group_sigma: float,
 ) -> LayerFit:  # fmt: skip
-    """Fit the popularity of a layer without and, if they have one, with its request effect (see `fit_popularity`), and
-    check what is written of it: mu to 4 digits.
+    """Fit the popularity of a layer with its kinds of tokens, if any, and, if it has one, with its request effect alone (see
+    `fit_popularity`), and check what is written of it: mu to 4 digits.
     """
     started = time.perf_counter()
     noise, check = (Noise(model, group_sigma, seed, layer, what) for what in ("fit", "check"))
+    phases: list[tuple[Noise, Noise, RequestEffect | None]] = [(noise, check, None)]
+    phases += [] if effect is None else [(noise, check, effect)]
     kind_effects = None
     if kinds is not None:
         kind_effects = np.round(fit_kind_effects(noise, kinds), 3)
-        noise, check = (one.of_kinds(kinds.shares, kind_effects) for one in (noise, check))
-    effects = [None] if effect is None else [None, effect]
-    found = [fit_popularity(noise, p, of_phase) for of_phase in effects]
-    rms = []
-    for popularity, of_phase in zip(found, effects, strict=True):
-        share = check.picks(np.round(popularity.mu, 4), check.draw(of_phase), popularity.strength)[0]
+        phases[0] = (noise.of_kinds(kinds.shares, kind_effects), check.of_kinds(kinds.shares, kind_effects), None)
+    found, rms = [], []
+    for fitted, checked, of_phase in phases:
+        popularity = fit_popularity(fitted, p, of_phase)
+        share = checked.picks(np.round(popularity.mu, 4), checked.draw(of_phase), popularity.strength)[0]
         rms.append(float(np.sqrt(np.mean((share / p - 1) ** 2))))
+        found.append(popularity)
     prefill = found[1] if len(found) > 1 else None
     return LayerFit(found[0], prefill, kind_effects, rms, time.perf_counter() - started)
 

@@ -126,7 +126,7 @@ def _changed(
 
 def _of_phase(name: str, fields: dict[str, Any], phase: str | None) -> dict[str, Any]:
     """Fields of a phase. A fitted file is of decode, where every token is a request of its own, and its table `prefill`
-    says what is other where the tokens of a request follow each other.
+    says what is other where the tokens of a request follow each other; with a mu of its own all tables are.
     """
     if phase not in (None, *PHASES):
         raise InputError(f"`phase` must be one of {', '.join(PHASES)}, not '{phase}'")
@@ -137,4 +137,7 @@ def _of_phase(name: str, fields: dict[str, Any], phase: str | None) -> dict[str,
         raise InputError(
             f"`phase` goes with a recorded workload (file:TRACE) or one fitted to sequences, not with '{name}'"
         )
-    return fields | (prefill or {}) if phase == "prefill" else fields
+    if phase != "prefill" or prefill is None:
+        return fields
+    kept = {key: value for key, value in fields.items() if "mu" not in prefill or key not in TABLE_NAMES}
+    return kept | prefill

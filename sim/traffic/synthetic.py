@@ -104,7 +104,7 @@ class FittedLayers:
             )
         if shares.min() < 0 or np.abs(shares.sum(axis=1) - 1).max() > 0.01:
             raise InputError(f"{where}kind_shares must not be negative, and must sum to 1 in each layer")
-        return cls(mu, sd, loadings, shares / shares.sum(axis=1, keepdims=True), effects)
+        return cls(mu, sd, loadings, shares, effects)
 
     @cached_property
     def digest(self) -> str:
@@ -318,8 +318,8 @@ class SyntheticTraffic:
         if self.layers is None or self.layers.kind_shares is None or self.layers.kind_effects is None:
             return one_kind(n_draws), None
         rows = self.layers.rows(first_draw, n_draws)
-        chances = _in_words(np.cumsum(self.layers.kind_shares[rows], axis=1))
-        return chances, self.layers.kind_effects[rows]
+        ends = np.cumsum(self.layers.kind_shares[rows], axis=1)
+        return _in_words(ends / ends[:, -1:]), self.layers.kind_effects[rows]
 
 
 def same_context(lag: Any, context_tokens: Sequence[float], context_shares: Sequence[float]) -> np.ndarray:
