@@ -410,14 +410,15 @@ def test_gpt_oss_has_its_published_statistics(gpt_oss):
 
 @pytest.mark.slow
 def test_gpt_oss_is_predicted_from_its_other_half(gpt_oss):
-    """At EP 4, 8, 16, blocks of 16, 64, 256 tokens, decode and prefill: mean max / mean and the tokens that the busiest rank
-    receives within 5 %, ranks per token within 2.5 % (1.5 % of decode; without kinds of tokens 5.8 % at EP 4). Marginals to 1 %.
+    """At EP 4, 8, 16, blocks of 16, 64, 256 tokens, decode and prefill: mean max / mean, and the tokens that the busiest rank
+    receives, within 5 %; ranks per token within 2 % of decode, where kinds of tokens are fitted (5.8 % at EP 4 without), and
+    5.5 % of prefill, where they are not. Marginals to 1 %.
     """
     fit, rows = hold_out(load_model("gpt-oss-20b"), gpt_oss)
     assert len(rows) == 3 * 18
     assert fit.rms.max() < 0.01
     for row in rows:
-        bound = {"imbalance": 0.05, "received": 0.05, "ranks_per_token": 0.015 if row.phase == "decode" else 0.025}
+        bound = {"imbalance": 0.05, "received": 0.05, "ranks_per_token": 0.02 if row.phase == "decode" else 0.055}
         assert abs(row.simulated / row.real - 1) < bound[row.figure], row
 
 

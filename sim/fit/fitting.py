@@ -68,7 +68,8 @@ def fit_traffic(
 
     Popularity is such that the router picks each expert as often as measured (see `fit_layer`). Of the request effect the
     covariance between experts comes from the loads of the sequences; its strength is such that the variance over
-    multinomial within sequences, at 64 tokens, is the measured one.
+    multinomial within sequences, at 64 tokens, is the measured one. Tokens of decode are of several kinds where these predict
+    which experts other sequences take together (see `fit_kinds`); routers with groups have none.
 
     Parameters
     ----------
