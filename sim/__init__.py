@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         load_gpu,
         predict_gain,
         predict_steps,
+        rank_traffic,
     )
     from sim.errors import InputError
     from sim.model import ModelSpec, load_model, model_names
@@ -75,6 +76,7 @@ _ROOM_OF = {
     "predict_gain": "cost",
     "predict_steps": "cost",
     "capacity": "cost",
+    "rank_traffic": "cost",
     "claims": "verdicts",
     "advise": "advice",
 }

@@ -193,10 +193,14 @@ def quantile_interval(histogram: Histogram, q: float, blocks: float) -> tuple[fl
     Returns (value, low, high); a bound is nan where so few blocks cannot give one: an upper bound of the 99th
     percentile needs 368 of them.
     """
-    first, last = np.ceil(bdtrik(np.array([_TAIL, 1 - _TAIL]), blocks, q) - 1e-9)  # the binomial's quantiles
-    low = float(histogram.quantile(first / blocks)) if first >= 1 else np.nan
-    high = float(histogram.quantile((last + 1) / blocks)) if last + 1 <= blocks else np.nan
+    low, high = (float(histogram.quantile(share)) if share == share else np.nan for share in quantile_shares(q, blocks))
     return float(histogram.quantile(q)), low, high
+
+
+def quantile_shares(q: float, blocks: float) -> tuple[float, float]:
+    """Shares of the values at whose quantiles `quantile_interval` has its bounds; nan where so few blocks cannot give one."""
+    first, last = np.ceil(bdtrik(np.array([_TAIL, 1 - _TAIL]), blocks, q) - 1e-9)  # the binomial's quantiles
+    return first / blocks if first >= 1 else np.nan, (last + 1) / blocks if last + 1 <= blocks else np.nan
 
 
 def best_rows(tail: pd.DataFrame) -> pd.DataFrame:

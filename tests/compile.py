@@ -11,7 +11,8 @@ from sim.cli import main
 
 SMALL = "--ep 4 --tokens 8"
 COMMANDS = [
-    f"sweep --workload chat {SMALL} --trials 20 --placement linear,eplb,eplb+4,eplb_refined --fit-tokens 64 --out {{}}/a",
+    f"sweep --workload chat {SMALL} --trials 20 --placement linear,eplb,eplb+4,eplb_refined --fit-tokens 64 --rank-traffic"
+    " --out {}/a",
     f"sweep --workload uniform {SMALL} --trials 20 --out {{}}/b",
     f"sweep --model deepseek-v2 --workload prefill {SMALL} --trials 20 --replica-choice even --out {{}}/c",
     f"sweep --model gpt-oss-20b --workload chat {SMALL} --trials 20 --out {{}}/d",

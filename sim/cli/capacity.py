@@ -8,7 +8,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
-from sim.cli.text import note, note_compiling, print_table, say_about_inputs
+from sim.cli.text import note, note_compiling, print_table, say_about_inputs, traffic_fields
 from sim.errors import InputError
 from sim.options import CapacityOptions, Folder, Number, Seconds, TrafficOptions, add_options, given
 
@@ -46,7 +46,7 @@ def run(arguments: Namespace) -> None:
         if not options["horizon_steps"]:
             raise InputError("--horizon: it has no step; take a longer one, or more --steps-per-second")
     model = load_model(arguments.model)
-    workload = load_workload(arguments.workload, phase=arguments.phase, dummy_tokens=arguments.dummy_tokens)
+    workload = load_workload(arguments.workload, **traffic_fields(arguments))
     note_compiling()
     say_about_inputs(model, workload)
     found = size_buffers(model, workload, curves=arguments.out is not None, **options)

@@ -49,7 +49,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         metavar="LIST",
         help="placements (default: linear,round_robin)",
     )
-    add("--dtype", type=NAMES, metavar="LIST", help="types of the weights (default: bf16,fp8)")
+    add("--dtype", type=NAMES, metavar="LIST", help="types of the weights (default: bf16,fp8; a --layer: one, bf16)")
     add(
         "--layer", action="store_true", help="measure whole layers, one rank on each GPU (--ep: how many; default: all)"
     )

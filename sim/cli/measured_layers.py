@@ -25,8 +25,9 @@ def measure_all(arguments: Namespace) -> None:
 
     if arguments.out is None or not arguments.out.endswith(".csv"):
         raise InputError("--out FILE.csv must say where the rows go")
-    if arguments.dtype not in (None, ["bf16"]):
-        raise InputError(f"--dtype {','.join(arguments.dtype)}: a layer is measured in bf16")
+    dtypes = arguments.dtype or ["bf16"]
+    if len(dtypes) > 1:
+        raise InputError(f"--dtype {','.join(dtypes)}: a layer is measured in one type")
     limit_s = float("inf") if arguments.time_limit is None else arguments.time_limit
     sizes = arguments.ep or [None]
     if len(sizes) > 1:
@@ -42,6 +43,7 @@ def measure_all(arguments: Namespace) -> None:
         exchanges=arguments.exchange or list(EXCHANGES),
         steps=arguments.steps,
         seed=arguments.seed,
+        dtype=dtypes[0],
     )
     if arguments.device == "cpu":
         note("times on a CPU test the path, and say nothing about a GPU")
@@ -79,7 +81,8 @@ def show(arguments: Namespace) -> None:
     if arguments.table is None:
         first = layers.iloc[0]
         print(
-            f"{first.model}, EP {first.ep_size} on {first.gpu}: {len(layers)} layers in {layers.step.nunique()} steps"
+            f"{first.model} in {first['dtype']}, EP {first.ep_size} on {first.gpu}: {len(layers)} layers in "
+            f"{layers.step.nunique()} steps"
         )
     for name, title in _TABLES.items():
         if arguments.table in (None, name):

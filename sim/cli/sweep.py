@@ -12,9 +12,18 @@ from typing import TYPE_CHECKING, Any
 
 from sim.cli.progress import shown_progress
 from sim.cli.show import print_result
-from sim.cli.text import add_forms, note, note_compiling, print_rows, say_about_file, say_about_inputs, say_written
+from sim.cli.text import (
+    add_forms,
+    note,
+    note_compiling,
+    print_rows,
+    say_about_file,
+    say_about_inputs,
+    say_written,
+    traffic_fields,
+)
 from sim.errors import InputError
-from sim.options import Folder, RunOptions, SweepOptions, TrafficOptions, add_options, given
+from sim.options import Folder, LinkOptions, RunOptions, SweepOptions, TrafficOptions, add_options, given
 from sim.progress import phase
 
 if TYPE_CHECKING:
@@ -37,6 +46,12 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_options(parser, SweepOptions, ep_sizes="8,16,32,64", tokens="1,8,64,512,4096", placements="linear,round_robin")
     add_options(parser, RunOptions)
     parser.add_argument(
+        "--rank-traffic",
+        action="store_true",
+        help="also write rank_traffic/*.npz: what each rank sends to each, mean and 99th percentile (keys: sim.rank_traffic)",
+    )
+    add_options(parser, LinkOptions, only=("source_imbalance",), source_imbalance="1")
+    parser.add_argument(
         "--out",
         type=Folder(),
         metavar="DIR",
@@ -58,8 +73,9 @@ def run(arguments: Namespace) -> None:
         raise InputError(
             f"`out` {arguments.out}: several workloads need a folder each, as in results/{{model}}-{{workload}}"
         )
-    workloads = [load_workload(name, phase=arguments.phase, dummy_tokens=arguments.dummy_tokens) for name in names]
+    workloads = [load_workload(name, **traffic_fields(arguments)) for name in names]
     plans = [make_plan(arguments.model, workload, **given(arguments, SweepOptions)) for workload in workloads]
+    sources = _sources(arguments, plans)
     folders = [_folder(arguments.out, plan) for plan in plans]
     results = [_held(folder, plan) for folder, plan in zip(folders, plans, strict=True)]
     for workload, plan in zip(workloads, plans, strict=True):
@@ -75,6 +91,8 @@ def run(arguments: Namespace) -> None:
         for i, (part, plan) in enumerate(zip(parts, plans, strict=True)):
             with phase(part, sizes):
                 results[i] = results[i] or _run_into(folders[i], plan, run_options)
+                if sources is not None:
+                    _write_traffic(folders[i], plan, sources, run_options)
     import pandas as pd
 
     if print_rows(pd.concat([result.summary for result in results if result], ignore_index=True), arguments):
@@ -88,6 +106,7 @@ def run(arguments: Namespace) -> None:
         if not arguments.markdown:
             print()
             files = "summary.csv, tail.csv, counts.parquet, provenance.json"
+            files += "" if sources is None else ", rank_traffic/*.npz"
             say_written(f"written to {folder}: {files}; figures: epsim plot {folder}", arguments)
             print(end="\n" if i + 1 < len(folders) else "")
 
@@ -150,6 +169,27 @@ def _run_into(folder: Path, plan: "Plan", options: RunOptions) -> "SweepResult":
         note(text)
     note(_outcome(result, time.monotonic() - started))
     return result
+
+
+def _sources(arguments: Namespace, plans: list["Plan"]) -> list[float] | None:
+    """How tokens are shared over source ranks, None where rank traffic is not asked for."""
+    if not arguments.rank_traffic:
+        if arguments.source_imbalance != [1.0]:
+            raise InputError("`source_imbalance` goes with --rank-traffic")
+        return None
+    from sim.cost.links import plan_links
+
+    for plan in plans:
+        plan_links(plan, arguments.source_imbalance)
+    return list(arguments.source_imbalance)
+
+
+def _write_traffic(folder: Path, plan: "Plan", sources: list[float], options: RunOptions) -> None:
+    """Write what each rank sends to each."""
+    from sim.cost.links import traffic_of_plan, write_traffic
+    from sim.kernels import usable_processors
+
+    write_traffic(traffic_of_plan(plan, sources, options.threads or usable_processors()), folder / "rank_traffic")
 
 
 def _executor(options: RunOptions, n_threads: int) -> AbstractContextManager[Any]:

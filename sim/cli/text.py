@@ -124,6 +124,11 @@ def say_about_file(traffic: Any) -> None:
         note(text)
 
 
+def traffic_fields(arguments: Namespace) -> dict[str, Any]:
+    """What `load_workload` takes beside the name."""
+    return {name: getattr(arguments, name) for name in ("phase", "tokens_per_request", "dummy_tokens")}
+
+
 def say_about_inputs(model: Any, workload: Any) -> None:
     """Notes on a model that was not verified, and on traffic that was fitted to another one."""
     if model.unverified:
@@ -135,6 +140,11 @@ def say_about_inputs(model: Any, workload: Any) -> None:
     same = model.name.startswith(alike) if fitted_to.startswith(alike) else model.name == fitted_to
     if fitted_to and not same:
         note(f"{workload.name} traffic is fitted to {fitted_to}; on {model.name} it is an assumption")
+    if getattr(workload, "whole_requests", False) and hasattr(workload, "request_sigma"):
+        note(
+            f"{workload.name}: the tokens of a request share an effect of sd {workload.request_sigma:g} (request_sigma) on each "
+            "expert's logit"
+        )
 
 
 def whole_number(option: str) -> Callable[[str], int]:

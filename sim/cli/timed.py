@@ -4,7 +4,7 @@ import sys
 from argparse import Namespace
 from typing import Any
 
-from sim.cli.text import note, note_compiling, say_about_file, say_about_inputs
+from sim.cli.text import note, note_compiling, say_about_file, say_about_inputs, traffic_fields
 from sim.options import StepOptions, TimeOptions, given
 
 KNEE_TEXT = (
@@ -22,7 +22,7 @@ def timed_options(arguments: Namespace) -> dict[str, Any]:
     from sim.model import load_model
     from sim.traffic import load_workload
 
-    workload = load_workload(arguments.workload, phase=arguments.phase, dummy_tokens=arguments.dummy_tokens)
+    workload = load_workload(arguments.workload, **traffic_fields(arguments))
     say_about_file(workload)
     return {"model": load_model(arguments.model), "workload": workload, **step_options(arguments)}
 

@@ -292,10 +292,10 @@ def _fit(arguments: Namespace, model: Any, data: Any) -> None:
         f"fitted to {what}: {fit.decode.n_layers} layers, shares to {fit.rms[0].mean():.2%} rms (worst layer "
         f"{fit.rms[0].max():.2%}) on fresh random numbers, {fit.seconds.mean():.1f} s per layer of a thread"
     )
-    if (shares := fit.decode.layers.kind_shares) is not None:
-        print(
-            f"decode: tokens of {shares.shape[1]} kinds in each layer, which take experts together as those of the file do"
-        )
+    layers = fit.decode.layers
+    if layers is not None and layers.kind_shares is not None:
+        n_kinds = layers.kind_shares.shape[1]
+        print(f"decode: tokens of {n_kinds} kinds in each layer, which take experts together as those of the file do")
     if fit.prefill is not None:
         print(
             f"prefill: request_sigma {fit.prefill.request_sigma:.2f}, {fit.prefill.tokens_per_request} tokens per request; "

@@ -7,6 +7,7 @@ from sim.cost.expert import expert_time_us
 from sim.cost.gain import predict_gain
 from sim.cost.gpu import Gpu, gpu_names, load_gpu
 from sim.cost.layer import balancedness_sglang, balancedness_vllm, layer_time_us
+from sim.cost.links import rank_traffic
 from sim.cost.step_log import predict_steps
 
 __all__ = [
@@ -23,4 +24,5 @@ __all__ = [
     "predict_gain",
     "predict_steps",
     "predicted_against_measured",
+    "rank_traffic",
 ]

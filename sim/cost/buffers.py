@@ -152,7 +152,7 @@ def _check_independent(workload: Workload) -> None:
     reason = ""
     if isinstance(workload, RecordedTraffic) and workload.phase == "prefill":
         reason = "recorded prefill takes runs of tokens of one sequence, which are not independent"
-    elif isinstance(workload, SyntheticTraffic) and workload.request_sigma > 0:
+    elif workload.whole_requests or (isinstance(workload, SyntheticTraffic) and workload.request_sigma > 0):
         reason = "the tokens of a request are not independent"
     elif workload.dummy_tokens:
         reason = "dummy tokens are identical, not independent"

@@ -1,5 +1,5 @@
-"""Triton kernels, fused as serving engines fuse them: SiLU(gate) * up, for FP8 with its rowwise quantisation, and the weighted
-sum of a token's experts.
+"""Triton kernels, fused as serving engines fuse them: SiLU(gate) * up, for FP8 with its rowwise quantisation; the quantisation
+of rows that are sent; and the weighted sum of a token's experts.
 """
 
 import torch
@@ -31,6 +31,28 @@ def silu_mul(gate_up: torch.Tensor, dtype: str) -> tuple[torch.Tensor, torch.Ten
     if rows:
         _silu_mul[(rows,)](gate_up, out, scale, inner, BLOCK=triton.next_power_of_2(inner), QUANTISE=quantise)
     return out, scale if quantise else None
+
+
+@triton.jit
+def _pack(x, values, scales, width, PADDING: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, BLOCK)
+    inside = i < width
+    value = tl.load(x + row * width + i, mask=inside, other=0.0).to(tl.float32)
+    unit = tl.maximum(tl.max(tl.abs(value), axis=0) / 448.0, 1e-12)
+    tl.store(scales + row * ((width + PADDING) // 4) + width // 4, unit)
+    value = tl.minimum(tl.maximum(value / unit, -448.0), 448.0)
+    tl.store(values + row * (width + PADDING) + i, value.to(values.dtype.element_ty), mask=inside)
+
+
+def pack(x: torch.Tensor) -> torch.Tensor:
+    """BF16 rows [rows, width] in E4M3, each with its scale behind it: int64 [rows, width / 8 + 2]."""
+    rows, width = x.shape
+    out = x.new_empty((rows, width + 16), dtype=torch.uint8)
+    if rows:
+        block = triton.next_power_of_2(width)
+        _pack[(rows,)](x, out.view(torch.float8_e4m3fn), out.view(torch.float32), width, PADDING=16, BLOCK=block)
+    return out.view(torch.int64)
 
 
 @triton.jit

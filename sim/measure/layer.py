@@ -20,7 +20,7 @@ from sim.files import whole_files
 from sim.measure.experts import Say
 from sim.measure.layer_plan import Cell, LayerSteps
 from sim.measure.run import software
-from sim.measure.table import growing_table
+from sim.measure.table import Rows, growing_table, partial_path
 from sim.measure.timers import cuda_torch
 from sim.measure.torch_layer import TOLERANCE, TorchLayer
 
@@ -147,7 +147,12 @@ def running_ranks(steps: LayerSteps, device: str, serve: Callable[..., None] | N
 
 def _serve(rank: int, steps: LayerSteps, device: str, rendezvous: Path, end: Connection) -> None:
     """A rank's process: does what it is asked for until it is asked for nothing."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is the parent's to handle
+    for number in (
+        signal.SIGINT,
+        signal.SIGTERM,
+        signal.SIGHUP,
+    ):  # these are the parent's to handle, which ends its ranks
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     try:
@@ -213,10 +218,11 @@ def measure_layers(
     InputError
         The file is there already, GPUs of different kinds, or no time for anything.
     RunError
-        A rank failed or died; the others are ended, and rows that were written are kept under the partial name.
+        A rank failed or died, or the run was told to end (SIGTERM, SIGHUP); the others are ended, and rows that were written
+        are kept under the partial name.
     """
     started = time.monotonic()
-    with growing_table(out, LAYER_COLUMNS) as table:
+    with growing_table(out, LAYER_COLUMNS) as table, saying_why(table, out):
         with running_ranks(steps, device) as ranks:
             about = ranks.answers()
             kinds = sorted({answer["gpu"] for answer in about})
@@ -226,7 +232,7 @@ def measure_layers(
             worst = _check(ranks, steps)
             say(f"checked: largest relative error {worst:.1e}; {time.monotonic() - started:.0f} s")
             versions = f"{software()}; {about[0]['versions']}"
-            fixed = {"model": steps.model.name, "gpu": kinds[0], "dtype": "bf16", "ep_size": steps.ep_size}
+            fixed = {"model": steps.model.name, "gpu": kinds[0], "dtype": steps.dtype, "ep_size": steps.ep_size}
             fixed |= {"seed": steps.seed, "versions": versions}
             step = -1
             for cell in steps.cells():
@@ -236,7 +242,10 @@ def measure_layers(
                     break
                 if cell.step != step:
                     step = cell.step
-                    say(f"step {step + 1} of {steps.n_steps}: {table.written} rows after {now:.1f} s")
+                    done = f"{table.written} rows after {now:.1f} s"
+                    say(
+                        f"step {step + 1} of {steps.n_steps}: {done}, {min(ranks.ask('free_memory')):.0%} of memory free"
+                    )
                 table.add([fixed | row for row in _rows(cell, ranks.ask("measure", cell))])
         if not table.written:
             raise InputError("nothing was measured: --time-limit was reached first")
@@ -244,6 +253,29 @@ def measure_layers(
     with whole_files(out.with_suffix(".json")) as (temporary,):
         found = {"gpu": kinds[0], "kernel": about[0]["kernel"], "versions": versions, "largest_relative_error": worst}
         temporary.write_text(json.dumps(found, indent=1) + "\n")
+
+
+@contextmanager
+def saying_why(table: Rows, out: Path) -> Iterator[None]:
+    """What ends a run early says why, and where its rows are: a time limit of the shell or a scheduler (SIGTERM) too."""
+
+    def end(number: int, _: object) -> None:
+        signal.signal(number, signal.SIG_IGN)
+        raise RunError(
+            f"ended by {signal.Signals(number).name}, as a time limit from outside would (--time-limit ends well)"
+        )
+
+    is_main = threading.current_thread() is threading.main_thread()
+    before = {n: signal.signal(n, end) for n in (signal.SIGTERM, signal.SIGHUP)} if is_main else {}
+    try:
+        yield
+    except RunError as error:
+        if not table.written:
+            raise
+        raise RunError(f"{error}; {table.written} rows are kept in {partial_path(out)}") from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _check(ranks: Ranks, steps: LayerSteps) -> float:
@@ -255,7 +287,7 @@ def _check(ranks: Ranks, steps: LayerSteps) -> float:
         for placement in steps.placements:
             for exchange in steps.exchanges:
                 for rank, error in enumerate(ranks.ask("check", workload, placement, exchange, tokens)):
-                    if not error <= TOLERANCE:  # so that NaN is wrong
+                    if not error <= TOLERANCE[steps.dtype]:  # so that NaN is wrong
                         raise RunError(
                             f"rank {rank}: a layer of {tokens} tokens under {placement} and {exchange} has a relative error "
                             f"of {error:.2g}; nothing was timed"

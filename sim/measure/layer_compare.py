@@ -33,7 +33,7 @@ def read_layers(path: Path) -> pd.DataFrame:
     -------
     DataFrame
         One row per layer (exchange, workload, tokens, step, placement): the layer_us, experts_us, exchange_us, pairs and
-        received of the rank that had the most of each, and mean_received; with model, gpu, ep_size.
+        received of the rank that had the most of each, and mean_received; with model, gpu, dtype, ep_size.
 
     Raises
     ------
@@ -67,7 +67,7 @@ def read_layers(path: Path) -> pd.DataFrame:
     layers = grouped[["layer_us", "experts_us", "exchange_us", "pairs", "received"]].max()
     layers["mean_received"] = grouped.received.mean()
     layers["mean_pairs"] = grouped.pairs.mean()
-    return layers.reset_index().assign(**rows.iloc[0][["model", "gpu", "ep_size"]].to_dict())
+    return layers.reset_index().assign(**rows.iloc[0][["model", "gpu", "dtype", "ep_size"]].to_dict())
 
 
 def sums(layers: pd.DataFrame) -> pd.DataFrame:

@@ -12,7 +12,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from sim.cost.inputs import expert_width
+from sim.cost.links import count_links
 from sim.errors import InputError, unknown
+from sim.measure.experts import DTYPES
 from sim.measure.steps import plan_measurement
 from sim.model import ModelSpec
 from sim.placement import Placement
@@ -63,6 +66,16 @@ class Routed:
         needed = np.zeros((len(self.slots), self.ep_size), bool)
         np.put_along_axis(needed, self.ranks, True, axis=1)
         return needed
+
+    @cached_property
+    def links(self) -> np.ndarray:
+        """Tokens, and pairs, that each rank sends to each, int64 [2, ranks, ranks]."""
+        links = np.zeros((2, self.ep_size, self.ep_size), np.int64)
+        first_source = np.arange(self.ep_size + 1) * self.tokens_per_rank
+        count_links(
+            self.slots, np.arange(self.ep_size * self.slots_per_rank) // self.slots_per_rank, first_source, links
+        )
+        return links
 
     def own(self, rank: int) -> slice:
         """The tokens that sit on a rank."""
@@ -132,9 +145,7 @@ def plan_rank(routed: Routed, exchange: str, rank: int) -> RankPlan:
 def _sent_pairs(routed: Routed, rank: int) -> tuple[np.ndarray, list[int], list[int]]:
     ranks = routed.ranks[routed.own(rank)]
     send = np.argsort(ranks, axis=None, kind="stable") // ranks.shape[1]
-    sent = np.bincount(ranks.ravel(), minlength=routed.ep_size)
-    received = (routed.ranks == rank).reshape(routed.ep_size, -1).sum(axis=1)
-    return send, sent.tolist(), received.tolist()
+    return send, routed.links[1, rank].tolist(), routed.links[1, :, rank].tolist()
 
 
 def _home_of_pairs(routed: Routed, rank: int) -> tuple[np.ndarray, np.ndarray]:
@@ -145,9 +156,8 @@ def _home_of_pairs(routed: Routed, rank: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _sent_tokens(routed: Routed, rank: int) -> tuple[np.ndarray, list[int], list[int]]:
-    needed = routed.needed[routed.own(rank)]
-    received = routed.needed[:, rank].reshape(routed.ep_size, -1).sum(axis=1)
-    return np.ascontiguousarray(np.nonzero(needed.T)[1]), needed.sum(axis=0).tolist(), received.tolist()
+    send = np.ascontiguousarray(np.nonzero(routed.needed[routed.own(rank)].T)[1])
+    return send, routed.links[0, rank].tolist(), routed.links[0, :, rank].tolist()
 
 
 def _home_of_tokens(routed: Routed, rank: int) -> tuple[np.ndarray, np.ndarray]:
@@ -184,6 +194,8 @@ class LayerSteps:
     weights : float32 [most tokens, top_k]
         Weights of the router, the same in all steps.
     seed : int
+    dtype : str
+        Type of the weights, and of the tokens that are dispatched: 'bf16' or 'fp8'.
     """
 
     model: ModelSpec
@@ -194,6 +206,7 @@ class LayerSteps:
     exchanges: list[str]
     weights: np.ndarray
     seed: int
+    dtype: str = "bf16"
 
     @property
     def n_steps(self) -> int:
@@ -254,6 +267,7 @@ def sample_layers(
     exchanges: Sequence[str],
     steps: int,
     seed: int = 0,
+    dtype: str = "bf16",
 ) -> LayerSteps:
     """Sample steps of each workload token by token, and place the experts; every step has a fresh layer.
 
@@ -263,8 +277,12 @@ def sample_layers(
     ------
     InputError
         As `plan_measurement`; also an EP size that divides the experts or some number of tokens with a remainder, a placement
-        with unequal ranks, an unknown exchange, and traffic that is not synthetic.
+        with unequal ranks, an unknown exchange or type, and traffic that is not synthetic.
     """
+    if dtype not in DTYPES:
+        raise unknown("--dtype", dtype, DTYPES)
+    if dtype == "fp8" and (expert_width(model) % 16 or (model.moe_intermediate_size or 0) % 16):
+        raise InputError(f"--dtype fp8: the widths of {model.name} must be multiples of 16")
     for name in exchanges:
         if name not in EXCHANGES:
             raise unknown("--exchange", name, EXCHANGES)
@@ -297,4 +315,5 @@ def sample_layers(
         exchanges=list(dict.fromkeys(exchanges)),
         weights=weights / weights.sum(axis=1, keepdims=True),
         seed=seed,
+        dtype=dtype,
     )

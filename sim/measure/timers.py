@@ -40,9 +40,18 @@ class GraphTimer:
     def __init__(self) -> None:
         self._torch = torch = cuda_torch()
         self._stream = torch.cuda.Stream()  # of the current device
-        self._pool = torch.cuda.graph_pool_handle()
         torch.zeros(1, device="cuda")  # loads the kernel, which a capture must not
-        self._keeper = self._capture(lambda: torch.zeros(1, device="cuda"))  # keeps the memory of the pool
+        self.renew_pool()
+
+    def renew_pool(self) -> None:
+        """Give back all memory that captures and the allocator hold for the next: a pool only grows, in pieces that fit none
+        of the sizes to come, and a capture that finds no memory does not ask the allocator's cache for it.
+        """
+        self._keeper: Any = None
+        self._torch.cuda.synchronize()
+        self._torch.cuda.empty_cache()
+        self._pool = self._torch.cuda.graph_pool_handle()
+        self._keeper = self._capture(lambda: self._torch.zeros(1, device="cuda"))  # keeps the memory of the pool
 
     def times_us(self, work: Work, times: int | None = None) -> list[float]:
         """Times of replays, one right after the other, so that the device never waits for the next; `work` has run once

@@ -1,4 +1,4 @@
-"""Grouped GEMMs and activations that PyTorch offers, by name, for the backend to choose from. Imports torch when called.
+"""Grouped GEMMs, activations and packings that PyTorch offers, by name, for a backend to choose from. Imports torch when called.
 
 A GEMM takes rows [rows, K] with a scale for each row (None in BF16), weights [experts, N, K] with a scale for each output
 column (None in BF16), and where each expert's rows end, int32 [experts] on the device; it gives BF16 [rows, N].
@@ -11,6 +11,7 @@ Tensor = Any
 Gemm = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 Activation = Callable[[Tensor, str], tuple[Tensor, Tensor]]
 WeightedSum = Callable[[Tensor, Tensor, Tensor], Tensor]
+Pack = Callable[[Tensor], Tensor]
 
 
 class GemmChoice(NamedTuple):
@@ -118,6 +119,41 @@ def _fused(gate_up: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
     from sim.measure.fused import silu_mul
 
     return silu_mul(gate_up, dtype)
+
+
+def packings(device_type: str) -> list[tuple[str, Pack]]:
+    """BF16 rows [rows, width] as they are sent in FP8: E4M3, then the row's scale in the next 4 of 16 bytes, all of it int64
+    [rows, width / 8 + 2], so that one message carries both; the first is to prefer. `width` must be a multiple of 16.
+    """
+    fused = [] if device_type == "cpu" else [("triton pack", _fused_pack)]
+    return [*fused, ("torch pack", plain_pack)]
+
+
+def _fused_pack(x: Tensor) -> Tensor:
+    from sim.measure.fused import pack
+
+    return pack(x)
+
+
+def plain_pack(x: Tensor) -> Tensor:
+    """The packing by PyTorch's own operators."""
+    import torch
+
+    values, scale = quantise(x, "fp8")
+    rows, width = x.shape
+    packed = torch.zeros((rows, width + 16), dtype=torch.uint8, device=x.device)
+    packed[:, :width] = values.view(torch.uint8)
+    packed[:, width : width + 4] = scale[:, None].view(torch.uint8)
+    return packed.view(torch.int64)
+
+
+def unpack(packed: Tensor, rows: Tensor) -> Rounded:
+    """The given rows of what `packings` give."""
+    import torch
+
+    words = packed.shape[1] - 2
+    values = packed[:, :words].index_select(0, rows).view(torch.float8_e4m3fn)
+    return Rounded(values, packed.view(torch.float32)[:, 2 * words].index_select(0, rows))
 
 
 def weighted_sums(device_type: str) -> list[tuple[str, WeightedSum]]:

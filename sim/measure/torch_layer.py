@@ -12,13 +12,27 @@ from sim.cost.inputs import expert_width
 from sim.measure.experts import BackendError, Shape, Timing, version_of
 from sim.measure.layer_plan import Cell, LayerSteps, RankPlan, Routed, plan_rank
 from sim.measure.timers import GraphTimer, ProcessorTimer, Timer
-from sim.measure.torch_kernels import Tensor, activations, gemm_choices, weighted_sums
+from sim.measure.torch_kernels import (
+    Rounded,
+    Tensor,
+    activations,
+    dequantise,
+    gemm_choices,
+    packings,
+    quantise,
+    unpack,
+    weighted_sums,
+)
 
-TOLERANCE = 2e-2
-"""Largest relative error (Frobenius norms) of a layer against float32 on the same BF16 weights and inputs."""
+TOLERANCE = {"bf16": 2e-2, "fp8": 4e-2}
+"""Largest relative error (Frobenius norms) of a layer against float32 on the same rounded weights, inputs and activations.
+
+In FP8 an activation next to a rounding boundary may fall on its other side: 1.8e-2 at a width of 1024 on a processor.
+"""
 _COLD = 2  # a replay reads weights of at least so many times the L2 cache, however few experts are used
 _REPLAY_US = 6_000  # a layer's replays are timed for about so long
 _FEWEST, _MOST = 3, 12
+_FREE = 1 / 3  # of the memory, at the least, when a cell begins; else what captures left behind is given back
 _TIMEOUT = timedelta(seconds=100)
 _NO_MULTICAST = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NVSHMEM_DISABLE_NVLS": "1"}
 
@@ -26,8 +40,8 @@ _NO_MULTICAST = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1
 class Weights(NamedTuple):
     """Weights of a rank's slots in one layer."""
 
-    gate_up: Tensor  # [slots, 2 * inner, width]
-    down: Tensor  # [slots, width, inner]
+    gate_up: Rounded  # [slots, 2 * inner, width]
+    down: Rounded  # [slots, width, inner]
 
 
 class DevicePlan(NamedTuple):
@@ -45,7 +59,12 @@ class DevicePlan(NamedTuple):
 
 
 class TorchLayer:
-    """A rank that does its part of every layer. All ranks must call the same methods in the same order."""
+    """A rank that does its part of every layer. All ranks must call the same methods in the same order.
+
+    In FP8 a token is quantised once, on its own rank and before the dispatch, to E4M3 with one scale; the dispatch carries
+    values and scale in one message. Weights have a scale for each output column, the activation one for each row (GEMMs
+    'rowwise'). Results are BF16, and so is what the combine carries. The exchange alone has the quantisation in it.
+    """
 
     def __init__(self, steps: LayerSteps, rank: int, device: str, rendezvous: Path) -> None:
         os.environ |= _NO_MULTICAST
@@ -68,11 +87,12 @@ class TorchLayer:
             torch.cuda.set_device(self._device)
         self._connect("nccl" if device == "cuda" else "gloo", rendezvous)
         self._timer: Timer = GraphTimer() if device == "cuda" else ProcessorTimer()
-        self._shape = Shape.of(steps.model, steps.slots_per_rank, 0)
+        self._shape, self._dtype = Shape.of(steps.model, steps.slots_per_rank, 0), steps.dtype
         with torch.inference_mode():
             self._choose_kernels()
             self._layers = [self._make_weights(layer) for layer in range(self._n_layers())]
             self._x = self._random((steps.tokens[-1], expert_width(steps.model)), 1.0, "tokens")
+            self._nobody = quantise(self._random((16, self._shape.width), 1.0, "nobody"), self._dtype)
         self._checks = 0
 
     def _connect(self, backend: str, rendezvous: Path) -> None:
@@ -112,19 +132,23 @@ class TorchLayer:
             return 2
         cuda = self._torch.cuda.get_device_properties(self._device)
         l2_bytes = int(getattr(cuda, "L2_cache_size", 0)) or 64 << 20
-        return int(np.clip(-(-_COLD * l2_bytes // (2 * self._shape.expert_values)), 2, 16))
+        value_bytes = 2 if self._dtype == "bf16" else 1
+        return int(np.clip(-(-_COLD * l2_bytes // (value_bytes * self._shape.expert_values)), 2, 16))
 
     def _make_weights(self, layer: int) -> Weights:
         slots = [self._matrices(layer, self._rank, slot) for slot in range(self._shape.local_experts)]
-        return Weights(*(self._torch.stack(matrices) for matrices in zip(*slots, strict=True)))
+        return Weights(*map(self._stack, zip(*slots, strict=True)))
 
-    def _matrices(self, layer: int, rank: int, slot: int) -> tuple[Tensor, Tensor]:
+    def _stack(self, matrices: tuple[Rounded, ...]) -> Rounded:
+        values, scales = zip(*matrices, strict=True)
+        return Rounded(self._torch.stack(values), None if scales[0] is None else self._torch.stack(scales))
+
+    def _matrices(self, layer: int, rank: int, slot: int) -> tuple[Rounded, Rounded]:
         """Gate and up, and down, of a slot: any rank can make them again."""
         width, inner = self._shape.width, self._shape.inner
-        return (
-            self._random((2 * inner, width), width**-0.5, f"{layer} {rank} {slot} gate_up"),
-            self._random((width, inner), inner**-0.5, f"{layer} {rank} {slot} down"),
-        )
+        gate_up = self._random((2 * inner, width), width**-0.5, f"{layer} {rank} {slot} gate_up")
+        down = self._random((width, inner), inner**-0.5, f"{layer} {rank} {slot} down")
+        return quantise(gate_up, self._dtype), quantise(down, self._dtype)
 
     def _random(self, shape: tuple[int, int], deviation: float, what: str) -> Tensor:
         torch = self._torch
@@ -133,17 +157,20 @@ class TorchLayer:
         return (torch.randn(shape, generator=generator, device=self._device) * deviation).to(torch.bfloat16)
 
     def _choose_kernels(self) -> None:
-        """The first activation, GEMM and sum that run; whether they are right shows in `check`."""
+        """The first activation, GEMM, sum and packing that run; whether they are right shows in `check`."""
         torch, width, inner = self._torch, self._shape.width, self._shape.inner
         rows, weights = self._random((16, 2 * inner), 1.0, "rows"), self._random((2 * inner, width), 1.0, "w")[None]
         x, ends = self._random((16, width), 1.0, "x"), torch.tensor([16], dtype=torch.int32, device=self._device)
         index = torch.zeros((16, 1), dtype=torch.int32, device=self._device)
-        kind = self._device.type
-        gemms = [(choice.name, choice.gemm) for choice in gemm_choices("bf16", kind) if choice.align == 1]
-        gemm, self._gemm = _first(gemms, lambda gemm: gemm(x, None, weights, None, ends))
-        activation, self._activation = _first(activations(kind), lambda activation: activation(rows, "bf16"))
+        kind, inputs = self._device.type, (*quantise(x, self._dtype), *quantise(weights, self._dtype))
+        gemms = [(choice.name, choice.gemm) for choice in gemm_choices(self._dtype, kind) if choice.align == 1]
+        gemm, self._gemm = _first(gemms, lambda gemm: gemm(*inputs, ends))
+        activation, self._activation = _first(activations(kind), lambda activation: activation(rows, self._dtype))
         total, self._sum = _first(weighted_sums(kind), lambda total: total(x, index, index.float()))
         self._kernel = f"{gemm} + {activation} + {total}"
+        if self._dtype == "fp8":
+            pack, self._pack = _first(packings(kind), lambda pack: pack(x))
+            self._kernel += f" + {pack}"
 
     def _on_device(self, plan: RankPlan) -> DevicePlan:
         tensors = [p if isinstance(p, list) else self._torch.from_numpy(p).to(self._device) for p in plan]
@@ -154,6 +181,12 @@ class TorchLayer:
         """What a rank has of the step's tokens before the layer: its own, or all."""
         per_rank = tokens // self._ranks
         return x[:tokens] if exchange == "reduce" else x[self._rank * per_rank : (self._rank + 1) * per_rank]
+
+    def _dispatched(self, exchange: str, plan: DevicePlan, x: Tensor) -> Rounded:
+        """The row of each pair, slot by slot, from the BF16 tokens that the rank starts with."""
+        if self._dtype == "bf16":
+            return Rounded(self._dispatch(exchange, plan, x).index_select(0, plan.rows), None)
+        return unpack(self._dispatch(exchange, plan, self._pack(x)), plan.rows)
 
     def _dispatch(self, exchange: str, plan: DevicePlan, x: Tensor) -> Tensor:
         if exchange == "reduce":
@@ -181,20 +214,21 @@ class TorchLayer:
         self._dist.all_to_all_single(returned, part, plan.send_splits, plan.receive_splits)
         return self._sum(returned, plan.home, plan.home_weights)
 
-    def _experts(self, plan: DevicePlan, rows: Tensor, weights: Weights) -> Tensor:
+    def _experts(self, plan: DevicePlan, rows: Rounded, weights: Weights) -> Tensor:
         """A rank without pairs computes rows that belong to nobody: its kernels run all the same, as they do in serving."""
-        n_slots = len(plan.ends)
-        rows = rows if len(rows) else self._torch.zeros_like(self._x[:16])
-        middle, _ = self._activation(self._gemm(rows, None, weights.gate_up[:n_slots], None, plan.ends), "bf16")
-        return self._gemm(middle, None, weights.down[:n_slots], None, plan.ends)
+        rows = rows if len(rows.values) else self._nobody
+        gate_up, down = (Rounded(*(part if part is None else part[: len(plan.ends)] for part in w)) for w in weights)
+        middle = self._activation(self._gemm(*rows, *gate_up, plan.ends), self._dtype)
+        return self._gemm(*middle, *down, plan.ends)
 
     def _layer(self, exchange: str, plan: DevicePlan, x: Tensor, weights: Weights) -> Tensor:
-        rows = self._dispatch(exchange, plan, x).index_select(0, plan.rows)
-        return self._combine(exchange, plan, self._experts(plan, rows, weights))
+        return self._combine(exchange, plan, self._experts(plan, self._dispatched(exchange, plan, x), weights))
 
     def measure(self, cell: Cell) -> list[dict[str, Any]]:
         """Rows of a cell, one for each exchange and placement: the layer, the experts alone and the exchange alone."""
         with self._torch.inference_mode():
+            if isinstance(self._timer, GraphTimer) and self.free_memory() < _FREE:
+                self._timer.renew_pool()
             routed = {name: self._steps.routed(cell.workload, name, cell.step, cell.tokens) for name in cell.placements}
             replays = self._replays(cell.tokens)
             experts = {name: self._time_experts(routed[name], cell.tokens, replays) for name in cell.placements}
@@ -208,12 +242,13 @@ class TorchLayer:
 
     def _time_experts(self, routed: Routed, tokens: int, replays: int) -> float:
         plan = self._on_device(plan_rank(routed, "reduce", self._rank))
-        rows = self._x[:tokens].index_select(0, plan.rows)
+        rows = self._dispatched("reduce", plan, self._x[:tokens])
         return self._time(lambda: [self._experts(plan, rows, weights) for weights in self._layers], replays)
 
     def _time_layer(self, exchange: str, routed: Routed, tokens: int, replays: int) -> dict[str, Any]:
         plan = self._on_device(plan_rank(routed, exchange, self._rank))
         start = self._start(exchange, tokens, self._x)
+        results = self._x.index_select(0, plan.rows % len(self._x)) if self._dtype == "fp8" else None
 
         def layers() -> None:
             x = start
@@ -223,13 +258,21 @@ class TorchLayer:
         def exchanges() -> None:
             x = start
             for _ in self._layers:
-                x = self._combine(exchange, plan, self._dispatch(exchange, plan, x).index_select(0, plan.rows))
+                rows = self._dispatched(exchange, plan, x).values
+                x = self._combine(exchange, plan, rows if results is None else results)
 
         return {
             "layer_us": self._time(layers, replays),
             "exchange_us": self._time(exchanges, replays),
             "layers": len(self._layers),
         }
+
+    def free_memory(self) -> float:
+        """Share of the device's memory that is free; 1 on a processor."""
+        if self._device.type == "cpu":
+            return 1.0
+        free, total = self._torch.cuda.mem_get_info(self._device)
+        return float(free / total)
 
     def _replays(self, tokens: int) -> int:
         """Replays of every graph of a cell: all ranks must agree, so by the time of a layer at 100 us or 300 TFLOPS."""
@@ -255,16 +298,19 @@ class TorchLayer:
             return float((found.float() - wanted).norm() / wanted.norm())
 
     def _plain(self, routed: Routed, x: Tensor) -> Tensor:
-        """The tokens of this rank in float32; weights are made again, whatever rank their slot is on."""
+        """The tokens of this rank in float32, rounded where the type rounds them; weights are made again, whatever rank their
+        slot is on.
+        """
         torch, own = self._torch, routed.own(self._rank)
-        slots, x = torch.from_numpy(routed.slots[own]).to(self._device), x[own].float()
+        slots, x = torch.from_numpy(routed.slots[own]).to(self._device), dequantise(quantise(x[own], self._dtype))
         weights = torch.from_numpy(routed.weights[own]).to(self._device)
         out = torch.zeros_like(x)
         for slot in slots.unique().tolist():
-            gate_up, down = self._matrices(0, *divmod(slot, routed.slots_per_rank))
+            gate_up, down = map(dequantise, self._matrices(0, *divmod(slot, routed.slots_per_rank)))
             token, place = torch.nonzero(slots == slot, as_tuple=True)
-            gate, up = (x[token] @ gate_up.float().T).chunk(2, dim=-1)
-            out[token] += weights[token, place, None] * (gate * torch.sigmoid(gate) * up @ down.float().T)
+            gate, up = (x[token] @ gate_up.T).chunk(2, dim=-1)
+            middle = dequantise(quantise(gate * torch.sigmoid(gate) * up, self._dtype))
+            out[token] += weights[token, place, None] * (middle @ down.T)
         return out
 
 

@@ -16,6 +16,7 @@ from sim.options.kinds import (
     Kind,
     Listed,
     Number,
+    Numbers,
     PerRank,
     Placements,
     Positive,
@@ -45,6 +46,12 @@ class TrafficOptions(Options):
     model: str = option(NAME, "preset (epsim models) or path of a Hugging Face config.json", default="deepseek-v3")
     workload: str = option(NAME, _TRAFFIC_HELP, default="chat")
     phase: str | None = option(NAME, "of recorded or fitted routing: decode (default) or prefill", default=None)
+    tokens_per_request: int | None = option(
+        Whole(1, MAX_TOKENS),
+        "consecutive tokens of each request in a decode step, as speculative decoding verifies them, usually 2 to 8: they share "
+        "the request's effect; must divide the tokens of a step (default: 1)",
+        default=None,
+    )
     dummy_tokens: int | None = option(
         Whole(), "padding tokens per step, as idle data-parallel ranks run them (default: 0)", default=None
     )
@@ -193,6 +200,32 @@ class CapacityOptions(CellOptions):
         Whole(2, 10**5),
         "deployments that are drawn, of synthetic traffic without known layers (at most 80 where placements are fitted)",
         default=400,
+    )
+    fit_tokens: int | None = option(
+        Whole(1, MAX_TOKENS), "tokens of each layer that eplb is fitted on (default: 16384)", default=None
+    )
+    fit_on: Any = option(
+        FILE, "of recorded or fitted traffic: other traffic of the same layers to fit eplb on", default=None
+    )
+    threads: int | None = option(THREADS, "default: all processors of this process", default=None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinkOptions(CellOptions):
+    """What `sim.rank_traffic` takes beside model and workload."""
+
+    placements: Any = option(Placements(), "placements (epsim placements)", flag="--placement")
+    trials: int = option(Whole(1, MAX_TRIALS), "steps of each cell", default=1000)
+    draws: int | None = option(
+        Whole(),
+        "independent layer draws that the trials come from (default: a fresh layer for every step)",
+        default=None,
+    )
+    source_imbalance: Any = option(
+        Numbers(),
+        "tokens of the busiest source rank over the mean of source ranks, of which each has the same fraction of the one "
+        "before; or a list, the shares of all source ranks",
+        default=1.0,
     )
     fit_tokens: int | None = option(
         Whole(1, MAX_TOKENS), "tokens of each layer that eplb is fitted on (default: 16384)", default=None

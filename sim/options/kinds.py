@@ -257,6 +257,21 @@ class Listed(Kind):
         return [self.of.check(name, item) for item in listed]
 
 
+@dataclass(frozen=True)
+class Numbers(Listed):
+    """One number or several, which may repeat."""
+
+    of: Kind = Number()
+
+    def check(self, name: str, value: Any) -> list[float]:
+        """See `Kind`."""
+        several = isinstance(value, Iterable) and not isinstance(value, str) and getattr(value, "ndim", 1) > 0
+        numbers = list(value) if several else [value]
+        if not numbers:
+            raise InputError(f"`{name}` needs at least one value")
+        return [float(self.of.check(name, number)) for number in numbers]
+
+
 def _range(part: str) -> list[int]:
     ends, _, step = part.partition(":")
     first, dots, last = ends.partition("..")

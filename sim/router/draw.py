@@ -14,6 +14,7 @@ from sim.traffic import RecordedTraffic, SyntheticTraffic, Workload
 from sim.traffic.synthetic import X0, one_kind
 
 _ONE_REQUEST = 2**62  # tokens per request where requests have no effect
+_HELD_LOGITS = 2**22  # of the requests of some trials, at a time
 
 
 def routing_law(model: ModelSpec, workload: Workload) -> dict[str, object]:
@@ -139,16 +140,20 @@ def _route(
     ids: np.ndarray,
 ) -> None:
     """Route the tokens of consecutive trials from layers of popularity mu float64 [trials, n_experts]."""
-    logits = workload.draw_logits(key, mu, first_trial, int(tokens[-1]), first_draw)
-    chances, effects = workload.kinds(first_draw, len(mu))
-    if effects is not None:
-        logits = (logits[:, :, None, :] + effects[:, None]).reshape(len(mu), logits.shape[1], -1)
-    contexts = workload.draw_contexts(key, first_trial, len(mu), int(tokens[-1]))
     per_request = workload.tokens_per_request if workload.request_sigma else _ONE_REQUEST
-    sample_trials(
-        first_trial, key, np.ascontiguousarray(logits), contexts, per_request, tokens, model.n_group, model.topk_group,
-        workload.group_sigma, score_law(model), chances, counts, ids,
-    )  # fmt: skip
+    chances, effects = workload.kinds(first_draw, len(mu))
+    of_request = workload.n_contexts * chances.shape[1] * model.n_experts
+    size = max(1, _HELD_LOGITS // (-(-int(tokens[-1]) // per_request) * of_request))
+    for i in range(0, len(mu), size):
+        part = slice(i, i + size)
+        logits = workload.draw_logits(key, mu[part], first_trial + i, int(tokens[-1]), first_draw + i)
+        if effects is not None:
+            logits = (logits[:, :, None, :] + effects[part, None]).reshape(*logits.shape[:2], -1)
+        contexts = workload.draw_contexts(key, first_trial + i, len(logits), int(tokens[-1]))
+        sample_trials(
+            first_trial + i, key, np.ascontiguousarray(logits), contexts, per_request, tokens, model.n_group,
+            model.topk_group, workload.group_sigma, score_law(model), chances[part], counts[part], ids[part],
+        )  # fmt: skip
 
 
 def route_layers(

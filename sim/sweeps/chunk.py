@@ -10,7 +10,6 @@ from sim.sweeps.grid import events_of
 from sim.sweeps.plan import Plan
 from sim.sweeps.steps import Blocks, Group, StepScorer, place_pairs
 from sim.sweeps.tally import Tally, histogram_keys, merge_counts
-from sim.traffic import RecordedTraffic
 
 _CHUNK_TOKENS = 2**20
 _CHUNK_DRAWS = 256
@@ -37,7 +36,7 @@ def stage_chunks(plan: Plan, stage: Stage) -> list[range]:
     first = stage.trials.start if stage.draws > stage.trials.start else 0
     draws = range(first, min(stage.draws, stage.trials.stop))
     tokens_of_draw = -(-len(stage.trials) // len(draws)) * int(steps[-1]) + plan.fit_tokens
-    numbers_of_draw = len(stage.cells) + plan.model.n_experts * (len(steps) + _logits_of_trial(plan, int(steps[-1])))
+    numbers_of_draw = len(stage.cells) + plan.model.n_experts * (len(steps) + 1)
     numbers_of_draw += plan.slots_of_draw + plan.most_slots * len(steps)
     if plan.grid.received:
         numbers_of_draw += len(plan.grid.pair_of_rank) * len(steps)
@@ -49,13 +48,6 @@ def stage_chunks(plan: Plan, stage: Stage) -> list[range]:
     )
     size = max(1, size)
     return [range(start, min(start + size, draws.stop)) for start in range(draws.start, draws.stop, size)]
-
-
-def _logits_of_trial(plan: Plan, largest_step: int) -> int:
-    """Requests of a trial, or contexts of them, whose logits are held at a time."""
-    if isinstance(plan.workload, RecordedTraffic) or not plan.workload.request_sigma:
-        return 1
-    return -(-largest_step // plan.workload.tokens_per_request) * plan.workload.n_contexts
 
 
 class _LargestSteps:

@@ -28,6 +28,7 @@ from sim.traffic import RecordedTraffic, SyntheticTraffic, Workload, load_worklo
 RARE = 1e-3
 """Probabilities that are shown to be below this do not hold up a cell under a precision of the tail."""
 _LEAST_LAYERS, _MOST_LAYERS = 4, 32  # by default, for bounds where popularity is drawn
+_MOST_REQUESTS = 2**15
 _SMALL_WORK, _TOKENS_PER_WORK = 20_000, 500  # ranks x cells x layers that are taken, the more the larger the sweep
 
 
@@ -132,6 +133,7 @@ def make_plan(model: str | Path | ModelSpec, workload: str | Path | Workload, **
     largest_step = max(chosen.tokens) * (max(chosen.ep_sizes) if chosen.tokens_per_rank else 1)
     check_replica_choice(chosen.replica_choice, fit.scored, largest_step)
     grid = _grid(model, fit, chosen, pairs, placed)
+    _check_requests(grid.steps, fit.scored)
     plan = Plan(
         grid=grid,
         model=model,
@@ -187,16 +189,21 @@ def _grid(
 def _choose_received(workload: Workload, chosen: SweepOptions) -> bool:
     """Whether received tokens are counted. Raises InputError where they cannot be and were asked for."""
     largest_step = max(chosen.tokens) * (max(chosen.ep_sizes) if chosen.tokens_per_rank else 1)
-    reason = ""
-    if isinstance(workload, RecordedTraffic) and workload.phase == "prefill":
-        reason = "recorded prefill is replayed in runs of tokens, which are not kept"
-    elif workload.dummy_tokens:
-        reason = "dummy tokens are counted by their experts, not one by one"
-    elif largest_step > MOST_HELD_TOKENS:
-        reason = f"every token of a step is held: at most {MOST_HELD_TOKENS} tokens, not {largest_step}"
+    reason = no_single_tokens_because(workload, largest_step)
     if reason and chosen.received == "on":
         raise InputError(f"`received` on: {reason}")
     return not reason and chosen.received != "off"
+
+
+def no_single_tokens_because(workload: Workload, largest_step: int) -> str | None:
+    """Why the experts of all tokens of a step, one by one, are not to be had; None if they are."""
+    if isinstance(workload, RecordedTraffic) and workload.phase == "prefill":
+        return "recorded prefill is replayed in runs of tokens, which are not kept"
+    if workload.dummy_tokens:
+        return "dummy tokens are counted by their experts, not one by one"
+    if largest_step > MOST_HELD_TOKENS:
+        return f"every token of a step is held: at most {MOST_HELD_TOKENS} tokens, not {largest_step}"
+    return None
 
 
 def _choose_bound_layers(grid: Grid, workload: Workload, trials: int, layers: int | None) -> int:
@@ -247,6 +254,16 @@ def _check_sums_fit(plan: Plan) -> None:
             f"`trials` {plan.trials} from {draws} draws at `tokens` {largest_step}: sums over draws would not fit "
             "64-bit integers; take fewer trials or fewer tokens"
         )
+
+
+def _check_requests(steps: np.ndarray, workload: Workload) -> None:
+    """A step must hold whole requests where the workload says so, and not more of them than memory does."""
+    n, has_effect = workload.tokens_per_request, isinstance(workload, SyntheticTraffic) and workload.request_sigma > 0
+    for step in steps.tolist():
+        if workload.whole_requests and step % n:
+            raise InputError(f"`tokens` {step}: `tokens_per_request` {n} must divide the tokens of a step")
+        if has_effect and step > _MOST_REQUESTS * n:
+            raise InputError(f"`tokens` {step}: at most {_MOST_REQUESTS} requests in a step, {n} tokens each")
 
 
 def _check_layers(pairs: list[tuple[str, int]], placed: list[Placement | None], workload: Workload) -> None:

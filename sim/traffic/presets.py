@@ -7,7 +7,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from sim.errors import InputError, unknown
+from sim.errors import InputError, unknown, whole_number
 from sim.files import read_toml
 from sim.traffic.read import names_file, read_recorded
 from sim.traffic.recorded import PHASES, RecordedTraffic
@@ -52,6 +52,9 @@ def load_workload(
         keys, or fitted (`epsim traffic fit`); or a workload, which is returned with the changes asked for.
     **overrides
         Fields of `SyntheticTraffic` to change, or `phase` ('decode' | 'prefill') of recorded or fitted traffic.
+        `tokens_per_request`, from 2 on, makes a decode step of requests that have so many consecutive tokens each
+        (speculative decoding): of recorded traffic runs of a sequence; of synthetic traffic tokens that share a request's
+        effect, a preset without one taking that of `prefill`. It must divide the tokens of a step.
 
     Returns
     -------
@@ -67,18 +70,27 @@ def load_workload(
     >>> load_workload("chat", sigma=0.9).sigma
     0.9
     """
+    overrides = {key: value for key, value in overrides.items() if value is not None}
+    run = overrides.pop("tokens_per_request", None)
     if isinstance(name_or_path, SyntheticTraffic | RecordedTraffic):
-        return _changed(name_or_path, {key: value for key, value in overrides.items() if value is not None})
-    if not isinstance(name_or_path, str | Path):
+        workload = _changed(name_or_path, overrides)
+    elif isinstance(name_or_path, str | Path):
+        workload = _load(str(name_or_path), overrides, in_runs=run not in (None, 1))
+    else:
         raise InputError(
             f"workload of type {type(name_or_path).__name__}: must be a name, a path or a workload; {FROM_ARRAYS}"
         )
-    name = str(name_or_path)
-    overrides = {key: value for key, value in overrides.items() if value is not None}
+    return workload if run is None else _in_runs(workload, run)
+
+
+def _load(name: str, overrides: dict[str, Any], in_runs: bool) -> SyntheticTraffic | RecordedTraffic:
+    """Traffic by name or path; `in_runs` takes what a fitted workload says of tokens that follow each other."""
     if name not in _presets() and names_file(name):
         unused = sorted(set(overrides) - {"phase"})
         if unused:
-            raise InputError(f"recorded traffic takes only 'phase', not '{unused[0].replace('_', '-')}'")
+            raise InputError(
+                f"recorded traffic takes only 'phase' and 'tokens-per-request', not '{unused[0].replace('_', '-')}'"
+            )
         return read_recorded(Path(name.removeprefix("file:")), **overrides)
     phase = overrides.pop("phase", None)
     if name.endswith(".toml"):
@@ -92,8 +104,8 @@ def load_workload(
         fields = {"name": name, **_preset(name)}
     else:
         raise unknown("--workload", name, _presets(), " (or file:TRACE, or a .toml file; `epsim workloads` lists them)")
-    fields = _of_phase(name, fields, phase) | overrides
-    known = [field.name for field in dataclasses.fields(SyntheticTraffic) if field.name != "layers"]
+    fields = _of_phase(name, fields, "prefill" if in_runs and "prefill" in fields else phase) | overrides
+    known = _known_fields()
     for key in fields:
         if key not in known and key not in TABLE_NAMES:
             raise unknown(f"field of workload {name}", key, known)
@@ -103,6 +115,34 @@ def load_workload(
             raise InputError(f"workload {name} has {', '.join(tables)} but no mu")
         fields["layers"] = FittedLayers.of(**tables, where=f"workload {name}: ")
     return SyntheticTraffic(**fields)
+
+
+def _in_runs(workload: SyntheticTraffic | RecordedTraffic, run: int) -> SyntheticTraffic | RecordedTraffic:
+    """Decode steps of requests that have `run` consecutive tokens each."""
+    run = whole_number("`tokens_per_request`", run, 1, 2**31)
+    name = f"{workload.name} ({run} tokens per request)" if run > 1 else workload.name
+    if isinstance(workload, RecordedTraffic):
+        return dataclasses.replace(workload.with_runs(run), name=name)
+    if workload.request_sigma == 0 and run == 1:
+        return workload
+    if workload.request_sigma == 0 and workload.name not in _presets():
+        raise InputError(
+            f"`tokens_per_request` {run}: workload {workload.name} has no request effect (request_sigma) that the tokens of a "
+            "request could share"
+        )
+    effect = {} if workload.request_sigma else _effect_of_prefill()
+    return dataclasses.replace(workload, **effect | {"name": name, "tokens_per_request": run, "whole_requests": True})
+
+
+def _effect_of_prefill() -> dict[str, Any]:
+    """The request effect of preset `prefill`: what it says beyond `chat`."""
+    return {key: value for key, value in _preset("prefill").items() if key not in _preset("chat")}
+
+
+def _known_fields() -> list[str]:
+    """Fields of synthetic traffic that a file or a caller may set."""
+    fields = dataclasses.fields(SyntheticTraffic)
+    return [field.name for field in fields if field.name not in ("layers", "whole_requests")]
 
 
 def _listed(fields: dict[str, Any]) -> str:
@@ -115,7 +155,7 @@ def _changed(
     """The workload with some fields changed."""
     known = ["phase"]
     if isinstance(workload, SyntheticTraffic):
-        known = [field.name for field in dataclasses.fields(SyntheticTraffic) if field.name != "layers"]
+        known = _known_fields()
     for key, value in overrides.items():
         if key not in known:
             raise unknown(f"field of workload {workload.name}", key, known)

@@ -21,7 +21,8 @@ class RecordedTraffic:
     name : str
         'file:' and the file's name.
     phase : str
-        'decode': each token of a step comes from another sequence, sequences reused once all have given one.
+        'decode': each token of a step (each run of `tokens_per_request`) comes from another sequence, from a random place;
+        sequences are reused once all have given one.
         'prefill': consecutive tokens of one sequence, from a random place where it is longer than the step; a step longer
         than the sequence takes all of it and goes on with another.
     topk_ids : int16 [layers, tokens, top_k]
@@ -37,6 +38,8 @@ class RecordedTraffic:
         Forward passes that the tokens were recorded in; None where the file has none.
     notes : tuple of str
         What the file was recognised as, and what was left out.
+    tokens_per_request : int
+        Of decode: consecutive tokens that a sequence gives to a step.
     """
 
     name: str
@@ -52,8 +55,14 @@ class RecordedTraffic:
     n_experts: int = 0
     n_steps: int | None = None
     notes: tuple[str, ...] = ()
+    tokens_per_request: int = 1
 
     def __post_init__(self) -> None:
+        if self.whole_requests and self.phase != "decode":
+            raise InputError(
+                f"`tokens_per_request` {self.tokens_per_request}: only decode takes so many tokens of each request, not `phase` "
+                f"{self.phase}"
+            )
         if self.layer_ids.size == 0:
             object.__setattr__(self, "layer_ids", np.arange(len(self.topk_ids)))
         if not self.n_experts and self.topk_ids.size:
@@ -84,9 +93,30 @@ class RecordedTraffic:
         return np.stack([np.bincount(layer.ravel(), minlength=n_experts) for layer in self.topk_ids])
 
     @property
-    def law(self) -> dict[str, str]:
+    def law(self) -> dict[str, str | int]:
         """Everything that changes the distribution, and nothing else."""
-        return {"recorded": self.digest, "phase": self.phase}
+        law: dict[str, str | int] = {"recorded": self.digest, "phase": self.phase}
+        return law | ({"tokens_per_request": self.tokens_per_request} if self.whole_requests else {})
+
+    @property
+    def whole_requests(self) -> bool:
+        """Whether a step must hold all tokens of its requests, which have several each."""
+        return self.tokens_per_request > 1
+
+    def with_runs(self, tokens_per_request: int) -> "RecordedTraffic":
+        """Decode in which each sequence gives a step so many consecutive tokens, as speculative decoding does.
+
+        Shorter sequences are left out, with a note. Raises InputError for other phases, and where no sequence is as long.
+        """
+        long_enough = np.diff(self.starts) >= tokens_per_request
+        n_short = int((~long_enough).sum())
+        if not long_enough.any():
+            raise InputError(
+                f"`tokens_per_request` {tokens_per_request}: no sequence of {self.name} has as many tokens"
+            )
+        mine = self.only_sequences(np.flatnonzero(long_enough)) if n_short else self
+        left_out = f"{n_short} sequences of fewer than {tokens_per_request} tokens are left out"
+        return replace(mine, tokens_per_request=tokens_per_request, notes=self.notes + ((left_out,) if n_short else ()))
 
     def check_model(self, n_experts: int, top_k: int, model_name: str) -> None:
         """Refuse a model that cannot have made this record."""
@@ -134,8 +164,11 @@ class RecordedTraffic:
         self, key: np.ndarray, first_trial: int, tokens: np.ndarray, counts: np.ndarray, ids: np.ndarray
     ) -> None:
         """Replay consecutive trials; trial t runs layer t % n_layers. Output as `router.sampler.sample_trials`."""
-        replay = _replay_decode if self.phase == "decode" else _replay_prefill
-        replay(first_trial, key, self.topk_ids, self.starts, tokens, counts, ids)
+        if self.phase == "decode":
+            run = self.tokens_per_request
+            _replay_decode(first_trial, key, self.topk_ids, self.starts, run, tokens, counts, ids)
+        else:
+            _replay_prefill(first_trial, key, self.topk_ids, self.starts, tokens, counts, ids)
 
 
 def build_record(
@@ -223,7 +256,7 @@ def _next_sequence(place, trial, key, order):
 
 
 @kernel
-def _replay_decode(first_trial, key, topk_ids, starts, tokens, counts, ids):
+def _replay_decode(first_trial, key, topk_ids, starts, run, tokens, counts, ids):
     order = np.arange(starts.size - 1)
     running = np.empty(counts.shape[2], np.int32)
     for t in range(counts.shape[0]):
@@ -233,9 +266,14 @@ def _replay_decode(first_trial, key, topk_ids, starts, tokens, counts, ids):
         snapshot = 0
         for i in range(order.size):
             order[i] = i
+        token = np.int64(0)
         for i in range(tokens[-1]):
-            s = _next_sequence(i, trial, key, order)
-            token = starts[s] + _below(starts[s + 1] - starts[s], 2 * i + 1, trial, key)
+            request = i // run
+            if i == request * run:
+                s = _next_sequence(request, trial, key, order)
+                token = starts[s] + _below(starts[s + 1] - starts[s] - run + 1, 2 * request + 1, trial, key)
+            else:
+                token += 1
             for k in range(layer.shape[1]):
                 running[layer[token, k]] += 1
             if i < ids.shape[1]:

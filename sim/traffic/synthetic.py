@@ -158,6 +158,8 @@ class SyntheticTraffic:
         for each layer draw.
     layers : FittedLayers, optional
         Of fitted popularity; its tables also say what B is.
+    whole_requests : bool
+        Whether a step must hold all tokens of its requests, as a decode step does; a prefill step may end within one.
     """
 
     name: str
@@ -174,6 +176,7 @@ class SyntheticTraffic:
     context_shares: tuple[float, ...] = (0.5, 0.5)
     dummy_tokens: int = 0
     layers: FittedLayers | None = field(default=None, repr=False)
+    whole_requests: bool = field(default=False, repr=False)
 
     def __post_init__(self) -> None:
         where = f"workload {shown(self.name)}: "
