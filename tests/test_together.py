@@ -125,6 +125,22 @@ def test_planted_pairs_and_layers_are_found():
         co_selection(a_record(rng, [50] * 15))
 
 
+def test_intervals_of_lifts_cover():
+    """95 % intervals of 100 records of 64 sequences, each with a subject, cover the lifts of a record of 6000: at least 90 do."""
+    mu, kinds = np.random.default_rng(0).normal(size=16) / 2, np.random.default_rng(1).normal(size=(3, 16))
+
+    def of(seed, n_sequences):
+        rng = np.random.default_rng(seed)
+        logits = mu + kinds[rng.integers(0, 3, (n_sequences, 40))] + 0.5 * rng.normal(size=(n_sequences, 1, 16))
+        layers = [(logits + rng.gumbel(size=logits.shape)).argsort(axis=2)[:, :, -4:].reshape(-1, 4) for _ in range(2)]
+        return co_selection(record_of(np.stack(layers, axis=1), [40] * n_sequences)).iloc[2]
+
+    true, found = of(0, 6000), [of(seed, 64) for seed in range(1, 101)]
+    for name in ("pair_lift", "next_lift"):
+        assert true[name] > 1.04
+        assert sum(row[f"{name}_low"] <= true[name] <= row[f"{name}_high"] for row in found) >= 90
+
+
 @pytest.mark.parametrize("local_share", [None, 0.5])
 def test_kinds_are_sampled_exactly(local_share):
     """Pairs of experts of 200,000 tokens and those by Gumbel noise on the kinds' logits: z-scores below the bound that all 120

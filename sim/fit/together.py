@@ -16,7 +16,7 @@ import pandas as pd
 from sim.errors import InputError
 from sim.kernels import kernel
 from sim.model import ModelSpec
-from sim.stats import ratio_interval
+from sim.stats import half_width, ratio_parts
 from sim.streams import PERMUTATION, stream_key, uniforms
 from sim.traffic import RecordedTraffic
 
@@ -196,54 +196,59 @@ def co_selection(record: RecordedTraffic, model: ModelSpec | None = None) -> pd.
         np.repeat(np.arange(record.n_sequences), np.diff(record.starts)) + u
     )  # each within its sequence
     counts = np.empty((_PARTS, n_experts, n_experts), np.int32)
+    n_tokens = np.bincount(part, minlength=_PARTS)
     names = ("pair_lift", "excess", "excess_in_few", "next_lift", "next_lift_shuffled")
-    tops, bottoms = (np.full((len(names), record.n_layers, _PARTS), np.nan) for _ in range(2))
+    sums = np.full((len(names), record.n_layers, 3, _PARTS), np.nan)
     for layer, ids in enumerate(record.topk_ids):
         if ids.shape[1] > 1:
             count_pairs(ids, ids, part, counts)
             counts *= ~np.eye(n_experts, dtype=bool)
             expected = np.stack([expected_pairs(ids[part % 2 == half], n_experts, n_group) for half in (0, 1)])
-            tops[:3, layer], bottoms[:3, layer] = _sums(counts, part, expected)
+            sums[:3, layer] = _sums(counts, n_tokens, expected)
         if layer > 0:
             before = record.topk_ids[layer - 1]
-            for name, of_before in ((3, before), (4, before[shuffled])):
+            for row, of_before in ((3, before), (4, before[shuffled])):
                 count_pairs(of_before, ids, part, counts)
                 of_half = [counts[half::2].sum(axis=0) for half in (0, 1)]
                 expected = np.stack([np.outer(n.sum(axis=1), n.sum(axis=0)) / n.sum() for n in of_half])
-                expected /= np.array([(part % 2 == half).sum() for half in (0, 1)])[:, None, None]
-                tops[name, layer], bottoms[name, layer] = (x[0] for x in _sums(counts, part, expected))
-    rows = []
-    for name in [*range(record.n_layers), None]:
-        row: dict[str, str | float] = {"layer": "all" if name is None else int(record.layer_ids[name])}
-        for column, top, bottom in zip(names, tops, bottoms, strict=True):
-            here = slice(None) if name is None else slice(name, name + 1)
-            known = ~np.isnan(top[here, 0])
-            sums = [x[here][known].sum(axis=0) for x in (top, bottom)]
-            value, low, high = ratio_interval(*sums) if sums[1].any() else (np.nan, np.nan, np.nan)
-            row[column] = value
-            if "lift" in column:
-                row |= {f"{column}_low": low, f"{column}_high": high}
-        rows.append(row)
+                expected /= np.array([n_tokens[half::2].sum() for half in (0, 1)])[:, None, None]
+                sums[row, layer] = _sums(counts, n_tokens, expected)[0]
+    rows: list[dict[str, str | float]] = []
+    for layers in [*([i] for i in range(record.n_layers)), list(range(record.n_layers))]:
+        last = len(rows) == record.n_layers
+        found: dict[str, str | float] = {"layer": "all" if last else int(record.layer_ids[layers[0]])}
+        for name, of_name in zip(names, sums, strict=True):
+            top, bottom, change = np.nansum(of_name[layers], axis=0)
+            found[name] = value = top.sum() / bottom.sum() if bottom.any() else np.nan
+            if "lift" in name:
+                half = half_width(ratio_parts(change, bottom)[1]) if bottom.any() else np.nan
+                found |= {f"{name}_low": value - half, f"{name}_high": value + half}
+        rows.append(found)
     return pd.DataFrame(rows)
 
 
-def _sums(counts: np.ndarray, part: np.ndarray, expected: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Numerators and denominators of the mean lift, the excess and its share in few pairs, float64 [3, parts] each.
+def _sums(counts: np.ndarray, n_tokens: np.ndarray, expected: np.ndarray) -> np.ndarray:
+    """Of the mean lift, the excess and its share in few pairs: numerators, denominators, and by how much each part of the
+    sequences moves the numerator; float64 [3, 3, parts].
 
-    counts int32 [parts, n, n], tokens that take both; expected float64 [2, n, n], their shares by each half of the parts,
-    even and odd.
+    A mean lift is a sum of p**2 / expected over pairs of experts, and what is expected follows the loads p. So a part moves it
+    by twice the lifts of its pairs, less the mean lifts of their experts.
+
+    counts int32 [parts, n, n], tokens that take both; n_tokens int64 [parts]; expected float64 [2, n, n], shares by each half
+    of the parts, even and odd.
     """
-    tokens = np.bincount(part, minlength=_PARTS)
-    top, bottom = np.zeros((3, _PARTS)), np.zeros((3, _PARTS))
+    sums = np.zeros((3, 3, _PARTS))
     for half in (0, 1):
-        mine = counts[half::2].sum(axis=0)
-        n = tokens[half::2].sum()
+        mine, n = counts[half::2].sum(axis=0), n_tokens[half::2].sum()
         lift = (mine + _PRIOR) / (n * expected[half] + _PRIOR)
+        of_row, of_column = ((mine * lift).sum(axis=i) / np.maximum(mine.sum(axis=i), 1) for i in (1, 0))
+        moves = 2 * lift - of_row[:, None] - of_column
         beyond = (mine - n * expected[half]).ravel()
         leading = np.argsort(-beyond)[: max(int(FEW * (beyond.size - len(mine))), 1)]
         for other in range(1 - half, _PARTS, 2):
             theirs = counts[other]
-            excess = (theirs - tokens[other] * expected[1 - half]).ravel()
-            top[:, other] = (theirs * lift).sum(), excess[beyond > 0].sum(), excess[leading].sum()
-            bottom[:, other] = theirs.sum(), theirs.sum(), excess[beyond > 0].sum()
-    return top, bottom
+            excess = (theirs - n_tokens[other] * expected[1 - half]).ravel()
+            above = excess[beyond > 0].sum()
+            sums[0, :, other] = (theirs * lift).sum(), theirs.sum(), (theirs * moves).sum()
+            sums[1, :2, other], sums[2, :2, other] = (above, theirs.sum()), (excess[leading].sum(), above)
+    return sums
