@@ -40,4 +40,7 @@ notebooks: $(BIN)/epsim  ## execute the notebooks again, with their outputs (abo
 bench: $(BIN)/epsim  ## speed against a plain numpy pipeline, in one run
 	$(BIN)/python tests/bench.py
 
-.PHONY: help install sweep test quick tables notebooks bench
+bench-cuda: $(BIN)/epsim  ## on a GPU: the same rows as the CPU, and how fast (about 5 minutes; needs epsim[cuda])
+	$(BIN)/python tests/bench_cuda.py --out results/measured/speed-h100.json
+
+.PHONY: help install sweep test quick tables notebooks bench bench-cuda

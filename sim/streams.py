@@ -14,6 +14,7 @@ added to something is an `fma` here, nothing is left to fuse.
 """
 
 import hashlib
+import math
 
 import numpy as np
 from numba import types
@@ -172,7 +173,7 @@ _EIGHTH, _30 = np.uint32(1 << 29), np.uint32(30)
 @kernel(forceinline=True)
 def normal_pair(word_radius, word_angle):
     """Two independent standard normals, float32, of two uint32 words (Box and Muller, 1958)."""
-    radius = np.sqrt(np.float32(2) * exponential(word_radius))
+    radius = math.sqrt(np.float32(2) * exponential(word_radius))
     quadrant = np.uint32(np.uint32(word_angle + _EIGHTH) >> _30)
     angle = np.float32(np.int32(np.uint32(word_angle - np.uint32(quadrant << _30)))) * _TURN
     q = angle * angle
@@ -195,7 +196,9 @@ _E2, _E3, _E4, _E5, _E6, _E7 = _E
 @kernel(forceinline=True)
 def exp32(x):
     """exp(x), float32, for |x| < 80, to 2e-7 relative."""
-    k = np.floor(fma(x, _LOG2E, _HALF))
+    nearest = fma(x, _LOG2E, _HALF)
+    k = np.float32(np.int32(nearest))
+    k = k - _ONE if k > nearest else k  # its floor
     r = fma(-k, _LN2_LOW, fma(-k, _LN2_HIGH, x))
     p = fma(_E7, r, _E6)
     p = fma(p, r, _E5)

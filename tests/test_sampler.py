@@ -9,14 +9,14 @@ import itertools
 import numpy as np
 import pytest
 from naive import draw_logits as ref_logits
-from naive import philox, token_experts
 from scipy.stats import chi2, norm
 
 from sim import ModelSpec, load_model, route
 from sim.router.draw import draw_trials, score_law
+from sim.router.one_token import new_token, route_token, sort_token
 from sim.router.sampler import sample_trials
 from sim.router.tables import fill_layer, new_layer
-from sim.streams import TOKEN, stream_key
+from sim.streams import stream_key
 from sim.theory import spread_over_groups
 from sim.traffic import SyntheticTraffic
 from sim.traffic.synthetic import X0, one_kind
@@ -79,32 +79,33 @@ MODELS = {
 }
 
 
-def reference(mu, model, group_sigma, n_tokens, seed=0, first=0):
-    """Expert ids of the same tokens by the plain reference, from the same words: rows of words from `first` on."""
-    layer, key, blocks = new_layer(len(mu), model.n_group), [int(k) for k in stream_key(seed, "test")], {}
+def reference(mu, model, group_sigma, n_tokens, first=0):
+    """Expert ids of the same tokens by the one-by-one form, from the same words: rows of words from `first` on."""
+    layer, (k0, k1) = new_layer(model.n_experts, model.n_group), stream_key(0, "test")
     fill_layer(mu, layer)
-
-    def word(token, index):
-        at = token, index // 4
-        if at not in blocks:
-            blocks[at] = philox([index // 4, token, 0, int(TOKEN)], key, 7)
-        return blocks[at][index % 4]
-
-    shape = model.n_group, model.topk_group, model.top_k
-    for token in range(first, first + n_tokens):
-        yield token_experts(
-            lambda index, token=token: word(token, index),
-            layer.weight, layer.alias, *shape, group_sigma, score_law(model),
+    own = new_token(model.n_group, model.topk_group, model.top_k)
+    expert, size = int(own.expert), int(own.size)
+    shape = model.n_group, model.n_experts // model.n_group, model.topk_group, model.top_k
+    law = tuple(score_law(model).astype(np.float32))
+    found = np.empty((n_tokens, model.top_k), np.int16)
+    for token in range(n_tokens):
+        route_token(
+            np.uint64(first + token), np.uint64(0), k0, k1, *shape, np.float32(group_sigma), law, layer.weight, layer.gap,
+            layer.gap_without, layer.alias, own,
         )  # fmt: skip
+        if model.is_grouped:
+            sort_token(size - expert, own)
+        found[token] = own.whole[expert : expert + model.top_k]
+    return found
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_tokens_are_those_of_the_plain_reference_bit_for_bit(name):
-    """Every float operation is done alone in the reference, so that these rows are those of any machine."""
+@pytest.mark.parametrize(("sigma", "group_sigma"), [(0.8, 0.4), (4.0, 0.0)])
+def test_tokens_are_those_of_the_one_by_one_form_bit_for_bit(name, sigma, group_sigma):
+    """Sharp layers end in the exact scans after many repeats."""
     model = MODELS[name]
-    mu = np.random.default_rng(4).normal(0, 0.8, model.n_experts)
-    comp = sample(mu, model, 0.4, 200)[0]
-    assert comp.tolist() == list(reference(mu, model, 0.4, 200))
+    mu = np.random.default_rng(4).normal(0, sigma, model.n_experts)
+    np.testing.assert_array_equal(reference(mu, model, group_sigma, 2000), sample(mu, model, group_sigma, 2000)[0])
 
 
 def test_alias_tables_hold_the_shares_of_their_weights():
@@ -245,7 +246,7 @@ def test_a_token_has_the_experts_of_its_context_bit_for_bit(name):
     ref = np.empty_like(comp)
     for row in range(16):
         mine = np.flatnonzero((np.arange(300) // 150 == row // 8) & (contexts == row % 8))
-        ref[mine] = list(reference(mu[row], model, 0.4, len(mine), first=150 * row))
+        ref[mine] = reference(mu[row], model, 0.4, len(mine), first=150 * row)
     np.testing.assert_array_equal(comp, ref)
     for step, count in zip([1, 70, 200, 300], counts, strict=True):
         np.testing.assert_array_equal(count, np.bincount(ref[:step].ravel(), minlength=model.n_experts))

@@ -1,3 +1,4 @@
+import naive
 import numpy as np
 import pytest
 from hypothesis import given
@@ -97,6 +98,22 @@ def test_normals_and_exp_are_accurate():
     grown = np.empty_like(x)
     _map_exp(x, grown)
     np.testing.assert_allclose(grown, np.exp(x.astype(float)), rtol=3e-7)
+
+
+def test_transforms_are_those_of_the_plain_reference_bit_for_bit():
+    """Every float operation is done alone in the reference, so that these bits are those of any machine."""
+    a, b = np.random.default_rng(3).integers(0, 2**32, (2, 2000)).astype(np.uint32)
+    times, normals, grown = (
+        np.empty(len(a), np.float32),
+        np.empty((2, len(a)), np.float32),
+        np.empty(len(a), np.float32),
+    )
+    _map_exponential(a, times)
+    _map_normal(a, b, normals)
+    _map_exp(normals[0], grown)
+    assert times.tolist() == [naive.exponential(word) for word in a]
+    assert normals.T.tolist() == [list(naive.normal_pair(*words)) for words in zip(a, b, strict=True)]
+    assert grown.tolist() == [naive.exp32(x) for x in normals[0]]
 
 
 @pytest.mark.parametrize(("draw", "mean", "variance"), [(streams.uniforms, 0.5, 1 / 12)])

@@ -6,7 +6,6 @@ Lists take commas and ranges: 1,8,64; 8..64 doubles; 2..12:2 counts up by 2.
 import re
 import time
 from argparse import ArgumentParser, Namespace
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -147,11 +146,16 @@ def _run_into(folder: Path, plan: "Plan", options: RunOptions) -> "SweepResult":
     from sim.kernels import usable_processors
     from sim.results import read_identity, write_result
     from sim.sweeps import Journal, run_plan
+    from sim.sweeps.executors import executor_of
 
     note_compiling()
     started = time.monotonic()
     n_threads = usable_processors() if options.threads is None else options.threads
-    with writable_folder(folder), _executor(options, n_threads) as executor, Journal(folder, plan) as journal:
+    with (
+        executor_of(options.executor, n_threads, plan, options.scheduler) as executor,
+        writable_folder(folder),
+        Journal(folder, plan, executor.chunk_size(plan)) as journal,
+    ):
         for text in journal.notes:
             note(text)
         result = run_plan(
@@ -190,14 +194,6 @@ def _write_traffic(folder: Path, plan: "Plan", sources: list[float], options: Ru
     from sim.kernels import usable_processors
 
     write_traffic(traffic_of_plan(plan, sources, options.threads or usable_processors()), folder / "rank_traffic")
-
-
-def _executor(options: RunOptions, n_threads: int) -> AbstractContextManager[Any]:
-    from sim.sweeps import executors
-
-    if options.executor == "dask":
-        return executors.dask_cluster(options.scheduler, n_threads)
-    return nullcontext(executors.threads(n_threads))
 
 
 def _check_same(folder: Path, held: dict[str, Any] | None, wanted: dict[str, Any]) -> None:

@@ -160,8 +160,9 @@ class RunOptions(Options):
         THREADS, "default: all processors of this process; of a local cluster, its workers", default=None
     )
     executor: str = option(
-        Choice(names=("threads", "dask")),
-        "threads, or dask: a local cluster, or the one of `scheduler` (extra: epsim[cluster])",
+        Choice(names=("threads", "cuda", "dask")),
+        "threads; cuda: the NVIDIA GPUs of this machine (extra: epsim[cuda]); or dask: a local cluster, or the one of "
+        "`scheduler` (extra: epsim[cluster])",
         default="threads",
     )
     scheduler: str | None = option(

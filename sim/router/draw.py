@@ -82,7 +82,7 @@ def draw_trials(
     ids : int16 [trials, n_ids, top_k]
         Experts of the first tokens.
     """
-    key = stream_key(seed, _token_law(model, workload))
+    key = token_key(model, workload, seed)
     counts = np.empty((len(trials), len(tokens), model.n_experts), np.int32)
     ids = np.empty((len(trials), n_ids, model.top_k), np.int16)
     if isinstance(workload, RecordedTraffic):
@@ -106,9 +106,14 @@ def draw_loads(model: ModelSpec, workload: SyntheticTraffic, seed: int, draws: r
     float64 [draws, n_experts]
         Tokens, of `n_tokens`, that take each expert.
     """
-    key = stream_key(seed, _token_law(model, workload))
+    key = token_key(model, workload, seed)
     mu = workload.draw_popularity(key, draws.start, len(draws), model.n_experts)
     return _draw_other_tokens(model, workload, seed, "fit", mu, draws.start, n_tokens)[:, 0].astype(float)
+
+
+def token_key(model: ModelSpec, workload: Workload, seed: int) -> np.ndarray:
+    """Key of the stream of trials."""
+    return stream_key(seed, _token_law(model, workload))
 
 
 def _token_law(model: ModelSpec, workload: Workload) -> str:

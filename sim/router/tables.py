@@ -47,7 +47,33 @@ def new_tables(n, n_experts, n_group):
 
 
 @kernel
-def _fill_alias(lo, hi, total, weight, alias, scratch):
+def total_of(weight, lo, hi):
+    """Sum of weight[lo:hi], one after another."""
+    total = 0.0
+    for e in range(lo, hi):
+        total += weight[e]
+    return total
+
+
+@kernel
+def gap_of(weight):
+    """Mean time between arrivals of experts of some weight together."""
+    return np.float32(1 / max(weight, TINY))
+
+
+@kernel
+def gap_of_others(e, lo, hi, total, weight):
+    """Mean time between arrivals of a group's experts lo .. hi - 1 other than e."""
+    if hi - lo == 1:
+        return np.float32(np.inf)
+    rest = total - weight[e]
+    if rest < SMALL * total:
+        rest = total_of(weight, lo, e) + total_of(weight, e + 1, hi)
+    return gap_of(rest)
+
+
+@kernel
+def fill_alias(lo, hi, total, weight, alias, scratch):
     """Alias table of weight[lo:hi] (Vose 1991): thresholds in units of 2**-32, aliases as expert ids."""
     share, stack = scratch[0], scratch[1]
     small, large = lo, hi  # two stacks that grow towards each other
@@ -74,20 +100,17 @@ def _fill_alias(lo, hi, total, weight, alias, scratch):
 @kernel
 def fill_layer(mu, layer):
     """Make the tables of a layer from its mean logits mu float64 [n_experts]."""
-    weight, gap, gap_without = layer.weight, layer.gap, layer.gap_without
-    size = mu.size // gap.size
+    weight = layer.weight
+    size = mu.size // layer.gap.size
     for e in range(mu.size):
         weight[e] = np.exp(mu[e])
-    for g in range(gap.size):
+    for g in range(layer.gap.size):
         lo, hi = g * size, (g + 1) * size
-        total = weight[lo:hi].sum()
-        gap[g] = 1 / max(total, TINY)
+        total = total_of(weight, lo, hi)
+        layer.gap[g] = gap_of(total)
         for e in range(lo, hi):
-            rest = total - weight[e]
-            if rest < SMALL * total:
-                rest = weight[lo:e].sum() + weight[e + 1 : hi].sum()
-            gap_without[e] = 1 / max(rest, TINY) if size > 1 else np.inf
-        _fill_alias(lo, hi, total, weight, layer.alias, layer.scratch)
+            layer.gap_without[e] = gap_of_others(e, lo, hi, total, weight)
+        fill_alias(lo, hi, total, weight, layer.alias, layer.scratch)
 
 
 @kernel(forceinline=True)

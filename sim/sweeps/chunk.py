@@ -11,10 +11,18 @@ from sim.sweeps.plan import Plan
 from sim.sweeps.steps import Blocks, Group, StepScorer, place_pairs
 from sim.sweeps.tally import Tally, histogram_keys, merge_counts
 
-_CHUNK_TOKENS = 2**20
-_CHUNK_DRAWS = 256
-_CHUNK_NUMBERS = 2**21  # bounds the memory of a chunk
 _LEAST_CHUNKS = 16
+
+
+class ChunkSize(NamedTuple):
+    """What a chunk may hold at most."""
+
+    tokens: int = 2**20
+    draws: int = 1024
+    numbers: int = 2**21  # bounds its memory
+
+
+CPU_CHUNKS = ChunkSize()
 
 
 class Stage(NamedTuple):
@@ -29,9 +37,19 @@ class Stage(NamedTuple):
         first = self.trials.start + (draw - self.trials.start) % self.draws
         return range(first, self.trials.stop, self.draws)
 
+    def design(self, draws: range) -> tuple[int, int, int]:
+        """Trials of consecutive draws, how many of these have any, and the sum of the squares of a draw's trials."""
+        below = [
+            trial // self.draws * len(draws) + min(max(trial % self.draws - draws.start, 0), len(draws))
+            for trial in (self.trials.start, self.trials.stop)
+        ]
+        n_trials, least = below[1] - below[0], len(self.trials) // self.draws  # a draw has so many, or one more
+        more = n_trials - least * len(draws)
+        return n_trials, len(draws) if least else more, len(draws) * least**2 + more * (2 * least + 1)
 
-def stage_chunks(plan: Plan, stage: Stage) -> list[range]:
-    """The draws of each chunk: about a million tokens, bounded memory, and enough chunks to share out."""
+
+def stage_chunks(plan: Plan, stage: Stage, most: ChunkSize = CPU_CHUNKS) -> list[range]:
+    """The draws of each chunk: by default about a million tokens; bounded memory, and enough chunks to share out."""
     steps = np.unique(plan.grid.tokens_of_cell[list(stage.cells)])
     first = stage.trials.start if stage.draws > stage.trials.start else 0
     draws = range(first, min(stage.draws, stage.trials.stop))
@@ -41,9 +59,9 @@ def stage_chunks(plan: Plan, stage: Stage) -> list[range]:
     if plan.grid.received:
         numbers_of_draw += len(plan.grid.pair_of_rank) * len(steps)
     size = min(
-        _CHUNK_TOKENS // tokens_of_draw,
-        _CHUNK_NUMBERS // numbers_of_draw,
-        _CHUNK_DRAWS,
+        most.tokens // tokens_of_draw,
+        most.numbers // numbers_of_draw,
+        most.draws,
         -(-len(draws) // _LEAST_CHUNKS),
     )
     size = max(1, size)
@@ -99,7 +117,7 @@ def run_chunk(plan: Plan, stage: Stage, draws: range) -> Tally:
             event[:n] += seen.scores[:, place_of_event, events.metric[live]] >= events.least[live]
     tally = Tally.zero(grid)
     tally.keys, tally.counts = merge_counts(keys, counts)
-    tally.design[cells] = blocks.sum(), (blocks > 0).sum(), (blocks * blocks).sum()
+    tally.design[cells] = stage.design(draws)
     _fill_sums(tally, "metric", cells, metric, blocks)
     baseline = np.searchsorted(cells, grid.baseline_cells[cells])
     tally.metric_cross[cells] = (metric * metric[:, baseline]).sum(axis=0)

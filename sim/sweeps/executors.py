@@ -1,24 +1,49 @@
-"""Where chunks are computed: on threads, or on a Dask cluster. An executor takes chunks and yields tallies, in any order."""
+"""Where chunks are computed: on threads, on GPUs, or on a Dask cluster. An executor takes chunks and yields tallies, in any
+order.
+"""
 
 import asyncio
 import logging
 import tempfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures import Executor as Pool
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, suppress
+from multiprocessing import get_context
+from typing import Any, NamedTuple
 
-from sim.errors import InputError
+from sim.errors import InputError, unknown
 from sim.kernels import source_digest
-from sim.sweeps.chunk import Stage, run_chunk
+from sim.sweeps.chunk import CPU_CHUNKS, ChunkSize, Stage, run_chunk
 from sim.sweeps.plan import Plan
 from sim.sweeps.tally import Tally
 
-Executor = Callable[[Plan, Stage, list[range]], Iterator[tuple[range, Tally]]]
+Compute = Callable[[Plan, Stage, range], Tally]
 _ANSWER_S = 10
 _RETRIES = 5
 _AHEAD = 2  # chunks per worker that wait for it
+
+
+class Executor(NamedTuple):
+    """Computes chunks of a stage, and says how large they should be."""
+
+    compute: Callable[[Plan, Stage, list[range]], Iterator[tuple[range, Tally]]]
+    chunk_size: Callable[[Plan], ChunkSize] = lambda _: CPU_CHUNKS
+
+
+@contextmanager
+def executor_of(name: str, n_threads: int, plan: Plan, scheduler: str | None = None) -> Iterator[Executor]:
+    """The executor of a name, for a plan. Raises InputError where it cannot run here, or cannot run the plan."""
+    if name == "threads":
+        yield threads(n_threads)
+    elif name == "cuda":
+        with gpus(plan) as found:
+            yield found
+    elif name == "dask":
+        with dask_cluster(scheduler, n_threads) as cluster:
+            yield cluster
+    else:
+        raise unknown("executor", name, ["threads", "cuda", "dask"])
 
 
 def threads(n_threads: int) -> Executor:
@@ -30,20 +55,20 @@ def threads(n_threads: int) -> Executor:
             first = stage.trials_of(draw)[0]
             run_chunk(plan, stage._replace(trials=range(first, first + 1)), range(draw, draw + 1))
         with ThreadPoolExecutor(n_threads) as pool:
-            yield from _on_pool(pool, n_threads, plan, stage, chunks)
+            yield from _on_pool(pool, n_threads, run_chunk, plan, stage, chunks)
 
-    return compute
+    return Executor(compute)
 
 
 def _on_pool(
-    pool: Pool, n_workers: int, plan: Plan, stage: Stage, chunks: list[range]
+    pool: Pool, n_workers: int, work: Compute, plan: Plan, stage: Stage, chunks: list[range]
 ) -> Iterator[tuple[range, Tally]]:
     waiting = iter(chunks)
     running: dict[Future[Tally], range] = {}
     try:
         while True:
             while len(running) < _AHEAD * n_workers and (draws := next(waiting, None)) is not None:
-                running[pool.submit(run_chunk, plan, stage, draws)] = draws
+                running[pool.submit(work, plan, stage, draws)] = draws
             if not running:
                 return
             for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -53,6 +78,40 @@ def _on_pool(
             future.cancel()
         pool.shutdown(wait=False)
         raise
+
+
+@contextmanager
+def gpus(plan: Plan) -> Iterator[Executor]:
+    """Compute the chunks of a plan on the NVIDIA GPUs of this machine: one on a thread, several by a process each.
+
+    Raises
+    ------
+    InputError
+        There is no GPU, or no numba to use it; or the plan has what is not computed there.
+    """
+    n_gpus = 0
+    with suppress(ImportError):  # a numba without a CUDA target of its own
+        from sim.sweeps import device
+
+        n_gpus = device.count_devices()
+    if not n_gpus:
+        raise InputError(
+            "`executor` cuda needs an NVIDIA GPU and the extra 'cuda' (pip install 'epsim[cuda]'): no GPU was found by numba"
+        )
+    device.check_plan(plan)
+    context = get_context("spawn")
+    free = context.SimpleQueue()
+    for i in range(n_gpus):
+        free.put(i)
+    pool: Pool = ThreadPoolExecutor(1)
+    if n_gpus > 1:
+        pool = ProcessPoolExecutor(n_gpus, context, device.take_device, (free,))
+
+    def compute(plan: Plan, stage: Stage, chunks: list[range]) -> Iterator[tuple[range, Tally]]:
+        yield from _on_pool(pool, n_gpus, device.run_chunk_on_device, plan, stage, chunks)
+
+    with pool:
+        yield Executor(compute, device.chunk_size)
 
 
 @contextmanager
@@ -95,9 +154,9 @@ def _on_cluster(client: Any) -> Executor:
     def compute(plan: Plan, stage: Stage, chunks: list[range]) -> Iterator[tuple[range, Tally]]:
         n_workers = max(sum(client.nthreads().values()), 1)
         with client.get_executor(pure=False, retries=_RETRIES) as pool:
-            yield from _on_pool(pool, n_workers, plan, stage, chunks)
+            yield from _on_pool(pool, n_workers, run_chunk, plan, stage, chunks)
 
-    return compute
+    return Executor(compute)
 
 
 def _connect(scheduler: str) -> Any:

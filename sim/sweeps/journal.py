@@ -15,7 +15,7 @@ import numpy as np
 from sim.errors import InputError
 from sim.files import read_json, whole_files
 from sim.results import digest_of
-from sim.sweeps.chunk import Stage, stage_chunks
+from sim.sweeps.chunk import CPU_CHUNKS, ChunkSize, Stage, stage_chunks
 from sim.sweeps.plan import Plan
 from sim.sweeps.tally import Tally
 
@@ -41,12 +41,12 @@ class Journal:
         What was found damaged, for the user.
     """
 
-    def __init__(self, folder: Path, plan: Plan) -> None:
-        """Open the journal of a plan in a result folder.
+    def __init__(self, folder: Path, plan: Plan, chunk_size: ChunkSize = CPU_CHUNKS) -> None:
+        """Open the journal of a plan in a result folder, of chunks of some size.
 
         Raises InputError if another unfinished sweep is in it, be it running or stopped; OSError.
         """
-        self._folder, self._plan = folder / ".partial", plan
+        self._folder, self._plan, self._chunk_size = folder / ".partial", plan, chunk_size
         self._digest = digest_of(plan.identity)
         self._chunks: dict[Stage, list[range]] = {}
         self.notes: list[str] = []
@@ -178,7 +178,7 @@ class Journal:
 
     def _chunks_of(self, stage: Stage) -> list[range]:
         if stage not in self._chunks:
-            self._chunks = {stage: stage_chunks(self._plan, stage)}
+            self._chunks = {stage: stage_chunks(self._plan, stage, self._chunk_size)}
         return self._chunks[stage]
 
     def _path(self, stage: Stage, draws: range) -> Path:

@@ -34,6 +34,7 @@ def sweep(
     workload: str | Path | Workload,
     *,
     threads: int | None = None,
+    executor: str = "threads",
     **options: Any,
 ) -> SweepResult:
     """Sample token routings once and score them under every placement, EP size and number of tokens per step.
@@ -44,6 +45,8 @@ def sweep(
         Names or paths as `load_model` and `load_workload` take them, or what those return.
     threads : int, optional
         Default: the processors that this process may use. Rows do not depend on it.
+    executor : str
+        'threads', or 'cuda' for the NVIDIA GPUs of this machine (extra: epsim[cuda]).
     **options
 
     Returns
@@ -68,7 +71,8 @@ def sweep(
     """
     plan = make_plan(model, workload, **options)
     n_threads = usable_processors() if threads is None else THREADS.check("threads", threads)
-    return run_plan(plan, executors.threads(n_threads), n_threads=n_threads)
+    with executors.executor_of(executor, n_threads, plan) as chosen:
+        return run_plan(plan, chosen, n_threads=n_threads)
 
 
 def run_plan(
@@ -174,10 +178,10 @@ def _run_stage(
     def take(draws: range, tally: Tally) -> None:
         nonlocal done
         total.add(tally)
-        done += sum(len(stage.trials_of(draw)) for draw in draws) * of_trial
+        done += stage.design(draws)[0] * of_trial
         advance((stage.trials.start + done / of_trial) / plan.trials)  # under a precision, of the most that it may take
 
-    missing = stage_chunks(plan, stage)
+    missing = stage_chunks(plan, stage, executor.chunk_size(plan))
     if journal:
         missing = []
         for draws, kept in journal.finished(stage):
@@ -187,7 +191,7 @@ def _run_stage(
                 take(draws, kept)
     if missing and time.monotonic() > end_s:
         raise _OutOfTime
-    for n_computed, (draws, tally) in enumerate(executor(plan, stage, missing), 1):
+    for n_computed, (draws, tally) in enumerate(executor.compute(plan, stage, missing), 1):
         if journal:
             journal.add(stage, draws, tally)
         take(draws, tally)

@@ -40,9 +40,9 @@ FROM_ARRAYS = "popularity as an array goes through sim.synthetic_traffic(popular
 _LEAST_POPULARITY = 1e-9  # over the mean of the layer: a zero is never seen, and its logarithm is finite
 
 # The tilted popularity, fitted to DeepSeek-R1 on GPQA: see `_tilted`.
-_STEEP_TILT, STEEP_SHARE = 1.485, 8 / 58
-_TILT_MEAN, _TILT_SD = 0.566, 0.264
-_SPREAD_MEAN, _SPREAD_SD, _SPREAD_RANGE = 0.58, 0.10, (0.40, 0.95)
+STEEP_TILT, STEEP_SHARE = 1.485, 8 / 58
+TILT_MEAN, TILT_SD = 0.566, 0.264
+SPREAD_MEAN, SPREAD_SD, SPREAD_RANGE = 0.58, 0.10, (0.40, 0.95)
 STUDENT_DF = 6
 
 
@@ -243,6 +243,7 @@ class SyntheticTraffic:
             law["sigma"] = self.sigma
         if self.layers is not None:
             law["layers"] = self.layers.digest
+            law |= {} if self.layers.kind_shares is None else {"kinds": self.layers.kind_shares.shape[1]}
         if self.request_sigma > 0:
             law |= {"request_sigma": self.request_sigma, "tokens_per_request": self.tokens_per_request}
         if self.n_contexts > 1:
@@ -465,8 +466,8 @@ def _tilted(u: np.ndarray, n_experts: int) -> np.ndarray:
 
 def tilt_and_spread(steep: np.ndarray, z_tilt: np.ndarray, z_spread: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Tilt and spread of layers of tilted popularity: from whether the tilt is steep, and two standard normals."""
-    tilt = np.where(steep, _STEEP_TILT, np.maximum(0.0, _TILT_MEAN + _TILT_SD * z_tilt))
-    return tilt, np.clip(_SPREAD_MEAN + _SPREAD_SD * z_spread, *_SPREAD_RANGE)
+    tilt = np.where(steep, STEEP_TILT, np.maximum(0.0, TILT_MEAN + TILT_SD * z_tilt))
+    return tilt, np.clip(SPREAD_MEAN + SPREAD_SD * z_spread, *SPREAD_RANGE)
 
 
 def tilt_profile(n_experts: int) -> np.ndarray:
