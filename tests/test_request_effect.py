@@ -1,4 +1,4 @@
-"""A request effect that decays: contexts of tokens, the effects of contexts, and what traffic says of them."""
+"""A request effect that decays: contexts of tokens, the effects of contexts, what traffic says of them, and its fit."""
 
 import json
 
@@ -7,6 +7,19 @@ import pytest
 from naive import contexts_of, philox
 
 from sim import InputError, load_model, load_workload, synthetic_traffic
+from sim.fit import fit_text, fit_traffic
+from sim.fit.correlation import (
+    block_correlation,
+    count_alike,
+    count_both,
+    fit_decay,
+    lag_correlation,
+    pairs_of_blocks,
+    pick_covariance,
+)
+from sim.fit.effects import match_covariance
+from sim.fit.made import make_traffic
+from sim.model import ModelSpec
 from sim.router import draw_trials
 from sim.streams import CONTEXT, normals, stream_key
 from sim.traffic import FittedLayers, SyntheticTraffic
@@ -43,8 +56,10 @@ def test_two_tokens_have_the_same_context_with_the_probability_that_is_said_wher
     )  # requests are other ones
 
 
-def test_the_effect_is_standard_normal_and_its_correlation_falls_as_is_said():
-    """Covariance over 4000 requests of 64 experts, at lags 0 to 64: 5 standard errors (false alarms below 1e-5)."""
+def test_the_effect_has_variance_1_and_its_correlation_falls_as_is_said():
+    """Covariance over 4000 requests of 64 experts, at lags 0 to 64: 5 standard errors (false alarms below 1e-5), and the 1 / 64
+    that evening out the strength takes off.
+    """
     n = 4000
     mu = np.zeros((n, 64))
     logits = MIXED.draw_logits(KEY, mu, 0, 400, 0).reshape(n, CONTEXTS, 64)
@@ -54,11 +69,11 @@ def test_the_effect_is_standard_normal_and_its_correlation_falls_as_is_said():
     for lag in (0, 1, 4, 16, 64):
         wanted = 0.4 + 0.6 * MIXED.same_context(lag)
         found = (first * logits[trial, contexts[:, 50 + lag]]).mean()
-        assert abs(found - wanted) < 5 * np.sqrt(2 / (64 * n)), lag
+        assert abs(found - wanted) < 5 * np.sqrt(2 / (64 * n)) + wanted / 64, lag
 
 
 def test_fitted_layers_have_a_local_share_each():
-    """Variance between contexts of a request over all of it, of layers with 0, 0.3 and 1: to 4 %, above 4 standard errors."""
+    """Variance between contexts of a request over all of it, of layers with 0, 0.3 and 1: to 5 %, above 4 standard errors."""
     layers = FittedLayers.of(np.zeros((3, 32)), np.full((3, 32), 0.8), np.full((3, 1, 32), 0.6))
     traffic = SyntheticTraffic(
         "f", popularity="fitted", layers=layers, request_sigma=2.0, tokens_per_request=64, local_share=[0, 0.3, 1]
@@ -67,7 +82,7 @@ def test_fitted_layers_have_a_local_share_each():
     logits = traffic.draw_logits(KEY, mu, 0, 64, 0).reshape(1000, 3, CONTEXTS, 32)
     assert logits.var(axis=(0, 2, 3)) == pytest.approx(4.0, rel=0.06)
     within = logits.var(axis=2, ddof=1).mean(axis=(0, 2))
-    assert within == pytest.approx([0, 1.2, 4], rel=0.04, abs=1e-9)
+    assert within == pytest.approx([0, 1.2, 4], rel=0.05, abs=0.02)
     np.testing.assert_array_equal(
         traffic.draw_logits(KEY, mu[1:4], 1, 64, 1), traffic.draw_logits(KEY, mu[:4], 0, 64, 0)[1:]
     )
@@ -127,3 +142,98 @@ def test_normals_are_standard_and_addressed_by_row():
 def test_bad_decays_are_refused(fields, message):
     with pytest.raises(InputError, match=message):
         synthetic_traffic(request_sigma=1.0, **fields)
+
+
+# The fit.
+
+LLAMA_4_LAGS = np.array([1, 2, 4, 8, 16, 32, 64, 100])
+LLAMA_4 = np.array(
+    [0.257, 0.198, 0.165, 0.140, 0.119, 0.102, 0.089, 0.074]
+)  # Llama-4-Maverick on MMLU, 24 layers (issue 18)
+
+
+def test_the_form_of_the_decay_has_the_published_lag_correlations():
+    """Llama-4-Maverick's within 4 %, with stretches from 2 tokens on; none of the parts is negative."""
+    pairs = np.eye(100)[LLAMA_4_LAGS - 1]
+    decay = fit_decay(pairs, LLAMA_4[None], (2, 4, 8, 16, 32, 64, 128, 256))
+    assert np.abs(decay.at(LLAMA_4_LAGS)[0] / LLAMA_4 - 1).max() < 0.04
+    assert decay.far.min() >= 0
+    assert sum(decay.shares) == pytest.approx(1, abs=1e-3)
+    SyntheticTraffic(
+        "llama-4", request_sigma=1.0, local_share=0.9, context_tokens=decay.tokens, context_shares=decay.shares
+    )
+
+
+def test_a_decay_is_found_in_the_blocks_that_it_gives():
+    """Two layers of known near and far correlation, without noise: to 1e-6; and flat ones."""
+    sizes = (2, 4, 8, 16, 32, 64, 128, 256)
+    pairs = pairs_of_blocks(sizes)
+    assert pairs.sum(axis=1) == pytest.approx(1)
+    same = MIXED.same_context(np.arange(1, 256))
+    known = np.array([0.4 * pairs @ same + 0.1 * (1 - pairs @ same), 0.2 * pairs @ same + 0.15 * (1 - pairs @ same)])
+    decay = fit_decay(pairs, known, MIXED.context_tokens)
+    assert decay.shares == pytest.approx(MIXED.context_shares, abs=1e-4)
+    assert decay.near == pytest.approx([0.4, 0.2], abs=1e-4)
+    assert decay.far == pytest.approx([0.1, 0.15], abs=1e-4)
+    flat = fit_decay(pairs, np.full((2, 8), 0.2))
+    assert flat.near == pytest.approx(flat.far)
+
+
+def test_counts_of_pairs_equal_a_loop():
+    rng = np.random.default_rng(2)
+    layer = np.stack([rng.permutation(9)[:3] for _ in range(40)]).astype(np.int16)
+    first, hot = np.array([0, 3, 4, 20]), np.zeros((40, 9), int)
+    np.put_along_axis(hot, layer.astype(int), 1, axis=1)
+    alike, counts, both = np.zeros(1, np.int64), np.zeros((2, 9), np.int64), np.zeros((9, 9), np.int64)
+    count_alike(layer, first, 5, alike, counts)
+    assert alike[0] == sum(len(set(layer[t]) & set(layer[t + 5])) for t in first)
+    np.testing.assert_array_equal(counts, [hot[first].sum(axis=0), hot[first + 5].sum(axis=0)])
+    count_both(layer, first, 2, both)
+    np.testing.assert_array_equal(both, sum(np.outer(hot[t], hot[t]) for start in first for t in (start, start + 1)))
+
+
+SMALL = ModelSpec("small", 16, 2)
+
+
+@pytest.fixture(scope="module")
+def decaying():
+    """Routing of 300 sequences of 200 tokens whose effect decays over 12 tokens, in two layers."""
+    rng = np.random.default_rng(8)
+    layers = FittedLayers.of(rng.normal(0, 0.4, (2, 16)), np.full((2, 16), 0.8), rng.normal(0, 0.6, (2, 1, 16)))
+    traffic = SyntheticTraffic(
+        "d", popularity="fitted", layers=layers, request_sigma=1.2, tokens_per_request=200, local_share=0.6,
+        context_tokens=[16.0], context_shares=[1.0],
+    )  # fmt: skip
+    return make_traffic(traffic, SMALL, 60_000, 300)
+
+
+def test_a_decay_that_tokens_have_is_fitted_and_made_again(decaying, tmp_path):
+    """Made with the fit: correlation at lags 1 to 128, and of blocks to 128 tokens, within 12 % (standard errors of either
+    about 4 %). What is written is read back.
+    """
+    fit = fit_traffic(SMALL, decaying)
+    assert 0.3 < np.mean(fit.prefill.local_share) < 0.8
+    again = make_traffic(fit.prefill, SMALL, 60_000, 300, seed=1)
+    for found in (lag_correlation, block_correlation):
+        real, made = (
+            np.array([x.mean() for n, x in found(record, 16).items() if n <= 128]) for record in (decaying, again)
+        )
+        np.testing.assert_allclose(made, real, rtol=0.12)
+    path = tmp_path / "d.toml"
+    path.write_text(fit_text(fit))
+    read = load_workload(path, phase="prefill")
+    assert read.law == fit.prefill.law
+    assert read.n_contexts == CONTEXTS
+
+
+def test_the_covariance_of_experts_is_that_of_the_picks(decaying):
+    """From no knowledge of it to half of the error at most, that the picks of two tokens leave in their covariance."""
+    measured, noise = pick_covariance(decaying, 0, 64, 16)
+    assert 0 < noise < (measured**2).sum() / 4
+    p = np.bincount(decaying.topk_ids[0].ravel(), minlength=16) / decaying.starts[-1]
+    covariance = match_covariance(SMALL, 0.0, p, measured, noise, np.eye(16))
+    assert np.trace(covariance) == pytest.approx(16)
+    assert np.linalg.eigvalsh(covariance).min() > -1e-9
+    off = ~np.eye(16, dtype=bool)
+    wanted = measured[off] / np.outer(p * (1 - p), p * (1 - p))[off]
+    assert np.corrcoef(wanted, covariance[off])[0, 1] > 0.7

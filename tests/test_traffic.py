@@ -246,20 +246,20 @@ def test_ranks_equal_a_sort():
 
 
 def test_tastes_are_a_latin_hypercube_of_the_stream():
-    """Against the plain formula; each expert's own tastes are the same n quantiles in another order."""
+    """Against the plain formula, scaled as `of_even_strength` says."""
     n, n_experts, key = 1000, 6, stream_key(0, "x")
     rng = np.random.default_rng(4)
-    taste = RequestEffect(rng.uniform(0.5, 1, n_experts), rng.normal(size=(2, n_experts)), 0.1)
+    taste = RequestEffect(rng.uniform(0.5, 1, n_experts), rng.normal(size=(2, n_experts)), 0.1, 0.1)
     comp = draw_effects(taste, key, 3, n)
     u = uniforms(key, REQUEST, 3, (n, 2 * n_experts + 2))
     u = (np.argsort(np.argsort(u, axis=0), axis=0) + 0.5) / n
     first, second, of_factors = np.split(u, [n_experts, 2 * n_experts], axis=1)
     strata = (np.arange(4)[:, None] + second[:, None, :]) / 4
     own = norm.ppf(np.concatenate([first[:, None, :], strata], axis=1)) * taste.sd
-    np.testing.assert_allclose(comp.own, own, rtol=1e-6, atol=1e-7)
-    np.testing.assert_allclose(comp.shared, norm.ppf(of_factors) @ taste.loadings, rtol=1e-12, atol=1e-12)
-    quantiles = norm.ppf((np.arange(n) + 0.5) / n)
-    np.testing.assert_allclose(np.sort(comp.own[:, 0], axis=0), quantiles[:, None] * taste.sd, rtol=1e-6, atol=1e-7)
+    shared = norm.ppf(of_factors) @ taste.loadings
+    strength = np.sqrt(((own[:, 0] + shared) ** 2).mean(axis=1) / taste.variance)  # is drawn half-way to 1
+    np.testing.assert_allclose(comp.own, own / np.sqrt(strength)[:, None, None], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(comp.shared, shared / np.sqrt(strength)[:, None], rtol=1e-6, atol=1e-7)
 
 
 def test_a_fit_is_the_same_on_any_number_of_threads_and_another_with_another_seed():
@@ -272,7 +272,7 @@ def test_a_fit_is_the_same_on_any_number_of_threads_and_another_with_another_see
 
 def test_a_fit_that_does_not_converge_gives_its_best():
     """Shares that ask for more than the largest strength still end."""
-    taste = RequestEffect(np.ones(16), np.zeros((0, 16)), 0.9999)
+    taste = RequestEffect(np.ones(16), np.zeros((0, 16)), 0.9999, 0.9999)
     found = fit_popularity(Noise(SMALL, 0.0, 0, 0), np.full(16, 0.25), taste)
     assert isinstance(found, Popularity)
     assert found.strength <= 5

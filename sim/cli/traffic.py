@@ -188,6 +188,20 @@ def _show(arguments: Namespace, model: Any, data: Any) -> None:
         for name, found in (("one sequence", about.within), ("different sequences", about.across)):
             values = [f"{n} tokens {x.mean():.2f} ({x.min():.2f}, {x.max():.2f})" for n, x in found.items()]
             print(f"  {name}: {'; '.join(values) or 'too few, or too short, sequences'}")
+    if about.by_lag:
+        print("\ncorrelation of the experts of two tokens of a sequence by their distance, mean of layers:")
+        lags = [lag for lag in about.by_lag if lag & (lag - 1) == 0]
+        rows = [["measured", *(f"{about.by_lag[lag].mean():.3f}" for lag in lags)]]
+        if about.decay is not None:
+            rows.append(["fitted", *(f"{x:.3f}" for x in about.decay.at(lags).mean(axis=0))])
+        print(table(["tokens", *map(str, lags)], rows, "<" + ">" * len(lags)))
+    if about.decay is not None:
+        decay = about.decay
+        parts = [f"{t:g} ({s:.0%})" for t, s in zip(decay.tokens, decay.shares, strict=True)]
+        print(
+            f"fitted to blocks: {decay.near.mean():.3f} in one context of a sequence, {decay.far.mean():.3f} in two; mean tokens "
+            f"of a context (share of tokens): {', '.join(parts)}"
+        )
     if about.drift is not None:
         drift = about.drift
         alike = drift.alike[drift.alike == drift.alike]  # level loads have none
@@ -316,24 +330,32 @@ def _print_held(rows: list[Any], halves: str) -> None:
         # The ranks of a token do not depend on the block that it lies in.
         shown = [row for row in rows if row.figure == figure]
         shown = [row for row in shown if figure != "ranks_per_token" or row.tokens == shown[0].tokens]
+        heads = ["blocks", "tokens", "EP", "real", "simulated", "error", "halves"]
+        heads += ["p95: real, simulated", "p99: real, simulated"] if figure == "imbalance" else []
         cells = [
             [
-                row.phase,
-                str(row.tokens),
-                str(row.ep_size),
-                f"{row.real:.3f} ± {row.real_half:.3f}",
-                f"{row.simulated:.3f} ± {row.simulated_half:.3f}",
-                f"{row.simulated / row.real - 1:+z.1%}",
-            ]
+                row.phase, str(row.tokens), str(row.ep_size), f"{row.real:.3f} ± {row.real_half:.3f}",
+                f"{row.simulated:.3f} ± {row.simulated_half:.3f}", f"{row.simulated / row.real - 1:+z.1%}",
+                f"{row.fitted / row.real - 1:+z.1%}", *(_quantile(x) for x in (row.p95, row.p99)),
+            ][: len(heads)]
             for row in shown
-        ]
+        ]  # fmt: skip
         if cells:
             print(f"\n{title}:\n")
-            print(table(["blocks", "tokens", "EP", "real", "simulated", "error"], cells, "<>>>>>"))
+            print(table(heads, cells, "<" + ">" * (len(heads) - 1)))
             worst = max(shown, key=lambda row: abs(row.simulated / row.real - 1))
             n_off = sum(abs(row.simulated / row.real - 1) > 0.05 for row in shown)
             print(
                 f"\nworst: {worst.phase}, {worst.tokens} tokens, EP {worst.ep_size}; {n_off} of {len(shown)} are off by more "
                 "than 5 %"
             )
-    print(f"\n± : 95 %, of real blocks over {halves}, of simulated ones over their sampling alone\n")
+    print(
+        f"\n± : 95 %, of real blocks over {halves}, of simulated ones over their sampling alone; halves: what real {halves} of "
+        "the fitted half differ by, which no fit can know\n"
+    )
+
+
+def _quantile(quantile: Any) -> str:
+    if quantile is None:
+        return "-"
+    return f"{quantile.real:.2f} ± {quantile.real_half:.2f}, {quantile.simulated:.2f}"

@@ -49,6 +49,8 @@ def traffic_page(name: str, about: Description) -> Figure:
         parts.append(_groups)
     if about.within or about.across:
         parts.append(_correlation)
+    if about.by_lag:
+        parts.append(_by_lag)
     if about.drift is not None:
         parts.append(_drift)
     if about.together is not None:
@@ -128,6 +130,26 @@ def _correlation(ax: Any, about: Description) -> None:
     ax.set_xlabel("tokens of a block")
     ax.set_ylabel("variance / multinomial")
     title_panel(ax, "Correlation of tokens", "bands: least and most of layers")
+
+
+def _by_lag(ax: Any, about: Description) -> None:
+    """Correlation of two tokens of a sequence by the distance between them: mean and range of layers, and the fit."""
+    lags = np.array(sorted(about.by_lag))
+    found = np.array([about.by_lag[lag] for lag in lags])
+    ax.plot(lags, found.mean(axis=1), color=_BLUE, marker="o", linestyle="", label="measured")
+    ax.fill_between(lags, found.min(axis=1), found.max(axis=1), color=_BLUE, alpha=0.15, linewidth=0)
+    most = found.max()
+    if about.decay is not None:
+        lag = np.geomspace(1, lags[-1], 200)
+        fitted = about.decay.at(lag).mean(axis=0)
+        ax.plot(lag, fitted, color=_ORANGE, label="fitted to blocks")
+        most = max(most, fitted.max())
+    log2_ticks(ax, [lag for lag in lags.tolist() if lag & (lag - 1) == 0])
+    ax.set_ylim(min(0.0, float(found.min())), 1.05 * most)
+    ax.legend(frameon=False)
+    ax.set_xlabel("distance of two tokens")
+    ax.set_ylabel("correlation of their experts")
+    title_panel(ax, "Decay within a sequence", "band: least and most of layers")
 
 
 def _drift(ax: Any, about: Description) -> None:

@@ -1,15 +1,33 @@
-"""How the tokens of recorded routing depend on each other: counts of experts in blocks, and their variance."""
+"""How the tokens of recorded routing depend on each other: counts of experts in blocks, their variance, and how the
+correlation of two tokens' experts decays with the distance between them.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
+from scipy.optimize import nnls
 
 from sim.kernels import kernel
 from sim.streams import TOKEN, stream_key, uniforms
 from sim.traffic import RecordedTraffic
 from sim.traffic.split import load_of
+from sim.traffic.synthetic import same_context
 
 BLOCKS = (16, 64, 256)
 """Numbers of tokens that variances are taken at."""
+LAGS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+"""Distances in tokens that correlations are taken at."""
+SIZES = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+"""Tokens of the blocks whose correlation a decay is fitted to."""
+LENGTHS = (8, 16, 32, 64, 128, 256)
+"""Mean lengths of contexts, in tokens, that a fitted decay is mixed of: shorter ones would have to be so strong, to be seen
+beside the noise of single tokens, that held-out blocks of 64 and 256 tokens came out more even than they are."""
 _LEAST_BLOCKS = 8
+LEAST_SEQUENCES = 16
+_LEAST_SIZES = 7  # up to 16 tokens
+_MOST_PLACES = 2**17
+_LEAST_CORRELATION = 1e-3
 _MIXED_BLOCKS = 2000
 _MOST_BLOCKS = 20_000
 
@@ -24,6 +42,17 @@ def count_runs(layer, first, n, counts):
         for t in range(first[b], first[b] + n):
             for k in range(layer.shape[1]):
                 counts[b, layer[t, k]] += 1
+
+
+@kernel
+def count_both(layer, first, n, both):
+    """Tokens of the runs of n from each of `first` on that take two experts (or one): both int64 [experts, experts]."""
+    both[:] = 0
+    for start in first:
+        for t in range(start, start + n):
+            for j in range(layer.shape[1]):
+                for k in range(layer.shape[1]):
+                    both[layer[t, j], layer[t, k]] += 1
 
 
 @kernel
@@ -112,6 +141,137 @@ def across_sequences(record: RecordedTraffic, n_tokens: int, n_experts: int) -> 
         count_tokens(layer, tokens, counts)
         found.append(over_multinomial(counts, n_tokens))
     return np.array(found)
+
+
+@kernel
+def count_alike(layer, first, lag, alike, counts):
+    """Pairs of tokens `first` and first + lag: alike int64 [1] are the experts that both take, counts int64 [2, experts]
+    the experts of the first and of the second ones; layer int16 [tokens, top_k]; first int64 [pairs].
+    """
+    alike[:], counts[:] = 0, 0
+    for t in first:
+        for k in range(layer.shape[1]):
+            counts[0, layer[t, k]] += 1
+            counts[1, layer[t + lag, k]] += 1
+            for j in range(layer.shape[1]):
+                alike[0] += layer[t, k] == layer[t + lag, j]
+
+
+def lag_correlation(record: RecordedTraffic, n_experts: int) -> dict[int, np.ndarray]:
+    """Correlation of the experts of two tokens of a sequence by the distance between them, float64 [layers] by lag.
+
+    The sum over experts of the covariance of picks, over that of their variance; 0 for independent tokens. Of 131,072 pairs,
+    evenly, where there are more; lags that fewer than 16 sequences have are left out.
+    """
+    lengths, found = np.diff(record.starts), {}
+    for lag in LAGS:
+        if (lengths > lag).sum() < LEAST_SEQUENCES:
+            break
+        left = np.maximum(lengths - lag, 0)
+        place = np.arange(left.sum()) - np.repeat(np.cumsum(left) - left, left)
+        first = np.repeat(record.starts[:-1], left) + place
+        if len(first) > _MOST_PLACES:
+            first = first[np.linspace(0, len(first) - 1, _MOST_PLACES).astype(np.int64)]
+        alike, counts = np.zeros(1, np.int64), np.zeros((2, n_experts), np.int64)
+        found[lag] = np.zeros(record.n_layers)
+        for i, layer in enumerate(record.topk_ids):
+            count_alike(layer, first, lag, alike, counts)
+            p = counts / len(first)
+            variance = (p * (1 - p)).sum() / 2
+            found[lag][i] = (alike[0] / len(first) - (p[0] * p[1]).sum()) / variance if variance > 0 else 0.0
+    return found
+
+
+def pick_covariance(record: RecordedTraffic, layer: int, n_tokens: int, n_experts: int) -> tuple[np.ndarray, float]:
+    """Covariance of the experts of two tokens of a block of one sequence, float64 [experts, experts], and its squared error,
+    summed over entries, from the difference between the even-numbered sequences and the odd ones.
+    """
+    first = run_starts(record, n_tokens)
+    odd = (np.searchsorted(record.starts, first, side="right") - 1) % 2 == 1
+    halves = []
+    for part in (first[~odd], first[odd]):
+        counts, both = np.empty((len(part), n_experts), np.int32), np.zeros((n_experts, n_experts), np.int64)
+        count_runs(record.topk_ids[layer], part, n_tokens, counts)
+        count_both(record.topk_ids[layer], part, n_tokens, both)
+        p = counts.mean(axis=0) / n_tokens
+        of_token = both / (len(part) * n_tokens) - np.outer(p, p)
+        halves.append((np.cov(counts.T, bias=True) - n_tokens * of_token) / (n_tokens * (n_tokens - 1)))
+    return (halves[0] + halves[1]) / 2, float(((halves[0] - halves[1]) ** 2).sum()) / 4
+
+
+class Decay(NamedTuple):
+    """How correlation falls with the lag: c(lag) = near * same + far * (1 - same), `same` as
+    `SyntheticTraffic.same_context(lag)`.
+    """
+
+    near: np.ndarray  # float64 [layers], of two tokens in one context of a request
+    far: np.ndarray  # float64 [layers], in two
+    tokens: tuple[float, ...]  # mean lengths of the contexts' stretches
+    shares: tuple[float, ...]  # of the tokens in them
+
+    def at(self, lag: Any) -> np.ndarray:
+        """The correlation, float64 [layers, lags]."""
+        same = same_context(lag, self.tokens, self.shares)
+        return np.outer(self.near, same) + np.outer(self.far, 1 - same)
+
+
+def block_correlation(record: RecordedTraffic, n_experts: int) -> dict[int, np.ndarray]:
+    """Mean correlation of the experts of two tokens of a block, float64 [layers] by the tokens n of the block:
+    (`over_multinomial` - 1) / (n - 1). Blocks begin at each place of a sequence where they fit, or at 20,000 of them; sizes
+    that fewer than 16 sequences have are left out.
+    """
+    lengths, found = np.diff(record.starts), {}
+    ends = np.repeat(record.starts[1:], lengths)
+    for n in SIZES:
+        if (lengths >= n).sum() < LEAST_SEQUENCES:
+            break
+        first = np.flatnonzero(np.arange(len(ends)) + n <= ends)
+        first = first[np.linspace(0, len(first) - 1, min(len(first), _MOST_BLOCKS)).astype(np.int64)]
+        counts, found[n] = np.empty((len(first), n_experts), np.int32), np.zeros(record.n_layers)
+        for i, layer in enumerate(record.topk_ids):
+            count_runs(layer, first, n, counts)
+            found[n][i] = (over_multinomial(counts, n) - 1) / (n - 1)
+    return found
+
+
+def pairs_of_blocks(sizes: Sequence[int]) -> np.ndarray:
+    """Share of the pairs of tokens of a block that have the lags 1, 2, ..., float64 [sizes, largest size - 1]."""
+    lag = np.arange(1, max(sizes))
+    return np.array([2 * np.maximum(n - lag, 0) / (n * (n - 1)) for n in sizes])
+
+
+def fit_decay(pairs: np.ndarray, correlation: np.ndarray, lengths: Sequence[int] = LENGTHS) -> Decay:
+    """Decay by least squares of relative errors, none of its parts negative: the mix of `lengths` from the mean over layers,
+    and of each layer what two tokens have in one context and in two.
+
+    Parameters
+    ----------
+    pairs : float64 [points, lags]
+        Share of the pairs of tokens of each point that have the lags 1, 2, ...
+    correlation : float64 [layers, points]
+    """
+    mean = np.maximum(correlation.mean(axis=0), _LEAST_CORRELATION)
+    lags = np.arange(1, pairs.shape[1] + 1)
+    of_length = [pairs @ same_context(lags, (length,), (1.0,)) for length in lengths]
+    weights, _ = nnls(np.stack([*of_length, np.ones(len(mean))], axis=1) / mean[:, None], np.ones(len(mean)))
+    weights = weights[:-1]
+    if weights.max() < 1e-6:
+        weights[-1] = 1.0  # nothing decays
+    kept = weights > 1e-3 * weights.max()
+    tokens = tuple(float(length) for length in np.array(lengths)[kept])
+    shares = tuple(np.round(weights[kept] / weights[kept].sum(), 4).tolist())
+    same = pairs @ same_context(lags, tokens, shares)
+    table = np.stack([same, 1 - same], axis=1) / mean[:, None]
+    near, far = np.array([nnls(table, row / mean)[0] for row in correlation]).T
+    return Decay(np.maximum(near, far), far, tokens, shares)
+
+
+def decay_of(record: RecordedTraffic, n_experts: int) -> Decay | None:
+    """Decay that fits the blocks of a record; None where fewer than 16 sequences have 16 tokens."""
+    found = block_correlation(record, n_experts)
+    if len(found) < _LEAST_SIZES:
+        return None
+    return fit_decay(pairs_of_blocks(list(found)), np.stack(list(found.values()), axis=1))
 
 
 def same_group(record: RecordedTraffic, n_group: int, n_experts: int) -> np.ndarray:

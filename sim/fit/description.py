@@ -48,6 +48,10 @@ class Description:
         None without a grouped model.
     within, across : dict of int to float64 [layers]
         Variance over multinomial by number of tokens, of tokens of one sequence and of different ones.
+    by_lag : dict of int to float64 [layers]
+        Correlation of the experts of two tokens of a sequence, by the distance between them in tokens.
+    decay : Decay or None
+        Fitted to it, as `fit_traffic` does; None where sequences are too few or too short.
     drift : Drift or None
         None where there are no halves.
     together : DataFrame or None
@@ -64,6 +68,8 @@ class Description:
     group_shares: np.ndarray | None
     within: dict[int, np.ndarray]
     across: dict[int, np.ndarray]
+    by_lag: dict[int, np.ndarray]
+    decay: correlation.Decay | None
     drift: Drift | None
     together: pd.DataFrame | None = None
 
@@ -122,7 +128,10 @@ def describe(
     return Description(
         layers, load, recorded.topk_ids.shape[2] if recorded else None, recorded.topk_ids.shape[1] if recorded else 0,
         len(recorded.starts) - 1 if recorded else 0, 1 if isinstance(data, RecordedTraffic) else len(data.counts),
-        by_layer, groups, within, across, _halves(data, n_experts) if other is None else _against(data, load, other),
+        by_layer, groups, within, across,
+        correlation.lag_correlation(recorded, n_experts) if recorded else {},
+        correlation.decay_of(recorded, n_experts) if recorded else None,
+        _halves(data, n_experts) if other is None else _against(data, load, other),
         together,
     )  # fmt: skip
 

@@ -1,9 +1,8 @@
 """Synthetic traffic fitted to measured loads of a model's layers and, where tokens are known, to the effect of requests."""
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
-from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,17 @@ import numpy as np
 import tomli_w
 
 from sim.errors import InputError
-from sim.fit.correlation import sequence_counts, within_sequences
-from sim.fit.effects import RequestEffect
-from sim.fit.kinds import fit_kinds
-from sim.fit.popularity import fit_layer
+from sim.fit.correlation import (
+    LEAST_SEQUENCES,
+    Decay,
+    decay_of,
+    pick_covariance,
+    run_starts,
+    sequence_counts,
+)
+from sim.fit.effects import RequestEffect, match_covariance
+from sim.fit.kinds import Kinds, fit_kinds
+from sim.fit.popularity import LayerFit, fit_layer
 from sim.kernels import usable_processors
 from sim.model import ModelSpec
 from sim.progress import track
@@ -23,10 +29,15 @@ from sim.traffic.split import load_of
 
 GROUP_SIGMA = 0.4
 """Group effect of grouped routers, which loads do not identify: that of the presets, fitted to DeepSeek-R1."""
-FACTORS = 2
-"""Factors that experts share in a request's effect: with 2 held-out blocks of gpt-oss agree; more gain nothing."""
+FACTORS = 8
+"""Factors that experts share in a request's effect."""
 _BLOCK, _SHORT_BLOCK = 64, 16
-_LEAST_SEQUENCES = 16
+_LEAST_BLOCKS = 64
+_SEQUENCE = 64  # lag of two tokens of a sequence whose correlation is that of its shares
+_OF_REQUESTS = (
+    *("about", "request_sigma", "tokens_per_request"),
+    *("local_share", "context_tokens", "context_shares"),
+)
 _MOST_SEQUENCES = 20_000
 _LEAST_CORRELATION = 1e-3
 _WANTED_RMS = 0.01
@@ -90,13 +101,18 @@ def fit_traffic(
     load = load_of(data, model.n_experts)
     wanted, notes = wanted_shares(load, model, data.name)
     group_sigma = group_sigma if model.is_grouped else 0.0
-    effects = _request_effects(data, model.n_experts, notes)
-    fit_one = partial(fit_layer, model, seed=seed, group_sigma=group_sigma)
+    effect_of, decay = _request_effects(model, data, wanted, group_sigma, notes)
+    kinds: list[Kinds] | None = None
+
+    def fit_one(layer: int) -> LayerFit:
+        effect = None if effect_of is None else effect_of(layer)
+        of_tokens = None if kinds is None else kinds[layer]
+        return fit_layer(model, layer, wanted[layer], effect, of_tokens, seed=seed, group_sigma=group_sigma)
+
     with ThreadPoolExecutor(threads or usable_processors()) as pool:
-        kinds = None
         if isinstance(data, RecordedTraffic) and not model.is_grouped:
             kinds = fit_kinds(data, model.n_experts, pool.map)
-        fits = pool.map(fit_one, range(len(load)), wanted, effects or repeat(None), kinds or repeat(None))
+        fits = pool.map(fit_one, range(len(load)))
         found = list(track(fits, [1.0] * len(load), [f"layer {i} of {len(load)}" for i in range(1, len(load) + 1)]))
     rms = np.array([layer.rms for layer in found]).T
     if (n_bad := int((rms.max(axis=0) > _WANTED_RMS).sum())) > 0:
@@ -115,19 +131,19 @@ def fit_traffic(
         layers=FittedLayers.of(np.round([layer.decode.mu for layer in found], 4), **of_kinds),
     )  # fmt: skip
     of_prefill = None
-    if effects and isinstance(data, RecordedTraffic):
-        prefill = [layer.prefill for layer in found if layer.prefill is not None]
-        request_sigma = float(np.sqrt(np.mean([layer.strength**2 for layer in prefill])))
-        scale = [layer.strength / request_sigma for layer in prefill]
+    if decay is not None and isinstance(data, RecordedTraffic):
+        prefill = [(layer.prefill, layer.effect) for layer in found if layer.prefill and layer.effect]
+        request_sigma = float(np.sqrt(np.mean([popularity.strength**2 for popularity, _ in prefill])))
         layers = FittedLayers.of(
-            np.round([layer.mu for layer in prefill], 4),
-            np.round([s * effect.sd for s, effect in zip(scale, effects, strict=True)], 4),
-            np.round([s * effect.loadings for s, effect in zip(scale, effects, strict=True)], 4),
+            np.round([popularity.mu for popularity, _ in prefill], 4),
+            np.round([popularity.strength / request_sigma * effect.sd for popularity, effect in prefill], 4),
+            np.round([popularity.strength / request_sigma * effect.loadings for popularity, effect in prefill], 4),
         )
         of_prefill = SyntheticTraffic(
             name, about="prefill: the tokens of a request share its effect", **common,  # type: ignore[arg-type]
             request_sigma=round(request_sigma, 4), tokens_per_request=round(float(np.diff(data.starts).mean())),
-            layers=layers,
+            local_share=tuple(round(layer.local_share, 4) for layer in found), context_tokens=decay.tokens,
+            context_shares=decay.shares, layers=layers,
         )  # fmt: skip
     return FittedTraffic(of_decode, of_prefill, rms, np.array([layer.seconds for layer in found]), notes)
 
@@ -160,33 +176,41 @@ def wanted_shares(load: np.ndarray, model: ModelSpec, name: str) -> tuple[np.nda
     return p, notes
 
 
-def _request_effects(data: RecordedTraffic | LoadCounts, n_experts: int, notes: list[str]) -> list[RequestEffect]:
-    """Request effect of each layer; empty where the data do not show any."""
+def _request_effects(
+    model: ModelSpec, data: RecordedTraffic | LoadCounts, p: np.ndarray, group_sigma: float, notes: list[str]
+) -> tuple[Callable[[int], RequestEffect] | None, Decay | None]:
+    """How to find the request effect of a layer, and its decay; None where the data do not show any."""
     if isinstance(data, LoadCounts):
         notes.append("loads do not show requests: the workload has no prefill phase")
-        return []
-    lengths = np.diff(data.starts)
-    for block in (_BLOCK, _SHORT_BLOCK):
-        variance = within_sequences(data, block, n_experts)
-        if variance is not None:
-            break
-    if variance is None or len(lengths) < _LEAST_SEQUENCES:
+        return None, None
+    lengths, decay = np.diff(data.starts), decay_of(data, model.n_experts)
+    if decay is None:
         notes.append(
-            f"fewer than {_LEAST_SEQUENCES} sequences, or too short ones, show no request effect: no prefill phase"
+            f"fewer than {LEAST_SEQUENCES} sequences, or too short ones, show no request effect: no prefill phase"
         )
-        return []
-    correlation = np.maximum((variance - 1) / (block - 1), _LEAST_CORRELATION)
+        return None, None
+    near, far = (np.maximum(x, _LEAST_CORRELATION) for x in (decay.near, decay.far))
+    of_sequence = np.maximum(decay.at([_SEQUENCE])[:, 0], _LEAST_CORRELATION)
     chosen = np.unique(np.linspace(0, len(lengths) - 1, min(len(lengths), _MOST_SEQUENCES)).astype(np.int64))
-    counts = sequence_counts(data, n_experts)[:, chosen]
-    return [_request_effect(n, lengths[chosen], float(rho)) for n, rho in zip(counts, correlation, strict=True)]
+    counts = sequence_counts(data, model.n_experts)[:, chosen]
+    block = _BLOCK if len(run_starts(data, _BLOCK)) >= _LEAST_BLOCKS else _SHORT_BLOCK
+    first = run_starts(data, block)
+
+    def effect(layer: int) -> RequestEffect:
+        covariance = _logit_covariance(counts[layer], lengths[chosen], float(of_sequence[layer]))
+        if len(first) >= _LEAST_BLOCKS:
+            measured = pick_covariance(data, layer, block, model.n_experts)
+            covariance = match_covariance(model, group_sigma, p[layer], *measured, covariance)
+        return _factors(covariance, float(near[layer]), float(far[layer]))
+
+    return effect, decay
 
 
-def _request_effect(counts: np.ndarray, lengths: np.ndarray, correlation: float) -> RequestEffect:
-    """Request effect by principal factors of the covariance of their logits, counts int64 [sequences, experts].
+def _logit_covariance(counts: np.ndarray, lengths: np.ndarray, correlation: float) -> np.ndarray:
+    """Covariance of the logits of requests, of mean variance 1, counts int64 [sequences, experts].
 
     A sequence's shares are drawn towards the layer's as by a beta prior with the correlation, and turned into logits by
-    ln(-ln(1 - p)). The factors with the largest variances are kept, and what they leave of each expert's variance is its
-    own. Variances average 1.
+    ln(-ln(1 - p)).
     """
     weight = lengths / lengths.sum()
     prior = (1 - correlation) / correlation
@@ -195,12 +219,18 @@ def _request_effect(counts: np.ndarray, lengths: np.ndarray, correlation: float)
     logit = np.log(-np.log1p(-np.clip(share, 1e-9, 0.999)))
     logit -= weight @ logit
     covariance = (weight[:, None] * logit).T @ logit
-    covariance /= max(float(np.trace(covariance)) / len(p), 1e-12)
+    return covariance / max(float(np.trace(covariance)) / len(p), 1e-12)
+
+
+def _factors(covariance: np.ndarray, near: float, far: float) -> RequestEffect:
+    """Request effect by principal factors: those with the largest variances are kept, and what they leave of each expert's
+    variance is its own.
+    """
     variance, factor = np.linalg.eigh(covariance)
     loadings = (factor[:, -FACTORS:] * np.sqrt(np.maximum(variance[-FACTORS:], 0))).T
     loadings *= np.where(loadings.sum(axis=1, keepdims=True) < 0, -1.0, 1.0)  # the sign is free: the same everywhere
     own = np.sqrt(np.maximum(np.diag(covariance) - (loadings**2).sum(axis=0), 0))
-    return RequestEffect(own, loadings, correlation)
+    return RequestEffect(own, loadings, near, far)
 
 
 def fit_text(fit: FittedTraffic) -> str:
@@ -213,7 +243,7 @@ def fit_text(fit: FittedTraffic) -> str:
         text += "# Kinds of tokens, which make experts go together.\n"
         text += _table("kind_shares", decode.layers.kind_shares) + _table("kind_effects", decode.layers.kind_effects)
     if prefill is not None and prefill.layers is not None:
-        of_requests = {key: getattr(prefill, key) for key in ("about", "request_sigma", "tokens_per_request")}
+        of_requests = {key: getattr(prefill, key) for key in _OF_REQUESTS}
         text += "\n[prefill]  # --phase prefill: what differs where the tokens of a request follow each other\n"
         text += tomli_w.dumps(of_requests)
         text += "".join(_table(key, getattr(prefill.layers, key)) for key in ("mu", "request_sd", "request_loadings"))

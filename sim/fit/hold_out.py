@@ -29,6 +29,14 @@ _LEAST_STEPS = 4
 _MOST_STEPS = 32
 
 
+class Quantile(NamedTuple):
+    """A quantile of imbalance over blocks and layers."""
+
+    real: float
+    real_half: float  # half-width of its 95 % interval over sequences (jackknife)
+    simulated: float
+
+
 class Held(NamedTuple):
     """One comparison."""
 
@@ -40,6 +48,9 @@ class Held(NamedTuple):
     real_half: float  # half-width of its 95 % interval over sequences (jackknife) or steps
     simulated: float
     simulated_half: float  # of its sampling; the fit's own error, of about the size of real_half, is not in it
+    fitted: float  # of real blocks of the half that was fitted: how far the halves differ, which no fit can know
+    p95: Quantile | None = None
+    p99: Quantile | None = None  # None of steps
 
 
 def hold_out(
@@ -63,7 +74,8 @@ def hold_out(
     n = len(data.starts) - 1
     if n < _LEAST_SEQUENCES:
         return None
-    fit = fit_half(data.only_sequences(np.arange(0, n, 2)))
+    half = data.only_sequences(np.arange(0, n, 2))
+    fit = fit_half(half)
     other = data.only_sequences(np.arange(1, n, 2))
     parts = [other.only_sequences(np.flatnonzero(np.arange(n // 2) % _JACKKNIFE != left)) for left in range(_JACKKNIFE)]
     rows = []
@@ -71,7 +83,7 @@ def hold_out(
         for tokens in BLOCKS:
             if workload is None or (phase == "prefill" and not len(_places(other, tokens))):
                 continue
-            rows += _compare(model, workload, phase, tokens, sizes, [other, *parts], seed)
+            rows += _compare(model, workload, phase, tokens, sizes, [half, other, *parts], seed)
     return fit, rows
 
 
@@ -79,19 +91,30 @@ def _compare(
     model: ModelSpec, workload: SyntheticTraffic, phase: str, tokens: int, sizes: list[int],
     records: list[RecordedTraffic], seed: int,
 ) -> list[Held]:  # fmt: skip
-    """Rows of one phase and block; records are the whole held-out half, and that less each jackknife group."""
-    real = [_figures(_real_blocks(record, phase, tokens, seed), model, sizes).mean(axis=(2, 3)) for record in records]
+    """Rows of one phase and block; records are the fitted half, the held-out half, and that less each jackknife group."""
+    measured = [_figures(_real_blocks(record, phase, tokens, seed), model, sizes) for record in records]
     simulated = _figures(_simulated(model, workload, tokens, seed), model, sizes)
     rows = []
     for i, figure in enumerate(FIGURES):
         for j, size in enumerate(sizes):
-            left_out = np.array([of_record[i, j] for of_record in real[1:]])
-            half = student_quantile(len(left_out) - 1) * np.sqrt((len(left_out) - 1) * left_out.var())
+            fitted, *real = (of_record[i, j] for of_record in measured)
             found = simulated[i, j].T  # [blocks, layers]
             error = student_quantile(len(found) - 1) * found.std(axis=0).mean() / np.sqrt(found.size)
-            values = (float(real[0][i, j]), float(half), float(found.mean()), float(error))
-            rows.append(Held(figure, phase, tokens, size, *values))
+            mean, half = _jackknife(np.array([x.mean() for x in real]))
+            values = (mean, half, float(found.mean()), float(error), float(fitted.mean()))
+            quantiles = [
+                Quantile(*_jackknife(np.array([np.quantile(x, level) for x in real])), float(np.quantile(found, level)))
+                for level in ((0.95, 0.99) if figure == "imbalance" else ())
+            ]
+            rows.append(Held(figure, phase, tokens, size, *values, *quantiles))
     return rows
+
+
+def _jackknife(values: np.ndarray) -> tuple[float, float]:
+    """The first value, and the half-width of its 95 % interval by the others, each without one of the groups."""
+    left_out = values[1:]
+    half = student_quantile(len(left_out) - 1) * np.sqrt((len(left_out) - 1) * left_out.var())
+    return float(values[0]), float(half)
 
 
 def _figures(ids: np.ndarray, model: ModelSpec, sizes: list[int]) -> np.ndarray:
@@ -176,9 +199,9 @@ def _hold_out_steps(
         found = _imbalance(drawn, model, size).mean(axis=(1, 2))
         halves = [_half_width(x) for x in (real, found)]
         mean_tokens = int(np.round(tokens.mean()))
-        rows.append(
-            Held("imbalance", "steps", mean_tokens, size, float(real.mean()), halves[0], float(found.mean()), halves[1])
-        )
+        fitted = float(_imbalance(first.counts, model, size).mean())
+        means = float(real.mean()), halves[0], float(found.mean()), halves[1]
+        rows.append(Held("imbalance", "steps", mean_tokens, size, *means, fitted))
     return fit, rows
 
 

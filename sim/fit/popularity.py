@@ -23,8 +23,8 @@ from sim.fit.kinds import Kinds
 from sim.kernels import kernel
 from sim.model import ModelSpec
 from sim.router import score_law
-from sim.streams import GROUP, TOKEN, stream_key, uniforms
-from sim.traffic.synthetic import MOST_LOGIT
+from sim.streams import GROUP, REQUEST, TOKEN, stream_key, uniforms
+from sim.traffic.synthetic import MOST_LOGIT, of_even_strength
 
 _NUMBERS = 2**22  # experts times requests
 _MOST_REQUESTS, _LEAST_REQUESTS = 2**16, 2**12
@@ -33,6 +33,7 @@ _FEW = 1024  # requests that the first rounds take, until
 _NEAR = 0.03  # this rms
 _MOST_ROUNDS = 60
 _TOLERANCE = 1e-3  # rms of p fitted / p measured - 1
+_MOST_PAIRS = 2**15  # of tokens, for a correlation
 _MOST_STEP = 2.0
 _MOST_STRENGTH = 5.0
 _MOST = 700.0  # beyond it an expert is picked, and exp(-x) is hardly a number
@@ -59,6 +60,8 @@ class LayerFit(NamedTuple):
     decode: Popularity
     prefill: Popularity | None  # with the request effect
     kind_effects: np.ndarray | None  # float64 [kinds, experts], to 3 digits: of decode
+    effect: RequestEffect | None
+    local_share: float  # of its variance
     rms: list[float]  # of fitted / measured share - 1, of decode, and of prefill if there is one
     seconds: float
 
@@ -108,6 +111,31 @@ class Noise:
         sums /= n
         scale = model.top_k / sums[0].sum()  # a token picks top_k experts: takes off the noise that all share
         return sums * np.array([scale, scale, scale * scale])[:, None]
+
+    def half_shared(self, mu: np.ndarray, effect: RequestEffect, strength: float) -> float:
+        """Correlation of two tokens' picks where half of the request effect's variance is theirs alone, over that where they
+        share all of it; on the same random numbers.
+        """
+        n = min(self.n, _MOST_PAIRS)
+        drawn = ndtri(uniforms(self.key, REQUEST, 2**20 + self.layer, (n, 3 * (len(mu) + len(effect.loadings)))))
+        of_both, *of_one = np.split(drawn, 3, axis=1)
+        router, own = (
+            np.array([self.model.n_group, self.model.topk_group, self.model.top_k]),
+            np.ones((1, 2, len(mu)), np.float32),
+        )
+        found = []
+        for parts in ([of_both], [np.sqrt(0.5) * (of_both + other) for other in of_one]):
+            normals = np.stack(parts, axis=1)
+            effects = normals[..., : len(mu)] * effect.sd + normals[..., len(mu) :] @ effect.loadings
+            effects = of_even_strength(effects, effect.variance)
+            sums = np.empty((3, len(mu)))
+            sum_selection(
+                np.exp(mu), self.noise[:n], np.exp(self.groups[:n] + strength * effects).astype(np.float32), own, router,
+                self.law, sums,
+            )  # fmt: skip
+            share, both = sums[0] / n, sums[2] / n
+            found.append(float((both - share**2).sum()))
+        return found[1] / found[0] if found[0] > 0 else 0.5
 
 
 def fit_kind_effects(noise: Noise, kinds: Kinds) -> np.ndarray:
@@ -179,8 +207,15 @@ def fit_layer(
         share = checked.picks(np.round(popularity.mu, 4), checked.draw(of_phase), popularity.strength)[0]
         rms.append(float(np.sqrt(np.mean((share / p - 1) ** 2))))
         found.append(popularity)
+    local_share = 0.0
+    if effect is not None and effect.far < effect.correlation:
+        # c(r) of effects that correlate by r is a power series: taken as c(1) (a r + (1 - a) r**2), with the measured c(1/2).
+        a = float(np.clip(4 * check.half_shared(found[1].mu, effect, found[1].strength) - 1, 0.0, 1.0))
+        ratio = effect.far / effect.correlation
+        local_share = 1 - 2 * ratio / (a + np.sqrt(a * a + 4 * (1 - a) * ratio)) if ratio > 0 else 1.0
+    seconds = time.perf_counter() - started
     prefill = found[1] if len(found) > 1 else None
-    return LayerFit(found[0], prefill, kind_effects, rms, time.perf_counter() - started)
+    return LayerFit(found[0], prefill, kind_effects, effect, float(local_share), rms, seconds)
 
 
 @kernel(forceinline=True)

@@ -113,6 +113,11 @@ class FittedLayers:
         known = [np.ascontiguousarray(table).tobytes() for table in tables if table is not None]
         return hashlib.sha256(b"".join(known)).hexdigest()[:32]
 
+    @cached_property
+    def request_variance(self) -> np.ndarray:
+        """Variance of what a request adds, mean over experts, float64 [layers]."""
+        return (self.request_sd**2 + (self.request_loadings**2).sum(axis=1)).mean(axis=1)
+
     def rows(self, first_draw: int, n_draws: int) -> np.ndarray:
         """The layers of consecutive draws, int64 [n_draws]."""
         return np.arange(first_draw, first_draw + n_draws) % len(self.mu)
@@ -132,9 +137,11 @@ class SyntheticTraffic:
 
     B may decay along the sequence: B = sqrt(1 - local_share) * topic + sqrt(local_share) * local, both standard normal. The
     topic holds for the request. The local effect is that of the token's context, one of CONTEXTS that a request draws for
-    itself. A token is the first of a stretch with probability 1 / (mean length), of whichever kind the stretch before is,
-    and then takes a context at random, so two tokens of a request that are `lag` apart have the same context with
-    probability `same_context(lag)`, wherever they lie: a mixture of geometric decays.
+    itself; in each, B is scaled half-way to a mean square over experts of 1 (`of_even_strength`): real contexts differ in
+    the experts that they favour, and less in how strongly they do. A token is the first of a stretch with probability
+    1 / (mean length), of whichever kind the stretch before is, and then takes a context at random, so two tokens of a
+    request that are `lag` apart have the same context with probability `same_context(lag)`, wherever they lie: a mixture of
+    geometric decays.
 
     Attributes
     ----------
@@ -290,6 +297,7 @@ class SyntheticTraffic:
         share = np.resize(self.local_share, self.n_layers or 1)  # of each layer
         share = share[np.arange(first_draw, first_draw + len(mu)) % len(share), None]
         of_topic, of_local = np.sqrt(1 - share), np.sqrt(share).astype(np.float32)
+        variance = 1.0 if self.layers is None else self.layers.request_variance[self.layers.rows(first_draw, len(mu))]
         logits = np.empty((len(mu), len(topics), CONTEXTS, mu.shape[1]))
         for request, topic in enumerate(topics):
             effects: np.ndarray = np.empty((CONTEXTS, *topic.shape), np.float32)
@@ -299,6 +307,7 @@ class SyntheticTraffic:
             effects += (of_topic * topic).astype(np.float32)
             if self.layers is not None:
                 effects = self.layers.request_effect(effects, first_draw)
+            effects = of_even_strength(effects, variance)
             np.multiply(effects.transpose(1, 0, 2), self.request_sigma, out=logits[:, request])
         logits += mu[:, None, None, :]
         return logits.reshape(len(mu), -1, mu.shape[1])
@@ -331,6 +340,12 @@ def same_context(lag: Any, context_tokens: Sequence[float], context_shares: Sequ
     lag = np.asarray(lag, float)[..., None]
     same_stretch = ((1 - 1 / np.array(context_tokens)) ** lag) @ np.array(context_shares)
     return same_stretch + (1 - same_stretch) / CONTEXTS
+
+
+def of_even_strength(effects: np.ndarray, variance: Any) -> np.ndarray:
+    """Effects [..., n_experts], the strength of each half-way between its own and sqrt(variance) [...]: the geometric mean."""
+    square = np.einsum("...e,...e->...", effects, effects) / effects.shape[-1]
+    return effects * np.sqrt(np.sqrt(variance / np.maximum(square, 1e-30)))[..., None]
 
 
 def _in_words(probabilities: np.ndarray) -> np.ndarray:
