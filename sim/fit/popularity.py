@@ -24,7 +24,8 @@ from sim.kernels import kernel
 from sim.model import ModelSpec
 from sim.router import score_law
 from sim.streams import GROUP, REQUEST, TOKEN, stream_key, uniforms
-from sim.traffic.synthetic import MOST_LOGIT, of_even_strength
+from sim.traffic.fitted import MOST_LOGIT
+from sim.traffic.synthetic import of_even_strength
 
 _NUMBERS = 2**22  # experts times requests
 _MOST_REQUESTS, _LEAST_REQUESTS = 2**16, 2**12

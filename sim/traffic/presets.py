@@ -9,9 +9,10 @@ from typing import Any
 
 from sim.errors import InputError, unknown, whole_number
 from sim.files import read_toml
+from sim.traffic.fitted import TABLE_NAMES, FittedLayers
 from sim.traffic.read import names_file, read_recorded
 from sim.traffic.recorded import PHASES, RecordedTraffic
-from sim.traffic.synthetic import FROM_ARRAYS, TABLE_NAMES, FittedLayers, SyntheticTraffic
+from sim.traffic.synthetic import FROM_ARRAYS, SyntheticTraffic
 
 _SAYS_NOTHING = {"name", "about", "source", "fitted_to", "prefill"}
 
