@@ -246,7 +246,7 @@ def test_ranks_equal_a_sort():
 
 
 def test_tastes_are_a_latin_hypercube_of_the_stream():
-    """Against the plain formula, scaled as `of_even_strength` says."""
+    """Against the plain formula, scaled as `of_one_strength` says."""
     n, n_experts, key = 1000, 6, stream_key(0, "x")
     rng = np.random.default_rng(4)
     taste = RequestEffect(rng.uniform(0.5, 1, n_experts), rng.normal(size=(2, n_experts)), 0.1, 0.1)
@@ -257,9 +257,9 @@ def test_tastes_are_a_latin_hypercube_of_the_stream():
     strata = (np.arange(4)[:, None] + second[:, None, :]) / 4
     own = norm.ppf(np.concatenate([first[:, None, :], strata], axis=1)) * taste.sd
     shared = norm.ppf(of_factors) @ taste.loadings
-    strength = np.sqrt(((own[:, 0] + shared) ** 2).mean(axis=1) / taste.variance)  # is drawn half-way to 1
-    np.testing.assert_allclose(comp.own, own / np.sqrt(strength)[:, None, None], rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(comp.shared, shared / np.sqrt(strength)[:, None], rtol=1e-6, atol=1e-7)
+    strength = np.sqrt(((own[:, 0] + shared) ** 2).mean(axis=1) / taste.variance)
+    np.testing.assert_allclose(comp.own, own / strength[:, None, None], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(comp.shared, shared / strength[:, None], rtol=1e-6, atol=1e-7)
 
 
 def test_a_fit_is_the_same_on_any_number_of_threads_and_another_with_another_seed():
@@ -411,14 +411,18 @@ def test_gpt_oss_has_its_published_statistics(gpt_oss):
 @pytest.mark.slow
 def test_gpt_oss_is_predicted_from_its_other_half(gpt_oss):
     """At EP 4, 8, 16, blocks of 16, 64, 256 tokens, decode and prefill: mean max / mean, and the tokens that the busiest rank
-    receives, within 5 %; ranks per token within 2 % of decode, where kinds of tokens are fitted (5.8 % at EP 4 without), and
-    5.5 % of prefill, where they are not. Marginals to 1 %.
+    receives, within 5 % (max / mean of prefill of 64 and 256 tokens within 3 %); ranks per token within 2 % of decode, where
+    kinds of tokens are fitted (5.8 % at EP 4 without), and 5.5 % of prefill, where they are not. Marginals to 1 %; with a
+    request effect to 3 %, on the random numbers of the check.
     """
     fit, rows = hold_out(load_model("gpt-oss-20b"), gpt_oss)
     assert len(rows) == 3 * 18
-    assert fit.rms.max() < 0.01
+    assert fit.rms[0].max() < 0.01
+    assert fit.rms[1].max() < 0.03
     for row in rows:
         bound = {"imbalance": 0.05, "received": 0.05, "ranks_per_token": 0.02 if row.phase == "decode" else 0.055}
+        if row.phase == "prefill" and row.tokens > 16:
+            bound["imbalance"] = 0.03
         assert abs(row.simulated / row.real - 1) < bound[row.figure], row
 
 

@@ -268,6 +268,8 @@ def _plot(arguments: Namespace, data: Any, about: Any) -> None:
 
 
 def _fit(arguments: Namespace, model: Any, data: Any) -> None:
+    import numpy as np
+
     from sim.files import whole_files
     from sim.fit import fit_text, fit_traffic, hold_out
     from sim.fit.fitting import GROUP_SIGMA
@@ -311,9 +313,13 @@ def _fit(arguments: Namespace, model: Any, data: Any) -> None:
         n_kinds = layers.kind_shares.shape[1]
         print(f"decode: tokens of {n_kinds} kinds in each layer, which take experts together as those of the file do")
     if fit.prefill is not None:
+        of = fit.prefill
+        local = np.mean(of.local_share)
+        lengths = " and ".join(f"{tokens:g}" for tokens in of.context_tokens)
         print(
-            f"prefill: request_sigma {fit.prefill.request_sigma:.2f}, {fit.prefill.tokens_per_request} tokens per request; "
-            f"shares to {fit.rms[1].mean():.2%} rms (worst layer {fit.rms[1].max():.2%})"
+            f"prefill: request_sigma {of.request_sigma:.2f}, {of.tokens_per_request} tokens per request, {local:.0%} of its "
+            f"variance local, in contexts of {lengths} tokens;\n  shares to {fit.rms[1].mean():.2%} rms (worst layer "
+            f"{fit.rms[1].max():.2%})"
         )
     phases = "" if fit.prefill is None else " (--phase decode or prefill)"
     print(f"written to {out}; use it as --workload {out}{phases}")
@@ -350,8 +356,8 @@ def _print_held(rows: list[Any], halves: str) -> None:
                 "than 5 %"
             )
     print(
-        f"\n± : 95 %, of real blocks over {halves}, of simulated ones over their sampling alone; halves: what real {halves} of "
-        "the fitted half differ by, which no fit can know\n"
+        f"\n± : 95 %, of real blocks over {halves}, of simulated ones over their sampling alone; halves: real "
+        f"{halves} of the fitted half beside the held-out ones, a difference that no fit can know\n"
     )
 
 

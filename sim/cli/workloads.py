@@ -38,7 +38,8 @@ def run(arguments: Namespace) -> None:
         "  (epsim traffic show TRACE).\n"
         "Fitted to a record or to load counts: the .toml file of epsim traffic fit.\n"
         "Your own law: a .toml file with the keys popularity, sigma, group_sigma,\n"
-        "  request_sigma, tokens_per_request.\n"
+        "  request_sigma, tokens_per_request; local_share, context_tokens and context_shares where\n"
+        "  the effect of a request decays.\n"
         "How uneven each is: epsim workloads --imbalance. Which is nearest to a number in\n"
         "  your log: epsim traffic match."
     )

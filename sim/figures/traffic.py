@@ -147,7 +147,7 @@ def _by_lag(ax: Any, about: Description) -> None:
     log2_ticks(ax, [lag for lag in lags.tolist() if lag & (lag - 1) == 0])
     ax.set_ylim(min(0.0, float(found.min())), 1.05 * most)
     ax.legend(frameon=False)
-    ax.set_xlabel("distance of two tokens")
+    ax.set_xlabel("tokens from one to the other")
     ax.set_ylabel("correlation of their experts")
     title_panel(ax, "Decay within a sequence", "band: least and most of layers")
 

@@ -12,7 +12,7 @@ from sim.model import ModelSpec
 from sim.router import route_layers
 from sim.streams import REQUEST, fill_words, stream_key, uniforms
 from sim.traffic import SyntheticTraffic
-from sim.traffic.synthetic import of_even_strength
+from sim.traffic.synthetic import of_one_strength
 
 _REQUESTS, _TOKENS = 4096, 8  # drawn in a turn, and half of the tokens of each
 _SCALINGS, _MATCHINGS = 6, 14  # turns
@@ -76,7 +76,7 @@ def match_covariance(
         z = ndtri(uniforms(stream_key(turn, "request effect"), REQUEST, 0, (_REQUESTS, len(p))))
         variance, factor = np.linalg.eigh(covariance)
         effects = z @ (factor * np.sqrt(np.maximum(variance, 0))).T
-        logits = mu + of_even_strength(effects, np.trace(covariance) / len(p))
+        logits = mu + of_one_strength(effects, np.trace(covariance) / len(p))
         ids = route_layers(model, traffic, turn, "request effect", logits, 0, 2 * _TOKENS)
         counts = np.stack([count_picks(part, len(p)) for part in (ids[:, :_TOKENS], ids[:, _TOKENS:])]) / _TOKENS
         mean = counts.mean(axis=(0, 1))
@@ -159,6 +159,6 @@ def draw_effects(effect: RequestEffect, key: np.ndarray, layer: int, n: int) -> 
     own = np.empty((n, 1 + _OWN, n_experts), np.float32)
     fill_own(ranks[: 2 * n_experts], quantiles, effect.sd, own)
     shared = quantiles[ranks[2 * n_experts :], 0].T @ effect.loadings
-    scale = (of_even_strength(whole := shared + own[:, 0], effect.variance)[:, 0] / whole[:, 0])[:, None]
+    scale = (of_one_strength(whole := shared + own[:, 0], effect.variance)[:, 0] / whole[:, 0])[:, None]
     own *= scale[:, None].astype(np.float32)
     return DrawnEffects(shared * scale, own)

@@ -40,6 +40,7 @@ _OF_REQUESTS = (
 )
 _MOST_SEQUENCES = 20_000
 _LEAST_CORRELATION = 1e-3
+_LEAST_LOCAL = 0.001  # so that effects are of one strength, as they are fitted, also where nothing decays
 _WANTED_RMS = 0.01
 
 
@@ -78,9 +79,10 @@ def fit_traffic(
     """Fit traffic to the measured loads of each layer, and to the correlation within sequences where tokens are known.
 
     Popularity is such that the router picks each expert as often as measured (see `fit_layer`). Of the request effect the
-    covariance between experts comes from the loads of the sequences; its strength is such that the variance over
-    multinomial within sequences, at 64 tokens, is the measured one. Tokens of decode are of several kinds where these predict
-    which experts other sequences take together (see `fit_kinds`); routers with groups have none.
+    covariance between experts is that for which the picks of two tokens of a sequence covary as measured
+    (`match_covariance`); its strength, its local share and the lengths of contexts are such that the correlation within
+    blocks of 8 to 256 tokens is the measured one (`fit_decay`). Tokens of decode are of several kinds where these predict
+    which experts other sequences take together (`fit_kinds`); routers with groups have none.
 
     Parameters
     ----------
@@ -142,7 +144,7 @@ def fit_traffic(
         of_prefill = SyntheticTraffic(
             name, about="prefill: the tokens of a request share its effect", **common,  # type: ignore[arg-type]
             request_sigma=round(request_sigma, 4), tokens_per_request=round(float(np.diff(data.starts).mean())),
-            local_share=tuple(round(layer.local_share, 4) for layer in found), context_tokens=decay.tokens,
+            local_share=tuple(max(round(layer.local_share, 4), _LEAST_LOCAL) for layer in found), context_tokens=decay.tokens,
             context_shares=decay.shares, layers=layers,
         )  # fmt: skip
     return FittedTraffic(of_decode, of_prefill, rms, np.array([layer.seconds for layer in found]), notes)

@@ -25,7 +25,7 @@ from sim.model import ModelSpec
 from sim.router import score_law
 from sim.streams import GROUP, REQUEST, TOKEN, stream_key, uniforms
 from sim.traffic.fitted import MOST_LOGIT
-from sim.traffic.synthetic import of_even_strength
+from sim.traffic.synthetic import of_one_strength
 
 _NUMBERS = 2**22  # experts times requests
 _MOST_REQUESTS, _LEAST_REQUESTS = 2**16, 2**12
@@ -128,7 +128,7 @@ class Noise:
         for parts in ([of_both], [np.sqrt(0.5) * (of_both + other) for other in of_one]):
             normals = np.stack(parts, axis=1)
             effects = normals[..., : len(mu)] * effect.sd + normals[..., len(mu) :] @ effect.loadings
-            effects = of_even_strength(effects, effect.variance)
+            effects = of_one_strength(effects, effect.variance)
             sums = np.empty((3, len(mu)))
             sum_selection(
                 np.exp(mu), self.noise[:n], np.exp(self.groups[:n] + strength * effects).astype(np.float32), own, router,

@@ -40,11 +40,10 @@ class SyntheticTraffic:
 
     B may decay along the sequence: B = sqrt(1 - local_share) * topic + sqrt(local_share) * local, both standard normal. The
     topic holds for the request. The local effect is that of the token's context, one of CONTEXTS that a request draws for
-    itself; in each, B is scaled half-way to a mean square over experts of 1 (`of_even_strength`): real contexts differ in
-    the experts that they favour, and less in how strongly they do. A token is the first of a stretch with probability
-    1 / (mean length), of whichever kind the stretch before is, and then takes a context at random, so two tokens of a
-    request that are `lag` apart have the same context with probability `same_context(lag)`, wherever they lie: a mixture of
-    geometric decays.
+    itself; in each, B is scaled to a mean square over experts of 1: real contexts differ in the experts that they favour,
+    and hardly in how strongly they do. A token is the first of a stretch with probability 1 / (mean length), of whichever
+    kind the stretch before is, and then takes a context at random, so two tokens of a request that are `lag` apart have the
+    same context with probability `same_context(lag)`, wherever they lie: a mixture of geometric decays.
 
     Attributes
     ----------
@@ -210,7 +209,7 @@ class SyntheticTraffic:
             effects += (of_topic * topic).astype(np.float32)
             if self.layers is not None:
                 effects = self.layers.request_effect(effects, first_draw)
-            effects = of_even_strength(effects, variance)
+            effects = of_one_strength(effects, variance)
             np.multiply(effects.transpose(1, 0, 2), self.request_sigma, out=logits[:, request])
         logits += mu[:, None, None, :]
         return logits.reshape(len(mu), -1, mu.shape[1])
@@ -245,10 +244,10 @@ def same_context(lag: Any, context_tokens: Sequence[float], context_shares: Sequ
     return same_stretch + (1 - same_stretch) / CONTEXTS
 
 
-def of_even_strength(effects: np.ndarray, variance: Any) -> np.ndarray:
-    """Effects [..., n_experts], the strength of each half-way between its own and sqrt(variance) [...]: the geometric mean."""
+def of_one_strength(effects: np.ndarray, variance: Any) -> np.ndarray:
+    """Effects [..., n_experts], each scaled so that its mean square over experts is `variance` [...]."""
     square = np.einsum("...e,...e->...", effects, effects) / effects.shape[-1]
-    return effects * np.sqrt(np.sqrt(variance / np.maximum(square, 1e-30)))[..., None]
+    return effects * np.sqrt(variance / np.maximum(square, 1e-30))[..., None]
 
 
 def _in_words(probabilities: np.ndarray) -> np.ndarray:
