@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from sim.errors import InputError
-from sim.files import is_there, read_json, whole_files
+from sim.files import is_there, read_json, read_text, whole_files
 from sim.stats import CELL, Design, Histogram, Moments, mean_interval, probability_interval
 
 if TYPE_CHECKING:
@@ -217,6 +217,19 @@ def write_table(table: pd.DataFrame, folder: Path, name: str, identity: dict[str
     """Write NAME.csv, and NAME.json with its provenance, both or none. Raises OSError."""
     data = table.to_csv(index=False, float_format=_FLOAT).encode()
     _write_whole(folder, {f"{name}.csv": data}, f"{name}.json", {name: identity})
+
+
+def read_table(folder: Path, name: str, verb: str) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """What `write_table` wrote, and its provenance. Raises InputError where it is missing, damaged or changed."""
+    path, about = folder / f"{name}.csv", read_json(folder / f"{name}.json", str(folder / f"{name}.json"))
+    text = read_text(path, str(path))
+    digests = about.get("sha256") if isinstance(about, dict) else None
+    if not isinstance(digests, dict) or hashlib.sha256(text.encode()).hexdigest() != digests.get(path.name):
+        raise InputError(f"{path} is damaged or was changed: it is not what epsim {verb} wrote")
+    try:
+        return pd.read_csv(io.StringIO(text)), about
+    except ValueError as error:
+        raise InputError(f"{path} is not a table of epsim {verb} ({error})") from None
 
 
 def _write_whole(folder: Path, tables: dict[str, bytes], about: str, what: dict[str, Any]) -> None:

@@ -21,30 +21,21 @@ received tokens
     Distinct tokens of a step with at least one expert on a rank (node), those that already sit there included: what arrives
     where a kernel sends a token once to each rank, and what its buffers hold.
 
-Where experts have replicas, physical experts (slots) stand in for experts: a step's pairs are assigned to them first, and
-distinct experts are slots with at least one token. Which copy a token goes to is one of REPLICA_CHOICES:
-
-even
-    A step's pairs of an expert are split over its copies as evenly as whole numbers allow, the first copies taking the
-    remainder. What EPLB assumes, and near what a round robin over tokens gives.
-vllm_hash
-    vLLM's choice: copy (index * 2654435769 mod 2**32) % copies, for the index of the token in its step. There the index is
-    that in the batch of the rank that the token comes from; here it runs over the whole step.
+Where experts have replicas, what copies a step's pairs go to is told in `sim.copies`.
 """
 
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from sim.errors import InputError, shown, whole_number
+from sim.copies import assign_evenly, assign_in_step, find_copies, hashed
+from sim.errors import InputError, shown, unknown, whole_number
 from sim.kernels import kernel
 from sim.placement import Placement
 
 METRICS = ("max_load", "idle_ranks", "distinct_experts_busiest", "distinct_experts_max")
 RECEIVED = ("received_tokens_max", "received_node_tokens_max")
 """Of the rank, and of the node, that receives the most tokens: further metrics of a block, where all its tokens are looked at."""
-REPLICA_CHOICES = ("even", "vllm_hash")
-_MULTIPLIER, _LOW = np.uint64(2654435769), np.uint64(0xFFFFFFFF)
 _MOST_COUNT = 2**53  # pairs of an expert in a block
 
 
@@ -56,27 +47,30 @@ class Layouts(NamedTuple):
     bounds: np.ndarray  # int32 [layouts, most ranks + 2]: EP size, begin of each rank in `experts`, end of the last
 
 
-def lay_out(ranks: np.ndarray, ep_sizes: np.ndarray) -> Layouts:
-    """Layouts of `ranks` int32 [layouts, n_experts] on `ep_sizes` int64 [layouts] ranks."""
+def lay_out(ranks: np.ndarray, ep_sizes: np.ndarray, is_there: np.ndarray | None = None) -> Layouts:
+    """Layouts of `ranks` int32 [layouts, n_experts] on `ep_sizes` int64 [layouts] ranks; with replicas of slots in the place of
+    experts, those that are there, bool [layouts, slots].
+    """
     experts = np.empty(ranks.shape, np.int16)
     bounds = np.zeros((len(ranks), int(ep_sizes.max()) + 2), np.int32)
-    _fill_layouts(ranks, ep_sizes, experts, bounds)
+    _fill_layouts(ranks, np.ones(ranks.shape, np.bool_) if is_there is None else is_there, ep_sizes, experts, bounds)
     return Layouts(ranks, experts, bounds)
 
 
 @kernel
-def _fill_layouts(ranks, ep_sizes, experts, bounds):
+def _fill_layouts(ranks, is_there, ep_sizes, experts, bounds):
     for row in range(ranks.shape[0]):
         rank, begin = ranks[row], bounds[row]
         begin[0] = ep_sizes[row]
         for e in range(rank.size):
-            begin[2 + rank[e]] += 1
+            begin[2 + rank[e]] += is_there[row, e]
         for r in range(ep_sizes[row]):
             begin[2 + r] += begin[1 + r]
         free = begin[1:].copy()
         for e in range(rank.size):
-            experts[row, free[rank[e]]] = e
-            free[rank[e]] += 1
+            if is_there[row, e]:
+                experts[row, free[rank[e]]] = e
+                free[rank[e]] += 1
 
 
 @kernel
@@ -142,92 +136,6 @@ def fan_out(ids, pairs, layout_of_pair, layouts, ranks_per_node, reached):
                 n_nodes += new_node
             reached[t, pairs[p], 0] = n_ranks
             reached[t, pairs[p], 1] = n_nodes
-
-
-class Copies(NamedTuple):
-    """Copies of the experts of some layouts."""
-
-    slots: np.ndarray  # int32 [layouts, slots], expert by expert, the copies of one in order
-    first: np.ndarray  # int32 [layouts, n_experts + 1], where the copies of each expert begin, and the end
-
-
-def find_copies(experts: np.ndarray, n_experts: int) -> Copies:
-    """Copies of the layouts `experts` int16 [layouts, slots], the expert in each slot."""
-    slots = np.argsort(experts, axis=1, kind="stable").astype(np.int32)
-    first = np.zeros((len(experts), n_experts + 1), np.int32)
-    for row, of_slot in zip(first, experts, strict=True):
-        np.cumsum(np.bincount(of_slot, minlength=n_experts), out=row[1:])
-    return Copies(slots, first)
-
-
-@kernel
-def assign_evenly(counts, layout_of_trial, copies, assigned):
-    """Split the pairs of each expert evenly: counts int32 [trials, steps, n_experts]; layout_of_trial int64 [trials];
-    assigned int32 [trials, steps, slots].
-    """
-    for t in range(counts.shape[0]):
-        slots, first = copies.slots[layout_of_trial[t]], copies.first[layout_of_trial[t]]
-        for step in range(counts.shape[1]):
-            for e in range(counts.shape[2]):
-                n, count = first[e + 1] - first[e], counts[t, step, e]
-                if n == 1:
-                    assigned[t, step, slots[first[e]]] = count
-                    continue
-                for k in range(n):
-                    assigned[t, step, slots[first[e] + k]] = count // n + (k < count % n)
-
-
-@kernel
-def _hashed(index):
-    return (np.uint64(index) * _MULTIPLIER) & _LOW
-
-
-@kernel
-def assign_by_hash(ids, tokens, layout_of_trial, copies, assigned):
-    """Send each token to the copies of vLLM's choice: ids int16 [trials, tokens of the largest step, top_k]; tokens int64
-    [steps], ascending; assigned int32 [trials, steps, slots].
-    """
-    running = np.empty(assigned.shape[2], np.int32)
-    for t in range(ids.shape[0]):
-        slots, first = copies.slots[layout_of_trial[t]], copies.first[layout_of_trial[t]]
-        running[:] = 0
-        step = 0
-        for i in range(ids.shape[1]):
-            word = _hashed(i)
-            for k in range(ids.shape[2]):
-                begin = first[ids[t, i, k]]
-                n = first[ids[t, i, k] + 1] - begin
-                running[slots[begin + np.int64(word % np.uint64(n))]] += 1
-            if i + 1 == tokens[step]:
-                assigned[t, step] = running
-                step += 1
-
-
-@kernel
-def pick_slots(ids, first_trial, layout_of_trial, copies, slot):
-    """Slots of one token per trial, ids int16 [trials, top_k], whose index in its step is as good as random: slot int64
-    [trials, top_k].
-    """
-    for t in range(ids.shape[0]):
-        slots, first = copies.slots[layout_of_trial[t]], copies.first[layout_of_trial[t]]
-        word = _hashed(first_trial + t)  # its high bits decide: the draw may fix the low ones
-        for k in range(ids.shape[1]):
-            begin = first[ids[t, k]]
-            n = first[ids[t, k] + 1] - begin
-            slot[t, k] = slots[begin + np.int64(word * np.uint64(n) >> np.uint64(32))]
-
-
-@kernel
-def slots_by_hash(ids, layout_of_trial, copies, slot):
-    """Slots that the tokens of steps go to under vLLM's choice: ids int16 [trials, tokens, top_k]; slot int32 of that shape."""
-    for t in range(ids.shape[0]):
-        slots, first = copies.slots[layout_of_trial[t]], copies.first[layout_of_trial[t]]
-        for i in range(ids.shape[1]):
-            word = _hashed(i)
-            for k in range(ids.shape[2]):
-                begin = first[ids[t, i, k]]
-                n = first[ids[t, i, k] + 1] - begin
-                slot[t, i, k] = slots[begin if n == 1 else begin + np.int64(word % np.uint64(n))]
 
 
 class Receivers(NamedTuple):
@@ -355,7 +263,7 @@ class TokenScore(NamedTuple):
     nodes_per_token: np.ndarray  # int64 [..., tokens]
 
 
-def score(placement: Placement, counts: Any) -> Score:
+def score(placement: Placement, counts: Any, replica_choice: str = "even") -> Score:
     """Loads of ranks, and the metrics that they give, of counts of experts under a placement.
 
     Parameters
@@ -363,7 +271,10 @@ def score(placement: Placement, counts: Any) -> Score:
     placement : Placement
     counts : int [..., n_experts]
         Tokens of each expert, in any number of blocks; [..., layers, n_experts] where the placement has a row for each of
-        several layers. Replicas: each expert's count is split evenly over its copies, the first taking the remainder.
+        several layers.
+    replica_choice : str
+        Where experts have replicas: 'even', each expert's count is split evenly over its copies, the first taking the
+        remainder; or 'in_step', so that the busiest rank of each block has as little as any split gives it (`sim.copies`).
 
     Returns
     -------
@@ -380,16 +291,32 @@ def score(placement: Placement, counts: Any) -> Score:
     >>> result = score(place("linear", "mixtral-8x7b", 4), [[3, 1, 0, 0, 2, 2, 0, 0], [1, 1, 1, 1, 1, 1, 1, 1]])
     >>> result.loads.tolist(), result.imbalance.tolist(), result.idle_ranks.tolist()
     ([[4, 0, 4, 0], [2, 2, 2, 2]], [2.0, 1.0], [2, 0])
+
+    Copies leave room for a better split than an even one:
+
+    >>> copied = place("eplb", "mixtral-8x7b", 4, loads=[3, 1, 1, 1, 1, 1, 1, 1], redundant=4)
+    >>> [score(copied, [0, 8, 0, 8, 4, 0, 0, 0], choice).max_load.item() for choice in ("even", "in_step")]
+    [12, 8]
     """
     table = _whole_numbers("counts", counts, _MOST_COUNT)
     rows, n_experts = placement.n_rows, placement.n_experts
+    if replica_choice not in ("even", "in_step"):
+        raise unknown(
+            "`replica_choice`", shown(replica_choice), ("even", "in_step"), "; vllm_hash needs tokens (score_tokens)"
+        )
     if table.ndim < 1 + (rows > 1) or table.shape[-1] != n_experts or (rows > 1 and table.shape[-2] != rows):
         wanted = f"[..., {rows}, {n_experts}]" if rows > 1 else f"[..., {n_experts}]"
         raise InputError(f"counts must have shape {wanted} under {placement.strategy}, not {list(table.shape)}")
     blocks = np.ascontiguousarray(table.reshape(-1, n_experts), np.int64)
     loads = np.zeros((len(blocks), placement.ep_size), np.int64)
     distinct = np.zeros_like(loads)
-    _add_loads(blocks, placement.ranks, find_copies(placement.experts, n_experts), loads, distinct)
+    assigned = np.zeros((len(blocks), 1, placement.n_slots), np.int64)
+    copies, row_of_block = find_copies(placement.experts, n_experts), np.arange(len(blocks)) % rows
+    if replica_choice == "in_step":
+        assign_in_step(blocks[:, None], row_of_block, copies, placement.ranks, placement.ep_size, assigned)
+    else:
+        assign_evenly(blocks[:, None], row_of_block, copies, assigned)
+    _add_loads(assigned[:, 0], placement.ranks, loads, distinct)
     busiest = np.take_along_axis(distinct, loads.argmax(axis=1)[:, None], axis=1)[:, 0]
     most, mean = loads.max(axis=1), loads.mean(axis=1)
     with np.errstate(invalid="ignore"):  # 0 / 0 without tokens
@@ -457,19 +384,15 @@ def _whole_numbers(what: str, values: Any, most: int) -> np.ndarray:
 
 
 @kernel
-def _add_loads(counts, ranks, copies, loads, distinct):
-    """Loads and distinct slots of each rank, int64 [blocks, ranks]: counts int64 [blocks, n_experts]; ranks int32 [rows,
-    slots]; block b lies under row b % rows.
+def _add_loads(assigned, ranks, loads, distinct):
+    """Loads and distinct slots of each rank, int64 [blocks, ranks]: assigned int64 [blocks, slots]; ranks int32 [rows, slots];
+    block b lies under row b % rows.
     """
-    for b in range(counts.shape[0]):
-        row = b % ranks.shape[0]
-        rank, slots, first = ranks[row], copies.slots[row], copies.first[row]
-        for e in range(counts.shape[1]):
-            n, count = first[e + 1] - first[e], counts[b, e]
-            for k in range(n):
-                pairs = count // n + (k < count % n)
-                loads[b, rank[slots[first[e] + k]]] += pairs
-                distinct[b, rank[slots[first[e] + k]]] += pairs > 0
+    for b in range(assigned.shape[0]):
+        rank = ranks[b % ranks.shape[0]]
+        for s in range(rank.size):
+            loads[b, rank[s]] += assigned[b, s]
+            distinct[b, rank[s]] += assigned[b, s] > 0
 
 
 @kernel
@@ -483,7 +406,7 @@ def _add_tokens(ids, ranks, copies, ranks_per_node, loads, received, of_node, sp
         last_of_rank = np.full(received.shape[1], -1)  # the last token that each rank and node received
         last_of_node = np.full(of_node.shape[1], -1)
         for t in range(ids.shape[1]):
-            word = _hashed(t)
+            word = hashed(t)
             for k in range(ids.shape[2]):
                 begin = first[ids[layer, t, k]]
                 n = first[ids[layer, t, k] + 1] - begin

@@ -4,15 +4,18 @@
 
 First every kind of traffic and router is swept on both, and the raw counts are held against each other, integer for
 integer. Then the sweep of issue 17 and one of small steps are timed, several times each; the CPU's figure stands beside them.
-Exit status 1 if any count differs.
+With several GPUs, the rate of all is held against that of one. Exit status 1 if any count differs.
 """
 
 import argparse
 import json
+import os
 import platform
 import shlex
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -60,6 +63,12 @@ SPEED = {
     "issue 17's sweep: deepseek-v3, chat, EP 8,16,32,64, linear and round_robin, 4096 tokens": ([4096], 2**33, 2**28),
     "the same at 64 tokens, where every step is a fresh layer": ([64], 2**31, 2**27),
 }  # tokens per step, tokens sampled on the GPUs, and on the CPU
+
+
+SCALING = {
+    "model": V3, "workload": CHAT, "ep": "8,16,32,64", "placement": "linear,round_robin", "tokens": 4096,
+    "received": "off", "bound-layers": 0, "executor": "cuda",
+}  # fmt: skip
 
 
 def run(executor: str, model: str, workload: Any, trials: int, options: dict[str, Any], seed: int = 0) -> SweepResult:
@@ -110,6 +119,29 @@ def measure(steps: list[int], on_gpu: int, on_cpu: int, repeats: int) -> dict[st
     return found
 
 
+def scaling(n_gpus: int) -> dict[str, int]:
+    """Tokens per second of the first sweep on one GPU and on all, from two lengths, so that start and compilation drop out."""
+    rates, short, step = {}, 2**24, 4096
+    for n in sorted({1, n_gpus}):
+        seconds = []
+        for trials in (short, 3 * short):
+            with tempfile.TemporaryDirectory() as folder:
+                options = [f"--{name}={value}" for name, value in SCALING.items()]
+                command = [sys.executable, "-m", "sim", "sweep", *options, f"--trials={trials}", f"--out={folder}/out"]
+                devices = ",".join(map(str, range(n)))
+                start = time.perf_counter()
+                subprocess.run(
+                    command, env=os.environ | {"CUDA_VISIBLE_DEVICES": devices}, stdout=subprocess.DEVNULL, check=True
+                )
+                seconds.append(time.perf_counter() - start)
+        rates[f"{n} GPU"] = round(2 * short * step / (seconds[1] - seconds[0]))
+        print(
+            f"  {n} GPU {rates[f'{n} GPU'] / 1e6:10.1f} M tokens/s ({seconds[0]:.1f} and {seconds[1]:.1f} s)",
+            flush=True,
+        )
+    return rates
+
+
 def main() -> None:
     """Check, measure, print, and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -131,8 +163,12 @@ def main() -> None:
     for name, (steps, on_gpu, on_cpu) in SPEED.items() if arguments.repeats else ():
         print(name, flush=True)
         measured[name] = measure(steps, on_gpu, on_cpu, arguments.repeats)
+    found = about | {"checked": checked, "measured": measured}
+    if about["gpus"] > 1:
+        print("one GPU and all", flush=True)
+        found["scaling_tokens_per_s"] = scaling(about["gpus"])
     if arguments.out:
-        arguments.out.write_text(json.dumps(about | {"checked": checked, "measured": measured}, indent=1) + "\n")
+        arguments.out.write_text(json.dumps(found, indent=1) + "\n")
     if any(row["differing_counts"] or not row["same_tables"] for row in checked):
         sys.exit("the GPU's counts differ from the CPU's")
 

@@ -20,6 +20,8 @@ COMMANDS = [
     f"sweep --model gpt-oss-20b --workload {{}}/x.npz {SMALL} --trials 20 --placement linear,eplb+4 --out {{}}/f",
     f"gain --model gpt-oss-20b {SMALL} --layer-sets 2 --steps 2",
     f"step --model gpt-oss-20b {SMALL} --layer-sets 2 --steps 2",
+    f"step --model gpt-oss-20b --traffic {{}}/x.npz {SMALL} --steps 4",
+    f"capacity {SMALL} --deployments 2",
     "traffic show {}/x.npz --model gpt-oss-20b",
     "traffic fit {}/x.npz --model gpt-oss-20b --out {}/x.toml",
     f"advise --model gpt-oss-20b --workload {{}}/x.npz {SMALL} --steps 2",

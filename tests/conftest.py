@@ -40,7 +40,7 @@ def pytest_configure(config):
         subprocess.run([sys.executable, Path(__file__).parent / "compile.py"], cwd=ROOT, check=True)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of reference data."""
     folder = Path(os.environ.get("EPSIM_SHARED", ROOT.parent / "shared"))

@@ -3,7 +3,7 @@
 import numpy as np
 
 from sim.cost import load_gpu
-from sim.cost.expert import ideal_times_us
+from sim.cost.expert import ideal_times_us, reached_fractions
 from sim.cost.tables import grouped_gemm_profile
 from sim.measure import (
     BackendError,
@@ -15,8 +15,6 @@ from sim.model import load_model
 from sim.traffic import load_workload
 
 H100 = load_gpu("h100")
-KERNEL = grouped_gemm_profile()
-OF_MODEL = (KERNEL.launch_us, H100.bandwidth_fraction, H100.peak_fraction)
 
 
 def steps_of(model="deepseek-v3", **changes):
@@ -35,6 +33,16 @@ class MadeUp:
         self.of, self.noise, self.fails = (launch_us, bandwidth, peak), noise, fails
         self.random, self.calls = np.random.default_rng(0), 0
 
+    @classmethod
+    def of_model(cls, share=1.0):
+        """Whose times are the model's own, with so much of its shares of bandwidth and peak."""
+        device = cls()
+        device.of = {
+            dtype: (grouped_gemm_profile(dtype).launch_us, *(share * own for own in reached_fractions(H100, dtype)))
+            for dtype in ("bf16", "fp8")
+        }
+        return device
+
     def prepare(self, dtype, say):
         if self.fails(dtype, 0):
             raise BackendError(f"no {dtype}\nat all")
@@ -49,9 +57,10 @@ class MadeUp:
             raise RuntimeError("CUDA error: made up")
         work = {"pairs": counts.sum(), "distinct_experts": (counts > 0).sum(), "dtype": dtype}
         memory_us, compute_us = ideal_times_us("deepseek-v3", "h100", **work)
-        launch_us, bandwidth, peak = self.of
-        p, distinct = KERNEL.sharpness, work["distinct_experts"]
-        fixed_us = KERNEL.idle_us * (len(counts) - distinct) + KERNEL.spread_us * (1 - 1 / max(distinct, 1))
+        launch_us, bandwidth, peak = self.of[dtype] if isinstance(self.of, dict) else self.of
+        kernel, distinct = grouped_gemm_profile(dtype), work["distinct_experts"]
+        p = kernel.sharpness
+        fixed_us = kernel.idle_us * (len(counts) - distinct) + kernel.spread_us * (1 - 1 / max(distinct, 1))
         time_us = launch_us + fixed_us + ((memory_us / bandwidth) ** p + (compute_us / peak) ** p) ** (1 / p)
         return Timing(float(time_us * np.exp(self.noise * self.random.normal())), 0.1, 4, 5)
 

@@ -1,6 +1,6 @@
 """Fit the constants of sim/cost/kernels.toml and gpus.toml again: `PYTHONPATH=. python tests/fit_cost.py` prints them.
 
-With paths of measured layers (`epsim measure --layer`) also those of their exchanges.
+The fits in bf16 are to results/measured. With paths of measured layers (`epsim measure --layer`) also those of their exchanges.
 """
 
 import sys
@@ -8,16 +8,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from scipy.optimize import least_squares
 
 from sim.cost.exchange import exchange_time_us
 from sim.cost.expert import tile_padded_rows
 from sim.cost.gpu import gpu_names, load_gpu
 from sim.cost.refit import expert_rows, fit_experts, fit_pairs, pair_groups, pair_rows
-from sim.cost.tables import EXCHANGE_SHARPNESS, exchange_profile, grouped_gemm_profile, measured
+from sim.cost.tables import PAIR_SHARPNESS, exchange_profile, grouped_gemm_profile, measured
 from sim.measure.layer_compare import read_layers
+from sim.measure.table import read_measured
 from sim.model import load_model
 
+ROOT = Path(__file__).parent.parent
 V3 = load_model("deepseek-v3")
 WEIGHTS = 3 * V3.hidden_size * V3.moe_intermediate_size
 GATE_UP, DOWN = WEIGHTS * 2 / 3, WEIGHTS / 3
@@ -49,7 +52,7 @@ def fit_deepep():
     def misfit(x):
         floor, up, out = np.exp(x)
         link_us = np.where(ep <= node, ideal_us[0] / up, ideal_us[1] / out)
-        p = EXCHANGE_SHARPNESS
+        p = PAIR_SHARPNESS
         return ((floor**p + link_us**p) ** (1 / p) / [dispatch_us, combine_us] - 1).ravel()
 
     return np.exp(least_squares(misfit, np.log([31, 0.94, 0.89])).x)
@@ -60,10 +63,10 @@ def fit_one_node():
     rows, found = pair_rows(), {}
     for phase, falls, part in pair_groups(rows):
         fit = fit_pairs(part, falls=falls)
-        for gpu, own in part.groupby("gpu"):
+        for gpu in part.gpu.unique():
             value_bytes = {"dispatch": 1 + 4 / 128, "combine": 2}[phase]
-            token_bytes = V3.top_k * V3.hidden_size * value_bytes * (1 - 1 / own.ep_size.iloc[0])
-            share = token_bytes / fit.token_us[gpu] / (load_gpu(gpu).scale_up_gb_per_s * 1e3)
+            token_us = V3.top_k * V3.hidden_size * value_bytes / (load_gpu(gpu).scale_up_gb_per_s * 1e3)
+            share = token_us / fit.token_us
             found.setdefault(gpu, {})[phase] = fit.floor_us[gpu], fit.falls, share
     return found
 
@@ -71,7 +74,8 @@ def fit_one_node():
 def fit_layers(layers, gpu):
     """Floor, share of NVLink and median error of each kind of exchange in measured layers (`read_layers`).
 
-    Layers know dispatch and combine together, so both get the same floor and share, and BF16 both ways.
+    Layers know dispatch and combine together, so both get the same floor and share, and BF16 both ways. What the GPU copies
+    beside the exchange is not fitted: it goes at the rate of a copy, which was measured apart.
     """
     found = {}
     for kind, rows in layers.groupby("exchange"):
@@ -113,14 +117,30 @@ def preset_of(device):
     return next(name for name in gpu_names() if name in device.lower().split())
 
 
+def measured_rows():
+    """Measured times of experts in bf16, H100 and H200: the columns of `expert_rows`."""
+    rows = pd.concat(
+        read_measured(ROOT / "results" / "measured" / f"{gpu}.csv.gz").query("dtype == 'bf16'")
+        for gpu in ("h100", "h200")
+    )
+    return rows.rename(columns={"time_us": "measured_us"}).assign(local=V3.n_experts / rows.ep_size)
+
+
 def fit_all():
     """Every fitted constant by name."""
-    experts, (floor, up, out) = fit_experts(expert_rows()), fit_deepep()
-    found = {name: getattr(experts, name) for name in ("launch_us", "idle_us", "spread_us", "sharpness")}
-    for name in ("bandwidth_fraction", "peak_fraction"):
-        shares = getattr(experts, name)
-        found[name] = np.sqrt(shares["h100"] * shares["h200"])
-        found |= {f"{gpu}.{name}": share for gpu, share in shares.items()}
+    found, (floor, up, out) = {}, fit_deepep()
+    for dtype, rows, mean_of in (
+        ("fp8", expert_rows(), ("h100", "h200")),
+        ("bf16", measured_rows(), ("h100", "h200")),
+        ("fp4", expert_rows("wideep_nvfp4"), ("b200", "gb200", "b300", "gb300")),
+    ):
+        fit = fit_experts(rows, dtype)
+        for name in ("launch_us", "idle_us", "spread_us", "sharpness"):
+            found[f"{dtype}.{name}"] = getattr(fit, name)
+        for name in ("bandwidth_fraction", "peak_fraction"):
+            shares = getattr(fit, name)
+            found[f"{dtype}.{name}"] = np.exp(np.mean(np.log([shares[gpu] for gpu in mean_of])))
+            found |= {f"{dtype}.{gpu}.{name}": share for gpu, share in shares.items()}
     found["h20.peak_fraction"] = fit_peak_fraction("deepgemm_h20")
     found |= {"h800.floor_us": floor, "h800.scale_up_fraction": up, "h800.scale_out_fraction": out}
     for gpu, phases in fit_one_node().items():

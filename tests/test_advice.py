@@ -15,7 +15,7 @@ from sim.advice.engines import BACKENDS, engine_of
 from sim.advice.rule import KNEE_ERROR, NOT, UNSURE, WORTH, best_of, judge, judged_ends
 from sim.advice.splits import splits_of
 from sim.cost.expert import crossover_tokens, expert_rates
-from sim.cost.gain import KNEE, PERFECT
+from sim.cost.gain import IN_STEP, KNEE, PERFECT
 from sim.figures.advice import advice_by_tokens
 from sim.measure import gains, read_measured, with_predictions
 from sim.traffic.recorded import build_record
@@ -60,9 +60,9 @@ def test_verdicts_follow_the_rule(low, high, enough, verdict):
 
 def test_the_error_near_the_crossover_is_the_largest_that_was_measured():
     """Saved shares as measured less as predicted, of every cell of the committed runs: bf16 near the crossover within
-    KNEE_ERROR, and it takes that much; away from it, every type within 0.05.
+    KNEE_ERROR, and it takes that much; away from it within 0.045 in bf16, whose kernel was fitted, and 0.035 in fp8.
     """
-    near, away = [], []
+    near, away = [], {"bf16": [], "fp8": []}
     for name in ("h100", "h200", "h100-copies"):
         rows = with_predictions(read_measured(ROOT / "results" / "measured" / f"{name}.csv.gz"))
         for placement, (dtype, rates) in itertools.product(
@@ -73,9 +73,10 @@ def test_the_error_near_the_crossover_is_the_largest_that_was_measured():
             off = 1 / (1 + table.predicted) - 1 / (1 + table.measured)
             is_near = (ratio >= KNEE[dtype][0]) & (ratio <= KNEE[dtype][1])
             near += off[is_near].tolist() if dtype == "bf16" else []
-            away += off[~is_near].tolist()
+            away[dtype] += off[~is_near].tolist()
     assert KNEE_ERROR - 0.01 <= max(map(abs, near)) <= KNEE_ERROR
-    assert max(map(abs, away)) <= 0.05
+    assert max(map(abs, away["bf16"])) <= 0.045
+    assert max(map(abs, away["fp8"])) <= 0.035
 
 
 def test_near_the_crossover_the_models_error_is_in_the_ends():
@@ -114,8 +115,8 @@ def test_the_rule_names_its_bounds():
 
 
 def test_candidates_have_equal_slots_on_every_rank():
-    assert candidates(V3, 16) == ["round_robin", "random", "eplb", "eplb+16", "eplb+32"]
-    assert candidates(V3, 12, 24) == ["round_robin", "random", "eplb+8", "eplb+32", "eplb+56"]
+    assert candidates(V3, 16) == ["round_robin", "random", "eplb", "eplb+16", "eplb+32", "eplb_budget+16"]
+    assert candidates(V3, 12, 24) == ["round_robin", "random", "eplb+8", "eplb+32", "eplb+56", "eplb_budget+32"]
     with pytest.raises(InputError, match="`redundant` 10: must be a multiple of `ep_size` 16"):
         candidates(V3, 16, 10)
 
@@ -223,7 +224,7 @@ def test_the_figure_shows_every_candidate_and_its_numbers():
     drawn = {tuple(np.round(line.get_ydata(), 9)) for line in saved.lines}
     for _, of in rows.groupby("placement"):
         assert tuple(np.round(100 * of.layer_saved, 9)) in drawn
-    assert len(balance.lines) == 6  # linear and five candidates; perfect balance is 1 everywhere
+    assert len(balance.lines) == 8  # linear, six candidates and in_step; perfect balance is 1 everywhere
     assert "tokens per step" in saved.get_xlabel()
 
 
@@ -275,7 +276,9 @@ def test_the_command_answers_and_writes(toy_files, capsys):
     ):
         assert text in out
     table = pd.read_csv(toy_files / "advice" / "advice.csv")
-    assert set(table.placement) == {"round_robin", "random", "eplb", "eplb+4", "eplb+8", PERFECT}
+    of_eplb = {"eplb", "eplb+4", "eplb+8", "eplb_budget+4"}
+    assert set(table.placement) == {"round_robin", "random", *of_eplb, IN_STEP, PERFECT}
+    assert table.verdict.isna().equals(table.placement.isin(["eplb_budget+4", IN_STEP, PERFECT]))
     assert table.split.nunique() == 3
     about = json.loads((toy_files / "advice" / "advice.json").read_text())["advice"]
     assert about["ep_size"] == 4

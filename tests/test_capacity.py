@@ -48,6 +48,21 @@ def test_tails_of_tilted_laws_equal_exact_ones(law, n_tokens, theta):
             assert comp == pytest.approx(ref, rel=0.01 if n_tokens >= 128 else 0.04)
 
 
+def test_tails_of_many_tokens_fall_from_1_to_0():
+    """2**20 tokens, at and far beyond where the saddlepoint's exponent leaves the range of doubles, on either side."""
+    law = np.array([0.7, 0.3])
+    cumulant, mean, variance = tilted_moments(law, 0.0)
+    tail = []
+    for share in np.linspace(0.01, 0.99, 99):
+        at = [np.empty(1) for _ in range(3)]
+        least = int(share * 2**20)
+        saddle_points(law[None], least / 2**20, *at)
+        tail.append(tail_of_tilted(2**20, least, *(part[0] for part in at), 0.0, cumulant, mean, variance))
+    assert tail[:28] == [1.0] * 28
+    assert tail[32:] == [0.0] * 67
+    assert (np.diff(tail) <= 0).all()
+
+
 def test_a_law_of_a_family_has_its_mean():
     laws = np.random.default_rng(0).dirichlet(np.ones(5), 40)
     family = family_of(laws, 8)
@@ -134,27 +149,58 @@ def _uniform_share():
     return 1 - float(layer._missing(layer.held)[0])
 
 
-def test_worst_of_58_layers_against_independent_figures():
-    """V3, chat, linear, 2048 tokens: the layer mean within 1 %; the mean of the worst of 58 layers, whose figures come from few
-    deployments: within the spread between deployments, and 6 %.
+WORST = {8: (1.490, 0.010), 16: (1.777, 0.015), 32: (2.301, 0.027), 64: (3.272, 0.053)}
+"""Mean of the worst of 58 layers by EP size, with its 95 % half-width, as `_brute_force` gives it: V3, chat, linear, 2048 tokens,
+200 deployments."""
+
+
+def _brute_force(rng, n_deployments):
+    """Imbalances of 58 layers, each of its own popularity, by fully drawn logits: float64 [deployments, 58, EP sizes]."""
+    out = np.empty((n_deployments, 58, len(WORST)))
+    for at in np.ndindex(out.shape[:2]):
+        x = rng.normal(0, 0.65, 256) + np.repeat(rng.normal(0, 0.4, (2048, 8)), 32, axis=1)
+        score = 1 / (1 + np.exp(-(x + rng.gumbel(size=x.shape) - 4)))
+        of_group = np.partition(score.reshape(2048, 8, 32), -2, axis=2)[:, :, -2:].sum(axis=2)
+        kept = np.repeat(of_group >= np.partition(of_group, -4, axis=1)[:, -4:-3], 32, axis=1)
+        ids = np.argpartition(np.where(kept, -score, 1), 7, axis=1)[:, :8]
+        counts = np.bincount(ids.ravel(), minlength=256)
+        out[at] = [counts.reshape(size, -1).sum(axis=1).max() * size / (2048 * 8) for size in WORST]
+    return out
+
+
+def test_worst_of_58_layers_is_that_of_brute_force():
+    """Steps of 300 deployments: the mean over layers within 1 % of the independent figures 1.23, 1.39, 1.66 and 2.15, and that of
+    the worst layer within 3 standard errors of brute force and its own (one false alarm in 100 for the four).
+
+    The issue's figures for the worst layer, 1.46, 1.71, 2.22 and 3.10, are 2 to 4 % lower. One deployment differs from the next
+    by a standard deviation of 0.07, 0.11, 0.19 and 0.37: they lie within 0.6 of that, all on the same side, as few deployments
+    do. With layers fixed, the mean over steps of the worst layer is the same (within 0.01, 100 deployments of 8 steps).
     """
     from sim.cost.expert import expert_rates
     from sim.cost.steps import sample_steps
 
-    sizes, worst, layer = [8, 16, 32, 64], [1.46, 1.71, 2.22, 3.10], [1.23, 1.39, 1.66, 2.15]
     rates = [expert_rates(V3, sim.load_gpu("h200"), "fp8")]
     sample = sample_steps(
-        V3, "chat", rates, layer_sets=60, most_steps=60, budget_tokens=2**23, ep_sizes=sizes, tokens=2048,
+        V3, "chat", rates, layer_sets=300, most_steps=300, budget_tokens=2**26, ep_sizes=list(WORST), tokens=2048,
         placements="linear",
     )  # fmt: skip
-    for size, ref_worst, ref_layer in zip(sizes, worst, layer, strict=True):
+    for (size, (ref, half)), layer, issue in zip(
+        WORST.items(), (1.23, 1.39, 1.66, 2.15), (1.46, 1.71, 2.22, 3.10), strict=True
+    ):
         imbalance = sample.max_load[sample.cell("linear", size, 2048)] / (2048 * 8 / size)
-        of_deployment = imbalance.max(axis=1)
-        assert imbalance.mean() == pytest.approx(ref_layer, rel=0.01)
-        assert np.quantile(of_deployment, 0.025) < ref_worst < np.quantile(of_deployment, 0.975)
-        assert of_deployment.mean() == pytest.approx(
-            ref_worst, rel=0.06 + 2 * of_deployment.std() / 60**0.5 / ref_worst
-        )
+        worst = imbalance.max(axis=1)
+        assert imbalance.mean() == pytest.approx(layer, rel=0.01)
+        assert worst.mean() == pytest.approx(ref, abs=3 * np.hypot(half / 1.96, worst.std() / len(worst) ** 0.5))
+        assert abs(worst.mean() - issue) < worst.std()
+        assert worst.mean() == pytest.approx(issue, rel=0.06)
+
+
+@pytest.mark.slow
+def test_brute_force_of_the_worst_of_58_layers():
+    """Other layers than those that the figures come from, 40 deployments: within 3 standard errors of both."""
+    worst = _brute_force(np.random.default_rng(4), 40).max(axis=1)
+    for of_size, (ref, half) in zip(worst.T, WORST.values(), strict=True):
+        assert of_size.mean() == pytest.approx(ref, abs=3 * np.hypot(half / 1.96, of_size.std() / 40**0.5))
 
 
 def test_table_has_the_columns_that_are_promised(small):
@@ -256,7 +302,7 @@ def test_the_verb_prints_and_writes(tmp_path, capsys):
     assert main([*words.split(), "--capacity-factor", "1.25", "--out", str(tmp_path / "cap")]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "received tokens, capacity exceeded with a probability of at most 0.001" in said
-    assert "vLLM receive fraction" in said
+    assert "vLLM: receive fraction" in said
     assert "Capacity factor 1.25" in said
     table = pd.read_csv(tmp_path / "cap" / "capacity.csv")
     assert list(table.columns) == COLUMNS
@@ -274,8 +320,11 @@ def test_the_verb_prints_and_writes(tmp_path, capsys):
         (["--risk", "0"], "--risk 0.0: must be a probability above 0 and below 1"),
         (["--risk", "1"], "--risk 1.0: must be a probability above 0 and below 1"),
         (["--deployments", "1"], "--deployments 1: must be a whole number from 2 to 100000"),
-        (["--workload", "prefill"], "the tokens of a request are not independent"),
-        (["--dummy-tokens", "3"], "dummy tokens are identical"),
+        (["--steps-per-second", "5"], "--steps-per-second goes with --horizon"),
+        (["--layer-correlation", "0.5"], "--layer-correlation 0.5: must be a number from 1 to 10000"),
+        (["--workload", "prefill", "--horizon", "1h"], "a horizon: the tokens of a request are not independent"),
+        (["--dummy-tokens", "3", "--layer-correlation"], "--layer-correlation: dummy tokens are identical"),
+        (["--dummy-tokens", "3", "--risk", "1e-8"], "--risk 1e-08 takes 368887944 steps of 64 tokens under linear"),
     ],
 )
 def test_bad_usage_is_one_line_and_status_2(words, message, capsys, tmp_path, monkeypatch):
@@ -285,6 +334,52 @@ def test_bad_usage_is_one_line_and_status_2(words, message, capsys, tmp_path, mo
     assert message in said
     assert len([line for line in said.splitlines() if "error" in line]) == 1
     assert not (tmp_path / "new").exists()
+
+
+def test_correlated_layers_need_no_more_and_far_out_the_same():
+    """Any layer of a step, at a risk of 0.5 and of 1e-3, where all layers are alike (where one is the worst, it decides); off by
+    default; and steps of that variance.
+    """
+    options = {"ep_sizes": 16, "tokens": 65536, "placements": "linear", "deployments": 3}
+    for risk, least in ((0.5, 0.97), (1e-3, 0.9995)):
+        plain, together = (sim.capacity(V3, "uniform", **options, risk=risk, layer_correlation=f) for f in (None, 4.0))
+        ratio = (together.capacity_tokens / plain.capacity_tokens)[plain.scope == "step"]
+        assert ((least <= ratio) & (ratio <= 1)).all()
+        assert (ratio < 1).any() or risk < 0.5
+        pd.testing.assert_frame_equal(plain[plain.scope == "layer"], together[together.scope == "layer"])
+    options = {"ep_sizes": 8, "tokens": 64, "placements": "linear", "layer_sets": 4, "most_steps": 64}
+    one, two = (sim.predict_steps(V3, "chat", "h200", **options, layer_correlation=f) for f in (None, 2.0))
+    changed = (one.metric != "worst_imbalance").to_numpy()
+    assert one["mean"].to_numpy() == pytest.approx(two["mean"].to_numpy())
+    assert (two.sd_within_set / one.sd_within_set)[changed].to_numpy() == pytest.approx(
+        (31 / 15) ** 0.5
+    )  # 16 steps a set
+    assert two.sd_within_set[~changed].equals(one.sd_within_set[~changed])
+
+
+@pytest.mark.parametrize("more", [{"workload": "prefill"}, {"workload": load_workload("chat", dummy_tokens=16)}])
+def test_tokens_that_depend_on_each_other_are_sampled(more):
+    """One layer of one step: the capacity that at most 5 % of 1,000 other sampled steps exceed, within 4 standard errors (one
+    false alarm in 15,000).
+    """
+    found = size_buffers(V3, **more, ep_sizes=16, tokens=256, placements="linear", risk=0.05, capacity_factor=1.25)
+    table = found.table[found.table.risk == 0.05].set_index(["quantity", "exchange"])
+    assert set(table.scope) == {"layer"}
+    assert any("rows of an expert are left out" in text for text in found.notes)
+    counts = sim.sweep(
+        V3, more["workload"], ep_sizes=16, tokens=256, placements="linear", trials=1000, bound_layers=0, seed=3
+    ).counts
+    for (quantity, exchange), metric in (
+        (("pairs", "pair"), "max_load"),
+        (("received", "token"), "received_tokens_max"),
+    ):
+        of_metric = counts[counts.metric == metric]
+        assert ((quantity, exchange) in table.index) == bool(len(of_metric))
+        if len(of_metric):
+            row = table.loc[(quantity, exchange)]
+            above = of_metric["count"][of_metric["value"] > row.capacity_tokens].sum() / 1000
+            assert above == pytest.approx(0.05, abs=4 * (0.05 * 0.95 * (1 / 1000 + 1 / 292)) ** 0.5)
+            assert row.capacity_low <= row.capacity_tokens <= row.capacity_high
 
 
 def test_a_model_without_sizes_is_refused():

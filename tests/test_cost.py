@@ -6,7 +6,7 @@ import dataclasses
 import numpy as np
 import pytest
 from conftest import ROOT
-from fit_cost import fit_all, table
+from fit_cost import fit_all, measured_rows, table
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -20,7 +20,8 @@ from sim.cost import (
     predicted_against_measured,
 )
 from sim.cost.exchange import BACKENDS, KINDS
-from sim.cost.refit import expert_rows, pair_rows
+from sim.cost.expert import reached_fractions
+from sim.cost.refit import expert_rows, experts_left_out, pair_rows
 from sim.cost.tables import exchange_profile, grouped_gemm_profile, measured
 from sim.model import model_names
 
@@ -104,8 +105,12 @@ def test_weights_are_read_once_for_each_distinct_expert():
     """By hand: 3 x 7168 x 2048 parameters; NVFP4 has a byte of scale for 16 values of half a byte."""
     for dtype, expert_mb in V3_EXPERT_MB.items():
         one, two = (time(1e-9 + d, d, gpu="b200", dtype=dtype) for d in (100.0, 101.0))
-        read_us = expert_mb * 1e6 / (7.7e6 * 0.754)
-        assert two - one == pytest.approx(read_us, rel=2e-3)  # tiles bend in a little
+        kernel = grouped_gemm_profile(dtype)
+        bandwidth, peak = kernel.shares.get("b200", (0.754, 0.511))
+        read_us = expert_mb * 1e6 / (7.7e6 * bandwidth)
+        tile_us = kernel.tile_rows * 88.08 / (load_gpu("b200").peak_tflops(dtype) * peak)
+        bent_us = (read_us**kernel.sharpness + tile_us**kernel.sharpness) ** (1 / kernel.sharpness)
+        assert two - one == pytest.approx(bent_us, rel=1e-3)
     # H200, 8 experts: 352.3 MB / (4.8 TB/s x 0.827) = 88.76 us, and 8 pairs of 3 x 7168 bytes, 0.04 us; spread 7/8 of 6.49.
     assert time(8, 8) == pytest.approx(19.19 + 6.49 * 7 / 8 + 88.76 + 0.04, abs=0.03)
 
@@ -139,7 +144,9 @@ def test_many_pairs_take_the_operations():
     """By hand: 88.1 MFLOP per pair over 0.648 x 1978 TFLOPS is 68.7 ns."""
     assert (time(200_000, 8) - time(100_000, 8)) / 100_000 == pytest.approx(0.0687, rel=1e-3)
     fixed_us = KERNEL.launch_us + 7 / 8 * KERNEL.spread_us
-    assert time(1e5, 8, dtype="bf16") - time(1e5, 8) == pytest.approx(time(1e5, 8) - fixed_us, rel=1e-6)
+    assert time(1e5, 8) == pytest.approx(fixed_us + 1e5 * 0.0687, rel=1e-2)
+    slope_us = (time(2e5, 8, dtype="bf16") - time(1e5, 8, dtype="bf16")) / 1e5
+    assert slope_us == pytest.approx(88.08 / (989 * 0.672), rel=3e-3)
     assert time(1e6, 8, gpu="b200", dtype="fp4") < time(1e6, 8, gpu="b200") < time(1e6, 8, gpu="h200")
 
 
@@ -248,13 +255,14 @@ def check():
 
 
 def test_shipped_constants_are_the_fitted_ones():
-    profile = grouped_gemm_profile()
-    shipped = {name: getattr(profile, name) for name in ("launch_us", "idle_us", "spread_us", "sharpness")}
-    shipped |= {name: getattr(profile, name) for name in ("bandwidth_fraction", "peak_fraction")}
-    for name in ("h100", "h200", "b200", "b300", "gb200", "gb300"):
-        shipped |= {
-            f"{name}.{share}": getattr(load_gpu(name), share) for share in ("bandwidth_fraction", "peak_fraction")
-        }
+    shipped, of_shares = {}, ("bandwidth_fraction", "peak_fraction")
+    for dtype in ("bf16", "fp8", "fp4"):
+        profile = grouped_gemm_profile(dtype)
+        names = ("launch_us", "idle_us", "spread_us", "sharpness", *of_shares)
+        shipped |= {f"{dtype}.{name}": getattr(profile, name) for name in names}
+        for gpu in profile.shares if dtype != "fp8" else ("h100", "h200", "b200", "b300", "gb200", "gb300"):
+            reached = reached_fractions(load_gpu(gpu), dtype)
+            shipped |= {f"{dtype}.{gpu}.{share}": value for share, value in zip(of_shares, reached, strict=True)}
     shipped["h20.peak_fraction"] = load_gpu("h20").peak_fraction
     for name in ("h100", "h200", "b200", "gb200"):
         own = exchange_profile("pair", name)
@@ -294,21 +302,31 @@ def test_the_measured_files_give_the_same_rows(shared):
 
 
 def test_expert_times_of_an_ep_size_that_was_left_out(check):
-    """On each of six GPUs: median at most 6 %, worst at most 25 %; and an older kernel's rows at EP 8, 16 and 32."""
+    """On each of six GPUs: median at most 6 %, worst at most 25 %; and an older kernel's rows at EP 8, 16 and 32. In NVFP4 the
+    median keeps the bar; six rows of 120, all of EP 32, miss the worst's: a token for each rank (37 %), and 16,384 (30 %).
+    """
     rows = check[check.part == "experts"]
-    assert rows.groupby("gpu").size().to_dict() == {
-        "h100": 24,
-        "h200": 48,
-        "b200": 24,
-        "b300": 24,
-        "gb200": 24,
-        "gb300": 24,
-    }
+    sizes = {"h100": 24, "h200": 48, "b200": 24, "b300": 24, "gb200": 24, "gb300": 24}
+    assert rows[rows.dtype == "fp8"].groupby("gpu").size().to_dict() == sizes
+    nvfp4 = rows[rows.dtype == "fp4"]
+    assert set(nvfp4.gpu) == {"b200", "b300", "gb200", "gb300"}
+    assert (nvfp4.held_out_error.abs().groupby(nvfp4.gpu).median() <= 0.06).all()
+    assert (nvfp4.held_out_error.abs() > 0.25).sum() <= 6
+    assert nvfp4.held_out_error.abs().max() <= 0.38
+    rows = rows[rows.dtype == "fp8"]
     for (_, source), of_gpu in rows.groupby(["gpu", "source"]):
         held_out = of_gpu.held_out_error.abs()
         assert held_out.median() <= (0.035 if source == "wideep_experts" else 0.012)  # the bar is 0.06
         assert held_out.max() <= (0.15 if source == "wideep_experts" else 0.05)  # the bar is 0.25
         assert of_gpu.error[of_gpu.fitted].abs().max() <= 0.10 or not of_gpu.fitted.any()
+
+
+def test_bf16_times_of_an_ep_size_that_was_left_out():
+    """H100 and H200, a fifth of the rows of results/measured, each by a fit without its GPU's EP size: median within 4 %."""
+    rows = measured_rows().iloc[::5]
+    error = np.abs(experts_left_out(rows, "bf16") / rows.measured_us - 1)
+    assert (error.groupby([rows.gpu, rows.ep_size]).median() <= 0.06).all()
+    assert (error.groupby(rows.gpu).median() <= 0.04).all()
 
 
 def test_expert_times_without_the_number_of_local_experts():
@@ -324,15 +342,12 @@ def test_expert_times_without_the_number_of_local_experts():
 
 
 def test_pair_exchanges_of_a_size_that_was_left_out(check):
-    """Median error at most 12 % for combine, 20 % for dispatch on each GPU. B200's combine, which falls up to 48 tokens and
-    rises from there on, misses its bar: 14 %.
-    """
+    """Median error at most 12 % for combine, 20 % for dispatch on each GPU: GPUs of one generation share the share of NVLink."""
     rows = check[check.source == "low_latency_one_node"]
     medians = rows.held_out_error.abs().groupby([rows.part, rows.gpu]).median()
     assert len(medians) == 8
     assert (medians["dispatch"] <= 0.20).all()
-    assert (medians["combine"].drop("b200") <= 0.12).all()
-    assert medians["combine", "b200"] <= 0.14
+    assert (medians["combine"] <= 0.12).all()
     fitted = rows.error.abs().groupby([rows.part, rows.gpu]).median()
     assert (fitted <= 0.11).all()
 
@@ -342,7 +357,7 @@ def test_other_kernels_with_8_experts_or_more_lie_within_20_percent():
     distinct = np.array([8, 16, 32])
     for fixed_us in (20, 50):
         other = fixed_us + distinct * 44.04 / (4.8 * 0.80)
-        assert np.abs(time(distinct, distinct) / other - 1).max() < 0.21
+        assert np.abs(time(distinct, distinct) / other - 1).max() < 0.20
 
 
 # A layer
@@ -396,7 +411,8 @@ def test_the_command_checks_every_gpu_fitted_and_held_out_apart(capsys):
     assert "fitted: median" in out
     assert "held out: median" in out
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines() if line.startswith("| e")]
-    assert [row[1] for row in rows] == ["h100", "h200", "b200", "b300", "gb200", "gb300", "h200"]
+    blackwell = ["b200", "b300", "gb200", "gb300"]
+    assert [row[1] for row in rows] == ["h100", "h200", *blackwell, *blackwell, "h200"]
     assert all("%" in row[7] and "%" in row[8] for row in rows)
     assert rows[-1][5:7] == ["-", "-"]  # no fit saw it
 

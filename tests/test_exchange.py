@@ -34,28 +34,35 @@ def test_deepep_times_come_back():
     np.testing.assert_allclose(times.total_us, times.dispatch_us + times.combine_us)
 
 
-def bent(floor_us, link_us):
-    return (floor_us**1.5 + link_us**1.5) ** (1 / 1.5)
-
-
 def test_exchanges_by_hand():
-    """EP 32 on H800: 128 x 8 copies of 7392 bytes, 24 of 32 ranks beyond the network of 50 GB/s x 0.829."""
-    assert exchange().dispatch_us == pytest.approx(bent(51.0, 128 * 8 * 7392 * 0.75 / (50e3 * 0.829)), rel=1e-6)
-    one = {"gpu": "h200", "ep_size": 8, "tokens_per_rank": 1024}
+    """Pair, EP 32 on H800: 128 x 8 copies of 7392 bytes, 24 of 32 ranks beyond the network of 50 GB/s x 0.829, bent with the
+    floor by 1.5. The others add up: floor, links, and what the GPU copies at 4.8 TB/s x 0.577.
+    """
+    link_us = 128 * 8 * 7392 * 0.75 / (50e3 * 0.829)
+    assert exchange().dispatch_us == pytest.approx((51.0**1.5 + link_us**1.5) ** (1 / 1.5), rel=1e-6)
+    one, row = {"gpu": "h200", "ep_size": 8, "tokens_per_rank": 1024}, 14336
+    copy_us = row / (4.8e6 * 0.577)
     token = exchange(**one, kind="token", received_tokens=5000)
-    assert token.combine_us == pytest.approx(bent(17.2, 5000 * 7 / 8 * 14336 / (450e3 * 0.351)), rel=1e-6)
+    link_us = 5000 * 7 / 8 * row / (450e3 * 0.77)
+    assert token.dispatch_us == pytest.approx(15.7 + link_us + (2 * 8192 + 2 * 5000) * copy_us, rel=1e-6)
+    assert token.combine_us == pytest.approx(15.7 + link_us + (8192 + 2 * 5000 + 1024) * copy_us, rel=1e-6)
     gather = exchange(**one, kind="gather")
-    assert gather.dispatch_us == pytest.approx(bent(13.9, 8192 * 7 / 8 * 14336 / (450e3 * 0.384)), rel=1e-6)
+    link_us = 8192 * 7 / 8 * row / (450e3 * 0.625)
+    assert gather.dispatch_us == pytest.approx(12.9 + link_us + 2 * 8192 * copy_us, rel=1e-6)
+    assert gather.combine_us == pytest.approx(12.9 + link_us + (8192 + 8192) * copy_us, rel=1e-6)
     reduce = exchange(**one, kind="reduce")
     assert reduce.dispatch_us == 0
-    assert reduce.combine_us == pytest.approx(bent(23.0, 2 * 8192 * 7 / 8 * 14336 / (450e3 * 0.434)), rel=1e-6)
+    link_us = 2 * 8192 * 7 / 8 * row / (450e3 * 0.766)
+    assert reduce.combine_us == pytest.approx(20.9 + link_us + (3 * 8192 + 8192) * copy_us, rel=1e-6)
     assert exchange(**one, kind="none").total_us == 0
     # Two nodes: a node's cards share what comes from the other one; a token goes once to each of 1.5 nodes.
     two = one | {"ep_size": 16}
+    link_us = 16384 * 15 / 16 * row / (450e3 * 0.625)
     gather = exchange(**two, kind="gather").dispatch_us
-    assert gather == pytest.approx(bent(13.9, 16384 * 15 / 16 * 14336 / (450e3 * 0.384)), rel=1e-6)
+    assert gather == pytest.approx(12.9 + link_us + 2 * 8192 * copy_us, rel=1e-6)
     token = exchange(**two, kind="token", received_tokens=1000, nodes_per_token=1.5).combine_us
-    assert token == pytest.approx(bent(17.2, 1024 * 1.5 / 2 * 14336 / (50e3 * 0.86)), rel=1e-6)
+    link_us = 1024 * 1.5 / 2 * row / (50e3 * 0.86)
+    assert token == pytest.approx(15.7 + link_us + (8192 + 2 * 1000 + 1024) * copy_us, rel=1e-6)
 
 
 def test_each_kind_goes_with_its_own_traffic():
@@ -99,28 +106,31 @@ def test_backends_stand_for_kinds():
 
 
 def test_exchanges_of_measured_layers():
-    """4 H100s: the constants are those of chat and gpqa-tilted traffic; uniform traffic, which they did not see, within 10 % in
-    the median.
+    """4 H100s: floors and shares are those of chat and gpqa-tilted traffic. What they did not see, in the median: uniform traffic
+    within 9 %, and 2 H100s, whose links do two thirds as much and whose own copies as much, within 10 %.
     """
     folder = ROOT / "results" / "measured"
     fitted = fit_layers(read_layers(folder / "h100-ep4.csv.gz"), load_gpu("h100"))
-    held_out = read_layers(folder / "h100-ep4-uniform.csv.gz")
-    for kind in ("token", "gather", "reduce"):
+    held_out = [
+        (read_layers(folder / f"h100-{name}.csv.gz"), off) for name, off in (("ep4-uniform", 0.09), ("ep2", 0.1))
+    ]
+    for kind, most in (("token", 0.03), ("gather", 0.07), ("reduce", 0.035)):
         own = exchange_profile(kind, "h100")
         floor_us, share, error = fitted[kind]
         assert (own.floor_us[1], own.scale_up_fraction[1]) == (round(floor_us, 1), round(share, 3))
-        assert error < 0.06
-        rows = held_out[held_out.exchange == kind]
-        times = exchange(
-            gpu="h100",
-            kind=kind,
-            ep_size=4,
-            tokens_per_rank=rows.tokens / 4,
-            received_tokens=rows.received,
-            pairs=rows.pairs,
-        )
-        assert not times.extrapolated.any()
-        assert np.median(np.abs(times.total_us / rows.exchange_us - 1)) < 0.10
+        assert error < most
+        for layers, off in held_out:
+            rows = layers[layers.exchange == kind]
+            times = exchange(
+                gpu="h100",
+                kind=kind,
+                ep_size=rows.ep_size,
+                tokens_per_rank=rows.tokens / rows.ep_size,
+                received_tokens=rows.received,
+                pairs=rows.pairs,
+            )
+            assert not times.extrapolated[rows.tokens <= 8192].any()
+            assert np.median(np.abs(times.total_us / rows.exchange_us - 1)) < off
 
 
 def test_measured_layers_give_the_constants_of_their_exchange():

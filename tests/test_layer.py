@@ -16,9 +16,10 @@ import pytest
 from conftest import ROOT, fails
 
 from sim.cli import main
+from sim.cost import load_gpu
 from sim.errors import InputError, RunError
 from sim.measure.layer import LAYER_COLUMNS, running_ranks, saying_why
-from sim.measure.layer_compare import layer_gains, read_layers, sums
+from sim.measure.layer_compare import layer_gains, predicted_gains, read_layers, sums
 from sim.measure.layer_plan import EXCHANGES, plan_rank, sample_layers
 from sim.measure.steps import plan_measurement
 from sim.measure.table import growing_table
@@ -292,6 +293,32 @@ def test_measured_layers_are_shown_with_tables_and_figures(tmp_path, capsys):
     assert main(["measure", "--show", str(path), "--table", "gain", "--exchange", "reduce", "--markdown"]) == 0
     assert "token" not in capsys.readouterr().out.replace("tokens", "")
     fails(capsys, ["measure", "--show", path, "--exchange", "pair"], "--exchange pair: ")
+    fails(
+        capsys, ["measure", "--show", path, "--table", "predicted"], "presets of models (epsim models), and m is none"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "points", "off"), [("ep4", 3.5, 0.06), ("ep4-placements", 5, 0.06), ("ep2", 5.5, 0.10)]
+)
+def test_measured_layers_are_what_their_parts_predict(name, points, off):
+    """Whole layers on H100s; the experts' constants saw none, the exchange's those of ep4. Gains within so many points, times
+    within so much; not of pair, whose constants are those of DeepEP's kernels: NCCL's were measured.
+    """
+    layers = read_layers(ROOT / "results" / "measured" / f"h100-{name}.csv.gz", load_gpu("h100"))
+    found = predicted_gains(layers[layers.exchange != "pair"])
+    assert (100 * found.difference.abs()).max() <= points
+    assert (100 * found.difference.abs()).median() <= 1
+    assert found.error.abs().max() <= off
+
+
+def test_predicted_gains_are_those_of_predicted_layers():
+    layers = read_layers(ROOT / "results" / "measured" / "h100-ep2-fp8.csv.gz", load_gpu("h100"))
+    found = predicted_gains(layers[(layers.exchange == "token") & (layers.tokens == 64)])
+    assert len(found) == 1
+    part = layers[(layers.exchange == "token") & (layers.tokens == 64)]
+    us = (part.predicted_experts_us + part.predicted_exchange_us).groupby(part.placement).sum()
+    assert found.predicted.item() == pytest.approx(us["linear"] / us["round_robin"] - 1)
 
 
 # The command

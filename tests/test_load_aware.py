@@ -13,9 +13,9 @@ from naive import scores as ref_scores
 from naive import slot_counts as ref_slot_counts
 
 from sim import InputError, load_model, load_workload, place, sweep
+from sim.copies import assign_by_hash, assign_evenly, find_copies, pick_slots
 from sim.placement import Placement, place_fixed, placement_text
 from sim.router import draw_loads, draw_trials
-from sim.scoring import assign_by_hash, assign_evenly, find_copies, pick_slots
 from sim.sweeps import Journal, combine, executors, make_plan, run_plan
 from sim.sweeps.chunk import run_chunk
 from sim.sweeps.precision import first_stage

@@ -91,7 +91,7 @@ def test_graphs_are_captured_once_and_replayed(monkeypatch):
 
     cuda = SimpleNamespace(
         is_available=lambda: True, Stream=Stream, stream=lambda s: s, graph_pool_handle=lambda: (0, 1),
-        CUDAGraph=Graph, Event=Event, synchronize=lambda: calls.append("wait"),
+        CUDAGraph=Graph, Event=Event, synchronize=lambda: calls.append("wait"), empty_cache=lambda: calls.append("empty"),
     )  # fmt: skip
     monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda, zeros=lambda *a, **k: None))
     timer = GraphTimer()
@@ -99,6 +99,9 @@ def test_graphs_are_captured_once_and_replayed(monkeypatch):
     assert timer.times_us(lambda: calls.append("work")) == pytest.approx([600.0] * 5)
     assert calls[:6] == ["wait", "stream", "begin", "work", "end", "wait"]
     assert calls.count("replay") == 1 + 1 + 1 + 5
+    calls.clear()
+    timer.renew_pool()  # the graph that keeps the old pool is let go before the cache is emptied
+    assert calls == ["wait", "empty", "wait", "stream", "begin", "end", "wait"]
     calls.clear()
     with pytest.raises(ZeroDivisionError):
         timer.times_us(lambda: 1 / 0)

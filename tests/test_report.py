@@ -247,7 +247,8 @@ def test_advice_says_its_verdict_and_shows_no_gain_of_what_the_engine_will_not_r
     assert "round_robin is not run by the engine: it runs linear" in page.inner_text("#answer")
     change(page, lambda: page.select_option("#metric", "layer_saved"))
     shown = table(page, "by_tokens")
-    assert set(shown.placement) == {"linear", "eplb", "eplb+16", "eplb+32", "perfect balance"}
+    of_eplb = {"eplb", "eplb+16", "eplb+32", "eplb_budget+16"}
+    assert set(shown.placement) == {"linear", *of_eplb, "in_step", "perfect balance"}
     advice = pd.read_csv(ADVICE / "advice.csv").query("placement == 'eplb+32'").head(4)
     np.testing.assert_array_equal(shown[shown.placement == "eplb+32"].layer_saved.astype(float), advice.layer_saved)
     assert not page.is_visible("#tail")

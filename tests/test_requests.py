@@ -91,5 +91,6 @@ def test_wrong_numbers_of_tokens_are_refused(record):
         load_workload(sim.synthetic_traffic(name="mine"), tokens_per_request=2)
     with pytest.raises(InputError, match="`tokens_per_request` 0: must be a whole number"):
         load_workload("chat", tokens_per_request=0)
+    record = load_workload(record, tokens_per_request=3)
     with pytest.raises(InputError, match="the tokens of a request are not independent"):
-        sim.capacity(TOY, load_workload(record, tokens_per_request=3), ep_sizes=2, tokens=6, placements="linear")
+        sim.capacity(TOY, record, ep_sizes=2, tokens=6, placements="linear", horizon_steps=9)

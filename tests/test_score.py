@@ -10,17 +10,9 @@ from naive import scores as ref_scores
 
 import sim
 from sim import InputError, ModelSpec, Placement, place
+from sim.copies import find_copies, slots_by_hash
 from sim.router import draw_trials
-from sim.scoring import (
-    count_received,
-    fan_out,
-    find_copies,
-    lay_out,
-    rank_loads,
-    receivers,
-    score_blocks,
-    slots_by_hash,
-)
+from sim.scoring import count_received, fan_out, lay_out, rank_loads, receivers, score_blocks
 
 
 @st.composite

@@ -140,12 +140,18 @@ def gain(**more):
 
 
 def test_gains_are_u_shaped():
-    """Few tokens: distinct experts; the middle: nothing; many: tokens. Intervals do not touch."""
+    """Few tokens: distinct experts; the middle: nothing; many: tokens. Intervals do not touch.
+
+    A layer saves less than its experts: with one token on H200 the exchange, which no placement changes much, takes 99 of
+    176 us, and 10 % of the other 77 are 4 % of all. At 256 tokens only the exchange gains: it goes with the busiest rank's pairs.
+    """
     rows = gain(tokens=[1, 256, 16384]).set_index(["gpu", "tokens"])
     for gpu in ("h20", "h200"):
         few, middle, many = (rows.loc[(gpu, n)] for n in (1, 256, 16384))
-        assert few.layer_saved_low > 0.03
-        assert middle.layer_saved_high < 0.006
+        assert few.experts_saved_low > 0.08
+        assert few.layer_saved_low > 0.08 * (1 - few.baseline_exchange_us / few.baseline_layer_us)
+        assert middle.experts_saved_high < 0.001
+        assert middle.layer_saved_high < 0.0045
         assert many.layer_saved_low > 2 * middle.layer_saved_high
     assert rows.loc[("h20", 1)].layer_saved > rows.loc[("h200", 1)].layer_saved
 

@@ -13,7 +13,7 @@ import sim
 # From the ground floor up, in the order of their rows in the design; a room may import its own row and those above.
 ROOMS = [
     *("errors", "files", "options", "kernels", "streams", "stats", "progress"),
-    *("model", "traffic", "router", "placement", "scoring", "theory", "fit"),
+    *("model", "traffic", "router", "placement", "copies", "scoring", "theory", "fit"),
     *("figures", "results", "sweeps", "cost", "verdicts", "advice", "measure"),
     *("report", "cli"),
 ]

@@ -7,13 +7,16 @@ import pytest
 from sim import InputError, load_model, load_workload, sweep, workload_names
 from sim.router import check_pair, draw_trials
 from sim.streams import stream_key
+from sim.traffic.presets import published_figures
 from sim.traffic.read import read_recorded
 
 KEY = stream_key(0, "popularity")
 
 
 def test_presets_are_the_stated_ones():
-    assert workload_names() == ["uniform", "chat", "mixed", "gpqa-tilted", "prefill", "prefill-strong", "gpt-oss-20b"]
+    assert workload_names() == [
+        "uniform", "chat", "mixed", "translation", "gpqa-tilted", "prefill", "prefill-strong", "gpt-oss-20b", "one-subject"
+    ]  # fmt: skip
     chat, prefill = load_workload("chat"), load_workload("prefill-strong")
     assert (chat.sigma, chat.group_sigma, chat.request_sigma) == (0.65, 0.4, 0.0)
     assert (prefill.sigma, prefill.request_sigma, prefill.tokens_per_request) == (0.65, 1.05, 1024)
@@ -67,30 +70,47 @@ def test_draws_do_not_depend_on_how_they_are_grouped():
 
 
 @functools.cache
-def imbalance_of_r1(name):
-    """Mean imbalance of DeepSeek-R1 under linear placement, by EP size."""
-    result = sweep(
-        "deepseek-r1", name, ep_sizes=[32, 64, 128, 256], tokens=16384, placements="linear", trials=1500, bound_layers=0
-    )
-    return result.summary.set_index("ep_size").imbalance_mean
+def swept(name):
+    """A sweep over the EP sizes of the published figures of a preset."""
+    workload, figure = load_workload(name), published_figures(name)[0]
+    return sweep(
+        workload.fitted_to, workload, ep_sizes=figure.ep_sizes, tokens=figure.tokens, placements="linear", trials=1500,
+        bound_layers=0, received="off",
+    )  # fmt: skip
 
 
-# Mean max/mean at EP 32, 64, 128, 256: the design's own figures of chat, then three public sets and the mixed one.
+# The design states 6 % for chat and 4 % for mixed; 1 % more covers sampling. Of GPQA nothing is promised.
 @pytest.mark.parametrize(
-    ("name", "targets", "within"),
-    [
-        ("chat", (1.65, 2.13, 3.01, 4.75), 0.02),
-        ("chat", (1.644, 2.164, 3.118, 5.028), 0.06),
-        ("chat", (1.592, 2.060, 2.946, 4.696), 0.06),
-        ("chat", (1.630, 2.120, 3.054, 4.903), 0.06),
-        ("mixed", (2.095, 2.927, 4.516, 7.456), 0.05),
-    ],
+    ("name", "within"), [("chat", 0.06), ("mixed", 0.05), ("translation", 0.03), ("one-subject", 0.04)]
 )
-def test_presets_reproduce_published_imbalance(name, targets, within):
-    """Mean max/mean of DeepSeek-R1 under linear placement (the design states 6 % and 4 %; 1 % more covers sampling)."""
-    found = imbalance_of_r1(name)
-    for ep_size, target in zip((32, 64, 128, 256), targets, strict=True):
-        assert abs(found[ep_size] / target - 1) < within, f"EP{ep_size}: {found[ep_size]:.3f} for {target}"
+def test_presets_reproduce_published_imbalance(name, within):
+    """Each figure in presets.toml, on the model that it was taken on, under linear placement; what is a range, within it."""
+    result, figures = swept(name), published_figures(name)
+    for figure in figures:
+        for ep_size, target, low, high in zip(figure.ep_sizes, figure.imbalance, figure.low, figure.high, strict=True):
+            if figure.worst_of == 1:
+                found = result.summary.set_index("ep_size").imbalance_mean[ep_size]
+            else:  # the mean of the largest of so many layers, from the distribution of one
+                curve = result.exceedance("imbalance", "linear", ep_size, figure.tokens)
+                largest = 1 - (1 - curve.probability) ** figure.worst_of
+                found = curve.value.iloc[0] + (np.diff(curve.value) * largest.to_numpy()[1:]).sum()
+            assert abs(found / target - 1) < within, f"{figure.data} EP {ep_size}: {found:.3f} for {target}"
+            assert low * (1 - within) < found < high * (1 + within)
+
+
+def test_chat_has_the_figures_of_the_design():
+    np.testing.assert_allclose(swept("chat").summary.imbalance_mean, (1.65, 2.13, 3.01, 4.75), rtol=0.02)
+
+
+def test_copies_even_translation_out_as_far_as_was_published():
+    """EPLB with 32 redundant slots, EP 32, steps of 4096 tokens: 1.109 (TensorRT-LLM tech blog 4, table 1); it was not fitted.
+    The preset stays 1 to 4 % above it.
+    """
+    result = sweep(
+        "deepseek-r1", "translation", ep_sizes=32, tokens=4096, placements="eplb+32", trials=200, bound_layers=0,
+        received="off",
+    )  # fmt: skip
+    assert 1.01 < result.summary.imbalance_mean[0] / 1.109 < 1.04
 
 
 def write_trace(path, ids, lengths, **more):

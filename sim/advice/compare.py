@@ -13,11 +13,11 @@ from sim.advice.splits import Split, splits_of
 from sim.cost import Gpu, predict_gain
 from sim.cost.exchange import KINDS, REFUSED
 from sim.cost.expert import BYTES_PER_VALUE
-from sim.cost.gain import PERFECT
+from sim.cost.gain import IN_STEP, PERFECT
 from sim.cost.inputs import as_numbers, expert_parameters
 from sim.errors import InputError, shown, unknown, whole_number
 from sim.model import ModelSpec, load_model
-from sim.placement import check_ep_size, is_load_aware, split_name, strategy_name
+from sim.placement import BUDGET, check_ep_size, is_load_aware, place_fixed, split_name, strategy_name
 from sim.progress import track
 from sim.traffic import LoadCounts, RecordedTraffic, Workload, load_workload, read_traffic
 from sim.traffic.read import names_file
@@ -37,7 +37,8 @@ class Advice:
     Attributes
     ----------
     gains : DataFrame
-        Columns of `sim.predict_gain` for every split, candidate and number of tokens, and perfect balance; `split` says
+        Columns of `sim.predict_gain` for every split, candidate and number of tokens, perfect balance, and in_step where a
+        placement has copies; `split` says
         how the traffic was split (first the one that load-aware placements save least in), `redundant_bytes` what a GPU
         holds besides.
     verdicts : DataFrame
@@ -67,7 +68,8 @@ class Advice:
 
 
 def candidates(model: ModelSpec, ep_size: int, redundant: int | None = None) -> list[str]:
-    """Placements to compare with the baseline: eplb with 0, R and 2R redundant slots, or the next numbers that divide.
+    """Placements to compare with the baseline: eplb with 0, R and 2R redundant slots, or the next numbers that divide, and R of
+    them for each layer as a budget.
 
     R is `redundant`, by default one slot per rank.
     """
@@ -78,7 +80,12 @@ def candidates(model: ModelSpec, ep_size: int, redundant: int | None = None) -> 
         )
     least = -model.n_experts % ep_size
     of_eplb = [f"eplb+{least + n * extra}" for n in (0, 1, 2)]
-    return ["round_robin", "random", *dict.fromkeys(strategy_name(name) for name in of_eplb)]
+    return [
+        "round_robin",
+        "random",
+        *dict.fromkeys(strategy_name(name) for name in of_eplb),
+        f"{BUDGET}+{least + extra}",
+    ]
 
 
 def advise(
@@ -112,16 +119,17 @@ def advise(
         Other traffic of the same layers, to fit on.
     placements : str or list of str
         The baseline, as in `file:CURRENT` for the map that runs now; then the placements that are compared with it, by
-        default linear and those of `candidates`.
+        default linear and those of `candidates`. Budgets of copies are compared and not judged: of engines vllm-ascend alone
+        loads such a map.
     backend : str
         All2all backend, of BACKENDS; or a kind of exchange, where the backend is not known.
     data_parallel : int
         Data-parallel ranks; by default `ep_size`.
     redundant : int
-        R: eplb is compared with 0, R and 2R redundant slots; by default `ep_size`.
+        R: eplb is compared with 0, R and 2R redundant slots, and with R as a budget; by default `ep_size`.
     least_saved : float
         Share of the step that is worth a trial.
-    moe_share, step_us
+    moe_share, step_us, balancer_us
         As in `sim.predict_gain`; without either the share is taken as ASSUMED_SHARE.
     **options
         dtype, tokens and the like, as in `sim.predict_gain`; by default steps have 1, 8, 64 and 512 tokens per rank.
@@ -149,14 +157,23 @@ def advise(
     if step_us is not None and np.size(options.get("tokens", PER_RANK["tokens"])) > 1:
         raise InputError("`step_us` is the time of steps of one size: give one number of `tokens` with it")
     baseline, *names = _names(placements, model, ep_size, redundant)
+    ranks_per_node = whole_number("`ranks_per_node`", options.get("ranks_per_node", 8), 1, 2**15)
+    copied = any(_has_copies(name, model, ep_size, ranks_per_node) for name in [baseline, *names])
+    ends = [IN_STEP, PERFECT] if copied else [PERFECT]
     share = ASSUMED_SHARE if moe_share is None and step_us is None else moe_share
     setup: dict[str, Any] = SAMPLED | (PER_RANK if "tokens" not in options else {}) | options
     setup |= {"ep_sizes": ep_size, "exchange": exchange_of(backend, ranks), "seed": seed}
-    setup |= {"baseline": baseline, "placement": [*names, PERFECT], "moe_share": share, "step_us": step_us}
+    setup |= {
+        "baseline": baseline,
+        "placement": [*names, *ends],
+        "moe_share": share,
+        "step_us": step_us,
+    }
     splits = splits_of(model, traffic, fit_on, seed, options.get("threads"))
     gains = _gains(model, gpu, splits, setup)
     engines = {name: engine_of(name, model, ep_size, backend, ranks) for name in [baseline, *names]}
-    verdicts = _verdicts(gains, names, least_saved, is_enough=_is_enough(traffic))
+    judged = [name for name in names if split_name(name)[0] != BUDGET]  # which no engine on these GPUs runs
+    verdicts = _verdicts(gains, judged, least_saved, is_enough=_is_enough(traffic))
     verdicts["runs_as"] = [engines[name].runs_as for name in verdicts.placement]
     run = verdicts[verdicts.runs_as == verdicts.placement]
     hows: dict[str, str] = {}
@@ -174,6 +191,12 @@ def _names(placements: str | list[str], model: ModelSpec, ep_size: int, redundan
         raise InputError("`placements` needs at least one value")
     others = names[1:] or ["linear", *candidates(model, ep_size, redundant)]
     return [names[0], *(name for name in others if name != names[0])]
+
+
+def _has_copies(name: str, model: ModelSpec, ep_size: int, ranks_per_node: int) -> bool:
+    if name.startswith("file:"):
+        return place_fixed(name, model, ep_size, ranks_per_node).has_replicas
+    return split_name(name)[1] > 0
 
 
 def _as_traffic(name: str | Path, model: ModelSpec) -> Workload | LoadCounts:
@@ -194,7 +217,10 @@ def _gains(model: ModelSpec, gpu: Gpu | str | Path, splits: list[Split], setup: 
         for split in track(splits, [1.0] * len(splits), names if len(splits) > 1 else ())
     ]
     gains = pd.concat(sorted(tables, key=_saved_by_eplb), ignore_index=True)
-    copies = [_redundant_bytes(model, row.placement, row.ep_size, row.dtype) for row in gains.itertuples()]
+    gains["copies_of"] = gains.get("copies_of", pd.Series("", gains.index)).fillna("")
+    copies = [
+        _redundant_bytes(model, row.copies_of or row.placement, row.ep_size, row.dtype) for row in gains.itertuples()
+    ]
     return gains.assign(redundant_bytes=copies)
 
 
@@ -222,6 +248,6 @@ def _is_enough(traffic: Workload | LoadCounts) -> bool:
 
 
 def _redundant_bytes(model: ModelSpec, name: str, ep_size: int, dtype: str) -> float:
-    """Weights that a GPU holds in redundant slots, over all layers."""
+    """Weights that a GPU holds in redundant slots, over all layers; of a budget those that it may spend."""
     redundant = 0 if name == PERFECT else split_name(name)[1]
     return redundant / ep_size * model.n_moe_layers * expert_parameters(model) * BYTES_PER_VALUE[dtype]

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from sim.cost.exchange import BACKENDS, KINDS
 from sim.model import ModelSpec
-from sim.placement import is_load_aware, split_name, why_linear
+from sim.placement import BUDGET, is_load_aware, split_name, why_linear
 
 __all__ = ["BACKENDS", "DEFAULT_BACKEND", "Engine", "engine_of", "exchange_of"]
 
@@ -49,6 +49,12 @@ def engine_of(placement: str, model: ModelSpec, ep_size: int, backend: str, data
         )
     if split_name(placement)[0] in ("node_aware", "linear_legacy", "linear"):
         return Engine(placement, "no engine has it as an option; epsim export writes it as a map that SGLang reads")
+    if split_name(placement)[0] == BUDGET:
+        return Engine(
+            placement,
+            "layers with different numbers of slots: epsim export writes the map for vllm-ascend, which reads each layer's own; "
+            "vLLM, SGLang and TensorRT-LLM have one number for all layers, so that it is compared and not judged",
+        )
     if is_load_aware(placement):
         return Engine(
             placement,

@@ -26,6 +26,7 @@ VERBS = {
     "plot": "draw the figures of a sweep",
     "report": "write a page to explore sweeps and advice in a browser",
     "gain": "predict the time that one placement saves over another, on a GPU",
+    "depends": "which conclusions about placements hold for all traffic, and which do not",
     "step": "predict what an engine would log of each step; lay your own log beside it",
     "capacity": "how much room buffers need: received tokens and rows, in a layer, a step, a day of steps",
     "advise": "should I turn it on for my traffic: placements compared, and a verdict",

@@ -6,7 +6,15 @@ from typing import Any
 
 from sim.cli.progress import shown_progress
 from sim.cli.text import add_forms, estimate, filled, note, print_rows, print_table, say_written
-from sim.cli.timed import EXTRAPOLATED_TEXT, KNEE_TEXT, identity_of, say_about_maps, say_about_times, step_options
+from sim.cli.timed import (
+    EXTRAPOLATED_TEXT,
+    KNEE_TEXT,
+    break_even_lines,
+    identity_of,
+    say_about_maps,
+    say_about_times,
+    step_options,
+)
 from sim.errors import InputError
 from sim.options import (
     NAMES,
@@ -56,7 +64,8 @@ def add_arguments(parser: ArgumentParser) -> None:
         default="linear",
         metavar="LIST",
         help="the baseline, as in file:CURRENT for the map that runs now; then those that are compared with it (default: linear, "
-        "and round_robin, random and eplb with 0, R and 2R redundant slots)",
+        "and round_robin, random, eplb with 0, R and 2R redundant slots, and eplb_budget+R; with copies also in_step, the best "
+        "split of each step's pairs over those of the placement that has the most)",
     )
     add("--gpu", default="h200", metavar="GPU", help="a GPU (epsim gpus), or a .toml file of your own (default: h200)")
     add(
@@ -71,7 +80,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--redundant",
         type=Whole(),
         metavar="R",
-        help="compare eplb with 0, R and 2R redundant slots (default: the EP size)",
+        help="compare eplb with 0, R and 2R redundant slots, and a budget of R for each layer (default: the EP size)",
     )
     add(
         "--worth",
@@ -218,10 +227,17 @@ def _print(advice: Any, arguments: Namespace) -> None:
         for name, text in refused.items():
             print(filled(f"{name}: {text}", "  ", "    "))
     print()
-    copies = {row.placement: row.redundant_bytes for row in advice.gains.itertuples() if row.redundant_bytes}
-    if copies:
-        listed = ", ".join(f"{size / 1e9:.2f} GB ({name})" for name, size in copies.items())
-        print(filled(f"Redundant slots take of each GPU {listed}."))
+    held = advice.gains[(advice.gains.redundant_bytes > 0) & (advice.gains.copies_of == "")].drop_duplicates(
+        "placement"
+    )
+    if len(held):
+        listed = [
+            f"{row.redundant_bytes / 1e9:.2f} GB ({row.placement}{', at most' if 'budget' in row.placement else ''})"
+            for row in held.itertuples()
+        ]
+        print(filled(f"Redundant slots take of each GPU {', '.join(listed)}."))
+    for line in break_even_lines(advice.gains[advice.gains.split == advice.gains.split.iloc[0]]):
+        print(filled(line.strip(), line[: len(line) - len(line.lstrip())], "    "))
     if advice.gains.extrapolated.any():
         print(filled(EXTRAPOLATED_TEXT))
     if advice.gains.knee.any():

@@ -1,18 +1,19 @@
 """How much room buffers need: tokens and rows that a rank or an expert receives more of with at most a given probability.
 
 Of one layer of one step, of any layer of a step, and of any layer of any step of a horizon; for the median deployment (layers
-drawn once) and for the worst 5 % of them.
+drawn once) and for the worst 5 % of them. Given its layers, a deployment's tokens, the layers of a step and steps are taken as
+independent. Recorded steps (epsim step --traffic) exceed a capacity in some layer as often or up to a seventh less.
 """
 
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
-from sim.cli.text import note, note_compiling, print_table, say_about_inputs, traffic_fields
+from sim.cli.text import note, note_compiling, print_table, say_about_inputs, say_about_layers, traffic_fields
 from sim.errors import InputError
 from sim.options import CapacityOptions, Folder, Number, Seconds, TrafficOptions, add_options, given
 
-_MOST_PER_SECOND = 1e6
+_PER_SECOND, _MOST_PER_SECOND = 20.0, 1e6
 _SHORT = {"received": "received tokens", "pairs": "rows of a rank", "expert_rows": "rows of an expert"}
 _TITLE_EXCHANGE = {"token": "buffer", "pair": "buffer", "workspace": "workspace", "deepep_low_latency": "low latency"}
 
@@ -26,9 +27,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--steps-per-second",
         type=Number(1e-6, _MOST_PER_SECOND),
-        default=20.0,
         metavar="X",
-        help="steps of the horizon (default: 20)",
+        help=f"steps of the horizon (default: {_PER_SECOND:g})",
     )
     parser.add_argument("--markdown", action="store_true", help="print Markdown tables")
     parser.add_argument("--out", type=Folder(), metavar="DIR", help="also write capacity.csv and capacity.png there")
@@ -42,31 +42,40 @@ def run(arguments: Namespace) -> None:
 
     options = given(arguments, CapacityOptions)
     if arguments.horizon is not None:
-        options["horizon_steps"] = round(arguments.horizon * arguments.steps_per_second)
+        options["horizon_steps"] = round(arguments.horizon * (arguments.steps_per_second or _PER_SECOND))
         if not options["horizon_steps"]:
             raise InputError("--horizon: it has no step; take a longer one, or more --steps-per-second")
+    elif arguments.steps_per_second is not None:
+        raise InputError("--steps-per-second goes with --horizon")
     model = load_model(arguments.model)
     workload = load_workload(arguments.workload, **traffic_fields(arguments))
     note_compiling()
     say_about_inputs(model, workload)
+    say_about_layers(arguments.layer_correlation)
     found = size_buffers(model, workload, curves=arguments.out is not None, **options)
+    if arguments.layer_correlation is not None:
+        note(
+            "with a layer correlation some layer of a step exceeds less often; below a probability of about 1 % nothing changes"
+        )
     for text in found.notes:
         note(text)
     _print(found, model, options, arguments)
     if arguments.out is not None:
         _write(found, model, workload, options, arguments.out)
-        print(f"\nwritten to {arguments.out}: capacity.csv, capacity.json (what made it), capacity.png")
+        figure = ", capacity.png" if len(found.curves) else ""
+        print(f"\nwritten to {arguments.out}: capacity.csv, capacity.json (what made it){figure}")
 
 
 def _print(found: Any, model: Any, options: dict[str, Any], arguments: Namespace) -> None:
-    from sim.cost.buffers import DEEPEP_LIMIT_BYTES, buffer_bytes, deepep_low_latency_bytes
-    from sim.cost.inputs import expert_width
+    from sim.cost.buffers import buffer_bytes
 
     table, risk = found.table, options["risk"]
     row = table.iloc[0]
     asked = table[table.risk == risk]
     for quantity, text in _SHORT.items():
         rows = asked[asked.quantity == quantity]
+        if not len(rows):
+            continue
         exchanges = list(dict.fromkeys(rows.exchange))
         first = rows[rows.exchange == exchanges[0]]
         heads = ["EP", "tokens", "placement", "balanced"]
@@ -95,28 +104,36 @@ def _print(found: Any, model: Any, options: dict[str, Any], arguments: Namespace
         print()
     if options["capacity_factor"] is not None:
         _print_factor(table[table.risk != risk], options["capacity_factor"], arguments.markdown)
-    print("What engines call it, for the last scope:")
-    last = asked.groupby(["quantity", "ep_size", "tokens", "placement"], sort=False).tail(1)
-    for cell in last[last.quantity == "received"].itertuples():
-        pairs, rows_of_expert = (
-            last[
-                (last.quantity == quantity)
-                & (last.ep_size == cell.ep_size)
-                & (last.tokens == cell.tokens)
-                & (last.placement == cell.placement)
-            ].iloc[0]
-            for quantity in ("pairs", "expert_rows")
-        )
-        per_rank = -(-cell.tokens // cell.ep_size)
-        n_slots = model.n_experts + int(cell.placement.partition("+")[2] or 0)
+    _print_engines(asked, model, arguments.markdown)
+
+
+def _print_engines(asked: Any, model: Any, markdown: bool) -> None:
+    """What engines call the capacities of the last scope, and the values to set."""
+    from sim.cost.buffers import DEEPEP_LIMIT_BYTES, deepep_low_latency_bytes
+    from sim.cost.inputs import expert_width
+
+    keys = ["ep_size", "tokens", "placement"]
+    last = asked.groupby([*keys, "quantity"], sort=False).tail(1)
+    heads = ["EP", "tokens", "placement", "vLLM fraction", "torchtitan factor", "Megatron-LM factor"]
+    heads += ["DeepEP tokens", "DeepEP GiB"]
+    cells = []
+    for of_cell, rows in last.groupby(keys, sort=False):
+        (ep_size, tokens, placement), at = of_cell, rows.set_index("quantity")
+        line = [str(ep_size), str(tokens), str(placement)]
+        line.append(f"{at.capacity_tokens['received'] / tokens:.2f}" if "received" in at.index else "-")
+        line += [f"{at.factor[name]:.2f}" if name in at.index else "-" for name in ("pairs", "expert_rows")]
+        per_rank = -(-tokens // ep_size)
+        n_slots = model.n_experts + int(placement.partition("+")[2] or 0)
         static = deepep_low_latency_bytes(expert_width(model), per_rank, n_slots)
-        limit = "" if static <= DEEPEP_LIMIT_BYTES else " (above DeepEP's limit of 32 GiB)"
-        print(
-            f"  EP {cell.ep_size}, {cell.tokens} tokens, {cell.placement}: vLLM receive fraction "
-            f"{cell.capacity_tokens / cell.tokens:.2f}; torchtitan capacity factor {pairs.factor:.2f}; Megatron-LM "
-            f"moe_expert_capacity_factor {rows_of_expert.factor:.2f}; SGLang, DeepEP num_max_dispatch_tokens_per_rank "
-            f"{per_rank}: {static / 2**30:.2f} GiB{limit}"
-        )
+        line += [str(per_rank), f"{static / 2**30:.2f}{'!' if static > DEEPEP_LIMIT_BYTES else ''}"]
+        cells.append(line)
+    title = (
+        "What engines call it, for the last scope\n"
+        "vLLM: receive fraction, received tokens of a rank / tokens of the step; torchtitan: capacity factor, of a rank's rows;\n"
+        "Megatron-LM: moe_expert_capacity_factor; DeepEP, SGLang: num_max_dispatch_tokens_per_rank, what a rank sends at most,\n"
+        "with its static low-latency buffer (! above its limit of 32 GiB)"
+    )
+    print_table(title, heads, cells, markdown, align=">><", keys=3)
 
 
 def _print_factor(rows: Any, factor: float, markdown: bool) -> None:
@@ -128,11 +145,12 @@ def _print_factor(rows: Any, factor: float, markdown: bool) -> None:
     cells = []
     for keys, cell in rows.groupby(["ep_size", "tokens", "placement", "quantity"], sort=False):
         first = cell.iloc[0]
-        line = [*map(str, keys[:3]), _SHORT[str(keys[3])], f"{first.capacity_tokens:.0f}", f"{first.dropped_share:.2g}"]
+        line = [*map(str, keys[:3]), _SHORT[str(keys[3])], f"{first.capacity_tokens:.0f}"]
+        line.append("-" if first.dropped_share != first.dropped_share else f"{first.dropped_share:.2g}")
         at = cell.set_index(["scope", "deployments"]).risk
         cells.append([*line, *(f"{at[scope]:.2g}" for scope in scopes)])
     title = f"Capacity factor {factor:g}: what it drops, and the probability that it is exceeded in a layer, a step, a horizon"
-    print_table(title, heads, cells, markdown, align=">><<")
+    print_table(title, heads, cells, markdown, align=">><<", keys=4)
     print()
 
 
@@ -146,7 +164,8 @@ def _write(found: Any, model: Any, workload: Any, options: dict[str, Any], folde
     identity |= {"fit_on": None if options["fit_on"] is None else str(options["fit_on"])}
     identity |= {"model": model.name, "workload": workload.name, "law": routing_law(model, workload)}
     with writable_folder(folder):
-        figure = capacity_curves(found.curves, options["risk"], f"{model.name}, {workload.name} traffic")
         write_table(found.table, folder, "capacity", identity)
-        with whole_files(folder / "capacity.png") as (path,):
-            figure.savefig(path, format="png", dpi=150)
+        if len(found.curves):
+            figure = capacity_curves(found.curves, options["risk"], f"{model.name}, {workload.name} traffic")
+            with whole_files(folder / "capacity.png") as (path,):
+                figure.savefig(path, format="png", dpi=150)

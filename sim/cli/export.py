@@ -10,7 +10,7 @@ from sim.errors import whole_number as check_whole_number
 
 if TYPE_CHECKING:
     from sim.model import ModelSpec
-    from sim.placement import Placement
+    from sim.placement import LayerCost, Placement
 
 _MOST_LAYERS = 1024
 
@@ -26,6 +26,15 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--fit-on",
         metavar="FILE",
         help="traffic that eplb is fitted on, layer by layer: recorded routing or load counts (as epsim traffic reads them)",
+    )
+    parser.add_argument(
+        "--gpu",
+        metavar="GPU",
+        help="of eplb_budget: spend copies by the predicted time on this GPU (epsim gpus), as advise does (default: by the "
+        "busiest rank's load)",
+    )
+    parser.add_argument(
+        "--tokens", metavar="N", help="with --gpu: tokens per step over the EP group (default: 512 on each rank)"
     )
     parser.add_argument("--ranks-per-node", default="8", metavar="N", help="for node_aware and eplb (default: 8)")
     parser.add_argument("--layers", metavar="N", help="layers of other placements (default: the model's MoE layers)")
@@ -58,14 +67,28 @@ def run(arguments: Namespace) -> None:
     elif moe and ids != moe and model.n_layers:
         note(f"the map has {_listed(ids)}, the MoE layers of {model.name} are {_listed(moe)}")
     _write_checked(path, placement_text(placement, form, decoder_layers(model) if named else 0), placement, model)
-    n_layers, n_slots = placement.experts.shape
-    print(f"{n_layers} layers x {n_slots} slots on {placement.ep_size} ranks, {form} format, written to {path}")
-    print(how_to_load(form, path, n_slots - model.n_experts))
+    fewest, most = int(placement.slots_of_row.min()), placement.n_slots
+    slots = f"{most}" if fewest == most else f"{fewest} to {most}"
+    print(f"{placement.n_rows} layers x {slots} slots on {placement.ep_size} ranks, {form} format, written to {path}")
+    print(how_to_load(form, path, most - model.n_experts))
+    if fewest < most:
+        note(
+            "layers differ in slots, which vllm-ascend's source reads from its map; not run here. Its dynamic EPLB needs one "
+            "number of slots for all layers: leave it off"
+        )
 
 
 def _placement(arguments: Namespace, model: "ModelSpec", ep_size: int) -> "Placement":
     """Placement with a row for each layer, and the decoder layers that these are."""
-    from sim.placement import check_ep_size, check_slots, is_load_aware, place_fixed, strategy_name
+    from sim.placement import (
+        BUDGET,
+        check_ep_size,
+        check_slots,
+        is_load_aware,
+        place_fixed,
+        split_name,
+        strategy_name,
+    )
 
     name = strategy_name(arguments.placement)
     ranks_per_node = whole_number("--ranks-per-node")(arguments.ranks_per_node)
@@ -77,6 +100,8 @@ def _placement(arguments: Namespace, model: "ModelSpec", ep_size: int) -> "Place
         check_whole_number("--first-layer", first, 0, 2**20)
     if name == "random":
         raise InputError("--placement random: is drawn anew for each layer draw; there is none to export")
+    if split_name(name)[0] != BUDGET and (arguments.gpu, arguments.tokens) != (None, None):
+        raise InputError(f"--gpu and --tokens go with eplb_budget, whose copies are spent by time, not with {name}")
     if is_load_aware(name):
         placement = _fitted(arguments, name, model, ep_size, ranks_per_node)
     elif arguments.fit_on is not None:
@@ -117,7 +142,7 @@ def _fitted(arguments: Namespace, name: str, model: "ModelSpec", ep_size: int, r
     elif ids is not None:
         ids = tuple(int(layer) for layer in ids)
         ids = ids if set(ids) <= set(moe) else None
-    placement = place_balanced(name, model, ep_size, ranks_per_node, loads, ids)
+    placement = place_balanced(name, model, ep_size, ranks_per_node, loads, ids, _layer_cost(arguments, model, ep_size))
     if arguments.format != "vllm-ascend" or not placement.idle_copies.any():
         return placement
     note(
@@ -125,6 +150,20 @@ def _fitted(arguments: Namespace, name: str, model: "ModelSpec", ep_size: int, r
         "vllm-ascend counts distinct experts as slots"
     )
     return spread_copies(placement, loads)
+
+
+def _layer_cost(arguments: Namespace, model: "ModelSpec", ep_size: int) -> "LayerCost | None":
+    """What copies are spent by: the time of --gpu, where there is one."""
+    if arguments.gpu is None:
+        if arguments.tokens is not None:
+            raise InputError("--tokens goes with --gpu: the load of ranks is spent alike at any number of them")
+        return None
+    from sim.cost.expert import expert_rates
+    from sim.cost.steps import time_cost
+
+    tokens = 512 * ep_size if arguments.tokens is None else whole_number("--tokens")(arguments.tokens)
+    check_whole_number("--tokens", tokens, 1, 2**24)
+    return time_cost(expert_rates(model, arguments.gpu), model, tokens)
 
 
 def _listed(layers: tuple[int, ...]) -> str:

@@ -9,6 +9,7 @@ from sim.cli.text import add_forms, estimate, filled, print_rows, print_table, s
 from sim.cli.timed import (
     EXTRAPOLATED_TEXT,
     KNEE_TEXT,
+    break_even_lines,
     chosen_gpus,
     identity_of,
     say_about_maps,
@@ -46,7 +47,9 @@ def add_arguments(parser: ArgumentParser) -> None:
         type=NAMES,
         default="round_robin",
         metavar="LIST",
-        help="placements that are compared with it (default: round_robin)",
+        help="placements that are compared with it (default: round_robin); also 'perfect balance', which none can beat, and "
+        "in_step: the best split of each step's pairs over the copies of that one which has the most, with the tokens per step "
+        "from which a balancer within the step pays (--balancer-us)",
     )
     add_options(parser, TrafficOptions)
     add_options(parser, StepOptions, ep_sizes="8,16", tokens="1..16384")
@@ -155,6 +158,8 @@ def _print_gains(gains: Any, markdown: bool) -> None:
 
 def _print_crossovers(gains: Any) -> None:
     points = "; ".join(f"{row.gpu} {row.crossover_tokens:.0f}" for row in gains.drop_duplicates("gpu").itertuples())
+    for line in break_even_lines(gains):
+        print(filled(line.strip(), line[: len(line) - len(line.lstrip())], "    "))
     print()
     print(filled(
         "Crossover, the tokens per step from which, under even load, a rank's time grows with its tokens and not with its "

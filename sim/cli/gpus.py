@@ -7,6 +7,7 @@ from typing import Any
 from sim.cli.text import print_table, table
 from sim.cost import gpu_names, load_gpu
 from sim.cost.exchange import BACKENDS, KINDS
+from sim.cost.gpu import DTYPES
 from sim.cost.tables import grouped_gemm_profile, measured
 from sim.errors import InputError
 
@@ -61,7 +62,8 @@ def run(arguments: Namespace) -> None:
     print("\nPeaks are dense; links are per GPU and direction. Sources:")
     for gpu in gpus:
         print(f"  {gpu.name}: {gpu.source}")
-    print(f"Expert times are those of {grouped_gemm_profile().name}. Exchanges (--exchange), by kind or backend:")
+    kernels = "; ".join(f"{dtype}, {grouped_gemm_profile(dtype).name}" for dtype in DTYPES)
+    print(f"Expert times: {kernels}.\nExchanges (--exchange), by kind or backend:")
     for kind, about in KINDS.items():
         backends = ", ".join(backend for backend, of in BACKENDS.items() if of == kind)
         print(f"  {kind}: {about}" + (f" ({backends})" if backends else ""))
@@ -90,7 +92,7 @@ def _check(arguments: Namespace) -> None:
         for source in check.source.unique():
             print(f"  {source}: {measured()[source]['source']}")
         print(
-            "Not in them, so not verified: h20, and types other than fp8. token, gather, reduce: results/measured/h100-ep4.csv.gz"
+            "Not in them, so not verified: h20. In bf16, and token, gather and reduce: epsim measure --show, results/measured"
         )
     if arguments.plot is not None:
         from sim.figures import save

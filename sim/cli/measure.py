@@ -73,7 +73,11 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--show", type=Path, metavar="FILE.csv", help="measure nothing; print the tables of a file that was written")
     add("--plot", action="store_true", help="with --show: draw the figures beside the file")
     add_options(parser, FigureOptions)
-    add("--table", metavar="NAME", help=f"with --show: one of the tables alone: {', '.join(_TABLES)}")
+    add(
+        "--table",
+        metavar="NAME",
+        help=f"with --show: one of the tables alone: {', '.join(_TABLES)}; of layers: sum, gain, predicted",
+    )
     add("--markdown", action="store_true", help="with --show: Markdown tables")
 
 

@@ -3,6 +3,7 @@
 import sys
 import time
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from sim.errors import InputError, unknown
 _TABLES = {
     "sum": "A layer against its slowest rank's experts and the exchange, layer / (experts + exchange) - 1",
     "gain": "Gain over {baseline} in the time of a layer",
+    "predicted": "Gain over {baseline} as measured and as predicted for {gpu}, and the predicted time of {baseline}'s layers",
 }
 
 
@@ -60,7 +62,7 @@ def measure_all(arguments: Namespace) -> None:
 
 def show(arguments: Namespace) -> None:
     """Print the tables of measured layers, and draw their figures."""
-    from sim.measure.layer_compare import layer_gains, read_layers, sums
+    from sim.measure.layer_compare import layer_gains, predicted_gains, read_layers, sums
     from sim.placement import ALIASES
 
     if arguments.table is not None and arguments.table not in _TABLES:
@@ -70,6 +72,9 @@ def show(arguments: Namespace) -> None:
     else:
         baseline, *others = (ALIASES.get(name, name) for name in arguments.placement)
     layers = read_layers(arguments.show)
+    gpu = _gpu_of(arguments, layers)
+    if gpu is not None:
+        layers = read_layers(arguments.show, gpu)
     for option in ("exchange", "workload", "tokens"):
         wanted = getattr(arguments, option)
         if wanted is not None:
@@ -84,17 +89,84 @@ def show(arguments: Namespace) -> None:
             f"{first.model} in {first['dtype']}, EP {first.ep_size} on {first.gpu}: {len(layers)} layers in "
             f"{layers.step.nunique()} steps"
         )
-    for name, title in _TABLES.items():
+    tables: dict[str, Callable[[], Any]] = {
+        "sum": lambda: _sums(sums(layers)),
+        "gain": lambda: _gains(layer_gains(layers, baseline, others)),
+    }
+    if gpu is not None:
+        tables["predicted"] = lambda: _predicted(predicted_gains(layers, baseline, others))
+    for name, compute in tables.items():
         if arguments.table in (None, name):
-            heads, cells = _sums(sums(layers)) if name == "sum" else _gains(layer_gains(layers, baseline, others))
+            heads, cells = compute()
+            title = _TABLES[name].format(baseline=baseline, gpu=gpu.name if gpu else "")
             if arguments.markdown:
                 if arguments.table is None:
-                    print(f"\n{title.format(baseline=baseline)}\n")
+                    print(f"\n{title}\n")
                 print_table("", heads, cells, markdown=True)
             else:
-                print(f"\n{title.format(baseline=baseline)}\n\n{table(heads, cells, '>' * len(heads))}")
+                print(f"\n{title}\n\n{table(heads, cells, '>' * len(heads))}")
+    if gpu is not None and arguments.table in (None, "predicted") and not arguments.markdown:
+        _say_errors(predicted_gains(layers, baseline, others))
     if arguments.plot:
         _plot(arguments.show, layers, baseline, others, arguments.formats)
+
+
+def _gpu_of(arguments: Namespace, layers: Any) -> Any:
+    """The GPU that predicts the layers: the one named, or the measured one; None where that one or the model is no preset.
+
+    Raises
+    ------
+    InputError
+        It is asked for by name, and is not there.
+    """
+    from sim.cost import gpu_names, load_gpu
+    from sim.model import model_names
+
+    device, model = str(layers.gpu.iloc[0]), str(layers.model.iloc[0])
+    asked = arguments.gpu is not None or arguments.table == "predicted"
+    if model not in model_names():
+        if asked:
+            raise InputError(f"--gpu: times are predicted for presets of models (epsim models), and {model} is none")
+        return None
+    names = [arguments.gpu] if arguments.gpu else [name for name in gpu_names() if name in device.lower().split()]
+    if not names and asked:
+        raise InputError(
+            f"--gpu must say which GPU predicts the times of {device} (epsim gpus lists them, or a .toml file)"
+        )
+    return load_gpu(names[0]) if names else None
+
+
+def _predicted(found: Any) -> tuple[list[str], list[list[str]]]:
+    heads = [
+        "exchange",
+        "workload",
+        "tokens",
+        "placement",
+        "steps",
+        "gain (95 %)",
+        "predicted",
+        "difference",
+        "from us",
+    ]
+    return [*heads, "predicted us"], [
+        [
+            *(str(getattr(row, name)) for name in ("exchange", "workload", "tokens", "placement", "steps")),
+            estimate(row.gain, row.gain_high, "+z.1%"),
+            *(f"{value:+z.1%}" for value in (row.predicted, row.difference)),
+            *(f"{value:.0f}" for value in (row.baseline_us, row.predicted_us)),
+        ]
+        for row in found.itertuples()
+    ]
+
+
+def _say_errors(found: Any) -> None:
+    print("\nOff, absolute, by exchange: gains in points, layers in % (median, worst)")
+    for exchange, rows in found.groupby("exchange", sort=False):
+        gain, layer = 100 * rows.difference.abs(), 100 * rows.error.abs()
+        note = "; DeepEP's kernels are predicted, NCCL's were measured" if exchange == "pair" else ""
+        print(
+            f"  {exchange}: {gain.median():.1f} and {gain.max():.1f} points, {layer.median():.0f} and {layer.max():.0f} %{note}"
+        )
 
 
 def _sums(found: Any) -> tuple[list[str], list[list[str]]]:

@@ -18,6 +18,8 @@ def run(arguments: Namespace) -> None:
         "\nWith N redundant slots, copies of experts: eplb+N and eplb_refined+N copy the hot ones; linear+N is vLLM's layout\n"
         "before the first rebalance (slot p holds expert p % n_experts). All slots must divide by the EP size. In a sweep eplb\n"
         "is fitted on other tokens than those that are scored (--fit-tokens, --fit-on); epsim export writes maps for engines.\n"
+        "eplb_budget+N spends N x layers copies where they pay: by the load of the busiest rank; in gain, step, advise and with\n"
+        "export --gpu by the predicted time of the largest step. Only vllm-ascend loads a map whose layers differ in slots.\n"
         "More ranks than experts need redundant slots that fill them: --ep 320 --placement eplb+64 on 256 experts."
     )
     print(

@@ -5,10 +5,19 @@ from pathlib import Path
 from typing import Any
 
 from sim.cli.progress import shown_progress
-from sim.cli.text import add_forms, note, print_rows, print_table, say_written
+from sim.cli.text import add_forms, note, print_rows, print_table, say_about_layers, say_written
 from sim.cli.timed import identity_of, say_about_maps, say_about_times, timed_options
 from sim.errors import InputError
-from sim.options import Choice, Folder, StepOptions, SweepOptions, TimeOptions, TrafficOptions, add_options
+from sim.options import (
+    Choice,
+    Folder,
+    LayerOptions,
+    StepOptions,
+    SweepOptions,
+    TimeOptions,
+    TrafficOptions,
+    add_options,
+)
 
 _SHORT = {
     "balancedness_vllm": "balancedness, vLLM",
@@ -29,6 +38,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_options(parser, TrafficOptions)
     add_options(parser, StepOptions, ep_sizes="8,16", tokens="64,4096")
     add_options(parser, TimeOptions)
+    add_options(parser, LayerOptions)
     parser.add_argument(
         "--log",
         type=Path,
@@ -47,7 +57,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--traffic",
         metavar="FILE",
         help="recorded routing, in place of --workload: also replay whole steps, all layers of the same tokens, beside "
-        "independent layers",
+        "independent layers: time, its autocorrelation, the worst layer, and what --layer-correlation is",
     )
     parser.add_argument("--out", type=Folder(), metavar="DIR", help="also write steps.csv there")
 
@@ -72,86 +82,104 @@ def run(arguments: Namespace) -> None:
     gpu = load_gpu(arguments.gpu)
     say_about_maps(arguments.placements, options["model"], options["ep_sizes"], options["ranks_per_node"])
     say_about_times(options, [gpu])
+    say_about_layers(arguments.layer_correlation)
     with shown_progress():
-        steps = predict_steps(gpu=gpu, placements=arguments.placements, **options)
-        replayed = None if arguments.traffic is None else _replay(options, arguments)
+        steps = predict_steps(
+            gpu=gpu, placements=arguments.placements, layer_correlation=arguments.layer_correlation, **options
+        )
+        replayed = None
+        if arguments.traffic is not None:
+            from sim.cost.replay import replay_steps
+
+            own = {name: value for name, value in options.items() if name not in ("model", "workload")}
+            replayed = replay_steps(options["model"], options["workload"], gpu, placements=arguments.placements, **own)
     compared = None if log is None else compare_log(steps, arguments.log_metric, log.values)
     if not print_rows(steps if compared is None else compared, arguments):
         _print_steps(steps, arguments.markdown)
         if compared is not None:
             _print_log(compared, arguments)
         if replayed is not None:
-            _print_replay(replayed, options["workload"].name, arguments.markdown)
+            _print_replay(replayed, arguments)
     if folder is not None:
         from sim.files import writable_folder
         from sim.results import write_table
 
+        identity = identity_of(options, [gpu], placements=arguments.placements)
+        tables = {} if replayed is None else {"replay": replayed.steps, "replay_exceeded": replayed.exceeded}
+        correlated = {} if arguments.layer_correlation is None else {"layer_correlation": arguments.layer_correlation}
         with writable_folder(folder):
-            if replayed is not None:
-                write_table(replayed, folder, "replay", identity_of(options, [gpu], placements=arguments.placements))
-            write_table(steps, folder, "steps", identity_of(options, [gpu], placements=arguments.placements))
-        say_written(f"written to {folder}: steps.csv, steps.json (what made it)", arguments)
+            for name, table in tables.items():
+                write_table(table, folder, name, identity)
+            write_table(steps, folder, "steps", identity | correlated)
+        names = "".join(f"{name}.csv, " for name in tables)
+        say_written(f"written to {folder}: {names}steps.csv, steps.json (what made it)", arguments)
 
 
-def _replay(options: dict[str, Any], arguments: Namespace) -> Any:
-    """Whole steps of recorded traffic, beside independent layers."""
-    import pandas as pd
-
-    from sim.cost.replay import compare_modes
-    from sim.sweeps import make_plan
-    from sim.traffic import RecordedTraffic
-
-    cells = {name: options[name] for name in ("ep_sizes", "tokens", "tokens_per_rank", "ranks_per_node", "seed")}
-    plan = make_plan(
-        options["model"],
-        options["workload"],
-        placements=arguments.placements,
-        trials=1,
-        bound_layers=0,
-        received="off",
-        **cells,
-    )
-    assert isinstance(plan.workload, RecordedTraffic)
-    tables = []
-    for ep_size in plan.grid.ep_sizes:
-        pairs = [p for p, (_, size) in enumerate(plan.grid.pairs) if size == ep_size]
-        placed = [placement for p in pairs if (placement := plan.placements[p]) is not None]
-        for tokens in sorted({int(n) for n in plan.grid.tokens_of_cell[plan.grid.ep_size_of_cell == ep_size]}):
-            if placed:
-                tables.append(compare_modes(plan.workload, placed, tokens, options["most_steps"], options["seed"]))
-    if not tables:
-        raise InputError(
-            "--traffic: random placements differ by layer draw, and are not replayed; name another --placement"
-        )
-    return pd.concat(tables, ignore_index=True)
+_KEYS = ["ep_size", "tokens", "placement"]
 
 
-def _print_replay(table: Any, workload: str, markdown: bool) -> None:
+def _print_replay(replayed: Any, arguments: Namespace) -> None:
+    """Times of whole steps, their worst layers, and what to pass on."""
+    from sim.cost.replay import OPENING, measured_correlation
+
+    steps = replayed.steps.sort_values(["ep_size", "tokens"], kind="stable")
     title = (
-        f"\nWhole steps of {workload}: imbalance = max / mean of a layer; its mean over layers, and the worst layer\n"
-        "continuous batching, all requests started together, and layers that are independent; variance of a step's mean over "
-        "that of\nindependent layers, and correlation of consecutive steps"
+        f"\nWhole steps of {steps.workload.iloc[0]}, all layers of the same tokens: ms of a step's layers with exchange\n"
+        f"continuous batching; all requests started together, and the same from step {OPENING} until the longest ends; layers "
+        "that are independent.\nvariance of time, and of mean imbalance, over that of independent layers; correlation of "
+        "consecutive steps' times"
     )
     heads = [
         "EP",
         "tokens",
         "placement",
         "steps are",
-        "mean",
-        "sd",
-        "worst mean",
-        "worst p99",
-        "variance ratio",
+        "steps",
+        "mean ms",
+        "sd ms",
+        "p50 ms",
+        "p99 ms",
         "auto- correlation",
     ]
-    lines = [
-        [
-            str(row.ep_size), str(row.tokens), row.placement, row.mode, f"{row.layers_mean:.3f}", f"{row.layers_sd:.4f}",
-            f"{row.worst_mean:.3f}", f"{row.worst_p99:.3f}", f"{row.variance_ratio:.2f}", f"{row.autocorrelation:.2f}",
-        ]
-        for row in table.itertuples()
-    ]  # fmt: skip
-    print_table(title, heads, lines, markdown, align=">><<")
+    heads += ["variance of time (95 %)", "variance of imbalance (95 %)"]
+    lines = []
+    for keys, cell in steps.groupby([*_KEYS, "mode"], sort=False):
+        time, imbalance = (cell[cell.metric == metric].iloc[0] for metric in ("moe_ms", "mean_imbalance"))
+        line = [*map(str, keys), str(time.steps), *(_digits(time[name]) for name in ("mean", "sd", "p50", "p99"))]
+        line += ["-" if time.autocorrelation != time.autocorrelation else f"{time.autocorrelation:.2f}"]
+        lines.append([*line, *("-" if keys[3] == "independent" else _ratio(row) for row in (time, imbalance))])
+    print_table(title, heads, lines, arguments.markdown, align=">><<", keys=4)
+    title = (
+        "\nThe worst layer of a step, continuous batching | independent layers: imbalance, mean and p99 over steps;\n"
+        "P(some layer exceeds x), replayed | product over layers of each one's own, as capacities take it"
+    )
+    exceeded = replayed.exceeded
+    shares = list(dict.fromkeys(exceeded["share"])) if len(exceeded) else []
+    heads = ["EP", "tokens", "placement", "worst mean", "worst p99", *(f"about {share:g}" for share in shares)]
+    lines = []
+    for keys, cell in steps[steps.metric == "worst_imbalance"].groupby(_KEYS, sort=False):
+        at = cell.set_index("mode")
+        line = [*map(str, keys)]
+        line += [f"{at[name]['continuous']:.3f} | {at[name]['independent']:.3f}" for name in ("mean", "p99")]
+        for share in shares:
+            rows = exceeded[(exceeded[_KEYS] == list(keys)).all(axis=1) & (exceeded["share"] == share)]
+            line += [f"{row.above:.2f}: {row.replayed:.3f} | {row.product:.3f}" for row in rows.itertuples()] or ["-"]
+        lines.append(line)
+    print_table(title, heads, lines, arguments.markdown, align=">><", keys=3)
+    low, middle, high = measured_correlation(steps)
+    if middle == middle:
+        print(
+            f"\nMeasured: --layer-correlation {max(middle, 1):.2f} (geometric mean of the rows' variance of imbalance under "
+            f"continuous batching,\nwhich are {low:.2f} to {high:.2f})"
+        )
+
+
+def _ratio(row: Any) -> str:
+    """A ratio of variances with its interval, where it has one."""
+    if row.variance_ratio != row.variance_ratio:
+        return "-"
+    interval = f" ({row.variance_ratio_low:.2f} to {row.variance_ratio_high:.2f})"
+    return f"{row.variance_ratio:.2f}" + (interval if row.variance_ratio_low == row.variance_ratio_low else "")
 
 
 def _digits(value: float) -> str:

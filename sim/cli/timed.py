@@ -11,6 +11,11 @@ KNEE_TEXT = (
     "~ from 0.3 of the crossover to 6 times it (bf16: 3 times): kernels step at whole tiles there, and measured gains differ\n"
     "most from predicted ones (results/README.md)"
 )
+IN_STEP_TEXT = (
+    "in_step: the best split of each step's pairs over the copies of {}, by the busiest rank's load, as LPLB and others balance "
+    "within the step; its times are without what the balancer takes. Balancers that copy experts within the step (UltraEP, "
+    "MoonEP) have perfect balance as their end."
+)
 EXTRAPOLATED_TEXT = (
     "* exchange computed, not measured: measured are pair without imbalance, on one node of H100, H200, B200 and GB200 up to\n"
     "256 tokens a rank and on H800 of 128 at EP 8 to 256; and token, gather and reduce on 4 H100s"
@@ -45,7 +50,7 @@ def identity_of(options: dict[str, Any], gpus: list[Any], **more: Any) -> dict[s
 
     identity = {name: value for name, value in options.items() if name not in ("model", "workload", "threads")}
     identity |= {"model": options["model"].name, "workload": options["workload"].name}
-    return identity | {"law": _law(options["workload"]), "gpus": [asdict(gpu) for gpu in gpus]} | more
+    return identity | {"law": law_of(options["workload"]), "gpus": [asdict(gpu) for gpu in gpus]} | more
 
 
 def say_about_times(options: dict[str, Any], gpus: list[Any]) -> None:
@@ -85,11 +90,37 @@ def say_about_maps(names: list[str], model: Any, ep_sizes: list[int], ranks_per_
                 note(text)
 
 
+def break_even_lines(gains: Any) -> list[str]:
+    """Of placement in_step: what it is, and from how many tokens per step it pays for its balancer. Empty without it."""
+    rows = gains[gains.placement == "in_step"]
+    if not len(rows):
+        return []
+    keys = [column for column in ("exchange", "gpu", "ep_size") if rows[column].nunique() > 1] or ["ep_size"]
+    lines = [
+        IN_STEP_TEXT.format(rows.copies_of.iloc[0]),
+        f"Break-even, the tokens per step from which it buys more of a layer, over {rows.copies_of.iloc[0]} with an even split, "
+        "than the balancer takes (--balancer-us; its default is LPLB's own figure, not verified):",
+    ]
+    for _, of in rows.groupby(["exchange", "gpu", "ep_size"], sort=False):
+        most = of.loc[of.tokens.idxmax()]
+        where = ", ".join(f"EP {most[key]}" if key == "ep_size" else str(most[key]) for key in keys)
+        ends = [f"{most[f'break_even_tokens{end}']:,.0f}" for end in ("", "_low", "_high")]
+        bought = f"it buys {most.bought_us:.0f} us at {most.tokens}, the balancer takes {most.balancer_us:.0f}"
+        if most.break_even_tokens == float("inf"):
+            text = f"not up to {most.tokens}; {bought}"
+        elif most.break_even_tokens == of.tokens.min():
+            text = f"at all of them; {bought}"
+        else:
+            text = f"{ends[0]} ({ends[1]} to {ends[2].replace('inf', 'beyond')}); {bought}"
+        lines.append(f"  {where}: {text}")
+    return lines
+
+
 def model_dtype(model: Any) -> str:
     """The type of the routed experts of a checkpoint in the words of --dtype, as far as it is one."""
     return next((dtype for dtype in ("bf16", "fp8", "fp4") if dtype in model.routed_dtype), model.routed_dtype)
 
 
-def _law(traffic: Any) -> dict[str, Any]:
+def law_of(traffic: Any) -> dict[str, Any]:
     """What tells traffic apart: its law, or the digest of load counts."""
     return traffic.law if hasattr(traffic, "law") else {"counts": traffic.digest}

@@ -9,6 +9,7 @@ from sim.cli.text import add_forms, filled, note, note_compiling, print_rows, pr
 from sim.errors import InputError
 from sim.options import FILE, NAMES, SEED, Number, TrafficOptions, Whole, add_options
 
+_NEAR = 0.02  # of what is asked for: a scale reaches it
 _IMBALANCE_HELP = "mean over layers of max / mean rank load of a step, under linear placement"
 
 
@@ -66,7 +67,7 @@ def run_make(arguments: Namespace) -> None:
             f"max / mean rank load of all its tokens, linear placement at EP {arguments.ep_sizes}, mean of layers: {reached:.3f} "
             f"(asked for: {arguments.imbalance:g})"
         ))  # fmt: skip
-        if abs(reached / arguments.imbalance - 1) > 0.02:
+        if abs(reached / arguments.imbalance - 1) > _NEAR:
             note(f"the nearest that this workload and this number of tokens reach is {reached:.3f}")
     print(filled(f"written to {out}; use it as --workload file:{out} --model {arguments.model}"))
 
@@ -111,9 +112,12 @@ def add_match(parser: ArgumentParser) -> None:
 
 def run_match(arguments: Namespace) -> None:
     """Run `epsim traffic match`."""
+    from concurrent.futures import ThreadPoolExecutor
+
     import pandas as pd
 
     from sim.fit.made import match
+    from sim.kernels import usable_processors
     from sim.model import load_model
     from sim.progress import track
     from sim.router import check_pair
@@ -121,9 +125,8 @@ def run_match(arguments: Namespace) -> None:
 
     note_compiling()
     model = load_model(arguments.model)
-    workloads = [load_workload(name) for name in arguments.workload or workload_names()]
     fitting: list[SyntheticTraffic] = []
-    for workload in workloads:
+    for workload in map(load_workload, arguments.workload or workload_names()):
         if not isinstance(workload, SyntheticTraffic):
             raise InputError(f"`workload` {workload.name}: only synthetic traffic can be scaled")
         try:
@@ -132,35 +135,48 @@ def run_match(arguments: Namespace) -> None:
             if arguments.workload:
                 raise
             continue
-        if workload.popularity != "none" and not workload.request_sigma:
-            fitting.append(workload)
+        fitting.append(workload)
     x, ep_size, tokens = arguments.imbalance, arguments.ep_sizes, min(arguments.tokens, 2**20)
-    with shown_progress():
-        names = [workload.name for workload in fitting]
-        found = [
-            match(workload, model, x, ep_size, tokens, seed=arguments.seed)
-            for workload in track(fitting, [1.0] * len(fitting), names)
-        ]
+    names = [workload.name for workload in fitting]
+    with shown_progress(), ThreadPoolExecutor(usable_processors()) as pool:
+        matches = pool.map(lambda workload: match(workload, model, x, ep_size, tokens, seed=arguments.seed), fitting)
+        found = list(track(matches, [1.0] * len(fitting), names))
     found.sort(key=lambda one: abs(one.unscaled - x))
-    rows = pd.DataFrame([vars(one) for one in found]).rename(columns={"name": "workload", "unscaled": "imbalance"})
+    rows = pd.DataFrame([vars(one) for one in found]).rename(
+        columns={"name": "workload", "unscaled": "imbalance", "unscaled_half": "imbalance_half"}
+    )
     if print_rows(rows, arguments):
         return
     cells = [
-        [one.name, f"{one.unscaled:.3f}", f"{one.unscaled / x - 1:+.1%}", f"{one.scale:.3f}", f"{one.reached:.3f}"]
+        [
+            one.name, f"{one.unscaled:.3f} ± {one.unscaled_half:.3f}", f"{one.unscaled / x - 1:+.1%}", f"{one.scale:.3f}",
+            f"{one.reached:.3f}",
+        ]
         for one in found
-    ]
+    ]  # fmt: skip
     title = (
-        f"{model.name}, linear placement at EP {ep_size}, {tokens} tokens per step: mean over layers of max / mean rank load, "
-        f"beside {x:g}"
+        f"{model.name}, linear placement at EP {ep_size}, {tokens} tokens per step: mean over layers of max / mean rank load "
+        f"(± 95 %, over layers), beside {x:g}"
     )
     heads = ["workload", "imbalance as it is", "off", "popularity scale", "imbalance with it"]
     print_table(title, heads, cells, arguments.markdown, align="<")
     if not arguments.markdown and found:
-        best = min(found, key=lambda one: abs(one.scale - 1))
+        near = [one.name for one in found if abs(one.unscaled - x) <= one.unscaled_half]
+        reaching = [one for one in found if abs(one.reached / x - 1) < _NEAR]
         print()
         print(filled(
-            f"Nearest as it is: {found[0].name}. With a trace of {best.name} traffic that has {x:g}: epsim traffic make --model "
-            f"{arguments.model} --workload {best.name} --imbalance {x:g} --ep {ep_size} --out TRACE.npz"
+            f"Nearest as it is: {found[0].name}. "
+            + (f"Within the interval of {', '.join(near)}." if near else f"{x:g} lies in no preset's interval.")
+        ))  # fmt: skip
+        if not reaching:
+            print(f"No scale of any preset reaches {x:g}.")
+            return
+        best = min(reaching, key=lambda one: abs(one.scale - 1))
+        sigma = next(workload.sigma for workload in fitting if workload.name == best.name)
+        as_sigma = f", which is sigma {best.scale * sigma:.3g} in a .toml file" if sigma else ""
+        print(filled(
+            f"Nearest scale: {best.name} with its popularity scaled by {best.scale:.3g}{as_sigma}. A trace of it: epsim traffic "
+            f"make --model {arguments.model} --workload {best.name} --imbalance {x:g} --ep {ep_size} --out TRACE.npz"
         ))  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """Loads -> buffers: the smallest capacity that is exceeded with at most a given probability, and what it costs in memory."""
 
 import math
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,21 +9,23 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from sim.cost.deployments import QUANTITIES, Deployments, sample_deployments
+from sim.cost.deployments import QUANTITIES, Deployments, of_step, sample_deployments
 from sim.cost.inputs import expert_width
 from sim.errors import InputError
 from sim.kernels import usable_processors
 from sim.model import ModelSpec, load_model
 from sim.options import CapacityOptions, takes
-from sim.placement import check_slots, split_name, strategy_name
+from sim.placement import BUDGET, check_slots, is_load_aware, split_name, strategy_name
 from sim.stats import Histogram, mean_interval, moments_of_draws, quantile_interval, student_quantile
-from sim.sweeps import make_plan
+from sim.sweeps import make_plan, sweep
 from sim.sweeps.plan import Plan
 from sim.traffic import RecordedTraffic, SyntheticTraffic, Workload, load_workload
 
 DEEPEP_LIMIT_BYTES = 32 * 2**30
 """Of DeepEP's low-latency buffer on a rank (csrc/config.hpp; vllm #57894)."""
-_CURVE_POINTS, _DEEPEST = 60, 1e-12
+SAMPLED_TOKENS = 2**27
+"""Of each cell at most, where tokens are not independent."""
+_CURVE_POINTS, _DEEPEST, _DEEPEST_CURVE = 32, 1e-12, 1e-9
 _QUANTILES = {"median": 0.5, "worst_5_percent": 0.95}
 _EXCHANGES = {"received": ("token",), "pairs": ("pair", "workspace"), "expert_rows": ("deepep_low_latency",)}
 
@@ -31,7 +34,9 @@ class Capacities(NamedTuple):
     """Outcome of `size_buffers`."""
 
     table: pd.DataFrame
-    curves: pd.DataFrame  # placement, ep_size, tokens, quantity, scope, deployments, factor, probability
+    curves: (
+        pd.DataFrame
+    )  # of the largest step: placement, ep_size, tokens, quantity, scope, deployments, factor, probability
     n_layers: int
     notes: list[str]  # cells that were left out, and why
 
@@ -41,7 +46,8 @@ def capacity(model: str | Path | ModelSpec, workload: str | Path | Workload, **o
     """How much room received tokens, rows of a rank and rows of an expert need, so that it is exceeded rarely enough.
 
     A deployment has its layers, drawn once, or known from fitted or recorded traffic; given them, tokens, layers and steps are
-    taken as independent (`sim.cost.deployments`).
+    taken as independent (`sim.cost.deployments`). Where tokens are not (prefill, dummy tokens), there are rows of one layer of
+    one step alone, from sampled steps, and none of 'expert_rows'.
 
     Parameters
     ----------
@@ -63,8 +69,8 @@ def capacity(model: str | Path | ModelSpec, workload: str | Path | Workload, **o
     Raises
     ------
     InputError
-        Values out of range, sizes or the number of MoE layers of the model that are not known, or traffic whose tokens are not
-        independent given the layer.
+        Values out of range, sizes or the number of MoE layers of the model that are not known, or a horizon for traffic whose
+        tokens are not independent given the layer.
 
     Examples
     --------
@@ -90,6 +96,13 @@ def size_buffers(
     if not n_layers:
         raise InputError(f"model {model.name}: a deployment needs the number of MoE layers, which is not known")
     buffer_bytes(model, "workspace", 1, 1, 1)  # whether its sizes are known, before the work
+    if reason := _dependent(plans[0].workload):
+        if chosen.horizon_steps or chosen.layer_correlation:
+            what = "a horizon" if chosen.horizon_steps else "`layer_correlation`"
+            raise InputError(f"{what}: {reason}, and only capacities of one layer of one step can be sampled")
+        notes.append(f"{reason}: sampled, of one layer of one step; steps and horizons lie beyond sampling")
+        sampled = [_sample(plan, chosen, notes) for plan in plans]
+        return Capacities(pd.concat(sampled, ignore_index=True), pd.DataFrame(), n_layers, list(dict.fromkeys(notes)))
     parts = [_size(plan, chosen, n_layers, curves) for plan in plans]
     table, points = (pd.concat(part, ignore_index=True) for part in zip(*parts, strict=True))
     return Capacities(table, points, n_layers, notes)
@@ -130,8 +143,21 @@ def _plan(
     plan = make_plan(
         model, workload, ep_sizes=ep_sizes, placements=placements, trials=1, bound_layers=0, received="off", **of_plan
     )
-    _check_independent(plan.workload)
+    for name in plan.grid.placements:
+        if split_name(name)[0] == BUDGET:
+            raise InputError(
+                f"`placements` {name}: its layers differ in slots; buffers are sized for one number of them"
+            )
     return plan
+
+
+def _dependent(workload: Workload) -> str:
+    """Why tokens are not independent given the layer; empty where they are."""
+    if isinstance(workload, RecordedTraffic) and workload.phase == "prefill":
+        return "recorded prefill takes runs of tokens of one sequence, which are not independent"
+    if workload.whole_requests or (isinstance(workload, SyntheticTraffic) and workload.request_sigma > 0):
+        return "the tokens of a request are not independent"
+    return "dummy tokens are identical, not independent" if workload.dummy_tokens else ""
 
 
 def _size(plan: Plan, chosen: CapacityOptions, n_layers: int, curves: bool) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -140,24 +166,61 @@ def _size(plan: Plan, chosen: CapacityOptions, n_layers: int, curves: bool) -> t
     n_threads = chosen.threads or usable_processors()
     found = sample_deployments(plan, n_layers, n_deployments, n_threads)
     jobs = [(cell, quantity) for cell in range(len(plan.grid.cells)) for quantity in QUANTITIES]
+    sizes, steps = plan.grid.ep_size_of_cell, plan.grid.tokens_of_cell
+    drawn = [(cell, of) for cell, of in jobs if curves and steps[cell] == steps[sizes == sizes[cell]].max()]
     with ThreadPoolExecutor(n_threads) as pool:
         rows = list(pool.map(lambda job: _rows(plan, chosen, found, *job), jobs))
-        points = list(pool.map(lambda job: _curves(plan, chosen, found, *job), jobs)) if curves else []
+        points = list(pool.map(lambda job: _curves(plan, chosen, found, *job), drawn))
     return pd.DataFrame([row for of_job in rows for row in of_job]), pd.DataFrame(
         [row for of_job in points for row in of_job]
     )
 
 
-def _check_independent(workload: Workload) -> None:
-    reason = ""
-    if isinstance(workload, RecordedTraffic) and workload.phase == "prefill":
-        reason = "recorded prefill takes runs of tokens of one sequence, which are not independent"
-    elif workload.whole_requests or (isinstance(workload, SyntheticTraffic) and workload.request_sigma > 0):
-        reason = "the tokens of a request are not independent"
-    elif workload.dummy_tokens:
-        reason = "dummy tokens are identical, not independent"
-    if reason:
-        raise InputError(f"`workload` {workload.name}: capacities beyond sampling need independent tokens; {reason}")
+def _sample(plan: Plan, chosen: CapacityOptions, notes: list[str]) -> pd.DataFrame:
+    """Table of traffic whose tokens are not independent: the largest of a rank in sampled layers and steps.
+
+    Rows of one layer of one step alone, with order-statistic intervals and without `dropped_share`. Received tokens are left
+    out where a sweep cannot count them, rows of an expert always.
+    """
+    least = math.ceil(math.log(0.025) / math.log1p(-chosen.risk))  # an upper end of the interval needs as many
+    rows: list[dict[str, object]] = []
+    short = ""
+    for cell in range(len(plan.grid.cells)):
+        pair, tokens = plan.grid.cells[cell][0], int(plan.grid.tokens_of_cell[cell])
+        placement, ep_size = plan.grid.pairs[pair]
+        fitted = plan.fit_tokens if plan.placements[pair] is None and is_load_aware(placement) else 0
+        n_steps = min(4 * least, SAMPLED_TOKENS // (tokens + fitted))
+        if least > n_steps:
+            text = f"`risk` {chosen.risk:g} takes {least} steps of {tokens} tokens under {placement}, and {n_steps} are sampled"
+            short = short or text
+            notes.append(f"left out: {text}".replace("`", ""))
+            continue
+        swept = sweep(
+            plan.model, plan.workload, ep_sizes=[ep_size], tokens=[tokens], bound_layers=0, seed=plan.seed,
+            placements=placement if plan.placements[pair] is None else plan.placements[pair], threads=chosen.threads,
+            trials=n_steps, ranks_per_node=plan.ranks_per_node, fit_tokens=fitted or None,
+        )  # fmt: skip
+        summary = swept.summary.iloc[0]
+        for quantity, metric, mean in (
+            ("received", "received_tokens_max", summary.get("received_tokens_mean", np.nan)),
+            ("pairs", "max_load", summary.mean_load),
+        ):
+            counts = swept.counts[swept.counts.metric == metric].sort_values("value")
+            if not len(counts):
+                notes.append("received tokens are left out: they are not counted for this traffic")
+                continue
+            found = Histogram(counts["value"].to_numpy(), counts["count"].to_numpy())
+            n = int(found.counts.sum())
+            solved = [("layer", chosen.risk, "all", *quantile_interval(found, 1 - chosen.risk, n))]
+            if chosen.capacity_factor is not None:
+                given = int(chosen.capacity_factor * mean)
+                above = float(found.counts[found.values > given].sum() / n)
+                solved.append(("layer", above, "all", given, given, given))
+            rows += _as_rows(plan, cell, quantity, mean, solved, lambda _: np.nan)
+    notes.append("rows of an expert are left out: their capacity is known for independent tokens")
+    if not rows:
+        raise InputError(short)
+    return pd.DataFrame(rows)
 
 
 def buffer_bytes(model: ModelSpec, exchange: str, rows: float, ep_size: int, n_slots: int) -> float:
@@ -189,15 +252,14 @@ def _rows(
     plan: Plan, chosen: CapacityOptions, found: list[dict[str, Deployments]], cell: int, quantity: str
 ) -> list[dict[str, object]]:
     """Rows of a cell and a quantity."""
-    pair, (_, ep_size) = plan.grid.cells[cell][0], plan.grid.pairs[plan.grid.cells[cell][0]]
-    of, tokens = found[pair][quantity], int(plan.grid.tokens_of_cell[cell])
+    of, tokens = found[plan.grid.cells[cell][0]][quantity], int(plan.grid.tokens_of_cell[cell])
     balanced, worst = tokens * of.mean, worst_case(plan, cell, quantity)
-    keys = dict(zip(("model", "workload", "placement"), plan.grid.keys(cell), strict=False))
     solved = [("layer", chosen.risk, "all", *_layer_capacity(of, tokens, chosen.risk))]
     horizons = [("step", 1), ("horizon", chosen.horizon_steps)]
     for scope, steps in horizons:
         if steps:
-            capacities = np.minimum(of.capacities(tokens, math.log1p(-chosen.risk) / steps), worst)
+            log_fine = math.log1p(-chosen.risk) / steps
+            capacities = np.minimum(of.capacities(tokens, log_fine, chosen.layer_correlation), worst)
             for name, q in _QUANTILES.items():
                 solved.append((scope, chosen.risk, name, *_deployment_quantile(of, tokens, capacities, q)))
     if chosen.capacity_factor is not None:
@@ -206,19 +268,31 @@ def _rows(
         solved.append(("layer", float(np.mean(-np.expm1(fine))), "all", given, given, given))
         for scope, steps in horizons:
             if steps:
-                exceeded = -np.expm1(steps * fine.sum(axis=1))
+                exceeded = -np.expm1(steps * of_step(fine, chosen.layer_correlation))
                 for name, q in _QUANTILES.items():
                     solved.append((scope, _share(exceeded, q), name, given, given, given))
-    rows: list[dict[str, object]] = []
-    n_slots = plan.model.n_experts + split_name(plan.grid.pairs[pair][0])[1]
-    placement = plan.placements[pair]
-    n_slots = n_slots if placement is None else placement.n_slots
+    return _as_rows(plan, cell, quantity, balanced, solved, lambda held: of.dropped_share(tokens, held))
+
+
+def _as_rows(
+    plan: Plan, cell: int, quantity: str, balanced: float, solved: list[Any], dropped_beyond: Callable[[int], float]
+) -> list[dict[str, object]]:
+    """Rows of what is `solved`: scope, risk, deployments, capacity and the ends of its interval."""
+    pair, tokens, worst = (
+        plan.grid.cells[cell][0],
+        int(plan.grid.tokens_of_cell[cell]),
+        worst_case(plan, cell, quantity),
+    )
+    (name, ep_size), placement = plan.grid.pairs[pair], plan.placements[pair]
+    keys = dict(zip(("model", "workload", "placement"), plan.grid.keys(cell), strict=False))
+    n_slots = plan.model.n_experts + split_name(name)[1] if placement is None else placement.n_slots
     dropped: dict[int, float] = {}
+    rows: list[dict[str, object]] = []
     for exchange in _EXCHANGES[quantity]:
         for scope, risk, deployments, tokens_held, low, high in solved:
-            held = min(tokens_held, worst)
+            held = min(int(tokens_held), worst)
             if held not in dropped:
-                dropped[held] = of.dropped_share(tokens, held) if held < worst else 0.0
+                dropped[held] = dropped_beyond(held) if held < worst else 0.0
             row: dict[str, object] = {**keys, "exchange": exchange, "ep_size": ep_size, "tokens": tokens}
             row |= {"quantity": quantity, "scope": scope, "risk": risk, "deployments": deployments}
             row |= {"balanced_tokens": balanced, "capacity_tokens": held}
@@ -230,7 +304,7 @@ def _rows(
 
 def worst_case(plan: Plan, cell: int, quantity: str) -> int:
     """What a rank (an expert) could receive at the very most: every token, and of pairs as many as it has experts."""
-    tokens = int(plan.grid.tokens_of_cell[cell])
+    tokens = int(plan.grid.tokens_of_cell[cell]) + plan.grid.dummy_tokens
     if quantity != "pairs":
         return tokens
     return tokens * min(plan.grid.top_k, plan.grid.largest_rank[plan.grid.cells[cell][0]])
@@ -276,7 +350,7 @@ def _deployment_quantile(of: Deployments, tokens: int, capacities: np.ndarray, q
 
 def _share(exceeded: np.ndarray, q: float) -> float:
     """What a share q of deployments has at most."""
-    return float(np.quantile(exceeded, q, method="inverted_cdf"))
+    return float(np.quantile(exceeded, q, method="inverted_cdf")) + 0.0  # not -0
 
 
 def _around(of: Deployments, tokens: int, capacity_tokens: int) -> tuple[float, float]:
@@ -294,15 +368,21 @@ def _curves(
     balanced, worst = tokens * of.mean, worst_case(plan, cell, quantity)
     placement, ep_size = plan.grid.pairs[pair]
     keys = {"placement": placement, "ep_size": ep_size, "tokens": tokens, "quantity": quantity}
-    per_step = math.log1p(-min(chosen.risk, 0.5)) / 100 / (chosen.horizon_steps or 1)
-    top = min(int(np.quantile(of.capacities(tokens, per_step), 0.95) * 1.02) + 1, worst)
+    scopes = {"step": 1, "horizon": chosen.horizon_steps or 0}
+    ends = [
+        np.minimum(of.capacities(tokens, log_fine / max(scopes.values()), chosen.layer_correlation), worst)
+        for log_fine in (math.log(0.5), math.log1p(-_DEEPEST_CURVE))
+    ]
+    edges = [np.quantile(of_end, list(_QUANTILES.values()), method="inverted_cdf") for of_end in ends]
+    steep = [np.linspace(start - 1, stop, _CURVE_POINTS // 4) for start, stop in zip(*edges, strict=True)]
+    even = np.linspace(balanced, max(min(1.02 * edges[1][1], worst), balanced + 1), _CURVE_POINTS)
     rows: list[dict[str, object]] = []
-    for held in np.unique(np.linspace(balanced, max(top, balanced + 1), _CURVE_POINTS).astype(int)):
+    for held in np.unique(np.concatenate([even, *steep]).astype(int)):
         fine = of.log_fine(tokens, int(held))
         values = [("layer", "all", float(np.mean(-np.expm1(fine))))]
-        for scope, steps in (("step", 1), ("horizon", chosen.horizon_steps)):
+        for scope, steps in scopes.items():
             if steps:
-                exceeded = -np.expm1(steps * fine.sum(axis=1))
+                exceeded = -np.expm1(steps * of_step(fine, chosen.layer_correlation))
                 values += [(scope, name, _share(exceeded, q)) for name, q in _QUANTILES.items()]
         rows += [
             {**keys, "scope": scope, "deployments": name, "factor": held / balanced, "probability": max(p, _DEEPEST)}

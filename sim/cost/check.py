@@ -8,6 +8,9 @@ from sim.cost.refit import expert_rows, experts_left_out, other_expert_rows, pai
 from sim.cost.tables import measured
 from sim.model import load_model
 
+FITTED = {"wideep_experts": "fp8", "wideep_nvfp4": "fp4"}
+"""Published tables of expert times that constants are fitted to, and their types."""
+
 
 def predicted_against_measured(*, left_out: bool = True) -> pd.DataFrame:
     """Published times of DeepSeek-V3's experts and of its pair exchange, and the model's.
@@ -27,17 +30,16 @@ def predicted_against_measured(*, left_out: bool = True) -> pd.DataFrame:
         held_out_error: that of the fit without it, and for rows that no fit saw the error itself.
     """
     model = load_model("deepseek-v3")
-    tables = [_experts(expert_rows(), "wideep_experts"), _experts(other_expert_rows(), "moe_decode")]
+    tables = [_experts(expert_rows(name), name, dtype) for name, dtype in FITTED.items()]
+    tables.append(_experts(other_expert_rows(), "moe_decode", "fp8"))
     tables += [_pairs(pair_rows(), "low_latency_one_node"), _pairs(_deepep_rows(), "deepep_low_latency")]
     rows = pd.concat(tables, ignore_index=True)
     rows["error"] = rows.predicted_us / rows.measured_us - 1
     rows["fitted"] = rows.source != "moe_decode"
     rows["held_out_error"] = rows.error.where(~rows.fitted)
     if left_out:
-        for source, times in (
-            ("wideep_experts", experts_left_out(expert_rows())),
-            ("low_latency_one_node", pairs_left_out(pair_rows())),
-        ):
+        times_left_out = {name: experts_left_out(expert_rows(name), dtype) for name, dtype in FITTED.items()}
+        for source, times in (times_left_out | {"low_latency_one_node": pairs_left_out(pair_rows())}).items():
             mine = rows.source == source
             rows.loc[mine, "held_out_error"] = times / rows.measured_us[mine] - 1
     is_expert = rows.part == "experts"
@@ -45,7 +47,7 @@ def predicted_against_measured(*, left_out: bool = True) -> pd.DataFrame:
     return rows
 
 
-def _experts(rows: pd.DataFrame, source: str) -> pd.DataFrame:
+def _experts(rows: pd.DataFrame, source: str, dtype: str) -> pd.DataFrame:
     times = [
         expert_time_us(
             measured()[source]["model"],
@@ -53,11 +55,12 @@ def _experts(rows: pd.DataFrame, source: str) -> pd.DataFrame:
             pairs=row.pairs,
             distinct_experts=row.distinct,
             local_experts=row.local,
+            dtype=dtype,
         ).item()
         for row in rows.itertuples()
     ]
     rows = rows.rename(columns={"distinct": "distinct_experts"}).drop(columns="local")
-    return rows.assign(part="experts", dtype="fp8", source=source, predicted_us=times)
+    return rows.assign(part="experts", dtype=dtype, source=source, predicted_us=times)
 
 
 def _pairs(rows: pd.DataFrame, source: str) -> pd.DataFrame:

@@ -3,9 +3,14 @@
 A deployment has the layers of a model, and some of them are bad in every step. Of each layer the share of the tokens that each
 expert takes is estimated from tokens that are drawn for it; given its layers the tokens of a step are independent, so what a
 rank receives is a sum of independent tokens, whose tail is known far below what can be sampled. Over ranks the tails are added
-(an upper bound, tight where it matters); layers of a step are taken as independent given the deployment, and so are steps.
-Recorded layers share their tokens, which leaves the probability that some layer exceeds a capacity below this (the same steps
-are bad in several layers), not above.
+(an upper bound, tight where it matters).
+
+Layers of a step are taken as independent given the deployment, and so are steps. Recorded layers share their tokens: the same
+steps are bad in several layers, and steps follow on similar ones, which leaves the probability that some layer of some step
+exceeds a capacity below this, not above. On gpt-oss-20b's recorded steps (`sim.cost.replay`, 4,096 steps, 18 cells) the product
+over layers is 6 % above what is replayed (-1 to 16) where that is about 0.5, 3 % (-1 to 11) near 0.1 and 1 % (0 to 7) near
+0.01: far out, layers exceed one at a time. `layer_correlation` takes off a third of that. With steps taken as independent,
+windows of 32 steps exceed 11 % (-4 to 36) more often than replayed ones.
 
 The law of one token on a rank is taken as a function of the rank's mean load: laws counted in the first layers are pooled by
 their means, and tilted in between (`sim.theory.family`). Received tokens and rows of an expert are binomial.
@@ -17,6 +22,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+from scipy.special import ndtri
 
 from sim.kernels import kernel
 from sim.placement import is_load_aware
@@ -33,7 +39,7 @@ LAYER_TOKENS, KNOWN_LAYER_TOKENS = 2**11, 2**17
 _LAW_LAYERS, _LAW_TOKENS = 128, 2**13  # behind the laws of single tokens
 _BASES = 16
 _HOTTEST = (
-    4  # receivers of a layer that are looked at one by one; the others in groups that double, each as high as its first
+    4  # receivers of a layer that are looked at alone; the others in groups that double, each as high as its first
 )
 _CHUNK_TOKENS = 2**19
 
@@ -68,20 +74,39 @@ class Deployments:
     some_base: np.ndarray
     some_tilted: np.ndarray
 
-    def log_fine(self, n_tokens: int, capacity: int) -> np.ndarray:
+    def log_fine(self, n_tokens: int, capacity: int | np.ndarray) -> np.ndarray:
         """log P(no receiver of a layer has more than `capacity`), of each deployment's layers: float64 [deployments, layers].
 
-        P(one has more) is the sum over receivers, at most 1 (-inf then).
+        `capacity` is one for all, or int64 [deployments]. P(one has more) is the sum over receivers, at most 1 (-inf then).
         """
         out = np.empty(self.base.shape[:2])
-        _fill_log_fine(self.family.laws, self.base, self.tilted, self.sizes, n_tokens, capacity, out)
+        held = np.ascontiguousarray(np.broadcast_to(np.asarray(capacity, np.int64), len(out)))
+        _fill_log_fine(self.family.laws, self.base, self.tilted, self.sizes, n_tokens, held, out)
         return out
 
-    def capacities(self, n_tokens: int, log_fine: float) -> np.ndarray:
-        """Smallest capacity of each deployment that all its layers keep within in a step with this log of a probability."""
-        out = np.empty(len(self.base), np.int64)
-        _fill_capacities(self.family.laws, self.base, self.tilted, self.sizes, n_tokens, log_fine, out)
-        return out
+    def capacities(self, n_tokens: int, log_fine: float, layer_correlation: float | None = None) -> np.ndarray:
+        """Smallest capacity of each deployment, int64 [deployments], that all its layers keep within in a step with this log
+        of a probability.
+        """
+        largest = n_tokens * (self.family.laws.shape[1] - 1)
+        layers = np.arange(len(self.base))
+        hottest = self.tilted[layers, self.tilted[:, :, 0, 2].argmax(axis=1), 0]
+        sd = np.sqrt(n_tokens * hottest[:, 3]) + 1
+        low = np.full(len(self.base), -1)
+        high = np.minimum(n_tokens * hottest[:, 2] + 8 * sd, largest).astype(np.int64)
+
+        def keeps(held: np.ndarray) -> np.ndarray:
+            return of_step(self.log_fine(n_tokens, held), layer_correlation) >= log_fine
+
+        while not (fits := keeps(high) | (high == largest)).all():
+            low, high = np.where(fits, low, high), np.where(fits, high, np.minimum(high + 8 * sd, largest).astype(int))
+        start = np.minimum((n_tokens * hottest[:, 2]).astype(np.int64), high - 1)
+        low = np.where((low < 0) & (start >= 0) & ~keeps(start), start, low)
+        while (high - low > 1).any():
+            middle = np.where(high - low > 1, (low + high) // 2, high)
+            fits = keeps(middle)
+            low, high = np.where(fits, low, middle), np.where(fits, middle, high)
+        return high
 
     def dropped_share(self, n_tokens: int, capacity: int) -> float:
         """Share of all that receivers get which lies beyond `capacity`, over all layers."""
@@ -140,7 +165,7 @@ def _count_rates(plan: Plan, draws: range, pairs: list[int], n_tokens: int) -> l
     counts, ids = draw_trials(plan.model, plan.workload, plan.seed, draws, 2**62, steps, n_tokens)
     found: dict[int, tuple[np.ndarray, ...]] = {}
     for group in place_pairs(plan, draws, pairs):
-        assigned = group.assign_evenly(counts)
+        assigned = group.assign(counts)
         to = receivers(np.array([plan.grid.pairs[p][1] for p in group.pairs]), plan.ranks_per_node)
         received, _ = count_received(group.slots_of_all(ids), steps, group.rows, group.layouts, to)
         for i, p in enumerate(group.pairs.tolist()):
@@ -250,72 +275,59 @@ def _first_of_groups(n: int) -> np.ndarray:
     return np.array([i for i in range(n) if i < _HOTTEST or i & (i - 1) == 0], np.int64)
 
 
+def of_step(log_fine: np.ndarray, layer_correlation: float | None) -> np.ndarray:
+    """log P(no layer of a step exceeds) from that of its layers, float64 [deployments, layers]: their sum where layers are
+    independent.
+
+    `layer_correlation` is the variance of a step's mean over its n layers, relative to independent ones: a correlation of
+    r = (layer_correlation - 1) / (n - 1) of any two. To first order in r, with normal dependence, P(no layer exceeds) is
+    1 + r * (sum over pairs of layers of g_i g_j) times as large, g = normal density at the layer's quantile / (1 - p); and at
+    most that of the worst layer alone.
+    """
+    total = log_fine.sum(axis=1)
+    if layer_correlation is None or log_fine.shape[1] < 2:
+        return total
+    fine = np.exp(log_fine)
+    g = np.exp(-(ndtri(np.maximum(-np.expm1(log_fine), 1e-300)) ** 2) / 2) / np.sqrt(2 * np.pi)
+    g = np.where(fine > 0, g / np.maximum(fine, 1e-300), 0.0)
+    pairs = (g.sum(axis=1) ** 2 - (g**2).sum(axis=1)) / 2
+    return np.minimum(total + np.log1p((layer_correlation - 1) / (log_fine.shape[1] - 1) * pairs), log_fine.min(axis=1))
+
+
 @kernel
 def _layer_log_fine(base, tilted, sizes, n_tokens, least, at_theta, at_cumulant, at_variance):
     """log P(no receiver of a layer reaches `least`), of groups base, sizes [groups], tilted [groups, 4]."""
-    total = 0.0
+    total, rest = 0.0, sizes.sum()
     for i in range(base.size):
         b = base[i]
         theta, cumulant, mean, variance = tilted[i]
-        total += sizes[i] * tail_of_tilted(
+        tail = tail_of_tilted(
             n_tokens, least, at_theta[b], at_cumulant[b], at_variance[b], theta, cumulant, mean, variance
         )
+        total += sizes[i] * tail
         if total >= 1.0:
             return -np.inf
+        rest -= sizes[i]
+        if rest * tail <= 1e-9 * total:  # hottest first: no other has more
+            break
     return np.log1p(-total)
 
 
 @kernel
 def _fill_log_fine(laws, base, tilted, sizes, n_tokens, capacity, out):
-    least, n_bases = capacity + 1, laws.shape[0]
-    if least > n_tokens * (laws.shape[1] - 1):
-        out[:] = 0.0
-        return
+    n_bases = laws.shape[0]
     at_theta, at_cumulant, at_variance = np.empty(n_bases), np.empty(n_bases), np.empty(n_bases)
-    saddle_points(laws, least / n_tokens, at_theta, at_cumulant, at_variance)
     for d in range(base.shape[0]):
+        least = capacity[d] + 1
+        if least > n_tokens * (laws.shape[1] - 1):
+            out[d] = 0.0
+            continue
+        if d == 0 or capacity[d] != capacity[d - 1]:
+            saddle_points(laws, least / n_tokens, at_theta, at_cumulant, at_variance)
         for layer in range(base.shape[1]):
             out[d, layer] = _layer_log_fine(
                 base[d, layer], tilted[d, layer], sizes, n_tokens, least, at_theta, at_cumulant, at_variance
             )
-
-
-@kernel
-def _fill_capacities(laws, base, tilted, sizes, n_tokens, log_fine, out):
-    n_bases, largest = laws.shape[0], n_tokens * (laws.shape[1] - 1)
-    at_theta, at_cumulant, at_variance = np.empty(n_bases), np.empty(n_bases), np.empty(n_bases)
-    for d in range(base.shape[0]):
-        low, high = np.int64(0), largest  # high keeps within, low does not
-        guess = out[d - 1] if d else np.int64(0)  # deployments are alike: the last one's capacity is near
-        width = np.int64(4)
-        while high - low > 1:
-            middle = (low + high) // 2
-            if d and width > 0:
-                middle = min(max(guess, low + 1), high - 1)
-            least = middle + 1
-            saddle_points(laws, least / n_tokens, at_theta, at_cumulant, at_variance)
-            total = 0.0
-            for layer in range(base.shape[1]):
-                total += _layer_log_fine(
-                    base[d, layer],
-                    tilted[d, layer],
-                    sizes,
-                    n_tokens,
-                    least,
-                    at_theta,
-                    at_cumulant,
-                    at_variance,
-                )
-                if total < log_fine:
-                    break
-            if total >= log_fine:
-                high = middle
-                guess = middle - width
-            else:
-                low = middle
-                guess = middle + width
-            width = width * 4 if low == 0 or high == largest else np.int64(0)
-        out[d] = high
 
 
 @kernel

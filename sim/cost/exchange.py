@@ -8,7 +8,7 @@ from numpy.typing import ArrayLike
 
 from sim.cost.gpu import Gpu, load_gpu
 from sim.cost.inputs import as_gpu, as_numbers, as_whole_numbers, expert_width, together
-from sim.cost.tables import EXCHANGE_SHARPNESS, Exchange, exchange_profile
+from sim.cost.tables import Exchange, exchange_profile
 from sim.errors import InputError, shown, unknown
 from sim.model import ModelSpec, load_model
 
@@ -36,9 +36,10 @@ BACKENDS = {
 """Backends of engines, and the kind of exchange that each is.
 
 vLLM (00193b8): the names are those of `All2AllBackend` in vllm/config/parallel.py, and `naive` runs AgRsAll2AllManager
-(vllm/distributed/device_communicators). Its default is allgather_reducescatter. MoRI (013c13b,
-src/ops/dispatch_combine/internode_v1.cpp) sends a token once to a node and once to a rank in its low-latency kernels too, and
-leaves out what would be sent twice. hybridep: Megatron's flex dispatcher (`moe_flex_dispatcher_backend`) and DeepEP PR #420.
+(vllm/distributed/device_communicators). Its default is allgather_reducescatter. mori_low_latency is token, not pair, whatever
+its name says: vLLM runs MoRI's InterNodeV1LL across nodes and IntraNode on one, and all of MoRI's kernels leave out what a rank
+already gets ("Deduplicate" in src/ops/dispatch_combine/low_latency_async.cpp, internode_v1.cpp at 013c13b; "PE dedup" in
+intranode_ll.hpp at 47d469d). hybridep: Megatron's flex dispatcher (`moe_flex_dispatcher_backend`) and DeepEP PR #420.
 """
 DEFAULT_EXCHANGE = "pair"
 """Where nobody says, the kind that was measured: DeepEP's low-latency kernels, with which round_robin runs in vLLM."""
@@ -84,8 +85,10 @@ def exchange_time_us(
     """Dispatch and combine of one layer, for the rank with the most traffic, in microseconds.
 
     Each direction takes (floor^p + max(NVLink, network)^p)^(1/p): a floor for small messages, the bandwidth that is reached
-    for large ones, the slower of the two links. The constants of `exchange_profile(kind, gpu)` say what they were fitted to.
-    Dispatch of `pair` is counted in FP8 with scales, all else in BF16. What each kind moves, out of and into the busiest rank:
+    for large ones, the slower of the two links. `token`, `gather` and `reduce` also copy inside the GPU: rows are
+    packed, sorted by expert, and summed; which does not become less with fewer ranks, as the links' work does. The constants
+    of `exchange_profile(kind, gpu)` say what they were fitted to. Dispatch of `pair` is counted in FP8 with scales, all else
+    in BF16. What each kind moves, out of and into the busiest rank:
 
     - token: `received_tokens` over NVLink; over the network a token once to each node that needs it.
     - pair: `pairs`, over both.
@@ -136,7 +139,7 @@ def exchange_time_us(
     ...     times = exchange_time_us("deepseek-v3", "h200", kind=kind, ep_size=8, tokens_per_rank=1024)
     ...     return round(float(times.total_us), -1)
     >>> [total_us(kind) for kind in ("token", "pair", "gather", "reduce")]
-    [860.0, 1370.0, 1190.0, 1050.0]
+    [660.0, 1360.0, 930.0, 790.0]
     """
     model, gpu, kind = load_model(model), as_gpu(gpu), exchange_kind(kind)
     width = expert_width(model)
@@ -184,18 +187,41 @@ def exchange_time_us(
         "reduce": (2 * everything * (1 - 1 / ep), 2 * everything * off_node / on_node),
     }[kind]
     profile = profile or exchange_profile(kind, gpu.name)
-    times = []
+    copied, times = _copied_rows(model, kind, ep, tokens, received), []
     for direction in (0, 1):
         value_bytes = width * profile.bytes_per_value[direction]
         up_us = up * value_bytes / (gpu.scale_up_gb_per_s * 1e3 * profile.scale_up_fraction[direction])
         out_gb_per_s = (gpu.scale_out_gb_per_s or 1.0) * profile.scale_out_fraction[direction]
         link_us = np.maximum(up_us, out * value_bytes / (out_gb_per_s * 1e3))
         floor_us = profile.floor_us[direction] * np.maximum(tokens, 1.0) ** -profile.floor_falls[direction]
-        p = EXCHANGE_SHARPNESS
-        times.append((floor_us**p + link_us**p) ** (1 / p))
-    if kind == "reduce":
-        times[0] = np.zeros(ep.shape)
+        p = profile.sharpness
+        copy_us = copied[direction] * value_bytes * _copy_us_per_byte(gpu, profile)
+        times.append((floor_us**p + link_us**p) ** (1 / p) + copy_us)
+    if kind == "reduce":  # nothing is dispatched, but pairs are sorted
+        sort_us = copied[0] * width * profile.bytes_per_value[0] * _copy_us_per_byte(gpu, profile)
+        times = [np.zeros(ep.shape), times[1] + sort_us]
     return ExchangeTime(times[0], times[1], ~_is_measured(model, gpu, profile, ep, tokens, load, on_node))
+
+
+def _copied_rows(
+    model: ModelSpec, kind: str, ep: np.ndarray, tokens: np.ndarray, received: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows that a rank reads or writes in its own memory for dispatch and combine, as `epsim measure --layer` runs them.
+
+    Pairs are sorted by expert (a row read, one written) and summed (read): those of the mean rank, since the imbalance of
+    pairs is the experts'. `token`: each row that is sent is packed (read, written), what goes back is written, and read and
+    summed where it arrives. `gather` and `reduce`: a sum is written for every token.
+    """
+    pairs = tokens * model.top_k
+    if kind == "token":
+        return 2 * pairs + 2 * received, pairs + 2 * received + tokens
+    return 2 * pairs, pairs + ep * tokens
+
+
+def _copy_us_per_byte(gpu: Gpu, profile: Exchange) -> float:
+    if not profile.copy_fraction:
+        return 0.0
+    return 1 / (gpu.hbm_tb_per_s * 1e6 * (gpu.copy_fraction or profile.copy_fraction))
 
 
 def _check_traffic(

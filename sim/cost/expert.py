@@ -37,10 +37,10 @@ class ExpertRates(NamedTuple):
 
 def expert_rates(model: ModelSpec | str | Path, gpu: Gpu | str | Path, dtype: str = "fp8") -> ExpertRates:
     """Constants of `expert_time_us`; same errors."""
-    model, gpu, profile = load_model(model), as_gpu(gpu), grouped_gemm_profile()
-    peak_tflops = gpu.peak_tflops(dtype)
+    model, gpu = load_model(model), as_gpu(gpu)
+    peak_tflops, profile = gpu.peak_tflops(dtype), grouped_gemm_profile(dtype)
     weights, width, value = expert_parameters(model), expert_width(model), BYTES_PER_VALUE[dtype]
-    bandwidth, peak = reached_fractions(gpu)
+    bandwidth, peak = reached_fractions(gpu, dtype)
     bytes_per_us = gpu.hbm_tb_per_s * 1e6 * bandwidth
     return ExpertRates(
         launch_us=profile.launch_us,
@@ -54,9 +54,12 @@ def expert_rates(model: ModelSpec | str | Path, gpu: Gpu | str | Path, dtype: st
     )
 
 
-def reached_fractions(gpu: Gpu) -> tuple[float, float]:
-    """Shares of the memory bandwidth and of the peak that the grouped GEMM reaches on a GPU."""
-    profile = grouped_gemm_profile()
+def reached_fractions(gpu: Gpu, dtype: str = "fp8") -> tuple[float, float]:
+    """Shares of the memory bandwidth and of the peak that the grouped GEMM of a type reaches on a GPU."""
+    profile = grouped_gemm_profile(dtype)
+    if gpu.name in profile.shares:
+        bandwidth, peak = profile.shares[gpu.name]
+        return bandwidth, peak
     return gpu.bandwidth_fraction or profile.bandwidth_fraction, gpu.peak_fraction or profile.peak_fraction
 
 
@@ -72,7 +75,7 @@ def expert_time_us(
     """Time of one rank's routed experts in one layer, in microseconds.
 
     launch + idle x (local - distinct) + spread x (1 - 1 / distinct) + (memory^p + compute^p)^(1/p), with the constants of
-    `grouped_gemm_profile()` and of the GPU:
+    `grouped_gemm_profile(dtype)` and of the GPU:
 
     - memory: the weights of the distinct experts, and what goes into and out of them for each pair, over the bandwidth that
       is reached. What passes between the two GEMMs is taken to stay in the L2 cache.
@@ -93,7 +96,7 @@ def expert_time_us(
     distinct_experts : float array
         Experts of the rank with at least one token; broadcasts with `pairs`.
     dtype : str
-        Type of weights and inputs, 'bf16', 'fp8' or 'fp4' (NVFP4); shares of the peak were measured in FP8 only.
+        Type of weights and inputs, 'bf16', 'fp8' or 'fp4' (NVFP4), each with the kernel that was measured in it.
     local_experts : float array
         Slots of the rank, with and without tokens. Where nobody says: the number whose chance of `distinct_experts` under
         `pairs` random picks is best. With a pair for each distinct expert there is no best number; then, and at most,
@@ -185,7 +188,7 @@ def ideal_times_us(
     `expert_time_us`, which takes the same arguments, before its constants.
     """
     model, gpu = load_model(model), as_gpu(gpu)
-    rates, (bandwidth, peak) = expert_rates(model, gpu, dtype), reached_fractions(gpu)
+    rates, (bandwidth, peak) = expert_rates(model, gpu, dtype), reached_fractions(gpu, dtype)
     pairs, distinct = _loads(model, pairs, distinct_experts)
     memory_us = distinct * rates.us_per_expert + pairs * rates.us_per_pair
     return memory_us * bandwidth, rates.us_per_row * tile_padded_rows(pairs, distinct, rates.tile_rows) * peak

@@ -23,9 +23,20 @@ from sim.traffic import Workload
 PERFECT = "perfect balance"
 """Pairs and distinct experts spread evenly over ranks: the least time that any placement could take."""
 
-KNEE = {"bf16": (0.3, 3.0), "fp8": (0.3, 6.0), "fp4": (0.3, 6.0)}
+IN_STEP = "in_step"
+"""The pairs of each step split over the copies of a placement so that the busiest rank has the fewest (`sim.copies`): the upper
+end of balancers within the step, before what they take themselves.
+"""
+BALANCER_US = (100.0, 200.0)
+"""Time of a layer that a balancer within the step takes, within a node and across nodes. LPLB's solver takes about 100 us within
+a node and longer across nodes (deepseek-ai/LPLB, README, limitations); its authors count with 100 to 200 us (issue 3 there). Not
+verified by a measurement; for SGLang's solver, UltraEP and MoonEP no figure per layer was found.
+"""
+
+KNEE = {"bf16": (0.25, 0.8), "fp8": (0.3, 6.0), "fp4": (0.3, 6.0)}
 """Tokens over the crossover between which measured gains (results/measured) leave the predicted ones by more than 5 points, by
-type: there kernels step at whole tiles, which pairs and distinct experts do not tell. Of fp4 nothing was measured.
+type: there kernels step at whole tiles, and a library changes from one kernel to another, which pairs and distinct experts do not
+tell. In fp8 another kernel was measured (PyTorch's) than is predicted (DeepGEMM's). Of fp4 no gains were measured.
 """
 
 
@@ -48,6 +59,8 @@ def predict_gain(
     network_gb_per_s: float | None = None,
     moe_share: float | None = None,
     step_us: float | None = None,
+    balancer_us: float | None = None,
+    paired_imbalance: bool = False,
     **sampling: Any,
 ) -> pd.DataFrame:
     """Time that a placement saves over another, per layer and per step, for every GPU, EP size and number of tokens.
@@ -59,7 +72,8 @@ def predict_gain(
     gpus : GPU or list of GPUs
         Names, files or Gpu.
     placement : str or list of str
-        Placements that are compared with `baseline`. PERFECT is perfect balance, which none can beat.
+        Placements that are compared with `baseline`. PERFECT is perfect balance, which none can beat; IN_STEP the best split of
+        each step's pairs over the copies of that placement which has the most slots.
     baseline : str
     dtype : str
         Type of weights and inputs, see `expert_time_us`.
@@ -72,6 +86,10 @@ def predict_gain(
         of the layers'.
     step_us : float
         Or: the baseline's measured step time.
+    balancer_us : float
+        Time of a layer that a balancer within the step takes; by default BALANCER_US. Times of IN_STEP are without it.
+    paired_imbalance : bool
+        Whether there are columns `imbalance_saved`, 1 - imbalance / baseline's, with its ends, paired like `layer_saved`.
     **sampling
         ep_sizes, tokens and more, as in `sample_steps`.
 
@@ -87,6 +105,11 @@ def predict_gain(
         `extrapolated`: the exchange lies beyond what was measured. `knee`: the tokens lie within KNEE of
         the crossover.
 
+        Of IN_STEP besides: `copies_of`, the placement whose copies it has; `bought_us`, by how much its layers are faster than
+        those of that placement, whose pairs are split evenly; `balancer_us`; and `break_even_tokens`, the tokens per step from
+        which it buys more than that (between two numbers of tokens in proportion to their logarithms), at most the fewest
+        tokens of the table, infinite where it does not at the most tokens.
+
     Raises
     ------
     InputError
@@ -94,7 +117,7 @@ def predict_gain(
     """
     model = load_model(model)
     placements = placement if isinstance(placement, list) else [placement]
-    names = [name if name == PERFECT else strategy_name(name) for name in placements]
+    names = [name if name in (PERFECT, IN_STEP) else strategy_name(name) for name in placements]
     if strategy_name(baseline) in names:
         same = placements[names.index(strategy_name(baseline))]
         raise InputError(f"`baseline` {baseline} and `placement` {same} are the same: there is nothing to compare")
@@ -102,32 +125,81 @@ def predict_gain(
     exchanges = list(dict.fromkeys(exchange if isinstance(exchange, list) else [exchange]))
     kinds = {name: exchange_kind(name) for name in exchanges}
     rest = _check_rest(moe_share, step_us)
+    if balancer_us is not None:
+        as_numbers("`balancer_us`", balancer_us, 0, 1e6)
     chips = [with_network(gpu, network_gb_per_s) for gpu in (gpus if isinstance(gpus, list) else [gpus])]
     rates = [expert_rates(model, gpu, dtype) for gpu in chips]
-    sampled = [baseline, *(name for name in names if name != PERFECT)]
+    sampled = [baseline, *(name for name in names if name not in (PERFECT, IN_STEP))]
     sample = sample_steps(
-        model, workload, rates, placements=sampled, counts_received="token" in kinds.values(), **sampling
-    )
+        model, workload, rates, placements=sampled, counts_received="token" in kinds.values(), in_step=IN_STEP in names,
+        **sampling,
+    )  # fmt: skip
     grid, rows = sample.plan.grid, []
     for (exchange, kind), (rate, gpu), name in product(kinds.items(), enumerate(chips), names):
         for base in np.flatnonzero(grid.baseline_cells == np.arange(len(grid.cells))).tolist():
-            old = cell_times(sample, base, rate, gpu, kind)
+            old, of = cell_times(sample, base, rate, gpu, kind), sample
             if name == PERFECT:
                 cell, new = None, balanced_times(sample, base, gpu, dtype, kind)
             else:
-                cell = base + sampled.index(name) * len(grid.cells) // len(sampled)
-                new = cell_times(sample, cell, rate, gpu, kind)
+                of = sample.in_step if name == IN_STEP and sample.in_step else sample
+                placed = sampled.index(sample.copied if name == IN_STEP else name)
+                cell = base + placed * len(grid.cells) // len(sampled)
+                new = cell_times(of, cell, rate, gpu, kind)
             row: dict[str, object] = {"model": model.name, "workload": grid.workload, "gpu": gpu.name, "dtype": dtype}
             row |= {"exchange": exchange, "baseline": baseline, "placement": name}
             row |= {"ep_size": int(grid.ep_size_of_cell[base]), "tokens": int(grid.tokens_of_cell[base])}
             row |= _times_row(sample, base, old, new, rest) | _loads_row(sample, base, "baseline_")
-            row |= _loads_row(sample, cell, "") | {"load_bound": float(sample.load_bound[base][..., rate].mean())}
+            row |= _loads_row(of, cell, "") | {"load_bound": float(sample.load_bound[base][..., rate].mean())}
+            if paired_imbalance:
+                row |= _with_ends("imbalance_saved", _evened_out(sample, base, of, cell))
             crossover = crossover_tokens(model, rates[rate])
             of_crossover = int(grid.tokens_of_cell[base]) / crossover
-            rows.append(
-                {**row, "crossover_tokens": crossover, "knee": KNEE[dtype][0] <= of_crossover <= KNEE[dtype][1]}
-            )
-    return pd.DataFrame(rows)
+            row |= {"crossover_tokens": crossover, "knee": KNEE[dtype][0] <= of_crossover <= KNEE[dtype][1]}
+            if name == IN_STEP and cell is not None:
+                row |= _bought_row(sample, cell_times(sample, cell, rate, gpu, kind), new)
+                within = int(grid.ep_size_of_cell[base]) <= sample.plan.ranks_per_node
+                row["balancer_us"] = BALANCER_US[0 if within else 1] if balancer_us is None else float(balancer_us)
+            rows.append(row)
+    return _with_break_even(pd.DataFrame(rows)) if IN_STEP in names else pd.DataFrame(rows)
+
+
+def _bought_row(sample: StepSample, even: CellTimes, split: CellTimes) -> dict[str, object]:
+    """What the best split saves over an even one on the same copies, in microseconds of a layer."""
+    draw = _draws(sample, len(even.layer_us))
+    bought = ratio_of_draws(even.layer_us - split.layer_us, np.ones(even.layer_us.shape), draw)
+    return {"copies_of": sample.copied, **_with_ends("bought_us", bought)}
+
+
+def _with_break_even(gains: pd.DataFrame) -> pd.DataFrame:
+    """With the tokens per step from which IN_STEP buys more than the balancer takes, and their interval."""
+    gains = gains.copy()
+    for _, rows in gains[gains.placement == IN_STEP].groupby(["exchange", "gpu", "ep_size"], sort=False):
+        rows = rows.sort_values("tokens")
+        for column, bought in (("", rows.bought_us), ("_low", rows.bought_us_high), ("_high", rows.bought_us_low)):
+            found = break_even_tokens(rows.tokens.to_numpy(), (bought - rows.balancer_us).to_numpy())
+            gains.loc[rows.index, f"break_even_tokens{column}"] = found
+    return gains
+
+
+def break_even_tokens(tokens: np.ndarray, net_us: np.ndarray) -> float:
+    """Tokens from which the net gain is above 0, of numbers of tokens in ascending order: in proportion to their logarithms
+    between two of them; the first where it always is, infinite where it is not at the last, NaN where it is not known.
+
+    Examples
+    --------
+    >>> break_even_tokens(np.array([64, 1024, 16384]), np.array([-100.0, -50.0, 50.0]))
+    4096.0
+    """
+    if np.isnan(net_us).any():
+        return np.nan
+    losing = np.flatnonzero(net_us <= 0)
+    if not losing.size:
+        return float(tokens[0])
+    last = int(losing[-1])
+    if last + 1 == len(tokens):
+        return np.inf
+    log2 = np.interp(0, net_us[last : last + 2], np.log2(tokens[last : last + 2]))
+    return float(2**log2)
 
 
 def _check_rest(moe_share: float | None, step_us: float | None) -> Rest:
@@ -187,6 +259,13 @@ def _loads_row(sample: StepSample, cell: int | None, prefix: str) -> dict[str, o
         ends = (float(end) for end in bounded_mean_interval(moments, design, least, most))
         row |= _with_ends(prefix + name, ends)
     return row
+
+
+def _evened_out(sample: StepSample, base: int, of: StepSample, cell: int | None) -> tuple[float, float, float]:
+    """Share of the busiest rank's load that a cell of a sample, or perfect balance (None), has less than the baseline; paired."""
+    old = sample.max_load[base].astype(float)
+    new = np.full(old.shape, float(sample.plan.grid.mean_load(base))) if cell is None else of.max_load[cell]
+    return saved_share(new, old, _draws(sample, len(old)))
 
 
 def _draws(sample: StepSample, n_steps: int) -> np.ndarray:

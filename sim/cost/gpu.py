@@ -13,7 +13,7 @@ from sim.files import read_toml
 
 DTYPES = ("bf16", "fp8", "fp4")
 _NEEDED = ("hbm_tb_per_s", "bf16_tflops", "scale_up_gb_per_s")
-_OPTIONAL = ("fp8_tflops", "fp4_tflops", "scale_out_gb_per_s", "bandwidth_fraction", "peak_fraction")
+_OPTIONAL = ("fp8_tflops", "fp4_tflops", "scale_out_gb_per_s", "bandwidth_fraction", "peak_fraction", "copy_fraction")
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,8 @@ class Gpu:
     bandwidth_fraction, peak_fraction : float
         Shares of memory bandwidth and peak that a grouped GEMM was measured to reach on this chip; None: the kernel
         profile's.
+    copy_fraction : float
+        Share of the memory bandwidth that a copy inside the chip was measured to reach; None: the exchange profile's.
     unverified : tuple of str
         Fields whose numbers are from secondary sources.
     source : str
@@ -47,6 +49,7 @@ class Gpu:
     scale_out_gb_per_s: float | None = None
     bandwidth_fraction: float | None = None
     peak_fraction: float | None = None
+    copy_fraction: float | None = None
     unverified: tuple[str, ...] = ()
     source: str = ""
 

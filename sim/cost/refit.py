@@ -6,11 +6,12 @@ import numpy as np
 import pandas as pd
 from scipy.optimize import least_squares
 
-from sim.cost.expert import ExpertRates, expert_rates, time_ranks
+from sim.cost.expert import ExpertRates, expert_rates, reached_fractions, time_ranks
 from sim.cost.gpu import load_gpu
-from sim.cost.tables import EXCHANGE_SHARPNESS, grouped_gemm_profile, measured
+from sim.cost.tables import PAIR_SHARPNESS, measured
 from sim.model import load_model
 
+_RANDOM = "wideep_nvfp4"  # its experts are picked at random, the other tables' evenly
 _NEVER_ALONE = (
     0.1  # weight that holds a GPU's shares to the mean of its generation, where its own rows do not tell them
 )
@@ -27,10 +28,14 @@ class ExpertFit(NamedTuple):
     peak_fraction: dict[str, float]
 
 
-def expert_rows() -> pd.DataFrame:
-    """Published expert times: gpu, ep_size, tokens, measured_us, and the pairs, distinct and local experts of a rank."""
-    table = measured()["wideep_experts"]
-    return _with_loads(pd.DataFrame(table["rows"], columns=["gpu", "ep_size", "tokens", "measured_us"]), table["model"])
+def expert_rows(name: str = "wideep_experts") -> pd.DataFrame:
+    """Expert times of a published table: gpu, ep_size, tokens, measured_us, and a rank's pairs, distinct and local experts."""
+    table = measured()[name]
+    rows = _with_loads(pd.DataFrame(table["rows"], columns=["gpu", "ep_size", "tokens", "measured_us"]), table["model"])
+    if name == _RANDOM:
+        n_experts, picks = rows.local * rows.ep_size, rows.pairs * rows.ep_size
+        rows["distinct"] = np.minimum(rows.local * (1 - (1 - 1 / n_experts) ** picks), rows.pairs)
+    return rows
 
 
 def other_expert_rows() -> pd.DataFrame:
@@ -46,15 +51,11 @@ def _with_loads(rows: pd.DataFrame, name: str) -> pd.DataFrame:
     return rows.assign(pairs=pairs, distinct=np.minimum(local, pairs), local=local)
 
 
-def _whole_rates(gpus: list[str]) -> dict[str, ExpertRates]:
+def _whole_rates(gpus: list[str], dtype: str) -> dict[str, ExpertRates]:
     """Rates of each GPU at all of its bandwidth and peak."""
-    model, profile = load_model(measured()["wideep_experts"]["model"]), grouped_gemm_profile()
-    rates = {}
+    model, rates = load_model(measured()["wideep_experts"]["model"]), {}
     for name in gpus:
-        gpu = load_gpu(name)
-        own = expert_rates(model, gpu)
-        bandwidth = gpu.bandwidth_fraction or profile.bandwidth_fraction
-        peak = gpu.peak_fraction or profile.peak_fraction
+        own, (bandwidth, peak) = expert_rates(model, load_gpu(name), dtype), reached_fractions(load_gpu(name), dtype)
         rates[name] = own._replace(
             us_per_expert=own.us_per_expert * bandwidth,
             us_per_pair=own.us_per_pair * bandwidth,
@@ -63,9 +64,9 @@ def _whole_rates(gpus: list[str]) -> dict[str, ExpertRates]:
     return rates
 
 
-def expert_times(fit: ExpertFit, rows: pd.DataFrame) -> np.ndarray:
-    """Times of published rows with the constants of a fit."""
-    whole = _whole_rates(list(fit.bandwidth_fraction))
+def expert_times(fit: ExpertFit, rows: pd.DataFrame, dtype: str = "fp8") -> np.ndarray:
+    """Times of rows with the constants of a fit."""
+    whole = _whole_rates(list(fit.bandwidth_fraction), dtype)
     times = np.empty(len(rows))
     for name in rows.gpu.unique():
         mine = (rows.gpu == name).to_numpy()
@@ -86,17 +87,18 @@ def _times(whole: ExpertRates, shared: ExpertFit, bandwidth: float, peak: float,
     return time_ranks(rates, *(rows[name].to_numpy(float) for name in ("pairs", "distinct", "local")))
 
 
-def fit_experts(rows: pd.DataFrame) -> ExpertFit:
+def fit_experts(rows: pd.DataFrame, dtype: str = "fp8") -> ExpertFit:
     """Constants with the least soft absolute log error over all GPUs at once, since launch, idle, spread and sharpness are
     the kernel's.
     """
     gpus = list(dict.fromkeys(rows.gpu))
-    n, whole, parts = len(gpus), _whole_rates(gpus), [rows[rows.gpu == name] for name in gpus]
+    n, whole, parts = len(gpus), _whole_rates(gpus, dtype), [rows[rows.gpu == name] for name in gpus]
     is_hopper = np.array([name.startswith("h") for name in gpus])
+    generations = [of_one for of_one in (is_hopper, ~is_hopper) if of_one.any()]
 
     def of(x: np.ndarray) -> ExpertFit:
         launch_us, idle_us, spread_us, sharpness = np.exp(x[:4])
-        bandwidth, peak = np.exp(x[4 : 4 + n]), np.exp(x[4 + n :])
+        bandwidth, peak = np.minimum(np.exp(x[4 : 4 + n]), 1.0), np.exp(x[4 + n :])
         shares = (dict(zip(gpus, values, strict=True)) for values in (bandwidth, peak))
         return ExpertFit(launch_us, idle_us, spread_us, 1 + sharpness, *shares)
 
@@ -109,19 +111,19 @@ def fit_experts(rows: pd.DataFrame) -> ExpertFit:
             for name, part in zip(gpus, parts, strict=True)
         ]
         for shares in (x[4 : 4 + n], x[4 + n :]):
-            errors += [_NEVER_ALONE * (shares[of_one] - shares[of_one].mean()) for of_one in (is_hopper, ~is_hopper)]
+            errors += [_NEVER_ALONE * (shares[of_one] - shares[of_one].mean()) for of_one in generations]
         return np.concatenate(errors)
 
     start = np.log([20, 0.6, 5, 3] + [0.8] * n + [0.6] * n)
     return of(least_squares(misfit, start, loss="soft_l1", f_scale=0.03).x)
 
 
-def experts_left_out(rows: pd.DataFrame) -> np.ndarray:
+def experts_left_out(rows: pd.DataFrame, dtype: str = "fp8") -> np.ndarray:
     """Times of each row predicted by a fit without the rows of its EP size and GPU, in microseconds."""
     times = np.empty(len(rows))
     for (gpu, ep_size), part in rows.groupby(["gpu", "ep_size"]):
         mine = ((rows.gpu == gpu) & (rows.ep_size == ep_size)).to_numpy()
-        times[mine] = expert_times(fit_experts(rows[~mine]), part)
+        times[mine] = expert_times(fit_experts(rows[~mine], dtype), part, dtype)
     return times
 
 
@@ -133,18 +135,18 @@ def pair_rows() -> pd.DataFrame:
 
 
 class PairFit(NamedTuple):
-    """Floor, its fall with the tokens, and the time of each token of a phase, of each GPU."""
+    """Constants of one phase on the GPUs of one generation."""
 
-    floor_us: dict[str, float]
-    falls: float
-    token_us: dict[str, float]
+    floor_us: dict[str, float]  # by GPU
+    falls: float  # of the floor, with the tokens
+    token_us: float  # of a token all of whose copies leave the rank: one NVLink, one share of it
 
 
-def pair_times(fit: PairFit, gpu: str, tokens: np.ndarray) -> np.ndarray:
-    """Times of one phase on a GPU with the constants of a fit."""
-    p = EXCHANGE_SHARPNESS
-    floor_us = fit.floor_us[gpu] * tokens.astype(float) ** -fit.falls
-    return (floor_us**p + (fit.token_us[gpu] * tokens) ** p) ** (1 / p)
+def pair_times(fit: PairFit, rows: pd.DataFrame) -> np.ndarray:
+    """Times of published rows of one phase with the constants of a fit."""
+    p, tokens = PAIR_SHARPNESS, rows.tokens.to_numpy(float)
+    floor_us = rows.gpu.map(fit.floor_us).to_numpy(float) * tokens**-fit.falls
+    return (floor_us**p + (fit.token_us * (1 - 1 / rows.ep_size.to_numpy()) * tokens) ** p) ** (1 / p)
 
 
 def fit_pairs(rows: pd.DataFrame, *, falls: bool) -> PairFit:
@@ -152,18 +154,13 @@ def fit_pairs(rows: pd.DataFrame, *, falls: bool) -> PairFit:
     gpus = list(dict.fromkeys(rows.gpu))
 
     def of(x: np.ndarray) -> PairFit:
-        floors, tokens = (
-            dict(zip(gpus, np.exp(values), strict=True)) for values in (x[: len(gpus)], x[len(gpus) : 2 * len(gpus)])
-        )
-        return PairFit(floors, float(x[-1]) if falls else 0.0, tokens)
+        floors = dict(zip(gpus, np.exp(x), strict=False))
+        return PairFit(floors, float(x[-1]) if falls else 0.0, float(np.exp(x[len(gpus)])))
 
     def misfit(x: np.ndarray) -> np.ndarray:
-        fit, parts = of(x), [rows[rows.gpu == name] for name in gpus]
-        return np.concatenate(
-            [np.log(pair_times(fit, part.gpu.iloc[0], part.tokens.to_numpy()) / part.measured_us) for part in parts]
-        )
+        return np.log(pair_times(of(x), rows) / rows.measured_us.to_numpy())
 
-    start = [*np.log([55] * len(gpus) + [0.6] * len(gpus)), *([0.05] if falls else [])]
+    start = [*np.log([55] * len(gpus) + [0.7]), *([0.05] if falls else [])]
     return of(least_squares(misfit, start, loss="soft_l1", f_scale=0.1).x)
 
 
@@ -183,6 +180,5 @@ def pairs_left_out(rows: pd.DataFrame) -> np.ndarray:
     for _, falls, part in pair_groups(rows):
         for tokens in part.tokens.unique():
             fit, out = fit_pairs(part[part.tokens != tokens], falls=falls), part[part.tokens == tokens]
-            for gpu, row in out.groupby("gpu"):
-                times[row.index] = pair_times(fit, str(gpu), row.tokens.to_numpy())
+            times[out.index] = pair_times(fit, out)
     return times.to_numpy()

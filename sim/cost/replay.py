@@ -1,117 +1,119 @@
 """Whole steps from recorded traffic: all layers of the same tokens, step after step, beside layers that are independent.
 
-Recorded layers share their tokens, which draws do not. Three ways to fill the slots of a batch:
-
-continuous
-    Continuous batching: sequences at random phases; each gives its next token to every step, and a new sequence takes the place
-    of a finished one.
-together
-    A benchmark that starts all requests at once: all sequences at their first tokens, else the same.
-independent
-    As continuous, but each layer sees a batch of its own, and each step new ones: what independent layers give.
+Recorded layers share their tokens, which draws do not. A record is replayed in the phases of `sim.traffic.STEP_PHASES`:
+'continuous' batching, 'together' (all requests start at once) and 'independent' layers, whose tokens have the law of the first.
 """
 
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from sim.errors import InputError, whole_number
-from sim.kernels import kernel
-from sim.placement import Placement
-from sim.scoring import score
-from sim.traffic import RecordedTraffic
+from sim.cost.deployments import of_step
+from sim.cost.exchange import DEFAULT_EXCHANGE, exchange_kind
+from sim.cost.expert import expert_rates
+from sim.cost.gpu import Gpu
+from sim.cost.step_log import metrics_of_steps
+from sim.cost.steps import StepSample, sample_steps
+from sim.cost.times import with_network
+from sim.errors import InputError
+from sim.model import ModelSpec, load_model
+from sim.stats import student_quantile
+from sim.traffic import STEP_PHASES, RecordedTraffic
 
-MODES = ("continuous", "together", "independent")
-_MOST_IDS = 2**31  # of all steps: layers x tokens x steps
-
-
-def replay_counts(
-    record: RecordedTraffic, n_experts: int, tokens: int, n_steps: int, mode: str, seed: int = 0
-) -> np.ndarray:
-    """Tokens of each expert in each layer of consecutive steps.
-
-    Parameters
-    ----------
-    record : RecordedTraffic
-    tokens : int
-        Of a step: sequences in flight, each with a token; a sequence may be in flight several times where there are few.
-    mode : str
-        One of MODES.
-
-    Returns
-    -------
-    int32 [steps, layers, n_experts]
-    """
-    whole_number("`tokens`", tokens, 1, 2**24)
-    whole_number("`most_steps`", n_steps, 1, 10**6)
-    if mode not in MODES:
-        raise InputError(f"`mode` must be one of {', '.join(MODES)}, not '{mode}'")
-    if record.n_layers * tokens * n_steps > _MOST_IDS:
-        raise InputError(f"{n_steps} steps of {tokens} tokens through {record.n_layers} layers are too many to replay")
-    rng = np.random.default_rng([seed, MODES.index(mode)])
-    lengths = np.diff(record.starts)
-    counts = np.zeros((n_steps, record.n_layers, n_experts), np.int32)
-    if mode == "independent":
-        for step in range(n_steps):
-            of_layer = rng.choice(len(lengths), (record.n_layers, tokens), p=lengths / lengths.sum())
-            at = record.starts[of_layer] + rng.integers(lengths[of_layer])
-            _count(record.topk_ids, at, counts[step])
-        return counts
-    # In flight at a random time: a sequence as often as it is long, at any of its tokens.
-    share = lengths / lengths.sum() if mode == "continuous" else None
-    sequence = rng.choice(len(lengths), tokens, p=share)
-    place = rng.integers(lengths[sequence]) if mode == "continuous" else np.zeros(tokens, np.int64)
-    for step in range(n_steps):
-        at = np.broadcast_to(record.starts[sequence] + place, (record.n_layers, tokens))
-        _count(record.topk_ids, np.ascontiguousarray(at), counts[step])
-        place = place + 1
-        over = place >= lengths[sequence]
-        sequence = np.where(over, rng.integers(len(lengths), size=tokens), sequence)
-        place = np.where(over, 0, place)
-    return counts
+OPENING = 16
+"""Steps after a common start that are looked at apart: the first 8 tokens of gpt-oss's answers are nearly all the same."""
+MODES = ("continuous", "together", "after the opening", "independent")
+SHARES, WINDOW = (0.5, 0.1, 0.01), 32
+_PARTS = 16  # of consecutive steps, for the interval of a ratio of variances
 
 
-@kernel
-def _count(topk_ids, at, counts):
-    """Add tokens `at` int64 [layers, tokens] of each layer to counts int32 [layers, n_experts]."""
-    for layer in range(at.shape[0]):
-        for i in range(at.shape[1]):
-            for k in range(topk_ids.shape[2]):
-                counts[layer, topk_ids[layer, at[layer, i], k]] += 1
+class Replay(NamedTuple):
+    """Outcome of `replay_steps`."""
+
+    steps: pd.DataFrame
+    exceeded: pd.DataFrame
 
 
-def compare_modes(
-    record: RecordedTraffic, placements: list[Placement], tokens: int, n_steps: int, seed: int = 0
-) -> pd.DataFrame:
-    """Distribution over steps of the mean over layers and of the worst layer, for each placement and mode.
+def replay_steps(
+    model: ModelSpec | str | Path,
+    record: RecordedTraffic,
+    gpu: Gpu | str | Path,
+    *,
+    placements: str | list[str],
+    dtype: str = "fp8",
+    exchange: str = DEFAULT_EXCHANGE,
+    network_gb_per_s: float | None = None,
+    **sampling: Any,
+) -> Replay:
+    """What whole steps of a record look like, beside steps of independent layers.
+
+    Parameters are those of `predict_steps`; `record` is recorded routing.
 
     Returns
     -------
-    DataFrame
-        A row per placement and mode: `layers_mean` and `layers_sd` of a step's mean imbalance over layers (what a step's time
-        sees), `worst_mean` and `worst_p99` of its worst layer, `autocorrelation` of consecutive steps' means (nan where there
-        is no variation), and `variance_ratio`, the variance of a step's mean over that of independent layers.
+    Replay
+        steps : a row per cell, mode (MODES; 'after the opening' is 'together' from step OPENING on, until the longest sequence
+        ends) and metric (those of `predict_steps`): mean, sd, p50, p95 and p99 over steps; `autocorrelation` of consecutive
+        steps (nan where there is no variation); `variance_ratio`, over independent layers, with its 95 % interval (jackknife
+        over runs of steps; nan where they are few, or are no sample: 'together'). That of 'mean_imbalance' under continuous
+        batching is what `layer_correlation` takes.
+        exceeded : a row per cell and share (SHARES), for the largest imbalance `above` that at most such a share of steps has
+        in some layer: the share `replayed`, the `product` over layers of each one's own share (what independent layers would
+        give), and the same with the measured layer correlation; `window_replayed`, the share of windows of WINDOW steps with
+        such a step, and `window_product`, what it would be if steps were independent.
+
+    Raises
+    ------
+    InputError
+        Traffic that is no recorded routing; else as `predict_steps`.
     """
-    rows: list[dict[str, Any]] = []
-    for mode in MODES:
-        counts = replay_counts(record, placements[0].n_experts, tokens, n_steps, mode, seed)
-        for placement in placements:
-            imbalance = score(placement, counts).imbalance
-            of_step, worst = imbalance.mean(axis=1), imbalance.max(axis=1)
-            row = {"placement": placement.strategy, "ep_size": placement.ep_size, "tokens": tokens, "steps": n_steps}
-            row |= {
-                "mode": mode,
-                "layers_mean": of_step.mean(),
-                "layers_sd": of_step.std(ddof=1) if n_steps > 1 else np.nan,
-            }
-            row |= {"worst_mean": worst.mean(), "worst_p99": np.quantile(worst, 0.99, method="inverted_cdf")}
-            rows.append(row | {"autocorrelation": _lag_1(of_step)})
-    table = pd.DataFrame(rows)
-    keys = ["placement", "ep_size"]
-    alone = table[table["mode"] == "independent"].set_index(keys).layers_sd
-    of_row = [alone[key] for key in zip(table.placement, table.ep_size, strict=True)]
-    return table.assign(variance_ratio=(table.layers_sd / np.array(of_row)) ** 2)
+    if not isinstance(record, RecordedTraffic):
+        raise InputError("whole steps need the experts of single tokens: recorded routing, not synthetic traffic")
+    model, chip, kind = load_model(model), with_network(gpu, network_gb_per_s), exchange_kind(exchange)
+    samples = {
+        phase: sample_steps(
+            model, record.in_phase(phase), [expert_rates(model, chip, dtype)], placements=placements,
+            counts_received=kind == "token", **sampling,
+        )
+        for phase in STEP_PHASES
+    }  # fmt: skip
+    plan = samples["continuous"].plan
+    grid, longest = plan.grid, int(np.diff(plan.workload.starts).max())  # type: ignore[union-attr]
+    of_steps: list[dict[str, Any]] = []
+    exceeded: list[dict[str, Any]] = []
+    for cell in range(len(grid.cells)):
+        found = {phase: metrics_of_steps(sample, cell, chip, kind) for phase, sample in samples.items()}
+        found["after the opening"] = {metric: values[OPENING:longest] for metric, values in found["together"].items()}
+        keys: dict[str, Any] = {"model": model.name, "workload": grid.workload, "gpu": chip.name, "dtype": dtype}
+        placement, ep_size = grid.pairs[grid.pair_of_cell[cell]]
+        keys |= {"exchange": exchange, "placement": placement, "ep_size": ep_size}
+        keys |= {"tokens": int(grid.tokens_of_cell[cell])}
+        rows = [
+            {**keys, "mode": mode, "metric": metric, **_described(values, found["independent"][metric])}
+            for mode in MODES
+            for metric, values in found[mode].items()
+        ]
+        for row in rows:
+            if row["mode"] == "together":
+                row |= {"variance_ratio_low": np.nan, "variance_ratio_high": np.nan}
+        ratio = next(row["variance_ratio"] for row in rows if row["metric"] == "mean_imbalance")
+        exceeded += [{**keys, **row} for row in _layers_exceed(samples["continuous"], cell, ratio)]
+        of_steps += rows
+    return Replay(pd.DataFrame(of_steps), pd.DataFrame(exceeded))
+
+
+def _described(values: np.ndarray, alone: np.ndarray) -> dict[str, Any]:
+    """Of a metric of steps, beside its values in steps of independent layers."""
+    several = len(values) > 1
+    row: dict[str, Any] = {"steps": len(values), "mean": values.mean() if len(values) else np.nan}
+    row |= {"sd": values.std(ddof=1) if several else np.nan}
+    quantiles = [np.quantile(values, q, method="inverted_cdf") if len(values) else np.nan for q in (0.5, 0.95, 0.99)]
+    row |= dict(zip(("p50", "p95", "p99"), quantiles, strict=True))
+    row |= {"autocorrelation": _lag_1(values) if several else np.nan}
+    low, ratio, high = _variance_ratio(values, alone)
+    return row | {"variance_ratio": ratio, "variance_ratio_low": low, "variance_ratio_high": high}
 
 
 def _lag_1(values: np.ndarray) -> float:
@@ -119,3 +121,51 @@ def _lag_1(values: np.ndarray) -> float:
     centred = values - values.mean()
     square = float(centred @ centred)
     return float(centred[1:] @ centred[:-1]) / square if square > 0 else np.nan
+
+
+def _variance_ratio(values: np.ndarray, alone: np.ndarray) -> tuple[float, float, float]:
+    """Variance of `values` over that of `alone`, between the ends of its 95 % interval: of the logarithm, by leaving out one
+    run of consecutive steps after the other.
+    """
+    if min(len(values), len(alone)) < 2 or alone.var() == 0 or values.var() == 0:
+        return np.nan, np.nan, np.nan
+    ratio = float(values.var(ddof=1) / alone.var(ddof=1))
+    if min(len(values), len(alone)) < 4 * _PARTS:
+        return np.nan, ratio, np.nan
+    square = 0.0
+    for steps in (values, alone):
+        parts = np.array_split(np.arange(len(steps)), _PARTS)
+        without = np.log([np.delete(steps, part).var(ddof=1) for part in parts])
+        square += (_PARTS - 1) / _PARTS * float(np.sum((without - without.mean()) ** 2))
+    factor = float(np.exp(student_quantile(_PARTS - 1) * square**0.5))
+    return ratio / factor, ratio, ratio * factor
+
+
+def _layers_exceed(sample: StepSample, cell: int, ratio: float) -> list[dict[str, Any]]:
+    """How often some layer of a step exceeds a load, and how often it would if layers were independent."""
+    loads = sample.max_load[cell]
+    worst, mean = loads.max(axis=1), float(sample.plan.grid.mean_load(cell))
+    rows = []
+    for share in SHARES:
+        if share * len(worst) < 4:
+            continue
+        most = int(np.quantile(worst, 1 - share, method="inverted_cdf"))
+        above = loads > most
+        with np.errstate(divide="ignore"):
+            fine = np.log1p(-above.mean(axis=0))[None]
+        expected = [float(-np.expm1(of_step(fine, correlation))[0]) for correlation in (None, max(ratio, 1.0))]
+        some = above.max(axis=1)
+        row = {"steps": len(worst), "share": share, "above": most / mean, "replayed": float(some.mean())}
+        row |= {"product": expected[0], "with_correlation": expected[1]}
+        windows = some[: len(some) // WINDOW * WINDOW].reshape(-1, WINDOW).any(axis=1)
+        row |= {"window_replayed": float(windows.mean()) if len(windows) else np.nan}
+        rows.append({**row, "window_product": 1 - (1 - row["replayed"]) ** WINDOW})
+    return rows
+
+
+def measured_correlation(steps: pd.DataFrame) -> tuple[float, float, float]:
+    """Least, middle (geometric mean) and largest of the layer correlations of a replay's cells; nan without variation."""
+    rows = steps[(steps["mode"] == "continuous") & (steps.metric == "mean_imbalance")].variance_ratio.dropna()
+    if not len(rows):
+        return np.nan, np.nan, np.nan
+    return float(rows.min()), float(np.exp(np.log(rows).mean())), float(rows.max())

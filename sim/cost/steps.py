@@ -2,21 +2,22 @@
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from sim.cost.expert import ExpertRates, rank_time_us
+from sim.cost.expert import ExpertRates, rank_time_us, time_ranks
 from sim.errors import InputError
 from sim.kernels import kernel, usable_processors
-from sim.model import ModelSpec
+from sim.model import ModelSpec, load_model
 from sim.options import LAYER_SETS, MOST_STEPS, StepOptions, check
+from sim.placement import LayerCost, is_load_aware, split_name
 from sim.progress import track
-from sim.scoring import METRICS
+from sim.scoring import METRICS, score_blocks
 from sim.sweeps import make_plan
 from sim.sweeps.plan import Plan
 from sim.sweeps.steps import Blocks, Group, StepScorer, place_pairs
@@ -52,6 +53,11 @@ class StepSample:
         Of each pair, the ranks and nodes that the first token of a step is sent to.
     received : list of int32 [steps, layers]
         Of each cell, the tokens of the rank that receives most; 0 where they were not counted.
+    copied : str
+        The placement with the most slots, of those with copies; empty without any.
+    in_step : StepSample, optional
+        The same steps with the pairs of the cells of `copied` split anew in each step, so that the busiest rank has the
+        fewest (`sim.copies`); received tokens are left as they are.
     """
 
     plan: Plan
@@ -64,6 +70,8 @@ class StepSample:
     active_experts: list[np.ndarray]
     reached: list[np.ndarray]
     received: list[np.ndarray]
+    copied: str = ""
+    in_step: "StepSample | None" = None
 
     def cell(self, placement: str, ep_size: int, tokens: int) -> int:
         """Index of a cell; ValueError if there is none."""
@@ -86,6 +94,7 @@ def sample_steps(
     budget_tokens: int = BUDGET_TOKENS,
     threads: int | None = None,
     counts_received: bool = False,
+    in_step: bool = False,
     **of_plan: Any,
 ) -> StepSample:
     """Sample steps of every size and time their layers.
@@ -102,20 +111,25 @@ def sample_steps(
         Steps of each size: as many as the budget of routed tokens allows, at least 1, at most `most_steps`.
     threads : int
         By default all processors. The sample does not depend on it.
+        A budget of copies (`eplb_budget+N`) is spent by the times of the first of them, at the most tokens.
     counts_received : bool
         Whether received tokens are counted; where they cannot be, or not, they are taken as even over ranks, from the fan-out of
         the first token of each step.
+    in_step : bool
+        Whether the steps are also sampled as a balancer within the step would have them.
     **of_plan
         ep_sizes, tokens, placements, tokens_per_rank, ranks_per_node, seed, fit_tokens and fit_on of `sim.sweep`.
 
     Raises
     ------
     InputError
-        As `sim.sweep`, and for a model whose number of MoE layers is not known.
+        As `sim.sweep`, for a model whose number of MoE layers is not known, and for `in_step` without any copies.
     """
     check(StepOptions, layer_sets=layer_sets, most_steps=most_steps)
     received = "auto" if counts_received else "off"
-    plan = make_plan(model, workload, bound_layers=0, trials=1, received=received, **of_plan)
+    model = load_model(model)
+    cost = time_cost(rates[0], model, of_plan.get("tokens"), bool(of_plan.get("tokens_per_rank"))) if rates else None
+    plan = make_plan(model, workload, bound_layers=0, trials=1, received=received, layer_cost=cost, **of_plan)
     n_layers = plan.workload.n_layers or plan.model.n_moe_layers
     if not n_layers:
         raise InputError(f"model {plan.model.name}: a step needs the number of MoE layers, which is not known")
@@ -124,18 +138,30 @@ def sample_steps(
     of_size = np.clip(budget_tokens // (grid.steps * n_layers), 1, most_steps)
     blocks = of_size * n_layers
     of_cell = [int(blocks[step]) for _, step in grid.cells]
+    cells = _Cells.of(of_cell, len(rates))
     sample = StepSample(
         plan,
         n_layers,
         n_sets,
-        [np.empty((n, len(rates))) for n in of_cell],
-        [np.empty((n, len(rates)), np.bool_) for n in of_cell],
-        [np.empty(n, np.int32) for n in of_cell],
-        [np.empty(n, np.int32) for n in of_cell],
+        cells.slowest_us,
+        cells.load_bound,
+        cells.max_load,
+        cells.idle_ranks,
         [np.empty(n, np.int32) for n in blocks],
         [np.empty((int(blocks.max()), 2), np.int32) for _ in grid.pairs],
         [np.zeros(n, np.int32) for n in of_cell],
+        _most_copied(plan),
     )
+    if in_step:
+        if not sample.copied:
+            raise InputError(
+                f"`placement` in_step splits the pairs of a step over copies, and {', '.join(grid.placements)} have none; take "
+                "it with one that has, as in eplb+32"
+            )
+        cells = _Cells.of(
+            [n if grid.keys(cell)[2] == sample.copied else 0 for cell, n in enumerate(of_cell)], len(rates)
+        )
+        sample = replace(sample, in_step=replace(sample, **cells._asdict()))
     chunks = _chunks(blocks, grid.steps, n_layers * n_sets)
     groups_of = cache(partial(place_pairs, plan, pairs=range(len(grid.pairs))))  # a draw comes again every n_sets steps
     constants = np.array(rates, float).reshape(len(rates), -1)
@@ -143,12 +169,54 @@ def sample_steps(
         score = partial(_run_chunk, sample, blocks, constants, groups_of)
         sizes = [len(chunk) * int(grid.steps[blocks > chunk.start].max()) for chunk in chunks]
         list(track(pool.map(score, chunks), sizes, ["sampling"] * len(chunks)))
-    for arrays in (
-        sample.slowest_us, sample.load_bound, sample.max_load, sample.idle_ranks, sample.active_experts, sample.reached,
-        sample.received,
-    ):  # fmt: skip
+    lists = [sample.active_experts, sample.reached, sample.received]
+    for of in (sample, sample.in_step) if sample.in_step else (sample,):
+        lists += [of.slowest_us, of.load_bound, of.max_load, of.idle_ranks]
+    for arrays in lists:
         arrays[:] = [values.reshape(-1, n_layers, *values.shape[1:]) for values in arrays]
     return sample
+
+
+def time_cost(rates: ExpertRates, model: ModelSpec, tokens: Any, per_rank: bool = False) -> LayerCost:
+    """What a budget of copies is spent by where a GPU is known: the predicted time of the slowest rank, in steps of the most of
+    these numbers of tokens, over the EP group or on each rank.
+    """
+
+    def slowest_us(shares: np.ndarray) -> np.ndarray:
+        pairs = shares * (float(np.max(tokens)) * (shares.shape[1] if per_rank else 1) * model.top_k)
+        distinct = -np.expm1(-pairs).sum(axis=2)
+        return time_ranks(rates, pairs.sum(axis=2), distinct, np.full(distinct.shape, shares.shape[2])).max(axis=1)
+
+    return slowest_us
+
+
+class _Cells(NamedTuple):
+    """Arrays of the cells of a StepSample, as there."""
+
+    slowest_us: list[np.ndarray]
+    load_bound: list[np.ndarray]
+    max_load: list[np.ndarray]
+    idle_ranks: list[np.ndarray]
+
+    @classmethod
+    def of(cls, blocks: list[int], n_rates: int) -> "_Cells":
+        """Of so many blocks of each cell, not filled in."""
+        return cls(
+            [np.empty((n, n_rates)) for n in blocks],
+            [np.empty((n, n_rates), np.bool_) for n in blocks],
+            [np.empty(n, np.int32) for n in blocks],
+            [np.empty(n, np.int32) for n in blocks],
+        )
+
+
+def _most_copied(plan: Plan) -> str:
+    """The placement of a plan with the most slots, the first of equals; empty where none has copies."""
+    slots: dict[str, int] = {}
+    for (name, _), placement, has_copies in zip(plan.grid.pairs, plan.placements, plan.has_replicas, strict=True):
+        if has_copies:
+            of_name = plan.model.n_experts + split_name(name)[1]
+            slots[name] = of_name if is_load_aware(name) or placement is None else placement.n_slots
+    return max(slots, key=slots.__getitem__, default="")
 
 
 def _chunks(of_size: np.ndarray, steps: np.ndarray, n_draws: int) -> list[range]:
@@ -174,19 +242,33 @@ def _run_chunk(
     cells = np.array([cell for cell, (_, step) in enumerate(plan.grid.cells) if step in live])
     first_draw = trials.start % n_draws
     scorer = StepScorer(plan, cells, groups_of(range(first_draw, first_draw + len(trials))), n_draws)
-    slowest_us = np.empty((len(trials), len(cells), len(constants)))
-    load_bound = np.empty(slowest_us.shape, np.bool_)
+    there = slice(trials.start, trials.stop)
+    split_cells: list[int] = []
+    slowest_us = np.empty(
+        (2, len(trials), len(cells), len(constants))
+    )  # as the placements have it, and split in the step
+    load_bound, split = (
+        np.empty(slowest_us.shape, np.bool_),
+        np.empty((len(trials), len(cells), len(METRICS)), np.int32),
+    )
 
-    def time(group: Group, blocks: Blocks) -> None:
-        time_slowest_ranks(*blocks, constants, slowest_us, load_bound)
+    def time(group: Group, blocks: Blocks, counts: np.ndarray) -> None:
+        time_slowest_ranks(*blocks, constants, slowest_us[0], load_bound[0])
+        if sample.in_step is not None and plan.grid.pairs[group.pairs[0]][0] == sample.copied:
+            anew = blocks._replace(counts=group.assign(counts, "in_step"))
+            score_blocks(*anew, split)
+            time_slowest_ranks(*anew, constants, slowest_us[1], load_bound[1])
+            split_cells.extend(blocks.cells.tolist())
 
     seen = scorer.score(trials, time)
-    there = slice(trials.start, trials.stop)
+    of_cells = [(sample, i, 0, seen.scores) for i in range(len(cells))]
+    of_cells += [(sample.in_step or sample, i, 1, split) for i in split_cells]
+    for of, i, times, scores in of_cells:
+        of.slowest_us[cells[i]][there] = slowest_us[times, :, i]
+        of.load_bound[cells[i]][there] = load_bound[times, :, i]
+        of.max_load[cells[i]][there] = scores[:, i, METRICS.index("max_load")]
+        of.idle_ranks[cells[i]][there] = scores[:, i, METRICS.index("idle_ranks")]
     for i, cell in enumerate(cells):
-        sample.slowest_us[cell][there] = slowest_us[:, i]
-        sample.load_bound[cell][there] = load_bound[:, i]
-        sample.max_load[cell][there] = seen.scores[:, i, METRICS.index("max_load")]
-        sample.idle_ranks[cell][there] = seen.scores[:, i, METRICS.index("idle_ranks")]
         if plan.grid.received:
             sample.received[cell][there] = seen.scores[:, i, plan.grid.metrics.index("received_tokens_max")]
         else:

@@ -1,7 +1,7 @@
 """Constants of the named kernels, and the published measurements behind them."""
 
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
 from typing import Any
@@ -25,6 +25,8 @@ class GroupedGemm:
         Shares of the memory bandwidth and of the dense peak that it reaches, on a GPU that has none of its own.
     tile_rows : int
         Rows that each expert's tokens are padded to a multiple of.
+    shares : dict of (bandwidth_fraction, peak_fraction)
+        Of GPUs, by preset, on which this kernel was measured, and which come before a GPU's own.
     """
 
     name: str
@@ -36,6 +38,11 @@ class GroupedGemm:
     peak_fraction: float
     tile_rows: int
     source: str
+    shares: dict[str, list[float]] = field(default_factory=dict)
+
+
+PAIR_SHARPNESS = 1.5
+"""`Exchange.sharpness` of the pair kind, chosen by leaving one size out of the published tables."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +63,11 @@ class Exchange:
         FP8 with a 4-byte scale for every 128 values, and BF16.
     scale_up_fraction, scale_out_fraction : pair of float
         Shares of NVLink and network bandwidth that are reached.
+    sharpness : float
+        Exponent of the sum of the times of floor and links: they add up at 1, the longer one counts at infinity.
+    copy_fraction : float
+        Share of the memory bandwidth that copies inside a GPU reach, where it has none of its own: rows packed, sorted by
+        expert and summed beside the exchange. 0 where the exchange's kernels do that themselves.
     measured_on : str
         GPU that the constants were fitted to; empty where there was none.
     measured_ep_size, measured_tokens : pair of int
@@ -71,13 +83,11 @@ class Exchange:
     source: str
     floor_falls: tuple[float, float] = (0.0, 0.0)
     bytes_per_value: tuple[float, float] = (1 + 4 / 128, 2.0)
+    sharpness: float = PAIR_SHARPNESS
+    copy_fraction: float = 0.0
     measured_on: str = ""
     measured_ep_size: tuple[int, int] = (0, 0)
     measured_tokens: tuple[int, int] = (0, 0)
-
-
-EXCHANGE_SHARPNESS = 1.5
-"""Exponent of the sum of an exchange's floor and link time, chosen by leaving one size out of the published tables."""
 
 
 def _read(name: str) -> dict[str, Any]:
@@ -85,9 +95,9 @@ def _read(name: str) -> dict[str, Any]:
 
 
 @cache
-def grouped_gemm_profile() -> GroupedGemm:
-    """The kernel that expert times are computed for."""
-    return GroupedGemm(**_read("kernels.toml")["grouped_gemm"])
+def grouped_gemm_profile(dtype: str = "fp8") -> GroupedGemm:
+    """The kernel that expert times of a type are computed for."""
+    return GroupedGemm(**_read("kernels.toml")["grouped_gemm"][dtype])
 
 
 @cache

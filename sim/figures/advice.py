@@ -58,8 +58,10 @@ def advice_by_tokens(gains: pd.DataFrame, reference: str) -> Figure:
         x=0.01,
         ha="left",
     )
+    copied = "".join(rows.copies_of[rows.placement == "in_step"].head(1))
+    labels = {name: label(name) for name in {current: 0} | looks} | {"in_step": f"in_step (copies of {copied})"}
     handles = [
-        Line2D([], [], label=label(name), **style) for name, style in ({current: looks[current]} | looks).items()
+        Line2D([], [], label=labels[name], **style) for name, style in ({current: looks[current]} | looks).items()
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
     return figure

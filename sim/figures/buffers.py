@@ -2,20 +2,16 @@
 
 from typing import Any
 
+import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from sim.figures.style import label, label_outer, look, panels, styled, title_panel
+from sim.figures.style import label, label_outer, look, panels, probability_axis, styled, title_panel
 
-_SCOPES: dict[tuple[str, str], Any] = {
-    ("layer", "all"): (":", "one layer of one step"),
-    ("step", "median"): ("--", "any layer of a step, median deployment"),
-    ("horizon", "median"): ("-.", "any layer of any step of the horizon, median deployment"),
-    ("horizon", "worst_5_percent"): ("-", "the same, worst 5 % of deployments"),
-    ("step", "worst_5_percent"): ("-", "any layer of a step, worst 5 % of deployments"),
-}
-_TITLES = {"received": "tokens that a rank receives", "pairs": "rows of a rank", "expert_rows": "rows of an expert"}
+_TITLES = {"received": "tokens on a rank", "pairs": "rows of a rank", "expert_rows": "rows of an expert"}
+_LEAST = 1e-8
 
 
 @styled
@@ -26,36 +22,40 @@ def capacity_curves(curves: pd.DataFrame, risk: float, of: str) -> Figure:
     """
     tokens = curves.groupby("ep_size").tokens.max()
     sizes = list(tokens.index)
-    has_horizon = (curves.scope == "horizon").any()
-    shown = {
-        key: value
-        for key, value in _SCOPES.items()
-        if key != (("step" if has_horizon else "horizon"), "worst_5_percent")
+    widest = "horizon" if (curves.scope == "horizon").any() else "step"
+    steps = "step of the horizon" if widest == "horizon" else "one step"
+    shown: dict[tuple[str, str], tuple[Any, str]] = {
+        ("layer", "all"): (":", "one layer, drawn afresh, of one step"),
+        (widest, "median"): ("--", f"any layer of any {steps}: median deployment".replace("any one", "one")),
+        (widest, "worst_5_percent"): ("-", "the same: deployment worse than 95 % of others"),
     }
-    shown = {key: value for key, value in shown.items() if has_horizon or key[0] != "horizon"}
-    figure, axes = panels(len(sizes) * len(_TITLES), len(sizes), 2.4)
+    figure, axes = panels(len(sizes) * len(_TITLES), len(sizes), 2.5)
     placements = list(dict.fromkeys(curves.placement))
     for i, (quantity, what) in enumerate(_TITLES.items()):
         for ax, size in zip(axes[i * len(sizes) :], sizes, strict=False):
             cell = curves[(curves.quantity == quantity) & (curves.ep_size == size) & (curves.tokens == tokens[size])]
-            for (scope, deployments), (dashes, _) in shown.items():
-                for n_before, placement in enumerate(placements):
-                    line = cell[
-                        (cell.scope == scope) & (cell.deployments == deployments) & (cell.placement == placement)
-                    ]
-                    color = look(placement)["color"]
+            safe = []
+            for n_before, placement in enumerate(placements):
+                of_placement = cell[cell.placement == placement].set_index(["scope", "deployments"])
+                for scope, (dashes, _) in shown.items():
+                    if scope not in of_placement.index:
+                        continue
+                    line = of_placement.loc[[scope]]
+                    width = max(2.6 - 0.8 * n_before, 1.0)  # of equal lines, all are seen
                     ax.plot(
-                        line.factor, line.probability, color=color, linestyle=dashes, linewidth=max(2.4 - n_before, 1.0)
+                        line.factor, line.probability, color=look(placement)["color"], linestyle=dashes, linewidth=width
                     )
-            ax.axhline(risk, color="#555555", linewidth=0.8)
-            ax.set_yscale("log")
-            ax.set_ylim(1e-9, 2)
-            title_panel(ax, f"EP {size}: {what}")
-    label_outer(axes, "capacity / balanced load", "P(exceed)")
-    steps = sorted(set(tokens))
-    text = f"{steps[0]}" if len(steps) == 1 else f"{steps[0]} to {steps[-1]}"
+                    if dashes == "-":
+                        safe.append(f"{placement} {_factor_at(line, risk):.2f}")
+            title_panel(ax, f"EP {size}: {what}\n")
+            ax.text(0, 1.02, ", ".join(safe), transform=ax.transAxes, fontsize=7.5, va="bottom")
+            _draw_risk(ax, risk)
+    label_outer(axes, "capacity / balanced load", "P(exceeded)")
+    number = sorted({int(n) for n in tokens})
+    text = f"{number[0]}" if len(number) == 1 else f"{number[0]} to {number[-1]}"
     figure.suptitle(
-        f"How often a capacity is exceeded: {of}, {text} tokens per step\ngrey line: the risk that is asked for, {risk:g}",
+        f"How much more than the balanced load must fit? {of}, {text} tokens per step\n"
+        f"over each panel: the factor at which the solid line falls to the risk that was asked for, {risk:g} (grey line)",
         fontsize=10,
         x=0.01,
         ha="left",
@@ -64,3 +64,19 @@ def capacity_curves(curves: pd.DataFrame, risk: float, of: str) -> Figure:
     handles += [Line2D([], [], color="#000000", linestyle=dashes, label=text) for dashes, text in shown.values()]
     figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
     return figure
+
+
+def _factor_at(line: pd.DataFrame, risk: float) -> float:
+    """Where a curve falls to the risk; nan if it does not get there."""
+    at = np.flatnonzero(line.probability.to_numpy() <= risk)
+    if not len(at):
+        return np.nan
+    ends = line.iloc[[max(at[0] - 1, 0), at[0]]]
+    return float(np.interp(-np.log(risk), -np.log(ends.probability), ends.factor))
+
+
+def _draw_risk(ax: Axes, risk: float) -> None:
+    """The risk as a line, and the axis of probabilities."""
+    ax.axhline(risk, color="#888888", linewidth=1.0, zorder=0)
+    probability_axis(ax, min(_LEAST, risk / 10))
+    ax.set_xlim(left=min(1.0, ax.get_xlim()[0]))

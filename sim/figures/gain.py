@@ -1,12 +1,14 @@
 """What a placement saves, in time: by tokens per step, GPU and EP size."""
 
+from itertools import product
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from sim.figures.style import label_outer, log2_ticks, panels, styled, title_panel
+from sim.figures.style import label, label_outer, log2_ticks, look, nearest, panels, styled, title_panel
 
 _GPU_LOOKS: list[Any] = [
     ("#0072B2", "-", "o"),
@@ -33,14 +35,18 @@ def gain_by_tokens(gains: pd.DataFrame) -> Figure:
             ax.plot(rows.tokens, 100 * rows.layer_saved, **look)
             low, high = 100 * rows.layer_saved_low, 100 * rows.layer_saved_high
             ax.fill_between(rows.tokens, low, high, color=color, alpha=0.15, linewidth=0)
+            if "balancer_us" in rows and rows.balancer_us.notna().all():
+                net = 100 * (rows.layer_saved - rows.balancer_us / rows.baseline_layer_us)
+                ax.plot(rows.tokens, net, color=color, linewidth=0.8, alpha=0.6)
+                if rows.tokens.min() < rows.break_even_tokens.iloc[0] <= rows.tokens.max():
+                    ax.axvline(rows.break_even_tokens.iloc[0], color=color, linestyle=":", linewidth=1.2)
             if rows.tokens.min() <= rows.crossover_tokens.iloc[0] <= rows.tokens.max():
                 ax.axvline(rows.crossover_tokens.iloc[0], color=color, linestyle=dashes, linewidth=0.8)
         ax.axhline(0, color="#555555", linewidth=0.8)
         log2_ticks(ax, list(gains.tokens), apart=3.9)
         title_panel(ax, f"EP {ep_size}, {exchange}" if gains.exchange.nunique() > 1 else f"EP {ep_size}")
     label_outer(axes, "tokens per step (whole EP group)", "layer time saved (%)")
-    row = gains.iloc[0]
-    _title(figure, row, ", ".join(dict.fromkeys(gains.exchange)))
+    _title(figure, gains, ", ".join(dict.fromkeys(gains.exchange)))
     handles = [
         Line2D([], [], color=color, linestyle=dashes, marker=marker, markersize=3, label=gpu)
         for gpu, (color, dashes, marker) in zip(gpus, _GPU_LOOKS * len(gpus), strict=False)
@@ -49,10 +55,77 @@ def gain_by_tokens(gains: pd.DataFrame) -> Figure:
     return figure
 
 
-def _title(figure: Figure, row: Any, exchanges: str) -> None:
+_FEW_DRAWS = 8  # layers: with fewer, intervals do not set the axis
+_EP_SIZE = 16  # that is drawn, or the nearest there is
+
+
+@styled
+def gain_by_traffic(table: pd.DataFrame) -> Figure:
+    """What placements save by kind of traffic, at one EP size: a row of panels per number of tokens, a column per measure.
+
+    Parameters
+    ----------
+    table : DataFrame
+        From `sim.advice.dependence.saved_by_traffic`.
+    """
+    ep_size = nearest(table.ep_size.unique(), _EP_SIZE)
+    table = table[table.ep_size == ep_size]
+    tokens, measures = sorted(table.tokens.unique()), list(dict.fromkeys(table.measure))
+    names, placements = list(dict.fromkeys(table.workload)), list(dict.fromkeys(table.placement))
+    looks = {name: look(name.replace("+R", f"+{ep_size}")) | {"linestyle": ""} for name in placements}
+    figure, axes = panels(len(tokens) * len(measures), len(measures), 0.7 + 0.24 * len(names))
+    for ax, (n, measure) in zip(axes, product(tokens, measures), strict=True):
+        ax.axvline(0, color="#555555", linewidth=0.8)
+        for i, placement in enumerate(placements):
+            rows = table[(table.tokens == n) & (table.measure == measure) & (table.placement == placement)]
+            y = [names.index(name) + 0.22 * (i - (len(placements) - 1) / 2) for name in rows.workload]
+            low, high = 100 * rows.low, 100 * rows.high
+            ax.hlines(y, low, high, color=looks[placement]["color"], linewidth=1)
+            ax.plot(100 * rows.saved, y, markersize=3.5, **looks[placement])
+        of_measure = table[table.measure == measure]
+        shown, points = of_measure[of_measure.layer_draws >= _FEW_DRAWS], of_measure.saved
+        ends = 100 * np.array([min(shown.low.min(), points.min(), 0), max(shown.high.max(), points.max(), 0)])
+        ax.set_xlim(*(ends + np.array([-0.05, 0.05]) * (ends[1] - ends[0])))
+        ax.set_ylim(len(names) - 0.5, -0.5)
+        ax.set_yticks(range(len(names)), [_two_lines(name) for name in names], fontsize=8)
+        title_panel(ax, f"{n} tokens: " + ("imbalance" if measure == "imbalance" else f"layer time, {measure}"))
+    label_outer(axes, "saved (%)", "")
+    row = table.iloc[0]
     figure.suptitle(
-        f"Predicted: time of a MoE layer that {row.placement} saves over {row.baseline} (exchange: {exchanges})\n"
-        "upright lines: crossover, from where a rank's time grows with its tokens, not with its distinct experts alone\n"
+        f"What placements save over {row.baseline} by kind of traffic, EP {ep_size}: of the busiest rank's load (imbalance),\n"
+        f"and of a layer's time by exchange ({row.gpu}, {row['dtype']})\n"
+        "*: recorded; bars: 95 %, paired, over layers, cut off where layers are few",
+        fontsize=10, x=0.01, ha="left",
+    )  # fmt: skip
+    handles = [
+        Line2D(
+            [], [], label=f"{name}, one redundant slot a rank" if name.endswith("+R") else label(name), **looks[name]
+        )
+        for name in placements
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
+    return figure
+
+
+def _two_lines(name: str) -> str:
+    """A name of traffic as a label: what it is fitted on goes to a second line, and stands right under it."""
+    return name.removeprefix("file:").replace(" (", "\n(") + (" *" if name.startswith("file:") else "")
+
+
+def _title(figure: Figure, gains: pd.DataFrame, exchanges: str) -> None:
+    row = gains.iloc[0]
+    name, of_balancer = row.placement, ""
+    if name == "in_step":
+        name = f"in_step (best split over the copies of {row.copies_of})"
+        takes = " to ".join(f"{us:.0f}" for us in sorted(set(gains.balancer_us)))
+        of_balancer = (
+            f"thin lines: with the {takes} us that a balancer takes; dotted upright lines: from where it pays over "
+            f"{row.copies_of} with an even split\n"
+        )
+    figure.suptitle(
+        f"Predicted: time of a MoE layer that {name} saves over {row.baseline} (exchange: {exchanges})\n"
+        f"{of_balancer}upright lines: crossover, from where a rank's time grows with its tokens, not with its distinct experts "
+        "alone\n"
         f"{row.model} in {row['dtype']}, {row.workload} traffic; bands: 95 %, paired",
         fontsize=10,
         x=0.01,

@@ -27,9 +27,10 @@ _LOOKS: dict[str, tuple[str, Any, str]] = {
     "node_aware": ("#009E73", "-.", "v"),
     "eplb": ("#56B4E9", "-", "X"),
     "eplb_refined": ("#8C510A", "--", "*"),
+    "in_step": ("#117733", (0, (1, 1)), "P"),
 }
 # With redundant slots: a colour for each strategy, dashes and marker by their number in powers of 2.
-_WITH_REDUNDANT = {"linear": "#777777", "eplb": "#882255", "eplb_refined": "#E07B91"}
+_WITH_REDUNDANT = {"linear": "#777777", "eplb": "#882255", "eplb_refined": "#E07B91", "eplb_budget": "#44AA99"}
 _BY_NUMBER = (("-", "h"), ("--", "p"), ("-.", "d"), (":", "<"), ((0, (3, 1, 1, 1)), ">"))
 _OTHER = ("#CC79A7", (0, (5, 1, 1, 1, 1, 1)), "P")
 _LABELS = {"round_robin": "round_robin (group-aware)"}

@@ -5,26 +5,37 @@ experts alike.
 """
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
 from sim.errors import InputError, whole_number
-from sim.model import ModelSpec
+from sim.model import ModelSpec, load_model
 from sim.placement import check_ep_size, place_fixed
 from sim.progress import track
 from sim.router import check_pair, draw_trials
 from sim.scoring import score
+from sim.stats import student_quantile
 from sim.streams import stream_key
-from sim.traffic import FittedLayers, SyntheticTraffic, Workload
+from sim.traffic import FittedLayers, SyntheticTraffic, Workload, load_workload
+from sim.traffic.presets import Published, published_figures
 from sim.traffic.recorded import RecordedTraffic, build_record
 
 LARGE_STEP = 16_384
 """Tokens per step where nobody says: so many that imbalance is that of the popularity."""
 _LAYERS = 64  # of a workload that has none of its own, where an imbalance is a mean over layers
+_MISFIT_TOKENS = 2**20  # sampled for each published figure
 _MOST_SCALE = 8.0
 _SEARCHES = 12
 _CLOSE = 0.002
 _MOST_IDS = 2**29
+
+
+class Imbalance(NamedTuple):
+    """A mean imbalance with the half-width of its 95 % interval over layers."""
+
+    mean: float
+    half: float
 
 
 @dataclass(frozen=True)
@@ -34,8 +45,8 @@ class Match:
     Attributes
     ----------
     name : str
-    unscaled : float
-        Mean imbalance of the workload as it is.
+    unscaled, unscaled_half : float
+        Mean imbalance of the workload as it is, and the half-width of its 95 % interval over layers.
     scale : float
         Popularity scale that comes nearest.
     reached : float
@@ -44,6 +55,7 @@ class Match:
 
     name: str
     unscaled: float
+    unscaled_half: float
     scale: float
     reached: float
 
@@ -67,19 +79,6 @@ def scaled(
     return replace(workload, popularity="fitted", sigma=0.0, layers=replace(layers, mu=np.clip(mu, -50, 50)))
 
 
-def mean_imbalance(
-    workload: Workload, model: ModelSpec, ep_size: int, tokens: int = LARGE_STEP, n_layers: int = _LAYERS, seed: int = 0
-) -> float:
-    """Mean over layers of max / mean rank load of a step under linear placement, a step of each layer.
-
-    Raises
-    ------
-    InputError
-        The workload or the EP size does not go with the model.
-    """
-    return mean_imbalances(workload, model, [ep_size], tokens, n_layers, seed)[0]
-
-
 def mean_imbalances(
     workload: Workload,
     model: ModelSpec,
@@ -87,15 +86,44 @@ def mean_imbalances(
     tokens: int = LARGE_STEP,
     n_layers: int = _LAYERS,
     seed: int = 0,
-) -> list[float]:
-    """`mean_imbalance` of the same steps at several EP sizes."""
+    worst_of: int = 1,
+) -> list[Imbalance]:
+    """Mean over layers of max / mean rank load of a step under linear placement, a step of each layer, at several EP sizes.
+
+    With `worst_of` the mean of the largest of so many layers. Intervals are over layers, or over sets of `worst_of`.
+
+    Raises
+    ------
+    InputError
+        The workload or an EP size does not go with the model.
+    """
     check_pair(model, workload)
     for ep_size in ep_sizes:
         check_ep_size(model, ep_size)
     n = workload.n_layers or n_layers
     counts, _ = draw_trials(model, workload, seed, range(n), n, np.array([whole_number("`tokens`", tokens, 1, 2**24)]))
-    placed = [place_fixed("linear", model, size, 8) for size in ep_sizes]
-    return [float(score(placement, counts[:, 0]).imbalance.mean()) for placement in placed]
+    found = []
+    for size in ep_sizes:
+        of_layer = score(place_fixed("linear", model, size, 8), counts[:, 0]).imbalance
+        of_set = of_layer[: n - n % worst_of].reshape(-1, worst_of).max(axis=1)
+        half = (
+            student_quantile(len(of_set) - 1) * of_set.std(ddof=1) / np.sqrt(len(of_set)) if len(of_set) > 1 else np.nan
+        )
+        found.append(Imbalance(float(of_set.mean()), float(half)))
+    return found
+
+
+def misfits(preset: str, seed: int = 0) -> list[tuple[Published, list[Imbalance]]]:
+    """Of each published figure of a preset what the preset has there, on the model that it is fitted to."""
+    workload = load_workload(preset)
+    assert isinstance(workload, SyntheticTraffic)
+    found = []
+    for figure in published_figures(preset):
+        n_layers = max(_MISFIT_TOKENS // figure.tokens // figure.worst_of, 2) * figure.worst_of
+        model = load_model(workload.fitted_to)
+        about = (figure.ep_sizes, figure.tokens, n_layers, seed, figure.worst_of)
+        found.append((figure, mean_imbalances(workload, model, *about)))
+    return found
 
 
 def match(
@@ -129,14 +157,21 @@ def match(
     if not 1 <= imbalance <= ep_size:
         raise InputError(f"`imbalance` {imbalance:g}: max / mean rank load lies from 1 to `ep_sizes` {ep_size}")
 
-    def reached(scale: float) -> float:
-        return mean_imbalance(scaled(workload, model, n_layers, scale, seed), model, ep_size, tokens, n_layers, seed)
+    def imbalance_at(scale: float) -> Imbalance:
+        own = scaled(workload, model, n_layers, scale, seed)
+        return mean_imbalances(own, model, [ep_size], tokens, n_layers, seed)[0]
 
-    unscaled = reached(1.0)
+    def reached(scale: float) -> float:
+        return imbalance_at(scale).mean
+
+    unscaled, half = imbalance_at(1.0)
     found = {1.0: unscaled}
-    low, high = (1.0, _MOST_SCALE) if unscaled < imbalance else (0.0, 1.0)
-    for scale in (low, high):
-        found.setdefault(scale, reached(scale))
+    low, high = 0.0, 1.0
+    if unscaled >= imbalance:
+        found[low] = reached(low)
+    while found[high] < imbalance and high < _MOST_SCALE:  # doubled, as steep popularity takes long to sample
+        low, high = high, 2 * high
+        found[high] = reached(high)
     for _ in range(_SEARCHES):
         if not found[low] < imbalance < found[high]:
             break
@@ -147,7 +182,7 @@ def match(
             break
         low, high = (scale, high) if found[scale] < imbalance else (low, scale)
     scale = min(found, key=lambda scale: (abs(found[scale] - imbalance), abs(scale - 1)))
-    return Match(workload.name, unscaled, scale, found[scale])
+    return Match(workload.name, unscaled, half, scale, found[scale])
 
 
 def make_traffic(

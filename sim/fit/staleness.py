@@ -201,9 +201,10 @@ def imbalances(slots: Placement, loads: np.ndarray, ep_size: int) -> np.ndarray:
     """
     layer = np.arange(loads.shape[-2])[:, None]
     copies = np.zeros(loads.shape[-2:])
-    np.add.at(copies, (layer, slots.experts), 1)
+    there = slots.experts >= 0
+    np.add.at(copies, (layer, slots.experts), there)
     first = np.searchsorted(slots.ranks[0], np.arange(ep_size))
-    of_rank = np.add.reduceat((loads / copies)[..., layer, slots.experts], first, axis=-1)
+    of_rank = np.add.reduceat((loads / copies)[..., layer, slots.experts] * there, first, axis=-1)
     return of_rank.max(axis=-1) / of_rank.mean(axis=-1)
 
 

@@ -39,11 +39,11 @@ def with_predictions(rows: pd.DataFrame, gpu: Gpu | None = None) -> pd.DataFrame
     """
     model = load_model(rows.model.iloc[0])
     gpu = gpu or load_gpu(rows.gpu.iloc[0])
-    bandwidth, peak = reached_fractions(gpu)
     parts = []
     for dtype, part in rows.groupby("dtype", sort=False):
         work = {"pairs": part.pairs, "distinct_experts": part.distinct, "dtype": str(dtype)}
         memory_us, compute_us = ideal_times_us(model, gpu, **work)
+        bandwidth, peak = reached_fractions(gpu, str(dtype))
         of_memory = memory_us / bandwidth >= compute_us / peak
         slots = model.n_experts + part.placement.map(lambda name: split_name(name)[1])
         local = np.maximum(slots / part.ep_size, part.distinct)
@@ -171,13 +171,15 @@ def constants(predicted: pd.DataFrame) -> pd.DataFrame:
         One row per dtype and constant: model, fitted, low, high (95 %; nan with one step, and where no row depends on
         the constant).
     """
-    kernel = grouped_gemm_profile()
-    of_model = [kernel.launch_us, *predicted[["bandwidth_fraction", "peak_fraction"]].iloc[0]]
     table = []
     for dtype, part in predicted.groupby("dtype"):
-        fitted = _fit(part, of_model)
+        kernel = grouped_gemm_profile(str(dtype))
+        of_model = [kernel.launch_us, *part[["bandwidth_fraction", "peak_fraction"]].iloc[0]]
+        fitted = _fit(part, of_model, kernel.sharpness)
         steps = part.step.unique()
-        without = np.array([_fit(part[part.step != step], fitted) for step in steps]) if len(steps) > 1 else None
+        without = None
+        if len(steps) > 1:
+            without = np.array([_fit(part[part.step != step], fitted, kernel.sharpness) for step in steps])
         half = np.full(3, np.nan)
         if without is not None:
             n = len(steps)
@@ -187,10 +189,9 @@ def constants(predicted: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(table, columns=["dtype", "constant", "model", "fitted", "low", "high"])
 
 
-def _fit(rows: pd.DataFrame, start: list[float] | np.ndarray) -> np.ndarray:
+def _fit(rows: pd.DataFrame, start: list[float] | np.ndarray, p: float) -> np.ndarray:
     names = ("memory_us", "compute_us", "fixed_us", "time_us")
     memory_us, compute_us, fixed_us, time_us = (rows[name].to_numpy(float) for name in names)
-    p = grouped_gemm_profile().sharpness
 
     def misfit(x: np.ndarray) -> np.ndarray:
         launch_us, bandwidth, peak = np.exp(x)

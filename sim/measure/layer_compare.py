@@ -4,15 +4,21 @@ The unit of replication is a step: an independent layer draw, which all cells of
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from sim.cost import Gpu, exchange_time_us, expert_time_us
+from sim.cost.inputs import expert_width
+from sim.cost.tables import exchange_profile
 from sim.errors import InputError
 from sim.measure.layer import LAYER_COLUMNS
 from sim.measure.layer_plan import EXCHANGES
 from sim.measure.table import check_rows, read_header, read_typed
+from sim.model import load_model
+from sim.placement import split_name
 from sim.stats import half_width, ratio_parts
 
 _SETTING = ["exchange", "workload", "tokens"]
@@ -26,14 +32,21 @@ def is_of_layers(path: Path) -> bool:
         return False
 
 
-def read_layers(path: Path) -> pd.DataFrame:
+def read_layers(path: Path, gpu: Gpu | None = None) -> pd.DataFrame:
     """Read measured layers, finished or partial.
+
+    Parameters
+    ----------
+    path : Path
+    gpu : Gpu
+        Whose numbers predict the layers' times; nothing is predicted by default.
 
     Returns
     -------
     DataFrame
         One row per layer (exchange, workload, tokens, step, placement): the layer_us, experts_us, exchange_us, pairs and
-        received of the rank that had the most of each, and mean_received; with model, gpu, dtype, ep_size.
+        received of the rank that had the most of each, and mean_received; with model, gpu, dtype, ep_size. With a `gpu`
+        also predicted_experts_us and predicted_exchange_us, as the cost model has them.
 
     Raises
     ------
@@ -67,7 +80,34 @@ def read_layers(path: Path) -> pd.DataFrame:
     layers = grouped[["layer_us", "experts_us", "exchange_us", "pairs", "received"]].max()
     layers["mean_received"] = grouped.received.mean()
     layers["mean_pairs"] = grouped.pairs.mean()
-    return layers.reset_index().assign(**rows.iloc[0][["model", "gpu", "dtype", "ep_size"]].to_dict())
+    if gpu is not None:
+        layers["predicted_experts_us"] = rows.assign(us=_experts_us(rows, gpu)).groupby(key, sort=False).us.max()
+    layers = layers.reset_index().assign(**rows.iloc[0][["model", "gpu", "dtype", "ep_size"]].to_dict())
+    return layers if gpu is None else layers.assign(predicted_exchange_us=_exchange_us(layers, gpu))
+
+
+def _experts_us(rows: pd.DataFrame, gpu: Gpu) -> np.ndarray:
+    """Predicted times of the ranks' experts."""
+    model = load_model(rows.model.iloc[0])
+    slots = model.n_experts + rows.placement.map(lambda name: split_name(name)[1])
+    return expert_time_us(
+        model, gpu, pairs=rows.pairs, distinct_experts=rows.distinct, dtype=rows["dtype"].iloc[0],
+        local_experts=np.maximum(slots / rows.ep_size, rows.distinct),
+    )  # fmt: skip
+
+
+def _exchange_us(layers: pd.DataFrame, gpu: Gpu) -> pd.Series:
+    """Predicted times of the exchanges. In FP8 a row goes out in a byte for each value, and 16 that hold its scale."""
+    model, times = load_model(layers.model.iloc[0]), pd.Series(np.nan, layers.index)
+    for kind, part in layers.groupby("exchange"):
+        profile = exchange_profile(str(kind), gpu.name)
+        if layers["dtype"].iloc[0] == "fp8":
+            profile = replace(profile, bytes_per_value=(1 + 16 / expert_width(model), 2.0))
+        times[part.index] = exchange_time_us(
+            model, gpu, kind=str(kind), ep_size=part.ep_size, tokens_per_rank=part.tokens / part.ep_size,
+            received_tokens=part.received, pairs=part.pairs, profile=profile,
+        ).total_us  # fmt: skip
+    return times
 
 
 def sums(layers: pd.DataFrame) -> pd.DataFrame:
@@ -88,6 +128,32 @@ def sums(layers: pd.DataFrame) -> pd.DataFrame:
         table.append([*setting, len(by_step), *means, excess - 1, excess - 1 - half, excess - 1 + half])
     names = [*_SETTING, "steps", "layer_us", "experts_us", "exchange_us", "excess", "excess_low", "excess_high"]
     return pd.DataFrame(table, columns=names)
+
+
+def predicted_gains(layers: pd.DataFrame, baseline: str = "linear", others: Sequence[str] = ()) -> pd.DataFrame:
+    """Gains of measured layers beside those that the cost model predicts for the same ranks of the same steps.
+
+    Parameters
+    ----------
+    layers : DataFrame
+        From `read_layers` with a GPU.
+    baseline, others
+        As in `layer_gains`.
+
+    Returns
+    -------
+    DataFrame
+        Rows and gains of `layer_gains`, with predicted (gain), difference (measured - predicted), predicted_us (mean time of
+        the baseline's layers) and error (predicted_us / baseline_us - 1).
+    """
+    predicted = layers.assign(layer_us=layers.predicted_experts_us + layers.predicted_exchange_us)
+    found, model = (layer_gains(table, baseline, others) for table in (layers, predicted))
+    return found.assign(
+        predicted=model.gain,
+        difference=found.gain - model.gain,
+        predicted_us=model.baseline_us,
+        error=model.baseline_us / found.baseline_us - 1,
+    )
 
 
 def layer_gains(layers: pd.DataFrame, baseline: str = "linear", others: Sequence[str] = ()) -> pd.DataFrame:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from sim.copies import find_copies
 from sim.cost.inputs import expert_width
 from sim.cost.links import count_links
 from sim.errors import InputError, unknown
@@ -20,7 +21,6 @@ from sim.measure.steps import plan_measurement
 from sim.model import ModelSpec
 from sim.placement import Placement
 from sim.router import draw_trials
-from sim.scoring import find_copies
 from sim.traffic import SyntheticTraffic, Workload
 
 EXCHANGES = {

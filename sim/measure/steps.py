@@ -10,7 +10,7 @@ import numpy as np
 from sim.cost import Gpu, expert_time_us
 from sim.errors import InputError, whole_number
 from sim.model import ModelSpec, load_model
-from sim.placement import Placement, check_ep_size, is_load_aware, place, strategy_name
+from sim.placement import BUDGET, Placement, check_ep_size, is_load_aware, place, split_name, strategy_name
 from sim.scoring import METRICS
 from sim.streams import PERMUTATION, stream_key, words
 from sim.sweeps import make_plan
@@ -83,7 +83,7 @@ class Measurement:
         """
         group, i = self.groups[key]
         counts = self.counts[key[0]][step : step + 1, size : size + 1]
-        assigned = group._replace(rows=group.rows[step : step + 1]).assign_evenly(counts)[0, 0]
+        assigned = group._replace(rows=group.rows[step : step + 1]).assign(counts)[0, 0]
         placement = group.placements[i]
         row = step % placement.n_rows
         if not placement.has_replicas:  # counts are those of experts
@@ -178,6 +178,11 @@ def plan_measurement(
     for count in tokens:
         whole_number("`tokens`", count, 1, 2**20)
     names = list(dict.fromkeys(strategy_name(name) for name in placements))
+    for name in names:
+        if split_name(name)[0] == BUDGET:
+            raise InputError(
+                f"`placements` {name}: its layers differ in slots; layers are measured with one number of them"
+            )
     for ep_size in ep_sizes:
         check_ep_size(model, ep_size, names, "ep_sizes")
     asked_for: list[str | Placement] = []

@@ -10,7 +10,7 @@ from typing import Any
 
 from sim.errors import InputError, unknown
 from sim.files import read_toml
-from sim.options.kinds import Kind, PerRank
+from sim.options.kinds import Kind, Measured, PerRank
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,7 @@ def add_options(
         add = (
             tokens.add_argument if tokens is not None and name in ("tokens", "tokens_per_rank") else parser.add_argument
         )
+        alone: Any = {"nargs": "?", "const": declared.kind.alone} if isinstance(declared.kind, Measured) else {}
         add(
             flags[name],
             dest=name,
@@ -95,6 +96,7 @@ def add_options(
             default=typed,
             metavar=declared.kind.metavar if declared.kind.metavar != "NAME" else flags[name][2:].upper(),
             help=named(text, flags).replace("%", "%%"),
+            **alone,
         )
 
 

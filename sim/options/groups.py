@@ -15,6 +15,7 @@ from sim.options.kinds import (
     Choice,
     Kind,
     Listed,
+    Measured,
     Number,
     Numbers,
     PerRank,
@@ -32,6 +33,11 @@ MAX_RANKS_PER_NODE = 2**15
 THRESHOLDS = (1.1, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0)
 """Imbalance thresholds of tail.csv."""
 LAYER_SETS, MOST_STEPS = 32, 512
+LAYER_CORRELATION = 1.8
+"""Variance of a step's mean imbalance over its layers, relative to independent layers: 1.77, the geometric mean of 18 cells (1.2
+to 2.9), of gpt-oss-20b's recorded steps under continuous batching (AmanPriyanshu/GPT-OSS-MoE-ExpertFingerprinting at 72b368f):
+epsim step --model gpt-oss-20b --traffic FILE --ep 4,8,16 --tokens 8,64,256 --steps 4096. Replays of other models' traces: 1.3 to
+2.5."""
 DEFAULT_TRIALS = 10_000
 DEFAULT_MAX_TRIALS = 1_000_000
 
@@ -136,7 +142,8 @@ class SweepOptions(CellOptions):
     )
     replica_choice: str = option(
         NAME,
-        "copy of a replicated expert that a token goes to: even, or vllm_hash of the token's index in the step",
+        "copy of a replicated expert that a token goes to: even; vllm_hash of the token's index in the step; or in_step, the "
+        "best split of each step's pairs that there is, as balancers within the step (LPLB) strive for",
         default="even",
     )
     received: str = option(
@@ -184,7 +191,19 @@ class StepOptions(CellOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CapacityOptions(CellOptions):
+class LayerOptions(Options):
+    """What layers of a step have to do with each other."""
+
+    layer_correlation: float | None = option(
+        Measured(1, 1e4, alone=LAYER_CORRELATION),
+        "variance of a step's mean over its layers, relative to layers that are independent (their default: they are). Without "
+        f"a number {LAYER_CORRELATION:g}, as on gpt-oss-20b's recorded steps; epsim step --traffic FILE measures yours",
+        default=None,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CapacityOptions(CellOptions, LayerOptions):
     """What `sim.capacity` takes beside model and workload."""
 
     placements: Any = option(Placements(), "placements (epsim placements)", flag="--placement")
@@ -257,13 +276,19 @@ class TimeOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class RestOptions(Options):
-    """What a step does beside routed experts and their exchange: one of the two."""
+    """What a step does beside routed experts and their exchange: one of the first two; and what a balancer takes of it."""
 
     moe_share: float | None = option(Share(), "share of a step that experts and exchange take, as in 40%", default=None)
     step_us: float | None = option(
         Positive(scale=1e3, metavar="MS"),
         "instead of `moe_share`: the baseline's measured step time",
         flag="--step-ms",
+        default=None,
+    )
+    balancer_us: float | None = option(
+        Number(0, 1e6, metavar="US"),
+        "of placement in_step: what the balancer takes of each layer (default: 100 within a node, 200 across nodes, as LPLB's "
+        "authors say; not verified)",
         default=None,
     )
 

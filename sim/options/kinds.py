@@ -103,6 +103,13 @@ class Number(Kind):
 
 
 @dataclass(frozen=True)
+class Measured(Number):
+    """A number that was measured: on the command line the option alone stands for `alone`."""
+
+    alone: float = field(kw_only=True)
+
+
+@dataclass(frozen=True)
 class Positive(Number):
     """A number above 0, and at most 1e6."""
 

@@ -246,7 +246,8 @@ def spread_copies(placement: Placement, loads: np.ndarray) -> Placement:
     """
     experts = placement.experts.copy()
     for row in np.flatnonzero(placement.idle_copies):
-        if not _spread(experts[row].reshape(placement.ep_size, -1), loads[row]):  # a view
+        per_rank = placement.slots_of_row[row] // placement.ep_size
+        if not _spread(experts[row].reshape(placement.ep_size, -1)[:, :per_rank], loads[row]):  # a view
             layer = placement.layer_ids[row] if placement.layer_ids else row
             raise InputError(
                 f"`strategy` {placement.strategy}: a rank of layer {layer} holds two copies of one expert, and none can move "

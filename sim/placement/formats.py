@@ -12,7 +12,8 @@ trtllm
 vllm-ascend
     The expert map's JSON: `moe_layer_count` and `layer_list` of `layer_id`, `device_count` and `device_list` of `device_id` and
     `device_expert`. Its loader takes MoE layer i from place i of the list, whatever its id, and the distinct experts of rank 0
-    for the slots of each rank, so that no rank may hold an expert twice (`generate_log2phy_map`, eplb/core/eplb_utils.py).
+    for the slots of each rank, so that no rank may hold an expert twice (`generate_log2phy_map`, eplb/core/eplb_utils.py). Each
+    layer reads its own number of slots (`init_eplb_config`, there): alone of these forms it lets layers differ.
 vllm
     JSON with `physical_to_logical_map` [MoE layers, slots], the layout of vLLM's EPLB state; vLLM 0.33 reads no file.
 
@@ -91,7 +92,8 @@ def placement_text(placement: Placement, form: str, n_layers: int = 0) -> str:
     Raises
     ------
     InputError
-        Ranks hold different numbers of slots, which none of these formats can say, or for vllm-ascend an expert twice.
+        Ranks hold different numbers of slots, which none of these formats can say; layers do, which only vllm-ascend's can; or
+        for vllm-ascend a rank holds an expert twice.
     """
     ep_size, layers = placement.ep_size, placement.experts.tolist()
     held = np.array([np.bincount(row, minlength=ep_size) for row in placement.ranks])
@@ -100,6 +102,14 @@ def placement_text(placement: Placement, form: str, n_layers: int = 0) -> str:
         raise InputError(
             f"--format {form} assigns slots to ranks in equal numbers; here ranks hold from {per_rank} to {held.max()}"
         )
+    slots = placement.slots_of_row
+    if slots.min() < slots.max():
+        if form != "vllm-ascend":
+            raise InputError(
+                f"--format {form} has one number of slots for all layers; here layers have from {slots.min()} to {slots.max()} "
+                f"({placement.strategy}). vllm-ascend alone reads the slots of each layer by itself"
+            )
+        layers = [[expert for expert in row if expert >= 0] for row in layers]
     ids = placement.layer_ids or range(placement.n_rows)
     if form in ("vllm", "sglang"):
         if form == "sglang":
@@ -122,8 +132,8 @@ def placement_text(placement: Placement, form: str, n_layers: int = 0) -> str:
             "layer_id": layer,
             "device_count": ep_size,
             "device_list": [
-                {"device_id": rank, "device_expert": row[rank * per_rank : (rank + 1) * per_rank]}
-                for rank in range(ep_size)
+                {"device_id": rank, "device_expert": experts}
+                for rank, experts in enumerate(np.reshape(row, (ep_size, -1)).tolist())
             ],
         }
         for layer, row in zip(ids, layers, strict=True)
@@ -235,7 +245,7 @@ def _from_ascend(content: dict[str, Any], name: str, model: ModelSpec, ep_size: 
                 f"the last {left} of its layers left out: {model.name} has {len(moe)} MoE layers (a draft model's?)",
             )
         slots, known = dict(list(slots.items())[: len(moe)]), moe
-    return _from_slots(slots, name, model, ep_size, where, known, notes)
+    return _from_slots(slots, name, model, ep_size, where, known, notes, may_differ=True)
 
 
 def _device_experts(row: dict[str, Any], ep_size: int, at: str) -> list[Any]:
@@ -271,14 +281,15 @@ def _from_slots(
     where: str,
     layer_ids: tuple[int, ...] | None,
     notes: tuple[str, ...],
+    may_differ: bool = False,
 ) -> Placement:
-    """Slots of layers, a list with the expert of each slot by the file's number of the layer."""
+    """Slots of layers, a list with the expert of each slot by the file's number of the layer; whose numbers may differ."""
     n_experts, width = model.n_experts, None
     for layer, row in rows.items():
         at = f"{where}, layer {layer}"
         _check_ids(row, n_experts, f"{at}: slot", "an expert", at)
         width = len(row) if width is None else width
-        if len(row) != width:
+        if len(row) != width and not may_differ:
             raise InputError(f"{at} has {len(row)} slots, the first layer has {width}")
         if len(row) % ep_size or not n_experts <= len(row) <= n_experts + _MOST_SLOTS:
             raise InputError(
@@ -288,7 +299,11 @@ def _from_slots(
         missing = set(range(n_experts)) - set(row)
         if missing:
             raise InputError(f"{at}: expert {min(missing)} of the model's {n_experts} has no slot")
-    return Placement.of_slots(name, ep_size, n_experts, np.array(list(rows.values()), np.int16), layer_ids, notes)
+    width = max(map(len, rows.values())) // ep_size
+    slots = np.full((len(rows), ep_size, width), -1, np.int16)
+    for of_rank, row in zip(slots, rows.values(), strict=True):
+        of_rank[:, : len(row) // ep_size] = np.reshape(row, (ep_size, -1))
+    return Placement.of_slots(name, ep_size, n_experts, slots.reshape(len(rows), -1), layer_ids, notes)
 
 
 def _check_ids(row: Any, n: int, one: str, what: str, at: str) -> None:

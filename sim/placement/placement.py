@@ -22,7 +22,8 @@ class Placement:
     ranks : int32 [rows, slots]
         Rank of each slot, ascending: slots are numbered rank by rank. One row for all layers, or a row per layer.
     experts : int16 [rows, slots]
-        Logical expert in each slot; every expert is in at least one.
+        Logical expert in each slot; every expert is in at least one. -1: no expert, at the end of each rank's slots, in a row
+        that has fewer slots than others (`eplb_budget`).
     layer_ids : tuple of int, optional
         Decoder layers that the rows belong to; None where one row serves all layers, or where the layers are not known.
     notes : tuple of str
@@ -62,7 +63,7 @@ class Placement:
         layer_ids: tuple[int, ...] | None = None,
         notes: tuple[str, ...] = (),
     ) -> "Placement":
-        """Equal numbers of slots on each rank: the expert of each, int16 [rows, slots]."""
+        """Equal numbers of slots on each rank: the expert of each, int16 [rows, slots], -1 where a row has fewer."""
         n_slots = experts.shape[1]
         rank = np.arange(n_slots, dtype=np.int32) // (n_slots // ep_size)
         ranks = np.ascontiguousarray(np.broadcast_to(rank, experts.shape))
@@ -75,8 +76,13 @@ class Placement:
 
     @property
     def n_slots(self) -> int:
-        """Slots of a layer."""
+        """Slots of a layer, of the largest where layers differ."""
         return self.ranks.shape[1]
+
+    @property
+    def slots_of_row(self) -> np.ndarray:
+        """Slots of each row, int64 [rows]."""
+        return np.count_nonzero(self.experts >= 0, axis=1)
 
     @property
     def has_replicas(self) -> bool:
@@ -90,7 +96,7 @@ class Placement:
 
     @property
     def logical_of_slot(self) -> np.ndarray:
-        """Logical expert of each slot, int32 [slots], or [layers, slots] where layers differ."""
+        """Logical expert of each slot (-1: none), int32 [slots], or [layers, slots] where layers differ."""
         return (self.experts[0] if self.n_rows == 1 else self.experts).astype(np.int32)
 
     @property
@@ -123,7 +129,8 @@ class Placement:
     def idle_copies(self) -> np.ndarray:
         """Slots per row whose expert is already on the same rank, int64 [rows]: such a copy takes memory, and no load off."""
         on_rank = self.ranks.astype(np.int64) * self.n_experts + self.experts
-        return np.array([row.size - np.unique(row).size for row in on_rank])
+        held = [row[experts >= 0] for row, experts in zip(on_rank, self.experts, strict=True)]
+        return np.array([row.size - np.unique(row).size for row in held])
 
 
 def notes_on(placement: Placement) -> list[str]:
@@ -133,7 +140,7 @@ def notes_on(placement: Placement) -> list[str]:
         layers = f" in {np.count_nonzero(idle)} of {placement.n_rows} layers" if placement.n_rows > 1 else ""
         notes.append(
             f"{placement.strategy} at EP size {placement.ep_size}: a rank holds two copies of one expert{layers}; "
-            f"they balance nothing ({idle.sum()} of {placement.experts.size} slots)"
+            f"they balance nothing ({idle.sum()} of {placement.slots_of_row.sum()} slots)"
         )
     return notes
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from sim.errors import InputError, shown, unknown, whole_number
 from sim.model import ModelSpec, load_model
+from sim.placement.budget import LayerCost, balance_budget, most_copies
 from sim.placement.eplb import balance, check_loads
 from sim.placement.formats import read_placement
 from sim.placement.placement import Placement
@@ -21,11 +22,13 @@ STRATEGIES = {
     "random": "one random permutation per layer draw, keyed by the seed, in blocks like linear",
     "node_aware": "each node holds linear's block, round robin over the node's ranks",
     "eplb": "load-aware: DeepSeek's EPLB, hierarchical where the nodes divide the expert groups, else global",
+    "eplb_budget": "EPLB with N slots for each layer in the mean, as eplb_budget+N, spent over all layers where they pay",
     "eplb_refined": "EPLB and a search on from its map: on the loads it is given never a heavier rank; takes milliseconds",
     "file:PATH": "ranks of experts (JSON: one row, or one per layer), or slots in a format of `epsim export`",
 }
 ALIASES = {"group_aware": "round_robin"}
-LOAD_AWARE = ("eplb", "eplb_refined")
+BUDGET = "eplb_budget"
+LOAD_AWARE = ("eplb", "eplb_refined", BUDGET)
 """Strategies that need loads of experts."""
 _STATIC = ("linear", "linear_legacy", "round_robin", "random", "node_aware")
 _WITH_COPIES = ("linear", *LOAD_AWARE)
@@ -69,6 +72,8 @@ def strategy_name(strategy: Any, parameter: str = "strategy") -> str:
     if base not in _STATIC + LOAD_AWARE:
         known = [*_STATIC, *LOAD_AWARE, *ALIASES]
         raise unknown(f"`{parameter}`", base if plus else strategy, known, " (or file:PATH)")
+    if base == BUDGET and not number.strip("0"):
+        raise InputError(f"`{parameter}` {strategy}: needs redundant slots that it can spend, as in {BUDGET}+32")
     if not plus:
         return base
     if not re.fullmatch("[0-9]{1,5}", number) or int(number) > _MOST_REDUNDANT:
@@ -76,7 +81,9 @@ def strategy_name(strategy: Any, parameter: str = "strategy") -> str:
             f"`{parameter}` {shown(strategy)}: redundant slots are a whole number up to {_MOST_REDUNDANT}, as in {base}+32"
         )
     if int(number) and base not in _WITH_COPIES:
-        raise InputError(f"`{parameter}` {strategy}: redundant slots go with linear, eplb and eplb_refined")
+        raise InputError(
+            f"`{parameter}` {strategy}: redundant slots go with linear, eplb, eplb_budget and eplb_refined"
+        )
     return f"{base}+{int(number)}" if int(number) else base
 
 
@@ -93,6 +100,12 @@ def is_load_aware(name: str) -> bool:
     return split_name(name)[0] in LOAD_AWARE
 
 
+def most_slots(name: str, n_experts: int, ep_size: int) -> int:
+    """Slots that a layer has at most under a strategy's name; a budget may give a layer more than the mean."""
+    base, redundant = split_name(name)
+    return n_experts + (most_copies(n_experts, ep_size, redundant) if base == BUDGET else redundant)
+
+
 def check_slots(name: str, model: ModelSpec, ep_size: int) -> None:
     """Refuse slots that do not fill the ranks, or not in equal numbers where the strategy needs that. A file is checked when
     it is read.
@@ -101,6 +114,8 @@ def check_slots(name: str, model: ModelSpec, ep_size: int) -> None:
     if base.startswith("file:"):
         return
     slots = model.n_experts + redundant
+    if base == BUDGET and slots >= model.n_experts + -model.n_experts % ep_size:
+        return  # its layers have as many as divide
     if ep_size > slots or ((redundant or base in LOAD_AWARE) and slots % ep_size):
         enough = max(ep_size, model.n_experts + 1)
         fitting = -(-enough // ep_size) * ep_size - model.n_experts
@@ -195,11 +210,17 @@ def place_balanced(
     ranks_per_node: int,
     loads: np.ndarray,
     layer_ids: tuple[int, ...] | None = None,
+    layer_cost: LayerCost | None = None,
 ) -> Placement:
-    """Layers under a load-aware strategy, of checked loads float64 [layers, n_experts], and perhaps their decoder layers."""
+    """Layers under a load-aware strategy, of checked loads float64 [layers, n_experts], and perhaps their decoder layers. Under a
+    budget they are the layers of one deployment, and their costs decide (default: the load of the busiest rank).
+    """
     check_slots(name, model, ep_size)
     base, redundant = split_name(name)
-    experts = balance(loads, model, ep_size, ranks_per_node, redundant, base == "eplb_refined")
+    if base == BUDGET:
+        experts = balance_budget(loads, model, ep_size, ranks_per_node, redundant, layer_cost)
+    else:
+        experts = balance(loads, model, ep_size, ranks_per_node, redundant, base == "eplb_refined")
     return Placement.of_slots(name, ep_size, model.n_experts, experts, layer_ids)
 
 

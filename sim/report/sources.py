@@ -1,7 +1,5 @@
 """What a page shows, read from folders of sweeps and of advice: cells, worst cases, an answer in a sentence, provenance."""
 
-import hashlib
-import io
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +7,8 @@ import numpy as np
 import pandas as pd
 
 from sim.errors import InputError
-from sim.files import is_there, read_json, read_text
-from sim.results import PROVENANCE, SweepResult, read_result
+from sim.files import is_there, read_json
+from sim.results import PROVENANCE, SweepResult, read_result, read_table
 
 _LABELS = {
     "against_baseline_mean": "busiest rank's load / that under the baseline: mean",
@@ -74,13 +72,8 @@ def _of_sweep(folder: Path) -> dict[str, Any]:
 
 
 def _of_advice(folder: Path) -> list[dict[str, Any]]:
-    about = read_json(folder / "advice.json", str(folder / "advice.json"))
-    text = read_text(folder / "advice.csv", str(folder / "advice.csv"))
-    digests = about.get("sha256") if isinstance(about, dict) else None
-    if not isinstance(digests, dict) or hashlib.sha256(text.encode()).hexdigest() != digests.get("advice.csv"):
-        raise InputError(f"{folder / 'advice.csv'} is damaged or was changed: it is not what epsim advise wrote")
+    table, about = read_table(folder, "advice", "advise")
     try:
-        table = pd.read_csv(io.StringIO(text))
         return [_of_split(folder, rows, about) for _, rows in table.groupby(["gpu", "exchange", "split"], sort=False)]
     except (ValueError, KeyError, AttributeError) as error:
         raise InputError(f"{folder / 'advice.csv'} is not a table of epsim advise ({error})") from None

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 
 from sim.errors import InputError
-from sim.model import ModelSpec
+from sim.model import ModelSpec, load_model
 from sim.model.spec import ROUTED_SCORINGS
 from sim.router.sampler import sample_trials
 from sim.streams import stream_key
@@ -50,6 +50,17 @@ def check_pair(model: ModelSpec, workload: Workload) -> None:
         raise InputError(
             f"model {model.name}: grouped routing with scoring '{model.scoring}' is not known; known: softmax, sigmoid"
         )
+
+
+def model_for(workload: Workload, model: ModelSpec) -> ModelSpec:
+    """The model where the workload goes with it, else the one that the workload is fitted to. Raises InputError without one."""
+    try:
+        check_pair(model, workload)
+    except InputError:
+        if isinstance(workload, RecordedTraffic) or workload.layers is None or not workload.fitted_to:
+            raise
+        return load_model(workload.fitted_to)
+    return model
 
 
 def score_law(model: ModelSpec) -> np.ndarray:

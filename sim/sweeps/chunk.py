@@ -79,7 +79,7 @@ class _LargestSteps:
         self.first_rank = np.cumsum(sizes) - sizes
         self.step = np.searchsorted(scorer.tokens, grid.tokens_of_cell[grid.largest_cells[self.pairs]])
 
-    def load(self, group: Group, blocks: Blocks, loads: np.ndarray) -> None:
+    def load(self, group: Group, blocks: Blocks, counts: np.ndarray, *, loads: np.ndarray) -> None:
         """Add the loads of the group's ranks to int64 [trials, ranks]."""
         mine = np.flatnonzero(np.isin(self.pairs, group.pairs))
         rows = np.ascontiguousarray(group.rows[:, np.searchsorted(group.pairs, self.pairs[mine])])

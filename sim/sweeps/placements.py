@@ -10,9 +10,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
+from sim.copies import REPLICA_CHOICES
 from sim.errors import InputError, shown, unknown, whole_number
 from sim.model import ModelSpec
 from sim.placement import (
+    LayerCost,
     Placement,
     check_loads,
     check_slots,
@@ -22,7 +24,6 @@ from sim.placement import (
     split_name,
     strategy_name,
 )
-from sim.scoring import REPLICA_CHOICES
 from sim.traffic import RecordedTraffic, SyntheticTraffic, Workload, load_table
 
 MAX_TOKENS = 2**24
@@ -113,24 +114,30 @@ def _check_placement(placement: Placement, model: ModelSpec) -> None:
     if placement.n_experts != n_experts:
         raise InputError(f"`placements` {name} is of {placement.n_experts} experts, model {model.name} has {n_experts}")
     is_whole = ranks.ndim == 2 and ranks.shape == experts.shape and n_experts <= ranks.shape[1] < 2**16
-    if not is_whole or ranks.min() < 0 or ranks.max() >= size or experts.min() < 0 or experts.max() >= n_experts:
+    if not is_whole or ranks.min() < 0 or ranks.max() >= size or experts.min() < -1 or experts.max() >= n_experts:
         raise InputError(f"`placements` {name}: ranks and experts do not fit {size} ranks and {n_experts} experts")
     for row, (of_slot, expert) in enumerate(zip(ranks, experts, strict=True)):
         for what, held, n in (("rank", of_slot, size), ("expert", expert, n_experts)):
-            missing = np.flatnonzero(np.bincount(held, minlength=n) == 0)
+            missing = np.flatnonzero(np.bincount(held[expert >= 0], minlength=n) == 0)
             if missing.size:
                 raise InputError(f"`placements` {name}, layer {row}: {what} {missing[0]} of {n} is in no slot")
 
 
 def place_pair(
-    name: str, model: ModelSpec, ep_size: int, ranks_per_node: int, given: Given, loads: np.ndarray | None
+    name: str,
+    model: ModelSpec,
+    ep_size: int,
+    ranks_per_node: int,
+    given: Given,
+    loads: np.ndarray | None,
+    layer_cost: LayerCost | None,
 ) -> Placement | None:
     """Placement of a pair, of one layer or all; None where each draw has its own."""
     if (name, ep_size) in given:
         return given[name, ep_size]
     check_slots(name, model, ep_size)
     if is_load_aware(name):
-        return None if loads is None else place_balanced(name, model, ep_size, ranks_per_node, loads)
+        return None if loads is None else place_balanced(name, model, ep_size, ranks_per_node, loads, None, layer_cost)
     if name == "random":
         return None
     return place_fixed(name, model, ep_size, ranks_per_node)

@@ -10,7 +10,7 @@ import numpy as np
 from sim.errors import InputError, shown, whole_number
 from sim.model import ModelSpec, load_model
 from sim.options import DEFAULT_MAX_TRIALS, DEFAULT_TRIALS, SweepOptions, identity
-from sim.placement import Placement, check_ep_size, is_load_aware, split_name
+from sim.placement import BUDGET, LayerCost, Placement, check_ep_size, is_load_aware, most_slots, split_name
 from sim.results import SCHEMA
 from sim.router import check_pair, routing_law
 from sim.sweeps.grid import Grid
@@ -62,6 +62,8 @@ class Plan:
         Layer draws that bounds past sampling are taken over; 0 for no bounds.
     tail_floor : float, optional
         Probability down to which tails over all layers are estimated (`sim.theory.rare_tail`).
+    layer_cost : LayerCost, optional
+        What a budget of copies is spent by, where it is not the load of the busiest rank.
     """
 
     grid: Grid
@@ -78,6 +80,7 @@ class Plan:
     precision: Precision | None
     bound_layers: int
     tail_floor: float | None
+    layer_cost: LayerCost | None = None
 
     @property
     def identity(self) -> dict[str, object]:
@@ -88,6 +91,11 @@ class Plan:
         values |= {"replica_choice": self.replica_choice} if any(self.has_replicas) else {}
         values |= {"tail_floor": self.tail_floor} if self.tail_floor is not None else {}
         return values | ({"precision": list(self.precision)} if self.precision else {})
+
+    @property
+    def n_layers(self) -> int:
+        """Layers of a deployment, 0 where they are not known; of drawn ones those are so many draws in a row."""
+        return self.workload.n_layers or self.model.n_moe_layers
 
     @cached_property
     def has_replicas(self) -> list[bool]:
@@ -101,21 +109,27 @@ class Plan:
     def slots_of_draw(self) -> int:
         """Slots of all pairs that are fitted to each draw."""
         pairs = zip(self.grid.pairs, self.placements, strict=True)
-        fitted = [name for (name, _), placement in pairs if placement is None and is_load_aware(name)]
-        return sum(self.model.n_experts + split_name(name)[1] for name in fitted)
+        fitted = [pair for pair, placement in pairs if placement is None and is_load_aware(pair[0])]
+        return sum(most_slots(name, self.model.n_experts, ep_size) for name, ep_size in fitted)
 
     @cached_property
     def most_slots(self) -> int:
         """Most slots of a pair with replicas; 0 without any."""
         n_experts = self.model.n_experts
         numbers = [
-            n_experts + split_name(name)[1] if placement is None else placement.n_slots
-            for (name, _), placement in zip(self.grid.pairs, self.placements, strict=True)
+            most_slots(name, n_experts, ep_size) if placement is None else placement.n_slots
+            for (name, ep_size), placement in zip(self.grid.pairs, self.placements, strict=True)
         ]
         return max((n for n, has in zip(numbers, self.has_replicas, strict=True) if has), default=0)
 
 
-def make_plan(model: str | Path | ModelSpec, workload: str | Path | Workload, **options: Any) -> Plan:
+def make_plan(
+    model: str | Path | ModelSpec,
+    workload: str | Path | Workload,
+    *,
+    layer_cost: LayerCost | None = None,
+    **options: Any,
+) -> Plan:
     """Check the arguments of `sim.sweep`. Raises InputError for whatever is wrong."""
     chosen = SweepOptions(**options)
     model = load_model(model)
@@ -128,7 +142,9 @@ def make_plan(model: str | Path | ModelSpec, workload: str | Path | Workload, **
     pairs = [(name, int(size)) for name in names for size in chosen.ep_sizes]
     trials, precision = _choose_trials(chosen)
     fit = fitted_on(strategies, model, workload, chosen.fit_tokens, chosen.fit_on)
-    placed = [place_pair(name, model, size, chosen.ranks_per_node, given, fit.loads) for name, size in pairs]
+    placed = [
+        place_pair(name, model, size, chosen.ranks_per_node, given, fit.loads, layer_cost) for name, size in pairs
+    ]
     _check_layers(pairs, placed, fit.scored)
     largest_step = max(chosen.tokens) * (max(chosen.ep_sizes) if chosen.tokens_per_rank else 1)
     check_replica_choice(chosen.replica_choice, fit.scored, largest_step)
@@ -149,8 +165,13 @@ def make_plan(model: str | Path | ModelSpec, workload: str | Path | Workload, **
         precision=precision,
         bound_layers=_choose_bound_layers(grid, workload, trials, chosen.bound_layers),
         tail_floor=chosen.tail_floor,
+        layer_cost=layer_cost,
     )
     _check_sums_fit(plan)
+    drawn = [name for (name, _), of_pair in zip(pairs, placed, strict=True) if of_pair is None]
+    budgets = [name for name in drawn if split_name(name)[0] == BUDGET]
+    if budgets and not plan.n_layers:
+        raise InputError(f"placement {budgets[0]}: {model.name} does not say how many MoE layers share the budget")
     return plan
 
 
@@ -175,7 +196,7 @@ def _grid(
             for (name, _), of_pair in zip(pairs, placed, strict=True)
         ),
         largest_rank=tuple(
-            -(-(model.n_experts + split_name(name)[1]) // size)
+            -(-most_slots(name, model.n_experts, size) // size)
             if of_pair is None
             else max(int(np.bincount(row).max()) for row in of_pair.ranks)
             for (name, size), of_pair in zip(pairs, placed, strict=True)

@@ -6,26 +6,39 @@ counts of experts; each pair with replicas has the counts of its own slots, to w
 """
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 
-from sim.placement import Placement, is_load_aware, place_balanced, random_ranks
+from sim.copies import (
+    Copies,
+    assign_by_hash,
+    assign_evenly,
+    assign_in_step,
+    find_copies,
+    pick_slots,
+    slots_by_hash,
+)
+from sim.placement import (
+    BUDGET,
+    Placement,
+    balance_budget,
+    is_load_aware,
+    most_slots,
+    place_balanced,
+    random_ranks,
+    split_name,
+)
 from sim.router import draw_loads, draw_trials
 from sim.scoring import (
     METRICS,
-    Copies,
     Layouts,
-    assign_by_hash,
-    assign_evenly,
     count_received,
     fan_out,
-    find_copies,
     lay_out,
-    pick_slots,
     receivers,
     score_blocks,
-    slots_by_hash,
 )
 from sim.sweeps.plan import Plan
 from sim.traffic import SyntheticTraffic
@@ -40,24 +53,28 @@ class Group(NamedTuple):
     copies: Copies | None  # of the layouts, where experts have replicas
     placements: list[Placement]  # of each pair, of the rows that it has there
 
-    def assign(self, counts: np.ndarray, ids: np.ndarray, tokens: np.ndarray, choice: str) -> np.ndarray:
+    def assign(
+        self,
+        counts: np.ndarray,
+        choice: str = "even",
+        ids: np.ndarray | None = None,
+        tokens: np.ndarray | None = None,
+    ) -> np.ndarray:
         """Counts that the group is scored on, int32 [trials, steps, slots]: those of experts, or assigned to their copies.
 
         counts int32 [trials, steps, n_experts] of the group's first draws; ids int16 [trials, tokens, top_k], all tokens of
         the largest step for 'vllm_hash'; tokens int64 [steps].
         """
-        if self.copies is None or choice == "even":
-            return self.assign_evenly(counts)
-        assigned = np.empty((*counts.shape[:2], self.layouts.ranks.shape[1]), np.int32)
-        assign_by_hash(ids, tokens, self.rows[:, 0], self.copies, assigned)
-        return assigned
-
-    def assign_evenly(self, counts: np.ndarray) -> np.ndarray:
-        """The same with the tokens of an expert split evenly over its copies."""
         if self.copies is None:
             return counts
-        assigned = np.empty((*counts.shape[:2], self.layouts.ranks.shape[1]), np.int32)
-        assign_evenly(counts, self.rows[:, 0], self.copies, assigned)
+        row_of_trial, ranks = self.rows[:, 0], self.layouts.ranks
+        assigned = np.zeros((*counts.shape[:2], ranks.shape[1]), np.int32)
+        if choice == "vllm_hash":
+            assign_by_hash(ids, tokens, row_of_trial, self.copies, assigned)
+        elif choice == "in_step":
+            assign_in_step(counts, row_of_trial, self.copies, ranks, self.placements[0].ep_size, assigned)
+        else:
+            assign_evenly(counts, row_of_trial, self.copies, assigned)
         return assigned
 
     def slots_of_all(self, ids: np.ndarray) -> np.ndarray:
@@ -97,8 +114,28 @@ def _placement_of_draws(plan: Plan, draws: range, pair: int, loads: np.ndarray |
     if name == "random":
         ranks = random_ranks(plan.model.n_experts, ep_size, plan.seed, draws.start, len(draws))
         return Placement.of_ranks(name, ep_size, ranks), np.arange(len(draws))
+    if split_name(name)[0] == BUDGET:
+        n_layers = plan.n_layers
+        deployments = range(draws.start // n_layers, -(-draws.stop // n_layers))
+        experts = np.concatenate([_budget_of_deployment(plan, pair, deployment) for deployment in deployments])
+        return Placement.of_slots(name, ep_size, plan.model.n_experts, experts), np.arange(
+            len(draws)
+        ) + draws.start % n_layers
     assert loads is not None
     return place_balanced(name, plan.model, ep_size, plan.ranks_per_node, loads), np.arange(len(draws))
+
+
+@lru_cache(maxsize=64)  # chunks of draws ask for the same deployments
+def _budget_of_deployment(plan: Plan, pair: int, deployment: int) -> np.ndarray:
+    """Expert of each slot of the layers of a deployment, int16 [layers, slots]: so many draws in a row as there are layers."""
+    (name, ep_size), n_layers, n_experts = plan.grid.pairs[pair], plan.n_layers, plan.model.n_experts
+    draws = range(deployment * n_layers, (deployment + 1) * n_layers)
+    assert isinstance(plan.workload, SyntheticTraffic)
+    loads = draw_loads(plan.model, plan.workload, plan.seed, draws, plan.fit_tokens)
+    per_rank = most_slots(name, n_experts, ep_size) // ep_size  # the same for all deployments
+    return balance_budget(
+        loads, plan.model, ep_size, plan.ranks_per_node, split_name(name)[1], plan.layer_cost, per_rank
+    )
 
 
 def _plain_group(plan: Plan, draws: range, pairs: list[int], loads: np.ndarray | None) -> Group:
@@ -116,7 +153,7 @@ def _plain_group(plan: Plan, draws: range, pairs: list[int], loads: np.ndarray |
 
 def _replica_group(plan: Plan, draws: range, pair: int, loads: np.ndarray | None) -> Group:
     placement, row = _placement_of_draws(plan, draws, pair, loads)
-    layouts = lay_out(placement.ranks, np.full(placement.n_rows, placement.ep_size))
+    layouts = lay_out(placement.ranks, np.full(placement.n_rows, placement.ep_size), placement.experts >= 0)
     copies = find_copies(placement.experts, plan.model.n_experts)
     return Group(np.array([pair]), layouts, row[:, None], copies, [placement])
 
@@ -170,10 +207,11 @@ class StepScorer:
         all_tokens = grid.received or (plan.replica_choice == "vllm_hash" and any(group.copies for group in groups))
         self._n_ids = int(self.tokens[-1]) if all_tokens else 1
 
-    def score(self, trials: range, also: Callable[[Group, Blocks], None] | None = None) -> Scored:
+    def score(self, trials: range, also: Callable[[Group, Blocks, np.ndarray], None] | None = None) -> Scored:
         """Sample and score consecutive trials, of the first draws of the groups.
 
-        `also(group, blocks)` is called for each group besides, for what else is to be learned from the same blocks.
+        `also(group, blocks, counts)` is called for each group besides, with the counts of experts, for what else is to be
+        learned from the same blocks.
         """
         plan = self.plan
         counts, ids = draw_trials(plan.model, plan.workload, plan.seed, trials, self.n_draws, self.tokens, self._n_ids)
@@ -183,7 +221,7 @@ class StepScorer:
         for group in self.groups:
             cells = np.flatnonzero(np.isin(self.pair_of_cell, group.pairs))
             of_group = np.searchsorted(group.pairs, self.pair_of_cell)  # of other groups' cells: not looked at
-            assigned = group.assign(counts, ids, self.tokens, plan.replica_choice)
+            assigned = group.assign(counts, plan.replica_choice, ids, self.tokens)
             blocks = Blocks(assigned, cells, self.step_of_cell, of_group, group.rows, group.layouts)
             score_blocks(*blocks, scores)
             first = group.slots_of_first(ids, trials.start)
@@ -191,7 +229,7 @@ class StepScorer:
             if plan.grid.received:
                 self._receive(group, ids, cells, of_group[cells], scores, received)
             if also is not None:
-                also(group, blocks)
+                also(group, blocks, counts)
         return Scored(counts, scores, reached, received)
 
     def _receive(

@@ -90,6 +90,8 @@ def tail_of_tilted(n_tokens, least, theta_at, cumulant_at, variance_at, theta, c
     exponent = gap * least - n_tokens * (cumulant_at - cumulant)
     if exponent < 1e-3 or abs(gap) < 1e-6:
         return _normal_above(z)
+    if exponent > 650.0:  # within 1e-280 of it
+        return 0.0 if gap > 0.0 else 1.0
     if n_tokens * variance_at < 0.3:  # at the end of the range there is one way to get there
         return min(np.exp(-exponent), 1.0)
     w = np.sqrt(2.0 * exponent) * (1.0 if gap > 0.0 else -1.0)

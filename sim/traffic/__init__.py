@@ -4,12 +4,13 @@ from sim.traffic.counts import LoadCounts
 from sim.traffic.fitted import FittedLayers
 from sim.traffic.presets import load_workload, workload_names
 from sim.traffic.read import LoadTable, load_table, read_traffic
-from sim.traffic.recorded import RecordedTraffic
+from sim.traffic.recorded import STEP_PHASES, RecordedTraffic
 from sim.traffic.synthetic import SyntheticTraffic, synthetic_traffic
 
 Workload = SyntheticTraffic | RecordedTraffic
 
 __all__ = [
+    "STEP_PHASES",
     "FittedLayers",
     "LoadCounts",
     "LoadTable",

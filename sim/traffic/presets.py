@@ -5,7 +5,7 @@ import tomllib
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from sim.errors import InputError, unknown, whole_number
 from sim.files import read_toml
@@ -29,7 +29,7 @@ def _packaged(name: str) -> dict[str, Any]:
 @cache
 def _preset(name: str) -> dict[str, Any]:
     """Fields of a preset, with the tables of its layers where it has a file of them."""
-    fields = dict(_presets()[name])
+    fields = {key: value for key, value in _presets()[name].items() if key != "published"}
     if "tables" not in fields:
         return fields
     tables = _packaged(fields.pop("tables"))
@@ -39,6 +39,30 @@ def _preset(name: str) -> dict[str, Any]:
 def workload_names() -> list[str]:
     """Names of the presets, in the order of the table."""
     return list(_presets())
+
+
+class Published(NamedTuple):
+    """Published imbalance under linear placement that a preset is fitted to, or beside which it is laid."""
+
+    data: str
+    tokens: int  # per step
+    ep_sizes: list[int]
+    imbalance: list[float]
+    low: list[float]  # of a figure that is a range, else as `imbalance`
+    high: list[float]
+    worst_of: int  # of so many layers the largest; 1: the mean over layers
+
+
+def published_figures(preset: str) -> list[Published]:
+    """What the figures of a preset are, on the model that it is fitted to; none of a preset without any."""
+    rows = _presets()[preset].get("published", [])
+    return [
+        Published(
+            row["data"], row["tokens"], row["ep"], row["imbalance"], row.get("low", row["imbalance"]),
+            row.get("high", row["imbalance"]), row.get("worst_of", 1),
+        )
+        for row in rows
+    ]  # fmt: skip
 
 
 def load_workload(

@@ -10,6 +10,8 @@ from sim.kernels import kernel
 from sim.streams import REPLAY, word_at
 
 PHASES = ("decode", "prefill")
+STEP_PHASES = ("continuous", "together", "independent")
+"""Phases of whole steps, in which trial t is layer t % n_layers of step t // n_layers: see `RecordedTraffic`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,6 +27,10 @@ class RecordedTraffic:
         sequences are reused once all have given one.
         'prefill': consecutive tokens of one sequence, from a random place where it is longer than the step; a step longer
         than the sequence takes all of it and goes on with another.
+        'continuous': whole steps under continuous batching, all layers of the same tokens: each of a step's slots gives the
+        next token of its sequence to each step, at first a random token of the record, and goes on with another sequence from
+        its first token. 'together': the same, but all slots begin with a first token, as when a benchmark starts all requests
+        at once. 'independent': as many tokens, any of the record, others in each layer and step.
     topk_ids : int16 [layers, tokens, top_k]
     starts : int64 [sequences + 1]
         First token of each sequence, and the number of tokens.
@@ -160,11 +166,18 @@ class RecordedTraffic:
         starts = np.concatenate([[0], np.cumsum(lengths[mine])])
         return replace(self, name=name or self.name, topk_ids=ids, starts=starts, digest=_digest(ids, starts))
 
+    def in_phase(self, phase: str) -> "RecordedTraffic":
+        """The same record in another phase, of PHASES or STEP_PHASES."""
+        return replace(self, phase=phase)
+
     def sample(
         self, key: np.ndarray, first_trial: int, tokens: np.ndarray, counts: np.ndarray, ids: np.ndarray
     ) -> None:
         """Replay consecutive trials; trial t runs layer t % n_layers. Output as `router.sampler.sample_trials`."""
-        if self.phase == "decode":
+        if self.phase in STEP_PHASES:
+            way = STEP_PHASES.index(self.phase)
+            _replay_steps(first_trial, key, self.topk_ids, self.starts, way, tokens, counts, ids)
+        elif self.phase == "decode":
             run = self.tokens_per_request
             _replay_decode(first_trial, key, self.topk_ids, self.starts, run, tokens, counts, ids)
         else:
@@ -278,6 +291,53 @@ def _replay_decode(first_trial, key, topk_ids, starts, run, tokens, counts, ids)
                 running[layer[token, k]] += 1
             if i < ids.shape[1]:
                 ids[t, i] = layer[token]
+            if i + 1 == tokens[snapshot]:
+                counts[t, snapshot] = running
+                snapshot += 1
+
+
+@kernel
+def _in_flight(slot, step, way, starts, key):
+    """Token that a slot gives to a step: the stream's row 1 + slot has its sequences, one after the other."""
+    n = starts.size - 1
+    if way == 0:
+        token = _below_of_slot(starts[n], 0, slot, key)
+        s = np.searchsorted(starts, token, side="right") - 1
+        place = token - starts[s] + step
+    else:
+        s, place = _below_of_slot(n, 0, slot, key), step
+    index = 1
+    while place >= starts[s + 1] - starts[s]:
+        place -= starts[s + 1] - starts[s]
+        s = _below_of_slot(n, index, slot, key)
+        index += 1
+    return starts[s] + place
+
+
+@kernel
+def _below_of_slot(n, index, slot, key):
+    return np.int64(np.uint64(word_at(index, 1 + slot, 0, REPLAY, key[0], key[1])) * np.uint64(n) >> np.uint64(32))
+
+
+@kernel
+def _replay_steps(first_trial, key, topk_ids, starts, way, tokens, counts, ids):
+    n_layers, last = topk_ids.shape[0], -1
+    at = np.empty(tokens[-1], np.int64)
+    running = np.empty(counts.shape[2], np.int32)
+    for t in range(counts.shape[0]):
+        trial = first_trial + t
+        step, layer = trial // n_layers, topk_ids[trial % n_layers]
+        if way == 2 or step != last:
+            for i in range(at.size):
+                at[i] = _below(starts[-1], i, trial, key) if way == 2 else _in_flight(i, step, way, starts, key)
+        last = step
+        running[:] = 0
+        snapshot = 0
+        for i in range(at.size):
+            for k in range(layer.shape[1]):
+                running[layer[at[i], k]] += 1
+            if i < ids.shape[1]:
+                ids[t, i] = layer[at[i]]
             if i + 1 == tokens[snapshot]:
                 counts[t, snapshot] = running
                 snapshot += 1

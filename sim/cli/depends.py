@@ -1,0 +1,263 @@
+"""What a result depends on: what placements save under every kind of traffic, and which conclusions hold for all of it."""
+
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import Any
+
+from sim.cli.progress import shown_progress
+from sim.cli.text import add_forms, estimate, filled, note, print_rows, print_table, say_about_fit, say_written
+from sim.cli.timed import law_of, say_about_times, step_options
+from sim.errors import InputError, unknown
+from sim.options import (
+    NAMES,
+    WHOLE_NUMBERS,
+    Choice,
+    FigureOptions,
+    Folder,
+    Share,
+    StepOptions,
+    TimeOptions,
+    TrafficOptions,
+    add_options,
+)
+
+_TABLES = ("conclusions", "saved")
+_EP_SIZES, _TOKENS = "8,16,32,64", "64,16384"
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Add the options of `epsim depends`."""
+    add = parser.add_argument
+    add(
+        "--workload",
+        type=NAMES,
+        metavar="LIST",
+        help="presets or .toml files of synthetic traffic (default: all presets)",
+    )
+    add(
+        "--trace",
+        dest="traces",
+        nargs="+",
+        action="append",
+        default=[],
+        metavar=("MODEL FILE", "FIT_ON"),
+        help="also recorded routing or load counts of a model, and optionally another file to fit eplb on; left out, with "
+        "a note, where a file is not there (may be repeated)",
+    )
+    add("--gpu", default="h200", metavar="GPU", help="a GPU (epsim gpus), or a .toml file of your own (default: h200)")
+    add("--baseline", default="linear", metavar="A", help="placement to compare with (default: linear)")
+    add(
+        "--placement",
+        dest="placements",
+        type=NAMES,
+        metavar="LIST",
+        help="placements that are compared with it; +R is one redundant slot on each rank (default: round_robin,eplb,eplb+R)",
+    )
+    add(
+        "--worth",
+        dest="least",
+        type=Share(),
+        default="1%",
+        metavar="SHARE",
+        help="saved share from which on a change counts (default: 1%%)",
+    )
+    add_options(parser, TrafficOptions, only=("model",))
+    add(
+        "--tokens",
+        type=WHOLE_NUMBERS,
+        default=_TOKENS,
+        metavar="LIST",
+        help=f"tokens per step over the EP group (default: {_TOKENS})",
+    )
+    others = ("ep_sizes", "ranks_per_node", "seed", "layer_sets", "most_steps", "threads")
+    add_options(parser, StepOptions, only=others, ep_sizes=_EP_SIZES, most_steps="64", layer_sets="16")
+    add_options(parser, TimeOptions, exchange="pair,token")
+    add(
+        "--show",
+        type=Path,
+        metavar="DIR",
+        help="compute nothing; print what --out wrote (of --workload, --ep, --tokens ...)",
+    )
+    add(
+        "--table",
+        type=Choice(names=_TABLES),
+        metavar="NAME",
+        default="conclusions",
+        help="conclusions (default), or saved: the numbers",
+    )
+    add_forms(parser)
+    add_options(parser, FigureOptions)
+    add("--out", type=Folder(), metavar="DIR", help="write depends.csv, depends.json and the figure there")
+
+
+def run(arguments: Namespace) -> None:
+    """Run `epsim depends`."""
+    if arguments.show is None:
+        table, identity = _compute(arguments)
+    else:
+        if arguments.out is not None:
+            raise InputError("`out` goes without `show`: what was computed is only read")
+        table, identity = _read(arguments), {}
+    if not print_rows(table, arguments):
+        _print(table, arguments)
+    if arguments.out is not None:
+        from sim.figures import save_as
+        from sim.figures.gain import gain_by_traffic
+        from sim.files import writable_folder
+        from sim.results import write_table
+
+        with writable_folder(arguments.out):
+            write_table(table, arguments.out, "depends", identity)
+            files = save_as(gain_by_traffic(table), arguments.out / "depends", arguments.formats)
+        names = ", ".join(path.name for path in files)
+        say_written(f"written to {arguments.out}: depends.csv, depends.json (what made it), {names}", arguments)
+
+
+def _compute(arguments: Namespace) -> tuple[Any, dict[str, Any]]:
+    """The table, and all that it depends on as JSON values."""
+    from dataclasses import asdict
+
+    from sim.advice.dependence import PLACEMENTS, Subject, saved_by_traffic
+    from sim.cost import load_gpu
+    from sim.model import load_model
+    from sim.router import model_for
+    from sim.traffic import load_workload, workload_names
+
+    options = step_options(arguments)
+    gpu, asked = load_gpu(arguments.gpu), load_model(arguments.model)
+    subjects = []
+    for name in arguments.workload or workload_names():
+        workload = load_workload(name)
+        subjects.append(Subject(model_for(workload, asked), workload))
+        say_about_fit(subjects[-1].model, workload)
+    subjects += [subject for words in arguments.traces if (subject := _of_trace(words)) is not None]
+    chosen = {"placements": arguments.placements or list(PLACEMENTS), "baseline": arguments.baseline}
+    options["exchange"] = options["exchange"].split(",")
+    for model in {subject.model.name: subject.model for subject in subjects}.values():
+        say_about_times(options | {"model": model, "workload": None}, [gpu])
+    with shown_progress():
+        table = saved_by_traffic(subjects, gpu, **chosen, **options)
+    about = [
+        {"workload": subject.name, "model": subject.model.name, "law": law_of(subject.traffic)} for subject in subjects
+    ]
+    identity = {name: value for name, value in options.items() if name != "threads"} | chosen
+    return table, identity | {"gpu": asdict(gpu), "traffic": about}
+
+
+def _of_trace(words: list[str]) -> Any:
+    """A subject of --trace MODEL FILE [FIT_ON]; None, and a note, where a file is not there."""
+    from sim.advice.dependence import Subject
+    from sim.files import is_there
+    from sim.model import load_model
+    from sim.traffic import read_traffic
+
+    if not 2 <= len(words) <= 3:
+        raise InputError(f"--trace {' '.join(words)}: takes MODEL FILE, or MODEL FILE FIT_ON")
+    model, *paths = load_model(words[0]), *(Path(word.removeprefix("file:")) for word in words[1:])
+    for path in paths:
+        if not is_there(path):
+            note(f"{path} is not there: left out")
+            return None
+    traffic, *other = (read_traffic(path, model) for path in paths)
+    for text in traffic.notes:
+        note(f"{traffic.name}: {text}")
+    return Subject(model, traffic, *other)
+
+
+def _read(arguments: Namespace) -> Any:
+    """Rows of a folder, those that are asked for."""
+    from sim.results import read_table
+
+    table, _ = read_table(arguments.show, "depends", "depends")
+    path = arguments.show / "depends.csv"
+    for column in ("workload", "ep_size", "tokens", "placement", "measure", "baseline", "of", "saved", "low", "high"):
+        if column not in table:
+            raise InputError(f"{path} has no column '{column}'")
+    chosen = {"workload": arguments.workload, "placement": arguments.placements}
+    for column, wanted, default in (("ep_size", arguments.ep_sizes, _EP_SIZES), ("tokens", arguments.tokens, _TOKENS)):
+        chosen[column] = None if wanted == WHOLE_NUMBERS(default) else wanted  # by default all that is there
+    for column, wanted in chosen.items():
+        for value in wanted or []:
+            if value not in set(table[column]):
+                raise unknown(f"--{column.removesuffix('_size')}", str(value), [str(x) for x in table[column].unique()])
+        table = table if wanted is None else table[table[column].isin(wanted)]
+    return table
+
+
+def _print(table: Any, arguments: Namespace) -> None:
+    if arguments.table == "saved":
+        _print_saved(table, arguments.markdown)
+    else:
+        _print_conclusions(table, arguments.least, arguments.markdown)
+
+
+def _measure(name: str) -> str:
+    return "imbalance" if name == "imbalance" else f"time, {name}"
+
+
+def _print_saved(table: Any, markdown: bool) -> None:
+    row = table.iloc[0]
+    title = (
+        f"Saved over {row.baseline}: share of the busiest rank's load (imbalance), and of a layer's time by exchange ({row.gpu}, "
+        f"{row['dtype']}); ± 95 %, paired, over layers. {row.baseline}: its imbalance"
+    )
+    pairs = list(dict.fromkeys(zip(table.measure, table.placement, strict=True)))
+    heads = ["tokens", "workload", "EP", row.baseline, *(f"{_measure(measure)}: {name}" for measure, name in pairs)]
+    cells = []
+    for (tokens, workload, size), rows in table.groupby(["tokens", "workload", "ep_size"], sort=False):
+        of = {(row.measure, row.placement): _saved(row) for row in rows.itertuples()}
+        even = rows[rows.measure == "imbalance"].of.iloc[0]
+        cells.append([str(tokens), workload, str(size), f"{even:.2f}", *(of.get(pair, "-") for pair in pairs)])
+    cells.sort(key=lambda cell: int(cell[0]))
+    print_table(title, heads, cells, markdown, align="><", keys=3)
+
+
+def _saved(row: Any) -> str:
+    return estimate(row.saved, row.high, "+z.1%") + ("~" if row.knee else "")
+
+
+def _print_conclusions(table: Any, least: float, markdown: bool) -> None:
+    from sim.advice.dependence import conclusions
+
+    cells = []
+    for one in conclusions(table, least):
+        does = _words(one.measure)
+        what = "the mean imbalance" if one.measure == "imbalance" else f"layer time ({one.measure})"
+        if one.effect == "level":
+            what += f" by less than {100 * least:g} %"
+        n = len(one.holds)
+        verdict = f"holds for {'all ' if n == one.n_traffic else f'{n} of '}{one.n_traffic}"
+        span = f"{one.range[0]:+z.1%} to {one.range[1]:+z.1%}" if n else "-"
+        elsewhere = [
+            f"{does[instead]}{f' less than {100 * least:g} %' if instead == 'level' else ''}: {_traffic(found)}"
+            for instead, found in one.others.items()
+        ]
+        cells.append(
+            [str(one.tokens), f"{one.placement} {does[one.effect]} {what}", verdict, span, "; ".join(elsewhere)]
+        )
+    if markdown:
+        print_table("", ["tokens", "conclusion", "verdict", "saved there", "elsewhere"], cells, markdown, align="><<<<")
+        return
+    row, sizes = table.iloc[0], ", ".join(map(str, sorted(table.ep_size.unique())))
+    print(filled(
+        f"Against {row.baseline}, {table.workload.nunique()} kinds of traffic, EP {sizes}, times on {row.gpu} in "
+        f"{row['dtype']}. A conclusion holds for traffic where at every EP size the whole 95 % interval is beyond "
+        f"{100 * least:g} %, or within it where it says so; elsewhere: what is shown there instead, undecided where an interval "
+        "crosses that line."
+    ))  # fmt: skip
+    for tokens, conclusion, verdict, span, others in cells:
+        saved = "" if span == "-" else f", {span} saved"
+        elsewhere_text = f". Elsewhere {others}" if others else ""
+        print(filled(f"{tokens} tokens: {conclusion}: {verdict}{saved}{elsewhere_text}", "  ", "    "))
+    print("\nThe numbers: --table saved")
+
+
+def _words(measure: str) -> dict[str, str]:
+    """What a placement does to a measure, in words, by what is shown."""
+    saves, costs = ("lowers", "raises") if measure == "imbalance" else ("saves", "costs")
+    return {"saves": saves, "costs": costs, "level": "changes", "undecided": "undecided"}
+
+
+def _traffic(found: dict[str, list[int]]) -> str:
+    """Traffic with the EP sizes where something is shown, without them where that is all."""
+    return ", ".join(name + (f" (EP {', '.join(map(str, sizes))})" if sizes else "") for name, sizes in found.items())
