@@ -74,13 +74,13 @@ def test_the_effect_has_variance_1_and_its_correlation_falls_as_is_said():
 
 def test_fitted_layers_have_a_local_share_each():
     """Variance between contexts of a request over all of it, of layers with 0, 0.3 and 1: to 5 %, above 4 standard errors."""
-    layers = FittedLayers.of(np.zeros((3, 32)), np.full((3, 32), 0.8), np.full((3, 1, 32), 0.6))
+    layers = FittedLayers.of(np.zeros((3, 32)), np.ones((3, 32)), np.zeros((3, 1, 32)) + 0.05)
     traffic = SyntheticTraffic(
         "f", popularity="fitted", layers=layers, request_sigma=2.0, tokens_per_request=64, local_share=[0, 0.3, 1]
     )
     mu = traffic.draw_popularity(KEY, 0, 3000, 32)
     logits = traffic.draw_logits(KEY, mu, 0, 64, 0).reshape(1000, 3, CONTEXTS, 32)
-    assert logits.var(axis=(0, 2, 3)) == pytest.approx(4.0, rel=0.06)
+    assert logits.var(axis=(0, 2, 3)) == pytest.approx(4.0, rel=0.02)
     within = logits.var(axis=2, ddof=1).mean(axis=(0, 2))
     assert within == pytest.approx([0, 1.2, 4], rel=0.05, abs=0.02)
     np.testing.assert_array_equal(

@@ -79,8 +79,8 @@ MODELS = {
 }
 
 
-def reference(mu, model, group_sigma, n_tokens, first=0):
-    """Expert ids of the same tokens by the one-by-one form, from the same words: rows of words from `first` on."""
+def one_by_one(mu, model, group_sigma, n_tokens, first=0):
+    """Expert ids of tokens, each alone, by the words of the rows from `first` on: int16 [n_tokens, top_k]."""
     layer, (k0, k1) = new_layer(model.n_experts, model.n_group), stream_key(0, "test")
     fill_layer(mu, layer)
     own = new_token(model.n_group, model.topk_group, model.top_k)
@@ -103,9 +103,10 @@ def reference(mu, model, group_sigma, n_tokens, first=0):
 @pytest.mark.parametrize(("sigma", "group_sigma"), [(0.8, 0.4), (4.0, 0.0)])
 def test_tokens_are_those_of_the_one_by_one_form_bit_for_bit(name, sigma, group_sigma):
     """Sharp layers end in the exact scans after many repeats."""
-    model = MODELS[name]
+    model, n_tokens = MODELS[name], 2000
     mu = np.random.default_rng(4).normal(0, sigma, model.n_experts)
-    np.testing.assert_array_equal(reference(mu, model, group_sigma, 2000), sample(mu, model, group_sigma, 2000)[0])
+    found = one_by_one(mu, model, group_sigma, n_tokens)
+    np.testing.assert_array_equal(found, sample(mu, model, group_sigma, n_tokens)[0])
 
 
 def test_alias_tables_hold_the_shares_of_their_weights():
@@ -246,7 +247,7 @@ def test_a_token_has_the_experts_of_its_context_bit_for_bit(name):
     ref = np.empty_like(comp)
     for row in range(16):
         mine = np.flatnonzero((np.arange(300) // 150 == row // 8) & (contexts == row % 8))
-        ref[mine] = reference(mu[row], model, 0.4, len(mine), first=150 * row)
+        ref[mine] = one_by_one(mu[row], model, 0.4, len(mine), first=150 * row)
     np.testing.assert_array_equal(comp, ref)
     for step, count in zip([1, 70, 200, 300], counts, strict=True):
         np.testing.assert_array_equal(count, np.bincount(ref[:step].ravel(), minlength=model.n_experts))
