@@ -30,7 +30,7 @@ COMMANDS = [
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         ids = np.random.default_rng(0).random((80, 2, 32)).argsort(axis=2)[:, :, :4].astype(np.int16)
-        np.savez(Path(folder) / "x.npz", topk_ids=ids, sequence_lengths=np.full(8, 10))
+        np.savez(Path(folder) / "x.npz", topk_ids=ids, sequence_lengths=np.full(16, 5))
         for command in COMMANDS:
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as said:
                 status = main(command.replace("{}", folder).split())

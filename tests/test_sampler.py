@@ -19,7 +19,7 @@ from sim.router.tables import fill_layer, new_layer
 from sim.streams import stream_key
 from sim.theory import spread_over_groups
 from sim.traffic import SyntheticTraffic
-from sim.traffic.synthetic import X0
+from sim.traffic.synthetic import X0, one_kind
 
 FALSE_ALARM = 1e-4
 
@@ -38,9 +38,8 @@ def sample(mu, model, group_sigma=0.0, n_tokens=200_000, seed=0, tokens=None, co
     counts = np.empty((1, len(tokens), logits.shape[2]), np.int32)
     ids = np.empty((1, tokens[-1], model.top_k), np.int16)
     key, contexts = stream_key(seed, "test"), np.empty((1, 0), np.uint8) if contexts is None else contexts[None]
-    sample_trials(
-        0, key, logits, contexts, per_request, tokens, model.n_group, model.topk_group, group_sigma, law, counts, ids
-    )
+    args = (model.n_group, model.topk_group, group_sigma, law, one_kind(1))
+    sample_trials(0, key, logits, contexts, per_request, tokens, *args, counts, ids)
     return ids[0], counts[0]
 
 

@@ -410,16 +410,20 @@ def test_gpt_oss_has_its_published_statistics(gpt_oss):
 
 @pytest.mark.slow
 def test_gpt_oss_is_predicted_from_its_other_half(gpt_oss):
-    """Mean max / mean at EP 4, 8, 16, blocks of 16, 64, 256 tokens, decode and prefill: within 5 %, and prefill of 64 and 256
-    tokens within 3 %. Marginals to 1 %; with a request effect to 3 %, on the random numbers of the check.
+    """At EP 4, 8, 16, blocks of 16, 64, 256 tokens, decode and prefill: mean max / mean, and the tokens that the busiest rank
+    receives, within 5 % (max / mean of prefill of 64 and 256 tokens within 3 %); ranks per token within 2 % of decode, where
+    kinds of tokens are fitted (5.8 % at EP 4 without), and 5.5 % of prefill, where they are not. Marginals to 1 %; with a
+    request effect to 3 %, on the random numbers of the check.
     """
     fit, rows = hold_out(load_model("gpt-oss-20b"), gpt_oss)
-    assert len(rows) == 18
+    assert len(rows) == 3 * 18
     assert fit.rms[0].max() < 0.01
     assert fit.rms[1].max() < 0.03
     for row in rows:
-        most = 0.03 if row.phase == "prefill" and row.tokens > 16 else 0.05
-        assert abs(row.simulated / row.real - 1) < most, row
+        bound = {"imbalance": 0.05, "received": 0.05, "ranks_per_token": 0.02 if row.phase == "decode" else 0.055}
+        if row.phase == "prefill" and row.tokens > 16:
+            bound["imbalance"] = 0.03
+        assert abs(row.simulated / row.real - 1) < bound[row.figure], row
 
 
 def test_olmoe_drifts_between_domains(shared):

@@ -6,13 +6,17 @@ from typing import Any
 
 from sim.cli import Verb, add_verbs
 from sim.cli.progress import shown_progress
-from sim.cli.text import note, table
+from sim.cli.text import add_forms, filled, note, print_rows, print_table, say_written, table
 from sim.cli.traffic_decay import print_decay
 from sim.cli.traffic_make import add_make, add_match, run_make, run_match
 from sim.errors import InputError
 from sim.options import FILE, NAMES, SEED, THREADS, WHOLE_NUMBERS, FigureOptions, Folder, Number, Whole, add_options
 
 _LAYERS_SHOWN = 12
+_COLUMNS = {
+    "CV": "cv", "max/mean": "max_over_mean", "Gini": "gini", "top 12.5 %": "top_eighth_share", "tilt": "tilt",
+    "same group": "same_group_lift", "pair lift": "pair_lift", "next lift": "next_lift",
+}  # fmt: skip
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -65,6 +69,7 @@ def _add_show(parser: ArgumentParser) -> None:
     add("--plot", type=Folder(), metavar="DIR", help="draw a heat map and a page of plots there")
     add_options(parser, FigureOptions)
     add("--all-layers", action="store_true", help="a row for every layer")
+    add_forms(parser)
     add("--seed", type=SEED, default=0, help=SUPPRESS)  # statistics have no random numbers
 
 
@@ -142,21 +147,30 @@ def _run_decay(arguments: Namespace) -> None:
 
 
 def _show(arguments: Namespace, model: Any, data: Any) -> None:
+    import numpy as np
+
     from sim.fit.description import describe
     from sim.traffic import read_traffic
 
     other = None if arguments.against is None else read_traffic(arguments.against, model, arguments.phase or "decode")
     about = describe(data, model, other)
+    if arguments.plot is not None:
+        _plot(arguments, data, about)
+    if print_rows(_by_layer(about), arguments):
+        return
     per_token = "" if about.top_k is None else f", {about.n_tokens} tokens in {about.n_sequences} sequences"
     steps = f", {about.n_steps} steps" if about.n_steps > 1 else ""
     experts = f"{about.n_experts} experts" + ("" if about.top_k is None else f", top-{about.top_k}")
-    print(f"{data.name}: {len(about.layers)} layers, {experts}{per_token}{steps}\n")
     columns = about.by_layer
     chosen = list(range(len(about.layers)))
     if len(chosen) > _LAYERS_SHOWN and not arguments.all_layers:
         chosen = [round(i * (len(chosen) - 1) / (_LAYERS_SHOWN - 1)) for i in range(_LAYERS_SHOWN)]
-    rows = [[str(about.layers[i]), *(f"{values[i]:.3f}" for values in columns.values())] for i in chosen]
-    rows.append(["mean", *(f"{values.mean():.3f}" for values in columns.values())])
+    rows = [[str(about.layers[i]), *(_or_dash(values[i]) for values in columns.values())] for i in chosen]
+    rows.append(["mean", *(_or_dash(np.nanmean(values)) for values in columns.values())])
+    if arguments.markdown:
+        print_table("", ["layer", *columns], rows, True)
+        return
+    print(f"{data.name}: {len(about.layers)} layers, {experts}{per_token}{steps}\n")
     print(table(["layer", *columns], rows, ">" * (1 + len(columns))))
     if len(chosen) < len(about.layers):
         print("(some of the layers; --all-layers shows each)")
@@ -196,19 +210,61 @@ def _show(arguments: Namespace, model: Any, data: Any) -> None:
             f"{drift.distance.min():.1%}, most {drift.distance.max():.1%});\n  correlation of shares "
             + (f"{alike.mean():.3f} (least {alike.min():.3f})" if len(alike) else "-: the loads are level")
         )
-    if arguments.plot is not None:
-        _plot(arguments.plot, data, about, arguments.formats)
+    if about.together is not None:
+        _print_together(about.together)
 
 
-def _plot(out: Path, data: Any, about: Any, formats: list[str]) -> None:
+def _or_dash(x: float) -> str:
+    return f"{x:.3f}" if x == x else "-"
+
+
+def _by_layer(about: Any) -> Any:
+    """A row for each layer, with all columns."""
+    import pandas as pd
+
+    columns = {_COLUMNS[name]: values for name, values in about.by_layer.items()}
+    if about.together is not None:
+        columns |= {name: about.together[name][:-1].to_numpy(float) for name in about.together if name != "layer"}
+    return pd.DataFrame({"layer": about.layers, **columns})
+
+
+def _print_together(found: Any) -> None:
+    """What of co-selection holds for all layers."""
+    of_all = found.iloc[-1]
+
+    def lift(name: str) -> str:
+        of_layers = found[name][:-1].dropna()
+        return (
+            f"{of_all[name]:.2f} (± {of_all[f'{name}_high'] - of_all[name]:.2f}; layers {of_layers.min():.2f} to "
+            f"{of_layers.max():.2f})"
+        )
+
+    print(
+        "\nexperts that go together, lift over chance in other sequences (1: they have nothing to do with each other):"
+    )
+    if of_all["pair_lift"] == of_all["pair_lift"]:
+        few = of_all["excess_in_few"]
+        print(filled(
+            f"two experts of a token, over popularity and groups: {lift('pair_lift')}; {of_all['excess']:.1%} of the pairs are "
+            "above chance" + (f", {few:.0%} of these in 5 % of the pairs of experts" if few == few else ""), "  ", "    ",
+        ))  # fmt: skip
+    if of_all["next_lift"] == of_all["next_lift"]:
+        print(filled(
+            f"an expert and one of the layer before: {lift('next_lift')}; with the tokens of each sequence shuffled: "
+            f"{of_all['next_lift_shuffled']:.2f}", "  ", "    ",
+        ))  # fmt: skip
+
+
+def _plot(arguments: Namespace, data: Any, about: Any) -> None:
     from sim.figures import save_as
     from sim.figures.traffic import load_map, traffic_page
     from sim.files import writable_folder
 
+    out = arguments.plot
     with writable_folder(out):
         for name, figure in (("load_map", load_map(data.name, about)), ("traffic", traffic_page(data.name, about))):
-            for path in save_as(figure, out / name, formats):
-                print(path)
+            for path in save_as(figure, out / name, arguments.formats):
+                say_written(str(path), arguments)
 
 
 def _fit(arguments: Namespace, model: Any, data: Any) -> None:
@@ -252,6 +308,10 @@ def _fit(arguments: Namespace, model: Any, data: Any) -> None:
         f"fitted to {what}: {fit.decode.n_layers} layers, shares to {fit.rms[0].mean():.2%} rms (worst layer "
         f"{fit.rms[0].max():.2%}) on fresh random numbers, {fit.seconds.mean():.1f} s per layer of a thread"
     )
+    layers = fit.decode.layers
+    if layers is not None and layers.kind_shares is not None:
+        n_kinds = layers.kind_shares.shape[1]
+        print(f"decode: tokens of {n_kinds} kinds in each layer, which take experts together as those of the file do")
     if fit.prefill is not None:
         of = fit.prefill
         local = np.mean(of.local_share)
@@ -266,32 +326,37 @@ def _fit(arguments: Namespace, model: Any, data: Any) -> None:
 
 
 def _print_held(rows: list[Any], halves: str) -> None:
-    print(f"held-out {halves}, linear placement, mean over layers of max / mean rank load:\n")
-    cells = [
-        [
-            row.phase, str(row.tokens), str(row.ep_size), f"{row.real:.3f} ± {row.real_half:.3f}",
-            f"{row.simulated:.3f} ± {row.simulated_half:.3f}", f"{row.simulated / row.real - 1:+z.1%}",
-            f"{row.fitted / row.real - 1:+z.1%}", *(_quantile(x) for x in (row.p95, row.p99)),
-        ]
-        for row in rows
-    ]  # fmt: skip
-    heads = [
-        "blocks",
-        "tokens",
-        "EP",
-        "real",
-        "simulated",
-        "error",
-        "halves",
-        "p95: real, simulated",
-        "p99: real, simulated",
-    ]
-    print(table(heads, cells, "<>>>>>>>>"))
-    worst = max(rows, key=lambda row: abs(row.simulated / row.real - 1))
-    n_off = sum(abs(row.simulated / row.real - 1) > 0.05 for row in rows)
+    titles = {
+        "imbalance": "max / mean rank load",
+        "received": "tokens that the busiest rank receives / tokens of the block",
+        "ranks_per_token": "ranks that a token is sent to",
+    }
+    print(f"held-out {halves}, linear placement, means over layers")
+    for figure, title in titles.items():
+        # The ranks of a token do not depend on the block that it lies in.
+        shown = [row for row in rows if row.figure == figure]
+        shown = [row for row in shown if figure != "ranks_per_token" or row.tokens == shown[0].tokens]
+        heads = ["blocks", "tokens", "EP", "real", "simulated", "error", "halves"]
+        heads += ["p95: real, simulated", "p99: real, simulated"] if figure == "imbalance" else []
+        cells = [
+            [
+                row.phase, str(row.tokens), str(row.ep_size), f"{row.real:.3f} ± {row.real_half:.3f}",
+                f"{row.simulated:.3f} ± {row.simulated_half:.3f}", f"{row.simulated / row.real - 1:+z.1%}",
+                f"{row.fitted / row.real - 1:+z.1%}", *(_quantile(x) for x in (row.p95, row.p99)),
+            ][: len(heads)]
+            for row in shown
+        ]  # fmt: skip
+        if cells:
+            print(f"\n{title}:\n")
+            print(table(heads, cells, "<" + ">" * (len(heads) - 1)))
+            worst = max(shown, key=lambda row: abs(row.simulated / row.real - 1))
+            n_off = sum(abs(row.simulated / row.real - 1) > 0.05 for row in shown)
+            print(
+                f"\nworst: {worst.phase}, {worst.tokens} tokens, EP {worst.ep_size}; {n_off} of {len(shown)} are off by more "
+                "than 5 %"
+            )
     print(
-        f"\nworst: {worst.phase}, {worst.tokens} tokens, EP {worst.ep_size}; {n_off} of {len(rows)} are off by more than 5 %. "
-        f"± : 95 %, of real blocks over {halves}, of simulated ones over their sampling alone; halves: real "
+        f"\n± : 95 %, of real blocks over {halves}, of simulated ones over their sampling alone; halves: real "
         f"{halves} of the fitted half beside the held-out ones, a difference that no fit can know\n"
     )
 

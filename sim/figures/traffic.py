@@ -53,6 +53,8 @@ def traffic_page(name: str, about: Description) -> Figure:
         parts.append(_by_lag)
     if about.drift is not None:
         parts.append(_drift)
+    if about.together is not None:
+        parts.append(_together)
     figure, axes = panels(len(parts), 2, 2.7, sharey=False)
     for ax, draw in zip(axes, parts, strict=True):
         draw(ax, about)
@@ -162,3 +164,35 @@ def _drift(ax: Any, about: Description) -> None:
     ax.set_xlabel(f"load / mean, {about.drift.names[0]}")
     ax.set_ylabel(f"load / mean, {about.drift.names[1]}")
     title_panel(ax, "Drift", f"{about.drift.distance.mean():.1%} of the load moves; a dot per layer and expert")
+
+
+def _together(ax: Any, about: Description) -> None:
+    """Lift of experts that go together, by layer, with intervals."""
+    assert about.together is not None
+    rows = about.together[:-1]
+    looks = (
+        ("pair_lift", "two experts of a token", _BLUE, "o"), ("next_lift", "an expert and one of the layer before", _ORANGE, "s"),
+        ("next_lift_shuffled", "the same, tokens of a sequence shuffled", _GREY, "^"),
+    )  # fmt: skip
+    for name, text, color, marker in looks:
+        known = rows[rows[name].notna()]
+        if len(known):
+            ends = [known[name] - known[f"{name}_low"], known[f"{name}_high"] - known[name]]
+            ax.errorbar(
+                known.layer.astype(int),
+                known[name],
+                ends,
+                color=color,
+                marker=marker,
+                markersize=3,
+                linewidth=1,
+                label=text,
+            )
+    ax.axhline(1, color="black", linewidth=0.8, linestyle=":")
+    low, high = ax.get_ylim()
+    ax.set_ylim(min(0.9, low), high + 0.4 * (high - low))  # room for the legend
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.legend(frameon=False)
+    ax.set_xlabel("layer")
+    ax.set_ylabel("lift over chance")
+    title_panel(ax, "Co-selection of experts", "bars: 95 %, over sequences")

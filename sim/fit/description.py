@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 
 from sim.errors import InputError
 from sim.fit import correlation
+from sim.fit.together import LEAST_SEQUENCES, co_selection
 from sim.model import ModelSpec
 from sim.traffic import LoadCounts, RecordedTraffic
 from sim.traffic.split import cut_in_order, load_of
@@ -52,6 +54,8 @@ class Description:
         Fitted to it, as `fit_traffic` does; None where sequences are too few or too short.
     drift : Drift or None
         None where there are no halves.
+    together : DataFrame or None
+        Of `co_selection`; None of counts, and of fewer than 16 sequences.
     """
 
     layers: np.ndarray
@@ -67,6 +71,7 @@ class Description:
     by_lag: dict[int, np.ndarray]
     decay: correlation.Decay | None
     drift: Drift | None
+    together: pd.DataFrame | None = None
 
     @property
     def n_experts(self) -> int:
@@ -107,6 +112,12 @@ def describe(
         groups = group_shares(load, model.n_group)
         if recorded is not None and model.top_k > 1:
             by_layer["same group"] = correlation.same_group(recorded, model.n_group, n_experts)
+    together = None
+    if recorded is not None and recorded.n_sequences >= LEAST_SEQUENCES:
+        together = co_selection(recorded, model)
+        lifts = {"pair lift": "pair_lift", "next lift": "next_lift"}
+        of_layers = {name: together[column].to_numpy(float)[:-1] for name, column in lifts.items()}
+        by_layer |= {name: values for name, values in of_layers.items() if not np.isnan(values).all()}
     within: dict[int, np.ndarray] = {}
     across: dict[int, np.ndarray] = {}
     for n in correlation.BLOCKS if recorded is not None else ():
@@ -121,6 +132,7 @@ def describe(
         correlation.lag_correlation(recorded, n_experts) if recorded else {},
         correlation.decay_of(recorded, n_experts) if recorded else None,
         _halves(data, n_experts) if other is None else _against(data, load, other),
+        together,
     )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tomli_w
@@ -18,6 +19,7 @@ from sim.fit.correlation import (
     sequence_counts,
 )
 from sim.fit.effects import RequestEffect, match_covariance
+from sim.fit.kinds import Kinds, fit_kinds
 from sim.fit.popularity import LayerFit, fit_layer
 from sim.kernels import usable_processors
 from sim.model import ModelSpec
@@ -79,7 +81,8 @@ def fit_traffic(
     Popularity is such that the router picks each expert as often as measured (see `fit_layer`). Of the request effect the
     covariance between experts is that for which the picks of two tokens of a sequence covary as measured
     (`match_covariance`); its strength, its local share and the lengths of contexts are such that the correlation within
-    blocks of 8 to 256 tokens is the measured one (`fit_decay`).
+    blocks of 8 to 256 tokens is the measured one (`fit_decay`). Tokens of decode are of several kinds where these predict
+    which experts other sequences take together (`fit_kinds`); routers with groups have none.
 
     Parameters
     ----------
@@ -101,23 +104,33 @@ def fit_traffic(
     wanted, notes = wanted_shares(load, model, data.name)
     group_sigma = group_sigma if model.is_grouped else 0.0
     effect_of, decay = _request_effects(model, data, wanted, group_sigma, notes)
+    kinds: list[Kinds] | None = None
 
     def fit_one(layer: int) -> LayerFit:
         effect = None if effect_of is None else effect_of(layer)
-        return fit_layer(model, layer, wanted[layer], effect, seed=seed, group_sigma=group_sigma)
+        of_tokens = None if kinds is None else kinds[layer]
+        return fit_layer(model, layer, wanted[layer], effect, of_tokens, seed=seed, group_sigma=group_sigma)
 
     with ThreadPoolExecutor(threads or usable_processors()) as pool:
+        if isinstance(data, RecordedTraffic) and not model.is_grouped:
+            kinds = fit_kinds(data, model.n_experts, pool.map)
         fits = pool.map(fit_one, range(len(load)))
         found = list(track(fits, [1.0] * len(load), [f"layer {i} of {len(load)}" for i in range(1, len(load) + 1)]))
     rms = np.array([layer.rms for layer in found]).T
     if (n_bad := int((rms.max(axis=0) > _WANTED_RMS).sum())) > 0:
         notes.append(f"{n_bad} of {len(load)} layers are fitted to worse than {_WANTED_RMS:.0%} (rms {rms.max():.1%})")
+    of_kinds: dict[str, Any] = {}
+    if kinds is not None:
+        of_kinds = {
+            "kind_shares": [of_layer.shares for of_layer in kinds],
+            "kind_effects": [layer.kind_effects for layer in found],
+        }
     about = f"fitted to {data.name}, digest {data.digest}"
     common = {"source": about, "fitted_to": model.name, "popularity": "fitted", "group_sigma": group_sigma}
     name = Path(data.name.removeprefix("file:")).stem
     of_decode = SyntheticTraffic(
         name, about="decode: tokens independent given the layer", **common,  # type: ignore[arg-type]
-        layers=FittedLayers.of(np.round([layer.decode.mu for layer in found], 4)),
+        layers=FittedLayers.of(np.round([layer.decode.mu for layer in found], 4), **of_kinds),
     )  # fmt: skip
     of_prefill = None
     if decay is not None and isinstance(data, RecordedTraffic):
@@ -228,6 +241,9 @@ def fit_text(fit: FittedTraffic) -> str:
     assert decode.layers is not None
     head = {"about": decode.about, "source": decode.source, "fitted_to": decode.fitted_to, "popularity": "fitted"}
     text = tomli_w.dumps(head | {"group_sigma": decode.group_sigma}) + _table("mu", decode.layers.mu)
+    if decode.layers.kind_shares is not None and decode.layers.kind_effects is not None:
+        text += "# Kinds of tokens, which make experts go together.\n"
+        text += _table("kind_shares", decode.layers.kind_shares) + _table("kind_effects", decode.layers.kind_effects)
     if prefill is not None and prefill.layers is not None:
         of_requests = {key: getattr(prefill, key) for key in _OF_REQUESTS}
         text += "\n[prefill]  # --phase prefill: what differs where the tokens of a request follow each other\n"

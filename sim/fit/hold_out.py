@@ -1,4 +1,4 @@
-"""How well a fit predicts rank imbalance that it was not fitted to: held-out sequences, or held-out steps."""
+"""How well a fit predicts what it was not fitted to, held-out sequences or steps: imbalance, received tokens, fan-out."""
 
 from collections.abc import Callable
 from functools import partial
@@ -6,17 +6,22 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sim.fit.correlation import BLOCKS, count_runs, count_tokens
+from sim.fit.correlation import BLOCKS
 from sim.fit.fitting import GROUP_SIGMA, FittedTraffic, fit_traffic
 from sim.model import ModelSpec
 from sim.placement import place
 from sim.router import draw_trials
+from sim.scoring import score_tokens
 from sim.stats import student_quantile
 from sim.streams import REPLAY, stream_key, uniforms
 from sim.traffic import LoadCounts, RecordedTraffic, SyntheticTraffic
 from sim.traffic.counts import build_counts
 
 EP_SIZES = (4, 8, 16, 32, 64)
+FIGURES = ("imbalance", "received", "ranks_per_token")
+"""What is compared, each a mean over blocks and layers under linear placement: max / mean load of ranks; of the rank that
+receives the most tokens, their share of the block's tokens; ranks that a token is sent to, which is also the mean share of a
+rank times the ranks."""
 _BLOCKS_PER_LAYER = 400
 _JACKKNIFE = 8  # groups of sequences, of which one at a time is left out
 _LEAST_SEQUENCES = 32
@@ -33,8 +38,9 @@ class Quantile(NamedTuple):
 
 
 class Held(NamedTuple):
-    """One comparison: mean imbalance (max / mean load of ranks, linear placement) over blocks and layers."""
+    """One comparison."""
 
+    figure: str  # of FIGURES
     phase: str  # 'decode', 'prefill' or 'steps'
     tokens: int
     ep_size: int
@@ -86,21 +92,21 @@ def _compare(
     records: list[RecordedTraffic], seed: int,
 ) -> list[Held]:  # fmt: skip
     """Rows of one phase and block; records are the fitted half, the held-out half, and that less each jackknife group."""
-    draws = [_real_blocks(record, phase, tokens, model.n_experts, seed) for record in records]
-    simulated = _simulated(model, workload, tokens, seed)
+    measured = [_figures(_real_blocks(record, phase, tokens, seed), model, sizes) for record in records]
+    simulated = _figures(_simulated(model, workload, tokens, seed), model, sizes)
     rows = []
-    for size in sizes:
-        fitted, *real = (_imbalance(counts, model, size) for counts in draws)
-        found = _imbalance(simulated, model, size)
-        error = student_quantile(len(found) - 1) * found.std(axis=0).mean() / np.sqrt(found.size)
-        mean, half = _jackknife(np.array([x.mean() for x in real]))
-        quantiles = [
-            Quantile(*_jackknife(np.array([np.quantile(x, level) for x in real])), float(np.quantile(found, level)))
-            for level in (0.95, 0.99)
-        ]
-        rows.append(
-            Held(phase, tokens, size, mean, half, float(found.mean()), float(error), float(fitted.mean()), *quantiles)
-        )
+    for i, figure in enumerate(FIGURES):
+        for j, size in enumerate(sizes):
+            fitted, *real = (of_record[i, j] for of_record in measured)
+            found = simulated[i, j].T  # [blocks, layers]
+            error = student_quantile(len(found) - 1) * found.std(axis=0).mean() / np.sqrt(found.size)
+            mean, half = _jackknife(np.array([x.mean() for x in real]))
+            values = (mean, half, float(found.mean()), float(error), float(fitted.mean()))
+            quantiles = [
+                Quantile(*_jackknife(np.array([np.quantile(x, level) for x in real])), float(np.quantile(found, level)))
+                for level in ((0.95, 0.99) if figure == "imbalance" else ())
+            ]
+            rows.append(Held(figure, phase, tokens, size, *values, *quantiles))
     return rows
 
 
@@ -109,6 +115,19 @@ def _jackknife(values: np.ndarray) -> tuple[float, float]:
     left_out = values[1:]
     half = student_quantile(len(left_out) - 1) * np.sqrt((len(left_out) - 1) * left_out.var())
     return float(values[0]), float(half)
+
+
+def _figures(ids: np.ndarray, model: ModelSpec, sizes: list[int]) -> np.ndarray:
+    """FIGURES of blocks at EP sizes, float64 [figures, sizes, layers, blocks]: ids int16 [layers, blocks, tokens, top_k]."""
+    found = np.empty((len(FIGURES), len(sizes), *ids.shape[:2]))
+    for j, size in enumerate(sizes):
+        placement = place("linear", model, size)
+        for layer, blocks in enumerate(ids):
+            score = score_tokens(placement, blocks)
+            found[0, j, layer] = score.loads.max(axis=1) / score.loads.mean(axis=1)
+            found[1, j, layer] = score.received_tokens.max(axis=1) / blocks.shape[1]
+            found[2, j, layer] = score.ranks_per_token.mean(axis=1)
+    return found
 
 
 def _imbalance(counts: np.ndarray, model: ModelSpec, ep_size: int) -> np.ndarray:
@@ -126,32 +145,29 @@ def _places(record: RecordedTraffic, n_tokens: int) -> np.ndarray:
     return token[token + n_tokens <= ends]
 
 
-def _real_blocks(record: RecordedTraffic, phase: str, n_tokens: int, n_experts: int, seed: int) -> np.ndarray:
-    """Counts of real blocks, int32 [layers, blocks, experts]."""
+def _real_blocks(record: RecordedTraffic, phase: str, n_tokens: int, seed: int) -> np.ndarray:
+    """Experts of the tokens of real blocks, int16 [layers, blocks, n_tokens, top_k]."""
     key = stream_key(seed, f"held-out {phase} {n_tokens} {record.digest}")
-    counts = np.empty((record.n_layers, _BLOCKS_PER_LAYER, n_experts), np.int32)
     places = _places(record, n_tokens) if phase == "prefill" else np.arange(record.starts[-1])
-    for layer, out in enumerate(counts):
-        shape = (_BLOCKS_PER_LAYER, 1 if phase == "prefill" else n_tokens)
-        chosen = places[(uniforms(key, REPLAY, layer, shape) * len(places)).astype(np.int64)] if len(places) else None
-        if chosen is None:
-            out[:] = 1
-        elif phase == "prefill":
-            count_runs(record.topk_ids[layer], chosen[:, 0], n_tokens, out)
-        else:
-            count_tokens(record.topk_ids[layer], chosen, out)
-    return counts
+    if not len(places):  # a jackknife group without a place for such a block
+        places = np.arange(record.n_tokens - n_tokens + 1)
+    shape = (_BLOCKS_PER_LAYER, 1 if phase == "prefill" else n_tokens)
+    of_layer = []
+    for layer, ids in enumerate(record.topk_ids):
+        chosen = places[(uniforms(key, REPLAY, layer, shape) * len(places)).astype(np.int64)]
+        of_layer.append(ids[chosen + np.arange(n_tokens) if phase == "prefill" else chosen])
+    return np.stack(of_layer)
 
 
 def _simulated(model: ModelSpec, workload: SyntheticTraffic, n_tokens: int, seed: int) -> np.ndarray:
-    """Counts of simulated blocks of one request, int32 [blocks, layers, experts]."""
+    """Experts of the tokens of simulated blocks of one request, int16 [layers, blocks, n_tokens, top_k]."""
     n_layers = workload.n_layers
     assert n_layers is not None
     blocks = [
-        draw_trials(model, workload, seed, range(first, first + n_layers), n_layers, np.array([n_tokens]))[0][:, 0]
+        draw_trials(model, workload, seed, range(first, first + n_layers), n_layers, np.array([n_tokens]), n_tokens)[1]
         for first in range(0, n_layers * _BLOCKS_PER_LAYER, n_layers)
     ]
-    return np.stack(blocks)
+    return np.stack(blocks, axis=1)
 
 
 def _hold_out_steps(
@@ -185,7 +201,7 @@ def _hold_out_steps(
         mean_tokens = int(np.round(tokens.mean()))
         fitted = float(_imbalance(first.counts, model, size).mean())
         means = float(real.mean()), halves[0], float(found.mean()), halves[1]
-        rows.append(Held("steps", mean_tokens, size, *means, fitted))
+        rows.append(Held("imbalance", "steps", mean_tokens, size, *means, fitted))
     return fit, rows
 
 

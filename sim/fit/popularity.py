@@ -10,6 +10,7 @@ for its group to be kept, which is monotone too: the other groups' scores do not
 over the groups that are kept together with e's.
 """
 
+import copy
 import time
 from math import factorial
 from typing import NamedTuple
@@ -18,14 +19,17 @@ import numpy as np
 from scipy.special import ndtri
 
 from sim.fit.effects import DrawnEffects, RequestEffect, draw_effects
+from sim.fit.kinds import Kinds
 from sim.kernels import kernel
 from sim.model import ModelSpec
 from sim.router import score_law
 from sim.streams import GROUP, REQUEST, TOKEN, stream_key, uniforms
-from sim.traffic.synthetic import MOST_LOGIT, of_one_strength
+from sim.traffic.fitted import MOST_LOGIT
+from sim.traffic.synthetic import of_one_strength
 
 _NUMBERS = 2**22  # experts times requests
 _MOST_REQUESTS, _LEAST_REQUESTS = 2**16, 2**12
+_OF_A_KIND = 4096  # requests that the experts of one kind of tokens are fitted on
 _FEW = 1024  # requests that the first rounds take, until
 _NEAR = 0.03  # this rms
 _MOST_ROUNDS = 60
@@ -56,6 +60,7 @@ class LayerFit(NamedTuple):
 
     decode: Popularity
     prefill: Popularity | None  # with the request effect
+    kind_effects: np.ndarray | None  # float64 [kinds, experts], to 3 digits: of decode
     effect: RequestEffect | None
     local_share: float  # of its variance
     rms: list[float]  # of fitted / measured share - 1, of decode, and of prefill if there is one
@@ -77,6 +82,17 @@ class Noise:
             of_token = drawn.astype(np.float32).reshape(self.n, 2, model.n_group)
             self.groups = np.repeat(of_token, model.group_size, axis=2)
         self.key, self.layer = key, layer
+
+    def of_kinds(self, shares: np.ndarray, effects: np.ndarray) -> "Noise":
+        """The same with kinds of tokens: each kind has its share of the first tokens of all requests, and of the second ones."""
+        ends = np.cumsum(shares)
+        places = np.stack(
+            [np.arange(self.n), np.argsort(uniforms(self.key, GROUP, self.layer, (1, self.n))[0])], axis=1
+        )
+        of_token = np.minimum(np.searchsorted(ends, (places + 0.5) / self.n), len(ends) - 1)
+        other = copy.copy(self)
+        other.groups = self.groups + effects.astype(np.float32)[of_token]
+        return other
 
     def draw(self, effect: RequestEffect | None) -> DrawnEffects | None:
         """Requests with this effect; None without."""
@@ -123,7 +139,15 @@ class Noise:
         return found[1] / found[0] if found[0] > 0 else 0.5
 
 
-def fit_popularity(noise: Noise, p: np.ndarray, effect: RequestEffect | None = None) -> Popularity:
+def fit_kind_effects(noise: Noise, kinds: Kinds) -> np.ndarray:
+    """What kinds of tokens add to the logits, float64 [kinds, experts], of mean 0 over tokens: each kind picks its experts."""
+    logits = np.stack([fit_popularity(noise, p, n_requests=_OF_A_KIND).mu for p in kinds.picked])
+    return logits - kinds.shares @ logits / kinds.shares.sum()
+
+
+def fit_popularity(
+    noise: Noise, p: np.ndarray, effect: RequestEffect | None = None, n_requests: int | None = None
+) -> Popularity:
     """Newton's method, expert by expert, on ln(-ln(1 - P)) of the probability P of being picked.
 
     Parameters
@@ -133,7 +157,10 @@ def fit_popularity(noise: Noise, p: np.ndarray, effect: RequestEffect | None = N
         Share of tokens that pick each expert, above 0 and below 1; sums to top_k.
     effect : RequestEffect, optional
         Its strength is fitted along, so that the picks of two tokens of a request have its correlation.
+    n_requests : int, optional
+        By default all of the noise.
     """
+    most = n_requests or noise.n
     target = np.log(-np.log1p(-p))
     mu = target - target.mean()
     drawn, strength = noise.draw(effect), 1.0
@@ -144,11 +171,11 @@ def fit_popularity(noise: Noise, p: np.ndarray, effect: RequestEffect | None = N
         rms = float(np.sqrt(np.mean((share / p - 1) ** 2)))
         found = float((both - share**2).sum() / (share * (1 - share)).sum())
         off = max(rms, 0.0 if effect is None else abs(found / effect.correlation - 1))
-        if n == noise.n and off < best.rms:
+        if n == most and off < best.rms:
             best = Popularity(mu, strength, off, rounds)
-        if n == noise.n and off < _TOLERANCE:
+        if n == most and off < _TOLERANCE:
             break
-        n = noise.n if off < _NEAR or rounds >= _MOST_ROUNDS // 2 else n
+        n = most if off < _NEAR or rounds >= _MOST_ROUNDS // 2 else n
         if effect is not None:
             strength *= float(np.clip(np.sqrt(effect.correlation / max(found, 1e-6)), 0.5, 2.0))
             strength = min(strength, _MOST_STRENGTH)
@@ -161,20 +188,26 @@ def fit_popularity(noise: Noise, p: np.ndarray, effect: RequestEffect | None = N
 
 
 def fit_layer(
-    model: ModelSpec, layer: int, p: np.ndarray, effect: RequestEffect | None, *, seed: int, group_sigma: float
-) -> LayerFit:
-    """Fit the popularity of a layer without and, if they have one, with its request effect (see `fit_popularity`), and
-    check what is written of it: mu to 4 digits.
+    model: ModelSpec, layer: int, p: np.ndarray, effect: RequestEffect | None, kinds: Kinds | None = None, *, seed: int,
+    group_sigma: float,
+) -> LayerFit:  # fmt: skip
+    """Fit the popularity of a layer with its kinds of tokens, if any, and, if it has one, with its request effect alone (see
+    `fit_popularity`), and check what is written of it: mu to 4 digits.
     """
     started = time.perf_counter()
-    noise = Noise(model, group_sigma, seed, layer)
-    effects = [None] if effect is None else [None, effect]
-    found = [fit_popularity(noise, p, of_phase) for of_phase in effects]
-    check = Noise(model, group_sigma, seed, layer, "check")
-    rms = []
-    for popularity, of_phase in zip(found, effects, strict=True):
-        share = check.picks(np.round(popularity.mu, 4), check.draw(of_phase), popularity.strength)[0]
+    noise, check = (Noise(model, group_sigma, seed, layer, what) for what in ("fit", "check"))
+    phases: list[tuple[Noise, Noise, RequestEffect | None]] = [(noise, check, None)]
+    phases += [] if effect is None else [(noise, check, effect)]
+    kind_effects = None
+    if kinds is not None:
+        kind_effects = np.round(fit_kind_effects(noise, kinds), 3)
+        phases[0] = (noise.of_kinds(kinds.shares, kind_effects), check.of_kinds(kinds.shares, kind_effects), None)
+    found, rms = [], []
+    for fitted, checked, of_phase in phases:
+        popularity = fit_popularity(fitted, p, of_phase)
+        share = checked.picks(np.round(popularity.mu, 4), checked.draw(of_phase), popularity.strength)[0]
         rms.append(float(np.sqrt(np.mean((share / p - 1) ** 2))))
+        found.append(popularity)
     local_share = 0.0
     if effect is not None and effect.far < effect.correlation:
         # c(r) of effects that correlate by r is a power series: taken as c(1) (a r + (1 - a) r**2), with the measured c(1/2).
@@ -182,7 +215,8 @@ def fit_layer(
         ratio = effect.far / effect.correlation
         local_share = 1 - 2 * ratio / (a + np.sqrt(a * a + 4 * (1 - a) * ratio)) if ratio > 0 else 1.0
     seconds = time.perf_counter() - started
-    return LayerFit(found[0], found[1] if len(found) > 1 else None, effect, float(local_share), rms, seconds)
+    prefill = found[1] if len(found) > 1 else None
+    return LayerFit(found[0], prefill, kind_effects, effect, float(local_share), rms, seconds)
 
 
 @kernel(forceinline=True)

@@ -89,11 +89,38 @@ def _redraw_listed(n_listed, start, trial, key, layer, work, first, k):
 
 
 @kernel
-def draw_distinct(n, start, trial, key, word, layer, work, k):
-    """The k-th experts of n tokens of an ungrouped router: other than all before."""
-    rows, mine, now = work.rows, expert_row(work.places, k), work.round
+def draw_kinds(n, word, chances, work):
+    """Kinds of n tokens, from the words in the row `word`: chances uint64 [kinds], cumulated, in units of 2**-32."""
+    rows = work.rows
     for i in range(n):
-        put_whole(rows, mine, i, draw_mark(whole(rows, word, i), 0, layer.alias.size, layer.alias))
+        kind = np.uint32(0)
+        for j in range(chances.size - 1):
+            kind += np.uint32(np.uint64(whole(rows, word, i)) >= chances[j])
+        for place in range(work.n_places):
+            put_whole(rows, work.places + place * row.PLACE_SIZE + row.GROUP, i, kind)
+
+
+@kernel
+def drop_kinds(n, top_k, size, work):
+    """Make experts of the marks of n tokens, kind * size + expert."""
+    rows = work.rows
+    for k in range(top_k):
+        mine, kind = expert_row(work.places, k), work.places + (k // 2) * row.PLACE_SIZE + row.GROUP
+        for i in range(n):
+            put_whole(rows, mine, i, whole(rows, mine, i) - whole(rows, kind, i) * np.uint32(size))
+
+
+@kernel
+def draw_distinct(n, start, trial, key, word, layer, work, k):
+    """The k-th experts of n tokens of an ungrouped router: other than all before. Kinds of tokens stand for groups."""
+    rows, mine, now = work.rows, expert_row(work.places, k), work.round
+    if layer.gap.size > 1:
+        kind = work.places + (k // 2) * row.PLACE_SIZE + row.GROUP
+        _draw_marks(n, rows, kind, word, mine, layer.alias.size // layer.gap.size, layer.alias)
+    else:
+        for i in range(n):
+            put_whole(rows, mine, i, draw_mark(whole(rows, word, i), 0, layer.alias.size, layer.alias))
+    for i in range(n):
         put_whole(rows, now + row.TAKES, i, 0)
     for j in range(k):
         earlier = expert_row(work.places, j)

@@ -11,7 +11,7 @@ from sim.model.spec import ROUTED_SCORINGS
 from sim.router.sampler import sample_trials
 from sim.streams import stream_key
 from sim.traffic import RecordedTraffic, SyntheticTraffic, Workload
-from sim.traffic.synthetic import X0
+from sim.traffic.synthetic import X0, one_kind
 
 _ONE_REQUEST = 2**62  # tokens per request where requests have no effect
 _HELD_LOGITS = 2**22  # of the requests of some trials, at a time
@@ -32,7 +32,7 @@ def check_pair(model: ModelSpec, workload: Workload) -> None:
     Raises
     ------
     InputError
-        A record or a fitted table of another model, or a grouped router whose scoring is not known.
+        A record or a fitted table of another model, kinds of tokens or an unknown scoring with a grouped router.
     """
     if isinstance(workload, RecordedTraffic):
         workload.check_model(model.n_experts, model.top_k, model.name)
@@ -41,6 +41,10 @@ def check_pair(model: ModelSpec, workload: Workload) -> None:
         raise InputError(
             f"workload {workload.name} is fitted to {workload.layers.mu.shape[1]} experts, model {model.name} has "
             f"{model.n_experts}"
+        )
+    if workload.layers is not None and workload.layers.kind_shares is not None and model.is_grouped:
+        raise InputError(
+            f"workload {workload.name} has kinds of tokens, which routers with groups (model {model.name}) do not take"
         )
     if model.is_grouped and model.scoring not in ROUTED_SCORINGS:
         raise InputError(
@@ -153,17 +157,18 @@ def _route(
 ) -> None:
     """Route the tokens of consecutive trials from layers of popularity mu float64 [trials, n_experts]."""
     per_request = workload.tokens_per_request if workload.request_sigma else _ONE_REQUEST
-    n_requests = -(-int(tokens[-1]) // per_request) * workload.n_contexts
-    size = max(1, _HELD_LOGITS // (n_requests * model.n_experts))
+    chances, effects = workload.kinds(first_draw, len(mu))
+    of_request = workload.n_contexts * chances.shape[1] * model.n_experts
+    size = max(1, _HELD_LOGITS // (-(-int(tokens[-1]) // per_request) * of_request))
     for i in range(0, len(mu), size):
         part = slice(i, i + size)
-        logits = np.ascontiguousarray(
-            workload.draw_logits(key, mu[part], first_trial + i, int(tokens[-1]), first_draw + i)
-        )
+        logits = workload.draw_logits(key, mu[part], first_trial + i, int(tokens[-1]), first_draw + i)
+        if effects is not None:
+            logits = (logits[:, :, None, :] + effects[part, None]).reshape(*logits.shape[:2], -1)
         contexts = workload.draw_contexts(key, first_trial + i, len(logits), int(tokens[-1]))
         sample_trials(
-            first_trial + i, key, logits, contexts, per_request, tokens, model.n_group, model.topk_group, workload.group_sigma,
-            score_law(model), counts[part], ids[part],
+            first_trial + i, key, np.ascontiguousarray(logits), contexts, per_request, tokens, model.n_group,
+            model.topk_group, workload.group_sigma, score_law(model), chances[part], counts[part], ids[part],
         )  # fmt: skip
 
 
@@ -190,6 +195,6 @@ def route_layers(
     sample_trials(
         first, stream_key(seed, what), np.ascontiguousarray(mu)[:, None, :], np.empty((len(mu), 0), np.uint8), _ONE_REQUEST,
         np.array([n_tokens]),
-        model.n_group, model.topk_group, workload.group_sigma, score_law(model), counts, ids,
+        model.n_group, model.topk_group, workload.group_sigma, score_law(model), one_kind(len(mu)), counts, ids,
     )  # fmt: skip
     return ids

@@ -29,6 +29,9 @@ draws its own time from then on, which is exact by lack of memory, since that mo
 Room is for max(top_k, 2 topk_group) experts; places that no expert has are later than any, and extra ones are dropped in
 the end.
 
+A token of an ungrouped router may be of one of several kinds, each with a popularity of its own: it draws its kind, and then
+its experts from the tables of that kind.
+
 Every random word is addressed by (trial, token, index): a token's experts do not depend on how many tokens follow it, nor on
 the batches that tokens are worked in. Every operation rounds alike on every machine (see `sim.streams`), so rows do.
 """
@@ -36,7 +39,17 @@ the batches that tokens are worked in. Every operation rounds alike on every mac
 import numpy as np
 
 from sim.kernels import kernel
-from sim.router.arrivals import ROUNDS, begin_places, draw_distinct, expert_row, finish, run_round, sort_experts
+from sim.router.arrivals import (
+    ROUNDS,
+    begin_places,
+    draw_distinct,
+    draw_kinds,
+    drop_kinds,
+    expert_row,
+    finish,
+    run_round,
+    sort_experts,
+)
 from sim.router.groups import keep_groups, score_groups
 from sim.router.tables import Layer, fill_layer, new_layer, new_tables
 from sim.router.workspace import BATCH, GROUP_SIZE, new_workspace, whole
@@ -62,15 +75,19 @@ def _fill_words(key, trial, start, n, n_group, rows, groups, words):
 
 
 @kernel
-def _route_batch(n, start, trial, key, topk_group, top_k, n_sorted, group_sigma, score_law, layer, work):
+def _route_batch(n, start, trial, key, topk_group, top_k, n_sorted, group_sigma, score_law, chances, layer, work):
     """Experts of the n tokens from `start` on, the first n_sorted of them best first."""
-    n_group = layer.gap.size
-    size = layer.alias.size // n_group
+    n_group = layer.gap.size // chances.size
+    size = layer.alias.size // layer.gap.size
     rows, words = work.rows, work.words
     block = _fill_words(key, trial, start, n, n_group, rows, work.groups, words)
     if n_group == 1:
+        if chances.size > 1:
+            draw_kinds(n, words + top_k * BATCH, chances, work)
         for k in range(top_k):
             draw_distinct(n, start, trial, key, words + k * BATCH, layer, work, k)
+        if chances.size > 1:
+            drop_kinds(n, top_k, size, work)
         return
     score_groups(n, layer, group_sigma, score_law, work)
     keep_groups(n, topk_group, n_group, work)
@@ -92,11 +109,11 @@ def _count_experts(rows, places, top_k, start, stop, counts):
 
 @kernel
 def _sample_trial(
-    trial, key, mu, tokens_per_request, tokens, topk_group, group_sigma, score_law, layer, work, counts, ids
+    trial, key, mu, tokens_per_request, tokens, topk_group, group_sigma, score_law, chances, layer, work, counts, ids
 ):
-    """One trial: mu [requests, n_experts]; counts int32 [len(tokens), n_experts]; ids int16 [n, top_k]."""
+    """One trial: mu [requests, kinds * n_experts]; counts int32 [len(tokens), n_experts]; ids int16 [n, top_k]."""
     rows, places, top_k = work.rows, work.places, ids.shape[1]
-    running = np.zeros(mu.shape[1], np.int32)
+    running = np.zeros(counts.shape[1], np.int32)
     start, snapshot = np.int64(0), 0  # typed: a literal would compile everything below twice
     while start < tokens[-1]:
         request = start // tokens_per_request
@@ -104,7 +121,7 @@ def _sample_trial(
             fill_layer(mu[request], layer)
         n = min(BATCH, tokens[-1] - start, (request + 1) * tokens_per_request - start)
         n_ids = max(min(n, ids.shape[0] - start), 0)
-        _route_batch(n, start, trial, key, topk_group, top_k, n_ids, group_sigma, score_law, layer, work)
+        _route_batch(n, start, trial, key, topk_group, top_k, n_ids, group_sigma, score_law, chances, layer, work)
         done = 0
         while snapshot < tokens.size and tokens[snapshot] <= start + n:
             _count_experts(rows, places, top_k, done, tokens[snapshot] - start, running)
@@ -140,14 +157,27 @@ def _sort_contexts(contexts, start, stop, first, order):
 
 @kernel
 def _sample_contexts(
-    trial, key, mu, contexts, tokens_per_request, tokens, topk_group, group_sigma, score_law, tables, work, counts, ids
+    trial,
+    key,
+    mu,
+    contexts,
+    tokens_per_request,
+    tokens,
+    topk_group,
+    group_sigma,
+    score_law,
+    chances,
+    tables,
+    work,
+    counts,
+    ids,
 ):
-    """One trial of requests whose effect decays: as `_sample_trial`, with mu [requests * contexts, n_experts] and contexts
+    """One trial of requests whose effect decays: as `_sample_trial`, mu [requests * contexts, kinds * n_experts], contexts
     uint8 [tokens]. The tokens of a context are worked together; the m-th token that a context of a request has takes the
     words of row (request * contexts + context) * room + m, whatever follows it.
     """
     rows, places, top_k, n_contexts = work.rows, work.places, ids.shape[1], tables.weight.shape[0]
-    running, room = np.zeros(mu.shape[1], np.int32), min(tokens_per_request, _ROOM)
+    running, room = np.zeros(counts.shape[1], np.int32), min(tokens_per_request, _ROOM)
     n_seen, is_filled = np.zeros(n_contexts, np.int64), np.zeros(n_contexts, np.bool_)
     first, order = np.empty(n_contexts + 1, np.int64), np.empty(_SPAN, np.int64)
     start, snapshot = np.int64(0), 0
@@ -168,7 +198,7 @@ def _sample_contexts(
                 n = min(BATCH, first[c + 1] - at)
                 row = (request * n_contexts + c) * room + n_seen[c]
                 n_ids = n if order[at] < ids.shape[0] else 0
-                _route_batch(n, row, trial, key, topk_group, top_k, n_ids, group_sigma, score_law, layer, work)
+                _route_batch(n, row, trial, key, topk_group, top_k, n_ids, group_sigma, score_law, chances, layer, work)
                 _count_experts(rows, places, top_k, 0, n, running)
                 for k in range(top_k if n_ids else 0):
                     expert = expert_row(places, k)
@@ -185,20 +215,32 @@ def _sample_contexts(
 
 @kernel
 def sample_trials(
-    first_trial, key, mu, contexts, tokens_per_request, tokens, n_group, topk_group, group_sigma, score_law, counts, ids
+    first_trial,
+    key,
+    mu,
+    contexts,
+    tokens_per_request,
+    tokens,
+    n_group,
+    topk_group,
+    group_sigma,
+    score_law,
+    chances,
+    counts,
+    ids,
 ):
     """Route the trials first_trial .. first_trial + len(mu) - 1.
 
-    mu float64 [trials, requests * contexts, n_experts]; contexts uint8 [trials, tokens], of each token, or [trials, 0] where
-    a request has but one; tokens int64, ascending; counts int32 [trials, len(tokens), n_experts], of the first tokens[j]
-    tokens of each trial; ids int16 [trials, n, top_k], of its first n tokens, best first.
+    mu float64 [trials, requests * contexts, kinds * n_experts]; contexts uint8 [trials, tokens], of each token, or [trials, 0]
+    where a request has but one; tokens int64, ascending; chances uint64 [trials, kinds], cumulated, of a token's kind in units
+    of 2**-32 (grouped routers have one kind); counts int32 [trials, len(tokens), n_experts], of the first tokens[j] tokens of
+    each trial; ids int16 [trials, n, top_k], of its first n tokens, best first.
     """
-    top_k = ids.shape[2]
-    layer, tables = (
-        new_layer(mu.shape[2], n_group),
-        new_tables(CONTEXTS if contexts.shape[1] else 0, mu.shape[2], n_group),
-    )
-    work = new_workspace(n_group, topk_group, top_k, 2 * topk_group + 2 * ROUNDS if n_group > 1 else top_k)
+    top_k, n_kinds = ids.shape[2], chances.shape[1]
+    layer = new_layer(mu.shape[2], n_group * n_kinds)
+    tables = new_tables(CONTEXTS if contexts.shape[1] else 0, mu.shape[2], n_group * n_kinds)
+    n_words = 2 * topk_group + 2 * ROUNDS if n_group > 1 else top_k + (n_kinds > 1)
+    work = new_workspace(n_group, topk_group, top_k, n_words)
     for t in range(mu.shape[0]):
         if contexts.shape[1]:
             _sample_contexts(
@@ -211,6 +253,7 @@ def sample_trials(
                 topk_group,
                 group_sigma,
                 score_law,
+                chances[t],
                 tables,
                 work,
                 counts[t],
@@ -226,6 +269,7 @@ def sample_trials(
             topk_group,
             group_sigma,
             score_law,
+            chances[t],
             layer,
             work,
             counts[t],

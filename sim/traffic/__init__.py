@@ -1,10 +1,11 @@
 """What comes in: synthetic traffic, recorded routing and load counts, and the readers of every form they come in."""
 
 from sim.traffic.counts import LoadCounts
+from sim.traffic.fitted import FittedLayers
 from sim.traffic.presets import load_workload, workload_names
 from sim.traffic.read import LoadTable, load_table, read_traffic
 from sim.traffic.recorded import STEP_PHASES, RecordedTraffic
-from sim.traffic.synthetic import FittedLayers, SyntheticTraffic, synthetic_traffic
+from sim.traffic.synthetic import SyntheticTraffic, synthetic_traffic
 
 Workload = SyntheticTraffic | RecordedTraffic
 

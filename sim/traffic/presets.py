@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 
 from sim.errors import InputError, unknown, whole_number
 from sim.files import read_toml
+from sim.traffic.fitted import TABLE_NAMES, FittedLayers
 from sim.traffic.read import names_file, read_recorded
 from sim.traffic.recorded import PHASES, RecordedTraffic
-from sim.traffic.synthetic import FROM_ARRAYS, TABLE_NAMES, FittedLayers, SyntheticTraffic
+from sim.traffic.synthetic import FROM_ARRAYS, SyntheticTraffic
 
 _SAYS_NOTHING = {"name", "about", "source", "fitted_to", "prefill"}
 
@@ -190,7 +191,7 @@ def _changed(
 
 def _of_phase(name: str, fields: dict[str, Any], phase: str | None) -> dict[str, Any]:
     """Fields of a phase. A fitted file is of decode, where every token is a request of its own, and its table `prefill`
-    says what is other where the tokens of a request follow each other.
+    says what is other where the tokens of a request follow each other; with a mu of its own all tables are.
     """
     if phase not in (None, *PHASES):
         raise InputError(f"`phase` must be one of {', '.join(PHASES)}, not '{phase}'")
@@ -201,4 +202,7 @@ def _of_phase(name: str, fields: dict[str, Any], phase: str | None) -> dict[str,
         raise InputError(
             f"`phase` goes with a recorded workload (file:TRACE) or one fitted to sequences, not with '{name}'"
         )
-    return fields | (prefill or {}) if phase == "prefill" else fields
+    if phase != "prefill" or prefill is None:
+        return fields
+    kept = {key: value for key, value in fields.items() if "mu" not in prefill or key not in TABLE_NAMES}
+    return kept | prefill

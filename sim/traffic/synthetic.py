@@ -1,9 +1,7 @@
 """Synthetic traffic: popularity of experts by layer, drawn or given as tables, request and group effects, Gumbel noise."""
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from numbers import Real
 from typing import Any
 
@@ -13,6 +11,7 @@ from scipy.special import ndtri
 from sim.errors import InputError, shown, whole_number
 from sim.kernels import kernel
 from sim.streams import CONTEXT, LOCAL, POPULARITY, REQUEST, fill_words, normals, uniforms
+from sim.traffic.fitted import FittedLayers
 
 X0 = -4.0
 """Offset of the logits before the sigmoid."""
@@ -22,12 +21,6 @@ CONTEXTS = 8
 """Contexts of a request, each with a local effect of its own, where there is one."""
 MOST_KINDS = 8
 """Lengths of contexts that traffic may mix."""
-
-MOST_LOGIT = 50.0
-"""Largest absolute value of a table's numbers."""
-_MOST_NUMBERS = 2**22
-TABLE_NAMES = ("mu", "request_sd", "request_loadings")
-"""The tables of fitted traffic: keys of its TOML file."""
 
 FROM_ARRAYS = "popularity as an array goes through sim.synthetic_traffic(popularity=...)"
 _LEAST_POPULARITY = 1e-9  # over the mean of the layer: a zero is never seen, and its logarithm is finite
@@ -39,68 +32,11 @@ SPREAD_MEAN, SPREAD_SD, SPREAD_RANGE = 0.58, 0.10, (0.40, 0.95)
 STUDENT_DF = 6
 
 
-@dataclass(frozen=True, eq=False)
-class FittedLayers:
-    """Tables of layers; layer draw d takes layer d % layers.
-
-    Attributes
-    ----------
-    mu : float64 [layers, n_experts]
-        Mean logits.
-    request_sd : float64 [layers, n_experts]
-        Standard deviation of what a request adds to one expert alone, in units of the traffic's request_sigma.
-    request_loadings : float64 [layers, factors, n_experts]
-        What a request adds to all experts together (its subject): one standard normal per factor, in the same units.
-    """
-
-    mu: np.ndarray
-    request_sd: np.ndarray
-    request_loadings: np.ndarray
-
-    @classmethod
-    def of(cls, mu: Any, request_sd: Any = None, request_loadings: Any = None, where: str = "") -> "FittedLayers":
-        """Checked tables; without `request_sd` it is 1, without `request_loadings` there are none.
-
-        Raises
-        ------
-        InputError
-            Tables that are not numbers, differ in width, or hold NaN or more than 50 in absolute value.
-        """
-        mu = _table(where, "mu", mu, 2)
-        sd = np.ones(mu.shape) if request_sd is None else _table(where, "request_sd", request_sd, 2)
-        shape = (len(mu), 0, mu.shape[1])
-        loadings = np.zeros(shape) if request_loadings is None else _table(where, TABLE_NAMES[2], request_loadings, 3)
-        if sd.shape != mu.shape or (loadings.shape[0], loadings.shape[2]) != mu.shape:
-            raise InputError(f"{where}request_sd and request_loadings must have the layers and experts of mu")
-        if sd.min() < 0:
-            raise InputError(f"{where}request_sd must not be negative, found {sd.min():g}")
-        return cls(mu, sd, loadings)
-
-    @cached_property
-    def digest(self) -> str:
-        """Digest of all tables."""
-        tables = (self.mu, self.request_sd, self.request_loadings)
-        return hashlib.sha256(b"".join(np.ascontiguousarray(table).tobytes() for table in tables)).hexdigest()[:32]
-
-    @cached_property
-    def request_variance(self) -> np.ndarray:
-        """Variance of what a request adds, mean over experts, float64 [layers]."""
-        return (self.request_sd**2 + (self.request_loadings**2).sum(axis=1)).mean(axis=1)
-
-    def rows(self, first_draw: int, n_draws: int) -> np.ndarray:
-        """The layers of consecutive draws, int64 [n_draws]."""
-        return np.arange(first_draw, first_draw + n_draws) % len(self.mu)
-
-    def request_effect(self, normals: np.ndarray, first_draw: int) -> np.ndarray:
-        """What requests add to the logits, float64 [..., draws, n_experts], from normals [..., draws, n_experts + factors]."""
-        rows, n_experts = self.rows(first_draw, normals.shape[-2]), self.mu.shape[1]
-        shared = np.einsum("...df,dfe->...de", normals[..., n_experts:], self.request_loadings[rows])
-        return self.request_sd[rows] * normals[..., :n_experts] + shared
-
-
 @dataclass(frozen=True)
 class SyntheticTraffic:
     """Traffic whose logits are mu[e] + request_sigma * B[request, e] + group_sigma * A[token, group] + Gumbel noise.
+
+    Fitted layers may add C[kind, e], of the kind that a token draws for itself: what makes experts go together.
 
     B may decay along the sequence: B = sqrt(1 - local_share) * topic + sqrt(local_share) * local, both standard normal. The
     topic holds for the request. The local effect is that of the token's context, one of CONTEXTS that a request draws for
@@ -216,6 +152,7 @@ class SyntheticTraffic:
             law["sigma"] = self.sigma
         if self.layers is not None:
             law["layers"] = self.layers.digest
+            law |= {} if self.layers.kind_shares is None else {"kinds": self.layers.kind_shares.shape[1]}
         if self.request_sigma > 0:
             law |= {"request_sigma": self.request_sigma, "tokens_per_request": self.tokens_per_request}
         if self.n_contexts > 1:
@@ -289,6 +226,16 @@ class SyntheticTraffic:
         fill_contexts(key, first_trial, self.tokens_per_request, _in_words(leave), _in_words(chances), contexts)
         return contexts
 
+    def kinds(self, first_draw: int, n_draws: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """Kinds of the tokens of consecutive draws: their cumulated chances in units of 2**-32, uint64 [draws, kinds], and what
+        each adds to the logits, float64 [draws, kinds, n_experts]; None where there is but one kind.
+        """
+        if self.layers is None or self.layers.kind_shares is None or self.layers.kind_effects is None:
+            return one_kind(n_draws), None
+        rows = self.layers.rows(first_draw, n_draws)
+        ends = np.cumsum(self.layers.kind_shares[rows], axis=1)
+        return _in_words(ends / ends[:, -1:]), self.layers.kind_effects[rows]
+
 
 def same_context(lag: Any, context_tokens: Sequence[float], context_shares: Sequence[float]) -> np.ndarray:
     """`SyntheticTraffic.same_context` of stretches of given mean lengths, in tokens, and their shares of the tokens."""
@@ -330,6 +277,11 @@ def fill_contexts(key, first_trial, tokens_per_request, leave, chances, contexts
                     context = (np.uint64(words[2, i]) * np.uint64(CONTEXTS)) >> np.uint64(32)
                 contexts[trial, start + i] = context
                 place = place + 1 if place + 1 < tokens_per_request else 0
+
+
+def one_kind(n: int) -> np.ndarray:
+    """The chances of kinds of n layers whose tokens are all of one, as `SyntheticTraffic.kinds` gives them."""
+    return np.full((n, 1), 2**32, np.uint64)
 
 
 def synthetic_traffic(
@@ -442,20 +394,3 @@ def tilt_profile(n_experts: int) -> np.ndarray:
     f -= f.mean()
     slope = np.dot(v - v.mean(), f) / np.dot(v - v.mean(), v - v.mean()) if n_experts > 1 else 1.0
     return f / abs(slope)
-
-
-def _table(where: str, name: str, values: Any, n_axes: int) -> np.ndarray:
-    """A table of numbers, float64, with `n_axes` axes."""
-    axes = ["layers", "factors", "n_experts"] if n_axes == 3 else ["layers", "n_experts"]
-    shape = f"[{', '.join(axes)}]"
-    try:
-        array = np.asarray(values)
-    except ValueError:
-        raise InputError(f"{where}{name} must be a table {shape} of numbers whose rows are equally long") from None
-    if array.dtype.kind not in "fiu" or array.ndim != n_axes or 0 in array.shape:
-        raise InputError(f"{where}{name} must be a table {shape} of numbers whose rows are equally long")
-    if array.size > _MOST_NUMBERS or array.shape[-1] > 2**15 - 1:
-        raise InputError(f"{where}{name} is too large: {' x '.join(map(str, array.shape))} numbers")
-    if not (np.abs(array) <= MOST_LOGIT).all():  # NaN too
-        raise InputError(f"{where}{name} must hold numbers from -{MOST_LOGIT:g} to {MOST_LOGIT:g} only")
-    return array.astype(float)
