@@ -119,6 +119,22 @@ def test_brute_force_of_two_billion_layers_is_reproduced(placement, ep_size):
             assert agree(found[row.threshold], p, np.sqrt(row.hits) / row.steps, len(rows)), row
 
 
+def test_estimates_agree_with_a_sweep_of_a_billion_steps():
+    """The committed sweep of `--executor cuda`: eight cells, P down to 2e-8, wherever 20 steps or more were hit."""
+    folder = ROOT / "results/measured/billion-steps"
+    tail, counts = pd.read_csv(folder / "tail.csv"), pd.read_parquet(folder / "counts.parquet")
+    loads = counts[counts.metric == "max_load"]
+    held = []
+    for row in tail[(tail.method == "rare") & (tail.metric == "imbalance")].itertuples():
+        cell = loads[(loads.placement == row.placement) & (loads.ep_size == row.ep_size)]
+        hits = int(cell[cell.value * row.ep_size >= row.threshold * 64 * 8]["count"].sum())
+        if hits >= 20:
+            p = hits / row.trials
+            held.append(agree(row, p, np.sqrt(hits) / row.trials, 76))
+    assert len(held) == 76
+    assert all(held)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("workload", ["chat", "gpqa-tilted", "prefill"])
 def test_estimates_agree_with_sampling_where_both_see(workload):

@@ -206,7 +206,7 @@ def add_legend(
 def set_title(figure: Figure, result: Sweep, text: str, *notes: str, ranges: str = "bands") -> None:
     """Title with the model, the traffic, what shows the 95 % intervals, and notes below in lines that fit."""
     row = result.summary.iloc[0]
-    draws = f"{row.trials} trials" if row.trials == row.draws else f"{row.trials} trials of {row.draws} layer draws"
+    draws = f"{row.trials:,} trials" + ("" if row.trials == row.draws else f" of {row.draws:,} layer draws")
     about = f"{Path(row.model).name}, {row.workload} traffic, {draws}, {ranges}: 95 %"
     lines = [text, about, *textwrap.wrap("; ".join(note for note in notes if note), 122)]
     figure.suptitle("\n".join(lines), fontsize=10, x=0.01, ha="left")

@@ -143,7 +143,7 @@ def _meaning_of_lines(result: Sweep, kinds: set[str]) -> str:
     rows = _theory_rows(result, "imbalance")
     given = sorted(set(rows[rows.method.isin(kinds)].given) - {""})
     draws = int(result.summary.draws.max())
-    text = f"thick: sampled, blind below about 3 / {draws} draws; thin: {thin}"
+    text = f"thick: sampled, blind below about 3 / {draws:,} draws; thin: {thin}"
     return text + (f", given the {given[-1]} only" if given else ", for all layers")
 
 
