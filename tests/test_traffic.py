@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -281,9 +282,9 @@ def test_a_fit_that_does_not_converge_gives_its_best():
 
 def test_a_written_fit_is_read_back_and_swept(tmp_path, capsys):
     rng = np.random.default_rng(6)
-    record = a_record(rng, [80] * 40, spread=1.0, n_experts=64, top_k=8)
+    record = a_record(rng, [48] * 24, spread=1.0, n_experts=64, top_k=8)
     ids = record.topk_ids.transpose(1, 0, 2)
-    path = write(tmp_path / 'odd "name".npz', topk_ids=ids, sequence_lengths=np.full(40, 80))
+    path = write(tmp_path / 'odd "name".npz', topk_ids=ids, sequence_lengths=np.full(24, 48))
     out = tmp_path / "my.toml"
     assert main(["traffic", "fit", str(path), "--model", "olmoe-1b-7b", "--out", str(out), "--hold-out"]) == 0
     text = capsys.readouterr().out
@@ -413,9 +414,10 @@ def test_gpt_oss_is_predicted_from_its_other_half(gpt_oss):
     """At EP 4, 8, 16, blocks of 16, 64, 256 tokens, decode and prefill: mean max / mean, and the tokens that the busiest rank
     receives, within 5 % (max / mean of prefill of 64 and 256 tokens within 3 %); ranks per token within 2 % of decode, where
     kinds of tokens are fitted (5.8 % at EP 4 without), and 5.5 % of prefill, where they are not. Marginals to 1 %; with a
-    request effect to 3 %, on the random numbers of the check.
+    request effect to 3 %, on the random numbers of the check. Of every third layer, which takes a third of the time.
     """
-    fit, rows = hold_out(load_model("gpt-oss-20b"), gpt_oss)
+    third = replace(gpt_oss, topk_ids=gpt_oss.topk_ids[::3], layer_ids=gpt_oss.layer_ids[::3])
+    fit, rows = hold_out(load_model("gpt-oss-20b"), third)
     assert len(rows) == 3 * 18
     assert fit.rms[0].max() < 0.01
     assert fit.rms[1].max() < 0.03
