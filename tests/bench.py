@@ -73,13 +73,19 @@ def best(work: Callable[[], object], n: int = 3) -> float:
 
 
 def run(
-    n_tokens: int, ep_sizes: list[int], steps: list[int], placements: list[str], model: ModelSpec = V3
+    n_tokens: int,
+    ep_sizes: list[int],
+    steps: list[int],
+    placements: list[str],
+    model: ModelSpec = V3,
+    received: str = "off",
+    threads: int = 1,
 ) -> Callable[[], object]:
-    """A sweep on one thread that samples `n_tokens` tokens."""
-    trials = n_tokens // steps[-1]
+    """A sweep that samples `n_tokens` tokens, without bounds."""
     return lambda: sweep(
-        model, CHAT, ep_sizes=ep_sizes, tokens=steps, placements=placements, trials=trials, threads=1, bound_layers=0
-    )
+        model, CHAT, ep_sizes=ep_sizes, tokens=steps, placements=placements, trials=n_tokens // steps[-1],
+        threads=threads, bound_layers=0, received=received,
+    )  # fmt: skip
 
 
 def compare_with_numpy(rng: np.random.Generator) -> None:
@@ -103,10 +109,11 @@ def compare_with_numpy(rng: np.random.Generator) -> None:
             f"{by_cpu:4.0f} by processor time"
         )
 
-    def issue(i: int, threads: int, bound_layers: int | None) -> None:
+    def issue(i: int, threads: int, bound_layers: int | None, received: str = "off") -> None:
         sweep(
             V3, CHAT, ep_sizes=[8, 16, 32, 64], tokens=STEP, placements=["linear", "round_robin"],
             trials=2000 if i else 100, seed=i, threads=threads, bound_layers=bound_layers,
+            received=received,
         )  # fmt: skip
 
     print(f"\nDeepSeek-V3, chat, against plain numpy on one core in its best batch of {batch} (medians):")
@@ -121,6 +128,7 @@ def compare_with_numpy(rng: np.random.Generator) -> None:
     compare("sweep, one thread, without bounds", lambda i: issue(i, 1, 0), n_tokens, 1, 3)
     compare("sweep, two threads, without bounds", lambda i: issue(i, 2, 0), n_tokens, 2, 5)
     compare("sweep, two threads, with bounds", lambda i: issue(i, 2, None), n_tokens, 2, 5)
+    compare("sweep, two threads, with received tokens", lambda i: issue(i, 2, 0, "on"), n_tokens, 2, 5)
     print("  (the sweep: EP 8, 16, 32, 64, linear and round_robin, 4096 tokens, 2000 trials)")
 
 
@@ -146,19 +154,15 @@ def main() -> None:
     sample = best(
         lambda: [draw_trials(V3, CHAT, 0, range(i, i + 64), 10**6, np.array(steps)) for i in range(0, 512, 64)]
     )
-    whole = best(run(512 * STEP, eps, steps, ALL[1:]))
-    print(
-        "\na sweep of 8 EP sizes x 4 placements x 12 step sizes, without bounds: "
-        f"{whole / sample:.2f} times the time of its sampling"
-    )
-
-    two = best(
-        lambda: sweep(V3, CHAT, ep_sizes=eps, tokens=steps, placements=ALL[1:], trials=1024, threads=2, bound_layers=0)
-    )
-    one = best(
-        lambda: sweep(V3, CHAT, ep_sizes=eps, tokens=steps, placements=ALL[1:], trials=1024, threads=1, bound_layers=0)
-    )
-    print(f"the same on two threads: {1024 * STEP / two / 1e6:.1f} M tokens/s in all, {one / two:.2f} times one thread")
+    print("\na sweep of 8 EP sizes x 4 placements x 12 step sizes, without bounds, to the time of its sampling:")
+    for received in ("off", "on"):
+        one, two = (
+            best(run(512 * STEP, eps, steps, ALL[1:], received=received, threads=threads)) for threads in (1, 2)
+        )
+        print(
+            f"  received tokens {received:<3} {one / sample:5.2f} times on one thread; two threads "
+            f"{512 * STEP / two / 1e6:.1f} M tokens/s in all, {one / two:.2f} times one"
+        )
 
     loads = np.random.default_rng(0).lognormal(0, 0.65, (64, V3.n_experts))
     print("\nload balancing, one layer of 256 experts, nodes of 8:")
