@@ -16,7 +16,7 @@ from sim.advice.rule import KNEE_ERROR, NOT, UNSURE, WORTH, best_of, judge, judg
 from sim.advice.splits import splits_of
 from sim.cost.expert import crossover_tokens, expert_rates
 from sim.cost.gain import IN_STEP, KNEE, PERFECT
-from sim.figures.advice import advice_by_tokens
+from sim.figures.gain import advice_by_tokens
 from sim.measure import gains, read_measured, with_predictions
 from sim.traffic.recorded import build_record
 

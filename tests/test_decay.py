@@ -11,8 +11,8 @@ from naive import imbalance as ref_imbalance
 from scipy.stats import t as student
 
 from sim import InputError, load_model
-from sim.figures.decay import decay_by_age
 from sim.figures.style import look
+from sim.figures.traffic import decay_by_age
 from sim.fit import decay, decay_against
 from sim.model import ModelSpec
 from sim.traffic import RecordedTraffic, read_traffic

@@ -349,7 +349,7 @@ def _write(advice: Any, folder: Path, identity: dict[str, Any], arguments: Names
     from sim.advice import not_run
     from sim.cost.gain import PERFECT
     from sim.figures import save_as
-    from sim.figures.advice import advice_by_tokens
+    from sim.figures.gain import advice_by_tokens
     from sim.files import writable_folder
     from sim.results import write_table
 

@@ -196,7 +196,7 @@ def _gains(found: Any) -> tuple[list[str], list[list[str]]]:
 
 def _plot(path: Path, layers: Any, baseline: str, others: list[str], formats: list[str]) -> None:
     from sim.figures import save_as
-    from sim.figures.layers import measured_exchange, measured_layer_gain
+    from sim.figures.measured import measured_exchange, measured_layer_gain
     from sim.measure.layer_compare import layer_gains
 
     for name, figure in (

@@ -44,10 +44,10 @@ def say_written(text: str, arguments: Namespace) -> None:
           file=sys.stderr if aside else sys.stdout)  # fmt: skip
 
 
-def filled(text: str, first: str = "", indent: str = "", columns: int = 0) -> str:
+def filled(text: str, first: str = "", indent: str = "") -> str:
     """A text in lines that fit the terminal, at most 100 columns; names and paths are not cut."""
     return textwrap.fill(
-        text, columns or min(width(), 100), initial_indent=first, subsequent_indent=indent, break_long_words=False,
+        text, min(width(), 100), initial_indent=first, subsequent_indent=indent, break_long_words=False,
         break_on_hyphens=False,
     )  # fmt: skip
 

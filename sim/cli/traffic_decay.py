@@ -151,7 +151,7 @@ def _known(mean: float, high: float) -> str:
 
 def _draw(out: Path, table: Any, unit: str, about: dict[str, Any], formats: list[str]) -> None:
     from sim.figures import save_as
-    from sim.figures.decay import decay_by_age
+    from sim.figures.traffic import decay_by_age
     from sim.files import writable_folder
     from sim.results import write_table
 

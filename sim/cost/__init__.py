@@ -1,13 +1,13 @@
 """Loads -> time: GPUs, expert computation, exchange, and what engines log over layers; and loads -> buffers."""
 
 from sim.cost.buffers import capacity
-from sim.cost.check import predicted_against_measured
 from sim.cost.exchange import ExchangeTime, exchange_time_us
 from sim.cost.expert import expert_time_us
 from sim.cost.gain import predict_gain
 from sim.cost.gpu import Gpu, gpu_names, load_gpu
 from sim.cost.layer import balancedness_sglang, balancedness_vllm, layer_time_us
 from sim.cost.links import rank_traffic
+from sim.cost.refit import predicted_against_measured
 from sim.cost.step_log import predict_steps
 
 __all__ = [

@@ -183,9 +183,9 @@ def gini(load: np.ndarray) -> np.ndarray:
     return (ordered * weight).sum(axis=-1) / (n * ordered.sum(axis=-1, dtype=float))
 
 
-def top_share(load: np.ndarray, share: float = TOP_SHARE) -> np.ndarray:
-    """Share of the load that the most used `share` of the experts (rounded up to whole experts) takes."""
-    n_top = int(np.ceil(share * load.shape[-1] - 1e-9))
+def top_share(load: np.ndarray) -> np.ndarray:
+    """Share of the load that the most used TOP_SHARE of the experts (rounded up to whole experts) takes."""
+    n_top = int(np.ceil(TOP_SHARE * load.shape[-1] - 1e-9))
     return np.sort(load, axis=-1)[..., load.shape[-1] - n_top :].sum(axis=-1) / load.sum(axis=-1, dtype=float)
 
 

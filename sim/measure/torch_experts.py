@@ -5,9 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sim.measure.calibration import copy_tb_per_s, dense_tflops
 from sim.measure.experts import ACTIVATION_TOLERANCE, GEMM_TOLERANCE, BackendError, Say, Shape, Timing, version_of
-from sim.measure.timers import GraphTimer, ProcessorTimer, Timer, cuda_torch
+from sim.measure.timers import GraphTimer, ProcessorTimer, Timer, copy_tb_per_s, cuda_torch, dense_tflops
 from sim.measure.torch_kernels import (
     Activation,
     GemmChoice,

@@ -201,10 +201,6 @@ def _run_stage(
     return total
 
 
-def _nothing(plan: Plan) -> Tally:
-    return Tally.zero(plan.grid)
-
-
 def _with_stage(plan: Plan, total: Tally | None, new: Tally, stage: Stage) -> Tally:
     """Sums with those of a further stage: added, or, where it went through its draws from the start, in their place."""
     if total is None:

@@ -24,7 +24,7 @@ from sim.traffic.answers import (
 from sim.traffic.arrays import Archive, open_archive
 from sim.traffic.counts import MOST_COUNTS, LoadCounts, build_counts
 from sim.traffic.dumps import read_recorder, read_statistics
-from sim.traffic.recorded import PHASES, RecordedTraffic, build_record
+from sim.traffic.recorded import PHASES, RecordedTraffic, build_record, check_shapes
 from sim.traffic.tables import COUNT_NAMES, CountTable, add_tables, depth_of, is_row, read_csv, table_of_json
 
 _KINDS = {
@@ -296,12 +296,7 @@ def _read_archive(archive: Archive, requests: Requests, is_one: bool) -> tuple[C
         raise InputError(f"{where} holds no arrays")
     if "topk_ids" in names or "sequence_lengths" in names:
         ids, lengths = archive.read_ids("topk_ids"), archive.read("sequence_lengths", most=MOST_COUNTS)
-        if ids.ndim != 3 or 0 in ids.shape:
-            raise InputError(f"{where}: topk_ids must have shape [tokens, layers, top_k], not {list(ids.shape)}")
-        if lengths.ndim != 1 or lengths.size == 0 or lengths.min() < 1:
-            raise InputError(f"{where}: sequence_lengths must be a list of whole numbers of at least 1")
-        if int(lengths.max()) > len(ids) or int(lengths.sum(dtype=np.int64)) != len(ids):
-            raise InputError(f"{where}: sequence_lengths must add up to the {len(ids)} tokens of topk_ids")
+        check_shapes(where, ids, lengths)
         requests.most_ids = 2**62 if is_one else requests.most_ids
         requests.add(ids, where, lengths=lengths)
         return None, "arrays topk_ids [tokens, layers, top_k] and sequence_lengths"

@@ -184,6 +184,16 @@ class RecordedTraffic:
             _replay_prefill(first_trial, key, self.topk_ids, self.starts, tokens, counts, ids)
 
 
+def check_shapes(where: str, ids: np.ndarray, lengths: np.ndarray) -> None:
+    """Refuse ids that are not [tokens, layers, top_k], or lengths of sequences that do not add up to their tokens."""
+    if ids.ndim != 3 or 0 in ids.shape:
+        raise InputError(f"{where}: topk_ids must have shape [tokens, layers, top_k], not {list(ids.shape)}")
+    if lengths.ndim != 1 or lengths.size == 0 or lengths.min() < 1:
+        raise InputError(f"{where}: sequence_lengths must be a list of whole numbers of at least 1")
+    if int(lengths.max()) > len(ids) or int(lengths.sum(dtype=np.int64)) != len(ids):
+        raise InputError(f"{where}: sequence_lengths must add up to the {len(ids)} tokens of topk_ids")
+
+
 def build_record(
     where: str,
     name: str,
@@ -206,12 +216,7 @@ def build_record(
     """
     if phase not in PHASES:
         raise InputError(f"`phase` must be one of {', '.join(PHASES)}, not '{phase}'")
-    if ids.ndim != 3 or 0 in ids.shape:
-        raise InputError(f"{where}: topk_ids must have shape [tokens, layers, top_k], not {list(ids.shape)}")
-    if lengths.ndim != 1 or lengths.size == 0 or lengths.min() < 1:
-        raise InputError(f"{where}: sequence_lengths must be a list of whole numbers of at least 1")
-    if int(lengths.max()) > len(ids) or int(lengths.sum(dtype=np.int64)) != len(ids):
-        raise InputError(f"{where}: sequence_lengths must add up to the {len(ids)} tokens of topk_ids")
+    check_shapes(where, ids, lengths)
     if ids.min() < -1 or ids.max() > 2**15 - 1:
         raise InputError(f"{where}: expert ids must lie from 0 to 32767, found {ids.min()} to {ids.max()}")
     notes = []
