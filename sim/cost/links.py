@@ -130,11 +130,10 @@ def source_tokens(tokens: int, ep_size: int, imbalance: Sequence[float]) -> np.n
         shares = fraction ** np.arange(ep_size)
     else:
         shares = np.array(imbalance)
-        if len(shares) != ep_size or not shares.any():
-            raise InputError(
-                f"`source_imbalance`: {len(shares)} shares, of which one at least is not 0, go with EP size {len(shares)}, not "
-                f"{ep_size}"
-            )
+        if len(shares) != ep_size:
+            raise InputError(f"`source_imbalance`: {len(shares)} shares go with EP size {len(shares)}, not {ep_size}")
+        if not shares.any():
+            raise InputError("`source_imbalance`: one share at least must be above 0")
     exact = shares / shares.sum() * tokens
     whole = np.floor(exact + 1e-9).astype(np.int64)
     whole[np.argsort(whole - exact, kind="stable")[: tokens - whole.sum()]] += 1
