@@ -201,7 +201,8 @@ def _names(placements: str | list[str], model: ModelSpec, ep_size: int, redundan
 def _has_copies(name: str, model: ModelSpec, ep_size: int, ranks_per_node: int) -> bool:
     if name.startswith("file:"):
         return place_fixed(name, model, ep_size, ranks_per_node).has_replicas
-    return split_name(name)[1] > 0
+    base, redundant = split_name(name)
+    return redundant > 0 and base != BUDGET  # which may spend none
 
 
 def _as_traffic(name: str | Path, model: ModelSpec) -> Workload | LoadCounts:
@@ -239,7 +240,8 @@ def _verdicts(gains: pd.DataFrame, names: list[str], least_saved: float, *, is_e
         most = np.minimum(high, perfect[tokens][of_splits.split])  # NaN where one of them is
         row |= {"verdict": judge(low, most.to_numpy(), least_saved, is_enough=is_enough)}
         rows.append(row | {"splits_worth": int((low >= least_saved).sum()), "splits": len(low)})
-    return pd.DataFrame(rows)
+    columns = ["placement", "tokens", "step_saved_low", "step_saved_high", "verdict", "splits_worth", "splits"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def _saved_by_eplb(gains: pd.DataFrame) -> float:

@@ -135,7 +135,7 @@ def _load(name: str, overrides: dict[str, Any], in_runs: bool) -> SyntheticTraff
     known = _known_fields()
     for key in fields:
         if key not in known and key not in TABLE_NAMES:
-            raise unknown(f"field of workload {name}", key, known)
+            raise unknown(f"field of workload {name}", key, [*known, *TABLE_NAMES])
     tables = {key: fields.pop(key) for key in TABLE_NAMES if key in fields}
     if tables:
         if "mu" not in tables:
