@@ -99,7 +99,7 @@ def plan_links(plan: Plan, source_imbalance: Sequence[float]) -> list[Links]:
     if plan.precision:
         raise InputError("rank traffic goes with `trials`, not with a precision")
     if reason := no_single_tokens_because(plan.workload, int(plan.grid.steps[-1])):
-        raise InputError(f"no rank traffic: {reason}")
+        raise InputError(f"`rank_traffic`: {reason}")
     cells, top_k = [], plan.grid.top_k
     for cell, (pair, step) in enumerate(plan.grid.cells):
         n_ranks = int(plan.grid.ep_size_of_cell[cell])
