@@ -282,9 +282,9 @@ def test_a_fit_that_does_not_converge_gives_its_best():
 
 def test_a_written_fit_is_read_back_and_swept(tmp_path, capsys):
     rng = np.random.default_rng(6)
-    record = a_record(rng, [48] * 24, spread=1.0, n_experts=64, top_k=8)
+    record = a_record(rng, [48] * 32, spread=1.0, n_experts=64, top_k=8)
     ids = record.topk_ids.transpose(1, 0, 2)
-    path = write(tmp_path / 'odd "name".npz', topk_ids=ids, sequence_lengths=np.full(24, 48))
+    path = write(tmp_path / 'odd "name".npz', topk_ids=ids, sequence_lengths=np.full(32, 48))
     out = tmp_path / "my.toml"
     assert main(["traffic", "fit", str(path), "--model", "olmoe-1b-7b", "--out", str(out), "--hold-out"]) == 0
     text = capsys.readouterr().out
