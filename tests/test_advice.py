@@ -353,6 +353,14 @@ def test_a_file_is_no_folder_to_write_to(toy_files, capsys):
     fails(capsys, [*TOY_ADVICE, "--out", "hot.npz"], "--out hot.npz is a file, not a folder")
 
 
+@pytest.mark.parametrize("placements", ["linear,eplb_budget+4", "eplb+4,in_step"])
+def test_placements_that_no_engine_here_runs_are_compared_and_not_judged(placements, toy_files, capsys):
+    assert run(*TOY_ADVICE, "--placement", placements, "--tokens", "8") == 0
+    said = capsys.readouterr().out
+    assert "no engine runs any of these placements" in said
+    assert placements.split(",")[1] in said
+
+
 def test_load_counts_are_advised_on_too(toy_files, capsys):
     assert run(*TOY_ADVICE, "--workload", "load.csv", "--fit-on", "hot.npz") == 0
     assert "eplb is fitted on hot.npz" in capsys.readouterr().out
@@ -385,6 +393,10 @@ def test_load_counts_are_advised_on_too(toy_files, capsys):
         (["--phase", ""], "--phase must be one of decode, prefill, not ''"),
         (["--redundant", "16384"], "--redundant 16384: must be a whole number from 1 to 8192"),
         (["--step-ms", "1e30"], "at most 1e6"),
+        (
+            ["--placement", "linear,in_step", "--tokens", "8"],
+            "--placement in_step splits the pairs of a step over copies",
+        ),
     ],
 )
 def test_bad_usage_is_one_line_and_status_2(words, message, toy_files, capsys):

@@ -322,6 +322,8 @@ def test_the_verb_prints_and_writes(tmp_path, capsys):
         (["--deployments", "1"], "--deployments 1: must be a whole number from 2 to 100000"),
         (["--steps-per-second", "5"], "--steps-per-second goes with --horizon"),
         (["--layer-correlation", "0.5"], "--layer-correlation 0.5: must be a number from 1 to 10000"),
+        (["--layer-correlation", "59"], "--layer-correlation 59: must be from 1 to the number of MoE layers, 58"),
+        (["--placement", "linear,liner"], "--placement 'liner' is not known"),
         (["--workload", "prefill", "--horizon", "1h"], "a horizon: the tokens of a request are not independent"),
         (["--dummy-tokens", "3", "--layer-correlation"], "--layer-correlation: dummy tokens are identical"),
         (["--dummy-tokens", "3", "--risk", "1e-8"], "--risk 1e-08 takes 368887944 steps of 64 tokens under linear"),

@@ -188,6 +188,8 @@ def test_gain_prints_the_break_even(capsys, tmp_path):
         "--placement in_step splits the pairs of a step over copies",
     )
     fails(capsys, ["gain", "--balancer-us", "-1"], "--balancer-us -1.0: must be a number from 0")
+    fails(capsys, ["gain", "--balancer-us", "5"], "--balancer-us goes with --placement in_step")
+    fails(capsys, ["gain", "--baseline", "in_step"], "--baseline 'in_step' is not known")
 
 
 def plain_text(out):

@@ -136,11 +136,12 @@ def test_a_sweep_writes_a_file_for_each_cell(tmp_path, capsys):
         (["--rank-traffic", "--source-imbalance", "9"], "--source-imbalance 9: must be from 1 to the EP size, 8"),
         (
             ["--rank-traffic", "--source-imbalance", "1,2"],
-            "--source-imbalance: 2 shares, of which one at least is not 0",
+            "--source-imbalance: 2 shares go with EP size 2, not 8",
         ),
+        (["--rank-traffic", "--source-imbalance", "0,0,0,0,0,0,0,0"], "one share at least must be above 0"),
         (["--rank-traffic", "--source-imbalance", "a"], "--source-imbalance 'a': expected numbers"),
         (["--rank-traffic", "--precision", "1%"], "rank traffic goes with --trials, not with a precision"),
-        (["--rank-traffic", "--dummy-tokens", "4"], "no rank traffic: dummy tokens are counted by their experts"),
+        (["--rank-traffic", "--dummy-tokens", "4"], "--rank-traffic: dummy tokens are counted by their experts"),
         (["--rank-traffic", "--ep", "256", "--tokens", "65536"], "would hold"),
     ],
 )
@@ -161,5 +162,5 @@ def test_unknown_width_leaves_bytes_out(tmp_path):
 
 
 def test_refused_without_single_tokens():
-    with pytest.raises(InputError, match="no rank traffic: dummy tokens"):
+    with pytest.raises(InputError, match="rank_traffic`: dummy tokens"):
         sim.rank_traffic(TOY, load_workload("chat", dummy_tokens=2), ep_sizes=2, tokens=4, placements="linear")

@@ -182,5 +182,11 @@ def test_the_verb_prints_and_writes(record, tmp_path, capsys):
 def test_bad_arguments(tmp_path, capsys):
     with pytest.raises(InputError, match="recorded routing, not synthetic traffic"):
         replayed(load_workload("chat"))
-    assert main(["step", "--traffic", str(tmp_path / "none.npz"), "--ep", "8"]) == 2
-    assert "error" in capsys.readouterr().err
+    for words, message in (
+        ([], "none.npz does not exist"),
+        (["--workload", "mixed"], "--traffic goes without --workload"),
+        (["--tokens-per-request", "2"], "--tokens-per-request does not go with --traffic"),
+        (["--phase", "prefill"], "--phase does not go with --traffic"),
+    ):
+        assert main(["step", "--traffic", str(tmp_path / "none.npz"), "--ep", "8", *words]) == 2
+        assert message in capsys.readouterr().err

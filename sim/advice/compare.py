@@ -158,8 +158,9 @@ def advise(
         raise InputError("`step_us` is the time of steps of one size: give one number of `tokens` with it")
     baseline, *names = _names(placements, model, ep_size, redundant)
     ranks_per_node = whole_number("`ranks_per_node`", options.get("ranks_per_node", 8), 1, 2**15)
+    asked, names = IN_STEP in names, [name for name in names if name != IN_STEP]
     copied = any(_has_copies(name, model, ep_size, ranks_per_node) for name in [baseline, *names])
-    ends = [IN_STEP, PERFECT] if copied else [PERFECT]
+    ends = [IN_STEP, PERFECT] if copied or asked else [PERFECT]
     share = ASSUMED_SHARE if moe_share is None and step_us is None else moe_share
     setup: dict[str, Any] = SAMPLED | (PER_RANK if "tokens" not in options else {}) | options
     setup |= {"ep_sizes": ep_size, "exchange": exchange_of(backend, ranks), "seed": seed}
@@ -186,7 +187,11 @@ def advise(
 def _names(placements: str | list[str], model: ModelSpec, ep_size: int, redundant: int | None) -> list[str]:
     """The baseline, and what is compared with it."""
     given = [placements] if isinstance(placements, str) else placements
-    names = list(dict.fromkeys(strategy_name(name, "placements") for name in given))
+    names = [
+        name if i and name == IN_STEP else strategy_name(name, "placements")
+        for i, name in enumerate(dict.fromkeys(given))
+    ]
+    names = list(dict.fromkeys(names))
     if not names:
         raise InputError("`placements` needs at least one value")
     others = names[1:] or ["linear", *candidates(model, ep_size, redundant)]
@@ -196,7 +201,8 @@ def _names(placements: str | list[str], model: ModelSpec, ep_size: int, redundan
 def _has_copies(name: str, model: ModelSpec, ep_size: int, ranks_per_node: int) -> bool:
     if name.startswith("file:"):
         return place_fixed(name, model, ep_size, ranks_per_node).has_replicas
-    return split_name(name)[1] > 0
+    base, redundant = split_name(name)
+    return redundant > 0 and base != BUDGET  # which may spend none
 
 
 def _as_traffic(name: str | Path, model: ModelSpec) -> Workload | LoadCounts:
@@ -234,7 +240,8 @@ def _verdicts(gains: pd.DataFrame, names: list[str], least_saved: float, *, is_e
         most = np.minimum(high, perfect[tokens][of_splits.split])  # NaN where one of them is
         row |= {"verdict": judge(low, most.to_numpy(), least_saved, is_enough=is_enough)}
         rows.append(row | {"splits_worth": int((low >= least_saved).sum()), "splits": len(low)})
-    return pd.DataFrame(rows)
+    columns = ["placement", "tokens", "step_saved_low", "step_saved_high", "verdict", "splits_worth", "splits"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def _saved_by_eplb(gains: pd.DataFrame) -> float:

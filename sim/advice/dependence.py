@@ -9,8 +9,10 @@ import pandas as pd
 
 from sim.advice.splits import splits_of
 from sim.cost import Gpu, predict_gain
+from sim.cost.gain import IN_STEP, PERFECT
+from sim.errors import InputError
 from sim.model import ModelSpec
-from sim.placement import is_load_aware, split_name
+from sim.placement import is_load_aware, split_name, strategy_name
 from sim.progress import track
 from sim.traffic import LoadCounts, Workload
 from sim.traffic.split import MeasuredTraffic
@@ -83,6 +85,9 @@ def saved_by_traffic(
     InputError
         As `sim.predict_gain`.
     """
+    for name in [baseline, *placements]:
+        if name not in (IN_STEP, PERFECT):
+            strategy_name(name.replace("+R", "+1"), "placement")
     tables = []
     names = [subject.name for subject in subjects]
     for subject in track(subjects, [1.0] * len(subjects), names):
@@ -102,6 +107,8 @@ def saved_by_traffic(
                 seed=seed, threads=threads, paired_imbalance=True, **setup,
             )  # fmt: skip
             tables.append(_long(gains, of_name).assign(workload=subject.name, fitted=split.about))
+    if not tables:
+        raise InputError(f"`ep_sizes` {','.join(map(str, ep_sizes))}: no rank has several experts to place, nor copies")
     table = pd.concat(tables, ignore_index=True)
     first = ["workload", "model", "fitted", "gpu", "dtype", "baseline", "ep_size", "tokens", "placement", "measure"]
     return table[[*first, "of", "saved", "low", "high", *_COLUMNS]]

@@ -84,7 +84,7 @@ def _print(found: Any, model: Any, options: dict[str, Any], arguments: Namespace
         heads += ["worst case", *(f"{_TITLE_EXCHANGE[exchange]} GiB" for exchange in exchanges), "worst GiB"]
         cells = []
         for keys, cell in first.groupby(["ep_size", "tokens", "placement"], sort=False):
-            line = [str(keys[0]), str(keys[1]), str(keys[2]), f"{cell.balanced_tokens.iloc[0]:.0f}"]
+            line = [str(keys[0]), str(keys[1]), str(keys[2]), _count(cell.balanced_tokens.iloc[0])]
             for scope, of in scopes:
                 at = cell[(cell.scope == scope) & (cell.deployments == of)].iloc[0]
                 line.append(f"{at.capacity_tokens:.0f} ({at.factor:.2f}x)")
@@ -105,6 +105,11 @@ def _print(found: Any, model: Any, options: dict[str, Any], arguments: Namespace
     if options["capacity_factor"] is not None:
         _print_factor(table[table.risk != risk], options["capacity_factor"], arguments.markdown)
     _print_engines(asked, model, arguments.markdown)
+
+
+def _count(x: float) -> str:
+    """Tokens or rows, of few with a decimal: factors are of them."""
+    return f"{x:.1f}" if x < 10 else f"{x:.0f}"
 
 
 def _print_engines(asked: Any, model: Any, markdown: bool) -> None:

@@ -153,7 +153,11 @@ def _of_trace(words: list[str]) -> Any:
 
     if not 2 <= len(words) <= 3:
         raise InputError(f"--trace {' '.join(words)}: takes MODEL FILE, or MODEL FILE FIT_ON")
-    model, *paths = load_model(words[0]), *(Path(word.removeprefix("file:")) for word in words[1:])
+    try:
+        model = load_model(words[0])
+    except InputError as error:
+        raise InputError(f"--trace {' '.join(words)}: {str(error).replace('`', '')}") from None
+    paths = [Path(word.removeprefix("file:")) for word in words[1:]]
     for path in paths:
         if not is_there(path):
             note(f"{path} is not there: left out")

@@ -65,6 +65,11 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(arguments: Namespace) -> None:
     """Run `epsim step`."""
     if arguments.traffic is not None:
+        if arguments.workload != TrafficOptions.workload:
+            raise InputError("--traffic goes without --workload: it is the workload")
+        for name in ("phase", "tokens_per_request"):
+            if getattr(arguments, name) not in (None, 1, "decode"):
+                raise InputError(f"`{name}` does not go with --traffic: its steps take the next token of each request")
         arguments.workload = f"file:{arguments.traffic}"
     options, folder = timed_options(arguments), arguments.out
     if arguments.traffic is not None and not hasattr(options["workload"], "topk_ids"):

@@ -245,6 +245,8 @@ def _say_notes(plan: "Plan") -> None:
         note(text)
     if plan.fit:
         note(f"load-aware placements are fitted on {plan.fit}, and scored on none of these")
+    if plan.replica_choice != "even" and not any(plan.has_replicas):
+        note(f"--replica-choice {plan.replica_choice} changes nothing: no placement here has copies")
     if "round_robin" in plan.grid.placements:
         for reason in dict.fromkeys(why_linear(plan.model, size) for size in plan.grid.ep_sizes):
             if reason:

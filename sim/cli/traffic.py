@@ -147,7 +147,6 @@ def _run_decay(arguments: Namespace) -> None:
 
 
 def _show(arguments: Namespace, model: Any, data: Any) -> None:
-    import numpy as np
 
     from sim.fit.description import describe
     from sim.traffic import read_traffic
@@ -166,7 +165,7 @@ def _show(arguments: Namespace, model: Any, data: Any) -> None:
     if len(chosen) > _LAYERS_SHOWN and not arguments.all_layers:
         chosen = [round(i * (len(chosen) - 1) / (_LAYERS_SHOWN - 1)) for i in range(_LAYERS_SHOWN)]
     rows = [[str(about.layers[i]), *(_or_dash(values[i]) for values in columns.values())] for i in chosen]
-    rows.append(["mean", *(_or_dash(np.nanmean(values)) for values in columns.values())])
+    rows.append(["mean", *(_or_dash(_mean(values)) for values in columns.values())])
     if arguments.markdown:
         print_table("", ["layer", *columns], rows, True)
         return
@@ -212,6 +211,12 @@ def _show(arguments: Namespace, model: Any, data: Any) -> None:
         )
     if about.together is not None:
         _print_together(about.together)
+
+
+def _mean(values: Any) -> float:
+    """Mean over layers that have a value; NaN where none has."""
+    held = [value for value in values if value == value]
+    return sum(held) / len(held) if held else float("nan")
 
 
 def _or_dash(x: float) -> str:
@@ -277,7 +282,7 @@ def _fit(arguments: Namespace, model: Any, data: Any) -> None:
 
     out = Path(arguments.out)
     if out.suffix != ".toml":
-        raise InputError(f"--out {arguments.out}: must be the name of a .toml file")
+        raise InputError(f"--out '{arguments.out}': must be the name of a .toml file")
     if arguments.half and not arguments.hold_out:
         raise InputError("--half goes with --hold-out")
     if not out.parent.is_dir():

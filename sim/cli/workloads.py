@@ -53,12 +53,15 @@ def _rows(name: str, ep_sizes: list[int]) -> tuple[list[dict[str, Any]], dict[st
     """Imbalance of each preset at each EP size, on the model if it goes with that, else on the one that it is fitted to; and
     in words its published figures with what it has there.
     """
+    from sim.errors import whole_number
     from sim.fit.made import mean_imbalances, misfits
     from sim.model import load_model
     from sim.progress import track
     from sim.router import model_for
 
     asked, names = load_model(name), workload_names()
+    for size in ep_sizes:
+        whole_number("`ep`", size, 1, 2**15)
     rows, fits = [], {}
     with shown_progress():
         for preset in track(names, [1.0] * len(names), names):

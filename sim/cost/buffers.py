@@ -95,6 +95,7 @@ def size_buffers(
     n_layers = plans[0].workload.n_layers or model.n_moe_layers
     if not n_layers:
         raise InputError(f"model {model.name}: a deployment needs the number of MoE layers, which is not known")
+    chosen.check_layers(n_layers)
     buffer_bytes(model, "workspace", 1, 1, 1)  # whether its sizes are known, before the work
     if reason := _dependent(plans[0].workload):
         if chosen.horizon_steps or chosen.layer_correlation:
@@ -117,12 +118,13 @@ def _that_fit(model: ModelSpec, chosen: CapacityOptions) -> tuple[list[tuple[lis
     names = list(chosen.placements) if several else [chosen.placements]
     groups: dict[tuple[int, ...], list[int]] = {}
     notes: list[str] = []
+    own = [strategy_name(name, "placements") if isinstance(name, str) else None for name in names]
     for size in chosen.ep_sizes:
         fitting, problems = [], []
-        for i, name in enumerate(names):
+        for i, name in enumerate(own):
             try:
-                if isinstance(name, str):
-                    check_slots(strategy_name(name), model, size)
+                if name is not None:
+                    check_slots(name, model, size)
                 fitting.append(i)
             except InputError as error:
                 problems.append(error)

@@ -118,15 +118,18 @@ def predict_gain(
     model = load_model(model)
     placements = placement if isinstance(placement, list) else [placement]
     names = [name if name in (PERFECT, IN_STEP) else strategy_name(name) for name in placements]
-    if strategy_name(baseline) in names:
-        same = placements[names.index(strategy_name(baseline))]
+    own = strategy_name(baseline, "baseline")
+    if own in names:
+        same = placements[names.index(own)]
         raise InputError(f"`baseline` {baseline} and `placement` {same} are the same: there is nothing to compare")
-    names, baseline = list(dict.fromkeys(names)), strategy_name(baseline)
+    names, baseline = list(dict.fromkeys(names)), own
     exchanges = list(dict.fromkeys(exchange if isinstance(exchange, list) else [exchange]))
     kinds = {name: exchange_kind(name) for name in exchanges}
     rest = _check_rest(moe_share, step_us)
     if balancer_us is not None:
         as_numbers("`balancer_us`", balancer_us, 0, 1e6)
+        if IN_STEP not in names:
+            raise InputError(f"`balancer_us` goes with `placement` {IN_STEP}, on copies of another placement")
     chips = [with_network(gpu, network_gb_per_s) for gpu in (gpus if isinstance(gpus, list) else [gpus])]
     rates = [expert_rates(model, gpu, dtype) for gpu in chips]
     sampled = [baseline, *(name for name in names if name not in (PERFECT, IN_STEP))]

@@ -99,7 +99,7 @@ def plan_links(plan: Plan, source_imbalance: Sequence[float]) -> list[Links]:
     if plan.precision:
         raise InputError("rank traffic goes with `trials`, not with a precision")
     if reason := no_single_tokens_because(plan.workload, int(plan.grid.steps[-1])):
-        raise InputError(f"no rank traffic: {reason}")
+        raise InputError(f"`rank_traffic`: {reason}")
     cells, top_k = [], plan.grid.top_k
     for cell, (pair, step) in enumerate(plan.grid.cells):
         n_ranks = int(plan.grid.ep_size_of_cell[cell])
@@ -130,11 +130,10 @@ def source_tokens(tokens: int, ep_size: int, imbalance: Sequence[float]) -> np.n
         shares = fraction ** np.arange(ep_size)
     else:
         shares = np.array(imbalance)
-        if len(shares) != ep_size or not shares.any():
-            raise InputError(
-                f"`source_imbalance`: {len(shares)} shares, of which one at least is not 0, go with EP size {len(shares)}, not "
-                f"{ep_size}"
-            )
+        if len(shares) != ep_size:
+            raise InputError(f"`source_imbalance`: {len(shares)} shares go with EP size {len(shares)}, not {ep_size}")
+        if not shares.any():
+            raise InputError("`source_imbalance`: one share at least must be above 0")
     exact = shares / shares.sum() * tokens
     whole = np.floor(exact + 1e-9).astype(np.int64)
     whole[np.argsort(whole - exact, kind="stable")[: tokens - whole.sum()]] += 1

@@ -64,7 +64,7 @@ def predict_steps(
         and two standard deviations: between layer sets (one deployment and another; nan with fewer than two steps of
         each) and within them (one deployment's steps).
     """
-    layer_correlation = LayerOptions(layer_correlation=layer_correlation).layer_correlation
+    layers = LayerOptions(layer_correlation=layer_correlation)
     model, chip = load_model(model), with_network(gpu, network_gb_per_s)
     kind = exchange_kind(exchange)
     sample = sample_steps(
@@ -75,6 +75,7 @@ def predict_steps(
         counts_received=kind == "token",
         **sampling,
     )
+    layers.check_layers(sample.max_load[0].shape[1])
     grid, rows = sample.plan.grid, []
     for cell in range(len(grid.cells)):
         placement, ep_size = grid.pairs[grid.pair_of_cell[cell]]
@@ -87,8 +88,8 @@ def predict_steps(
         }
         layer_set = sample.set_of_step(cell)
         for metric, values in metrics_of_steps(sample, cell, chip, kind).items():
-            if layer_correlation is not None and metric != "worst_imbalance":
-                values = _spread(values, layer_set, layer_correlation)
+            if layers.layer_correlation is not None and metric != "worst_imbalance":
+                values = _spread(values, layer_set, layers.layer_correlation)
             rows.append({**keys, "metric": metric, **_distribution(values, layer_set)})
     return pd.DataFrame(rows)
 

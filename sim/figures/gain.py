@@ -154,7 +154,8 @@ def advice_by_tokens(gains: pd.DataFrame, reference: str) -> Figure:
     names = list(dict.fromkeys(rows.placement))
     figure, (saved, balance) = panels(2, 2, 3.4, sharey=False)
     looks: dict[str, dict[str, Any]] = {name: look(name) for name in names if name != reference}
-    looks[reference] = {"color": "#999999", "linestyle": (0, (6, 2)), "marker": ""}
+    dash = "_" if rows.tokens.nunique() == 1 else ""  # a line of one point shows nothing
+    looks[reference] = {"color": "#999999", "linestyle": (0, (6, 2)), "marker": dash, "markersize": 12}
     base = rows[rows.placement == names[0]]
     current = base.baseline.iloc[0]
     looks.setdefault(current, look(current))

@@ -200,6 +200,8 @@ def index_tilt(load: np.ndarray) -> np.ndarray:
     n = load.shape[-1]
     v = (np.arange(n) + 0.5) / n
     v -= v.mean()
+    if n == 1:
+        return np.zeros(load.shape[:-1])
     return (load / load.mean(axis=-1, keepdims=True)) @ v / (v @ v)
 
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sim.errors import InputError
 from sim.options.declare import Options, option
 from sim.options.kinds import (
     FILE,
@@ -200,6 +201,13 @@ class LayerOptions(Options):
         f"a number {LAYER_CORRELATION:g}, as on gpt-oss-20b's recorded steps; epsim step --traffic FILE measures yours",
         default=None,
     )
+
+    def check_layers(self, n_layers: int) -> None:
+        """Refuse more than layers can have that are all alike."""
+        if self.layer_correlation is not None and self.layer_correlation > n_layers:
+            raise InputError(
+                f"`layer_correlation` {self.layer_correlation:g}: must be from 1 to the number of MoE layers, {n_layers}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from sim.errors import InputError, unknown, whole_number
 from sim.files import read_toml
 from sim.traffic.fitted import TABLE_NAMES, FittedLayers
@@ -133,13 +135,16 @@ def _load(name: str, overrides: dict[str, Any], in_runs: bool) -> SyntheticTraff
     known = _known_fields()
     for key in fields:
         if key not in known and key not in TABLE_NAMES:
-            raise unknown(f"field of workload {name}", key, known)
+            raise unknown(f"field of workload {name}", key, [*known, *TABLE_NAMES])
     tables = {key: fields.pop(key) for key in TABLE_NAMES if key in fields}
     if tables:
         if "mu" not in tables:
             raise InputError(f"workload {name} has {', '.join(tables)} but no mu")
         fields["layers"] = FittedLayers.of(**tables, where=f"workload {name}: ")
-    return SyntheticTraffic(**fields)
+    traffic = SyntheticTraffic(**fields)
+    if name.endswith(".toml") and traffic.request_sigma == 0 and np.any(traffic.local_share):
+        raise InputError(f"workload {name}: local_share is of a request's effect, and needs request_sigma above 0")
+    return traffic
 
 
 def _in_runs(workload: SyntheticTraffic | RecordedTraffic, run: int) -> SyntheticTraffic | RecordedTraffic:
