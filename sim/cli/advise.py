@@ -8,9 +8,9 @@ from sim.cli.progress import shown_progress
 from sim.cli.text import add_forms, estimate, filled, note, print_rows, print_table, say_written
 from sim.cli.timed import (
     EXTRAPOLATED_TEXT,
-    KNEE_TEXT,
     break_even_lines,
     identity_of,
+    knee_text,
     say_about_maps,
     say_about_times,
     step_options,
@@ -241,7 +241,8 @@ def _print(advice: Any, arguments: Namespace) -> None:
     if advice.gains.extrapolated.any():
         print(filled(EXTRAPOLATED_TEXT))
     if advice.gains.knee.any():
-        print(filled(f"{KNEE_TEXT}; the crossover lies at {advice.gains.crossover_tokens.iloc[0]:.0f} tokens"))
+        first = advice.gains.iloc[0]
+        print(filled(f"{knee_text(first['dtype'])}; the crossover lies at {first.crossover_tokens:.0f} tokens"))
     print(filled(f"Rule: {rule_text(least)}"))
     print(filled(f"Splits: {'; '.join(dict.fromkeys(advice.gains.split))}."))
     if arguments.moe_share is None and arguments.step_us is None:

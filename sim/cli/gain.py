@@ -8,10 +8,10 @@ from sim.cli.progress import shown_progress
 from sim.cli.text import add_forms, estimate, filled, print_rows, print_table, say_written
 from sim.cli.timed import (
     EXTRAPOLATED_TEXT,
-    KNEE_TEXT,
     break_even_lines,
     chosen_gpus,
     identity_of,
+    knee_text,
     say_about_maps,
     say_about_times,
     timed_options,
@@ -166,4 +166,4 @@ def _print_crossovers(gains: Any) -> None:
         f"distinct experts alone: {points}"
     ))  # fmt: skip
     if gains.knee.any():
-        print(filled(KNEE_TEXT))
+        print(filled(knee_text(gains["dtype"].iloc[0])))

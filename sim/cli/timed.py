@@ -7,10 +7,6 @@ from typing import Any
 from sim.cli.text import note, note_compiling, say_about_file, say_about_inputs, traffic_fields
 from sim.options import StepOptions, TimeOptions, given
 
-KNEE_TEXT = (
-    "~ from 0.3 of the crossover to 6 times it (bf16: 3 times): kernels step at whole tiles there, and measured gains differ\n"
-    "most from predicted ones (results/README.md)"
-)
 IN_STEP_TEXT = (
     "in_step: the best split of each step's pairs over the copies of {}, by the busiest rank's load, as LPLB and others balance "
     "within the step; its times are without what the balancer takes. Balancers that copy experts within the step (UltraEP, "
@@ -18,8 +14,19 @@ IN_STEP_TEXT = (
 )
 EXTRAPOLATED_TEXT = (
     "* exchange computed, not measured: measured are pair without imbalance, on one node of H100, H200, B200 and GB200 up to\n"
-    "256 tokens a rank and on H800 of 128 at EP 8 to 256; and token, gather and reduce on 4 H100s"
+    "256 tokens a rank and on H800 of 128 at EP 8 to 256; and token, gather and reduce on 2 and 4 H100s"
 )
+
+
+def knee_text(dtype: str) -> str:
+    """What ~ says of a gain."""
+    from sim.cost.gain import KNEE
+
+    low, high = KNEE[dtype]
+    return (
+        f"~ from {low:g} to {high:g} times the crossover in {dtype}: kernels step at whole tiles there, and measured gains "
+        "differ most from predicted ones (results/README.md)"
+    )
 
 
 def timed_options(arguments: Namespace) -> dict[str, Any]:
