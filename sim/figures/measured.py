@@ -12,6 +12,9 @@ from sim.figures.style import label, label_outer, log2_ticks, look, panels, styl
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = ("o", "^", "s", "D", "v", "P", "X")
+_POINTS: dict[str, Any] = {
+    "linestyle": "", "markersize": 2.5, "alpha": 0.5, "markeredgewidth": 0, "rasterized": True
+}  # fmt: skip
 _BAND = 1.2  # predicted within 20 % of measured
 
 
@@ -34,16 +37,7 @@ def predicted_against_measured(predicted: pd.DataFrame) -> Figure:
         ax.plot(ends, ends, color="#888888", linewidth=0.8, zorder=1)
         for size, style in zip(sizes, _styles(), strict=False):
             part = rows[rows.ep_size == size]
-            ax.plot(
-                part.time_us,
-                part.predicted_us,
-                **style,
-                linestyle="",
-                markersize=2.5,
-                alpha=0.5,
-                markeredgewidth=0,
-                rasterized=True,
-            )
+            ax.plot(part.time_us, part.predicted_us, **style | _POINTS)
         ax.set_xscale("log")
         ax.set_yscale("log")
         ax.set_xlim(*ends)
@@ -197,15 +191,7 @@ def measured_exchange(layers: pd.DataFrame) -> Figure:
         what = {"token": "received", "pair": "pairs"}.get(exchange, "tokens")
         for name in placements:
             part = rows[rows.placement == name]
-            ax.plot(
-                part[what],
-                part.exchange_us,
-                **look(name) | {"linestyle": ""},
-                markersize=2.5,
-                alpha=0.5,
-                markeredgewidth=0,
-                rasterized=True,
-            )
+            ax.plot(part[what], part.exchange_us, **look(name) | _POINTS)
         ax.set_xscale("log")
         ax.set_yscale("log")
         ax.set_xlabel({"received": "most tokens received", "pairs": "most pairs received"}.get(what, "tokens per step"))

@@ -45,6 +45,10 @@ DEFAULT_MAX_TRIALS = 1_000_000
 
 _TRAFFIC_HELP = "preset (epsim workloads), file:TRACE of recorded routing, or a .toml file (a preset's keys, or a fit)"
 
+_FIT_TOKENS = "tokens of each layer that eplb is fitted on (default: 16384)"
+_FIT_ON = "of recorded or fitted traffic: other traffic of the same layers to fit eplb on"
+_THREADS = "default: all processors of this process"
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrafficOptions(Options):
@@ -188,7 +192,7 @@ class StepOptions(CellOptions):
     most_steps: int = option(
         Whole(1, 10**6), "steps of each size, fewer where they are large", flag="--steps", default=MOST_STEPS
     )
-    threads: int | None = option(THREADS, "default: all processors of this process", default=None)
+    threads: int | None = option(THREADS, _THREADS, default=None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,13 +233,9 @@ class CapacityOptions(CellOptions, LayerOptions):
         "deployments that are drawn, of synthetic traffic without known layers (at most 80 where placements are fitted)",
         default=400,
     )
-    fit_tokens: int | None = option(
-        Whole(1, MAX_TOKENS), "tokens of each layer that eplb is fitted on (default: 16384)", default=None
-    )
-    fit_on: Any = option(
-        FILE, "of recorded or fitted traffic: other traffic of the same layers to fit eplb on", default=None
-    )
-    threads: int | None = option(THREADS, "default: all processors of this process", default=None)
+    fit_tokens: int | None = option(Whole(1, MAX_TOKENS), _FIT_TOKENS, default=None)
+    fit_on: Any = option(FILE, _FIT_ON, default=None)
+    threads: int | None = option(THREADS, _THREADS, default=None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,13 +255,9 @@ class LinkOptions(CellOptions):
         "before; or a list, the shares of all source ranks",
         default=1.0,
     )
-    fit_tokens: int | None = option(
-        Whole(1, MAX_TOKENS), "tokens of each layer that eplb is fitted on (default: 16384)", default=None
-    )
-    fit_on: Any = option(
-        FILE, "of recorded or fitted traffic: other traffic of the same layers to fit eplb on", default=None
-    )
-    threads: int | None = option(THREADS, "default: all processors of this process", default=None)
+    fit_tokens: int | None = option(Whole(1, MAX_TOKENS), _FIT_TOKENS, default=None)
+    fit_on: Any = option(FILE, _FIT_ON, default=None)
+    threads: int | None = option(THREADS, _THREADS, default=None)
 
 
 @dataclass(frozen=True, kw_only=True)
