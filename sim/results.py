@@ -278,7 +278,7 @@ def provenance(what: dict[str, Any], digests: dict[str, str]) -> dict[str, Any]:
     packages = ("epsim", "numpy", "numba", "pandas", "scipy")
     return {
         **what,
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join([Path(sys.argv[0]).name.replace("__main__.py", "epsim"), *sys.argv[1:]]),
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
         "sha256": digests,
         "versions": {"python": platform.python_version(), **{name: _version_of(name) for name in packages}},
