@@ -283,7 +283,7 @@ def test_config_json_variants(tmp_path):
             "no layer has experts, by mlp_only_layers",
         ),
         ({"num_experts": 512, "num_experts_per_tok": 8, "router_n_groups": 8}, "router_n_groups 8: .* not simulated"),
-        ({"num_experts": 64, "num_experts_per_tok": 8, "model_type": "PanguProMoE"}, "pangupromoe .* not simulated"),
+        ({"num_experts": 64, "num_experts_per_tok": 8, "model_type": "PanguProMoE"}, "pangupromoe: .* not simulated"),
         ({"num_experts": "8", "num_experts_per_tok": 2}, "num_experts must be a whole number from 2 to 32767, not '8'"),
         ({"num_experts": 8.5, "num_experts_per_tok": 2}, "num_experts must be"),
         ({"num_experts": 8, "num_experts_per_tok": 9}, "above the 8 experts"),

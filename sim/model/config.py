@@ -74,7 +74,9 @@ def read_config(path: Path) -> ModelSpec:
     n_zero, n_hash = read.whole("n_zero") or known.n_zero, _hash_layers(read, known)
     hidden, width = read.whole("hidden") or 0, _width(read, implied is None)
     matrices, n_shared = _matrices(read, known), _shared_experts(read, known)
-    read.use(*KEYS["logit_bias"])
+    read.use(
+        *KEYS["logit_bias"], *(key for key in ("router_type",) if read.config.get(key) == "topN")
+    )  # Ling: one router
     n_layers, ids = moe_layers(read, None if implied is None else known.layers, name, expert_mask)
     strange = read.left_over()
     read.notes += [f"{shown(key)} {shown(read.config[key])} (not understood)" for key in strange[:_MOST_NOTES]]
@@ -210,8 +212,8 @@ def _groups(read: Reader, known: Type, name: str, n_experts: int) -> tuple[int, 
     n_group, topk_group = read.whole("n_group", 0, n_experts), read.whole("topk_group", 0, n_experts)
     key, each = read.take("each_group")
     if known.of_each_group or (isinstance(each, int) and each > 1):
-        rule = f"{key} {each}" if key else f"as {name} routes"
-        raise read.error(f"{rule}: a token takes its experts from each group alike, which is not simulated")
+        rule = f"{key} {each}" if key else f"model_type {name}"
+        raise read.error(f"{rule}: a token takes equally many experts from each group, which is not simulated")
     if read.take("method")[1] == "greedy":  # DeepSeek-V2's name for plain top-k, whatever n_group says
         return 1, 1
     if not said and known.groups != (1, 1):
@@ -291,11 +293,11 @@ def routed_dtype(read: Reader, beside: Path) -> str:
     if quantization is None and is_there(beside):
         key, content = beside.name, read_json(beside, f"model config {beside}")
         quantization = content.get("quantization") if isinstance(content, dict) else content
-    if isinstance(experts, str) and experts:
-        return experts.lower()
-    if quantization in (None, {}):
+    if not experts and quantization in (None, {}):
         return stored
-    found = _quantized(quantization, stored) if isinstance(quantization, dict) else ""
+    found = _PLAIN.get(experts) or _named_type(experts) if isinstance(experts, str) else ""
+    if not found and isinstance(quantization, dict):
+        found = _quantized(quantization, stored)
     if not found:
         read.notes.append(f"routed_dtype ({key} not understood)")
     return found or "unknown"
@@ -317,8 +319,8 @@ def _quantized(said: dict[str, Any], plain: str) -> str:
         if isinstance(weights, dict) and isinstance(bits := weights.get("num_bits"), int):
             size = weights.get("group_size")
             if weights.get("type") == "float":
-                return {4: "nvfp4" if size == 16 else "mxfp4_group32"}.get(bits, f"fp{bits}")
-            return f"int{bits}" + (f"_group{size}" if isinstance(size, int) and size > 0 else "")
+                return {8: "fp8", 4: "nvfp4" if size == 16 else "mxfp4_group32"}.get(bits, "")
+            return _whole_type(bits, size)
     if isinstance(whole, dict) and isinstance(weight := whole.get("weight"), dict):  # Quark
         return _named_type(f"{'mx' if weight.get('group_size') == 32 else ''}{weight.get('dtype')}")
     method = str(
@@ -326,11 +328,16 @@ def _quantized(said: dict[str, Any], plain: str) -> str:
     )
     bits, size = said.get("bits"), said.get("group_size")
     if isinstance(bits, int) and re.match(r"awq|gptq|auto.?round", method.lower()):
-        return f"int{bits}" + (f"_group{size}" if isinstance(size, int) and size > 0 else "")
+        return _whole_type(bits, size)
     if said.get("load_in_4bit"):
-        return str(said.get("bnb_4bit_quant_type") or "fp4")
+        return "nf4" if said.get("bnb_4bit_quant_type") == "nf4" else "fp4"
     found = _named_type(method)
     return found + block if found == "fp8" else found
+
+
+def _whole_type(bits: int, size: Any) -> str:
+    group = f"_group{size}" if isinstance(size, int) and 0 < size <= 2**15 else ""
+    return f"int{bits}{group}" if 1 < bits <= 16 else ""
 
 
 def _named_type(text: str) -> str:
@@ -343,7 +350,7 @@ def _listed(value: Any) -> list[Any]:
 
 
 def _is_of_experts(name: Any) -> bool:
-    return isinstance(name, str) and "expert" in name and not re.search(r"share|gate$|bias", name)
+    return isinstance(name, str) and "expert" in name and not re.search(r"share|gate$|bias|mtp|nextn", name)
 
 
 def _all_experts(name: Any) -> bool:

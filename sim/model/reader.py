@@ -55,14 +55,14 @@ class Reader:
         self._used.discard(key)
 
     def whole(self, field: str, least: int = 0, most: int = 2**40) -> int | None:
-        """A whole number, None if there is none; a list with a value for each layer must repeat one value."""
+        """A whole number, None if there is none or false; a list with a value for each layer must repeat one value."""
         key, value = self.take(field)
         if isinstance(value, list):
             counts = {shown(item) for item in value if item not in (0, None)}
             if len(value) > MAX_LAYERS or len(counts) != 1:
                 raise self.error(f"{key} {shown(value)} differs from layer to layer, which is not modelled")
             value = next(item for item in value if item not in (0, None))
-        return None if value is None else self.checked(key, value, least, most)
+        return None if value is None or value is False else self.checked(key, value, least, most)
 
     def checked(self, key: str, value: Any, least: int = 0, most: int = MAX_LAYERS) -> int:
         """A value as a whole number of a range, or an error that names its key."""
