@@ -39,7 +39,6 @@ def test_new_presets_are_marked_as_not_read_from_a_checkpoint():
         "a.x-k1",
         "beam-1.0-501b",
         "glm-5.3-flash",
-        "kimi-linear-48b-a3b",
         "dots3",
         "hy4",
     ):
