@@ -231,6 +231,7 @@ _INT4 = {"num_bits": 4, "type": "int", "group_size": 32}
             "nvfp4",
         ),
         ({"quant_method": "awq", "bits": 4, "group_size": 128}, "int4_group128"),
+        ({"bits": 4, "group_size": 64}, "int4_group64"),  # MLX
         ({"quant_method": "quark", "global_quant_config": {"weight": {"dtype": "fp4", "group_size": 32}}}, "mxfp4"),
         ({"quant_method": "fp8", "ignore": ["re:.*mlp.experts.*"], "dtype": "bfloat16"}, "bf16"),
         ({"expert_dtype": "fp4", "quant_method": "fp8"}, "fp4"),  # DeepSeek-V4

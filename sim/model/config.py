@@ -323,11 +323,10 @@ def _quantized(said: dict[str, Any], plain: str) -> str:
             return _whole_type(bits, size)
     if isinstance(whole, dict) and isinstance(weight := whole.get("weight"), dict):  # Quark
         return _named_type(f"{'mx' if weight.get('group_size') == 32 else ''}{weight.get('dtype')}")
-    method = str(
-        said.get("moe_quant_algo") or said.get("quant_algo") or said.get("qformat_weight") or said.get("quant_method")
-    )
+    names = ("moe_quant_algo", "quant_algo", "qformat_weight", "quant_method", "mode")  # mode: MLX, as is none of them
+    method = str(next((said[name] for name in names if said.get(name)), "affine"))
     bits, size = said.get("bits"), said.get("group_size")
-    if isinstance(bits, int) and re.match(r"awq|gptq|auto.?round", method.lower()):
+    if isinstance(bits, int) and re.match(r"awq|gptq|auto.?round|affine", method.lower()):
         return _whole_type(bits, size)
     if said.get("load_in_4bit"):
         return "nf4" if said.get("bnb_4bit_quant_type") == "nf4" else "fp4"
