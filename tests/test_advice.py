@@ -271,7 +271,7 @@ def test_the_command_answers_and_writes(toy_files, capsys):
         "Not run, so without a gain:",
         "Rule: ",
         "What the engine does:",
-        "vLLM silently runs linear",
+        "vLLM falls back to linear",
         "What would change the verdict:",
     ):
         assert text in out
@@ -318,7 +318,7 @@ def test_what_the_engine_does_not_run_has_no_gain(toy_files, capsys):
     out = capsys.readouterr().out
     table, _, after = out.partition("Not run, so without a gain:")
     assert "round_robin" not in table
-    assert "round_robin: vLLM silently runs linear" in after
+    assert "round_robin: vLLM falls back to linear" in after
     advice = advise(TOY, HOT, "h20", ep_size=4, **SMALL)
     assert set(not_run(advice)) == {"round_robin", "random"}
 

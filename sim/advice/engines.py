@@ -65,5 +65,5 @@ def engine_of(placement: str, model: ModelSpec, ep_size: int, backend: str, data
         )
     reason = why_linear(model, ep_size, "" if backend in KINDS else backend, data_parallel)
     if reason:
-        return Engine("linear", f"vLLM silently runs linear: {reason}")
+        return Engine("linear", f"vLLM falls back to linear: {reason}")
     return Engine("round_robin", "vLLM: --expert-placement-strategy round_robin; not with EPLB or redundant experts")

@@ -153,7 +153,7 @@ def how_to_load(form: str, path: Path, redundant: int) -> str:
         return (
             f"TensorRT-LLM: in the LLM API options 'moe_config: {{load_balancer: {path}}}' and 'enable_attention_dp: true'. It "
             "ignores the file in silence unless the architecture is on its list (DeepSeek-V3, Qwen2 and Qwen3 MoE, Mixtral, "
-            "Llama 4), EP is above 1 and attention data parallelism is on."
+            "Llama 4; later versions have more), EP is above 1 and attention data parallelism is on."
         )
     if form == "vllm-ascend":
         return (
