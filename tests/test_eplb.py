@@ -230,7 +230,7 @@ def test_distance_from_the_optimum_on_small_cases():
         ({"loads": [1e300] * 256}, "too large for a load"),
         ({"redundant": 4}, "256 experts [+] 4 redundant slots do not divide by 16 ranks; eplb[+]16 does"),
         ({"redundant": -1}, "`redundant` -1"),
-        ({"redundant": 10**9}, "redundant 1000000000"),
+        ({"redundant": 10**9}, "`redundant` 1000000000"),
         ({"strategy": "eplb+x"}, "redundant slots are a whole number"),
         ({"strategy": "eplb+-8"}, "redundant slots are a whole number"),
         ({"strategy": "eplb+16", "redundant": 32}, "another number of redundant slots"),
