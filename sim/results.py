@@ -281,12 +281,12 @@ def provenance(what: dict[str, Any], digests: dict[str, str]) -> dict[str, Any]:
         "command": shlex.join([Path(sys.argv[0]).name.replace("__main__.py", "epsim"), *sys.argv[1:]]),
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
         "sha256": digests,
-        "versions": {"python": platform.python_version(), **{name: _version_of(name) for name in packages}},
+        "versions": {"python": platform.python_version(), **{name: version_of(name) for name in packages}},
     }
 
 
-def _version_of(package: str) -> str:
-    """Its version; 'unknown' where it is used without being installed, as epsim from a source tree may be."""
+def version_of(package: str) -> str:
+    """Version of a package; 'unknown' where it is not installed, as epsim used from a source tree."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sim.copies import find_copies
+from sim.copies import find_copies, slots_by_hash
 from sim.cost.inputs import expert_width
 from sim.cost.links import count_links
 from sim.errors import InputError, unknown
@@ -29,7 +29,6 @@ EXCHANGES = {
     "gather": "all-gather before the experts, reduce-scatter after them",
     "reduce": "all tokens on all ranks, one all-reduce after the experts",
 }
-_HASH = np.uint32(2654435769)
 
 
 @dataclass(frozen=True, eq=False)
@@ -228,16 +227,13 @@ class LayerSteps:
         placed, ids = self.placed[workload, placement], self.ids[workload][step, :tokens]
         row = step % placed.n_rows
         copies = find_copies(placed.experts[row : row + 1], placed.n_experts)
-        slots, first = copies.slots[0].astype(np.int64), copies.first[0]
-        n_copies = np.diff(first)[ids].astype(np.uint32)
-        index = np.tile(np.arange(tokens // self.ep_size, dtype=np.uint32), self.ep_size)
-        copy = (index * _HASH)[:, None] % n_copies  # modulo 2**32, as vLLM's
-        return Routed(
-            slots[first[ids] + copy.astype(np.int64)],
-            self.weights[:tokens],
-            self.ep_size,
-            placed.n_slots // self.ep_size,
-        )
+        of_rank = np.ascontiguousarray(
+            ids.reshape(self.ep_size, -1, ids.shape[1])
+        )  # a token's index is that on its rank
+        slots = np.empty(of_rank.shape, np.int32)
+        slots_by_hash(of_rank, np.zeros(self.ep_size, np.int64), copies, slots)
+        slots_per_rank = placed.n_slots // self.ep_size
+        return Routed(slots.reshape(ids.shape).astype(np.int64), self.weights[:tokens], self.ep_size, slots_per_rank)
 
     def cells(self) -> Iterator[Cell]:
         """What is measured, in order.

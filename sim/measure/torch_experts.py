@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sim.measure.experts import ACTIVATION_TOLERANCE, GEMM_TOLERANCE, BackendError, Say, Shape, Timing, version_of
+from sim.measure.experts import ACTIVATION_TOLERANCE, GEMM_TOLERANCE, BackendError, Say, Shape, Timing
 from sim.measure.timers import GraphTimer, ProcessorTimer, Timer, copy_tb_per_s, cuda_torch, dense_tflops
 from sim.measure.torch_kernels import (
     Activation,
@@ -18,6 +18,7 @@ from sim.measure.torch_kernels import (
     quantise,
     reference_gemm,
 )
+from sim.results import version_of
 
 _POOL_BYTES = 24e9  # of weights for each type, where the memory has it
 _POOL_SHARE = 0.3  # of the free memory, at most
