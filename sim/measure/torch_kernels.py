@@ -5,6 +5,7 @@ column (None in BF16), and where each expert's rows end, int32 [experts] on the 
 """
 
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any, NamedTuple
 
 Tensor = Any
@@ -111,28 +112,21 @@ def quantise(values: Tensor, dtype: str) -> Rounded:
 
 def activations(device_type: str) -> list[tuple[str, Activation]]:
     """SiLU(gate) * up of BF16 rows [rows, 2 * inner], rounded to a type; the one to prefer first."""
-    fused = [] if device_type == "cpu" else [("triton silu_mul", _fused)]
+    fused = [] if device_type == "cpu" else [("triton silu_mul", _fused("silu_mul"))]
     return [*fused, ("torch silu * up", plain_activation)]
 
 
-def _fused(gate_up: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
-    from sim.measure.fused import silu_mul
-
-    return silu_mul(gate_up, dtype)
+def _fused(name: str) -> Callable[..., Any]:
+    """A Triton kernel's function, imported when it is called: Triton may not be there."""
+    return lambda *tensors: getattr(import_module("sim.measure.fused"), name)(*tensors)
 
 
 def packings(device_type: str) -> list[tuple[str, Pack]]:
     """BF16 rows [rows, width] as they are sent in FP8: E4M3, then the row's scale in the next 4 of 16 bytes, all of it int64
     [rows, width / 8 + 2], so that one message carries both; the first is to prefer. `width` must be a multiple of 16.
     """
-    fused = [] if device_type == "cpu" else [("triton pack", _fused_pack)]
+    fused = [] if device_type == "cpu" else [("triton pack", _fused("pack"))]
     return [*fused, ("torch pack", plain_pack)]
-
-
-def _fused_pack(x: Tensor) -> Tensor:
-    from sim.measure.fused import pack
-
-    return pack(x)
 
 
 def plain_pack(x: Tensor) -> Tensor:
@@ -158,14 +152,8 @@ def unpack(packed: Tensor, rows: Tensor) -> Rounded:
 
 def weighted_sums(device_type: str) -> list[tuple[str, WeightedSum]]:
     """Weighted sums of rows y [n, width], of rows int32 [sums, N] (-1: none) and weights [sums, N]; the first is to prefer."""
-    fused = [] if device_type == "cpu" else [("triton weighted_sum", _fused_sum)]
+    fused = [] if device_type == "cpu" else [("triton weighted_sum", _fused("weighted_sum"))]
     return [*fused, ("torch weighted sum", plain_weighted_sum)]
-
-
-def _fused_sum(y: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
-    from sim.measure.fused import weighted_sum
-
-    return weighted_sum(y, rows, weights)
 
 
 def plain_weighted_sum(y: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
