@@ -327,6 +327,14 @@ def read_result(folder: Path | str, *, sealed: bool = False) -> SweepResult:
     ------
     InputError
         The folder holds no finished sweep, or a file that is not as it was written.
+
+    Examples
+    --------
+    >>> import sim, tempfile
+    >>> folder = tempfile.mkdtemp()
+    >>> sim.sweep("mixtral-8x7b", "chat", ep_sizes=4, tokens=8, placements="linear", trials=64, threads=1).save(folder)
+    >>> sim.read_result(folder)
+    SweepResult: mixtral-8x7b, chat traffic, 1 placements x 1 EP sizes x 1 step sizes, 64 trials
     """
     folder = Path(folder)
     about = _read_provenance(folder)

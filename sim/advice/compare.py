@@ -89,12 +89,8 @@ def candidates(model: ModelSpec, ep_size: int, redundant: int | None = None) -> 
         )
     least = -model.n_experts % ep_size
     of_eplb = [f"eplb+{least + n * extra}" for n in (0, 1, 2)]
-    return [
-        "round_robin",
-        "random",
-        *dict.fromkeys(strategy_name(name) for name in of_eplb),
-        f"{BUDGET}+{least + extra}",
-    ]
+    names = ["round_robin", "random", *map(strategy_name, of_eplb), f"{BUDGET}+{least + extra}"]
+    return list(dict.fromkeys(names))
 
 
 def advise(
@@ -151,6 +147,14 @@ def advise(
     ------
     InputError
         As `sim.predict_gain`, and for names and numbers that are not allowed.
+
+    Examples
+    --------
+    >>> import sim
+    >>> advice = sim.advise("mixtral-8x7b", "chat", "h200", ep_size=4, placements=["linear", "eplb"], tokens=[4096],
+    ...     most_steps=4, layer_sets=1, threads=1)
+    >>> advice.best.placement.item(), advice.best.verdict.item()
+    ('eplb', 'worth a trial')
     """
     model = load_model(model)
     scored: Workload | LoadCounts = _as_traffic("traffic", traffic, model)
