@@ -29,6 +29,10 @@ class Rounded(NamedTuple):
     values: Tensor
     scale: Tensor  # or None
 
+    def at(self, where: int | slice) -> "Rounded":
+        """Some of the values along the first axis, with their scales."""
+        return Rounded(self.values[where], None if self.scale is None else self.scale[where])
+
 
 def gemm_choices(dtype: str, device_type: str) -> list[GemmChoice]:
     """What may compute a type's GEMMs on a device, the one to prefer first."""
@@ -86,10 +90,8 @@ def reference_gemm(x: Rounded, w: Rounded, ends: Tensor) -> Tensor:
     out = torch.zeros((x.values.shape[0], w.values.shape[1]), dtype=torch.float32, device=x.values.device)
     first = 0
     for expert, end in enumerate(ends.tolist()):
-        weight = Rounded(w.values[expert], None if w.scale is None else w.scale[expert])
-        rows = Rounded(x.values[first:end], None if x.scale is None else x.scale[first:end])
-        out[first:end] = dequantise(rows) @ dequantise(weight).T
-        first = end
+        rows = slice(first, first := end)
+        out[rows] = dequantise(x.at(rows)) @ dequantise(w.at(expert)).T
     return out
 
 
@@ -97,6 +99,11 @@ def dequantise(rounded: Rounded) -> Tensor:
     """Float32 values."""
     values = rounded.values.float()
     return values if rounded.scale is None else values * rounded.scale[..., None]
+
+
+def relative_error(found: Tensor, wanted: Tensor) -> float:
+    """By Frobenius norms."""
+    return float((found.float() - wanted.float()).norm() / wanted.float().norm())
 
 
 def quantise(values: Tensor, dtype: str) -> Rounded:

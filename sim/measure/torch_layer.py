@@ -20,6 +20,7 @@ from sim.measure.torch_kernels import (
     gemm_choices,
     packings,
     quantise,
+    relative_error,
     unpack,
     weighted_sums,
 )
@@ -205,7 +206,7 @@ class TorchLayer:
     def _experts(self, plan: RankPlan, rows: Rounded, weights: Weights) -> Tensor:
         """A rank without pairs computes rows that belong to nobody: its kernels run all the same, as they do in serving."""
         rows = rows if len(rows.values) else self._nobody
-        gate_up, down = (Rounded(*(part if part is None else part[: len(plan.ends)] for part in w)) for w in weights)
+        gate_up, down = (of_slots.at(slice(len(plan.ends))) for of_slots in weights)
         middle = self._activation(self._gemm(*rows, *gate_up, plan.ends), self._dtype)
         return self._gemm(*middle, *down, plan.ends)
 
@@ -282,8 +283,7 @@ class TorchLayer:
             found = self._layer(exchange, plan, self._start(exchange, tokens, x), self._layers[0])
             if exchange == "reduce":
                 found = found[routed.own(self._rank)]
-            wanted = self._plain(routed, x)
-            return float((found.float() - wanted).norm() / wanted.norm())
+            return relative_error(found, self._plain(routed, x))
 
     def _plain(self, routed: Routed, x: Tensor) -> Tensor:
         """The tokens of this rank in float32, rounded where the type rounds them; weights are made again, whatever rank their
