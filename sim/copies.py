@@ -70,7 +70,7 @@ def hashed(index):
 def slot_by_hash(word, expert, slots, first):
     """Slot of the copy of an expert that vLLM takes for a token whose index has the hash `word`."""
     begin, n = first[expert], first[expert + 1] - first[expert]
-    return slots[begin if n == 1 else begin + np.int64(word % np.uint64(n))]
+    return slots[begin + np.int64(word % np.uint64(n))]
 
 
 @kernel
