@@ -11,8 +11,8 @@ from conftest import ROOT, fails, run
 
 from sim import InputError, advise, load_model, predict_gain
 from sim.advice import candidates, changes, not_run, rule_text, verdict_text
+from sim.advice.compare import KNEE_ERROR, NOT, UNSURE, WORTH, best_of, judge, judged_ends
 from sim.advice.engines import BACKENDS, engine_of
-from sim.advice.rule import KNEE_ERROR, NOT, UNSURE, WORTH, best_of, judge, judged_ends
 from sim.advice.splits import splits_of
 from sim.cost.expert import crossover_tokens, expert_rates
 from sim.cost.gain import IN_STEP, KNEE, PERFECT
@@ -128,6 +128,7 @@ def test_what_vllm_runs_where_round_robin_is_asked_for():
         assert engine_of("round_robin", model, 16, backend, ranks).runs_as == ("round_robin" if keeps else "linear")
     assert engine_of("eplb+16", OSS, 16, "nixl_ep", 16).runs_as == "eplb+16"
     assert engine_of("random", V3, 16, "nixl_ep", 1).runs_as == ""
+    assert "no engine has it as an option" in engine_of("eplb_refined", V3, 16, "nixl_ep", 1).how
 
 
 # Splits
@@ -189,6 +190,13 @@ def test_words_are_the_tables_numbers():
     assert any(f"{100 * perfect.layer_saved:.1f} % at 4096" in line for line in found)
     low = advice.gains[(advice.gains.placement == best.placement) & (advice.gains.tokens == 4096)].layer_saved_low.min()
     assert any(f"{100 * 0.02 / low:.0f} % at 4096 tokens ({best.placement})" in line for line in found)
+
+
+def test_perfect_balance_is_an_end_only_where_received_tokens_do_not_count():
+    """Where a token goes once to each rank, a placement that sends the busiest rank fewer of them may save more."""
+    for backend, is_end in (("deepep_low_latency", True), ("deepep_high_throughput", False)):
+        advice = advise(TOY, HOT, "h20", ep_size=4, backend=backend, **SMALL)
+        assert any("which no placement can beat" in line for line in changes(advice, 0.02)) == is_end
 
 
 def test_few_sequences_and_one_layer_are_not_enough():
@@ -271,7 +279,7 @@ def test_the_command_answers_and_writes(toy_files, capsys):
         "Not run, so without a gain:",
         "Rule: ",
         "What the engine does:",
-        "vLLM silently runs linear",
+        "vLLM falls back to linear",
         "What would change the verdict:",
     ):
         assert text in out
@@ -318,7 +326,7 @@ def test_what_the_engine_does_not_run_has_no_gain(toy_files, capsys):
     out = capsys.readouterr().out
     table, _, after = out.partition("Not run, so without a gain:")
     assert "round_robin" not in table
-    assert "round_robin: vLLM silently runs linear" in after
+    assert "round_robin: vLLM falls back to linear" in after
     advice = advise(TOY, HOT, "h20", ep_size=4, **SMALL)
     assert set(not_run(advice)) == {"round_robin", "random"}
 

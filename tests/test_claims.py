@@ -13,7 +13,7 @@ from sim import InputError, load_model, place
 from sim.cli import main
 from sim.model import ModelSpec
 from sim.verdicts import CLAIMS, claims
-from sim.verdicts.exact import assigned_loads, most_on_a_rank, strided_loads
+from sim.verdicts.loads import assigned_loads, most_on_a_rank, strided_loads
 from sim.verdicts.verdict import needed_share, ranges_text, time_saved
 
 

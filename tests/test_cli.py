@@ -198,7 +198,7 @@ def test_notes_tell_what_is_assumed(tmp_path, capsys):
     err = capsys.readouterr().err
     assert "glm-4.6: not read from the checkpoint itself: every field" in err
     assert "fitted to deepseek-r1; on glm-4.6 it is an assumption" in err
-    assert "vLLM silently runs linear" in err
+    assert "vLLM runs linear where round_robin is asked for" in err
     assert main([*run, "--model", "deepseek-r1", "--out", str(tmp_path / "b")]) == 0
     assert "assumption" not in capsys.readouterr().err
 
@@ -237,7 +237,7 @@ def test_lists_and_help(capsys):
     assert out.count("\n") > 53
     assert "deepseek-v3" in out
     assert "gpqa-tilted" in out
-    assert "silently runs linear" in out
+    assert "falls back to linear" in out
     assert main(["--help"]) == 0
     assert all(verb in capsys.readouterr().out for verb in ("sweep",))
     for verb in VERBS:

@@ -30,7 +30,7 @@ from sim.cost.expert import expert_rates
 from sim.cost.gain import BALANCER_US, IN_STEP, PERFECT, break_even_tokens
 from sim.cost.steps import sample_steps
 from sim.placement import place_balanced, read_placement
-from sim.placement.budget import spend
+from sim.placement.eplb import spend
 from sim.router import draw_loads, draw_trials
 from sim.sweeps import make_plan
 from sim.sweeps.steps import place_pairs

@@ -216,7 +216,15 @@ def _print(advice: Any, arguments: Namespace) -> None:
     )
     first, *lines = verdict_text(advice).splitlines()
     print(filled(f"Verdict: {first}"))
-    print("By tokens per step, with the saved share of the step:")
+    is_assumed = arguments.moe_share is None and arguments.step_us is None
+    assumed = " (assumed: give --moe-share, or --step-ms as you measured it)" if is_assumed else ""
+    take = "take" if row.exchange == "none" else "and exchange take"
+    print(
+        filled(
+            f"Saved share of the step by tokens per step; experts {take} {row.moe_share:.0%} of a step"
+            f"{assumed}, and from {least:.1%} on a placement is worth a trial:"
+        )
+    )
     for line in lines:
         print(filled(line, "  ", "      "))
     print()
@@ -235,7 +243,7 @@ def _print(advice: Any, arguments: Namespace) -> None:
             f"{row.redundant_bytes / 1e9:.2f} GB ({row.placement}{', at most' if 'budget' in row.placement else ''})"
             for row in held.itertuples()
         ]
-        print(filled(f"Redundant slots take of each GPU {', '.join(listed)}."))
+        print(filled(f"Memory of redundant slots on each GPU: {', '.join(listed)}."))
     for line in break_even_lines(advice.gains[advice.gains.split == advice.gains.split.iloc[0]]):
         print(filled(line.strip(), line[: len(line) - len(line.lstrip())], "    "))
     if advice.gains.extrapolated.any():
@@ -245,12 +253,6 @@ def _print(advice: Any, arguments: Namespace) -> None:
         print(filled(f"{knee_text(first['dtype'])}; the crossover lies at {first.crossover_tokens:.0f} tokens"))
     print(filled(f"Rule: {rule_text(least)}"))
     print(filled(f"Splits: {'; '.join(dict.fromkeys(advice.gains.split))}."))
-    if arguments.moe_share is None and arguments.step_us is None:
-        print(
-            filled(
-                f"The share {row.moe_share:.0%} is an assumption: give --moe-share, or --step-ms as you measured it."
-            )
-        )
     print("\nWhat the engine does:")
     for names, text in advice.engines.items():
         if not set(names.split(", ")) <= set(refused):

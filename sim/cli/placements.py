@@ -23,8 +23,8 @@ def run(arguments: Namespace) -> None:
         "More ranks than experts need redundant slots that fill them: --ep 320 --placement eplb+64 on 256 experts."
     )
     print(
-        "\nvLLM 0.33 silently runs linear although round_robin was asked for when: the EP size is 1; the router has no\n"
-        "expert groups (n_group <= 1); there are redundant experts; EPLB is on; or data or sequence parallelism is used with\n"
-        f"an all2all backend other than {' or '.join(ROUND_ROBIN_BACKENDS)}, so also with the default. Linear are:\n"
+        "\nvLLM 0.33 falls back to linear where round_robin is asked for, with a warning in its log, when the EP size is 1; the\n"
+        "router has no expert groups (n_group <= 1); there are redundant experts; EPLB is on; or data, prefill context or\n"
+        f"sequence parallelism runs on another all2all backend than {' or '.join(ROUND_ROBIN_BACKENDS)}. These are linear:\n"
         + textwrap.fill(", ".join(LINEAR_BACKENDS) + ". moonep refuses to start with round_robin.", 118)
     )

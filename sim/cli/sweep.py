@@ -250,7 +250,9 @@ def _say_notes(plan: "Plan") -> None:
     if "round_robin" in plan.grid.placements:
         for reason in dict.fromkeys(why_linear(plan.model, size) for size in plan.grid.ep_sizes):
             if reason:
-                note(f"vLLM silently runs linear where round_robin is asked for if {reason}")
+                note(
+                    f"vLLM runs linear where round_robin is asked for, with no more than a warning in its log: {reason}"
+                )
     if (why := no_bounds_because(plan)) is not None:
         note(f"no bounds past sampling: {why}")
     if (why := replicas_have_no_bounds(plan)) is not None:

@@ -24,7 +24,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 
@@ -53,28 +53,25 @@ def read_placement(path: Path, model: ModelSpec, ep_size: int) -> Placement:
         The file is missing, damaged or too large; a layer differs in width, lacks an expert, or has one that the model has
         not; slots do not divide by the ranks; its layers are not the model's.
     """
-    where, name = f"placement file {path}", f"file:{path}"
-    text = read_text(path, where)
+    file = _File(f"placement file {path}", f"file:{path}", model, ep_size)
+    text = read_text(path, file.where)
     if _YAML.search(text) and not text.lstrip().startswith(("{", "[")):
-        return _from_trtllm(text, name, model, ep_size, where)
-    content = parse_json(text, where)
+        return _from_trtllm(text, file)
+    content = parse_json(text, file.where)
     if isinstance(content, dict) and "physical_to_logical_map" in content:
         rows = content["physical_to_logical_map"]
         if not isinstance(rows, list) or not rows:
-            raise InputError(f"{where}: physical_to_logical_map must be a list of layers, each a list of experts")
-        of_layer, layer_ids, notes = _by_row(rows, model, where)
-        return _from_slots(of_layer, name, model, ep_size, where, layer_ids, notes)
+            raise InputError(f"{file.where}: physical_to_logical_map must be a list of layers, each a list of experts")
+        return file.of_slots(*file.by_row(rows))
     if isinstance(content, dict) and "layer_list" in content:
-        return _from_ascend(content, name, model, ep_size, where)
+        return _from_ascend(content, file)
     if not isinstance(content, list) or not content:
         raise InputError(
-            f"{where} must be a list with the rank of each expert, or of such lists, one per layer; or have "
+            f"{file.where} must be a list with the rank of each expert, or of such lists, one per layer; or have "
             "physical_to_logical_map (vLLM, SGLang), initial_global_assignments or num_slots (TensorRT-LLM) or layer_list "
             "(vllm-ascend)"
         )
-    of_layer, layer_ids, notes = _by_row(content if isinstance(content[0], list) else [content], model, where)
-    ranks = _ranks(of_layer, model.n_experts, ep_size, where)
-    return Placement.of_ranks(name, ep_size, ranks, layer_ids, notes)
+    return file.of_ranks(*file.by_row(content if isinstance(content[0], list) else [content]))
 
 
 def placement_text(placement: Placement, form: str, n_layers: int = 0) -> str:
@@ -168,34 +165,88 @@ def how_to_load(form: str, path: Path, redundant: int) -> str:
     )
 
 
-def _by_row(
-    rows: list[Any], model: ModelSpec, where: str
-) -> tuple[dict[int, Any], tuple[int, ...] | None, tuple[str, ...]]:
-    """Rows of the MoE layers, by their place in a file that has no layer ids; their ids if these are known; and notes.
+Rows = dict[int, Any]
+"""What a file holds of each layer, a list where it is sound, by its number there."""
 
-    As many rows as decoder layers, or more, are taken for those; as many as MoE layers for these, in order.
-    """
-    moe, n_layers = model.moe_layer_ids, decoder_layers(model)
-    if len(rows) == 1 or len(rows) < len(moe) or not moe:
-        return dict(enumerate(rows)), None, ()
-    if len(rows) == len(moe):
-        return dict(enumerate(rows)), moe, ()
-    if len(rows) < n_layers:
-        raise InputError(
-            f"{where} has {len(rows)} layers; {model.name} has {n_layers} decoder layers, {len(moe)} of them with experts"
+
+class _File(NamedTuple):
+    """A file that is read, and what it must fit."""
+
+    where: str  # it begins the message of an error
+    name: str
+    model: ModelSpec
+    ep_size: int
+
+    def by_row(self, rows: list[Any]) -> tuple[Rows, tuple[int, ...] | None, tuple[str, ...]]:
+        """Rows of the MoE layers, by their place in a file that has no layer ids; their ids if these are known; and notes.
+
+        As many rows as decoder layers, or more, are taken for those; as many as MoE layers for these, in order.
+        """
+        moe, n_layers = self.model.moe_layer_ids, decoder_layers(self.model)
+        if len(rows) == 1 or len(rows) < len(moe) or not moe:
+            return dict(enumerate(rows)), None, ()
+        if len(rows) == len(moe):
+            return dict(enumerate(rows)), moe, ()
+        if len(rows) < n_layers:
+            raise InputError(
+                f"{self.where} has {len(rows)} layers; {self.model.name} has {n_layers} decoder layers, {len(moe)} of them with "
+                "experts"
+            )
+        return {layer: rows[layer] for layer in moe}, moe, self.left_out(list(range(n_layers, len(rows))))
+
+    def left_out(self, layers: list[int]) -> tuple[str, ...]:
+        """A note on layers past the decoder, if there are any."""
+        if not layers:
+            return ()
+        which = f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]} to {layers[-1]}"
+        return (
+            f"{which} left out: past the {decoder_layers(self.model)} decoder layers of {self.model.name} (a draft model's?)",
         )
-    return {layer: rows[layer] for layer in moe}, moe, _left_out(list(range(n_layers, len(rows))), model)
+
+    def of_slots(
+        self, rows: Rows, layer_ids: tuple[int, ...] | None, notes: tuple[str, ...], may_differ: bool = False
+    ) -> Placement:
+        """The placement of rows with the expert of each slot; whether layers may have different numbers of slots."""
+        n_experts, width = self.model.n_experts, None
+        for layer, row in rows.items():
+            at = f"{self.where}, layer {layer}"
+            _check_ids(row, n_experts, f"{at}: slot", "an expert", at)
+            width = len(row) if width is None else width
+            if len(row) != width and not may_differ:
+                raise InputError(f"{at} has {len(row)} slots, the first layer has {width}")
+            if len(row) % self.ep_size or not n_experts <= len(row) <= n_experts + _MOST_SLOTS:
+                raise InputError(
+                    f"{at}: its {len(row)} slots must be from the model's {n_experts} experts to {n_experts + _MOST_SLOTS}, and "
+                    f"divide by `ep_size` {self.ep_size}"
+                )
+            missing = set(range(n_experts)) - set(row)
+            if missing:
+                raise InputError(f"{at}: expert {min(missing)} of the model's {n_experts} has no slot")
+        width = max(map(len, rows.values())) // self.ep_size
+        slots = np.full((len(rows), self.ep_size, width), -1, np.int16)
+        for of_rank, row in zip(slots, rows.values(), strict=True):
+            of_rank[:, : len(row) // self.ep_size] = np.reshape(row, (self.ep_size, -1))
+        return Placement.of_slots(self.name, self.ep_size, n_experts, slots.reshape(len(rows), -1), layer_ids, notes)
+
+    def of_ranks(self, rows: Rows, layer_ids: tuple[int, ...] | None, notes: tuple[str, ...]) -> Placement:
+        """The placement of rows with the rank of each expert, the form of its own."""
+        n_experts, ep_size = self.model.n_experts, self.ep_size
+        for layer, row in rows.items():
+            at = f"{self.where}, layer {layer}"
+            if not isinstance(row, list) or len(row) != n_experts:
+                found = len(row) if isinstance(row, list) else "no list"
+                raise InputError(f"{at}: expected the ranks of {n_experts} experts, found {found}")
+            _check_ids(row, ep_size, f"{at}: expert", "a rank", at)
+            if len(set(row)) < ep_size:
+                raise InputError(
+                    f"{at}: rank {min(set(range(ep_size)) - set(row))} of `ep_size` {ep_size} holds no expert"
+                )
+        return Placement.of_ranks(self.name, ep_size, np.array(list(rows.values()), np.int32), layer_ids, notes)
 
 
-def _left_out(layers: list[int], model: ModelSpec) -> tuple[str, ...]:
-    if not layers:
-        return ()
-    which = f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]} to {layers[-1]}"
-    return (f"{which} left out: past the {decoder_layers(model)} decoder layers of {model.name} (a draft model's?)",)
-
-
-def _from_trtllm(text: str, name: str, model: ModelSpec, ep_size: int, where: str) -> Placement:
+def _from_trtllm(text: str, file: _File) -> Placement:
     """TensorRT-LLM's map, which is keyed by decoder layer, or the start that it has without one."""
+    where, model, ep_size = file.where, file.model, file.ep_size
     n_slots, of_layer = read_assignments(text, where)
     if of_layer is None:
         if n_slots % ep_size:
@@ -203,12 +254,12 @@ def _from_trtllm(text: str, name: str, model: ModelSpec, ep_size: int, where: st
         n = model.n_experts
         start = [(rank * n // ep_size + slot) % n for rank in range(ep_size) for slot in range(n_slots // ep_size)]
         note = "no initial_global_assignments: slot s of rank r has expert (r * experts // ranks + s) % experts, as at the start"
-        return _from_slots({0: start}, name, model, ep_size, where, None, (note,))
+        return file.of_slots({0: start}, None, (note,))
     moe, ids = model.moe_layer_ids, tuple(sorted(of_layer))
     notes: tuple[str, ...] = ()
     if len(ids) > 1 and moe:
         if set(moe) <= set(ids):
-            notes = _left_out([layer for layer in ids if layer >= decoder_layers(model)], model)
+            notes = file.left_out([layer for layer in ids if layer >= decoder_layers(model)])
             ids = moe
         elif len(ids) == len(moe):
             notes = (
@@ -221,21 +272,22 @@ def _from_trtllm(text: str, name: str, model: ModelSpec, ep_size: int, where: st
             )
     rows = {layer: of_layer[layer] for layer in ids}
     known = moe if len(rows) == len(moe) else ids if set(ids) <= set(moe) else None
-    return _from_slots(rows, name, model, ep_size, where, known if len(rows) > 1 else None, notes)
+    return file.of_slots(rows, known if len(rows) > 1 else None, notes)
 
 
-def _from_ascend(content: dict[str, Any], name: str, model: ModelSpec, ep_size: int, where: str) -> Placement:
+def _from_ascend(content: dict[str, Any], file: _File) -> Placement:
     """vllm-ascend's map: MoE layers by their place in the list."""
+    where, model = file.where, file.model
     rows, seen = content["layer_list"], set()
     count = content.get("moe_layer_count")
     if not isinstance(rows, list) or not rows or not _is_whole(count) or count != len(rows):
         raise InputError(f"{where}: layer_list must have as many layers as moe_layer_count says, and at least one")
     for row in rows:
         layer = row.get("layer_id") if isinstance(row, dict) else None
-        if not isinstance(layer, int) or isinstance(layer, bool) or layer < 0 or layer in seen:
+        if not _is_whole(layer) or layer < 0 or layer in seen:
             raise InputError(f"{where}: each layer of layer_list needs a layer_id of its own, a whole number")
         seen.add(layer)
-    slots = {row["layer_id"]: _device_experts(row, ep_size, f"{where}, layer {row['layer_id']}") for row in rows}
+    slots = {row["layer_id"]: _device_experts(row, file.ep_size, f"{where}, layer {row['layer_id']}") for row in rows}
     moe, notes = model.moe_layer_ids, tuple[str, ...]()
     known = tuple(slots) if len(rows) > 1 and set(slots) <= set(moe) else None
     if len(rows) > 1 and len(rows) >= len(moe) > 0:
@@ -245,7 +297,7 @@ def _from_ascend(content: dict[str, Any], name: str, model: ModelSpec, ep_size: 
                 f"the last {left} of its layers left out: {model.name} has {len(moe)} MoE layers (a draft model's?)",
             )
         slots, known = dict(list(slots.items())[: len(moe)]), moe
-    return _from_slots(slots, name, model, ep_size, where, known, notes, may_differ=True)
+    return file.of_slots(slots, known, notes, may_differ=True)
 
 
 def _device_experts(row: dict[str, Any], ep_size: int, at: str) -> list[Any]:
@@ -255,12 +307,9 @@ def _device_experts(row: dict[str, Any], ep_size: int, at: str) -> list[Any]:
     held = {
         device.get("device_id"): device.get("device_expert") for device in devices if _is_whole(device.get("device_id"))
     }
-    whole = len(devices) == ep_size and set(held) == set(range(ep_size)) and row.get("device_count") == ep_size
-    if (
-        not whole
-        or not _is_whole(row["device_count"])
-        or not all(isinstance(experts, list) for experts in held.values())
-    ):
+    count, wanted = row.get("device_count"), set(range(ep_size))
+    all_there = _is_whole(count) and count == len(devices) == ep_size and set(held) == wanted
+    if not all_there or not all(isinstance(experts, list) for experts in held.values()):
         raise InputError(
             f"{at}: must have the devices 0 to {ep_size - 1} of `ep_size` {ep_size}, each with its device_expert"
         )
@@ -269,41 +318,8 @@ def _device_experts(row: dict[str, Any], ep_size: int, at: str) -> list[Any]:
     return [expert for rank in range(ep_size) for expert in held[rank]]
 
 
-def _is_whole(value: Any) -> bool:
+def _is_whole(value: Any) -> TypeGuard[int]:
     return type(value) is int  # JSON's true and false are no numbers
-
-
-def _from_slots(
-    rows: dict[int, Any],
-    name: str,
-    model: ModelSpec,
-    ep_size: int,
-    where: str,
-    layer_ids: tuple[int, ...] | None,
-    notes: tuple[str, ...],
-    may_differ: bool = False,
-) -> Placement:
-    """Slots of layers, a list with the expert of each slot by the file's number of the layer; whose numbers may differ."""
-    n_experts, width = model.n_experts, None
-    for layer, row in rows.items():
-        at = f"{where}, layer {layer}"
-        _check_ids(row, n_experts, f"{at}: slot", "an expert", at)
-        width = len(row) if width is None else width
-        if len(row) != width and not may_differ:
-            raise InputError(f"{at} has {len(row)} slots, the first layer has {width}")
-        if len(row) % ep_size or not n_experts <= len(row) <= n_experts + _MOST_SLOTS:
-            raise InputError(
-                f"{at}: its {len(row)} slots must be from the model's {n_experts} experts to {n_experts + _MOST_SLOTS}, and "
-                f"divide by `ep_size` {ep_size}"
-            )
-        missing = set(range(n_experts)) - set(row)
-        if missing:
-            raise InputError(f"{at}: expert {min(missing)} of the model's {n_experts} has no slot")
-    width = max(map(len, rows.values())) // ep_size
-    slots = np.full((len(rows), ep_size, width), -1, np.int16)
-    for of_rank, row in zip(slots, rows.values(), strict=True):
-        of_rank[:, : len(row) // ep_size] = np.reshape(row, (ep_size, -1))
-    return Placement.of_slots(name, ep_size, n_experts, slots.reshape(len(rows), -1), layer_ids, notes)
 
 
 def _check_ids(row: Any, n: int, one: str, what: str, at: str) -> None:
@@ -313,19 +329,6 @@ def _check_ids(row: Any, n: int, one: str, what: str, at: str) -> None:
     for i, value in enumerate(row):
         if not _is_whole(value) or not 0 <= value < n:
             raise InputError(f"{one} {i} must have {what} from 0 to {n - 1}, not {shown(value)}")
-
-
-def _ranks(rows: dict[int, Any], n_experts: int, ep_size: int, where: str) -> np.ndarray:
-    """Rank of each expert, int32 [layers, n_experts], of the form of its own."""
-    for layer, row in rows.items():
-        at = f"{where}, layer {layer}"
-        if not isinstance(row, list) or len(row) != n_experts:
-            found = len(row) if isinstance(row, list) else "no list"
-            raise InputError(f"{at}: expected the ranks of {n_experts} experts, found {found}")
-        _check_ids(row, ep_size, f"{at}: expert", "a rank", at)
-        if len(set(row)) < ep_size:
-            raise InputError(f"{at}: rank {min(set(range(ep_size)) - set(row))} of `ep_size` {ep_size} holds no expert")
-    return np.array(list(rows.values()), np.int32)
 
 
 def read_assignments(text: str, where: str) -> tuple[int, dict[int, list[Any]] | None]:
