@@ -100,6 +100,7 @@ def test_the_nearest_preset_is_named_and_the_scale_that_reaches_it(capsys):
     assert "lies from 1 to --ep 8" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_presets_are_listed_with_their_imbalance_and_what_they_miss(capsys):
     assert main(["workloads", "--ep", "8,64", "--json"]) == 0
     rows = {(row["workload"], row["ep_size"]): row for row in json.loads(capsys.readouterr().out)}

@@ -111,6 +111,7 @@ def test_missed_ranks_are_counted():
 # Figures
 
 
+@pytest.mark.slow
 def test_figures_show_the_tables_numbers(tmp_path):
     rows = with_predictions(read_measured(measured(tmp_path, MadeUp(noise=0.05))[0]))
     figures = [predicted_against_measured(rows), measured_gain(rows, gains(rows))]
@@ -143,6 +144,7 @@ def command(tiny, out, *more):
     return main([*words, "--out", str(out), *more])
 
 
+@pytest.mark.slow
 def test_the_command_measures_and_shows(tiny, tmp_path, capsys):
     out = tmp_path / "here" / "a.csv"
     assert command(tiny, out) == 0
