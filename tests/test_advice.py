@@ -233,19 +233,7 @@ def test_the_figure_shows_every_candidate_and_its_numbers():
 # The command
 
 
-TOY_ADVICE = [
-    "advise",
-    "--model",
-    "config.json",
-    "--workload",
-    "hot.npz",
-    "--ep",
-    "4",
-    "--steps",
-    "8",
-    "--tokens",
-    "8,2048",
-]
+TOY_ADVICE = "advise --model config.json --workload hot.npz --ep 4 --steps 8 --tokens 8,2048".split()
 
 
 @pytest.fixture

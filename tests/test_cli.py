@@ -207,19 +207,7 @@ def test_recorded_routing_from_the_command_line(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     ids = np.array([np.random.default_rng(s).permutation(32)[:4] for s in range(300)], np.int16)
     np.savez("my.npz", topk_ids=ids.reshape(100, 3, 4), sequence_lengths=np.full(20, 5))
-    run = [
-        "sweep",
-        "--model",
-        "gpt-oss-20b",
-        "--workload",
-        "file:my.npz",
-        "--ep",
-        "4",
-        "--tokens",
-        "4,64",
-        "--trials",
-        "30",
-    ]
+    run = "sweep --model gpt-oss-20b --workload file:my.npz --ep 4 --tokens 4,64 --trials 30".split()
     assert main([*run, "--phase", "prefill"]) == 0
     [path] = Path("results").glob("gpt-oss-20b-my-????????")  # the id of what is sampled
     summary = pd.read_csv(path / "summary.csv")

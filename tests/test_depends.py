@@ -109,17 +109,7 @@ def test_bad_usage_is_one_line_and_status_2(words, message, capsys, monkeypatch)
 
 
 def test_committed_rows_are_computed_again_to_the_last_digit(capsys):
-    words = [
-        "depends",
-        "--workload",
-        "uniform,one-subject",
-        "--placement",
-        "round_robin",
-        "--ep",
-        "16",
-        "--tokens",
-        "64",
-    ]
+    words = "depends --workload uniform,one-subject --placement round_robin --ep 16 --tokens 64".split()
     assert main([*words, "--csv"]) == 0
     found = [line for line in capsys.readouterr().out.splitlines() if ",imbalance," in line]
     committed = (ROOT / "results" / "depends" / "depends.csv").read_text().splitlines()

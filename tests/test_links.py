@@ -93,19 +93,7 @@ def test_shares_of_source_ranks():
 
 def test_a_sweep_writes_a_file_for_each_cell(tmp_path, capsys):
     """The same steps and seed as in Python; nothing is pickled; rows of the sweep are those without the option."""
-    words = [
-        "sweep",
-        "--ep",
-        "4,8",
-        "--tokens",
-        "16",
-        "--placement",
-        "linear,eplb+8",
-        "--trials",
-        "40",
-        "--fit-tokens",
-        "64",
-    ]
+    words = "sweep --ep 4,8 --tokens 16 --placement linear,eplb+8 --trials 40 --fit-tokens 64".split()
     assert main([*words, "--out", str(tmp_path / "with"), "--rank-traffic", "--source-imbalance", "1.5"]) == 0
     assert main([*words, "--out", str(tmp_path / "without")]) == 0
     assert "rank_traffic/*.npz" in capsys.readouterr().out

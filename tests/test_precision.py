@@ -82,19 +82,7 @@ def test_what_cannot_be_met_is_said(capsys, tmp_path):
 
 @pytest.mark.slow
 def test_out_of_time_the_same_command_goes_on(tmp_path, capsys):
-    command = [
-        "sweep",
-        "--ep",
-        "8",
-        "--tokens",
-        "1024",
-        "--precision",
-        "1%",
-        "--max-trials",
-        "4096",
-        "--bound-layers",
-        "0",
-    ]
+    command = "sweep --ep 8 --tokens 1024 --precision 1% --max-trials 4096 --bound-layers 0".split()
     limited = [*command, "--precision", "0.01%", "--out", str(tmp_path / "a")]
     assert main([*limited, "--time-limit", "0.001s"]) == 0
     assert "--time-limit is reached" in capsys.readouterr().err
