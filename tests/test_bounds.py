@@ -61,14 +61,7 @@ def test_integration_equals_enumeration_where_only_order_counts(n_group, size, k
 
 SMALL_GROUPS = [
     (n_group, size, kept, top_k)
-    for size, n_groups in [
-        (1, (2, 4, 8)),
-        (2, (2, 4, 16)),
-        (3, (4,)),
-        (4, (8,)),
-        (8, (16,)),
-        (16, (8,)),
-    ]
+    for size, n_groups in [(1, (2, 4, 8)), (2, (2, 4, 16)), (3, (4,)), (4, (8,)), (8, (16,)), (16, (8,))]
     for n_group in n_groups
     for kept in sorted({1, n_group // 2})
     for top_k in ((1, 3) if size < 4 else (3,))

@@ -12,13 +12,7 @@ from hypothesis import strategies as st
 
 from sim import InputError, ModelSpec, expert_time_us, gpu_names, load_gpu, load_model
 from sim.cli import main
-from sim.cost import (
-    balancedness_sglang,
-    balancedness_vllm,
-    exchange_time_us,
-    layer_time_us,
-    predicted_against_measured,
-)
+from sim.cost import balancedness_sglang, balancedness_vllm, exchange_time_us, layer_time_us, predicted_against_measured
 from sim.cost.exchange import BACKENDS, KINDS
 from sim.cost.expert import reached_fractions
 from sim.cost.refit import expert_rows, experts_left_out, pair_rows

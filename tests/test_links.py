@@ -122,10 +122,7 @@ def test_a_sweep_writes_a_file_for_each_cell(tmp_path, capsys):
     [
         (["--source-imbalance", "2"], "--source-imbalance goes with --rank-traffic"),
         (["--rank-traffic", "--source-imbalance", "9"], "--source-imbalance 9: must be from 1 to the EP size, 8"),
-        (
-            ["--rank-traffic", "--source-imbalance", "1,2"],
-            "--source-imbalance: 2 shares go with EP size 2, not 8",
-        ),
+        (["--rank-traffic", "--source-imbalance", "1,2"], "--source-imbalance: 2 shares go with EP size 2, not 8"),
         (["--rank-traffic", "--source-imbalance", "0,0,0,0,0,0,0,0"], "one share at least must be above 0"),
         (["--rank-traffic", "--source-imbalance", "a"], "--source-imbalance 'a': expected numbers"),
         (["--rank-traffic", "--precision", "1%"], "rank traffic goes with --trials, not with a precision"),
