@@ -293,8 +293,10 @@ def test_a_written_fit_is_read_back_and_swept(tmp_path, capsys):
     ids = record.topk_ids.transpose(1, 0, 2)
     path = write(tmp_path / 'odd "name".npz', topk_ids=ids, sequence_lengths=np.full(32, 48))
     out, half, of_model = tmp_path / "my.toml", tmp_path / "half.toml", ["--model", tmp_path / "config.json"]
-    assert run("traffic", "fit", path, *of_model, "--out", out) == 0
-    assert "fitted to all of the file: 2 layers" in capsys.readouterr().out
+    assert run("traffic", "fit", path, *of_model, "--out", out, "--hold-out") == 0
+    text = capsys.readouterr().out
+    assert "held-out sequences" in text
+    assert "fitted to all of the file: 2 layers" in text
     direct = fit_traffic(model, read_traffic(path), threads=1)
     assert load_workload(out).law == direct.decode.law
     assert load_workload(out, phase="prefill").law == direct.prefill.law
@@ -305,7 +307,7 @@ def test_a_written_fit_is_read_back_and_swept(tmp_path, capsys):
     assert run(*words, "--phase", "prefill", "--out", tmp_path / "b") == 0
     assert "not independent" in capsys.readouterr().err
     assert run("traffic", "fit", path, *of_model, "--out", half, "--hold-out", "--half") == 0
-    assert "held-out sequences" in capsys.readouterr().out
+    assert "fitted to the first half (--half): 2 layers" in capsys.readouterr().out
     assert load_workload(half).law != direct.decode.law
 
 
