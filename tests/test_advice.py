@@ -58,6 +58,7 @@ def test_verdicts_follow_the_rule(low, high, enough, verdict):
     assert judge(np.array(low), np.array(high), 0.02, is_enough=enough) == verdict
 
 
+@pytest.mark.slow
 def test_the_error_near_the_crossover_is_the_largest_that_was_measured():
     """Saved shares as measured less as predicted, of every cell of the committed runs: bf16 near the crossover within
     KNEE_ERROR, and it takes that much; away from it within 0.045 in bf16, whose kernel was fitted, and 0.035 in fp8.
@@ -212,6 +213,7 @@ def test_the_advice_does_not_depend_on_threads():
     pd.testing.assert_frame_equal(one.table(), two.table())
 
 
+@pytest.mark.slow
 def test_real_routing(shared):
     """gpt-oss-20b at EP 16 on H20: with 512 tokens per rank, copies of experts pay in every split; with 1 they cost."""
     path = shared / "traces" / "gpt-oss-20b-tokens.npz"
@@ -239,19 +241,7 @@ def test_the_figure_shows_every_candidate_and_its_numbers():
 # The command
 
 
-TOY_ADVICE = [
-    "advise",
-    "--model",
-    "config.json",
-    "--workload",
-    "hot.npz",
-    "--ep",
-    "4",
-    "--steps",
-    "8",
-    "--tokens",
-    "8,2048",
-]
+TOY_ADVICE = "advise --model config.json --workload hot.npz --ep 4 --steps 8 --tokens 8,2048".split()
 
 
 @pytest.fixture
@@ -270,6 +260,7 @@ def toy_files(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_the_command_answers_and_writes(toy_files, capsys):
     assert run(*TOY_ADVICE, "--out", "advice") == 0
     out, err = capsys.readouterr()
@@ -413,6 +404,7 @@ def test_bad_usage_is_one_line_and_status_2(words, message, toy_files, capsys):
     assert set(toy_files.iterdir()) == before
 
 
+@pytest.mark.slow
 def test_the_committed_advice_regenerates(shared):
     """All numbers of results/advice-gpt-oss-20b, from the trace and what its json says."""
     folder = ROOT / "results" / "advice-gpt-oss-20b"

@@ -197,6 +197,7 @@ def test_flashlbs_toy():
     assert least == pytest.approx(590 / 3)
 
 
+@pytest.mark.slow
 def test_distance_from_the_optimum_on_small_cases():
     """200 layers of 6 experts with log-normal loads, 9 slots on 3 ranks, against a full search: EPLB's heaviest rank is 4.3 %
     above the optimum in the mean and 18 % at worst, the refined one 0.6 % and 6 %.

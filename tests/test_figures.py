@@ -34,6 +34,7 @@ def title_of(figure):
     return " ".join(figure._suptitle.get_text().split())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FIGURES)
 def test_every_axis_has_a_name_and_no_text_lies_over_another_or_is_too_small(name, result):
     figure = FIGURES[name](result)
@@ -81,6 +82,7 @@ def test_what_another_placement_buys_is_the_ratio_of_the_tables_numbers(what, ro
     np.testing.assert_allclose(lines(ax, "#0072B2")[0].get_ydata(), rows["round_robin"] / rows["linear"] - 1)
 
 
+@pytest.mark.slow
 def test_the_ratios_interval_is_that_of_paired_ratios():
     """Over 100 seeds (fixed) the 95 % interval holds the ratio of a long run; 88 hits or fewer have probability 0.5 %."""
     options = {"ep_sizes": 8, "tokens": 8, "placements": ["linear", "round_robin"], "bound_layers": 0, "threads": 1}
@@ -121,6 +123,7 @@ def with_theory(result, method, given="", off=1.0):
     return dataclasses.replace(result, tail=pd.concat([tail[tail.method == "sampled"], new])), new
 
 
+@pytest.mark.slow
 def test_rows_beyond_sampling_are_thin_lines_and_rare_events_are_points_with_a_band(result):
     for method, column in (("exact", "high"), ("rare", "probability")):
         with_rows, rows = with_theory(result, method)
@@ -142,6 +145,7 @@ def test_bounds_of_layers_that_are_not_typical_are_left_out_and_the_figure_says_
     assert "left out: 1 curve" in title_of(figure)
 
 
+@pytest.mark.slow
 def test_exceedance_has_at_most_six_panels_and_names_the_ep_sizes_that_it_leaves_out():
     sizes = [2, 4, 8, 16, 24, 32, 48, 64, 128, 256]
     many = sweep("deepseek-v3", "uniform", ep_sizes=sizes, tokens=64, placements=["linear", "round_robin"], trials=40)

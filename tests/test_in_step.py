@@ -159,6 +159,7 @@ def test_it_lies_between_its_placement_and_perfect_balance():
     assert set(table.copies_of.dropna()) == {"eplb+8"}
 
 
+@pytest.mark.slow
 def test_break_even_is_where_it_buys_what_the_balancer_takes():
     bought = gains()[lambda rows: rows.placement == IN_STEP].bought_us.tolist()
     for balancer_us, least, most in ((0, 64, 64), (bought[1] + 1, np.inf, np.inf), (sum(bought) / 2, 1023, 1025)):

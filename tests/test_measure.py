@@ -8,10 +8,7 @@ from devices import H100, MadeUp, measured, steps_of
 
 from sim.cost import expert_time_us
 from sim.errors import InputError
-from sim.measure import (
-    Shape,
-    read_measured,
-)
+from sim.measure import Shape, read_measured
 from sim.measure.steps import busiest_ranks
 from sim.measure.table import COLUMNS, partial_path
 from sim.model import ModelSpec

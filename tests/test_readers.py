@@ -318,6 +318,7 @@ def test_a_compressed_file_is_not_unpacked_beyond_its_declared_size(tmp_path, ca
         fails(capsys, ["traffic", "show", path], message)
 
 
+@pytest.mark.slow
 def test_small_files_that_unpack_to_gigabytes_are_refused(tmp_path, capsys):
     """Many members, each within the bound of one array."""
     path, zeros = tmp_path / "x.npz", bytes(2**24)

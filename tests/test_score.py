@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from naive import received as ref_received
 from naive import score as ref_score
@@ -197,6 +197,7 @@ def test_a_placement_with_a_row_per_layer_wants_counts_and_ids_of_its_layers():
         sim.score_tokens(two, [[0]])
 
 
+@settings(max_examples=25)
 @given(st.integers(0, 2**32 - 1), st.sampled_from([(1,), (3, 8), (5, 40, 2), (320,)]), st.integers(1, 9))
 def test_received_tokens_of_many_placements_equal_reference(seed, ep_sizes, ranks_per_node):
     """All ranks and nodes of all pairs at once, with layouts that change between trials, and past 64 ranks."""
