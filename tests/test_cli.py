@@ -14,7 +14,7 @@ from conftest import ROOT, fails
 
 import sim
 from sim.cli import VERBS, main
-from sim.cli.progress import time_left_s
+from sim.cli.terminal import time_left_s
 from sim.figures import FIGURES
 from sim.options import SweepOptions, declarations, flag_of
 from sim.progress import advance, phase, track, watching
@@ -313,7 +313,7 @@ def test_only_a_sweep_promises_to_go_on_after_an_interrupt(verb, goes_on, monkey
     def interrupted(arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(f"sim.cli.{verb}.run", interrupted)
+    monkeypatch.setattr(f"sim.cli.{verb}.run_{verb}", interrupted)
     assert main([verb]) == 130
     err = capsys.readouterr().err
     assert err.startswith(f"epsim {verb}: error: interrupted")

@@ -76,9 +76,14 @@ def test_what_another_placement_buys_is_the_ratio_of_the_tables_numbers(what, ro
     np.testing.assert_allclose(lines(ax, "#0072B2")[0].get_ydata(), of / base - 1)
     assert lines(ax, "#000000")[0].get_ydata() == pytest.approx(0)
     figure = draw("imbalance_by_tokens", result)
-    rows = result.summary.query("ep_size == 12").set_index(["placement", "tokens"])[f"imbalance_{what}"]
+    cells = result.summary.query("ep_size == 12").set_index(["placement", "tokens"])
+    rows = cells[f"imbalance_{what}"]
+    ratios = rows["round_robin"] / rows["linear"] - 1
+    if what == "p99":  # of fewer than 16 pairs it jumps
+        ratios = ratios.mask((rows * cells.mean_load).groupby("tokens").min() < 16)
+        assert ratios.isna().tolist() == [True, True, False]
     ax = figure.axes[row * (len(figure.axes) // 2) + 1]
-    np.testing.assert_allclose(lines(ax, "#0072B2")[0].get_ydata(), rows["round_robin"] / rows["linear"] - 1)
+    np.testing.assert_allclose(lines(ax, "#0072B2")[0].get_ydata(), ratios)
 
 
 def test_the_ratios_interval_is_that_of_paired_ratios():

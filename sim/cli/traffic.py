@@ -1,16 +1,26 @@
-"""Recorded routing or measured loads: show their statistics, fit a workload, show how a placement goes stale; or make some."""
+"""`epsim traffic`: statistics of recorded routing or measured loads, and workloads fitted to them."""
 
-from argparse import SUPPRESS, ArgumentParser, Namespace
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
-from sim.cli import Verb, add_verbs
-from sim.cli.progress import shown_progress
-from sim.cli.text import add_forms, filled, note, print_rows, print_table, say_written, table
-from sim.cli.traffic_decay import print_decay
+from sim.cli import add_verbs
+from sim.cli.inputs import read_file
+from sim.cli.terminal import (
+    add_output,
+    filled,
+    note,
+    print_rows,
+    print_table,
+    save_as,
+    say_written,
+    shown_progress,
+    table,
+)
+from sim.cli.traffic_decay import add_decay, run_decay
 from sim.cli.traffic_make import add_make, add_match, run_make, run_match
 from sim.errors import InputError
-from sim.options import FILE, NAMES, SEED, THREADS, WHOLE_NUMBERS, FigureOptions, Folder, Number, Whole, add_options
+from sim.options import FILE, FigureOptions, FileOptions, add_options
 
 _LAYERS_SHOWN = 12
 _COLUMNS = {
@@ -19,142 +29,44 @@ _COLUMNS = {
 }  # fmt: skip
 
 
-def add_arguments(parser: ArgumentParser) -> None:
-    """Add the verbs of `epsim traffic`."""
-    add_verbs(
-        parser,
-        {
-            "show": Verb("print the statistics of a file", _add_show, _run_show),
-            "fit": Verb("fit a workload that has these loads", _add_fit, _run_fit),
-            "decay": Verb(
-                "fit a load-aware placement on a part of the file and score it on later ones, or on another file",
-                _add_decay,
-                _run_decay,
-            ),
-            "make": Verb("write synthetic recorded routing, with a wanted imbalance", add_make, run_make),
-            "match": Verb("name the presets nearest to an imbalance that was read off a log", add_match, run_match),
-        },
-    )
+_FILE_HELP = (
+    "experts of tokens (answers of vLLM and SGLang with routed_experts as JSON, .npz, .npy; a folder with a JSON file for each "
+    "request) or loads of experts (.csv, .json, .npz, .npy, TensorRT-LLM's folder of expert statistics); .pt of SGLang's "
+    "recorder with the extra epsim[torch]; text may be .gz"
+)
 
 
-def run(arguments: Namespace) -> None:
-    """Run `epsim traffic`."""
-    arguments.run(arguments)
-
-
-def _add_file(parser: ArgumentParser, *, needs_model: bool) -> None:
-    parser.add_argument(
-        "file",
-        type=Path,
-        metavar="FILE",
-        help="experts of tokens (answers of vLLM and SGLang with routed_experts as JSON, .npz, .npy; a folder with a JSON file "
-        "for each request) or loads of experts (.csv, .json, .npz, .npy, TensorRT-LLM's folder of expert statistics); .pt of "
-        "SGLang's recorder with the extra epsim[torch]; text may be packed as .gz",
-    )
-    parser.add_argument(
-        "--phase", metavar="PHASE", help="decode or prefill: which steps of a trace set are read (default: decode)"
-    )
-    parser.add_argument(
-        "--model",
-        required=needs_model,
-        help="the model that the file was taken on: preset or config.json"
-        + ("" if needs_model else " (default: any that fits)"),
-    )
+def add_traffic(parser: ArgumentParser) -> None:
+    """Recorded routing or measured loads: show them, fit a workload, see how a placement goes stale; or make some."""
+    verbs = {"show": (_add_show, _run_show), "fit": (_add_fit, _run_fit), "decay": (add_decay, run_decay)}
+    add_verbs(parser, verbs | {"make": (add_make, run_make), "match": (add_match, run_match)})
 
 
 def _add_show(parser: ArgumentParser) -> None:
-    add = parser.add_argument
-    _add_file(parser, needs_model=False)
-    add("--against", type=Path, metavar="FILE", help="another file of the same layers, for the drift between them")
-    add("--plot", type=Folder(), metavar="DIR", help="draw a heat map and a page of plots there")
+    """Print the statistics of a file."""
+    parser.add_argument("file", type=Path, metavar="FILE", help=_FILE_HELP)
+    add_options(parser, FileOptions, only=("model", "phase", "against", "all_layers", "plot"), model=None)
     add_options(parser, FigureOptions)
-    add("--all-layers", action="store_true", help="a row for every layer")
-    add_forms(parser)
-    add("--seed", type=SEED, default=0, help=SUPPRESS)  # statistics have no random numbers
+    add_output(parser)
 
 
 def _add_fit(parser: ArgumentParser) -> None:
-    add = parser.add_argument
-    _add_file(parser, needs_model=True)
-    add("--out", type=FILE, default="", metavar="FILE.toml", help="the workload that is written")
-    add("--hold-out", action="store_true", help="first fit one half and predict the rank imbalance of the other")
-    add("--half", action="store_true", help="write the fit of the first half (goes with --hold-out)")
-    add(
-        "--group-sigma",
-        type=Number(0, 5),
-        metavar="X",
-        help="group effect of a grouped router, which loads do not tell (default: 0.4)",
-    )
-    add("--seed", type=SEED, default=0, metavar="N", help="of the fit's random numbers (default: 0)")
-    add("--threads", type=THREADS, metavar="N", help="default: all processors of this process")
-
-
-def _add_decay(parser: ArgumentParser) -> None:
-    add = parser.add_argument
-    _add_file(parser, needs_model=True)
-    add(
-        "--against",
-        type=Path,
-        metavar="FILE",
-        help="another file of the same layers: fit on one, and score on the other",
-    )
-    add("--plot", type=Folder(), metavar="DIR", help="draw imbalance against age there")
-    add_options(parser, FigureOptions)
-    add(
-        "--ep",
-        dest="ep_sizes",
-        type=WHOLE_NUMBERS,
-        required=True,
-        metavar="LIST",
-        help="EP sizes, which must divide the slots",
-    )
-    add(
-        "--placement",
-        dest="placements",
-        type=NAMES,
-        default="eplb",
-        metavar="LIST",
-        help="load-aware placements (default: eplb)",
-    )
-    add("--windows", dest="n_windows", type=Whole(), metavar="N", help="windows that the file is cut into (default: 8)")
-    add("--ranks-per-node", type=Whole(), default=8, metavar="N", help="ranks joined by NVLink, for eplb (default: 8)")
-    add("--markdown", action="store_true", help="print a Markdown table alone")
-    add("--seed", type=SEED, default=0, metavar="N", help="of the random halves (default: 0)")
-
-
-def _read(arguments: Namespace) -> tuple[Any, Any]:
-    """The model, None where it is not named, and what the file holds."""
-    from sim.model import load_model
-    from sim.traffic import read_traffic
-
-    model = None if arguments.model is None else load_model(arguments.model)
-    traffic = read_traffic(arguments.file, model, arguments.phase or "decode")
-    for text in traffic.notes:
-        note(text)
-    return model, traffic
+    """Fit a workload that has these loads."""
+    parser.add_argument("file", type=Path, metavar="FILE", help=_FILE_HELP)
+    add_options(parser, FileOptions, only=("model", "phase", "hold_out", "half", "group_sigma", "seed", "threads"))
+    parser.add_argument("--out", type=FILE, default="", metavar="FILE.toml", help="the workload that is written")
 
 
 def _run_show(arguments: Namespace) -> None:
-    _show(arguments, *_read(arguments))
-
-
-def _run_fit(arguments: Namespace) -> None:
-    _fit(arguments, *_read(arguments))
-
-
-def _run_decay(arguments: Namespace) -> None:
-    print_decay(arguments, *_read(arguments))
-
-
-def _show(arguments: Namespace, model: Any, data: Any) -> None:
-
     from sim.fit.description import describe
-    from sim.traffic import read_traffic
+    from sim.model import load_model
 
-    other = None if arguments.against is None else read_traffic(arguments.against, model, arguments.phase or "decode")
+    model = None if arguments.model is None else load_model(arguments.model)
+    data = read_file(arguments.file, model, arguments.phase)
+    other = None if arguments.against is None else read_file(arguments.against, model, arguments.phase)
     about = describe(data, model, other)
     if arguments.plot is not None:
-        _plot(arguments, data, about)
+        _plot(arguments, data.name, about)
     if print_rows(_by_layer(about), arguments):
         return
     per_token = "" if about.top_k is None else f", {about.n_tokens} tokens in {about.n_sequences} sequences"
@@ -260,24 +172,23 @@ def _print_together(found: Any) -> None:
         ))  # fmt: skip
 
 
-def _plot(arguments: Namespace, data: Any, about: Any) -> None:
-    from sim.figures import save_as
+def _plot(arguments: Namespace, name: str, about: Any) -> None:
     from sim.figures.traffic import load_map, traffic_page
     from sim.files import writable_folder
 
-    out = arguments.plot
-    with writable_folder(out):
-        for name, figure in (("load_map", load_map(data.name, about)), ("traffic", traffic_page(data.name, about))):
-            for path in save_as(figure, out / name, arguments.formats):
+    with writable_folder(arguments.plot):
+        for stem, figure in (("load_map", load_map(name, about)), ("traffic", traffic_page(name, about))):
+            for path in save_as(figure, arguments.plot / stem, arguments):
                 say_written(str(path), arguments)
 
 
-def _fit(arguments: Namespace, model: Any, data: Any) -> None:
+def _run_fit(arguments: Namespace) -> None:
     import numpy as np
 
     from sim.files import whole_files
     from sim.fit import fit_text, fit_traffic, hold_out
     from sim.fit.fitting import GROUP_SIGMA
+    from sim.model import load_model
     from sim.progress import phase
 
     out = Path(arguments.out)
@@ -287,15 +198,17 @@ def _fit(arguments: Namespace, model: Any, data: Any) -> None:
         raise InputError("--half goes with --hold-out")
     if not out.parent.is_dir():
         raise InputError(f"--out {out}: the folder {out.parent} does not exist")
-    seed, n_threads = arguments.seed, arguments.threads
-    group_sigma = GROUP_SIGMA if arguments.group_sigma is None else arguments.group_sigma
+    model = load_model(arguments.model)
+    data = read_file(arguments.file, model, arguments.phase)
+    how = {"seed": arguments.seed, "threads": arguments.threads}
+    how |= {"group_sigma": GROUP_SIGMA if arguments.group_sigma is None else arguments.group_sigma}
     if model.is_grouped and arguments.group_sigma is None:
         note(f"loads do not tell the group effect: group_sigma {GROUP_SIGMA} is that of the presets (--group-sigma)")
     fit = None
     sizes = {"held-out half": 1.0 if arguments.hold_out else 0.0, "fit": 0.0 if arguments.half else 1.0}
     if arguments.hold_out:
         with shown_progress(), phase("held-out half", sizes):
-            held = hold_out(model, data, seed=seed, group_sigma=group_sigma, threads=n_threads)
+            held = hold_out(model, data, **how)
         if held is None:
             note("there is too little to hold out: it takes 32 sequences, or 4 steps of loads")
         else:
@@ -303,7 +216,7 @@ def _fit(arguments: Namespace, model: Any, data: Any) -> None:
             fit = held[0] if arguments.half else None
     whole = fit is None
     with shown_progress(), phase("fit", sizes):
-        fit = fit or fit_traffic(model, data, seed=seed, group_sigma=group_sigma, threads=n_threads)
+        fit = fit or fit_traffic(model, data, **how)
     for text in fit.notes:
         note(text)
     with whole_files(out) as (temporary,):

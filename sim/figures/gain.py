@@ -54,7 +54,7 @@ def gain_by_tokens(gains: pd.DataFrame) -> Figure:
             if rows.tokens.min() <= rows.crossover_tokens.iloc[0] <= rows.tokens.max():
                 ax.axvline(rows.crossover_tokens.iloc[0], color=color, linestyle=dashes, linewidth=0.8)
         ax.axhline(0, color="#555555", linewidth=0.8)
-        log2_ticks(ax, list(gains.tokens), apart=3.9)
+        log2_ticks(ax, list(gains.tokens))
         title_panel(ax, f"EP {ep_size}, {exchange}" if gains.exchange.nunique() > 1 else f"EP {ep_size}")
     label_outer(axes, "tokens per step (whole EP group)", "layer time saved (%)")
     _title(figure, gains, ", ".join(dict.fromkeys(gains.exchange)))
