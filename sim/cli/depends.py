@@ -4,7 +4,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
-from sim.cli.inputs import law_of, say_about_times, step_options
+from sim.cli.inputs import check_there, law_of, rows_of, say_about_times, step_options
 from sim.cli.terminal import (
     add_output,
     estimate,
@@ -15,7 +15,7 @@ from sim.cli.terminal import (
     shown_progress,
     write_answer,
 )
-from sim.errors import InputError, unknown
+from sim.errors import InputError
 from sim.options import (
     NAMES,
     WHOLE_NUMBERS,
@@ -150,12 +150,8 @@ def _read(arguments: Namespace) -> Any:
     chosen = {"workload": arguments.workload, "placement": arguments.placements}
     for column, wanted, default in (("ep_size", arguments.ep_sizes, _EP_SIZES), ("tokens", arguments.tokens, _TOKENS)):
         chosen[column] = None if wanted == WHOLE_NUMBERS(default) else wanted  # by default all that is there
-    for column, wanted in chosen.items():
-        for value in wanted or []:
-            if value not in set(table[column]):
-                raise unknown(f"--{column.removesuffix('_size')}", str(value), [str(x) for x in table[column].unique()])
-        table = table if wanted is None else table[table[column].isin(wanted)]
-    return table
+    check_there(table, chosen, str(arguments.show))
+    return rows_of(table, chosen)
 
 
 def _measure(name: str) -> str:

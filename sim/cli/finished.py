@@ -3,8 +3,9 @@
 import math
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from sim.cli.inputs import check_there, rows_of
 from sim.cli.terminal import add_output, print_rows, print_table
 from sim.errors import InputError
 from sim.options import NAMES, WHOLE_NUMBERS, Folder, PlotOptions, add_options, given
@@ -19,7 +20,7 @@ def add_show(parser: ArgumentParser) -> None:
     """Print the answer of a sweep: per EP size and step the placements, each against the first."""
     add = parser.add_argument
     add("folder", type=Path, metavar="DIR", help="folder that epsim sweep wrote")
-    add("--ep", type=WHOLE_NUMBERS, metavar="LIST", help="some of the EP sizes")
+    add("--ep", dest="ep_sizes", type=WHOLE_NUMBERS, metavar="LIST", help="some of the EP sizes")
     add("--tokens", type=WHOLE_NUMBERS, metavar="LIST", help="some of the step sizes")
     add("--placement", type=NAMES, metavar="LIST", help="placements, compared with the first of them (default: all of up to "
         "three, else the baseline and round_robin)")  # fmt: skip
@@ -42,38 +43,17 @@ def run_show(arguments: Namespace) -> None:
     if arguments.worst and arguments.tail:
         raise InputError("--worst and --tail are two tables: give one of them")
     named = None if arguments.placement is None else [ALIASES.get(name, name) for name in arguments.placement]
-    chosen = _Choice(arguments.ep, arguments.tokens, None if named is None else list(dict.fromkeys(named)))
-    chosen.check(result.summary)
-    rows = chosen.of(result.summary)
+    chosen = {"ep_size": arguments.ep_sizes, "tokens": arguments.tokens}
+    chosen["placement"] = None if named is None else list(dict.fromkeys(named))
+    check_there(result.summary, chosen, "the sweep")
+    rows = rows_of(result.summary, chosen)
     if arguments.worst or arguments.tail:
         metrics = ["imbalance"] if arguments.tail else ["one_rank", "idle_ranks"]
-        rows = chosen.of(result.tail[result.tail.metric.isin(metrics)])
+        rows = rows_of(result.tail[result.tail.metric.isin(metrics)], chosen)
     if print_rows(rows, arguments):
         return
     printer = _print_worst_cases if arguments.worst else _print_tail if arguments.tail else print_result
     printer(result, arguments.markdown, chosen)
-
-
-class _Choice(NamedTuple):
-    """What of a sweep is shown; None for all."""
-
-    ep_size: list[int] | None = None
-    tokens: list[int] | None = None
-    placement: list[str] | None = None
-
-    def check(self, summary: Any) -> None:
-        """Refuse what the sweep does not hold."""
-        for column, wanted in self._asdict().items():
-            for value in wanted or []:
-                if value not in set(summary[column]):
-                    there = ", ".join(map(str, dict.fromkeys(summary[column])))
-                    raise InputError(f"--{column.removesuffix('_size')} {value}: the sweep has {there}")
-
-    def of(self, rows: Any) -> Any:
-        """The chosen rows."""
-        for column, wanted in self._asdict().items():
-            rows = rows if wanted is None else rows[rows[column].isin(wanted)]
-        return rows
 
 
 def _about(result: Any) -> str:
@@ -81,17 +61,18 @@ def _about(result: Any) -> str:
     return f"{first.model}, {first.workload} traffic"
 
 
-def print_result(result: Any, markdown: bool, chosen: _Choice = _Choice()) -> None:  # noqa: B008  # it never changes
+def print_result(result: Any, markdown: bool, chosen: dict[str, Any] | None = None) -> None:
     """Print mean and p99 imbalance, P(>= 1.5), P(>= 2) and idle ranks of placements, and the change with its interval."""
+    chosen = chosen or {}
     summary = result.summary
     there = list(dict.fromkeys(summary.placement))
-    placements = chosen.placement
+    placements = chosen.get("placement")
     if placements is None:
         pair = [there[0], *[name for name in ("round_robin", *there[1:]) if name in there[1:]][:1]]
         placements = pair if markdown or len(there) > _FEW else there
-    rows = chosen._replace(placement=placements[:1]).of(summary)
+    rows = rows_of(summary, chosen | {"placement": placements[:1]})
     most = _MAX_ROWS if markdown else max(4, _MAX_LINES // len(placements))
-    shown = rows if chosen.tokens else _fewer_steps(rows, most)
+    shown = rows if chosen.get("tokens") else _fewer_steps(rows, most)
     where = list(zip(shown.ep_size, shown.tokens, strict=True))
     if markdown:
         print_table("", *_columns(result, placements, where), markdown)
@@ -108,19 +89,19 @@ def print_result(result: Any, markdown: bool, chosen: _Choice = _Choice()) -> No
         print(f"\nNot shown: {'; '.join(left)}")
 
 
-def _print_worst_cases(result: Any, markdown: bool, chosen: _Choice) -> None:
+def _print_worst_cases(result: Any, markdown: bool, chosen: dict[str, Any]) -> None:
     """Print P(all of a step's load on one rank) and P(at least half of the ranks idle), to their true size where it is
     known.
     """
     from sim.stats import best_rows
 
     summary = result.summary
-    names = chosen.placement or list(dict.fromkeys(summary.placement))
-    steps = chosen.tokens or sorted(summary.tokens.unique())[:4]
+    names = chosen["placement"] or list(dict.fromkeys(summary.placement))
+    steps = chosen["tokens"] or sorted(summary.tokens.unique())[:4]
     tail = best_rows(result.tail[result.tail.metric.isin(["one_rank", "idle_ranks"])])
     rows = {(row.placement, row.ep_size, row.tokens, row.metric, row.threshold): row for row in tail.itertuples()}
     lines = []
-    for ep_size in chosen.ep_size or sorted(summary.ep_size.unique()):
+    for ep_size in chosen["ep_size"] or sorted(summary.ep_size.unique()):
         for step in steps:
             if ep_size > 1 and (names[0], ep_size, step, "one_rank", 1.0) in rows:
                 at = [
@@ -135,9 +116,9 @@ def _print_worst_cases(result: Any, markdown: bool, chosen: _Choice) -> None:
     print_table(title, heads, lines, markdown, keys=2)
 
 
-def _print_tail(result: Any, markdown: bool, chosen: _Choice) -> None:
+def _print_tail(result: Any, markdown: bool, chosen: dict[str, Any]) -> None:
     """Print P(imbalance >= x) of some cells: what was sampled beside what is exact or between bounds."""
-    tail = chosen.of(result.tail[result.tail.metric == "imbalance"])
+    tail = rows_of(result.tail[result.tail.metric == "imbalance"], chosen)
     tail = tail[tail.threshold <= tail.ep_size]
     lines, digits = [], 3 if markdown else 2
     for key, rows in tail.groupby([*_KEYS, "threshold"], sort=False):

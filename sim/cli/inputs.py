@@ -4,6 +4,7 @@ from argparse import Namespace
 from typing import Any
 
 from sim.cli.terminal import note, note_compiling
+from sim.errors import InputError
 from sim.options import LAYER_CORRELATION, StepOptions, TimeOptions, given
 
 
@@ -27,6 +28,22 @@ def read_file(path: Any, model: Any, phase: str | None) -> Any:
     traffic = read_traffic(Path(str(path).removeprefix("file:")), model, "decode" if phase is None else phase)
     say_about_file(traffic)
     return traffic
+
+
+def check_there(rows: Any, wanted: dict[str, list[Any] | None], where: str) -> None:
+    """Refuse a value of a column that a table does not have; None wants all."""
+    for column, values in wanted.items():
+        there = list(dict.fromkeys(rows[column]))
+        for value in values or []:
+            if value not in there:
+                raise InputError(f"`{column}` {value}: {where} has {', '.join(map(str, there))}")
+
+
+def rows_of(rows: Any, wanted: dict[str, list[Any] | None]) -> Any:
+    """Rows that have one of the wanted values in each column."""
+    for column, values in wanted.items():
+        rows = rows if values is None else rows[rows[column].isin(values)]
+    return rows
 
 
 def step_options(arguments: Namespace) -> dict[str, Any]:

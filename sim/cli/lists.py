@@ -13,7 +13,6 @@ from sim.cli.terminal import (
     print_rows,
     print_table,
     shown_progress,
-    table,
 )
 from sim.errors import InputError
 from sim.options import WHOLE_NUMBERS, TrafficOptions, add_options
@@ -38,7 +37,8 @@ def run_models(arguments: Namespace) -> None:
         "MoE layers": "n_moe_layers",
         "not verified": lambda row: textwrap.shorten("; ".join(row.unverified) or "-", 60, placeholder="..."),
     }
-    print(table(*cells(map(load_model, model_names()), columns), align="<<<<<>>><"))
+    title = "groups kept: of the router's expert groups, those that a token may use; not verified: not read from the checkpoint"
+    print_table(title, *cells(map(load_model, model_names()), columns), markdown=False, align="<<<<<>>><")
 
 
 def add_workloads(parser: ArgumentParser) -> None:
@@ -185,8 +185,9 @@ def run_gpus(arguments: Namespace) -> None:
         "FP4 TFLOPS": "fp4_tflops:g", "NVLink GB/s": "scale_up_gb_per_s:g", "network GB/s": "scale_out_gb_per_s:g",
         "not verified": lambda row: ", ".join(row.unverified) or "-",
     }  # fmt: skip
-    print(table(*cells(gpus, columns), align="<>>>>>><"))
-    print("\nPeaks are dense; links are per GPU and direction. Sources:")
+    title = "Peaks are dense; links are per GPU and direction"
+    print_table(title, *cells(gpus, columns), markdown=False, align="<>>>>>><")
+    print("\nSources:")
     for gpu in gpus:
         print(filled(f"{gpu.name}: {gpu.source}", "  ", "    "))
     kernels = "; ".join(f"{dtype}, {grouped_gemm_profile(dtype).name}" for dtype in DTYPES)

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sim.cli.terminal import cells, note, note_compiling, print_table, save_as, say_notes, table
+from sim.cli.inputs import check_there, rows_of
+from sim.cli.terminal import cells, note, note_compiling, print_table, save_as, say_notes
 from sim.errors import InputError, unknown
 from sim.options import FigureOptions, MeasureOptions, TrafficOptions, add_options, section_of
 
@@ -24,6 +25,7 @@ class _Table(NamedTuple):
     title: str
     compute: Callable[[], Any]
     columns: dict[str, Any]
+    keys: int
 
 
 def add_measure(parser: ArgumentParser) -> None:
@@ -187,12 +189,11 @@ def _show(arguments: Namespace) -> None:
         if arguments.table not in (None, name):
             continue
         heads, lines = cells(one.compute().itertuples(), one.columns)
-        if not arguments.markdown:
-            print(f"\n{one.title}\n\n{table(heads, lines, '>' * len(heads))}")
-            continue
         if arguments.table is None:
-            print(f"\n{one.title}\n")
-        print_table("", heads, lines, markdown=True)
+            print()
+        if arguments.markdown and arguments.table is None:
+            print(f"{one.title}\n")
+        print_table(one.title, heads, lines, arguments.markdown, keys=one.keys)
     if "predicted" in tables and arguments.table in (None, "predicted") and not arguments.markdown:
         _say_errors(tables["predicted"].compute())
     if arguments.plot:
@@ -204,15 +205,10 @@ def _show(arguments: Namespace) -> None:
 
 def _chosen(rows: Any, arguments: Namespace) -> Any:
     """Rows of the workloads, sizes, types and exchanges that are asked for."""
-    for name in ("workload", "ep_sizes", "tokens", "dtype", "exchange"):
-        wanted, column = getattr(arguments, name), name.removesuffix("s") if name == "ep_sizes" else name
-        if wanted is None or column not in rows:
-            continue
-        for value in wanted:
-            if value not in set(rows[column]):
-                raise InputError(f"`{name}` {value}: {arguments.show} has {', '.join(map(str, rows[column].unique()))}")
-        rows = rows[rows[column].isin(wanted)]
-    return rows
+    wanted = {name: getattr(arguments, name) for name in ("workload", "tokens", "dtype", "exchange") if name in rows}
+    wanted["ep_size"] = arguments.ep_sizes
+    check_there(rows, wanted, str(arguments.show))
+    return rows_of(rows, wanted)
 
 
 def _ranks(arguments: Namespace) -> tuple[str, dict[str, _Table], Callable[[], dict[str, Any]]]:
@@ -237,21 +233,21 @@ def _ranks(arguments: Namespace) -> tuple[str, dict[str, _Table], Callable[[], d
         "error": _Table("Error of the prediction as it stands, predicted / measured - 1", lambda: errors(rows), {
             "dtype": "dtype", "bound": "bound", "ranks": "ranks", "steps": "steps", "mean error (95 %)": "error_mean±+z.1%",
             "p10": "error_p10:+z.1%", "median": "error_p50:+z.1%", "p90": "error_p90:+z.1%", "within 20 %": "within_20:.0%",
-        }),
+        }, 2),
         "constants": _Table(
             "Constants that these rows alone would give (a check; the model keeps its own)", lambda: constants(rows),
-            {"dtype": "dtype", "constant": "constant", "model": "model:.3g", "these rows (95 %)": _constant},
+            {"dtype": "dtype", "constant": "constant", "model": "model:.3g", "these rows (95 %)": _constant}, 2,
         ),
         "missed": _Table(
             "Layers whose rank picked at random was slower than those picked as busiest", lambda: missed(rows),
-            {"dtype": "dtype", "layers": "layers", "slower at random": "missed", "by at most": "excess_max:.1%"},
+            {"dtype": "dtype", "layers": "layers", "slower at random": "missed", "by at most": "excess_max:.1%"}, 1,
         ),
         "gain": _Table(
             f"Gain of {other} over {baseline} in the layer's time, its slowest rank", lambda: gains(rows, baseline, other), {
                 "dtype": "dtype", "workload": "workload", "EP": "ep_size", "tokens": "tokens", "steps": "steps",
                 "measured (95 %)": "measured±+z.1%", "predicted": "predicted:+z.1%", "difference (95 %)": "difference±+z.1%",
                 f"{baseline} us": "baseline_us:.1f", f"{other} us": "other_us:.1f",
-            },
+            }, 4,
         ),
     }  # fmt: skip
 
@@ -293,13 +289,13 @@ def _layers(arguments: Namespace) -> tuple[str, dict[str, _Table], Callable[[], 
             lambda: sums(layers), cell | {
                 "steps": "steps", "layer us": "layer_us:.0f", "experts us": "experts_us:.0f", "exchange us": "exchange_us:.0f",
                 "off by (95 %)": "excess±+z.1%",
-            },
+            }, 3,
         ),
         "gain": _Table(
             f"Gain over {baseline} in the time of a layer", lambda: layer_gains(layers, baseline, others), of_placement | {
                 "experts alone": "experts_gain:+z.1%", "exchange alone": "exchange_gain:+z.1%", "from us": "baseline_us:.0f",
                 "to us": "other_us:.0f",
-            },
+            }, 4,
         ),
     }  # fmt: skip
     if gpu is not None:
@@ -308,7 +304,7 @@ def _layers(arguments: Namespace) -> tuple[str, dict[str, _Table], Callable[[], 
             lambda: predicted_gains(layers, baseline, others), of_placement | {
                 "predicted": "predicted:+z.1%", "difference": "difference:+z.1%", "from us": "baseline_us:.0f",
                 "predicted us": "predicted_us:.0f",
-            },
+            }, 4,
         )  # fmt: skip
 
     def figures() -> dict[str, Any]:

@@ -6,7 +6,7 @@ import sys
 import textwrap
 import time
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -58,17 +58,6 @@ def cells(rows: Iterable[Any], columns: Mapping[str, str | Callable[[Any], str]]
     return list(columns), [[text(row, what) for what in columns.values()] for row in rows]
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]], align: str) -> str:
-    """Columns aligned by the signs < and > of `align`, one each; never cut to the terminal's width."""
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-
-    def line(row: Sequence[str]) -> str:
-        cells = [f"{cell:{side}{width}}" for cell, side, width in zip(row, align, widths, strict=True)]
-        return "  ".join(cells).rstrip()
-
-    return "\n".join([line(header), line(["-" * w for w in widths]), *(line(row) for row in rows)])
-
-
 def print_table(
     title: str, heads: list[str], cells: list[list[str]], markdown: bool, align: str = "", keys: int = 1
 ) -> None:
@@ -87,10 +76,10 @@ def print_table(
     first, second = ([head.partition(" ")[part] for head in heads] for part in (0, 2))
     widths = [max(len(row[i]) for row in [first, second, *cells]) for i in range(len(heads))]
     for columns in _bands(widths, keys):
-        here = [[row[i] for i in columns] for row in [first, *cells]]
-        lines = table([second[i] for i in columns], here, "".join(align[i] for i in columns)).splitlines()
-        top, rule, *body = lines
-        print("\n".join(["", body[0], *([top] if top else []), rule, *body[1:]]))
+        above = [first, second] if any(second[i] for i in columns) else [first]
+        print()
+        for row in [*above, ["-" * width for width in widths], *cells]:
+            print("  ".join(f"{row[i]:{align[i]}{widths[i]}}" for i in columns).rstrip())
 
 
 def _bands(widths: list[int], keys: int) -> list[list[int]]:

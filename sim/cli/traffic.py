@@ -8,6 +8,7 @@ from sim.cli import add_verbs
 from sim.cli.inputs import read_file
 from sim.cli.terminal import (
     add_output,
+    cells,
     filled,
     note,
     print_rows,
@@ -15,7 +16,6 @@ from sim.cli.terminal import (
     save_as,
     say_written,
     shown_progress,
-    table,
 )
 from sim.cli.traffic_decay import add_decay, run_decay
 from sim.cli.traffic_make import add_make, add_match, run_make, run_match
@@ -69,60 +69,68 @@ def _run_show(arguments: Namespace) -> None:
         _plot(arguments, data.name, about)
     if print_rows(_by_layer(about), arguments):
         return
-    per_token = "" if about.top_k is None else f", {about.n_tokens} tokens in {about.n_sequences} sequences"
-    steps = f", {about.n_steps} steps" if about.n_steps > 1 else ""
-    experts = f"{about.n_experts} experts" + ("" if about.top_k is None else f", top-{about.top_k}")
-    columns = about.by_layer
-    chosen = list(range(len(about.layers)))
+    columns, chosen = about.by_layer, list(range(len(about.layers)))
     if len(chosen) > _LAYERS_SHOWN and not arguments.all_layers:
         chosen = [round(i * (len(chosen) - 1) / (_LAYERS_SHOWN - 1)) for i in range(_LAYERS_SHOWN)]
     rows = [[str(about.layers[i]), *(_or_dash(values[i]) for values in columns.values())] for i in chosen]
     rows.append(["mean", *(_or_dash(_mean(values)) for values in columns.values())])
+    per_token = "" if about.top_k is None else f", {about.n_tokens} tokens in {about.n_sequences} sequences"
+    steps = f", {about.n_steps} steps" if about.n_steps > 1 else ""
+    experts = f"{about.n_experts} experts" + ("" if about.top_k is None else f", top-{about.top_k}")
+    title = f"{data.name}: {len(about.layers)} layers, {experts}{per_token}{steps}"
+    print_table(title, ["layer", *columns], rows, arguments.markdown)
     if arguments.markdown:
-        print_table("", ["layer", *columns], rows, True)
         return
-    print(f"{data.name}: {len(about.layers)} layers, {experts}{per_token}{steps}\n")
-    print(table(["layer", *columns], rows, ">" * (1 + len(columns))))
     if len(chosen) < len(about.layers):
         print("(some of the layers; --all-layers shows each)")
-    print(
-        "\nCV: sd / mean of an expert's load; top 12.5 %: share of the load that the most used eighth of the experts takes;\n"
-        "tilt: slope of load / mean on the expert index from 0 to 1"
-        + ("; same group: pairs of a token's\nexperts in one group, over chance" if "same group" in columns else "")
-    )
+    print()
+    print(filled(
+        "CV: sd / mean of an expert's load; top 12.5 %: share of the load that the most used eighth of the experts takes; tilt: "
+        "slope of load / mean on the expert index from 0 to 1"
+        + ("; same group: pairs of a token's experts in one group, over chance" if "same group" in columns else "")
+    ))  # fmt: skip
     if about.group_shares is not None:
-        print(
-            f"\ngroup shares over uniform, mean of layers: {' '.join(f'{x:.2f}' for x in about.group_shares.mean(axis=0))}"
-        )
+        shares = " ".join(f"{x:.2f}" for x in about.group_shares.mean(axis=0))
+        print(f"\ngroup shares over uniform, mean of layers: {shares}")
+    _print_correlation(about)
+    if about.drift is not None:
+        _print_drift(about.drift)
+    if about.together is not None:
+        _print_together(about.together)
+
+
+def _print_correlation(about: Any) -> None:
+    """How alike the tokens of a sequence are, by the size of a block and by their distance."""
     if about.top_k is not None:
         print("\nvariance of expert counts over multinomial (1: independent tokens), mean of layers (least, most):")
         for name, found in (("one sequence", about.within), ("different sequences", about.across)):
             values = [f"{n} tokens {x.mean():.2f} ({x.min():.2f}, {x.max():.2f})" for n, x in found.items()]
-            print(f"  {name}: {'; '.join(values) or 'too few, or too short, sequences'}")
+            print(filled(f"{name}: {'; '.join(values) or 'too few, or too short, sequences'}", "  ", "    "))
     if about.by_lag:
-        print("\ncorrelation of the experts of two tokens of a sequence by their distance, mean of layers:")
         lags = [lag for lag in about.by_lag if lag & (lag - 1) == 0]
         rows = [["measured", *(f"{about.by_lag[lag].mean():.3f}" for lag in lags)]]
         if about.decay is not None:
             rows.append(["fitted", *(f"{x:.3f}" for x in about.decay.at(lags).mean(axis=0))])
-        print(table(["tokens", *map(str, lags)], rows, "<" + ">" * len(lags)))
+        print()
+        title = "correlation of the experts of two tokens of a sequence by their distance, mean of layers:"
+        print_table(title, ["tokens", *map(str, lags)], rows, markdown=False, align="<")
     if about.decay is not None:
         decay = about.decay
         parts = [f"{t:g} ({s:.0%})" for t, s in zip(decay.tokens, decay.shares, strict=True)]
-        print(
+        print(filled(
             f"fitted to blocks: {decay.near.mean():.3f} in one context of a sequence, {decay.far.mean():.3f} in two; mean tokens "
             f"of a context (share of tokens): {', '.join(parts)}"
-        )
-    if about.drift is not None:
-        drift = about.drift
-        alike = drift.alike[drift.alike == drift.alike]  # level loads have none
-        print(
-            f"\ndrift, {drift.names[0]} against {drift.names[1]}: {drift.distance.mean():.1%} of the load moves (least "
-            f"{drift.distance.min():.1%}, most {drift.distance.max():.1%});\n  correlation of shares "
-            + (f"{alike.mean():.3f} (least {alike.min():.3f})" if len(alike) else "-: the loads are level")
-        )
-    if about.together is not None:
-        _print_together(about.together)
+        ))  # fmt: skip
+
+
+def _print_drift(drift: Any) -> None:
+    alike = drift.alike[drift.alike == drift.alike]  # level loads have none
+    print()
+    print(filled(
+        f"drift, {drift.names[0]} against {drift.names[1]}: {drift.distance.mean():.1%} of the load moves (least "
+        f"{drift.distance.min():.1%}, most {drift.distance.max():.1%}); correlation of shares "
+        + (f"{alike.mean():.3f} (least {alike.min():.3f})" if len(alike) else "-: the loads are level"), "", "  ",
+    ))  # fmt: skip
 
 
 def _mean(values: Any) -> float:
@@ -222,25 +230,27 @@ def _run_fit(arguments: Namespace) -> None:
     with whole_files(out) as (temporary,):
         temporary.write_text(fit_text(fit), encoding="utf-8")
     what = "all of the file" if whole else "the first half (--half)"
-    print(
-        f"fitted to {what}: {fit.decode.n_layers} layers, shares to {fit.rms[0].mean():.2%} rms (worst layer "
-        f"{fit.rms[0].max():.2%}) on fresh random numbers, {fit.seconds.mean():.1f} s per layer of a thread"
-    )
+    print(filled(
+        f"fitted to {what}: {fit.decode.n_layers} layers, shares to {_rms(fit, 0)} on fresh random numbers, "
+        f"{fit.seconds.mean():.1f} s per layer of a thread"
+    ))  # fmt: skip
     layers = fit.decode.layers
     if layers is not None and layers.kind_shares is not None:
         n_kinds = layers.kind_shares.shape[1]
         print(f"decode: tokens of {n_kinds} kinds in each layer, which take experts together as those of the file do")
     if fit.prefill is not None:
         of = fit.prefill
-        local = np.mean(of.local_share)
         lengths = " and ".join(f"{tokens:g}" for tokens in of.context_tokens)
-        print(
-            f"prefill: request_sigma {of.request_sigma:.2f}, {of.tokens_per_request} tokens per request, {local:.0%} of its "
-            f"variance local, in contexts of {lengths} tokens;\n  shares to {fit.rms[1].mean():.2%} rms (worst layer "
-            f"{fit.rms[1].max():.2%})"
-        )
+        print(filled(
+            f"prefill: request_sigma {of.request_sigma:.2f}, {of.tokens_per_request} tokens per request, "
+            f"{np.mean(of.local_share):.0%} of its variance local, in contexts of {lengths} tokens; shares to {_rms(fit, 1)}"
+        ))  # fmt: skip
     phases = "" if fit.prefill is None else " (--phase decode or prefill)"
-    print(f"written to {out}; use it as --workload {out}{phases}")
+    print(filled(f"written to {out}; use it as --workload {out}{phases}"))
+
+
+def _rms(fit: Any, phase: int) -> str:
+    return f"{fit.rms[phase].mean():.2%} rms (worst layer {fit.rms[phase].max():.2%})"
 
 
 def _print_held(rows: list[Any], halves: str) -> None:
@@ -249,34 +259,36 @@ def _print_held(rows: list[Any], halves: str) -> None:
         "received": "tokens that the busiest rank receives / tokens of the block",
         "ranks_per_token": "ranks that a token is sent to",
     }
+    columns: dict[str, Any] = {
+        "blocks": "phase", "tokens": "tokens", "EP": "ep_size",
+        "real": lambda row: f"{row.real:.3f} ± {row.real_half:.3f}",
+        "simulated": lambda row: f"{row.simulated:.3f} ± {row.simulated_half:.3f}",
+        "error": lambda row: f"{row.simulated / row.real - 1:+z.1%}", "halves": lambda row: f"{row.fitted / row.real - 1:+z.1%}",
+    }  # fmt: skip
+    tails = {
+        "p95: real, simulated": lambda row: _quantile(row.p95),
+        "p99: real, simulated": lambda row: _quantile(row.p99),
+    }
     print(f"held-out {halves}, linear placement, means over layers")
     for figure, title in titles.items():
         # The ranks of a token do not depend on the block that it lies in.
         shown = [row for row in rows if row.figure == figure]
         shown = [row for row in shown if figure != "ranks_per_token" or row.tokens == shown[0].tokens]
-        heads = ["blocks", "tokens", "EP", "real", "simulated", "error", "halves"]
-        heads += ["p95: real, simulated", "p99: real, simulated"] if figure == "imbalance" else []
-        cells = [
-            [
-                row.phase, str(row.tokens), str(row.ep_size), f"{row.real:.3f} ± {row.real_half:.3f}",
-                f"{row.simulated:.3f} ± {row.simulated_half:.3f}", f"{row.simulated / row.real - 1:+z.1%}",
-                f"{row.fitted / row.real - 1:+z.1%}", *(_quantile(x) for x in (row.p95, row.p99)),
-            ][: len(heads)]
-            for row in shown
-        ]  # fmt: skip
-        if cells:
-            print(f"\n{title}:\n")
-            print(table(heads, cells, "<" + ">" * (len(heads) - 1)))
-            worst = max(shown, key=lambda row: abs(row.simulated / row.real - 1))
-            n_off = sum(abs(row.simulated / row.real - 1) > 0.05 for row in shown)
-            print(
-                f"\nworst: {worst.phase}, {worst.tokens} tokens, EP {worst.ep_size}; {n_off} of {len(shown)} are off by more "
-                "than 5 %"
-            )
-    print(
-        f"\n± : 95 %, of real blocks over {halves}, of simulated ones over their sampling alone; halves: real "
-        f"{halves} of the fitted half beside the held-out ones, a difference that no fit can know\n"
-    )
+        if not shown:
+            continue
+        heads, lines = cells(shown, columns | tails if figure == "imbalance" else columns)
+        print()
+        print_table(f"{title}:", heads, lines, markdown=False, align="<", keys=3)
+        worst = max(shown, key=lambda row: abs(row.simulated / row.real - 1))
+        n_off = sum(abs(row.simulated / row.real - 1) > 0.05 for row in shown)
+        off = f"{n_off} of {len(shown)} are off by more than 5 %"
+        print(f"\nworst: {worst.phase}, {worst.tokens} tokens, EP {worst.ep_size}; {off}")
+    print()
+    print(filled(
+        f"± : 95 %, of real blocks over {halves}, of simulated ones over their sampling alone; halves: real {halves} of the "
+        "fitted half beside the held-out ones, a difference that no fit can know"
+    ))  # fmt: skip
+    print()
 
 
 def _quantile(quantile: Any) -> str:
