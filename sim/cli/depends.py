@@ -5,16 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from sim.cli.inputs import check_there, law_of, rows_of, say_about_times, step_options
-from sim.cli.terminal import (
-    add_output,
-    estimate,
-    filled,
-    note,
-    print_rows,
-    print_table,
-    shown_progress,
-    write_answer,
-)
+from sim.cli.terminal import add_output, estimate, filled, note, print_rows, print_table, shown_progress, write_answer
 from sim.errors import InputError
 from sim.options import (
     NAMES,

@@ -74,15 +74,7 @@ def run_export(arguments: Namespace) -> None:
 
 def _placement(arguments: Namespace, model: "ModelSpec", ep_size: int) -> "Placement":
     """Placement with a row for each layer, and the decoder layers that these are."""
-    from sim.placement import (
-        BUDGET,
-        check_ep_size,
-        check_slots,
-        is_load_aware,
-        place_fixed,
-        split_name,
-        strategy_name,
-    )
+    from sim.placement import BUDGET, check_ep_size, check_slots, is_load_aware, place_fixed, split_name, strategy_name
 
     name = strategy_name(arguments.placement)
     ranks_per_node = arguments.ranks_per_node

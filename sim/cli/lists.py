@@ -5,15 +5,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
-from sim.cli.terminal import (
-    add_output,
-    cells,
-    filled,
-    note_compiling,
-    print_rows,
-    print_table,
-    shown_progress,
-)
+from sim.cli.terminal import add_output, cells, filled, note_compiling, print_rows, print_table, shown_progress
 from sim.errors import InputError
 from sim.options import WHOLE_NUMBERS, TrafficOptions, add_options
 

@@ -13,6 +13,7 @@ from sim.figures.style import (
     HOLLOW,
     Sweep,
     add_legend,
+    band,
     chosen_sizes,
     differing_sizes,
     distinct_placements,
@@ -83,7 +84,7 @@ def _ratios(result: Sweep) -> pd.DataFrame:
 
 def _notes(ratios: pd.DataFrame, beyond: bool) -> list[str]:
     """What is not drawn of ratios."""
-    few = f"no p99 of fewer than {_FEW_PAIRS} pairs, which jumps" if ratios.p99.isna().any() else ""
+    few = f"a p99 of fewer than {_FEW_PAIRS} pairs jumps, and is not drawn" if ratios.p99.isna().any() else ""
     return [few, f"triangle at the top: more than +{100 * _MOST_CHANGE:g} %" if beyond else ""]
 
 
@@ -94,7 +95,7 @@ def _draw_ratio(ax: Axes, rows: pd.DataFrame, what: str, name: str, place: tuple
     over = change > _MOST_CHANGE
     ax.plot(rows[x], change.mask(over), **style | {"markersize": 3.5})
     low, high = (rows[f"{what}{end}"] - 1 for end in ("_low", "_high"))
-    ax.fill_between(rows[x], low, high, where=~over, color=style["color"], alpha=0.12, linewidth=0)
+    band(ax, rows[x], low.mask(over), high.mask(over), style["color"])
     ax.plot(
         rows[x][over],
         np.full(int(over.sum()), 0.9 * _MOST_CHANGE),
@@ -172,7 +173,7 @@ def load_by_rank(result: Sweep) -> Figure | None:
         for name, rows in loads[ep_size].items():
             style = look(name)
             ax.plot(rows["rank"], rows.load, **style | {"markersize": 3 if ep_size <= 48 else 0, "linewidth": 0.8})
-            ax.fill_between(rows["rank"], rows.low, rows.high, color=style["color"], alpha=0.15, linewidth=0)
+            band(ax, rows["rank"], rows.low, rows.high, style["color"])
         ax.axhline(1, color="#888888", linewidth=0.8, zorder=0)
         title_panel(ax, f"EP {ep_size}")
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))

@@ -9,7 +9,17 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
-from sim.figures.style import label, label_outer, log2_ticks, look, panels, styled, title_panel
+from sim.figures.style import (
+    label,
+    label_outer,
+    legend_below,
+    log2_ticks,
+    look,
+    panels,
+    styled,
+    title_figure,
+    title_panel,
+)
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = ("o", "^", "s", "D", "v", "P", "X")
@@ -108,7 +118,7 @@ def _kernel(rows: pd.DataFrame) -> str:
 def _title(figure: Figure, predicted: pd.DataFrame, text: str) -> None:
     first = predicted.iloc[0]
     about = f"{first.model} on {first.device}, {predicted.step.nunique()} steps, {len(predicted)} ranks; "
-    figure.suptitle(f"{text}\n{about}predicted for {first.gpu}", fontsize=10, x=0.01, ha="left")
+    title_figure(figure, f"{text}\n{about}predicted for {first.gpu}")
 
 
 def _legend(figure: Figure, names: list[str], *, lines: bool) -> None:
@@ -116,7 +126,7 @@ def _legend(figure: Figure, names: list[str], *, lines: bool) -> None:
         Line2D([], [], label=name, **style, linestyle="-" if lines else "")
         for name, style in zip(names, _styles(), strict=False)
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+    legend_below(figure, handles)
 
 
 @styled
@@ -140,12 +150,12 @@ def published_kernels(check: pd.DataFrame) -> Figure:
     for ax in (times, errors):
         log2_ticks(ax, list(check.tokens))
         ax.set_xlabel("tokens per step (whole EP group)")
-    figure.suptitle(
+    title_figure(
+        figure,
         "Published kernel times of DeepSeek-V3's experts on H200 (points) and the model's (lines); even routing\n"
         f"No fit saw these times: median absolute error {check.error.abs().median():.1%}, largest {check.error.abs().max():.1%}",
-        fontsize=10, x=0.01, ha="left",
-    )  # fmt: skip
-    figure.legend(*times.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    )
+    legend_below(figure, times.get_legend_handles_labels()[0])
     return figure
 
 
@@ -207,10 +217,10 @@ def measured_exchange(layers: pd.DataFrame) -> Figure:
 def _layer_title(figure: Figure, layers: pd.DataFrame, text: str) -> None:
     first = layers.iloc[0]
     about = f"{first.model}, EP {first.ep_size} on {first.ep_size} x {first.gpu}, bf16, {layers.step.nunique()} steps"
-    figure.suptitle(f"{text}\n{about}", fontsize=10, x=0.01, ha="left")
+    title_figure(figure, f"{text}\n{about}")
 
 
 def _placement_legend(figure: Figure, placements: list[str], lines: bool = True) -> None:
     plain = {} if lines else {"linestyle": ""}
     handles = [Line2D([], [], label=label(name), **look(name) | plain) for name in placements]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+    legend_below(figure, handles)

@@ -64,6 +64,8 @@ _RC: Any = {
     "lines.markersize": 4,
     "svg.hashsalt": "epsim",
     "figure.dpi": 100,
+    "figure.titlesize": 10,
+    "legend.frameon": False,
 }
 
 
@@ -203,7 +205,22 @@ def add_legend(
     for placement in placements:
         style = look(placement) | (HOLLOW if hollow else {}) | ({} if markers else {"marker": ""})
         handles.append(Line2D([], [], label=label(placement), **style))
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(6, len(handles)), frameon=False)
+    legend_below(figure, handles)
+
+
+def legend_below(figure: Figure, handles: Sequence[Any], most: int = 6) -> None:
+    """A legend below all panels, in rows of at most so many."""
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(most, len(handles)))
+
+
+def title_figure(figure: Figure, text: str) -> None:
+    """Title of a figure, in one line or several."""
+    figure.suptitle(text, x=0.01, ha="left")
+
+
+def band(ax: Axes, x: Any, low: Any, high: Any, color: str) -> None:
+    """An interval along a line."""
+    ax.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
 
 
 def set_title(figure: Figure, result: Sweep, text: str, *notes: str, ranges: str = "bands") -> None:
@@ -212,7 +229,7 @@ def set_title(figure: Figure, result: Sweep, text: str, *notes: str, ranges: str
     draws = f"{row.trials:,} trials" + ("" if row.trials == row.draws else f" of {row.draws:,} layer draws")
     about = f"{Path(row.model).name}, {row.workload} traffic, {draws}, {ranges}: 95 %"
     lines = [text, about, *textwrap.wrap("; ".join(note for note in notes if note), 122)]
-    figure.suptitle("\n".join(lines), fontsize=10, x=0.01, ha="left")
+    title_figure(figure, "\n".join(lines))
 
 
 def chosen_sizes(result: Sweep, sizes: Sequence[int]) -> str:

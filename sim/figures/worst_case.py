@@ -11,6 +11,7 @@ from matplotlib.ticker import MaxNLocator
 from sim.figures.style import (
     Sweep,
     add_legend,
+    band,
     chosen_sizes,
     differing_sizes,
     distinct_placements,
@@ -269,7 +270,7 @@ def idle_ranks(result: Sweep, tokens: int = 8) -> Figure | None:
         for name, curve in curves[ep_size].items():
             style = look(name)
             ax.plot(curve["value"], curve.probability, **style | {"markersize": 3.5})
-            ax.fill_between(curve["value"], curve.low, curve.high, color=style["color"], alpha=0.15, linewidth=0)
+            band(ax, curve["value"], curve.low, curve.high, style["color"])
         certain = min(int(curve["value"][curve.probability == 1].max()) for curve in curves[ep_size].values())
         most = max(int(curve["value"].max()) for curve in curves[ep_size].values())
         ax.set_xlim(certain, most + 0.5)

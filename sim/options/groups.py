@@ -48,8 +48,6 @@ DEFAULT_MAX_TRIALS = 1_000_000
 
 _MODEL = "preset (epsim models) or path of a Hugging Face config.json"
 _WORKLOAD = "preset (epsim workloads), file:TRACE of recorded routing, or a .toml file, as epsim traffic fit writes it"
-_FIT_TOKENS = "tokens of each layer that eplb is fitted on (default: 16384)"
-_FIT_ON = "of recorded or fitted traffic: other traffic of the same layers to fit eplb on"
 _THREADS = "threads (default: all processors of this process)"
 
 
@@ -222,10 +220,23 @@ class LayerOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CapacityOptions(CellOptions, LayerOptions):
-    """What `sim.capacity` takes beside model and workload."""
+class PlacedOptions(CellOptions):
+    """Placements in each cell, some of which may be fitted."""
 
     placements: Any = option(Placements(), "placements (epsim placements)", flag="--placement")
+    fit_tokens: int | None = option(
+        Whole(1, MAX_TOKENS), "tokens of each layer that eplb is fitted on (default: 16384)", default=None
+    )
+    fit_on: Any = option(
+        FILE, "of recorded or fitted traffic: other traffic of the same layers to fit eplb on", default=None
+    )
+    threads: int | None = option(THREADS, _THREADS, default=None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CapacityOptions(PlacedOptions, LayerOptions):
+    """What `sim.capacity` takes beside model and workload."""
+
     risk: float = option(Risk(), "probability with which a capacity may be exceeded", default=1e-3)
     horizon_steps: int | None = option(
         Whole(1, 10**15), "steps of a horizon; without it there are no rows of scope 'horizon'", default=None
@@ -240,16 +251,12 @@ class CapacityOptions(CellOptions, LayerOptions):
         "deployments to draw of synthetic traffic whose layers are not known (at most 80 where placements are fitted)",
         default=400,
     )
-    fit_tokens: int | None = option(Whole(1, MAX_TOKENS), _FIT_TOKENS, default=None)
-    fit_on: Any = option(FILE, _FIT_ON, default=None)
-    threads: int | None = option(THREADS, _THREADS, default=None)
 
 
 @dataclass(frozen=True, kw_only=True)
-class LinkOptions(CellOptions):
+class LinkOptions(PlacedOptions):
     """What `sim.rank_traffic` takes beside model and workload."""
 
-    placements: Any = option(Placements(), "placements (epsim placements)", flag="--placement")
     trials: int = option(Whole(1, MAX_TRIALS), "steps of each cell", default=1000)
     draws: int | None = option(
         Whole(),
@@ -262,9 +269,6 @@ class LinkOptions(CellOptions):
         "one before), or a list of all shares",
         default=1.0,
     )
-    fit_tokens: int | None = option(Whole(1, MAX_TOKENS), _FIT_TOKENS, default=None)
-    fit_on: Any = option(FILE, _FIT_ON, default=None)
-    threads: int | None = option(THREADS, _THREADS, default=None)
 
 
 @dataclass(frozen=True, kw_only=True)
