@@ -11,7 +11,8 @@ import inspect
 import io
 import os
 import sys
-from argparse import ArgumentError, ArgumentParser, Namespace
+import textwrap
+from argparse import ArgumentError, ArgumentParser, HelpFormatter, Namespace
 from collections.abc import Callable
 from importlib import import_module
 from importlib.metadata import version
@@ -52,11 +53,22 @@ VERBS = {verb: about for verbs in _SUBJECTS.values() for verb, about in verbs.it
 """Module and help of each verb."""
 
 
+class _Help(HelpFormatter):
+    """Help in paragraphs, whose lines do not break inside the name of an option."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(text, width, break_on_hyphens=False, break_long_words=False)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        parts = text.split("\n\n")
+        return "\n\n".join("\n".join(self._split_lines(" ".join(part.split()), width)) for part in parts)
+
+
 class _Parser(ArgumentParser):
     """A parser whose errors are one line, raised as InputError, and whose usage names what must be given."""
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(allow_abbrev=False, exit_on_error=False, **options)
+        super().__init__(allow_abbrev=False, exit_on_error=False, formatter_class=_Help, **options)
 
     def error(self, message: str) -> NoReturn:
         required = message.partition("the following arguments are required: ")[2]
@@ -66,11 +78,7 @@ class _Parser(ArgumentParser):
         words = []
         for action in self._actions:
             if not action.option_strings:
-                words.append(
-                    {"+": f"{action.metavar} ...", "*": f"[{action.metavar} ...]"}.get(
-                        str(action.nargs), str(action.metavar)
-                    )
-                )
+                words.append({"+": "{} ...", "*": "[{} ...]"}.get(str(action.nargs), "{}").format(action.metavar))
             elif action.required:
                 words.append(f"{action.option_strings[-1]} {action.metavar}")
         self.usage = " ".join([self.prog.replace("%", "%%"), *words, "[options]"])

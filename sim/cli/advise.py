@@ -44,7 +44,10 @@ Then: epsim advise --model MODEL --workload file:trace.jsonl --ep R --gpu GPU"""
 
 
 def add_advise(parser: ArgumentParser) -> None:
-    """Should I turn it on for my traffic? Compare placements on recorded routing or measured loads, and judge them."""
+    """Should I turn it on for my traffic? Compare placements on recorded routing or measured loads, and judge them.
+
+    By default at 1, 8, 64 and 512 tokens per step on each rank.
+    """
     add_options(parser, TrafficOptions, only=("model", "phase", "dummy_tokens"))
     add = section_of(parser, TrafficOptions.title).add_argument
     add("--workload", metavar="WORKLOAD", help="file:TRACE of recorded routing or load counts (as epsim traffic reads them), a "

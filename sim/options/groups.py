@@ -234,7 +234,7 @@ class PlacedOptions(CellOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CapacityOptions(PlacedOptions, LayerOptions):
+class CapacityOptions(LayerOptions, PlacedOptions):
     """What `sim.capacity` takes beside model and workload."""
 
     risk: float = option(Risk(), "probability with which a capacity may be exceeded", default=1e-3)
@@ -280,7 +280,10 @@ class GpuOptions(Options):
     gpus: Any = option(NAMES, "GPUs (epsim gpus), or .toml files of your own", flag="--gpu", default="h200")
     baseline: str = option(NAME, "placement to compare with", default="linear")
     least_saved: float = option(
-        Share(), "saved share of the time from which on a change counts", flag="--worth", default=0.01
+        Share(),
+        "smallest saved share that counts: of a step in advise, of a layer in depends",
+        flag="--worth",
+        default=0.01,
     )
 
 
