@@ -2,6 +2,7 @@
 
 import math
 from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -162,52 +163,48 @@ def _fewer_steps(rows: Any, most: int) -> Any:
     return rows[place.isin([round((i + 1) * last / room) for i in range(room)])]
 
 
-def _found(result: Any) -> tuple[Any, dict[Any, Any]]:
-    """Cells of the summary, and the best row of the tail of each cell and threshold."""
+def _found(
+    result: Any, placements: list[str], where: list[tuple[int, int]]
+) -> Iterator[tuple[list[str], Any, list[str]]]:
+    """Of each cell its EP size and tokens, five figures of each placement, and the others' changes against the first."""
     from sim.stats import best_rows
 
+    rows = result.summary.set_index(_KEYS).sort_index()
     imbalance = best_rows(result.tail[result.tail.metric == "imbalance"])
     tail = {(row.placement, row.ep_size, row.tokens, row.threshold): row for row in imbalance.itertuples()}
-    return result.summary.set_index(_KEYS).sort_index(), tail
+    for ep_size, tokens in where:
+        of = {name: rows.loc[(name, ep_size, tokens)] for name in placements}
+        figures = [
+            [
+                f"{cell.imbalance_mean:.3f}", f"{cell.imbalance_p99:.2f}",
+                *(_probability(tail.get((name, ep_size, tokens, x))) for x in (1.5, 2.0)), f"{cell.idle_ranks_mean:.1f}",
+            ]
+            for name, cell in of.items()
+        ]  # fmt: skip
+        first, *others = of.values()
+        yield [str(ep_size), str(tokens)], figures, [_change(first, cell) for cell in others]
 
 
 def _lines(result: Any, placements: list[str], where: list[tuple[int, int]]) -> tuple[list[str], list[list[str]]]:
     """A line for each placement of a cell."""
-    found, tail = _found(result)
     lines = []
-    for ep_size, tokens in where:
-        of = [found.loc[(name, ep_size, tokens)] for name in placements]
-        for i, (name, cell) in enumerate(zip(placements, of, strict=True)):
-            keys = [str(ep_size), str(tokens)] if i == 0 else ["", ""]
-            lines.append([*keys, name, f"{cell.imbalance_mean:.3f}", _change(of[0], cell) if i else ""])
-            lines[-1] += [f"{cell.imbalance_p99:.2f}"]
-            lines[-1] += [_probability(tail.get((name, ep_size, tokens, x))) for x in (1.5, 2.0)]
-            lines[-1] += [f"{cell.idle_ranks_mean:.1f}"]
+    for keys, figures, changes in _found(result, placements, where):
+        for i, (mean, *others) in enumerate(figures):
+            lines.append([*(["", ""] if i else keys), placements[i], mean, changes[i - 1] if i else "", *others])
     return ["EP", "tokens", "placement", "mean", "change", "p99", "P≥1.5", "P≥2", "idle ranks"], lines
 
 
 def _columns(result: Any, names: list[str], where: list[tuple[int, int]]) -> tuple[list[str], list[list[str]]]:
     """A line for each cell, with a column for each placement."""
-    found, tail = _found(result)
-    rows = []
-    for ep_size, tokens in where:
-        of = [found.loc[(name, ep_size, tokens)] for name in names]
-        rows.append(
-            [
-                str(ep_size),
-                str(tokens),
-                *[f"{cell.imbalance_mean:.3f}" for cell in of],
-                *[_change(of[0], cell) for cell in of[1:]],
-                *[f"{cell.imbalance_p99:.2f}" for cell in of],
-                *[_probability(tail.get((name, ep_size, tokens, x))) for x in (1.5, 2.0) for name in names],
-                *[f"{cell.idle_ranks_mean:.1f}" for cell in of],
-            ]
-        )
+    lines = []
+    for keys, figures, changes in _found(result, names, where):
+        mean, *others = zip(*figures, strict=True)
+        lines.append([*keys, *mean, *changes, *(text for figure in others for text in figure)])
     short = [_SHORT.get(name, name) for name in names]
     heads = ["EP", "tokens", *[f"mean {name}" for name in short]]
     heads += ["change (95 %)"] if len(names) == 2 else [f"change {name} (95 %)" for name in short[1:]]
     heads += [f"{what} {name}" for what in ("p99", "P≥1.5", "P≥2", "idle") for name in short]
-    return heads, rows
+    return heads, lines
 
 
 def _change(first: Any, second: Any) -> str:

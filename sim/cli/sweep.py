@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from sim.cli.finished import print_result
 from sim.cli.inputs import say_about_file, say_about_inputs
-from sim.cli.terminal import add_output, note, note_compiling, print_rows, say_written, shown_progress
+from sim.cli.terminal import add_output, note, note_compiling, print_rows, say_notes, say_written, shown_progress
 from sim.errors import InputError
 from sim.options import Folder, LinkOptions, RunOptions, SweepOptions, TrafficOptions, add_options, given, section_of
 from sim.progress import phase
@@ -146,6 +146,7 @@ def _run_into(folder: Path, plan: "Plan", options: RunOptions) -> "SweepResult":
     ):
         for text in journal.notes:
             note(text)
+        say_notes()
         result = run_plan(
             plan,
             executor,

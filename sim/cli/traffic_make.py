@@ -4,7 +4,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
-from sim.cli.inputs import say_about_inputs
+from sim.cli.inputs import read_inputs, say_about_inputs
 from sim.cli.terminal import add_output, cells, filled, note, note_compiling, print_rows, print_table, shown_progress
 from sim.errors import InputError
 from sim.options import FILE, MadeOptions, MatchOptions, TrafficOptions, add_options
@@ -23,6 +23,7 @@ def run_make(arguments: Namespace) -> None:
     """Run `epsim traffic make`."""
     from sim.fit.made import LARGE_STEP, make_traffic, match, trace_imbalance
     from sim.progress import phase
+    from sim.traffic import SyntheticTraffic
 
     out = Path(arguments.out)
     if out.suffix != ".npz" or out.is_dir():
@@ -31,7 +32,11 @@ def run_make(arguments: Namespace) -> None:
         raise InputError(f"`out` {out}: the folder {out.parent} does not exist")
     if (arguments.imbalance is None) != (arguments.ep_sizes is None):
         raise InputError("`imbalance` and `ep_sizes` go together")
-    model, workload = _inputs(arguments)
+    model, workload = read_inputs(arguments)
+    if not isinstance(workload, SyntheticTraffic):
+        raise InputError(f"`workload` {workload.name}: a trace is made of synthetic traffic, and this is one")
+    note_compiling()
+    say_about_inputs(model, workload)
     scale, sizes = 1.0, {"popularity": 1.0 if arguments.imbalance else 0.0, "tokens": 1.0}
     with shown_progress():
         if arguments.imbalance is not None:
@@ -150,16 +155,3 @@ def run_match(arguments: Namespace) -> None:
             f"Nearest scale: {best.name} with its popularity scaled by {best.scale:.3g}{as_sigma}. A trace of it: epsim traffic "
             f"make --model {arguments.model} --workload {best.name} --imbalance {x:g} --ep {ep_size} --out TRACE.npz"
         ))  # fmt: skip
-
-
-def _inputs(arguments: Namespace) -> tuple[Any, Any]:
-    from sim.model import load_model
-    from sim.traffic import SyntheticTraffic, load_workload
-
-    note_compiling()
-    model = load_model(arguments.model)
-    workload = load_workload(arguments.workload, phase=arguments.phase)
-    if not isinstance(workload, SyntheticTraffic):
-        raise InputError(f"`workload` {workload.name}: a trace is made of synthetic traffic, and this is one")
-    say_about_inputs(model, workload)
-    return model, workload

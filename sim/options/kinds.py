@@ -114,15 +114,11 @@ class Measured(Number):
 class Positive(Number):
     """A number above 0, and at most 1e6."""
 
-    def __call__(self, text: str) -> float:
+    def problem(self, value: Any) -> str | None:
         """See `Kind`."""
-        try:
-            value = float(text)
-        except ValueError:
-            value = 0.0
-        if not 0 < value <= 1e6:
-            raise ArgumentTypeError(f"'{text}': expected a number above 0, and at most 1e6")
-        return self.scale * value
+        return (
+            None if isinstance(value, Real) and 0 < float(value) <= 1e6 else "must be a number above 0, and at most 1e6"
+        )
 
 
 @dataclass(frozen=True)
@@ -238,6 +234,7 @@ class Folder(Kind):
 class Listed(Kind):
     """One value or several of a kind, without repetitions."""
 
+    may_repeat = False
     metavar: str = field(default="LIST", kw_only=True)
     of: Kind = Kind()
 
@@ -273,25 +270,22 @@ class Listed(Kind):
     def check(self, name: str, value: Any) -> list[Any]:
         """See `Kind`."""
         several = isinstance(value, Iterable) and not isinstance(value, str) and getattr(value, "ndim", 1) > 0
-        listed = list(dict.fromkeys(value)) if several else [value]
+        listed = list(value) if several else [value]
         if not listed:
             raise InputError(f"`{name}` needs at least one value")
-        return [self.of.check(name, item) for item in listed]
+        return [self.of.check(name, item) for item in (listed if self.may_repeat else dict.fromkeys(listed))]
 
 
 @dataclass(frozen=True)
 class Numbers(Listed):
     """One number or several, which may repeat."""
 
+    may_repeat = True
     of: Kind = Number()
 
     def check(self, name: str, value: Any) -> list[float]:
         """See `Kind`."""
-        several = isinstance(value, Iterable) and not isinstance(value, str) and getattr(value, "ndim", 1) > 0
-        numbers = list(value) if several else [value]
-        if not numbers:
-            raise InputError(f"`{name}` needs at least one value")
-        return [float(self.of.check(name, number)) for number in numbers]
+        return [float(number) for number in super().check(name, value)]
 
 
 def _range(part: str) -> list[int]:
