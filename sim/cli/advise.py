@@ -246,14 +246,19 @@ def _print_table(advice: Any, markdown: bool) -> None:
         layer = _layer_us(first.baseline_layer_us, first)
         cells.append([str(tokens), first.baseline, *_loads(first, "baseline_"), layer, "", "", "", ""])
         cells += [_candidate(row, judged.get((row.placement, tokens))) for row in rows.itertuples()]
-    align = ">" + "<" + ">" * 8 + "<"
-    if not markdown:  # idle ranks and fan-out are in advice.csv; memory, and who is not run, stand below
-        shown = [0, 1, 2, 6, 7, 8]
-        refused = set(advice.verdicts[advice.verdicts.runs_as != advice.verdicts.placement].placement)
-        cells = [[row[i] for i in shown] for row in cells if row[1] not in refused]
-        heads, align = [heads[i] for i in shown], "".join(align[i] for i in shown)
-        cells = [[*([""] if i and cells[i - 1][0] == row[0] else [row[0]]), *row[1:]] for i, row in enumerate(cells)]
-    print_table(title, heads, cells, markdown, align=align, keys=2)
+    if markdown:
+        print_table(title, heads, cells, markdown, align="><" + ">" * 8 + "<")
+        return
+    # Idle ranks and fan-out are in advice.csv; memory, and who is not run, stand below.
+    refused = set(advice.verdicts[advice.verdicts.runs_as != advice.verdicts.placement].placement)
+    shown = [
+        i
+        for i, head in enumerate(heads)
+        if head not in ("idle ranks", "ranks /token", "nodes /token", "GB /GPU", "verdict")
+    ]
+    cells = [[row[i] for i in shown] for row in cells if row[1] not in refused]
+    cells = [["" if i and cells[i - 1][0] == row[0] else row[0], *row[1:]] for i, row in enumerate(cells)]
+    print_table(title, [heads[i] for i in shown], cells, markdown, align="><", keys=2)
 
 
 def _exchange_text(row: Any) -> str:
