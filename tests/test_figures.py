@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from itertools import pairwise
 
 import numpy as np
 import pandas as pd
@@ -10,7 +11,7 @@ from matplotlib.text import Text
 
 from sim import InputError, sweep
 from sim.figures import FIGURES, draw
-from sim.figures.style import look
+from sim.figures.style import log2_ticks, look, panels
 from sim.stats import best_rows
 
 
@@ -223,6 +224,22 @@ def test_a_sweep_of_one_ep_size_is_drawn_at_its_tick(result):
         assert all(set(line.get_xdata()) <= {16, 0, 1} for line in ax.get_lines())  # 0 and 1: a line across
         low, high = ax.get_xlim()
         assert low * high == pytest.approx(16 * 16)
+
+
+@pytest.mark.parametrize("columns", [2, 3, 4])
+@pytest.mark.parametrize(
+    "values", [[8, 64, 512, 2048, 8192, 16384], [2**i for i in range(15)], [2, 4, 8, 12, 16, 24, 32, 256]]
+)
+def test_a_log_axis_has_labels_at_its_ends_and_none_over_another(values, columns):
+    figure, axes = panels(columns, columns, 2.0)
+    for ax in axes:
+        log2_ticks(ax, values)
+    figure.draw_without_rendering()
+    for ax in axes:
+        assert {values[0], values[-1]} <= set(ax.get_xticks())
+        boxes = [label.get_window_extent() for label in ax.get_xticklabels()]
+        assert len(boxes) >= 4
+        assert not any(a.overlaps(b) for a, b in pairwise(boxes))
 
 
 def test_redundant_slots_look_different():
