@@ -104,8 +104,7 @@ def run_advise(arguments: Namespace) -> None:
     say_about_times(model, traffic, [gpu], options | {"exchange": exchange})
     with shown_progress():
         advice = advise(model, traffic, gpu, ep_size=sizes[0], fit_on=other, **chosen, **options)
-    for text in advice.notes:
-        note(text)
+    note(*advice.notes)
     if not print_rows(advice.table(), arguments):
         _print(advice, arguments)
     chosen |= {"ep_size": sizes[0], "fit_on": None if other is None else other.digest}

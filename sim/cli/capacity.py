@@ -53,8 +53,7 @@ def run_capacity(arguments: Namespace) -> None:
         )
     say_notes()
     found = size_buffers(model, workload, curves=arguments.out is not None, **options)
-    for text in found.notes:
-        note(text)
+    note(*found.notes)
     if not print_rows(found.table, arguments):
         _print(found, model, options, arguments.markdown)
     identity = {name: value for name, value in options.items() if name not in ("threads", "fit_on")}

@@ -52,8 +52,7 @@ def run_export(arguments: Namespace) -> None:
         raise InputError("--first-layer: vllm does not name layers; its rows are the MoE layers in order")
     model = load_model(arguments.model)
     placement = _placement(arguments, model, arguments.ep)
-    for text in notes_on(placement):
-        note(text)
+    note(*notes_on(placement))
     moe, ids = model.moe_layer_ids, placement.layer_ids or ()
     named = ids == moe or ids != tuple(range(len(ids)))  # others are numbers of rows, not of decoder layers
     if moe and len(ids) != len(moe):
@@ -116,8 +115,7 @@ def _fitted(arguments: Namespace, name: str, model: "ModelSpec", ep_size: int, r
     if arguments.layers is not None:
         raise InputError("--layers goes with placements that are not fitted: --fit-on has its own layers")
     table = load_table(Path(arguments.fit_on.removeprefix("file:")), model)
-    for text in table.notes:
-        note(text)
+    note(*table.notes)
     loads = check_loads(table.loads, model.n_experts, f"--fit-on {arguments.fit_on}", layers=True)
     moe, ids = model.moe_layer_ids, getattr(table, "layer_ids", None)
     if len(loads) == len(moe):

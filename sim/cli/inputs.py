@@ -67,8 +67,7 @@ def law_of(traffic: Any) -> dict[str, Any]:
 
 def say_about_file(traffic: Any) -> None:
     """Notes on what was made of a file of traffic."""
-    for text in getattr(traffic, "notes", ()):
-        note(text)
+    note(*getattr(traffic, "notes", ()))
 
 
 def say_about_inputs(model: Any, workload: Any) -> None:
@@ -125,5 +124,4 @@ def say_about_maps(names: list[str], model: Any, ep_sizes: list[int], ranks_per_
 
     for name in names:
         for size in ep_sizes if name.startswith("file:") else []:
-            for text in notes_on(place_fixed(name, model, size, ranks_per_node)):
-                note(text)
+            note(*notes_on(place_fixed(name, model, size, ranks_per_node)))

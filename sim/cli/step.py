@@ -66,8 +66,7 @@ def run_step(arguments: Namespace) -> None:
             f"--traffic {arguments.traffic}: whole steps need the experts of single tokens, not synthetic traffic"
         )
     log = None if arguments.log is None else read_log(arguments.log, arguments.log_metric)
-    for text in log.notes if log is not None else ():
-        note(text)
+    note(*(log.notes if log is not None else []))
     if "," in arguments.gpu:
         raise InputError(f"--gpu {arguments.gpu}: one GPU at a time")
     gpu, placements, correlation = load_gpu(arguments.gpu), arguments.placements, arguments.layer_correlation

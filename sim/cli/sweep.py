@@ -144,8 +144,7 @@ def _run_into(folder: Path, plan: "Plan", options: RunOptions) -> "SweepResult":
         writable_folder(folder),
         Journal(folder, plan, executor.chunk_size(plan)) as journal,
     ):
-        for text in journal.notes:
-            note(text)
+        note(*journal.notes)
         say_notes()
         result = run_plan(
             plan,
@@ -158,8 +157,7 @@ def _run_into(folder: Path, plan: "Plan", options: RunOptions) -> "SweepResult":
         write_result(result, folder)
         if not (result.summary.stopped == "time_limit").any():
             journal.clear()
-    for text in result.notes:
-        note(text)
+    note(*result.notes)
     note(_outcome(result, time.monotonic() - started))
     return result
 
@@ -220,17 +218,15 @@ def _say_notes(plan: "Plan") -> None:
     from sim.sweeps import no_bounds_because, replicas_have_no_bounds
 
     say_about_inputs(plan.model, plan.workload)
-    for text in dict.fromkeys(
-        text for placement in plan.placements if placement is not None for text in notes_on(placement)
-    ):
-        note(text)
+    for placement in plan.placements:
+        note(*(notes_on(placement) if placement is not None else []))
     if plan.fit:
         note(f"load-aware placements are fitted on {plan.fit}, and scored on none of these")
     if plan.replica_choice != "even" and not any(plan.has_replicas):
         note(f"--replica-choice {plan.replica_choice} changes nothing: no placement here has copies")
     if "round_robin" in plan.grid.placements:
-        for reason in dict.fromkeys(why_linear(plan.model, size) for size in plan.grid.ep_sizes):
-            if reason:
+        for size in plan.grid.ep_sizes:
+            if reason := why_linear(plan.model, size):
                 note(f"vLLM silently runs linear where round_robin is asked for if {reason}")
     if (why := no_bounds_because(plan)) is not None:
         note(f"no bounds past sampling: {why}")

@@ -160,9 +160,9 @@ def say_written(text: str, arguments: Namespace) -> None:
 # Remarks
 
 
-def note(message: str) -> None:
-    """A remark for the user on stderr, before the work begins or after the answer; none where the run ends with an error."""
-    _held.append(" ".join(message.split()))
+def note(*messages: str) -> None:
+    """Remarks for the user on stderr, before the work begins or after the answer; none where the run ends with an error."""
+    _held.extend(" ".join(message.split()) for message in messages)
 
 
 def say_notes() -> None:

@@ -225,8 +225,7 @@ def _run_fit(arguments: Namespace) -> None:
     whole = fit is None
     with shown_progress(), phase("fit", sizes):
         fit = fit or fit_traffic(model, data, **how)
-    for text in fit.notes:
-        note(text)
+    note(*fit.notes)
     with whole_files(out) as (temporary,):
         temporary.write_text(fit_text(fit), encoding="utf-8")
     what = "all of the file" if whole else "the first half (--half)"
