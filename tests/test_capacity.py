@@ -308,6 +308,8 @@ def test_the_verb_prints_and_writes(tmp_path, capsys):
     assert "received tokens, capacity exceeded with a probability of at most 0.001" in said
     assert "vLLM: receive fraction" in said
     assert "Capacity factor 1.25" in said
+    assert "MiB" in said  # of a decode step, which in GiB would be 0.00
+    assert " 0.00 " not in said
     table = pd.read_csv(tmp_path / "cap" / "capacity.csv")
     assert list(table.columns) == COLUMNS
     assert (tmp_path / "cap" / "capacity.png").stat().st_size > 10_000

@@ -14,7 +14,7 @@ from conftest import ROOT, fails
 
 import sim
 from sim.cli import VERBS, main
-from sim.cli.progress import time_left_s
+from sim.cli.terminal import note, time_left_s
 from sim.figures import FIGURES
 from sim.options import SweepOptions, declarations, flag_of
 from sim.progress import advance, phase, track, watching
@@ -305,11 +305,32 @@ def test_only_a_sweep_promises_to_go_on_after_an_interrupt(verb, goes_on, monkey
     def interrupted(arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(f"sim.cli.{verb}.run", interrupted)
+    monkeypatch.setattr(f"sim.cli.{verb}.run_{verb}", interrupted)
     assert main([verb]) == 130
     err = capsys.readouterr().err
     assert err.startswith(f"epsim {verb}: error: interrupted")
     assert ("finished chunks are kept" in err) == goes_on
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_a_run_that_ends_with_an_error_says_nothing_else(works, monkeypatch, capsys):
+    def run(arguments):
+        note("a remark")
+        note("a  remark")
+        if not works:
+            raise sim.InputError("`model` is wrong")
+
+    monkeypatch.setattr("sim.cli.lists.run_placements", run)
+    assert main(["placements"]) == (0 if works else 2)
+    assert capsys.readouterr().err == ("note: a remark\n" if works else "epsim placements: error: model is wrong\n")
+
+
+def test_help_of_a_verb_is_found_by_either_order_and_names_what_must_be_given(capsys):
+    assert main(["help", "export"]) == 0
+    first = capsys.readouterr().out
+    assert first.startswith("usage: epsim export --placement P --ep R --format F --out FILE [options]")
+    assert main(["export", "--help"]) == 0
+    assert capsys.readouterr().out == first
 
 
 # Output

@@ -93,7 +93,7 @@ def test_what_is_written_is_shown_again_and_refused_when_changed(tmp_path, capsy
     [
         (["--trace", "gpt-oss-20b"], "takes MODEL FILE, or MODEL FILE FIT_ON"),
         (["--show", "results/depends", "--out", "x"], "--out goes without --show"),
-        (["--show", "results/depends", "--ep", "7"], "--ep '7'"),
+        (["--show", "results/depends", "--ep", "7"], "--ep 7: "),
         (["--show", "absent"], "absent"),
         (["--placement", "linear", *WORDS], "there is nothing to compare"),
         (["--exchange", "pear", *WORDS], "pear"),
