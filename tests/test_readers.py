@@ -224,7 +224,7 @@ def test_bad_arrays_are_refused_in_one_line(tmp_path, capsys, name, array, messa
         ("x.csv", "e0,e1\n", "no rows"),
         ("x.csv", "0,0\n0,0\n", "every count is 0"),
         ("x.csv", "1,2," * 400_000, "longer than 1 MiB"),
-        ("x.csv", "\ud800".encode("utf-8", "surrogatepass"), "not a sound CSV"),
+        ("x.csv", "\ud800".encode("utf-8", "surrogatepass"), "not text in UTF-8"),
         ("x.jsonl", "{", "line 1 is not JSON"),
         ("x.jsonl", "[" * 100_000, "line 1 is not JSON"),
         ("x.json", '[\n[[1, 2]]\n', "is not JSON, nor is the file as a whole"),
