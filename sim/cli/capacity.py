@@ -48,7 +48,7 @@ def run(arguments: Namespace) -> None:
     elif arguments.steps_per_second is not None:
         raise InputError("--steps-per-second goes with --horizon")
     model = load_model(arguments.model)
-    workload = load_workload(arguments.workload, **traffic_fields(arguments))
+    workload = load_workload(arguments.workload, model, **traffic_fields(arguments))
     note_compiling()
     say_about_inputs(model, workload)
     say_about_layers(arguments.layer_correlation)

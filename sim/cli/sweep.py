@@ -72,7 +72,7 @@ def run(arguments: Namespace) -> None:
         raise InputError(
             f"`out` {arguments.out}: several workloads need a folder each, as in results/{{model}}-{{workload}}"
         )
-    workloads = [load_workload(name, **traffic_fields(arguments)) for name in names]
+    workloads = [load_workload(name, arguments.model, **traffic_fields(arguments)) for name in names]
     plans = [make_plan(arguments.model, workload, **given(arguments, SweepOptions)) for workload in workloads]
     sources = _sources(arguments, plans)
     folders = [_folder(arguments.out, plan) for plan in plans]

@@ -34,9 +34,10 @@ def timed_options(arguments: Namespace) -> dict[str, Any]:
     from sim.model import load_model
     from sim.traffic import load_workload
 
-    workload = load_workload(arguments.workload, **traffic_fields(arguments))
+    model = load_model(arguments.model)
+    workload = load_workload(arguments.workload, model, **traffic_fields(arguments))
     say_about_file(workload)
-    return {"model": load_model(arguments.model), "workload": workload, **step_options(arguments)}
+    return {"model": model, "workload": workload, **step_options(arguments)}
 
 
 def step_options(arguments: Namespace) -> dict[str, Any]:

@@ -296,11 +296,10 @@ def are_counts(sample: np.ndarray) -> bool:
     """Whether the first rows of an array are counts [steps, layers, experts], and not ids [tokens, layers, top_k]."""
     if sample.size == 0 or sample.shape[2] == 1:
         return False
-    if sample.max() > 2**15 - 1:
-        return True
+    alike = (sample == sample[..., :1]).all(axis=2)  # padding, of ids
     ordered = np.sort(sample, axis=2)
-    repeated = (ordered[..., 1:] == ordered[..., :-1]).any(axis=2) & sample.any(axis=2) & (sample >= 0).all(axis=2)
-    if repeated.any():
+    repeated = (ordered[..., 1:] == ordered[..., :-1]).any(axis=2) & (sample >= 0).all(axis=2)
+    if ((repeated | (ordered[..., -1] > 2**15 - 1)) & ~alike).any():
         return True
     sums = sample.sum(axis=2, dtype=np.int64)
     largest = sums.max(axis=1, keepdims=True)

@@ -402,7 +402,7 @@ def _decoder_layers(
     )
 
 
-def read_recorded(path: Path, phase: str = "decode") -> RecordedTraffic:
+def read_recorded(path: Path, phase: str = "decode", model: ModelSpec | Path | str | None = None) -> RecordedTraffic:
     """Experts of tokens of a file that `read_traffic` reads; load counts are refused.
 
     Raises
@@ -410,7 +410,7 @@ def read_recorded(path: Path, phase: str = "decode") -> RecordedTraffic:
     InputError
         As `read_traffic`, or the file holds load counts.
     """
-    data = read_traffic(path, phase=phase)
+    data = read_traffic(path, model, phase)
     if isinstance(data, LoadCounts):
         raise InputError(
             f"workload file {path} holds load counts, not tokens: fit them first (epsim traffic fit {path} --out my.toml)"
