@@ -137,7 +137,10 @@ def logical_counts(name: str, counts: np.ndarray, table: np.ndarray | None, wher
         )
     if table.max(initial=0) > 2**15 - 1:
         raise InputError(f"{where}: its map of physical experts has expert {table.max()}, above 32767")
-    found = np.zeros((*counts.shape[:-1], int(table.max(initial=0)) + 1), counts.dtype)
+    shape = (*counts.shape[:-1], int(table.max(initial=0)) + 1)
+    if np.prod(shape, dtype=float) > MOST_COUNTS:
+        raise InputError(f"{where} has more than {MOST_COUNTS} counts; add up steps first")
+    found = np.zeros(shape, counts.dtype)
     at: Any = (..., np.arange(len(table))[:, None], table)
     np.add.at(found, at, counts)
     return found

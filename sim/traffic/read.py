@@ -135,7 +135,9 @@ def read_traffic(
             ids, layer_ids = ids[:, moe], moe
             more.append(f"{model.n_layers - len(moe)} layers that are dense in {model.name} are left out")
     record = build_record(where, name, ids, lengths, phase, source, layer_ids)
-    n_equal = len(found.arrays) - len({hash(array.tobytes()) for array in found.arrays})
+    n_equal = 0
+    if len(found.arrays) > 1:
+        n_equal = len(found.arrays) - len({hash(array.tobytes()) for array in found.arrays})
     more += [f"{n_equal} requests have the same routing as another: each is counted"] if n_equal else []
     notes = (f"read as {form}", *found.notes, *record.notes, *more)
     return _of_model(replace(record, notes=notes, n_steps=found.n_steps), layer_ids is not None, model, ids.shape[1])
