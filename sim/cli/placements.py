@@ -26,5 +26,5 @@ def run(arguments: Namespace) -> None:
         "\nvLLM 0.33 silently runs linear although round_robin was asked for when: the EP size is 1; the router has no\n"
         "expert groups (n_group <= 1); there are redundant experts; EPLB is on; or data or sequence parallelism is used with\n"
         f"an all2all backend other than {' or '.join(ROUND_ROBIN_BACKENDS)}, so also with the default. Linear are:\n"
-        + textwrap.fill(", ".join(LINEAR_BACKENDS) + ".", 118)
+        + textwrap.fill(", ".join(LINEAR_BACKENDS) + ". moonep refuses to start with round_robin.", 118)
     )

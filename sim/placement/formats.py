@@ -158,8 +158,8 @@ def placement_text(placement: Placement, form: str, n_layers: int = 0) -> str:
 
 def how_to_load(form: str, path: Path, redundant: int) -> str:
     """What makes an engine load a file of a format with so many redundant slots, and when it does not."""
+    name = "" if path.suffix == ".json" else "; the file's name must end in .json"
     if form == "sglang":
-        name = "" if path.suffix == ".json" else "; the file's name must end in .json"
         return (
             f"SGLang: --init-expert-location {path} --ep-num-redundant-experts {redundant}{name}. It is replaced at the first "
             "rebalance where --enable-eplb is on, and of no use where the model's class does not tell SGLang its experts."
@@ -168,13 +168,13 @@ def how_to_load(form: str, path: Path, redundant: int) -> str:
         return (
             f"TensorRT-LLM: in the LLM API options 'moe_config: {{load_balancer: {path}}}' and 'enable_attention_dp: true'. It "
             "ignores the file in silence unless the architecture is on its list (DeepSeek-V3, Qwen2 and Qwen3 MoE, Mixtral, "
-            "Llama 4), EP is above 1 and attention data parallelism is on."
+            "Llama 4; newer versions also DeepSeek-V4 and gpt-oss), EP is above 1 and attention data parallelism is on."
         )
     if form == "vllm-ascend":
         return (
             f'vllm-ascend: --additional-config \'{{"eplb_config": {{"expert_map_path": "{path}"}}}}\' with '
-            "--enable-expert-parallel. It takes MoE layers by their place in layer_list, ignores the file at EP 1, and supports "
-            "w8a8_dynamic weights only."
+            f"--enable-expert-parallel{name}. It takes MoE layers by their place in layer_list and ignores the file at EP 1. For "
+            "balanced experts its guide (0.23) lists W8A8 and W4A8 weights (A2, A3), MXFP4 and MXFP8 (Ascend 950)."
         )
     return (
         "vLLM 0.33 has no option that reads a map file: a fixed map needs patched code. What can be turned on instead: "

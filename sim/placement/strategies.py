@@ -289,11 +289,10 @@ LINEAR_BACKENDS = (
     "deepep_v2",
     "mori_high_throughput",
     "mori_low_latency",
-    "moonep",
     "flashinfer_nvlink_one_sided",
     "flashinfer_nvlink_two_sided",
 )
-"""All other backends of vLLM 0.33, the default first: there it runs linear instead."""
+"""Backends of vLLM 0.33 on which it runs linear instead, the default first. moonep refuses round_robin."""
 
 
 def why_linear(model: ModelSpec, ep_size: int, backend: str = "", parallel_ranks: int = 1) -> str:
