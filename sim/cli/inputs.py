@@ -14,9 +14,10 @@ def read_inputs(arguments: Namespace) -> tuple[Any, Any]:
     from sim.traffic import load_workload
 
     names = [name for name in ("phase", "tokens_per_request", "dummy_tokens") if hasattr(arguments, name)]
-    workload = load_workload(arguments.workload, **{name: getattr(arguments, name) for name in names})
+    model = load_model(arguments.model)
+    workload = load_workload(arguments.workload, model, **{name: getattr(arguments, name) for name in names})
     say_about_file(workload)
-    return load_model(arguments.model), workload
+    return model, workload
 
 
 def read_file(path: Any, model: Any, phase: str | None) -> Any:

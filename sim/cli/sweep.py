@@ -58,7 +58,7 @@ def run_sweep(arguments: Namespace) -> None:
             f"`out` {arguments.out}: several workloads need a folder each, as in results/{{model}}-{{workload}}"
         )
     fields = {name: getattr(arguments, name) for name in ("phase", "tokens_per_request", "dummy_tokens")}
-    workloads = [load_workload(name, **fields) for name in names]
+    workloads = [load_workload(name, arguments.model, **fields) for name in names]
     plans = [make_plan(arguments.model, workload, **given(arguments, SweepOptions)) for workload in workloads]
     sources = _sources(arguments, plans)
     folders = [_folder(arguments.out, plan) for plan in plans]

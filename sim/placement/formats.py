@@ -56,8 +56,18 @@ def read_placement(path: Path, model: ModelSpec, ep_size: int) -> Placement:
     file = _File(f"placement file {path}", f"file:{path}", model, ep_size)
     text = read_text(path, file.where)
     if _YAML.search(text) and not text.lstrip().startswith(("{", "[")):
-        return _from_trtllm(text, file)
-    content = parse_json(text, file.where)
+        return _from_trtllm(*read_assignments(text, file.where), file)
+    try:
+        content = parse_json(text, file.where)
+    except InputError as error:
+        raise InputError(
+            f"{error}; maps are JSON, or TensorRT-LLM's YAML with num_slots at the beginning of a line"
+        ) from None
+    known = content if isinstance(content, dict) else {}
+    if "ep_size" in known and known["ep_size"] != ep_size:
+        raise InputError(f"{file.where} says ep_size {shown(known['ep_size'])}: it is no map for `ep_size` {ep_size}")
+    if "num_slots" in known:  # JSON is YAML, too
+        return _from_trtllm(*_assignments_of_json(known, file.where), file)
     if isinstance(content, dict) and "physical_to_logical_map" in content:
         rows = content["physical_to_logical_map"]
         if not isinstance(rows, list) or not rows:
@@ -66,12 +76,18 @@ def read_placement(path: Path, model: ModelSpec, ep_size: int) -> Placement:
     if isinstance(content, dict) and "layer_list" in content:
         return _from_ascend(content, file)
     if not isinstance(content, list) or not content:
+        found = f", not {shown(', '.join(known))}" if known else ""
         raise InputError(
             f"{file.where} must be a list with the rank of each expert, or of such lists, one per layer; or have "
             "physical_to_logical_map (vLLM, SGLang), initial_global_assignments or num_slots (TensorRT-LLM) or layer_list "
-            "(vllm-ascend)"
+            f"(vllm-ascend){found}"
         )
-    return file.of_ranks(*file.by_row(content if isinstance(content[0], list) else [content]))
+    rows, layer_ids, notes = file.by_row(content if isinstance(content[0], list) else [content])
+    if ep_size == model.n_experts:
+        notes += (
+            "read as the rank of each expert; a map with the expert of each slot stands under physical_to_logical_map",
+        )
+    return file.of_ranks(rows, layer_ids, notes)
 
 
 def placement_text(placement: Placement, form: str, n_layers: int = 0) -> str:
@@ -183,8 +199,11 @@ class _File(NamedTuple):
         As many rows as decoder layers, or more, are taken for those; as many as MoE layers for these, in order.
         """
         moe, n_layers = self.model.moe_layer_ids, decoder_layers(self.model)
-        if len(rows) == 1 or len(rows) < len(moe) or not moe:
+        if len(rows) == 1 or not moe:
             return dict(enumerate(rows)), None, ()
+        if len(rows) < len(moe):
+            note = f"{len(rows)} layers for the {len(moe)} MoE layers of {self.model.name}: taken in turn"
+            return dict(enumerate(rows)), None, (note,)
         if len(rows) == len(moe):
             return dict(enumerate(rows)), moe, ()
         if len(rows) < n_layers:
@@ -235,7 +254,10 @@ class _File(NamedTuple):
             at = f"{self.where}, layer {layer}"
             if not isinstance(row, list) or len(row) != n_experts:
                 found = len(row) if isinstance(row, list) else "no list"
-                raise InputError(f"{at}: expected the ranks of {n_experts} experts, found {found}")
+                raise InputError(
+                    f"{at}: expected the ranks of {n_experts} experts, found {found}; the experts of slots stand under "
+                    "physical_to_logical_map"
+                )
             _check_ids(row, ep_size, f"{at}: expert", "a rank", at)
             if len(set(row)) < ep_size:
                 raise InputError(
@@ -244,10 +266,23 @@ class _File(NamedTuple):
         return Placement.of_ranks(self.name, ep_size, np.array(list(rows.values()), np.int32), layer_ids, notes)
 
 
-def _from_trtllm(text: str, file: _File) -> Placement:
+def _assignments_of_json(content: dict[str, Any], where: str) -> tuple[int, dict[int, list[Any]] | None]:
+    """As `read_assignments`, of JSON."""
+    n_slots, given = content["num_slots"], content.get("initial_global_assignments")
+    if not _is_whole(n_slots) or n_slots < 1:
+        raise InputError(f"{where}: num_slots must be a whole number from 1 on, not {shown(n_slots)}")
+    if given is None:
+        return n_slots, None
+    if not isinstance(given, dict) or not given or not all(re.fullmatch("[0-9]{1,9}", key) for key in given):
+        raise InputError(
+            f"{where}: initial_global_assignments must be {{layer: [expert of each slot]}}, not {shown(given)}"
+        )
+    return n_slots, _of_slots({int(key): row for key, row in given.items()}, n_slots, where)
+
+
+def _from_trtllm(n_slots: int, of_layer: Rows | None, file: _File) -> Placement:
     """TensorRT-LLM's map, which is keyed by decoder layer, or the start that it has without one."""
     where, model, ep_size = file.where, file.model, file.ep_size
-    n_slots, of_layer = read_assignments(text, where)
     if of_layer is None:
         if n_slots % ep_size:
             raise InputError(f"{where}: num_slots {n_slots} does not divide by `ep_size` {ep_size}")
@@ -357,22 +392,28 @@ def read_assignments(text: str, where: str) -> tuple[int, dict[int, list[Any]] |
             row = layers[layer] = _flow_list(value, at) if value else []
             continue
         section, row = key, None
-        has_layers |= key == "initial_global_assignments"
+        has_layers |= key == "initial_global_assignments" and value not in ("null", "~")
         if key == "num_slots":
             n_slots = _whole(value, at)
-        elif value and key == "initial_global_assignments":
+        elif value and has_layers and key == "initial_global_assignments":
             raise InputError(f"{at}: expected a line 'layer: [experts]' for each layer below {key}")
     if n_slots is None:
         raise InputError(f"{where} has no num_slots")
-    if not has_layers:
-        return n_slots, None
-    wrong = [layer for layer, experts in layers.items() if len(experts) != n_slots]
+    return n_slots, _of_slots(layers, n_slots, where) if has_layers else None
+
+
+def _of_slots(layers: dict[int, list[Any]], n_slots: int, where: str) -> dict[int, list[Any]]:
+    """The layers of initial_global_assignments, each a list of `num_slots`."""
+    wrong = [layer for layer, experts in layers.items() if not isinstance(experts, list) or len(experts) != n_slots]
     if not layers or wrong:
-        raise InputError(
-            f"{where}: every layer of initial_global_assignments must have num_slots = {n_slots} slots"
-            + (f"; layer {wrong[0]} has {len(layers[wrong[0]])}" if wrong else "; there is none")
+        row = layers[wrong[0]] if wrong else None
+        found = (
+            f"layer {wrong[0]} has {len(row) if isinstance(row, list) else shown(row)}" if wrong else "there is none"
         )
-    return n_slots, layers
+        raise InputError(
+            f"{where}: every layer of initial_global_assignments must have num_slots = {n_slots} slots; {found}"
+        )
+    return layers
 
 
 def _logical_lines(text: str, where: str) -> Iterator[tuple[int, str]]:
