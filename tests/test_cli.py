@@ -201,7 +201,7 @@ def test_notes_tell_what_is_assumed(tmp_path, capsys):
     err = capsys.readouterr().err
     assert "glm-4.6: not read from the checkpoint itself: every field" in err
     assert "fitted to deepseek-r1; on glm-4.6 it is an assumption" in err
-    assert "vLLM runs linear where round_robin is asked for" in err
+    assert "vLLM falls back to linear where round_robin is asked for" in err
     assert main([*run, "--model", "deepseek-r1", "--out", str(tmp_path / "b")]) == 0
     assert "assumption" not in capsys.readouterr().err
 
