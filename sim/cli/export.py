@@ -24,8 +24,12 @@ def add_export(parser: ArgumentParser) -> None:
     add("--ep", type=Whole(), required=True, metavar="R", help="EP size")
     add("--format", required=True, metavar="F", help="vllm, sglang, trtllm or vllm-ascend")
     add("--out", required=True, metavar="FILE", help="file to write")
-    add("--fit-on", "--traffic", metavar="FILE", help="traffic that eplb is fitted on, layer by layer: recorded routing or load counts (as "
-        "epsim traffic reads them)")  # fmt: skip
+    add(
+        "--fit-on",
+        "--traffic",
+        metavar="FILE",
+        help="traffic that eplb is fitted on, layer by layer: recorded routing or load counts (as epsim traffic reads them)",
+    )
     add("--gpu", metavar="GPU", help="of eplb_budget: spend copies by the predicted time on this GPU (epsim gpus), as advise "
         "does (default: by the busiest rank's load)")  # fmt: skip
     add(
