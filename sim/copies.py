@@ -179,8 +179,8 @@ def _shift(start, end, limit, rank, load, giver, taker, assigned):
 
 @kernel
 def pick_slots(ids, trials, layout_of_trial, copies, slot):
-    """Slots of one token per trial (int64, its number), ids int16 [trials, top_k], whose index in its step is as good as random: slot int64
-    [trials, top_k].
+    """Slots of one token of each trial, ids int16 [trials, top_k], whose index in its step is as good as random: trials int64,
+    their numbers; slot int64 [trials, top_k].
     """
     for t in range(ids.shape[0]):
         slots, first = copies.slots[layout_of_trial[t]], copies.first[layout_of_trial[t]]

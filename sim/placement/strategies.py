@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -245,6 +246,7 @@ def place_fixed(name: str, model: ModelSpec, ep_size: int, ranks_per_node: int) 
     return Placement.of_ranks(name, ep_size, ranks[None])
 
 
+@lru_cache(maxsize=16)  # the EP sizes of a chunk ask for the same
 def random_order(n_experts: int, seed: int, first_draw: int, n_draws: int) -> np.ndarray:
     """One random permutation of the experts per layer draw, int64 [n_draws, n_experts]."""
     return np.argsort(

@@ -127,7 +127,7 @@ def run_chunk(plan: Plan, stage: Stage, draws: range) -> Tally:
     tally.keys, tally.counts = merge_counts(np.concatenate(keys), np.concatenate(counts))
     tally.design[cells] = stage.design(draws)
     baseline = np.searchsorted(cells, grid.baseline_cells[cells])
-    tally.metric_cross[cells] = (sums["metric"] * sums["metric"][:, baseline]).sum(axis=0)
+    tally.metric_cross[cells] = np.einsum("d...,d...->...", sums["metric"], sums["metric"][:, baseline])
     sums["reached"] = sums["reached"][:, scorer.pair_of_cell]
     for what, where in (
         ("metric", cells),
@@ -136,13 +136,13 @@ def run_chunk(plan: Plan, stage: Stage, draws: range) -> Tally:
         ("received", cells),
         ("load", largest.ranks),
     ):
-        _fill_sums(tally, what, where, sums[what], n_trials)
+        _fill_sums(tally, what, where, sums[what], n_trials[:, 0])
     return tally
 
 
 def _fill_sums(tally: Tally, what: str, where: np.ndarray, of_draw: np.ndarray, n_trials: np.ndarray) -> None:
-    """Sums over draws of Y, Y**2 and n * Y; of_draw int64 [draws, ...], n_trials int64 [draws, 1]."""
-    weight = n_trials.reshape(-1, *[1] * (of_draw.ndim - 1))
-    for part, values in (("", of_draw), ("_square", of_draw * of_draw), ("_weighted", of_draw * weight)):
-        if hasattr(tally, what + part):
-            getattr(tally, what + part)[where] = values.sum(axis=0)
+    """Sums over draws of Y, Y**2 and n * Y; of_draw int64 [draws, ...], n_trials int64 [draws]."""
+    if what != "event":
+        getattr(tally, what)[where] = of_draw.sum(axis=0)
+    getattr(tally, f"{what}_square")[where] = np.einsum("d...,d...->...", of_draw, of_draw)
+    getattr(tally, f"{what}_weighted")[where] = np.einsum("d...,d->...", of_draw, n_trials)

@@ -32,13 +32,13 @@ from sim.placement import (
 )
 from sim.router import draw_loads, draw_trials
 from sim.scoring import (
-    METRICS,
     Layouts,
     count_received,
     fan_out,
     lay_out,
     receivers,
     score_blocks,
+    score_received,
 )
 from sim.sweeps.plan import Plan
 from sim.traffic import SyntheticTraffic
@@ -62,8 +62,8 @@ class Group(NamedTuple):
     ) -> np.ndarray:
         """Counts that the group is scored on, int32 [trials, steps, slots]: those of experts, or assigned to their copies.
 
-        counts int32 [trials, steps, n_experts], a trial for each of the group's rows; ids int16 [trials, tokens, top_k], all tokens of
-        the largest step for 'vllm_hash'; tokens int64 [steps].
+        counts int32 [trials, steps, n_experts], a trial for each of the group's rows; ids int16 [trials, tokens, top_k], all
+        tokens of the largest step for 'vllm_hash'; tokens int64 [steps].
         """
         if self.copies is None:
             return counts
@@ -229,24 +229,11 @@ class StepScorer:
             first = group.slots_of_first(ids, trials)
             fan_out(first, group.pairs, group.rows, group.layouts, plan.ranks_per_node, reached)
             if plan.grid.received:
-                self._receive(group, ids, cells, of_group[cells], scores, received)
+                sizes = np.array([plan.grid.pairs[p][1] for p in group.pairs])
+                to = receivers(sizes, plan.ranks_per_node)
+                found = count_received(group.slots_of_all(ids), self.tokens, group.rows, group.layouts, to)
+                for i, (tokens, start) in enumerate(zip(found, (to.first_rank, to.first_node), strict=True)):
+                    score_received(tokens, start, cells, self.step_of_cell, of_group, i, scores, received)
             if also is not None:
                 also(group, blocks, counts)
         return Scored(counts, scores, reached, received)
-
-    def _receive(
-        self,
-        group: Group,
-        ids: np.ndarray,
-        cells: np.ndarray,
-        pair: np.ndarray,
-        scores: np.ndarray,
-        received: np.ndarray,
-    ) -> None:
-        """Fill in what ranks and nodes receive under the cells of a group, at their places `pair` in it."""
-        grid, step = self.plan.grid, self.step_of_cell[cells]
-        to = receivers(np.array([grid.pairs[p][1] for p in group.pairs]), self.plan.ranks_per_node)
-        found = count_received(group.slots_of_all(ids), self.tokens, group.rows, group.layouts, to)
-        for i, (tokens, first) in enumerate(zip(found, (to.first_rank, to.first_node), strict=True)):
-            scores[:, cells, len(METRICS) + i] = np.maximum.reduceat(tokens, first[:-1], axis=2)[:, step, pair]
-            received[:, cells, i] = np.add.reduceat(tokens, first[:-1], axis=2, dtype=np.int64)[:, step, pair]

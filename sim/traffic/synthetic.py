@@ -227,8 +227,8 @@ class SyntheticTraffic:
         return contexts
 
     def kinds(self, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-        """Kinds of the tokens of layer draws int64 [draws]: their cumulated chances in units of 2**-32, uint64 [draws, kinds], and what
-        each adds to the logits, float64 [draws, kinds, n_experts]; None where there is but one kind.
+        """Kinds of the tokens of layer draws int64 [draws]: their cumulated chances in units of 2**-32, uint64 [draws, kinds],
+        and what each adds to the logits, float64 [draws, kinds, n_experts]; None where there is but one kind.
         """
         if self.layers is None or self.layers.kind_shares is None or self.layers.kind_effects is None:
             return one_kind(len(draws)), None
