@@ -195,7 +195,8 @@ def quantile_interval(histogram: Histogram, q: float, blocks: float) -> tuple[fl
     percentile needs 368 of them.
     """
     shares = np.array([q, *quantile_shares(q, blocks)])
-    value, low, high = np.where(np.isnan(shares), np.nan, histogram.quantile(np.nan_to_num(shares))).tolist()
+    known = shares == shares
+    value, low, high = np.where(known, histogram.quantile(np.where(known, shares, q)), np.nan).tolist()
     return value, low, high
 
 
