@@ -292,17 +292,13 @@ def _add_carry(n, n_added, rows):
 def _read_counters(n, n_added, rows, counts):
     """Counts int32 [64 * words] after so many carries: at a digit one waits where that bit of their number is set."""
     counts[: 64 * n] = 0
-    for digit in range(3):
+    digit = 0
+    while digit < 3 or n_added >> (digit - 3):
+        at = _ONES + digit * _WORDS if digit < 3 else _HIGHER + 2 * (digit - 3) * _WORDS
         for w in range(n):
-            _read_word(rows[_ONES + digit * _WORDS + w], np.uint64(0), digit, counts[64 * w : 64 * (w + 1)])
-    digit, at = 3, _HIGHER
-    while n_added >> (digit - 3):
-        pending = n_added >> (digit - 3) & 1
-        for w in range(n):
-            waiting = rows[at + _WORDS + w] if pending else np.uint64(0)
+            waiting = rows[at + _WORDS + w] if digit >= 3 and n_added >> (digit - 3) & 1 else np.uint64(0)
             _read_word(rows[at + w], waiting, digit, counts[64 * w : 64 * (w + 1)])
         digit += 1
-        at += 2 * _WORDS
 
 
 @kernel
