@@ -183,13 +183,13 @@ def _shift(start, end, limit, rank, load, giver, taker, assigned):
 
 
 @kernel
-def pick_slots(ids, first_trial, layout_of_trial, copies, slot):
-    """Slots of one token per trial, ids int16 [trials, top_k], whose index in its step is as good as random: slot int64
-    [trials, top_k].
+def pick_slots(ids, trials, layout_of_trial, copies, slot):
+    """Slots of one token of each trial, ids int16 [trials, top_k], whose index in its step is as good as random: trials int64,
+    their numbers; slot int64 [trials, top_k].
     """
     for t in range(ids.shape[0]):
         slots, first = copies.slots[layout_of_trial[t]], copies.first[layout_of_trial[t]]
-        word = hashed(first_trial + t)  # its high bits decide: the draw may fix the low ones
+        word = hashed(trials[t])  # its high bits decide: the draw may fix the low ones
         for k in range(ids.shape[1]):
             begin = first[ids[t, k]]
             n = first[ids[t, k] + 1] - begin

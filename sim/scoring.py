@@ -171,25 +171,47 @@ def count_received(
 
 
 @kernel
+def score_received(tokens, first, cells, step_of_cell, pair_of_cell, i, scores, received):
+    """Of some cells the most tokens that a rank (i = 0) or node (i = 1) receives, and the sum over all of them.
+
+    tokens int32 [trials, steps, ranks or nodes], as counted; first int64 [pairs + 1]; cells, step_of_cell, pair_of_cell as in
+    `score_blocks`; scores int32 [trials, all cells, metrics]; received int64 [trials, all cells, 2].
+    """
+    for t in range(tokens.shape[0]):
+        for c in cells:
+            most, total = np.int32(0), 0
+            for r in range(first[pair_of_cell[c]], first[pair_of_cell[c] + 1]):
+                n = tokens[t, step_of_cell[c], r]
+                most = max(most, n)
+                total += n
+            scores[t, c, len(METRICS) + i] = most
+            received[t, c, i] = total
+
+
+# Rows of the counters: a word of each holds 64 of them, and its bits are of one digit. First the masks of eight tokens, which
+# are added at a time; then the digits of 1, 2 and 4, the carry out of them, and of each higher digit two rows. The second,
+# `waiting`, holds every second carry out of the digit below, and the next one is added with it, so that few are added twice.
+_WORDS, _TOGETHER = 64, 8
+_ONES, _TWOS, _FOURS, _CARRY, _HIGHER = (row * _WORDS for row in range(_TOGETHER, _TOGETHER + 5))
+
+
+@kernel
 def _flip_bits(ranks, first_rank, first_node, ranks_per_node, masks):
-    """Turn the bits of each expert's rank and node on, or off again: masks uint64 [n_experts, words]."""
+    """Turn the bits of each expert's rank and node on, or off again: masks uint64 [blocks, n_experts + 1, words]."""
     for e in range(ranks.size):
         for bit in (first_rank + ranks[e], first_node + ranks[e] // ranks_per_node):
-            masks[e, bit >> 6] ^= np.uint64(1) << np.uint64(bit & 63)
+            masks[bit // (64 * _WORDS), e, bit // 64 % _WORDS] ^= np.uint64(1) << np.uint64(bit % 64)
 
 
 @kernel
 def _count_received(ids, steps, layout_of_pair, ranks, to, received, by_nodes):
     n_ranks, n_bits = to.first_rank[-1], to.first_rank[-1] + to.first_node[-1]
-    words = (n_bits + 63) // 64
-    masks = np.zeros((ranks.shape[1], words), np.uint64)  # the receivers of each expert
-    levels = 1
-    while (1 << levels) <= ids.shape[1]:
-        levels += 1
-    # Level l counts in units of 2**l: of its two words of each 64 counters, `waiting` holds every second carry of the level
-    # below, and the next one is added with it, so that a token costs one addition of three words.
-    total, waiting = np.empty((levels + 1, words), np.uint64), np.empty((levels + 1, words), np.uint64)
-    carry, counts = np.empty(words, np.uint64), np.empty(64 * words, np.int32)
+    words = (n_bits + 255) // 256 * 4
+    masks = np.zeros(((words + _WORDS - 1) // _WORDS, ranks.shape[1] + 1, _WORDS), np.uint64)  # the last is of nobody
+    digits = 1
+    while (1 << digits) <= ids.shape[1] // _TOGETHER + steps.size:
+        digits += 1
+    rows, counts = np.empty(_HIGHER + 2 * (digits + 1) * _WORDS, np.uint64), np.empty(64 * _WORDS, np.int32)
     for t in range(ids.shape[0]):
         for p in range(layout_of_pair.shape[1]):
             row, before = layout_of_pair[t, p], layout_of_pair[t - 1, p] if t else -1
@@ -198,45 +220,95 @@ def _count_received(ids, steps, layout_of_pair, ranks, to, received, by_nodes):
                 if t:
                     _flip_bits(ranks[before], to.first_rank[p], first_node, to.ranks_per_node, masks)
                 _flip_bits(ranks[row], to.first_rank[p], first_node, to.ranks_per_node, masks)
-        total[:] = 0
-        step = 0
-        for i in range(steps[-1]):
-            carry[:] = masks[ids[t, i, 0]]
-            for k in range(1, ids.shape[2]):
-                mask = masks[ids[t, i, k]]
-                for w in range(words):
-                    carry[w] |= mask[w]
-            level, n = 0, i
-            while n & 1:
-                above, beside = total[level], waiting[level]
-                for w in range(words):
-                    a, b, c = above[w], beside[w], carry[w]
-                    odd = a ^ b
-                    above[w] = odd ^ c
-                    carry[w] = (a & b) | (odd & c)
-                level += 1
-                n >>= 1
-            waiting[level] = carry
-            if i + 1 == steps[step]:
-                _read_counters(total, waiting, i + 1, levels, counts)
-                received[t, step] = counts[:n_ranks]
-                by_nodes[t, step] = counts[n_ranks:n_bits]
-                step += 1
+        for block in range(masks.shape[0]):
+            mask, n, first_bit = masks[block], min(_WORDS, words - block * _WORDS), 64 * _WORDS * block
+            rows[:] = 0
+            start, n_added = 0, 0
+            for step in range(steps.size):
+                while start < steps[step]:
+                    together = min(_TOGETHER, steps[step] - start)
+                    rows[:_ONES] = 0
+                    for i in range(together):
+                        _join_masks(ids[t, start + i], mask, n, rows[i * _WORDS : (i + 1) * _WORDS])
+                    _add_together(n, rows)
+                    _add_carry(n, n_added, rows)
+                    n_added += 1
+                    start += together
+                _read_counters(n, n_added, rows, counts)
+                for bit in range(first_bit, min(first_bit + 64 * n, n_bits)):
+                    if bit < n_ranks:
+                        received[t, step, bit] = counts[bit - first_bit]
+                    else:
+                        by_nodes[t, step, bit - n_ranks] = counts[bit - first_bit]
+
+
+@kernel(forceinline=True)
+def _join_masks(experts, mask, n, out):
+    """Add to a union the masks of a token's experts, four at a time: mask uint64 [n_experts + 1, words]; out uint64 [words]."""
+    top_k, nobody = experts.size, mask.shape[0] - 1
+    for k in range(0, top_k, 4):
+        a = mask[experts[k]]
+        b = mask[experts[k + 1] if k + 1 < top_k else nobody]
+        c = mask[experts[k + 2] if k + 2 < top_k else nobody]
+        d = mask[experts[k + 3] if k + 3 < top_k else nobody]
+        for w in range(n):
+            out[w] |= a[w] | b[w] | c[w] | d[w]
+
+
+@kernel(forceinline=True)
+def _add_bits(a, b, c):
+    """Sum of three bits, of 64 counters at once, and the carry."""
+    odd = a ^ b
+    return odd ^ c, (a & b) | (odd & c)
 
 
 @kernel
-def _read_counters(total, waiting, n_tokens, levels, counts):
-    """Counts int32 [64 * words] after `n_tokens` tokens: level l's carries wait where bit l of the number of tokens is set."""
-    counts[:] = 0
-    for level in range(levels):
-        pending = (n_tokens >> level) & 1
-        for w in range(total.shape[1]):
-            a, b = total[level, w], waiting[level, w] if pending else np.uint64(0)
-            if a | b:
-                for bit in range(64):
-                    shift = np.uint64(bit)
-                    ones = ((a >> shift) & np.uint64(1)) + ((b >> shift) & np.uint64(1))
-                    counts[64 * w + bit] += np.int32(ones << np.uint64(level))
+def _add_together(n, rows):
+    """Add the masks of eight tokens to the digits of 1, 2 and 4, with what is carried beyond these."""
+    for w in range(n):
+        ones, two_a = _add_bits(rows[_ONES + w], rows[w], rows[_WORDS + w])
+        ones, two_b = _add_bits(ones, rows[2 * _WORDS + w], rows[3 * _WORDS + w])
+        twos, four_a = _add_bits(rows[_TWOS + w], two_a, two_b)
+        ones, two_a = _add_bits(ones, rows[4 * _WORDS + w], rows[5 * _WORDS + w])
+        ones, two_b = _add_bits(ones, rows[6 * _WORDS + w], rows[7 * _WORDS + w])
+        twos, four_b = _add_bits(twos, two_a, two_b)
+        fours, carry = _add_bits(rows[_FOURS + w], four_a, four_b)
+        rows[_ONES + w], rows[_TWOS + w], rows[_FOURS + w], rows[_CARRY + w] = ones, twos, fours, carry
+
+
+@kernel
+def _add_carry(n, n_added, rows):
+    """Add the carry to the higher digits, of which some wait for it after `n_added` carries."""
+    at = _HIGHER
+    while n_added & 1:
+        for w in range(n):
+            rows[at + w], rows[_CARRY + w] = _add_bits(rows[at + w], rows[at + _WORDS + w], rows[_CARRY + w])
+        at += 2 * _WORDS
+        n_added >>= 1
+    rows[at + _WORDS : at + 2 * _WORDS] = rows[_CARRY : _CARRY + _WORDS]
+
+
+@kernel
+def _read_counters(n, n_added, rows, counts):
+    """Counts int32 [64 * words] after so many carries: at a digit one waits where that bit of their number is set."""
+    counts[: 64 * n] = 0
+    digit = 0
+    while digit < 3 or n_added >> (digit - 3):
+        at = _ONES + digit * _WORDS if digit < 3 else _HIGHER + 2 * (digit - 3) * _WORDS
+        for w in range(n):
+            waiting = rows[at + _WORDS + w] if digit >= 3 and n_added >> (digit - 3) & 1 else np.uint64(0)
+            _read_word(rows[at + w], waiting, digit, counts[64 * w : 64 * (w + 1)])
+        digit += 1
+
+
+@kernel
+def _read_word(a, b, digit, counts):
+    """Add two words of bits of one digit to their counts, int32 [64]."""
+    if a | b:
+        for bit in range(64):
+            shift = np.uint64(bit)
+            ones = ((a >> shift) & np.uint64(1)) + ((b >> shift) & np.uint64(1))
+            counts[bit] += np.int32(ones << np.uint64(digit))
 
 
 class Score(NamedTuple):

@@ -4,6 +4,7 @@ The unit of replication is an independent layer draw. A draw d gives n_d blocks 
 layer); its sum of a quantity is Y_d. Sums over draws of Y_d, Y_d**2 and n_d * Y_d are all that intervals need.
 """
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -193,10 +194,13 @@ def quantile_interval(histogram: Histogram, q: float, blocks: float) -> tuple[fl
     Returns (value, low, high); a bound is nan where so few blocks cannot give one: an upper bound of the 99th
     percentile needs 368 of them.
     """
-    low, high = (float(histogram.quantile(share)) if share == share else np.nan for share in quantile_shares(q, blocks))
-    return float(histogram.quantile(q)), low, high
+    shares = np.array([q, *quantile_shares(q, blocks)])
+    known = shares == shares
+    value, low, high = np.where(known, histogram.quantile(np.where(known, shares, q)), np.nan).tolist()
+    return value, low, high
 
 
+@lru_cache(maxsize=1024)  # cells often have the same number of blocks
 def quantile_shares(q: float, blocks: float) -> tuple[float, float]:
     """Shares of the values at whose quantiles `quantile_interval` has its bounds; nan where so few blocks cannot give one."""
     first, last = np.ceil(bdtrik(np.array([_TAIL, 1 - _TAIL]), blocks, q) - 1e-9)  # the binomial's quantiles

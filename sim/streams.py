@@ -79,26 +79,40 @@ def fill_block(key, purpose, sequence, block, first_row, n_rows, out, at, stride
 
 
 @kernel
-def fill_words(key, purpose, sequence, first_row, n_rows, out):
-    """Words of `n_rows` consecutive rows: out[j, i] = word j of row first_row + i; out uint32 [4 * blocks, >= n_rows]."""
-    stride = out.shape[1]
+def fill_words(key, purpose, sequence, rows, out):
+    """Words of some rows, int64: out[j, i] = word j of row rows[i]; out uint32 [4 * blocks, >= len(rows)]."""
+    k0, k1 = key[0], key[1]
     for block in range(out.shape[0] // 4):
-        fill_block(key, purpose, sequence, block, first_row, n_rows, out.reshape(-1), 4 * block * stride, stride)
+        for i in range(rows.size):
+            words = philox(np.uint64(block), np.uint64(rows[i]), np.uint64(sequence), purpose, k0, k1)
+            for j in range(4):
+                out[4 * block + j, i] = words[j]
 
 
-def words(key: np.ndarray, purpose: np.uint64, sequence: int, shape: tuple[int, int], first_row: int = 0) -> np.ndarray:
-    """Random words, uint32 `shape` [rows, words]: word j of row first_row + i of (`purpose`, `sequence`)."""
+def _fill_rows(
+    key: np.ndarray, purpose: np.uint64, sequence: int, shape: tuple[int, int], rows: int | np.ndarray
+) -> np.ndarray:
+    """Words uint32 [words, rows], in whole blocks, of consecutive rows from `rows` on, or of these rows."""
     n_rows, n_words = shape
     out = np.empty((-(-n_words // 4) * 4, n_rows), np.uint32)
-    fill_words(key, purpose, sequence, first_row, n_rows, out)
-    return np.ascontiguousarray(out[:n_words].T)
+    fill_words(key, purpose, sequence, rows if isinstance(rows, np.ndarray) else rows + np.arange(n_rows), out)
+    return out
+
+
+def words(
+    key: np.ndarray, purpose: np.uint64, sequence: int, shape: tuple[int, int], rows: int | np.ndarray = 0
+) -> np.ndarray:
+    """Random words of (`purpose`, `sequence`), uint32 `shape` [rows, words]: of consecutive rows from `rows` on, or of the
+    rows int64 [rows] given.
+    """
+    return np.ascontiguousarray(_fill_rows(key, purpose, sequence, shape, rows)[: shape[1]].T)
 
 
 def uniforms(
-    key: np.ndarray, purpose: np.uint64, sequence: int, shape: tuple[int, int], first_row: int = 0
+    key: np.ndarray, purpose: np.uint64, sequence: int, shape: tuple[int, int], rows: int | np.ndarray = 0
 ) -> np.ndarray:
     """Uniforms in (0, 1), float64 `shape` [rows, words], from `words`."""
-    return (words(key, purpose, sequence, shape, first_row) + 0.5) * 2.0**-32
+    return (words(key, purpose, sequence, shape, rows) + 0.5) * 2.0**-32
 
 
 @intrinsic
@@ -224,12 +238,9 @@ def fill_normals(words, out):
 
 
 def normals(
-    key: np.ndarray, purpose: np.uint64, sequence: int, shape: tuple[int, int], first_row: int = 0
+    key: np.ndarray, purpose: np.uint64, sequence: int, shape: tuple[int, int], rows: int | np.ndarray = 0
 ) -> np.ndarray:
     """Standard normals, float32 `shape` [rows, numbers], from `words`; at most 6.7."""
-    n_rows, n_numbers = shape
-    drawn = np.empty((-(-n_numbers // 4) * 4, n_rows), np.uint32)
-    fill_words(key, purpose, sequence, first_row, n_rows, drawn)
     out = np.empty(shape, np.float32)
-    fill_normals(drawn, out)
+    fill_normals(_fill_rows(key, purpose, sequence, shape, rows), out)
     return out

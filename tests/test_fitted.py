@@ -38,7 +38,7 @@ def path(tmp_path):
 
 def test_draws_take_the_layers_in_turn(path):
     workload = load_workload(path)
-    mu = workload.draw_popularity(KEY, 1, 5, 64)
+    mu = workload.draw_popularity(KEY, 1 + np.arange(5), 64)
     np.testing.assert_array_equal(mu, workload.layers.mu[[1, 2, 0, 1, 2]])
     assert workload.n_layers == 3
     assert workload.request_sigma == 0
@@ -61,7 +61,7 @@ def test_a_request_adds_its_subject_and_its_own_effect(path):
     one_layer = SyntheticTraffic(
         "x", popularity="fitted", request_sigma=0.5, layers=FittedLayers(mu[:1], layer.request_sd[:1], layer.request_loadings[:1])
     )  # fmt: skip
-    logits = one_layer.draw_logits(KEY, mu, 0, 10, 0)
+    logits = one_layer.draw_logits(KEY, mu, np.arange(len(mu)), np.arange(len(mu)), 10)
     assert logits.shape == (n, 1, 64)
     loadings = layer.request_loadings[0]
     wanted = 0.25 * (np.eye(64) + loadings.T @ loadings)
@@ -72,9 +72,9 @@ def test_a_request_adds_its_subject_and_its_own_effect(path):
 
 def test_logits_do_not_depend_on_how_trials_are_grouped(path):
     workload = load_workload(path, phase="prefill")
-    mu = workload.draw_popularity(KEY, 0, 3, 64)
-    whole = workload.draw_logits(KEY, mu, 6, 100, 0)
-    np.testing.assert_array_equal(workload.draw_logits(KEY, mu[1:], 7, 100, 1), whole[1:])
+    mu = workload.draw_popularity(KEY, np.arange(3), 64)
+    whole = workload.draw_logits(KEY, mu, 6 + np.arange(3), np.arange(3), 100)
+    np.testing.assert_array_equal(workload.draw_logits(KEY, mu[1:], np.array([7, 8]), np.array([1, 2]), 100), whole[1:])
 
 
 def test_a_table_equals_the_popularity_that_it_was_drawn_from():

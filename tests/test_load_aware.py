@@ -52,7 +52,7 @@ def test_a_token_of_the_fan_out_goes_to_one_copy_of_each_expert_and_to_all_equal
     maps = np.array([[0, 1, 2, 0, 1, 0]], np.int16)
     copies, n = find_copies(maps, 3), 6000
     slots = np.empty((n, 3), np.int32)
-    pick_slots(np.tile(np.arange(3, dtype=np.int16), (n, 1)), 1000, np.zeros(n, np.int64), copies, slots)
+    pick_slots(np.tile(np.arange(3, dtype=np.int16), (n, 1)), 1000 + np.arange(n), np.zeros(n, np.int64), copies, slots)
     np.testing.assert_array_equal(maps[0][slots], np.tile([0, 1, 2], (n, 1)))
     shares = np.bincount(slots.ravel(), minlength=6) / n
     np.testing.assert_allclose(shares, [1 / 3, 1 / 2, 1, 1 / 3, 1 / 2, 1 / 3], atol=0.01)

@@ -33,17 +33,17 @@ MIXED = SyntheticTraffic(
 
 
 def test_contexts_are_those_of_the_plain_reference():
-    comp = MIXED.draw_contexts(KEY, 3, 2, 1000)
+    comp = MIXED.draw_contexts(KEY, np.array([3, 4]), 1000)
     for trial, row in zip((3, 4), comp, strict=True):
         words = [philox([0, token, trial, int(CONTEXT)], [int(k) for k in KEY], 7) for token in range(1000)]
         assert row.tolist() == contexts_of(words, 400, (2.0, 6.0, 40.0), (0.3, 0.2, 0.5), CONTEXTS)
-    np.testing.assert_array_equal(MIXED.draw_contexts(KEY, 4, 1, 70), comp[1:, :70])
+    np.testing.assert_array_equal(MIXED.draw_contexts(KEY, np.array([4]), 70), comp[1:, :70])
 
 
 def test_two_tokens_have_the_same_context_with_the_probability_that_is_said_wherever_they_lie():
     """Of 20,000 requests, at lags 1 to 64 and at four places. False-alarm rate below 1e-4: 4.8 standard errors of 32."""
     n = 20_000
-    contexts = MIXED.draw_contexts(KEY, 0, n, 400)
+    contexts = MIXED.draw_contexts(KEY, np.arange(n), 400)
     lags = np.array([1, 2, 3, 5, 8, 16, 32, 64])
     wanted = MIXED.same_context(lags)
     for start in (0, 7, 100, 300):
@@ -52,7 +52,7 @@ def test_two_tokens_have_the_same_context_with_the_probability_that_is_said_wher
     assert MIXED.same_context(0) == pytest.approx(1)
     assert MIXED.same_context(10_000) == pytest.approx(1 / CONTEXTS)
     assert not np.array_equal(
-        contexts[:, :200], MIXED.draw_contexts(KEY, 0, n, 800)[:, 400:600]
+        contexts[:, :200], MIXED.draw_contexts(KEY, np.arange(n), 800)[:, 400:600]
     )  # requests are other ones
 
 
@@ -62,8 +62,8 @@ def test_the_effect_has_variance_1_and_its_correlation_falls_as_is_said():
     """
     n = 4000
     mu = np.zeros((n, 64))
-    logits = MIXED.draw_logits(KEY, mu, 0, 400, 0).reshape(n, CONTEXTS, 64)
-    contexts = MIXED.draw_contexts(KEY, 0, n, 400)
+    logits = MIXED.draw_logits(KEY, mu, np.arange(n), np.arange(n), 400).reshape(n, CONTEXTS, 64)
+    contexts = MIXED.draw_contexts(KEY, np.arange(n), 400)
     trial = np.arange(n)
     first = logits[trial, contexts[:, 50]]
     for lag in (0, 1, 4, 16, 64):
@@ -78,13 +78,15 @@ def test_fitted_layers_have_a_local_share_each():
     traffic = SyntheticTraffic(
         "f", popularity="fitted", layers=layers, request_sigma=2.0, tokens_per_request=64, local_share=[0, 0.3, 1]
     )
-    mu = traffic.draw_popularity(KEY, 0, 3000, 32)
-    logits = traffic.draw_logits(KEY, mu, 0, 64, 0).reshape(1000, 3, CONTEXTS, 32)
+    mu = traffic.draw_popularity(KEY, np.arange(3000), 32)
+    logits = traffic.draw_logits(KEY, mu, np.arange(3000), np.arange(3000), 64).reshape(1000, 3, CONTEXTS, 32)
     assert logits.var(axis=(0, 2, 3)) == pytest.approx(4.0, rel=0.02)
     within = logits.var(axis=2, ddof=1).mean(axis=(0, 2))
     assert within == pytest.approx([0, 1.2, 4], rel=0.05, abs=0.02)
+    first = np.arange(4)
     np.testing.assert_array_equal(
-        traffic.draw_logits(KEY, mu[1:4], 1, 64, 1), traffic.draw_logits(KEY, mu[:4], 0, 64, 0)[1:]
+        traffic.draw_logits(KEY, mu[1:4], first[1:], first[1:], 64),
+        traffic.draw_logits(KEY, mu[:4], first, first, 64)[1:],
     )
 
 

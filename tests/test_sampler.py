@@ -39,7 +39,7 @@ def sample(mu, model, group_sigma=0.0, n_tokens=200_000, seed=0, tokens=None, co
     ids = np.empty((1, tokens[-1], model.top_k), np.int16)
     key, contexts = stream_key(seed, "test"), np.empty((1, 0), np.uint8) if contexts is None else contexts[None]
     args = (model.n_group, model.topk_group, group_sigma, law, one_kind(1))
-    sample_trials(0, key, logits, contexts, per_request, tokens, *args, counts, ids)
+    sample_trials(np.arange(len(logits)), key, logits, contexts, per_request, tokens, *args, counts, ids)
     return ids[0], counts[0]
 
 

@@ -55,8 +55,10 @@ def test_philox_equals_reference(counter, key):
 def test_a_word_is_the_same_however_it_is_reached():
     key = streams.stream_key(7, "test")
     table = streams.words(key, streams.TOKEN, 5, (6, 11))
-    later = streams.words(key, streams.TOKEN, 5, (3, 4), first_row=2)
+    later = streams.words(key, streams.TOKEN, 5, (3, 4), rows=2)
+    some = streams.words(key, streams.TOKEN, 5, (2, 4), rows=np.array([4, 1]))
     np.testing.assert_array_equal(later, table[2:5, :4])
+    np.testing.assert_array_equal(some, table[[4, 1], :4])
     for row in range(6):
         for index in range(11):
             assert _at(key, streams.TOKEN, 5, row, index) == table[row, index]

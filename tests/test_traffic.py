@@ -193,7 +193,7 @@ def test_a_known_popularity_is_found_again(model, preset):
     error = np.sqrt(2 * p * (1 - p) * n + (0.012 * p * n) ** 2)
     assert (np.abs(again[:, 0] - data.total) < 5 * error).all()  # 656 experts at most: false alarms below 1e-3
     key = stream_key(3, json.dumps(routing_law(model, workload), sort_keys=True))
-    mu = workload.draw_popularity(key, 0, 2, model.n_experts)
+    mu = workload.draw_popularity(key, np.arange(2), model.n_experts)
     off = fit.decode.layers.mu - (mu - mu.mean(axis=1, keepdims=True))
     slope = np.clip((1 - p) * -np.log1p(-p) / p, 0.1, None)  # of a share by mu, roughly
     assert (np.abs(off) < 6 * (1 / np.sqrt(data.total) / slope + 0.015)).all()

@@ -50,11 +50,11 @@ def test_overrides_files_and_misspellings(tmp_path):
 def test_popularity_laws_have_their_moments():
     """False-alarm rate below 1e-5: five standard errors, fixed seed."""
     n = 4000
-    mu = load_workload("chat").draw_popularity(KEY, 0, n, 256)
+    mu = load_workload("chat").draw_popularity(KEY, np.arange(n), 256)
     assert abs(mu.mean()) < 5 * 0.65 / np.sqrt(mu.size)
     assert abs(mu.std() - 0.65) < 5 * 0.65 / np.sqrt(2 * mu.size)
-    assert not load_workload("uniform").draw_popularity(KEY, 0, 3, 256).any()
-    tilted = load_workload("gpqa-tilted").draw_popularity(KEY, 0, n, 256)
+    assert not load_workload("uniform").draw_popularity(KEY, np.arange(3), 256).any()
+    tilted = load_workload("gpqa-tilted").draw_popularity(KEY, np.arange(n), 256)
     u = (np.arange(256) + 0.5) / 256
     slope = (tilted - tilted.mean(axis=1, keepdims=True)) @ (u - u.mean()) / ((u - u.mean()) ** 2).sum()
     # mean tilt: 8/58 of 1.485, else a normal cut at 0 (which adds less than 0.003 to 0.566)
@@ -65,7 +65,7 @@ def test_draws_do_not_depend_on_how_they_are_grouped():
     for name in ("chat", "gpqa-tilted"):
         workload = load_workload(name)
         np.testing.assert_array_equal(
-            workload.draw_popularity(KEY, 5, 3, 64), workload.draw_popularity(KEY, 0, 8, 64)[5:]
+            workload.draw_popularity(KEY, np.array([7, 5]), 64), workload.draw_popularity(KEY, np.arange(8), 64)[[7, 5]]
         )
 
 
@@ -131,7 +131,7 @@ def trace(tmp_path):
 def _replay(path, phase, tokens, trials=8):
     workload = read_recorded(path, phase)
     counts, ids = np.empty((trials, len(tokens), 32), np.int32), np.empty((trials, 1, 2), np.int16)
-    workload.sample(KEY, 0, np.array(tokens), counts, ids)
+    workload.sample(KEY, np.arange(len(counts)), np.array(tokens), counts, ids)
     return counts, ids
 
 

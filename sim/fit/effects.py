@@ -150,7 +150,7 @@ def draw_effects(effect: RequestEffect, key: np.ndarray, layer: int, n: int) -> 
     """
     n_factors, n_experts = effect.loadings.shape
     words = np.empty((-(-(2 * n_experts + n_factors) // 4) * 4, n), np.uint32)
-    fill_words(key, REQUEST, layer, 0, n, words)
+    fill_words(key, REQUEST, layer, np.arange(n), words)
     ranks = np.empty((2 * n_experts + n_factors, n), np.int32)
     for of_effect, out in zip(words, ranks, strict=False):  # the last block has words to spare
         fill_ranks(of_effect, out)

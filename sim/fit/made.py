@@ -73,7 +73,7 @@ def scaled(
     check_pair(model, workload)
     n_layers = workload.n_layers or n_layers
     key = stream_key(seed, f"popularity of {workload.name}")
-    mu = workload.draw_popularity(key, 0, n_layers, model.n_experts)
+    mu = workload.draw_popularity(key, np.arange(n_layers), model.n_experts)
     mu = scale * (mu - mu.mean(axis=1, keepdims=True))
     layers = workload.layers or FittedLayers.of(mu)
     return replace(workload, popularity="fitted", sigma=0.0, layers=replace(layers, mu=np.clip(mu, -50, 50)))

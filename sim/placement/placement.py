@@ -48,10 +48,10 @@ class Placement:
         notes: tuple[str, ...] = (),
     ) -> "Placement":
         """Without replicas: the rank of each expert, int32 [rows, n_experts]."""
-        experts = np.argsort(rank_of_expert, axis=1, kind="stable").astype(np.int16)
-        return cls(
-            strategy, ep_size, rank_of_expert.shape[1], np.sort(rank_of_expert, axis=1), experts, layer_ids, notes
-        )
+        short = rank_of_expert.astype(np.int16)  # numbers below 2**15, which numpy sorts by their digits
+        experts = np.argsort(short, axis=1, kind="stable").astype(np.int16)
+        ranks = np.sort(rank_of_expert, axis=1)
+        return cls(strategy, ep_size, rank_of_expert.shape[1], ranks, experts, layer_ids, notes)
 
     @classmethod
     def of_slots(

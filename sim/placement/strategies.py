@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -241,11 +242,18 @@ def place_fixed(name: str, model: ModelSpec, ep_size: int, ranks_per_node: int) 
     return Placement.of_ranks(name, ep_size, ranks[None])
 
 
+@lru_cache(maxsize=16)  # the EP sizes of a chunk ask for the same
+def _random_order(n_experts: int, seed: int, first_draw: int, n_draws: int) -> np.ndarray:
+    """One random permutation of the experts per layer draw, int64 [n_draws, n_experts]."""
+    drawn = words(stream_key(seed, "placement"), PERMUTATION, 0, (n_draws, n_experts), first_draw)
+    return np.argsort(drawn, axis=1, kind="stable")
+
+
 def random_ranks(n_experts: int, ep_size: int, seed: int, first_draw: int, n_draws: int) -> np.ndarray:
     """Rank of each expert under random placement, int32 [n_draws, n_experts]: one permutation per draw, in blocks like linear."""
-    drawn = words(stream_key(seed, "placement"), PERMUTATION, 0, (n_draws, n_experts), first_draw)
     ranks = np.empty((n_draws, n_experts), np.int32)
-    np.put_along_axis(ranks, np.argsort(drawn, axis=1, kind="stable"), linear(n_experts, ep_size)[None], axis=1)
+    order = _random_order(n_experts, seed, first_draw, n_draws)
+    np.put_along_axis(ranks, order, linear(n_experts, ep_size)[None], axis=1)
     return ranks
 
 

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -70,17 +71,17 @@ def score_law(model: ModelSpec) -> np.ndarray:
 
 
 def draw_trials(
-    model: ModelSpec, workload: Workload, seed: int, trials: range, n_draws: int, tokens: np.ndarray, n_ids: int = 1
+    model: ModelSpec, workload: Workload, seed: int, trials: Any, n_draws: int, tokens: np.ndarray, n_ids: int = 1
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Route the tokens of consecutive trials; trial t belongs to layer draw t % n_draws.
+    """Route the tokens of trials; trial t belongs to layer draw t % n_draws.
 
     A trial is a stream of tokens, and its step of T tokens is the first T of them, whatever other steps are asked for.
     The correction bias is taken as zero: its work, evening out the load in training, is in the popularity already.
 
     Parameters
     ----------
-    trials : range
-        Consecutive trials of consecutive draws (they do not wrap around n_draws).
+    trials : range or int64 [trials]
+        Their numbers.
     tokens : int64 [steps], ascending
         Tokens per step.
     n_ids : int
@@ -93,17 +94,18 @@ def draw_trials(
     ids : int16 [trials, n_ids, top_k]
         Experts of the first tokens.
     """
-    key = token_key(model, workload, seed)
+    key, trials = token_key(model, workload, seed), np.asarray(trials, np.int64)
     counts = np.empty((len(trials), len(tokens), model.n_experts), np.int32)
     ids = np.empty((len(trials), n_ids, model.top_k), np.int16)
     if isinstance(workload, RecordedTraffic):
-        workload.sample(key, trials.start, tokens, counts, ids)
+        workload.sample(key, trials, tokens, counts, ids)
         return counts, ids
-    mu = workload.draw_popularity(key, trials.start % n_draws, len(trials), model.n_experts)
-    _route(model, workload, key, mu, trials.start, trials.start % n_draws, tokens, counts, ids)
+    draws, row = np.unique(trials % n_draws, return_inverse=True)
+    mu = workload.draw_popularity(key, draws, model.n_experts)
+    _route(model, workload, key, mu[row], trials, draws[row], tokens, counts, ids)
     if workload.dummy_tokens:
-        dummy = _draw_other_tokens(model, workload, seed, "dummy", mu, trials.start % n_draws, 1)
-        counts += workload.dummy_tokens * dummy
+        dummy = _draw_other_tokens(model, workload, seed, "dummy", mu, draws, 1)
+        counts += workload.dummy_tokens * dummy[row]
     return counts, ids
 
 
@@ -117,9 +119,9 @@ def draw_loads(model: ModelSpec, workload: SyntheticTraffic, seed: int, draws: r
     float64 [draws, n_experts]
         Tokens, of `n_tokens`, that take each expert.
     """
-    key = token_key(model, workload, seed)
-    mu = workload.draw_popularity(key, draws.start, len(draws), model.n_experts)
-    return _draw_other_tokens(model, workload, seed, "fit", mu, draws.start, n_tokens)[:, 0].astype(float)
+    key, numbers = token_key(model, workload, seed), np.asarray(draws, np.int64)
+    mu = workload.draw_popularity(key, numbers, model.n_experts)
+    return _draw_other_tokens(model, workload, seed, "fit", mu, numbers, n_tokens)[:, 0].astype(float)
 
 
 def token_key(model: ModelSpec, workload: Workload, seed: int) -> np.ndarray:
@@ -134,13 +136,19 @@ def _token_law(model: ModelSpec, workload: Workload) -> str:
 
 
 def _draw_other_tokens(
-    model: ModelSpec, workload: SyntheticTraffic, seed: int, what: str, mu: np.ndarray, first_draw: int, n_tokens: int
+    model: ModelSpec,
+    workload: SyntheticTraffic,
+    seed: int,
+    what: str,
+    mu: np.ndarray,
+    draws: np.ndarray,
+    n_tokens: int,
 ) -> np.ndarray:
-    """Counts of tokens that no trial uses, of the layers of consecutive draws, int32 [draws, 1, n_experts]."""
+    """Counts of tokens that no trial uses, of the layers of draws int64 [draws], int32 [draws, 1, n_experts]."""
     key = stream_key(seed, f"{_token_law(model, workload)}|{what}")
     counts = np.empty((len(mu), 1, model.n_experts), np.int32)
     ids = np.empty((len(mu), 1, model.top_k), np.int16)
-    _route(model, workload, key, mu, first_draw, first_draw, np.array([n_tokens]), counts, ids)
+    _route(model, workload, key, mu, draws, draws, np.array([n_tokens]), counts, ids)
     return counts
 
 
@@ -149,25 +157,25 @@ def _route(
     workload: SyntheticTraffic,
     key: np.ndarray,
     mu: np.ndarray,
-    first_trial: int,
-    first_draw: int,
+    trials: np.ndarray,
+    draws: np.ndarray,
     tokens: np.ndarray,
     counts: np.ndarray,
     ids: np.ndarray,
 ) -> None:
-    """Route the tokens of consecutive trials from layers of popularity mu float64 [trials, n_experts]."""
+    """Route the tokens of trials int64 [trials] of the draws given, of popularity mu float64 [trials, n_experts]."""
     per_request = workload.tokens_per_request if workload.request_sigma else _ONE_REQUEST
-    chances, effects = workload.kinds(first_draw, len(mu))
+    chances, effects = workload.kinds(draws)
     of_request = workload.n_contexts * chances.shape[1] * model.n_experts
     size = max(1, _HELD_LOGITS // (-(-int(tokens[-1]) // per_request) * of_request))
     for i in range(0, len(mu), size):
         part = slice(i, i + size)
-        logits = workload.draw_logits(key, mu[part], first_trial + i, int(tokens[-1]), first_draw + i)
+        logits = workload.draw_logits(key, mu[part], trials[part], draws[part], int(tokens[-1]))
         if effects is not None:
             logits = (logits[:, :, None, :] + effects[part, None]).reshape(*logits.shape[:2], -1)
-        contexts = workload.draw_contexts(key, first_trial + i, len(logits), int(tokens[-1]))
+        contexts = workload.draw_contexts(key, trials[part], int(tokens[-1]))
         sample_trials(
-            first_trial + i, key, np.ascontiguousarray(logits), contexts, per_request, tokens, model.n_group,
+            trials[part], key, np.ascontiguousarray(logits), contexts, per_request, tokens, model.n_group,
             model.topk_group, workload.group_sigma, score_law(model), chances[part], counts[part], ids[part],
         )  # fmt: skip
 
@@ -193,8 +201,8 @@ def route_layers(
     counts = np.empty((len(mu), 1, model.n_experts), np.int32)
     ids = np.empty((len(mu), n_tokens, model.top_k), np.int16)
     sample_trials(
-        first, stream_key(seed, what), np.ascontiguousarray(mu)[:, None, :], np.empty((len(mu), 0), np.uint8), _ONE_REQUEST,
-        np.array([n_tokens]),
-        model.n_group, model.topk_group, workload.group_sigma, score_law(model), one_kind(len(mu)), counts, ids,
+        first + np.arange(len(mu)), stream_key(seed, what), np.ascontiguousarray(mu)[:, None, :],
+        np.empty((len(mu), 0), np.uint8), _ONE_REQUEST, np.array([n_tokens]), model.n_group, model.topk_group,
+        workload.group_sigma, score_law(model), one_kind(len(mu)), counts, ids,
     )  # fmt: skip
     return ids

@@ -215,7 +215,7 @@ def _sample_contexts(
 
 @kernel
 def sample_trials(
-    first_trial,
+    trials,
     key,
     mu,
     contexts,
@@ -229,7 +229,7 @@ def sample_trials(
     counts,
     ids,
 ):
-    """Route the trials first_trial .. first_trial + len(mu) - 1.
+    """Route trials, by their numbers int64 [trials].
 
     mu float64 [trials, requests * contexts, kinds * n_experts]; contexts uint8 [trials, tokens], of each token, or [trials, 0]
     where a request has but one; tokens int64, ascending; chances uint64 [trials, kinds], cumulated, of a token's kind in units
@@ -244,7 +244,7 @@ def sample_trials(
     for t in range(mu.shape[0]):
         if contexts.shape[1]:
             _sample_contexts(
-                first_trial + t,
+                trials[t],
                 key,
                 mu[t],
                 contexts[t],
@@ -261,7 +261,7 @@ def sample_trials(
             )
             continue
         _sample_trial(
-            first_trial + t,
+            trials[t],
             key,
             mu[t],
             tokens_per_request,

@@ -1,5 +1,6 @@
 """One chunk of a sweep: some layer draws, with their trials, sampled, scored and summed."""
 
+from collections.abc import Iterator
 from functools import partial
 from typing import NamedTuple
 
@@ -9,7 +10,7 @@ from sim.scoring import rank_loads
 from sim.sweeps.grid import events_of
 from sim.sweeps.plan import Plan
 from sim.sweeps.steps import Blocks, Group, StepScorer, place_pairs
-from sim.sweeps.tally import Tally, histogram_keys, merge_counts
+from sim.sweeps.tally import Tally, add_by_draw, add_events, histogram, merge_counts
 
 _LEAST_CHUNKS = 16
 
@@ -37,6 +38,13 @@ class Stage(NamedTuple):
         first = self.trials.start + (draw - self.trials.start) % self.draws
         return range(first, self.trials.stop, self.draws)
 
+    def batches(self, draws: range, most_trials: int) -> Iterator[np.ndarray]:
+        """The trials of consecutive draws, int64, some at a time: of each draw in turn, and so on."""
+        firsts, n = np.array(self.trials_of(draws.start)), max(1, most_trials // len(draws))
+        for i in range(0, len(firsts), n):
+            trials = (firsts[i : i + n, None] + np.arange(len(draws))).reshape(-1)
+            yield trials[trials < self.trials.stop]
+
     def design(self, draws: range) -> tuple[int, int, int]:
         """Trials of consecutive draws, how many of these have any, and the sum of the squares of a draw's trials."""
         below = [
@@ -54,18 +62,21 @@ def stage_chunks(plan: Plan, stage: Stage, most: ChunkSize = CPU_CHUNKS) -> list
     first = stage.trials.start if stage.draws > stage.trials.start else 0
     draws = range(first, min(stage.draws, stage.trials.stop))
     tokens_of_draw = -(-len(stage.trials) // len(draws)) * int(steps[-1]) + plan.fit_tokens
-    numbers_of_draw = len(stage.cells) + plan.model.n_experts * (len(steps) + 1)
-    numbers_of_draw += plan.slots_of_draw + plan.most_slots * len(steps)
-    if plan.grid.received:
-        numbers_of_draw += len(plan.grid.pair_of_rank) * len(steps)
     size = min(
         most.tokens // tokens_of_draw,
-        most.numbers // numbers_of_draw,
+        most.numbers // (_numbers_of_trial(plan, stage) + plan.slots_of_draw),
         most.draws,
         -(-len(draws) // _LEAST_CHUNKS),
     )
     size = max(1, size)
     return [range(start, min(start + size, draws.stop)) for start in range(draws.start, draws.stop, size)]
+
+
+def _numbers_of_trial(plan: Plan, stage: Stage) -> int:
+    """About how many numbers a trial holds."""
+    n_steps = len(np.unique(plan.grid.tokens_of_cell[list(stage.cells)]))
+    numbers = len(stage.cells) + plan.model.n_experts * (n_steps + 1) + plan.most_slots * n_steps
+    return numbers + (len(plan.grid.pair_of_rank) * n_steps if plan.grid.received else 0)
 
 
 class _LargestSteps:
@@ -87,50 +98,51 @@ class _LargestSteps:
 
 
 def run_chunk(plan: Plan, stage: Stage, draws: range) -> Tally:
-    """Sample and score the stage's trials of some consecutive draws, a trial of each draw at a time."""
+    """Sample and score the stage's trials of some consecutive draws."""
     grid, cells = plan.grid, np.array(stage.cells)
     groups = place_pairs(plan, draws, np.unique(grid.pair_of_cell[cells]).tolist())
     scorer = StepScorer(plan, cells, groups, stage.draws)
     largest, events = _LargestSteps(scorer), events_of(grid)
     live = np.flatnonzero(np.isin(events.cell, cells))
-    place_of_event = np.searchsorted(cells, events.cell[live])
-    clustered = stage.draws < stage.trials.stop
-    blocks = np.zeros(len(draws), np.int64)
-    metric = np.zeros((len(draws), len(cells), len(grid.metrics)), np.int64)
-    event = np.zeros((len(draws), len(live)), np.int64)
-    reached = np.zeros((len(draws), len(grid.pairs), 2), np.int64)
-    received = np.zeros((len(draws), len(cells), 2 if grid.received else 0), np.int64)
-    load = np.zeros((len(draws), len(largest.ranks)), np.int64)
-    keys, counts = np.empty(0, np.int64), np.empty(0, np.int64)
-    for first in stage.trials_of(draws.start):
-        n = min(len(draws), stage.trials.stop - first)
-        seen = scorer.score(range(first, first + n), partial(largest.load, loads=load[:n]))
-        new_keys, new_counts = np.unique(histogram_keys(seen.scores, cells), return_counts=True)
-        keys, counts = np.concatenate([keys, new_keys]), np.concatenate([counts, new_counts])
-        if len(keys) > 4 * len(new_keys):
-            keys, counts = merge_counts(keys, counts)
-        blocks[:n] += 1
-        metric[:n] += seen.scores
-        reached[:n] += seen.reached
-        received[:n] += seen.received
-        if clustered:
-            event[:n] += seen.scores[:, place_of_event, events.metric[live]] >= events.least[live]
+    event = (np.searchsorted(cells, events.cell[live]), events.metric[live], events.least[live])
+    n_of = {"metric": (len(cells), len(grid.metrics)), "event": (len(live),), "reached": (len(grid.pairs), 2)}
+    n_of |= {"received": (len(cells), 2 if grid.received else 0), "load": (len(largest.ranks),)}
+    sums = {what: np.zeros((len(draws), *n), np.int64) for what, n in n_of.items()}
+    n_trials = np.zeros((len(draws), 1), np.int64)
+    most_trials = min(CPU_CHUNKS.numbers // _numbers_of_trial(plan, stage), CPU_CHUNKS.tokens // int(scorer.tokens[-1]))
+    keys, counts = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+    for trials in stage.batches(draws, most_trials):
+        loads = np.zeros((len(trials), len(largest.ranks)), np.int64)
+        seen = scorer.score(trials, partial(largest.load, loads=loads))
+        draw = (trials - trials[0]) % stage.draws
+        add_by_draw(np.ones((len(trials), 1), np.int64), draw, n_trials)
+        for what, values in (("metric", seen.scores), ("reached", seen.reached), ("received", seen.received)):
+            add_by_draw(values.reshape(len(trials), -1), draw, sums[what].reshape(len(draws), -1))
+        add_by_draw(loads, draw, sums["load"])
+        if stage.draws < stage.trials.stop:  # else every draw has one trial, and the histograms tell
+            add_events(seen.scores, draw, *event, sums["event"])
+        for parts, part in zip((keys, counts), histogram(seen.scores, cells), strict=True):
+            parts.append(part)
     tally = Tally.zero(grid)
-    tally.keys, tally.counts = merge_counts(keys, counts)
+    tally.keys, tally.counts = merge_counts(np.concatenate(keys), np.concatenate(counts))
     tally.design[cells] = stage.design(draws)
-    _fill_sums(tally, "metric", cells, metric, blocks)
     baseline = np.searchsorted(cells, grid.baseline_cells[cells])
-    tally.metric_cross[cells] = (metric * metric[:, baseline]).sum(axis=0)
-    _fill_sums(tally, "event", live, event, blocks)
-    _fill_sums(tally, "reached", cells, reached[:, scorer.pair_of_cell], blocks)
-    _fill_sums(tally, "received", cells, received, blocks)
-    _fill_sums(tally, "load", largest.ranks, load, blocks)
+    tally.metric_cross[cells] = np.einsum("d...,d...->...", sums["metric"], sums["metric"][:, baseline])
+    sums["reached"] = sums["reached"][:, scorer.pair_of_cell]
+    for what, where in (
+        ("metric", cells),
+        ("event", live),
+        ("reached", cells),
+        ("received", cells),
+        ("load", largest.ranks),
+    ):
+        _fill_sums(tally, what, where, sums[what], n_trials[:, 0])
     return tally
 
 
-def _fill_sums(tally: Tally, what: str, where: np.ndarray, of_draw: np.ndarray, blocks: np.ndarray) -> None:
-    """Sums over draws of Y, Y**2 and n * Y; of_draw int64 [draws, ...], blocks int64 [draws]."""
-    weight = blocks.reshape(-1, *[1] * (of_draw.ndim - 1))
-    for part, values in (("", of_draw), ("_square", of_draw * of_draw), ("_weighted", of_draw * weight)):
-        if hasattr(tally, what + part):
-            getattr(tally, what + part)[where] = values.sum(axis=0)
+def _fill_sums(tally: Tally, what: str, where: np.ndarray, of_draw: np.ndarray, n_trials: np.ndarray) -> None:
+    """Sums over draws of Y, Y**2 and n * Y; of_draw int64 [draws, ...], n_trials int64 [draws]."""
+    if what != "event":
+        getattr(tally, what)[where] = of_draw.sum(axis=0)
+    getattr(tally, f"{what}_square")[where] = np.einsum("d...,d...->...", of_draw, of_draw)
+    getattr(tally, f"{what}_weighted")[where] = np.einsum("d...,d->...", of_draw, n_trials)

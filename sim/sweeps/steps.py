@@ -7,7 +7,7 @@ counts of experts; each pair with replicas has the counts of its own slots, to w
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -32,13 +32,13 @@ from sim.placement import (
 )
 from sim.router import draw_loads, draw_trials
 from sim.scoring import (
-    METRICS,
     Layouts,
     count_received,
     fan_out,
     lay_out,
     receivers,
     score_blocks,
+    score_received,
 )
 from sim.sweeps.plan import Plan
 from sim.traffic import SyntheticTraffic
@@ -49,7 +49,7 @@ class Group(NamedTuple):
 
     pairs: np.ndarray  # int64, their places in the grid
     layouts: Layouts
-    rows: np.ndarray  # int64 [draws, pairs], the layout of each draw and pair
+    rows: np.ndarray  # int64 [draws, pairs], the layout of each draw (or trial) and pair
     copies: Copies | None  # of the layouts, where experts have replicas
     placements: list[Placement]  # of each pair, of the rows that it has there
 
@@ -62,8 +62,8 @@ class Group(NamedTuple):
     ) -> np.ndarray:
         """Counts that the group is scored on, int32 [trials, steps, slots]: those of experts, or assigned to their copies.
 
-        counts int32 [trials, steps, n_experts] of the group's first draws; ids int16 [trials, tokens, top_k], all tokens of
-        the largest step for 'vllm_hash'; tokens int64 [steps].
+        counts int32 [trials, steps, n_experts], a trial for each of the group's rows; ids int16 [trials, tokens, top_k], all
+        tokens of the largest step for 'vllm_hash'; tokens int64 [steps].
         """
         if self.copies is None:
             return counts
@@ -85,12 +85,12 @@ class Group(NamedTuple):
         slots_by_hash(ids, self.rows[:, 0], self.copies, slot)
         return slot
 
-    def slots_of_first(self, ids: np.ndarray, first_trial: int) -> np.ndarray:
+    def slots_of_first(self, ids: np.ndarray, trials: np.ndarray) -> np.ndarray:
         """Slots (without replicas: experts) that the first token of each trial goes to, int [trials, top_k]."""
         if self.copies is None:
             return ids[:, 0]
         slot = np.empty((len(ids), ids.shape[2]), np.int32)
-        pick_slots(ids[:, 0], first_trial, self.rows[:, 0], self.copies, slot)
+        pick_slots(ids[:, 0], trials, self.rows[:, 0], self.copies, slot)
         return slot
 
 
@@ -165,7 +165,7 @@ class Blocks(NamedTuple):
     cells: np.ndarray  # int64, those of the group, as places among the scorer's
     step_of_cell: np.ndarray  # int64 [cells of the scorer]
     pair_of_cell: np.ndarray  # int64 [cells of the scorer], as places in the group
-    layout_of_pair: np.ndarray  # int64 [draws, pairs of the group]
+    layout_of_pair: np.ndarray  # int64 [trials, pairs of the group]
     layouts: Layouts
 
 
@@ -189,7 +189,7 @@ class StepScorer:
     cells : int64, ascending
         Cells of the grid.
     groups : list of Group
-        `place_pairs` of the cells' pairs, on consecutive draws: trials must be of the first of these.
+        `place_pairs` of the cells' pairs, on consecutive draws.
     n_draws : int
         Trial t belongs to layer draw t % n_draws.
 
@@ -207,44 +207,33 @@ class StepScorer:
         all_tokens = grid.received or (plan.replica_choice == "vllm_hash" and any(group.copies for group in groups))
         self._n_ids = int(self.tokens[-1]) if all_tokens else 1
 
-    def score(self, trials: range, also: Callable[[Group, Blocks, np.ndarray], None] | None = None) -> Scored:
-        """Sample and score consecutive trials, of the first draws of the groups.
+    def score(self, trials: Any, also: Callable[[Group, Blocks, np.ndarray], None] | None = None) -> Scored:
+        """Sample and score trials (a range or int64): the first of the groups' first draw, the others of any.
 
         `also(group, blocks, counts)` is called for each group besides, with the counts of experts, for what else is to be
         learned from the same blocks.
         """
-        plan = self.plan
+        plan, trials = self.plan, np.asarray(trials, np.int64)
         counts, ids = draw_trials(plan.model, plan.workload, plan.seed, trials, self.n_draws, self.tokens, self._n_ids)
         scores = np.empty((len(trials), len(self.cells), len(plan.grid.metrics)), np.int32)
         received = np.zeros((len(trials), len(self.cells), 2 if plan.grid.received else 0), np.int64)
         reached = np.zeros((len(trials), len(plan.grid.pairs), 2), np.int64)
-        for group in self.groups:
+        draw = (trials - trials[0]) % self.n_draws
+        for of_draws in self.groups:
+            group = of_draws._replace(rows=of_draws.rows[draw])
             cells = np.flatnonzero(np.isin(self.pair_of_cell, group.pairs))
             of_group = np.searchsorted(group.pairs, self.pair_of_cell)  # of other groups' cells: not looked at
             assigned = group.assign(counts, plan.replica_choice, ids, self.tokens)
             blocks = Blocks(assigned, cells, self.step_of_cell, of_group, group.rows, group.layouts)
             score_blocks(*blocks, scores)
-            first = group.slots_of_first(ids, trials.start)
+            first = group.slots_of_first(ids, trials)
             fan_out(first, group.pairs, group.rows, group.layouts, plan.ranks_per_node, reached)
             if plan.grid.received:
-                self._receive(group, ids, cells, of_group[cells], scores, received)
+                sizes = np.array([plan.grid.pairs[p][1] for p in group.pairs])
+                to = receivers(sizes, plan.ranks_per_node)
+                found = count_received(group.slots_of_all(ids), self.tokens, group.rows, group.layouts, to)
+                for i, (tokens, start) in enumerate(zip(found, (to.first_rank, to.first_node), strict=True)):
+                    score_received(tokens, start, cells, self.step_of_cell, of_group, i, scores, received)
             if also is not None:
                 also(group, blocks, counts)
         return Scored(counts, scores, reached, received)
-
-    def _receive(
-        self,
-        group: Group,
-        ids: np.ndarray,
-        cells: np.ndarray,
-        pair: np.ndarray,
-        scores: np.ndarray,
-        received: np.ndarray,
-    ) -> None:
-        """Fill in what ranks and nodes receive under the cells of a group, at their places `pair` in it."""
-        grid, step = self.plan.grid, self.step_of_cell[cells]
-        to = receivers(np.array([grid.pairs[p][1] for p in group.pairs]), self.plan.ranks_per_node)
-        found = count_received(group.slots_of_all(ids), self.tokens, group.rows[: len(ids)], group.layouts, to)
-        for i, (tokens, first) in enumerate(zip(found, (to.first_rank, to.first_node), strict=True)):
-            scores[:, cells, len(METRICS) + i] = np.maximum.reduceat(tokens, first[:-1], axis=2)[:, step, pair]
-            received[:, cells, i] = np.add.reduceat(tokens, first[:-1], axis=2, dtype=np.int64)[:, step, pair]

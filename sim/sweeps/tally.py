@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 
 from sim.errors import InputError
+from sim.kernels import kernel
 from sim.stats import Design, Moments
 from sim.sweeps.grid import Grid, events_of
 
@@ -101,11 +102,35 @@ def merge_counts(keys: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.n
     return keys[first], np.add.reduceat(counts, first)
 
 
-def histogram_keys(scores: np.ndarray, cells: np.ndarray) -> np.ndarray:
-    """Keys of scores int32 [trials, cells, metrics] of the given cells, flat."""
-    n_metrics = scores.shape[2]
-    base = (cells[:, None] * n_metrics + np.arange(n_metrics)) << VALUE_BITS
-    return (base + scores).reshape(-1)
+def histogram(scores: np.ndarray, cells: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Keys of scores int32 [trials, cells, metrics] of the given cells, ascending and distinct, and their counts."""
+    n_trials, _, n_metrics = scores.shape
+    columns = np.sort(scores.reshape(n_trials, -1).T, axis=1)
+    is_first = np.ones(columns.shape, bool)
+    np.not_equal(columns[:, 1:], columns[:, :-1], out=is_first[:, 1:])
+    first = np.flatnonzero(is_first)
+    base = (cells[:, None] * n_metrics + np.arange(n_metrics)).reshape(-1) << VALUE_BITS
+    return base[first // n_trials] + columns.reshape(-1)[first], np.diff(np.append(first, columns.size))
+
+
+@kernel
+def add_by_draw(values, draw, sums):
+    """Add the values of trials to those of their draws: values [trials, n]; draw int64 [trials]; sums int64 [draws, n]."""
+    for t in range(values.shape[0]):
+        of_draw, of_trial = sums[draw[t]], values[t]
+        for i in range(of_trial.size):
+            of_draw[i] += of_trial[i]
+
+
+@kernel
+def add_events(scores, draw, cell, metric, least, sums):
+    """Count the trials of each draw in which events happened: scores int32 [trials, cells, metrics]; draw int64 [trials]; cell,
+    metric, least int64 [events]; sums int64 [draws, events].
+    """
+    for t in range(scores.shape[0]):
+        of_draw = sums[draw[t]]
+        for i in range(cell.size):
+            of_draw[i] += scores[t, cell[i], metric[i]] >= least[i]
 
 
 def split_keys(grid: Grid, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -95,13 +95,9 @@ class FittedLayers:
         """Variance of what a request adds, mean over experts, float64 [layers]."""
         return (self.request_sd**2 + (self.request_loadings**2).sum(axis=1)).mean(axis=1)
 
-    def rows(self, first_draw: int, n_draws: int) -> np.ndarray:
-        """The layers of consecutive draws, int64 [n_draws]."""
-        return np.arange(first_draw, first_draw + n_draws) % len(self.mu)
-
-    def request_effect(self, normals: np.ndarray, first_draw: int) -> np.ndarray:
+    def request_effect(self, normals: np.ndarray, draws: np.ndarray) -> np.ndarray:
         """What requests add to the logits, float64 [..., draws, n_experts], from normals [..., draws, n_experts + factors]."""
-        rows, n_experts = self.rows(first_draw, normals.shape[-2]), self.mu.shape[1]
+        rows, n_experts = draws % len(self.mu), self.mu.shape[1]
         shared = np.einsum("...df,dfe->...de", normals[..., n_experts:], self.request_loadings[rows])
         return self.request_sd[rows] * normals[..., :n_experts] + shared
 

@@ -171,17 +171,17 @@ class RecordedTraffic:
         return replace(self, phase=phase)
 
     def sample(
-        self, key: np.ndarray, first_trial: int, tokens: np.ndarray, counts: np.ndarray, ids: np.ndarray
+        self, key: np.ndarray, trials: np.ndarray, tokens: np.ndarray, counts: np.ndarray, ids: np.ndarray
     ) -> None:
-        """Replay consecutive trials; trial t runs layer t % n_layers. Output as `router.sampler.sample_trials`."""
+        """Replay trials, int64; trial t runs layer t % n_layers. Output as `router.sampler.sample_trials`."""
         if self.phase in STEP_PHASES:
             way = STEP_PHASES.index(self.phase)
-            _replay_steps(first_trial, key, self.topk_ids, self.starts, way, tokens, counts, ids)
+            _replay_steps(trials, key, self.topk_ids, self.starts, way, tokens, counts, ids)
         elif self.phase == "decode":
             run = self.tokens_per_request
-            _replay_decode(first_trial, key, self.topk_ids, self.starts, run, tokens, counts, ids)
+            _replay_decode(trials, key, self.topk_ids, self.starts, run, tokens, counts, ids)
         else:
-            _replay_prefill(first_trial, key, self.topk_ids, self.starts, tokens, counts, ids)
+            _replay_prefill(trials, key, self.topk_ids, self.starts, tokens, counts, ids)
 
 
 def check_shapes(where: str, ids: np.ndarray, lengths: np.ndarray) -> None:
@@ -279,11 +279,11 @@ def _next_sequence(place, trial, key, order):
 
 
 @kernel
-def _replay_decode(first_trial, key, topk_ids, starts, run, tokens, counts, ids):
+def _replay_decode(trials, key, topk_ids, starts, run, tokens, counts, ids):
     order = np.arange(starts.size - 1)
     running = np.empty(counts.shape[2], np.int32)
     for t in range(counts.shape[0]):
-        trial = first_trial + t
+        trial = trials[t]
         layer = topk_ids[trial % topk_ids.shape[0]]
         running[:] = 0
         snapshot = 0
@@ -330,12 +330,12 @@ def _below_of_slot(n, index, slot, key):
 
 
 @kernel
-def _replay_steps(first_trial, key, topk_ids, starts, way, tokens, counts, ids):
+def _replay_steps(trials, key, topk_ids, starts, way, tokens, counts, ids):
     n_layers, last = topk_ids.shape[0], -1
     at = np.empty(tokens[-1], np.int64)
     running = np.empty(counts.shape[2], np.int32)
     for t in range(counts.shape[0]):
-        trial = first_trial + t
+        trial = trials[t]
         step, layer = trial // n_layers, topk_ids[trial % n_layers]
         if way == 2 or step != last:
             for i in range(at.size):
@@ -354,11 +354,11 @@ def _replay_steps(first_trial, key, topk_ids, starts, way, tokens, counts, ids):
 
 
 @kernel
-def _replay_prefill(first_trial, key, topk_ids, starts, tokens, counts, ids):
+def _replay_prefill(trials, key, topk_ids, starts, tokens, counts, ids):
     order = np.arange(starts.size - 1)
     counts[:] = 0
     for t in range(counts.shape[0]):
-        trial = first_trial + t
+        trial = trials[t]
         layer = topk_ids[trial % topk_ids.shape[0]]
         for j in range(tokens.size):
             for i in range(order.size):

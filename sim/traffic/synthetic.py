@@ -162,77 +162,77 @@ class SyntheticTraffic:
             law["dummy_tokens"] = self.dummy_tokens
         return law
 
-    def draw_popularity(self, key: np.ndarray, first_draw: int, n_draws: int, n_experts: int) -> np.ndarray:
-        """mu of consecutive layer draws, float64 [n_draws, n_experts]."""
+    def draw_popularity(self, key: np.ndarray, draws: np.ndarray, n_experts: int) -> np.ndarray:
+        """mu of layer draws int64 [draws], float64 [draws, n_experts]."""
         if self.layers is not None:
-            return self.layers.mu[self.layers.rows(first_draw, n_draws)]
+            return self.layers.mu[draws % len(self.layers.mu)]
         if self.popularity == "none":
-            return np.zeros((n_draws, n_experts))
+            return np.zeros((len(draws), n_experts))
         if self.popularity == "lognormal":
-            return self.sigma * ndtri(uniforms(key, POPULARITY, 0, (n_draws, n_experts), first_draw))
-        return _tilted(uniforms(key, POPULARITY, 0, (n_draws, 3 + 4 * n_experts), first_draw), n_experts)
+            return self.sigma * ndtri(uniforms(key, POPULARITY, 0, (len(draws), n_experts), draws))
+        return _tilted(uniforms(key, POPULARITY, 0, (len(draws), 3 + 4 * n_experts), draws), n_experts)
 
     def draw_logits(
-        self, key: np.ndarray, mu: np.ndarray, first_trial: int, n_tokens: int, first_draw: int
+        self, key: np.ndarray, mu: np.ndarray, trials: np.ndarray, draws: np.ndarray, n_tokens: int
     ) -> np.ndarray:
-        """Mean logits of the requests of consecutive trials (and draws), float64 [trials, requests * contexts, n_experts],
-        those of the contexts of a request one after another; mu [trials, n_experts].
+        """Mean logits of the requests of trials int64 [trials] of the draws given, float64 [trials, requests * contexts,
+        n_experts], those of the contexts of a request one after another; mu [trials, n_experts].
         """
         if self.request_sigma == 0:
             return mu[:, None, :]
         n_factors = 0 if self.layers is None else self.layers.request_loadings.shape[1]
         shape = (len(mu), mu.shape[1] + n_factors)
         topics = [
-            ndtri(uniforms(key, REQUEST, request, shape, first_trial))
+            ndtri(uniforms(key, REQUEST, request, shape, trials))
             for request in range(-(-n_tokens // self.tokens_per_request))
         ]
         if self.n_contexts > 1:
-            return self._draw_local(key, mu, first_trial, first_draw, topics)
+            return self._draw_local(key, mu, trials, draws, topics)
         if self.layers is not None:
-            topics = [self.layers.request_effect(topic, first_draw) for topic in topics]
+            topics = [self.layers.request_effect(topic, draws) for topic in topics]
         return mu[:, None, :] + self.request_sigma * np.stack(topics, axis=1)
 
     def _draw_local(
-        self, key: np.ndarray, mu: np.ndarray, first_trial: int, first_draw: int, topics: list[np.ndarray]
+        self, key: np.ndarray, mu: np.ndarray, trials: np.ndarray, draws: np.ndarray, topics: list[np.ndarray]
     ) -> np.ndarray:
         """`draw_logits` where each context of a request has a local effect beside the topic, float64 [trials, normals]."""
         share = np.resize(self.local_share, self.n_layers or 1)  # of each layer
-        share = share[np.arange(first_draw, first_draw + len(mu)) % len(share), None]
+        share = share[draws % len(share), None]
         of_topic, of_local = np.sqrt(1 - share), np.sqrt(share).astype(np.float32)
-        variance = 1.0 if self.layers is None else self.layers.request_variance[self.layers.rows(first_draw, len(mu))]
+        variance = 1.0 if self.layers is None else self.layers.request_variance[draws % len(self.layers.mu)]
         logits = np.empty((len(mu), len(topics), CONTEXTS, mu.shape[1]))
         for request, topic in enumerate(topics):
             effects: np.ndarray = np.empty((CONTEXTS, *topic.shape), np.float32)
             for context, effect in enumerate(effects):
-                effect[:] = normals(key, LOCAL, request * CONTEXTS + context, topic.shape, first_trial)
+                effect[:] = normals(key, LOCAL, request * CONTEXTS + context, topic.shape, trials)
             effects *= of_local
             effects += (of_topic * topic).astype(np.float32)
             if self.layers is not None:
-                effects = self.layers.request_effect(effects, first_draw)
+                effects = self.layers.request_effect(effects, draws)
             effects = of_one_strength(effects, variance)
             np.multiply(effects.transpose(1, 0, 2), self.request_sigma, out=logits[:, request])
         logits += mu[:, None, None, :]
         return logits.reshape(len(mu), -1, mu.shape[1])
 
-    def draw_contexts(self, key: np.ndarray, first_trial: int, n_trials: int, n_tokens: int) -> np.ndarray:
-        """Context of each token of consecutive trials, uint8 [trials, n_tokens]; [trials, 0] where there is but one."""
+    def draw_contexts(self, key: np.ndarray, trials: np.ndarray, n_tokens: int) -> np.ndarray:
+        """Context of each token of trials int64 [trials], uint8 [trials, n_tokens]; [trials, 0] where there is but one."""
         if self.n_contexts == 1:
-            return np.empty((n_trials, 0), np.uint8)
-        contexts = np.empty((n_trials, n_tokens), np.uint8)
+            return np.empty((len(trials), 0), np.uint8)
+        contexts = np.empty((len(trials), n_tokens), np.uint8)
         leave, shares = 1 / np.array(self.context_tokens), np.array(self.context_shares)
         chances = np.array([shares, shares * leave])  # of kinds, at a token and at the begin of a stretch
         chances = np.cumsum(chances / chances.sum(axis=1, keepdims=True), axis=1)
         chances[:, -1] = 1.0
-        fill_contexts(key, first_trial, self.tokens_per_request, _in_words(leave), _in_words(chances), contexts)
+        fill_contexts(key, trials, self.tokens_per_request, _in_words(leave), _in_words(chances), contexts)
         return contexts
 
-    def kinds(self, first_draw: int, n_draws: int) -> tuple[np.ndarray, np.ndarray | None]:
-        """Kinds of the tokens of consecutive draws: their cumulated chances in units of 2**-32, uint64 [draws, kinds], and what
-        each adds to the logits, float64 [draws, kinds, n_experts]; None where there is but one kind.
+    def kinds(self, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        """Kinds of the tokens of layer draws int64 [draws]: their cumulated chances in units of 2**-32, uint64 [draws, kinds],
+        and what each adds to the logits, float64 [draws, kinds, n_experts]; None where there is but one kind.
         """
         if self.layers is None or self.layers.kind_shares is None or self.layers.kind_effects is None:
-            return one_kind(n_draws), None
-        rows = self.layers.rows(first_draw, n_draws)
+            return one_kind(len(draws)), None
+        rows = draws % len(self.layers.mu)
         ends = np.cumsum(self.layers.kind_shares[rows], axis=1)
         return _in_words(ends / ends[:, -1:]), self.layers.kind_effects[rows]
 
@@ -256,18 +256,18 @@ def _in_words(probabilities: np.ndarray) -> np.ndarray:
 
 
 @kernel
-def fill_contexts(key, first_trial, tokens_per_request, leave, chances, contexts):
-    """Contexts of the tokens of consecutive trials: contexts uint8 [trials, tokens].
+def fill_contexts(key, trials, tokens_per_request, leave, chances, contexts):
+    """Contexts of the tokens of trials int64 [trials]: contexts uint8 [trials, tokens].
 
     leave uint64 [kinds] is the chance that a token begins a new stretch, by the kind of the one before; chances uint64
     [2, kinds] are cumulated over kinds, of the stretch that a request begins in and of a later one; in units of 2**-32.
     """
     words = np.empty((4, 512), np.uint32)
-    for trial in range(contexts.shape[0]):
+    for t in range(contexts.shape[0]):
         kind, context, place = 0, np.uint64(0), np.int64(0)
         for start in range(0, contexts.shape[1], 512):
             n = min(512, contexts.shape[1] - start)
-            fill_words(key, CONTEXT, first_trial + trial, start, n, words)
+            fill_words(key, CONTEXT, trials[t], np.arange(start, start + n), words)
             for i in range(n):
                 if place == 0 or np.uint64(words[0, i]) < leave[kind]:
                     law = chances[0 if place == 0 else 1]
@@ -275,7 +275,7 @@ def fill_contexts(key, first_trial, tokens_per_request, leave, chances, contexts
                     while np.uint64(words[1, i]) >= law[kind]:
                         kind += 1
                     context = (np.uint64(words[2, i]) * np.uint64(CONTEXTS)) >> np.uint64(32)
-                contexts[trial, start + i] = context
+                contexts[t, start + i] = context
                 place = place + 1 if place + 1 < tokens_per_request else 0
 
 
