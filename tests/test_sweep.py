@@ -217,7 +217,7 @@ def test_committed_results_are_as_precise_as_promised(workload):
         ({"tokens": []}, "`tokens` needs at least one"),
         ({"tokens": [1.5]}, "`tokens` 1.5"),
         ({"ep_sizes": [257]}, "`ep_sizes` 257: EP size must lie from 1 to the 256"),
-        ({"ep_sizes": ["8"]}, "`ep_sizes` 8"),
+        ({"ep_sizes": ["8"]}, "`ep_sizes` .8.: must be a whole number"),
         ({"ep_sizes": []}, "`ep_sizes` needs"),
         ({"placements": []}, "`placements` needs"),
         ({"placements": "roundrobin"}, "did you mean round_robin"),
