@@ -115,6 +115,10 @@ def _print_gains(gains: Any, markdown: bool) -> None:
         f"{row.baseline}\nlayer: experts of the slowest rank, dispatch and combine, mean and 99th percentile; saved: share "
         "of the layer's time (experts: of the experts' alone)"
     )
+    if (gains.placement == "in_step").any():
+        title += (
+            f"\nin_step is against {row.baseline} too; its break-even, below, is against the same copies evenly used"
+        )
     known = gains.moe_share.notna().any()
     varying = [column for column in ("exchange", "placement") if gains[column].nunique() > 1]
     heads = [

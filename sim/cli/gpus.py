@@ -88,6 +88,11 @@ def _check(arguments: Namespace) -> None:
     )
     print_table(title, heads, cells, arguments.markdown, align="<<<<>>>>>")
     if not arguments.markdown:
+        print("\nHeld out by more than 25 %, so take such cells as extrapolated:")
+        for row in check[check.held_out_error.abs() > 0.25].itertuples():
+            print(
+                f"  {row.part} {row.gpu} {row.dtype}: EP {row.ep_size}, {row.tokens} tokens, {row.held_out_error:+.0%}"
+            )
         print("\nPublished tables:")
         for source in check.source.unique():
             print(f"  {source}: {measured()[source]['source']}")

@@ -24,8 +24,8 @@ def knee_text(dtype: str) -> str:
 
     low, high = KNEE[dtype]
     return (
-        f"~ from {low:g} to {high:g} times the crossover in {dtype}: kernels step at whole tiles there, and measured gains "
-        "differ most from predicted ones (results/README.md)"
+        f"~ from {low:g} to {high:g} times the crossover in {dtype}: kernels step at whole tiles there, and gains are not known "
+        "to 5 points (results/README.md)"
     )
 
 
