@@ -35,7 +35,8 @@ def with_predictions(rows: pd.DataFrame, gpu: Gpu | None = None) -> pd.DataFrame
     -------
     DataFrame
         The rows with predicted_us, error (predicted / measured - 1), memory_us and compute_us (ideal times), bound:
-        'memory' or 'compute', the longer of the two in the model, fixed_us (idle experts and spread), and the model's
+        'compute' where that is longer in the model and some expert needs more than a tile, else 'memory', fixed_us (idle
+        experts and spread), and the model's
         bandwidth_fraction and peak_fraction for this GPU.
     """
     model = load_model(rows.model.iloc[0])
@@ -52,7 +53,8 @@ def with_predictions(rows: pd.DataFrame, gpu: Gpu | None = None) -> pd.DataFrame
         work = (part.pairs, part.distinct, local, padded)
         predicted_us = time_ranks(rates, *work)
         memory_us, compute_us = sides_us(rates, *work)
-        of_memory = memory_us >= compute_us
+        _, one_tile_us = sides_us(rates, part.distinct, part.distinct, local, np.zeros(len(part)))
+        of_memory = (memory_us >= compute_us) | (compute_us <= one_tile_us)
         fixed_us = rates.idle_us * (local - part.distinct) + rates.spread_us * (1 - 1 / part.distinct.clip(lower=1))
         parts.append(
             part.assign(
