@@ -149,7 +149,7 @@ def exchange_time_us(
     ...     times = exchange_time_us("deepseek-v3", "h200", kind=kind, ep_size=8, tokens_per_rank=1024)
     ...     return round(float(times.total_us), -1)
     >>> [total_us(kind) for kind in ("token", "pair", "gather", "reduce")]
-    [660.0, 1360.0, 930.0, 790.0]
+    [660.0, 1360.0, 940.0, 810.0]
     """
     model, gpu, kind = load_model(model), as_gpu(gpu), exchange_kind(kind)
     width = expert_width(model)
@@ -207,6 +207,8 @@ def exchange_time_us(
         out_gb_per_s = (gpu.scale_out_gb_per_s or 1.0) * profile.scale_out_fraction[direction]
         link_us = np.maximum(up_us, out * value_bytes / (out_gb_per_s * 1e3))
         floor_us = profile.floor_us[direction] * np.maximum(tokens, 1.0) ** -profile.floor_falls[direction]
+        passes = 2 if kind == "reduce" else 1  # an all-reduce is a reduce-scatter and an all-gather
+        floor_us = floor_us + profile.hop_us * passes * (on_node - 1)
         p = profile.sharpness
         copy_us = copied[direction] * value_bytes * _copy_us_per_byte(gpu, profile)
         times.append((floor_us**p + link_us**p) ** (1 / p) + copy_us)

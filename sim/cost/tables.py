@@ -66,6 +66,8 @@ class Exchange:
         Presets that it is for; empty: all others.
     floor_us : pair of float
         Time of a direction with hardly any traffic.
+    hop_us : float
+        What a ring adds to the floor for each further rank of the node, in each of its two passes.
     floor_falls : pair of float
         The floor falls with the tokens per rank to this power.
     bytes_per_value : pair of float
@@ -90,6 +92,7 @@ class Exchange:
     scale_up_fraction: tuple[float, float]
     scale_out_fraction: tuple[float, float]
     source: str
+    hop_us: float = 0.0
     floor_falls: tuple[float, float] = (0.0, 0.0)
     bytes_per_value: tuple[float, float] = (FP8_WITH_SCALES, 2.0)
     sharpness: float = PAIR_SHARPNESS
