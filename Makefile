@@ -26,10 +26,10 @@ test: $(BIN)/epsim  ## lint, types and tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	NUMBA_CACHE_DIR=$$(mktemp -d) $(BIN)/python -m pytest -n 2 --dist loadscope
+	NUMBA_CACHE_DIR=$$(mktemp -d) $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 quick: $(BIN)/epsim  ## the quick loop, without the slow tests
-	$(BIN)/python -m pytest -n 2 --dist loadscope -q -x -m 'not slow'
+	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder -q -x -m 'not slow'
 
 tables: $(BIN)/epsim  ## write the tables of the READMEs again, each by the command above it
 	$(BIN)/python tests/readme.py

@@ -67,6 +67,13 @@ def hashed(index):
 
 
 @kernel
+def slot_by_hash(word, expert, slots, first):
+    """Slot of the copy of an expert that vLLM takes for a token whose index has the hash `word`."""
+    begin, n = first[expert], first[expert + 1] - first[expert]
+    return slots[begin + np.int64(word % np.uint64(n))]
+
+
+@kernel
 def assign_by_hash(ids, tokens, layout_of_trial, copies, assigned):
     """Send each token to the copies of vLLM's choice: ids int16 [trials, tokens of the largest step, top_k]; tokens int64
     [steps], ascending; assigned int32 [trials, steps, slots].
@@ -79,9 +86,7 @@ def assign_by_hash(ids, tokens, layout_of_trial, copies, assigned):
         for i in range(ids.shape[1]):
             word = hashed(i)
             for k in range(ids.shape[2]):
-                begin = first[ids[t, i, k]]
-                n = first[ids[t, i, k] + 1] - begin
-                running[slots[begin + np.int64(word % np.uint64(n))]] += 1
+                running[slot_by_hash(word, ids[t, i, k], slots, first)] += 1
             if i + 1 == tokens[step]:
                 assigned[t, step] = running
                 step += 1
@@ -199,6 +204,4 @@ def slots_by_hash(ids, layout_of_trial, copies, slot):
         for i in range(ids.shape[1]):
             word = hashed(i)
             for k in range(ids.shape[2]):
-                begin = first[ids[t, i, k]]
-                n = first[ids[t, i, k] + 1] - begin
-                slot[t, i, k] = slots[begin if n == 1 else begin + np.int64(word % np.uint64(n))]
+                slot[t, i, k] = slot_by_hash(word, ids[t, i, k], slots, first)

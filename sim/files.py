@@ -7,12 +7,13 @@ import os
 import tomllib
 import warnings
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from sim.errors import InputError
+from sim.errors import InputError, shown
 
 MAX_BYTES = 64 << 20
 MOST_PACKED = 200
@@ -29,9 +30,18 @@ def read_json(path: Path, where: str) -> Any:
 def parse_json(text: str, where: str) -> Any:
     """Parsed JSON of a text that was read; `where` begins the message of an error."""
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{where} is not JSON: {_first_line(error)}") from None
+        raise InputError(f"{where} is not JSON: {first_line(error)}") from None
+
+
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, whose keys must differ. Raises ValueError where one stands twice: one of its values would be lost."""
+    held = dict(pairs)
+    if len(held) < len(pairs):
+        twice = next(key for key, n in Counter(key for key, _ in pairs).items() if n > 1)
+        raise ValueError(f"the key '{shown(twice)}' stands twice in one object")
+    return held
 
 
 def read_toml(path: Path, where: str) -> dict[str, Any]:
@@ -40,7 +50,7 @@ def read_toml(path: Path, where: str) -> dict[str, Any]:
     try:
         return tomllib.loads(text)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{where} is not TOML: {_first_line(error)}") from None
+        raise InputError(f"{where} is not TOML: {first_line(error)}") from None
 
 
 def is_there(path: Path) -> bool:
@@ -82,7 +92,7 @@ def read_text(path: Path, where: str) -> str:
     except UnicodeDecodeError:
         raise InputError(f"{where} is not text in UTF-8") from None
     except ValueError as error:  # a NUL in the name
-        raise InputError(f"{where} cannot be read: {_first_line(error)}") from None
+        raise InputError(f"{where} cannot be read: {first_line(error)}") from None
 
 
 @contextmanager
@@ -102,6 +112,8 @@ def reading(where: str, kind: str) -> Iterator[None]:
         raise InputError(f"{where} cannot be read: {error.strerror or error}") from None
     except MemoryError:
         raise InputError(f"{where} does not fit into memory") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{where} is not text in UTF-8 (packed? then its name must end in .gz)") from None
     except (
         Exception
     ) as error:  # a damaged header or stream raises almost anything: zlib.error, TokenError, TypeError ...
@@ -142,7 +154,8 @@ class _Bounded(io.RawIOBase):
         return n
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The message of an error, on one line of bounded length."""
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 

@@ -281,12 +281,12 @@ def provenance(what: dict[str, Any], digests: dict[str, str]) -> dict[str, Any]:
         "command": shlex.join([Path(sys.argv[0]).name.replace("__main__.py", "epsim"), *sys.argv[1:]]),
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
         "sha256": digests,
-        "versions": {"python": platform.python_version(), **{name: _version_of(name) for name in packages}},
+        "versions": {"python": platform.python_version(), **{name: version_of(name) for name in packages}},
     }
 
 
-def _version_of(package: str) -> str:
-    """Its version; 'unknown' where it is used without being installed, as epsim from a source tree may be."""
+def version_of(package: str) -> str:
+    """Version of a package; 'unknown' where it is not installed, as epsim used from a source tree."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -327,6 +327,14 @@ def read_result(folder: Path | str, *, sealed: bool = False) -> SweepResult:
     ------
     InputError
         The folder holds no finished sweep, or a file that is not as it was written.
+
+    Examples
+    --------
+    >>> import sim, tempfile
+    >>> folder = tempfile.mkdtemp()
+    >>> sim.sweep("mixtral-8x7b", "chat", ep_sizes=4, tokens=8, placements="linear", trials=64, threads=1).save(folder)
+    >>> sim.read_result(folder)
+    SweepResult: mixtral-8x7b, chat traffic, 1 placements x 1 EP sizes x 1 step sizes, 64 trials
     """
     folder = Path(folder)
     about = _read_provenance(folder)

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sim.copies import assign_evenly, assign_in_step, find_copies, hashed
+from sim.copies import assign_evenly, assign_in_step, find_copies, hashed, slot_by_hash
 from sim.errors import InputError, shown, unknown, whole_number
 from sim.kernels import kernel
 from sim.placement import Placement
@@ -283,7 +283,7 @@ def score(placement: Placement, counts: Any, replica_choice: str = "even") -> Sc
     Raises
     ------
     InputError
-        Counts that are no whole numbers from 0 to 2**53, or not of this shape.
+        No Placement, or counts that are no whole numbers from 0 to 2**53 or not of this shape.
 
     Examples
     --------
@@ -298,7 +298,7 @@ def score(placement: Placement, counts: Any, replica_choice: str = "even") -> Sc
     >>> [score(copied, [0, 8, 0, 8, 4, 0, 0, 0], choice).max_load.item() for choice in ("even", "in_step")]
     [12, 8]
     """
-    table = _whole_numbers("counts", counts, _MOST_COUNT)
+    placement, table = _checked(placement), _whole_numbers("`counts`", counts, _MOST_COUNT)
     rows, n_experts = placement.n_rows, placement.n_experts
     if replica_choice not in ("even", "in_step"):
         raise unknown(
@@ -306,7 +306,7 @@ def score(placement: Placement, counts: Any, replica_choice: str = "even") -> Sc
         )
     if table.ndim < 1 + (rows > 1) or table.shape[-1] != n_experts or (rows > 1 and table.shape[-2] != rows):
         wanted = f"[..., {rows}, {n_experts}]" if rows > 1 else f"[..., {n_experts}]"
-        raise InputError(f"counts must have shape {wanted} under {placement.strategy}, not {list(table.shape)}")
+        raise InputError(f"`counts` must have shape {wanted} under {placement.strategy}, not {list(table.shape)}")
     blocks = np.ascontiguousarray(table.reshape(-1, n_experts), np.int64)
     loads = np.zeros((len(blocks), placement.ep_size), np.int64)
     distinct = np.zeros_like(loads)
@@ -344,7 +344,7 @@ def score_tokens(placement: Placement, ids: Any, ranks_per_node: int = 8) -> Tok
     Raises
     ------
     InputError
-        Ids that are no experts of the placement, or not of this shape.
+        No Placement, or ids that are no experts of it or not of this shape.
 
     Examples
     --------
@@ -353,11 +353,12 @@ def score_tokens(placement: Placement, ids: Any, ranks_per_node: int = 8) -> Tok
     >>> result.received_tokens.tolist(), result.received_node_tokens.tolist(), result.ranks_per_token.tolist()
     ([3, 1, 0, 1], [3, 1], [1, 2, 2])
     """
-    table = _whole_numbers("ids", ids, placement.n_experts - 1)
-    per_node, rows = whole_number("ranks_per_node", ranks_per_node, 1, 2**15), placement.n_rows
+    placement = _checked(placement)
+    table = _whole_numbers("`ids`", ids, placement.n_experts - 1)
+    per_node, rows = whole_number("`ranks_per_node`", ranks_per_node, 1, 2**15), placement.n_rows
     if table.ndim not in ((2, 3) if rows == 1 else (3,)) or (rows > 1 and len(table) != rows):
         wanted = "[tokens, top_k]" if rows == 1 else f"[{rows}, tokens, top_k]"
-        raise InputError(f"ids must have shape {wanted} under {placement.strategy}, not {list(table.shape)}")
+        raise InputError(f"`ids` must have shape {wanted} under {placement.strategy}, not {list(table.shape)}")
     layers = np.ascontiguousarray(table if table.ndim == 3 else table[None], np.int64)
     n_nodes, n_layers, n_tokens = -(-placement.ep_size // per_node), *layers.shape[:2]
     loads = np.zeros((n_layers, placement.ep_size), np.int64)
@@ -367,6 +368,13 @@ def score_tokens(placement: Placement, ids: Any, ranks_per_node: int = 8) -> Tok
     _add_tokens(layers, placement.ranks, copies, per_node, loads, received, of_node, spread)
     found = TokenScore(loads, received, of_node, spread[0], spread[1])
     return found if table.ndim == 3 else TokenScore(*(array[0] for array in found))
+
+
+def _checked(placement: Any) -> Placement:
+    """The placement, or an error for anything else."""
+    if not isinstance(placement, Placement):
+        raise InputError(f"`placement` {shown(placement)}: must be a Placement, as sim.place gives it")
+    return placement
 
 
 def _whole_numbers(what: str, values: Any, most: int) -> np.ndarray:
@@ -408,9 +416,7 @@ def _add_tokens(ids, ranks, copies, ranks_per_node, loads, received, of_node, sp
         for t in range(ids.shape[1]):
             word = hashed(t)
             for k in range(ids.shape[2]):
-                begin = first[ids[layer, t, k]]
-                n = first[ids[layer, t, k] + 1] - begin
-                r = rank[slots[begin + np.int64(word % np.uint64(n))]]
+                r = rank[slot_by_hash(word, ids[layer, t, k], slots, first)]
                 loads[layer, r] += 1
                 if last_of_rank[r] != t:
                     last_of_rank[r] = t

@@ -37,7 +37,17 @@ TINY = {
 def pytest_configure(config):
     """Compile the kernels before the workers of `pytest -n` start: they share a cache, and would all compile the same."""
     if config.getoption("numprocesses", None) and is_cold():
-        subprocess.run([sys.executable, Path(__file__).parent / "compile.py"], cwd=ROOT, check=True)
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}  # these sources, whatever is installed
+        subprocess.run([sys.executable, ROOT / "tests/compile.py"], env=environment, cwd=ROOT, check=True)
+
+
+LONGEST = ("notebooks", "traffic", "cost", "bounds", "sampler", "capacity", "advice", "cluster", "rare", "load_aware")
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first, so that `make test` does not wait for one at the end."""
+    of_file = [f"test_{name}.py" for name in LONGEST]
+    items.sort(key=lambda item: of_file.index(item.path.name) if item.path.name in of_file else len(of_file))
 
 
 @pytest.fixture(scope="session")

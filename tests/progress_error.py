@@ -8,7 +8,7 @@ import sys
 import time
 
 from sim.cli import main
-from sim.cli.progress import time_left_s
+from sim.cli.terminal import time_left_s
 from sim.progress import watching
 
 

@@ -11,8 +11,8 @@ from conftest import ROOT, fails, run
 
 from sim import InputError, advise, load_model, predict_gain
 from sim.advice import candidates, changes, not_run, rule_text, verdict_text
+from sim.advice.compare import KNEE_ERROR, NOT, UNSURE, WORTH, best_of, judge, judged_ends
 from sim.advice.engines import BACKENDS, engine_of
-from sim.advice.rule import KNEE_ERROR, NOT, UNSURE, WORTH, best_of, judge, judged_ends
 from sim.advice.splits import splits_of
 from sim.cost.expert import crossover_tokens, expert_rates
 from sim.cost.gain import IN_STEP, KNEE, PERFECT
@@ -58,6 +58,7 @@ def test_verdicts_follow_the_rule(low, high, enough, verdict):
     assert judge(np.array(low), np.array(high), 0.02, is_enough=enough) == verdict
 
 
+@pytest.mark.slow
 def test_the_error_near_the_crossover_is_the_largest_that_was_measured():
     """Saved shares as measured less as predicted, of every cell of the committed runs, each kernel's own: in bf16 within
     KNEE_ERROR near the crossover, and it takes that much; away from it, and in fp8 (PyTorch's kernel), within 0.036. Copies
@@ -129,6 +130,7 @@ def test_what_vllm_runs_where_round_robin_is_asked_for():
         assert engine_of("round_robin", model, 16, backend, ranks).runs_as == ("round_robin" if keeps else "linear")
     assert engine_of("eplb+16", OSS, 16, "nixl_ep", 16).runs_as == "eplb+16"
     assert engine_of("random", V3, 16, "nixl_ep", 1).runs_as == ""
+    assert "no engine has it as an option" in engine_of("eplb_refined", V3, 16, "nixl_ep", 1).how
 
 
 # Splits
@@ -192,6 +194,13 @@ def test_words_are_the_tables_numbers():
     assert any(f"{100 * 0.02 / low:.0f} % at 4096 tokens ({best.placement})" in line for line in found)
 
 
+def test_perfect_balance_is_an_end_only_where_received_tokens_do_not_count():
+    """Where a token goes once to each rank, a placement that sends the busiest rank fewer of them may save more."""
+    for backend, is_end in (("deepep_low_latency", True), ("deepep_high_throughput", False)):
+        advice = advise(TOY, HOT, "h20", ep_size=4, backend=backend, **SMALL)
+        assert any("which no placement can beat" in line for line in changes(advice, 0.02)) == is_end
+
+
 def test_few_sequences_and_one_layer_are_not_enough():
     few = advise(TOY, record(draw_ids(SKEWED, 3000), 30), "h20", ep_size=4, **SMALL)
     assert few.verdict == UNSURE
@@ -205,6 +214,7 @@ def test_the_advice_does_not_depend_on_threads():
     pd.testing.assert_frame_equal(one.table(), two.table())
 
 
+@pytest.mark.slow
 def test_real_routing(shared):
     """gpt-oss-20b at EP 16 on H20: with 512 tokens per rank, copies of experts pay in every split; with 1 they cost."""
     path = shared / "traces" / "gpt-oss-20b-tokens.npz"
@@ -232,19 +242,7 @@ def test_the_figure_shows_every_candidate_and_its_numbers():
 # The command
 
 
-TOY_ADVICE = [
-    "advise",
-    "--model",
-    "config.json",
-    "--workload",
-    "hot.npz",
-    "--ep",
-    "4",
-    "--steps",
-    "8",
-    "--tokens",
-    "8,2048",
-]
+TOY_ADVICE = "advise --model config.json --workload hot.npz --ep 4 --steps 8 --tokens 8,2048".split()
 
 
 @pytest.fixture
@@ -263,6 +261,7 @@ def toy_files(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_the_command_answers_and_writes(toy_files, capsys):
     assert run(*TOY_ADVICE, "--out", "advice") == 0
     out, err = capsys.readouterr()
@@ -272,7 +271,7 @@ def test_the_command_answers_and_writes(toy_files, capsys):
         "Not run, so without a gain:",
         "Rule: ",
         "What the engine does:",
-        "vLLM silently runs linear",
+        "vLLM falls back to linear",
         "What would change the verdict:",
     ):
         assert text in out
@@ -319,7 +318,7 @@ def test_what_the_engine_does_not_run_has_no_gain(toy_files, capsys):
     out = capsys.readouterr().out
     table, _, after = out.partition("Not run, so without a gain:")
     assert "round_robin" not in table
-    assert "round_robin: vLLM silently runs linear" in after
+    assert "round_robin: vLLM falls back to linear" in after
     advice = advise(TOY, HOT, "h20", ep_size=4, **SMALL)
     assert set(not_run(advice)) == {"round_robin", "random"}
 
@@ -406,6 +405,7 @@ def test_bad_usage_is_one_line_and_status_2(words, message, toy_files, capsys):
     assert set(toy_files.iterdir()) == before
 
 
+@pytest.mark.slow
 def test_the_committed_advice_regenerates(shared):
     """All numbers of results/advice-gpt-oss-20b, from the trace and what its json says."""
     folder = ROOT / "results" / "advice-gpt-oss-20b"

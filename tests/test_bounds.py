@@ -61,18 +61,10 @@ def test_integration_equals_enumeration_where_only_order_counts(n_group, size, k
 
 SMALL_GROUPS = [
     (n_group, size, kept, top_k)
-    for size, n_groups in [
-        (1, (2, 4, 8)),
-        (2, (2, 4, 8, 16)),
-        (3, (2, 4)),
-        (4, (2, 8)),
-        (6, (4,)),
-        (8, (4, 16)),
-        (16, (8,)),
-    ]
+    for size, n_groups in [(1, (2, 4, 8)), (2, (2, 4, 16)), (3, (4,)), (4, (8,)), (8, (16,)), (16, (8,))]
     for n_group in n_groups
-    for kept in sorted({1, n_group // 2, n_group - 1})
-    for top_k in (1, 3)
+    for kept in sorted({1, n_group // 2})
+    for top_k in ((1, 3) if size < 4 else (3,))
     if top_k <= min(kept, 4) * size
 ]
 
@@ -88,6 +80,7 @@ def test_spreads_over_small_groups_add_up_to_1(scoring):
             assert min(spread.values()) >= 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scoring", ["sigmoid", "softmax"])
 @pytest.mark.parametrize(("n_group", "size", "kept", "top_k"), [(4, 2, 2, 2), (3, 3, 2, 4), (4, 4, 2, 3)])
 def test_spreads_over_small_groups_equal_the_routers(scoring, n_group, size, kept, top_k):
@@ -114,6 +107,7 @@ def test_a_uniform_sweep_of_small_groups_has_exact_rows():
     assert ((rows.probability - rows.probability_theory).abs() <= half).all() or (rows.method_theory == "bound").any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["deepseek-v3", "deepseek-v2", "ling-mini-2.0"])
 def test_tokens_of_presets_spread_as_integration_says(name):
     """2**20 sampled tokens of grouped presets, both group scores: every spread at once."""
@@ -143,6 +137,7 @@ def test_tokens_of_presets_spread_as_integration_says(name):
     assert set(found) <= set(exact)
 
 
+@pytest.mark.slow
 @given(
     st.lists(st.floats(0, 1), min_size=2, max_size=9).filter(lambda p: sum(p) > 0.01),
     st.sampled_from([1, 2, 3, 7, 20]),
@@ -256,19 +251,20 @@ def both_methods(tail, floor):
     return sampled.merge(tail[tail.method.isin(["bound", "exact"])], on=keys, suffixes=("", "_theory"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workload", ["uniform", "chat"])
 def test_bounds_and_sampling_agree_where_both_see(workload):
     """Uniform: all layers. Chat: 40 layers, the same for both. Normal intervals of all rows at once."""
     result = sweep(
         "deepseek-v3", workload, ep_sizes=[4, 8, 12, 64], tokens=[1, 8, 64], placements=["linear", "round_robin"],
-        trials=40_000, draws=40 if workload == "chat" else None, bound_layers=40,
+        trials=20_000, draws=40 if workload == "chat" else None, bound_layers=40,
     )  # fmt: skip
-    rows = both_methods(result.tail, 10 / 40_000)
+    rows = both_methods(result.tail, 10 / 20_000)
     assert len(rows) > 50
     given = {"uniform": {""}, "chat": {"40 drawn layers"}}[workload]
     assert set(rows.given_theory) == given
     # The layers are given, so blocks are independent and the variance of a mean of layers is at most the binomial one.
-    half = norm.isf(FALSE_ALARM / (2 * len(rows))) * np.sqrt(rows.probability / 40_000) + 10 / 40_000
+    half = norm.isf(FALSE_ALARM / (2 * len(rows))) * np.sqrt(rows.probability / 20_000) + 10 / 20_000
     assert (rows.probability <= rows.high_theory + half).all()
     assert (rows.probability >= rows.low_theory - half).all()
     exact = rows[rows.method_theory == "exact"]

@@ -83,6 +83,7 @@ def deployments():
     return plan, sample_deployments(plan, 58, 20, 2)
 
 
+@pytest.mark.slow
 def test_means_are_those_of_a_sweep(deployments):
     """Mean tokens that a rank receives, from laws by mean load, against all tokens of sampled steps, within 1 %."""
     plan, found = deployments
@@ -103,6 +104,7 @@ def test_means_are_those_of_a_sweep(deployments):
         assert of_pair["expert_rows"].mean == pytest.approx(8 / n_slots, rel=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantity", ["received", "pairs"])
 def test_probabilities_hold_against_sampled_steps(deployments, quantity):
     """P(some rank of a layer has more than a capacity), layers drawn afresh, against a sweep of other layers.
@@ -168,6 +170,7 @@ def _brute_force(rng, n_deployments):
     return out
 
 
+@pytest.mark.slow
 def test_worst_of_58_layers_is_that_of_brute_force():
     """Steps of 300 deployments: the mean over layers within 1 % of the independent figures 1.23, 1.39, 1.66 and 2.15, and that of
     the worst layer within 3 standard errors of brute force and its own (one false alarm in 100 for the four).
@@ -197,10 +200,10 @@ def test_worst_of_58_layers_is_that_of_brute_force():
 
 @pytest.mark.slow
 def test_brute_force_of_the_worst_of_58_layers():
-    """Other layers than those that the figures come from, 12 deployments: within 3 standard errors of both."""
-    worst = _brute_force(np.random.default_rng(4), 12).max(axis=1)
+    """Other layers than those that the figures come from, 5 deployments: within 3 standard errors of both."""
+    worst = _brute_force(np.random.default_rng(4), 5).max(axis=1)
     for of_size, (ref, half) in zip(worst.T, WORST.values(), strict=True):
-        assert of_size.mean() == pytest.approx(ref, abs=3 * np.hypot(half / 1.96, of_size.std() / 12**0.5))
+        assert of_size.mean() == pytest.approx(ref, abs=3 * np.hypot(half / 1.96, of_size.std(ddof=1) / 5**0.5))
 
 
 def test_table_has_the_columns_that_are_promised(small):
@@ -297,6 +300,7 @@ def test_slots_that_do_not_divide_are_left_out_and_named():
     ]
 
 
+@pytest.mark.slow
 def test_the_verb_prints_and_writes(tmp_path, capsys):
     words = "capacity --ep 16 --tokens-per-rank 32 --placement linear,round_robin --deployments 8 --horizon 24h"
     assert main([*words.split(), "--capacity-factor", "1.25", "--out", str(tmp_path / "cap")]) == 0
@@ -304,6 +308,8 @@ def test_the_verb_prints_and_writes(tmp_path, capsys):
     assert "received tokens, capacity exceeded with a probability of at most 0.001" in said
     assert "vLLM: receive fraction" in said
     assert "Capacity factor 1.25" in said
+    assert "MiB" in said  # of a decode step, which in GiB would be 0.00
+    assert " 0.00 " not in said
     table = pd.read_csv(tmp_path / "cap" / "capacity.csv")
     assert list(table.columns) == COLUMNS
     assert (tmp_path / "cap" / "capacity.png").stat().st_size > 10_000

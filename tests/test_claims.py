@@ -13,10 +13,11 @@ from sim import InputError, load_model, place
 from sim.cli import main
 from sim.model import ModelSpec
 from sim.verdicts import CLAIMS, claims
-from sim.verdicts.exact import assigned_loads, most_on_a_rank, strided_loads
+from sim.verdicts.loads import assigned_loads, most_on_a_rank, strided_loads
 from sim.verdicts.verdict import needed_share, ranges_text, time_saved
 
 
+@pytest.mark.slow
 def test_every_claim_is_there_and_says_all():
     table = claims("uniform", effort=0.02)
     assert table.id.tolist() == list(CLAIMS)
@@ -27,6 +28,7 @@ def test_every_claim_is_there_and_says_all():
         assert np.isnan(row.low) or row.low <= row.value <= row.high
 
 
+@pytest.mark.slow
 def test_verdicts_follow_the_traffic():
     """Perfect balance has nothing to give under uniform traffic, and much under chat."""
     ids = ["balanced-18", "qpm-8", "less-waiting"]
@@ -100,6 +102,7 @@ def test_ranges_in_words(chosen, text):
     assert ranges_text([1, 2, 4, 8], chosen) == text
 
 
+@pytest.mark.slow
 def test_the_same_table_on_any_number_of_threads():
     one, two = (claims(only=["tput-14.57", "last-rank"], effort=0.1, threads=n) for n in (1, 2))
     assert one.equals(two)

@@ -14,7 +14,7 @@ from conftest import ROOT, fails
 
 import sim
 from sim.cli import VERBS, main
-from sim.cli.progress import time_left_s
+from sim.cli.terminal import note, time_left_s
 from sim.figures import FIGURES
 from sim.options import SweepOptions, declarations, flag_of
 from sim.progress import advance, phase, track, watching
@@ -95,7 +95,7 @@ def test_a_config_file_holds_the_same_options(folder, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_plot_draws_every_figure_and_the_same_bytes_twice(folder, capsys):
+def test_plot_draws_every_figure_and_of_two_the_same_bytes_twice(folder, capsys):
     assert main(["plot", str(folder)]) == 0
     said = capsys.readouterr().out.splitlines()
     written = [Path(line).name for line in said if line.endswith(".png")]
@@ -105,8 +105,11 @@ def test_plot_draws_every_figure_and_the_same_bytes_twice(folder, capsys):
     written += [name.replace(".png", ".svg") for name in written]
     first = {name: (folder / name).read_bytes() for name in written}
     assert all(data.startswith((b"\x89PNG", b"<?xml")) for data in first.values())
-    assert main(["plot", str(folder), "--format", "png,svg"]) == 0
     for name in first:
+        (folder / name).unlink()
+    again = [Path(name).stem for name in written[:2]]
+    assert main(["plot", str(folder), "--figures", ",".join(again), "--format", "png,svg"]) == 0
+    for name in [f"{name}.{ending}" for name in again for ending in ("png", "svg")]:
         assert (folder / name).read_bytes() == first[name]
         (folder / name).unlink()
     capsys.readouterr()
@@ -198,7 +201,7 @@ def test_notes_tell_what_is_assumed(tmp_path, capsys):
     err = capsys.readouterr().err
     assert "glm-4.6: not read from the checkpoint itself: every field" in err
     assert "fitted to deepseek-r1; on glm-4.6 it is an assumption" in err
-    assert "vLLM silently runs linear" in err
+    assert "vLLM runs linear where round_robin is asked for" in err
     assert main([*run, "--model", "deepseek-r1", "--out", str(tmp_path / "b")]) == 0
     assert "assumption" not in capsys.readouterr().err
 
@@ -207,19 +210,7 @@ def test_recorded_routing_from_the_command_line(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     ids = np.array([np.random.default_rng(s).permutation(32)[:4] for s in range(300)], np.int16)
     np.savez("my.npz", topk_ids=ids.reshape(100, 3, 4), sequence_lengths=np.full(20, 5))
-    run = [
-        "sweep",
-        "--model",
-        "gpt-oss-20b",
-        "--workload",
-        "file:my.npz",
-        "--ep",
-        "4",
-        "--tokens",
-        "4,64",
-        "--trials",
-        "30",
-    ]
+    run = "sweep --model gpt-oss-20b --workload file:my.npz --ep 4 --tokens 4,64 --trials 30".split()
     assert main([*run, "--phase", "prefill"]) == 0
     [path] = Path("results").glob("gpt-oss-20b-my-????????")  # the id of what is sampled
     summary = pd.read_csv(path / "summary.csv")
@@ -230,6 +221,7 @@ def test_recorded_routing_from_the_command_line(tmp_path, capsys, monkeypatch):
     fails(capsys, [*run, "--model", "mixtral-8x7b", "--out", "x"], "top_k 2")
 
 
+@pytest.mark.slow
 def test_lists_and_help(capsys):
     for verb in ("models", "workloads", "placements"):
         assert main([verb]) == 0
@@ -237,7 +229,7 @@ def test_lists_and_help(capsys):
     assert out.count("\n") > 53
     assert "deepseek-v3" in out
     assert "gpqa-tilted" in out
-    assert "silently runs linear" in out
+    assert "falls back to linear" in out
     assert main(["--help"]) == 0
     assert all(verb in capsys.readouterr().out for verb in ("sweep",))
     for verb in VERBS:
@@ -313,11 +305,32 @@ def test_only_a_sweep_promises_to_go_on_after_an_interrupt(verb, goes_on, monkey
     def interrupted(arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(f"sim.cli.{verb}.run", interrupted)
+    monkeypatch.setattr(f"sim.cli.{verb}.run_{verb}", interrupted)
     assert main([verb]) == 130
     err = capsys.readouterr().err
     assert err.startswith(f"epsim {verb}: error: interrupted")
     assert ("finished chunks are kept" in err) == goes_on
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_a_run_that_ends_with_an_error_says_nothing_else(works, monkeypatch, capsys):
+    def run(arguments):
+        note("a remark")
+        note("a  remark")
+        if not works:
+            raise sim.InputError("`model` is wrong")
+
+    monkeypatch.setattr("sim.cli.lists.run_placements", run)
+    assert main(["placements"]) == (0 if works else 2)
+    assert capsys.readouterr().err == ("note: a remark\n" if works else "epsim placements: error: model is wrong\n")
+
+
+def test_help_of_a_verb_is_found_by_either_order_and_names_what_must_be_given(capsys):
+    assert main(["help", "export"]) == 0
+    first = capsys.readouterr().out
+    assert first.startswith("usage: epsim export --placement P --ep R --format F --out FILE [options]")
+    assert main(["export", "--help"]) == 0
+    assert capsys.readouterr().out == first
 
 
 # Output

@@ -16,6 +16,7 @@ FEW = {"tokens": [64], "most_steps": 4, "layer_sets": 2}
 WORDS = ["--ep", "8,16", "--tokens", "64", "--steps", "4", "--layer-sets", "2"]
 
 
+@pytest.mark.slow
 def test_rows_are_those_of_predicted_gains_with_a_redundant_slot_on_each_rank():
     table = saved_by_traffic([Subject(V3, load_workload("chat"))], "h200", ep_sizes=[8, 16], **FEW)
     for ep_size in (8, 16):
@@ -92,7 +93,7 @@ def test_what_is_written_is_shown_again_and_refused_when_changed(tmp_path, capsy
     [
         (["--trace", "gpt-oss-20b"], "takes MODEL FILE, or MODEL FILE FIT_ON"),
         (["--show", "results/depends", "--out", "x"], "--out goes without --show"),
-        (["--show", "results/depends", "--ep", "7"], "--ep '7'"),
+        (["--show", "results/depends", "--ep", "7"], "--ep 7: "),
         (["--show", "absent"], "absent"),
         (["--placement", "linear", *WORDS], "there is nothing to compare"),
         (["--exchange", "pear", *WORDS], "pear"),
@@ -108,17 +109,7 @@ def test_bad_usage_is_one_line_and_status_2(words, message, capsys, monkeypatch)
 
 
 def test_committed_rows_are_computed_again_to_the_last_digit(capsys):
-    words = [
-        "depends",
-        "--workload",
-        "uniform,one-subject",
-        "--placement",
-        "round_robin",
-        "--ep",
-        "16",
-        "--tokens",
-        "64",
-    ]
+    words = "depends --workload uniform,one-subject --placement round_robin --ep 16 --tokens 64".split()
     assert main([*words, "--csv"]) == 0
     found = [line for line in capsys.readouterr().out.splitlines() if ",imbalance," in line]
     committed = (ROOT / "results" / "depends" / "depends.csv").read_text().splitlines()
@@ -126,6 +117,7 @@ def test_committed_rows_are_computed_again_to_the_last_digit(capsys):
     assert set(found) <= set(committed)
 
 
+@pytest.mark.slow
 def test_recorded_traffic_is_fitted_on_what_is_not_scored(shared):
     oss, olmoe = load_model("gpt-oss-20b"), load_model("olmoe-1b-7b")
     traces = shared / "traces"

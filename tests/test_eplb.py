@@ -197,6 +197,7 @@ def test_flashlbs_toy():
     assert least == pytest.approx(590 / 3)
 
 
+@pytest.mark.slow
 def test_distance_from_the_optimum_on_small_cases():
     """200 layers of 6 experts with log-normal loads, 9 slots on 3 ranks, against a full search: EPLB's heaviest rank is 4.3 %
     above the optimum in the mean and 18 % at worst, the refined one 0.6 % and 6 %.
@@ -219,7 +220,7 @@ def test_distance_from_the_optimum_on_small_cases():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"loads": None}, "`strategy` eplb needs the loads"),
+        ({"loads": None}, "`strategy` eplb needs `loads`"),
         ({"loads": np.ones(255)}, r"must have shape \[256\], one number per expert, not \[255\]"),
         ({"loads": np.ones((2, 256))}, r"not \[2, 256\]"),
         ({"loads": [[1.0], [1.0, 2.0]]}, "layers must have the same number of experts"),
@@ -229,13 +230,13 @@ def test_distance_from_the_optimum_on_small_cases():
         ({"loads": [-1.0] + [1.0] * 255}, "expert 0 is -1.0"),
         ({"loads": [1e300] * 256}, "too large for a load"),
         ({"redundant": 4}, "256 experts [+] 4 redundant slots do not divide by 16 ranks; eplb[+]16 does"),
-        ({"redundant": -1}, "redundant -1"),
-        ({"redundant": 10**9}, "redundant 1000000000"),
+        ({"redundant": -1}, "`redundant` -1"),
+        ({"redundant": 10**9}, "`redundant` 1000000000"),
         ({"strategy": "eplb+x"}, "redundant slots are a whole number"),
         ({"strategy": "eplb+-8"}, "redundant slots are a whole number"),
         ({"strategy": "eplb+16", "redundant": 32}, "another number of redundant slots"),
         ({"strategy": "elpb+16"}, "did you mean eplb"),
-        ({"strategy": "linear"}, "linear takes no loads"),
+        ({"strategy": "linear"}, "linear takes no `loads`"),
         ({"strategy": "round_robin+16", "loads": None}, "redundant slots go with linear, eplb"),
         ({"strategy": "file:x.json", "redundant": 16, "loads": None}, "a file has its own redundant slots"),
         ({"ep_size": 12}, "256 experts [+] 0 redundant slots do not divide by 12 ranks; eplb[+]8 does"),

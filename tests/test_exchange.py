@@ -9,9 +9,7 @@ from conftest import ROOT
 from fit_cost import fit_layers, preset_of, table
 
 from sim import Gpu, InputError, ModelSpec, load_gpu, load_model
-from sim.cost import (
-    exchange_time_us,
-)
+from sim.cost import exchange_time_us
 from sim.cost.exchange import BACKENDS, KINDS, exchange_kind
 from sim.cost.tables import exchange_profile
 from sim.measure.layer_compare import read_layers

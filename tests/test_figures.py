@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from itertools import pairwise
 
 import numpy as np
 import pandas as pd
@@ -10,7 +11,7 @@ from matplotlib.text import Text
 
 from sim import InputError, sweep
 from sim.figures import FIGURES, draw
-from sim.figures.style import look
+from sim.figures.style import log2_ticks, look, panels
 from sim.stats import best_rows
 
 
@@ -34,6 +35,7 @@ def title_of(figure):
     return " ".join(figure._suptitle.get_text().split())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FIGURES)
 def test_every_axis_has_a_name_and_no_text_lies_over_another_or_is_too_small(name, result):
     figure = FIGURES[name](result)
@@ -76,11 +78,17 @@ def test_what_another_placement_buys_is_the_ratio_of_the_tables_numbers(what, ro
     np.testing.assert_allclose(lines(ax, "#0072B2")[0].get_ydata(), of / base - 1)
     assert lines(ax, "#000000")[0].get_ydata() == pytest.approx(0)
     figure = draw("imbalance_by_tokens", result)
-    rows = result.summary.query("ep_size == 12").set_index(["placement", "tokens"])[f"imbalance_{what}"]
+    cells = result.summary.query("ep_size == 12").set_index(["placement", "tokens"])
+    rows = cells[f"imbalance_{what}"]
+    ratios = rows["round_robin"] / rows["linear"] - 1
+    if what == "p99":  # of fewer than 16 pairs it jumps
+        ratios = ratios.mask((rows * cells.mean_load).groupby("tokens").min() < 16)
+        assert ratios.isna().tolist() == [True, True, False]
     ax = figure.axes[row * (len(figure.axes) // 2) + 1]
-    np.testing.assert_allclose(lines(ax, "#0072B2")[0].get_ydata(), rows["round_robin"] / rows["linear"] - 1)
+    np.testing.assert_allclose(lines(ax, "#0072B2")[0].get_ydata(), ratios)
 
 
+@pytest.mark.slow
 def test_the_ratios_interval_is_that_of_paired_ratios():
     """Over 100 seeds (fixed) the 95 % interval holds the ratio of a long run; 88 hits or fewer have probability 0.5 %."""
     options = {"ep_sizes": 8, "tokens": 8, "placements": ["linear", "round_robin"], "bound_layers": 0, "threads": 1}
@@ -121,6 +129,7 @@ def with_theory(result, method, given="", off=1.0):
     return dataclasses.replace(result, tail=pd.concat([tail[tail.method == "sampled"], new])), new
 
 
+@pytest.mark.slow
 def test_rows_beyond_sampling_are_thin_lines_and_rare_events_are_points_with_a_band(result):
     for method, column in (("exact", "high"), ("rare", "probability")):
         with_rows, rows = with_theory(result, method)
@@ -142,6 +151,7 @@ def test_bounds_of_layers_that_are_not_typical_are_left_out_and_the_figure_says_
     assert "left out: 1 curve" in title_of(figure)
 
 
+@pytest.mark.slow
 def test_exceedance_has_at_most_six_panels_and_names_the_ep_sizes_that_it_leaves_out():
     sizes = [2, 4, 8, 16, 24, 32, 48, 64, 128, 256]
     many = sweep("deepseek-v3", "uniform", ep_sizes=sizes, tokens=64, placements=["linear", "round_robin"], trials=40)
@@ -218,6 +228,22 @@ def test_a_sweep_of_one_ep_size_is_drawn_at_its_tick(result):
         assert all(set(line.get_xdata()) <= {16, 0, 1} for line in ax.get_lines())  # 0 and 1: a line across
         low, high = ax.get_xlim()
         assert low * high == pytest.approx(16 * 16)
+
+
+@pytest.mark.parametrize("columns", [2, 3, 4])
+@pytest.mark.parametrize(
+    "values", [[8, 64, 512, 2048, 8192, 16384], [2**i for i in range(15)], [2, 4, 8, 12, 16, 24, 32, 256]]
+)
+def test_a_log_axis_has_labels_at_its_ends_and_none_over_another(values, columns):
+    figure, axes = panels(columns, columns, 2.0)
+    for ax in axes:
+        log2_ticks(ax, values)
+    figure.draw_without_rendering()
+    for ax in axes:
+        assert {values[0], values[-1]} <= set(ax.get_xticks())
+        boxes = [label.get_window_extent() for label in ax.get_xticklabels()]
+        assert len(boxes) >= 4
+        assert not any(a.overlaps(b) for a, b in pairwise(boxes))
 
 
 def test_redundant_slots_look_different():

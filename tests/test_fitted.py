@@ -98,6 +98,7 @@ def test_a_sweep_takes_each_layer_as_a_draw(path):
         sweep("olmoe-1b-7b", path, ep_sizes=8, tokens=8, placements="linear", trials=30, draws=5)
 
 
+@pytest.mark.slow
 def test_bounds_of_a_fitted_workload_hold_what_is_sampled(path):
     """Sampled probabilities of 6000 steps lie between the bounds, to four standard errors."""
     result = sweep("olmoe-1b-7b", path, ep_sizes=8, tokens=64, placements="linear", trials=6000)

@@ -30,7 +30,7 @@ from sim.cost.expert import expert_rates
 from sim.cost.gain import BALANCER_US, IN_STEP, PERFECT, break_even_tokens
 from sim.cost.steps import sample_steps
 from sim.placement import place_balanced, read_placement
-from sim.placement.budget import spend
+from sim.placement.eplb import spend
 from sim.router import draw_loads, draw_trials
 from sim.sweeps import make_plan
 from sim.sweeps.steps import place_pairs
@@ -159,6 +159,7 @@ def test_it_lies_between_its_placement_and_perfect_balance():
     assert set(table.copies_of.dropna()) == {"eplb+8"}
 
 
+@pytest.mark.slow
 def test_break_even_is_where_it_buys_what_the_balancer_takes():
     bought = gains()[lambda rows: rows.placement == IN_STEP].bought_us.tolist()
     for balancer_us, least, most in ((0, 64, 64), (bought[1] + 1, np.inf, np.inf), (sum(bought) / 2, 1023, 1025)):

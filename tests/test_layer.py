@@ -284,6 +284,7 @@ def test_a_table_of_layers_that_is_wrong_is_refused_in_one_line(tmp_path, change
         read_layers(path)
 
 
+@pytest.mark.slow
 def test_measured_layers_are_shown_with_tables_and_figures(tmp_path, capsys):
     path = made_up(tmp_path)
     assert main(["measure", "--show", str(path), "--plot"]) == 0

@@ -93,19 +93,7 @@ def test_shares_of_source_ranks():
 
 def test_a_sweep_writes_a_file_for_each_cell(tmp_path, capsys):
     """The same steps and seed as in Python; nothing is pickled; rows of the sweep are those without the option."""
-    words = [
-        "sweep",
-        "--ep",
-        "4,8",
-        "--tokens",
-        "16",
-        "--placement",
-        "linear,eplb+8",
-        "--trials",
-        "40",
-        "--fit-tokens",
-        "64",
-    ]
+    words = "sweep --ep 4,8 --tokens 16 --placement linear,eplb+8 --trials 40 --fit-tokens 64".split()
     assert main([*words, "--out", str(tmp_path / "with"), "--rank-traffic", "--source-imbalance", "1.5"]) == 0
     assert main([*words, "--out", str(tmp_path / "without")]) == 0
     assert "rank_traffic/*.npz" in capsys.readouterr().out
@@ -134,10 +122,7 @@ def test_a_sweep_writes_a_file_for_each_cell(tmp_path, capsys):
     [
         (["--source-imbalance", "2"], "--source-imbalance goes with --rank-traffic"),
         (["--rank-traffic", "--source-imbalance", "9"], "--source-imbalance 9: must be from 1 to the EP size, 8"),
-        (
-            ["--rank-traffic", "--source-imbalance", "1,2"],
-            "--source-imbalance: 2 shares go with EP size 2, not 8",
-        ),
+        (["--rank-traffic", "--source-imbalance", "1,2"], "--source-imbalance: 2 shares go with EP size 2, not 8"),
         (["--rank-traffic", "--source-imbalance", "0,0,0,0,0,0,0,0"], "one share at least must be above 0"),
         (["--rank-traffic", "--source-imbalance", "a"], "--source-imbalance 'a': expected numbers"),
         (["--rank-traffic", "--precision", "1%"], "rank traffic goes with --trials, not with a precision"),

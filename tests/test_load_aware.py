@@ -58,6 +58,7 @@ def test_a_token_of_the_fan_out_goes_to_one_copy_of_each_expert_and_to_all_equal
     np.testing.assert_allclose(shares, [1 / 3, 1 / 2, 1, 1 / 3, 1 / 2, 1 / 3], atol=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("choice", ["even", "vllm_hash"])
 @pytest.mark.parametrize("draws", [None, 7])
 def test_summary_equals_a_plain_recomputation(choice, draws):

@@ -79,7 +79,7 @@ def test_a_header_of_numbers_is_a_header_and_a_row_of_counts_is_none(tmp_path):
     found = read_traffic(path)
     np.testing.assert_array_equal(found.expert_counts, COUNTS)
     assert "its first line, 0 to 7, numbers the experts" in found.notes
-    path.write_text("1,2,3,4,5,6,7,8\n" + rows)
+    path.write_text("1,2,3,4,5,6,7,9\n" + rows)
     assert read_traffic(path).n_layers == 4
 
 

@@ -18,18 +18,7 @@ OSS = load_model("gpt-oss-20b")
 
 
 def test_a_trace_has_the_form_that_readers_take_and_is_the_same_by_seed(tmp_path, capsys):
-    words = [
-        "traffic",
-        "make",
-        "--model",
-        "gpt-oss-20b",
-        "--workload",
-        "gpt-oss-20b",
-        "--tokens",
-        "1001",
-        "--sequences",
-        "7",
-    ]
+    words = "traffic make --model gpt-oss-20b --workload gpt-oss-20b --tokens 1001 --sequences 7".split()
     for name in ("a.npz", "b.npz"):
         assert main([*words, "--out", str(tmp_path / name)]) == 0
     assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
@@ -44,18 +33,7 @@ def test_a_trace_has_the_form_that_readers_take_and_is_the_same_by_seed(tmp_path
 
 def test_the_imbalance_that_is_asked_for_is_reached_and_said(tmp_path, capsys):
     path = tmp_path / "t.npz"
-    words = [
-        "traffic",
-        "make",
-        "--model",
-        "gpt-oss-20b",
-        "--workload",
-        "gpt-oss-20b",
-        "--imbalance",
-        "2.5",
-        "--ep",
-        "8",
-    ]
+    words = "traffic make --model gpt-oss-20b --workload gpt-oss-20b --imbalance 2.5 --ep 8".split()
     assert main([*words, "--tokens", "8192", "--out", str(path)]) == 0
     trace = read_traffic(path, OSS)
     reached = trace_imbalance(trace, OSS, 8)
@@ -100,6 +78,7 @@ def test_the_nearest_preset_is_named_and_the_scale_that_reaches_it(capsys):
     assert "lies from 1 to --ep 8" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_presets_are_listed_with_their_imbalance_and_what_they_miss(capsys):
     assert main(["workloads", "--ep", "8,64", "--json"]) == 0
     rows = {(row["workload"], row["ep_size"]): row for row in json.loads(capsys.readouterr().out)}
@@ -127,18 +106,7 @@ def test_presets_are_listed_with_their_imbalance_and_what_they_miss(capsys):
 )
 def test_bad_usage_is_one_line_and_status_2(words, message, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    base = [
-        "traffic",
-        "make",
-        "--model",
-        "gpt-oss-20b",
-        "--workload",
-        "gpt-oss-20b",
-        "--tokens",
-        "64",
-        "--sequences",
-        "4",
-    ]
+    base = "traffic make --model gpt-oss-20b --workload gpt-oss-20b --tokens 64 --sequences 4".split()
     assert main([*base, "--out", "t.npz", *words]) == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
     assert not list(tmp_path.iterdir())

@@ -8,13 +8,11 @@ from devices import H100, MadeUp, measured, steps_of
 
 from sim.cost import expert_time_us
 from sim.errors import InputError
-from sim.measure import (
-    Shape,
-    read_measured,
-)
-from sim.measure.steps import busiest_ranks, rank_sums
+from sim.measure import Shape, read_measured
+from sim.measure.steps import busiest_ranks
 from sim.measure.table import COLUMNS, partial_path
 from sim.model import ModelSpec
+from sim.scoring import score
 
 # What is measured
 
@@ -26,10 +24,7 @@ def test_all_placements_and_ep_sizes_share_the_tokens():
         assert (counts.sum(axis=2) == np.array([8, 512]) * 8).all()
         assert (counts[:, 0] <= counts[:, 1]).all(), workload  # a shorter step begins a longer one
     assert steps.most_local_experts == 32
-    loads = [
-        rank_sums(steps.counts[workload], slots.rank_of_expert).max()
-        for (workload, _, _), slots in steps.placed.items()
-    ]
+    loads = [score(slots, steps.counts[workload]).max_load.max() for (workload, _, _), slots in steps.placed.items()]
     assert steps.most_pairs == max(loads)
 
 
@@ -50,19 +45,13 @@ def test_copies_of_an_expert_share_its_tokens():
     assert steps.most_local_experts == 9
 
 
-def test_rank_sums_are_the_plain_ones():
-    counts = steps_of().counts["chat"][0, 1]
-    ranks = np.arange(256) % 32
-    assert rank_sums(counts, ranks).tolist() == [sum(counts[e] for e in range(256) if ranks[e] == r) for r in range(32)]
-
-
 def test_the_busiest_ranks_and_one_other_are_measured():
     steps = steps_of()
     for layers in steps.compared(H100, ["bf16", "fp8"]):
         for layer in layers:
             counts = steps.counts[layer.workload][layer.step, steps.tokens.index(layer.tokens)]
-            rank_of_expert = steps.placed[layer.workload, layer.placement, layer.ep_size].rank_of_expert
-            loads, distinct = rank_sums(counts, rank_of_expert), rank_sums(counts > 0, rank_of_expert)
+            of_ranks = score(steps.placed[layer.workload, layer.placement, layer.ep_size], counts)
+            loads, distinct = of_ranks.loads, of_ranks.distinct_experts
             busiest = [rank.rank for rank in layer.ranks if rank.chosen == "busiest"]
             assert max(loads) == max(loads[busiest])
             assert max(distinct) == max(distinct[busiest])

@@ -14,13 +14,7 @@ from sim.cli import main
 from sim.cost.tables import grouped_gemm_profile
 from sim.errors import InputError
 from sim.figures.measured import measured_gain, predicted_against_measured
-from sim.measure import (
-    constants,
-    errors,
-    gains,
-    read_measured,
-    with_predictions,
-)
+from sim.measure import constants, errors, gains, read_measured, with_predictions
 from sim.measure.compare import missed
 from sim.stats import half_width, ratio_parts
 
@@ -111,6 +105,7 @@ def test_missed_ranks_are_counted():
 # Figures
 
 
+@pytest.mark.slow
 def test_figures_show_the_tables_numbers(tmp_path):
     rows = with_predictions(read_measured(measured(tmp_path, MadeUp(noise=0.05))[0]))
     figures = [predicted_against_measured(rows), measured_gain(rows, gains(rows))]
@@ -143,6 +138,7 @@ def command(tiny, out, *more):
     return main([*words, "--out", str(out), *more])
 
 
+@pytest.mark.slow
 def test_the_command_measures_and_shows(tiny, tmp_path, capsys):
     out = tmp_path / "here" / "a.csv"
     assert command(tiny, out) == 0

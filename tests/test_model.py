@@ -39,7 +39,6 @@ def test_new_presets_are_marked_as_not_read_from_a_checkpoint():
         "a.x-k1",
         "beam-1.0-501b",
         "glm-5.3-flash",
-        "kimi-linear-48b-a3b",
         "dots3",
         "hy4",
     ):
@@ -142,6 +141,25 @@ def test_a_name_that_is_only_assumed_to_be_the_preset_says_so():
         in load_model("MiniMax-M2.1").unverified
     )
     assert len(load_model("MiniMax-M2.5").unverified) == len(load_model("minimax-m2").unverified)
+
+
+def test_a_quantised_copy_has_its_own_dtype():
+    stored = {
+        name: load_model(name).routed_dtype
+        for name in ("Qwen3-235B-A22B-FP8", "amd/DeepSeek-R1-MXFP4-Preview", "DeepSeek-R1-0528")
+    }
+    assert [*stored.values()] == ["fp8", "mxfp4", load_model("deepseek-r1").routed_dtype]
+
+
+def test_a_link_to_the_hub_is_an_id_and_what_cannot_be_read_says_what_to_give(tmp_path):
+    assert load_model("https://huggingface.co/deepseek-ai/DeepSeek-V3/").name == "deepseek-v3"
+    for name, words in (
+        (tmp_path, "is a folder without a config.json"),
+        ("DeepSeek-V3-Q4_K_M.gguf", "GGUF files are not read; give the config.json"),
+        ("Qwen/Qwen3-8B", "hf download Qwen/Qwen3-8B config.json"),
+    ):
+        with pytest.raises(InputError, match=words):
+            load_model(name)
 
 
 def test_a_spec_is_returned_as_it_is():
@@ -255,9 +273,18 @@ def test_config_json_variants(tmp_path):
     [
         ({"hidden_size": 4096, "num_hidden_layers": 32}, "has no experts"),
         ({"num_experts": 8}, "has no top-k"),
-        ({"num_experts": 0, "num_experts_per_tok": 2}, "n_experts must be"),
-        ({"num_experts": "8", "num_experts_per_tok": 2}, "n_experts must be"),
-        ({"num_experts": 8.5, "num_experts_per_tok": 2}, "n_experts must be"),
+        ({"num_experts": 0, "num_experts_per_tok": 2}, "not a mixture of experts: num_experts is 0"),
+        ({"num_experts": 1, "num_experts_per_tok": 1}, "not a mixture of experts: num_experts is 1"),
+        ({"num_experts": 8, "num_experts_per_tok": "2"}, "num_experts_per_tok must be a whole number .* not '2'"),
+        ({"num_experts": 8, "num_experts_per_tok": 2, "n_group": {}}, "n_group must be a whole number"),
+        (
+            {"num_experts": 8, "num_experts_per_tok": 2, "num_hidden_layers": 4, "mlp_only_layers": [0, 1, 2, 3]},
+            "no layer has experts, by mlp_only_layers",
+        ),
+        ({"num_experts": 512, "num_experts_per_tok": 8, "router_n_groups": 8}, "router_n_groups 8: .* not simulated"),
+        ({"num_experts": 64, "num_experts_per_tok": 8, "model_type": "PanguProMoE"}, "pangupromoe: .* not simulated"),
+        ({"num_experts": "8", "num_experts_per_tok": 2}, "num_experts must be a whole number from 2 to 32767, not '8'"),
+        ({"num_experts": 8.5, "num_experts_per_tok": 2}, "num_experts must be"),
         ({"num_experts": 8, "num_experts_per_tok": 9}, "above the 8 experts"),
         ({"num_experts": 10, "num_experts_per_tok": 2, "n_group": 4, "topk_group": 2}, "not divisible"),
         ([1, 2], "not a JSON object"),

@@ -204,6 +204,53 @@ def test_an_expert_without_a_gate_has_two_matrices(tmp_path, keys, matrices):
     assert load_config(tmp_path, BASE | keys).expert_matrices == matrices
 
 
+_NVFP4 = {"num_bits": 4, "type": "float", "group_size": 16}
+_INT4 = {"num_bits": 4, "type": "int", "group_size": 32}
+
+
+@pytest.mark.parametrize(
+    ("keys", "dtype"),
+    [
+        ({}, "unknown"),
+        ({"torch_dtype": "bfloat16", "quantization_config": None}, "bf16"),
+        ({"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}, "fp8_e4m3_block128"),  # DeepSeek-V3
+        ({"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.mlp.router"]}, "mxfp4"),  # gpt-oss
+        ({"config_groups": {"group_0": {"weights": _INT4, "targets": ["Linear"]}}}, "int4_group32"),  # Kimi-K2.5
+        (
+            {"quant_method": "modelopt", "config_groups": {"group_0": {"weights": _NVFP4}}, "quant_algo": "NVFP4"},
+            "nvfp4",
+        ),
+        (
+            {
+                "quant_algo": "MIXED_PRECISION",
+                "quantized_layers": {
+                    "model.layers.0.mlp.shared_expert.up_proj": {"quant_algo": "FP8"},
+                    "model.layers.0.mlp.experts.0.up_proj": {"quant_algo": "W4A16_NVFP4"},
+                },
+            },
+            "nvfp4",
+        ),
+        ({"quant_method": "awq", "bits": 4, "group_size": 128}, "int4_group128"),
+        ({"bits": 4, "group_size": 64}, "int4_group64"),  # MLX
+        ({"quant_method": "quark", "global_quant_config": {"weight": {"dtype": "fp4", "group_size": 32}}}, "mxfp4"),
+        ({"quant_method": "fp8", "ignore": ["re:.*mlp.experts.*"], "dtype": "bfloat16"}, "bf16"),
+        ({"expert_dtype": "fp4", "quant_method": "fp8"}, "fp4"),  # DeepSeek-V4
+        ({"quant_method": "new"}, "unknown"),
+    ],
+)
+def test_how_the_experts_are_stored_is_read(tmp_path, keys, dtype):
+    outer = {key: keys[key] for key in ("torch_dtype", "dtype", "expert_dtype") if key in keys}
+    inner = {key: value for key, value in keys.items() if key not in outer and key != "quantization_config"}
+    model = load_config(tmp_path, {"text_config": BASE, **outer} | ({"quantization_config": inner} if inner else {}))
+    assert model.routed_dtype == dtype
+    assert any("routed_dtype" in note for note in model.unverified) == (keys == {"quant_method": "new"})
+
+
+def test_the_file_that_modelopt_writes_beside_a_config_is_read(tmp_path):
+    (tmp_path / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "NVFP4", "group_size": 16}}')
+    assert load_config(tmp_path, BASE | {"torch_dtype": "bfloat16"}).routed_dtype == "nvfp4"
+
+
 def test_the_language_model_is_found_at_any_depth(tmp_path):
     for path in (
         ["text_config"],

@@ -271,7 +271,11 @@ def mimo(m):
 
 
 V3 = deepseek(
-    "deepseek_v3", num_nextn_predict_layers=1, ep_size=1, aux_loss_alpha=0.001, quantization_config={"modules": ["moe"]}
+    "deepseek_v3",
+    num_nextn_predict_layers=1,
+    ep_size=1,
+    aux_loss_alpha=0.001,
+    quantization_config={"quant_method": "fp8"},
 )
 FAMILIES = {
     **dict.fromkeys(("deepseek-v2", "deepseek-v2.5"), deepseek("deepseek_v2")),

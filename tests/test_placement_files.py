@@ -219,10 +219,12 @@ def test_rows_of_a_file_become_the_layers_that_the_engine_takes_them_for(tmp_pat
 def test_tensorrt_llms_start_without_assignments(tmp_path):
     """fused_moe/interface.py: expert (rank * num_experts // ep_size + local slot) % num_experts."""
     path = tmp_path / "online.yaml"
-    path.write_text("num_slots: 12\nlayer_updates_per_iter: 1\n")
-    found = read_placement(path, plain(8), 4)
-    assert found.experts.tolist() == [[0, 1, 2, 2, 3, 4, 4, 5, 6, 6, 7, 0]]
-    assert "no initial_global_assignments" in found.notes[0]
+    none = ("num_slots: 12\n", "num_slots: 12\ninitial_global_assignments: null\n", '{"num_slots": 12}')
+    for text in none:
+        path.write_text(text)
+        found = read_placement(path, plain(8), 4)
+        assert found.experts.tolist() == [[0, 1, 2, 2, 3, 4, 4, 5, 6, 6, 7, 0]]
+        assert "no initial_global_assignments" in found.notes[0]
     with pytest.raises(InputError, match="num_slots 12 does not divide by `ep_size` 5"):
         read_placement(path, plain(8), 5)
     with pytest.raises(InputError, match="its 12 slots must be from the model's 16 experts"):
@@ -287,7 +289,11 @@ ASCEND = (
         (ASCEND % (1, 2, "[0, true]", 1), "not True"),
         ('{"layer_list": []}', "at least one"),
         ('{"moe_layer_count": 1, "layer_list": [3]}', "needs a layer_id of its own"),
-        ('{"logical_count": [[1, 2, 3]]}', "physical_to_logical_map"),
+        ('{"logical_count": [[1, 2, 3]]}', "not logical_count"),
+        ('{"ep_size": 4, "physical_to_logical_map": [[0, 1, 2, 0]]}', "says ep_size 4"),
+        ('{"physical_to_logical_map": [[0, 1, 2, 0]], "physical_to_logical_map": []}', "stands twice in one object"),
+        ('{"num_slots": 4, "initial_global_assignments": {"3": [0, 1, 2]}}', "num_slots = 4 slots; layer 3 has 3"),
+        ("moe_config:\n  num_slots: 4\n", "num_slots at the beginning of a line"),
         (YAML.replace("num_slots: 4 ", "num_slots: 5 "), "num_slots = 5 slots; layer 11 has 4"),
         (YAML.replace("num_slots: 4 ", "slots: 4 "), "has no num_slots"),
         (YAML.replace("  - 2", "  - 1"), "layer 11: expert 2 of the model's 3 has no slot"),

@@ -43,6 +43,7 @@ def test_a_precise_row_is_the_row_of_a_plain_sweep_of_as_many_trials():
         assert len(same) == len(rows)
 
 
+@pytest.mark.slow
 def test_clustered_cells_are_gone_through_from_the_start():
     result = sweep("deepseek-v3", "chat", **GRID, draws=1500, precision=0.01, max_trials=5000)
     for (trials, stopped), rows in result.summary.groupby(["trials", "stopped"]):
@@ -68,6 +69,7 @@ def test_a_tail_precision_holds_for_all_that_is_not_rare():
 def test_what_cannot_be_met_is_said(capsys, tmp_path):
     """12 layers differ too much: it stops early. And a limit on trials is reached."""
     arguments = ["sweep", "--ep", "8", "--tokens", "4096", "--precision", "0.1%", "--bound-layers", "0"]
+    arguments += ["--placement", "linear"]
     assert main([*arguments, "--draws", "12", "--max-trials", "100000", "--out", str(tmp_path / "a")]) == 0
     assert "more trials would not help" in capsys.readouterr().err
     summary = pd.read_csv(tmp_path / "a/summary.csv")
@@ -80,19 +82,7 @@ def test_what_cannot_be_met_is_said(capsys, tmp_path):
 
 @pytest.mark.slow
 def test_out_of_time_the_same_command_goes_on(tmp_path, capsys):
-    command = [
-        "sweep",
-        "--ep",
-        "8",
-        "--tokens",
-        "1024",
-        "--precision",
-        "1%",
-        "--max-trials",
-        "4096",
-        "--bound-layers",
-        "0",
-    ]
+    command = "sweep --ep 8 --tokens 1024 --precision 1% --max-trials 4096 --bound-layers 0".split()
     limited = [*command, "--precision", "0.01%", "--out", str(tmp_path / "a")]
     assert main([*limited, "--time-limit", "0.001s"]) == 0
     assert "--time-limit is reached" in capsys.readouterr().err
@@ -234,4 +224,4 @@ def test_what_does_not_belong_together_is_refused(tmp_path, capsys):
     assert main(["combine", str(tmp_path / "one"), str(tmp_path / "two"), "--out", str(tmp_path / "sum")]) == 0
     assert (read_result(tmp_path / "sum").summary.trials == 100).all()
     assert main(["show", str(tmp_path / "sum"), "--tail"]) == 0
-    assert main(["plot", str(tmp_path / "sum"), "--format", "svg"]) == 0
+    assert main(["plot", str(tmp_path / "sum"), "--figures", "exceedance", "--format", "svg"]) == 0

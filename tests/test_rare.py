@@ -90,16 +90,16 @@ def test_two_ranks_are_idle_as_the_exact_integral_says():
 
 
 @pytest.mark.slow
-def test_short_budgets_cover_in_300_seeds():
-    """400 layers, P from 1e-2 to 1e-5: at least 93 % of the intervals, less two standard errors of 300 seeds."""
+def test_short_budgets_cover_in_200_seeds():
+    """400 layers, P from 1e-2 to 1e-5: at least 93 % of the intervals, less two standard errors of 200 seeds."""
     exact = {x: exact_on_one_rank(0.4, (1, 1, 1, 1), 32, round(8 * x)) for x in (2.5, 3.0, 3.5)}
     hits = {x: [] for x in exact}
-    for seed in range(300):
+    for seed in range(200):
         result = rare_tail(ONE_EACH, lognormal(0.4), np.arange(4), 32, imbalance=list(exact), n_layers=400, seed=seed)
         for row in result.rows:
             hits[row.threshold].append(row.low <= exact[row.threshold] <= row.high)
     for x, found in hits.items():
-        assert len(found) > 150, x
+        assert len(found) > 100, x
         assert np.mean(found) > 0.93 - 2 * np.sqrt(0.93 * 0.07 / len(found)), x
 
 

@@ -1,6 +1,7 @@
 """Readers of recorded routing and of load counts: what is read, and what is refused."""
 
 import base64
+import json
 import os
 import pickle
 import sys
@@ -224,7 +225,7 @@ def test_bad_arrays_are_refused_in_one_line(tmp_path, capsys, name, array, messa
         ("x.csv", "e0,e1\n", "no rows"),
         ("x.csv", "0,0\n0,0\n", "every count is 0"),
         ("x.csv", "1,2," * 400_000, "longer than 1 MiB"),
-        ("x.csv", "\ud800".encode("utf-8", "surrogatepass"), "not a sound CSV"),
+        ("x.csv", "\ud800".encode("utf-8", "surrogatepass"), "not text in UTF-8"),
         ("x.jsonl", "{", "line 1 is not JSON"),
         ("x.jsonl", "[" * 100_000, "line 1 is not JSON"),
         ("x.json", '[\n[[1, 2]]\n', "is not JSON, nor is the file as a whole"),
@@ -293,9 +294,9 @@ def test_another_models_file_is_refused(tmp_path, capsys):
     )
 
 
-def test_counts_are_no_workload_before_they_are_fitted(tmp_path, capsys):
-    path = write(tmp_path / "x.npy", x=COUNTS)
-    fails(capsys, ["sweep", "--workload", f"file:{path}"], "fit them first (epsim traffic fit")
+def test_counts_are_no_workload_before_they_are_fitted(tmp_path, capsys, small):
+    path = write(tmp_path / "x.npy", x=LOADS)
+    fails(capsys, ["sweep", "--model", small, "--workload", f"file:{path}"], "fit them first (epsim traffic fit")
 
 
 @pytest.mark.slow
@@ -318,6 +319,7 @@ def test_a_compressed_file_is_not_unpacked_beyond_its_declared_size(tmp_path, ca
         fails(capsys, ["traffic", "show", path], message)
 
 
+@pytest.mark.slow
 def test_small_files_that_unpack_to_gigabytes_are_refused(tmp_path, capsys):
     """Many members, each within the bound of one array."""
     path, zeros = tmp_path / "x.npz", bytes(2**24)
@@ -345,3 +347,121 @@ def test_wide_and_column_ordered_ids_are_read_alike(tmp_path):
     forms = [ids.astype(np.int16), ids.astype(np.int64), ids.astype(">i4"), np.asfortranarray(ids.astype(np.uint8))]
     digests = {read_traffic(write(tmp_path / "x.npy", x=form)).digest for form in forms}
     assert len(digests) == 1
+
+
+SMALL = {
+    "model_type": "mixtral",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+}
+LOADS = np.array(
+    [[900, 40, 60, 30, 20, 10, 500, 40], [40, 60, 30, 20, 10, 500, 40, 900], [60, 30, 20, 10, 500, 40, 900, 40]]
+)
+IDS = RNG.random((20, 3, 8)).argsort(axis=2)[:, :, :2]
+REVERSED = np.tile(np.arange(8)[::-1], (3, 1))
+
+
+@pytest.fixture
+def small(tmp_path):
+    (tmp_path / "model").mkdir()
+    path = tmp_path / "model" / "config.json"
+    path.write_text(json.dumps(SMALL))
+    return path
+
+
+def csv_of(table, head=""):
+    return head + "\n".join(",".join(map(str, row)) for row in table) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "note"),
+    [
+        ("x.csv", csv_of(LOADS, "1,2,3,4,5,6,7,8\n"), "numbered from 1"),
+        ("x.csv", csv_of(np.column_stack([range(3), LOADS])), "its first column, 0 to 2, is taken for the layer"),
+        ("x.npz", {"counts": LOADS[:, ::-1], "physical_to_logical_map": REVERSED}, "named counts"),
+        ("x.json", {"counts": LOADS[:, ::-1].tolist(), "phy2log": REVERSED.tolist()}, "'counts'"),
+        ("x.json", {"layers": [{"layer_id": i, "counts": row} for i, row in enumerate(LOADS.tolist())]}, "per layer"),
+        ("x.npz", {"counts": LOADS, "load": LOADS * 2}, "not read: load"),
+    ],
+)  # fmt: skip
+def test_loads_in_odd_forms_are_read_right_and_said(tmp_path, small, name, content, note):
+    path = tmp_path / name
+    if isinstance(content, str):
+        path.write_text(content)
+    elif name.endswith(".npz"):
+        np.savez(path, **content)
+    else:
+        path.write_text(json.dumps(content))
+    found = read_traffic(path, small)
+    np.testing.assert_array_equal(found.expert_counts, LOADS)
+    assert any(note in text for text in found.notes), found.notes
+
+
+@pytest.mark.parametrize(
+    ("array", "note"),
+    [
+        (LOADS / LOADS.sum(axis=1, keepdims=True), "its loads are fractions"),
+        (np.stack([LOADS, 2 * LOADS]), "no count falls from one step to the next"),
+        (LOADS.astype(np.uint8), "would have wrapped around"),
+        (LOADS * [[1], [2], [1]], "its layers' loads add up to 1600 to 3200"),
+        (np.pad(LOADS[:, :4], ((0, 0), (0, 4))), "no layer uses experts 4 to 7"),
+    ],
+)
+def test_loads_that_may_mean_something_else_are_noted(tmp_path, small, array, note):
+    np.save(tmp_path / "x.npy", array)
+    found = read_traffic(tmp_path / "x.npy", small)
+    assert any(note in text for text in found.notes), found.notes
+    shares = found.expert_counts / found.expert_counts.sum(axis=1, keepdims=True)
+    total = array.sum(axis=0) if array.ndim == 3 else array
+    np.testing.assert_allclose(shares, total / total.sum(axis=1, keepdims=True), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.npy", LOADS.T, "are the axes exchanged"),
+        ("x.npy", IDS.transpose(1, 0, 2), "are the axes exchanged"),
+        ("x.npy", REVERSED, "a map of experts, and no loads"),
+        ("x.npz", {"physical_count": LOADS}, "counts physical experts, and no map"),
+        ("x.npz", {"counts": LOADS, "phy2log": REVERSED[:2]}, "it must be [layers, slots]"),
+        ("x.csv", "layer,token,expert\n0,0,1\n", "'token' is not known"),
+        ("x.json", '{"0": [1, 2], "0": [3, 4]}', "the key '0' stands twice"),
+    ],
+)
+def test_exchanged_axes_and_physical_experts_are_refused(tmp_path, capsys, small, name, content, message):
+    path = tmp_path / name
+    if isinstance(content, str):
+        path.write_text(content)
+    elif isinstance(content, dict):
+        np.savez(path, **content)
+    else:
+        np.save(path, content)
+    fails(capsys, ["traffic", "show", path, "--model", small], message)
+    fails(capsys, ["sweep", "--model", small, "--workload", f"file:{path}", "--ep", "2", "--tokens", "4"], str(path))
+
+
+@pytest.mark.parametrize("filler", [-1, 0, 8, 65535])
+def test_padding_tokens_are_left_out_whatever_fills_them(tmp_path, small, filler):
+    padded = np.concatenate([IDS, np.full((3, 3, 2), filler)])
+    np.save(tmp_path / "x.npy", padded.astype(np.uint16 if filler > 0 else np.int32))
+    found = read_traffic(tmp_path / "x.npy", small)
+    assert found.n_tokens == 20
+    assert any(note.startswith("3 ") for note in found.notes)
+
+
+def test_base64_of_any_width_is_read_in_every_verb(tmp_path, small):
+    wanted = read_traffic(write(tmp_path / "x.npz", request=IDS), small).digest
+    for dtype in ("<i4", "<u2", "u1", ">u2"):
+        line = {"routed_experts": encoded(IDS, dtype)} | ({"routed_experts_dtype": dtype} if dtype[0] == ">" else {})
+        assert load_workload(write(tmp_path / "x.jsonl", lines=[line]), small).digest == wanted
+        line |= {"routed_experts_shape": [20, 3, 2]}
+        assert load_workload(write(tmp_path / "x.jsonl", lines=[line])).digest == wanted
+
+
+def test_a_file_for_each_layer_is_not_taken_for_requests(tmp_path, capsys):
+    for layer in range(3):
+        np.save(tmp_path / f"layer_{layer}.npy", IDS[:, layer : layer + 1])
+    fails(capsys, ["traffic", "show", tmp_path], "has a file for each layer")

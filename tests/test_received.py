@@ -77,6 +77,7 @@ def test_other_columns_do_not_depend_on_it():
     assert not off.counts.metric.astype(str).str.contains("received").any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workload", ["uniform", "chat"])
 def test_bounds_hold_where_sampling_sees_too(workload):
     """Uniform traffic: binomial ranks, all layers alike. Chat: 32 layers; there the sample is of the same layers (`draws`).

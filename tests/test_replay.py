@@ -79,6 +79,7 @@ def test_layers_that_route_alike_have_as_much_more_variance(record):
     assert rows.variance_ratio["independent"] == 1
 
 
+@pytest.mark.slow
 def test_layers_that_route_alike_exceed_together(record):
     """P(some layer exceeds) is that of one layer, and the product over layers is far above; with a correlation of 1 between
     layers, never below the worst one alone.
@@ -111,6 +112,7 @@ def gpt_oss(shared):
     return replayed(record, load_model("gpt-oss-20b"), ep=8, tokens=64, steps=1024)
 
 
+@pytest.mark.slow
 def test_gpt_oss_varies_as_other_replays_of_public_traces(gpt_oss):
     """Known: 1.3 to 2.5 times the variance of independent layers, correlation 0.2 to 0.4. When all start together far more: the
     first tokens of gpt-oss's answers are alike. From step 16 on it is as usual.

@@ -107,6 +107,7 @@ def table(page, chart):
     return pd.DataFrame(rows[1:], columns=rows[0])
 
 
+@pytest.mark.slow
 @needs_browser
 def test_the_page_opens_from_a_file_without_an_error_or_a_request(opened):
     page = opened()
@@ -254,6 +255,7 @@ def test_advice_says_its_verdict_and_shows_no_gain_of_what_the_engine_will_not_r
     assert not page.is_visible("#tail")
 
 
+@pytest.mark.slow
 def test_the_same_folders_give_the_same_page_of_less_than_6_mb(folder, page_file, capsys, tmp_path):
     assert page_file.stat().st_size < MAX_BYTES
     assert main(["report", str(folder), "--out", str(tmp_path / "a.html")]) == 0
@@ -294,6 +296,7 @@ def test_what_is_no_result_is_refused_in_one_line(folder, tmp_path, capsys, monk
     assert not list(tmp_path.glob("r.*"))
 
 
+@pytest.mark.slow
 def test_names_cannot_break_out_of_the_page(folder, tmp_path):
     result = read_result(folder)
     hostile = "</script><img src=x onerror=alert(1)>"

@@ -207,6 +207,7 @@ def decaying():
     return make_traffic(traffic, SMALL, 60_000, 300)
 
 
+@pytest.mark.slow
 def test_a_decay_that_tokens_have_is_fitted_and_made_again(decaying, tmp_path):
     """Made with the fit: correlation at lags 1 to 128, and of blocks to 128 tokens, within 12 % (standard errors of either
     about 4 %). What is written is read back.

@@ -121,6 +121,7 @@ def test_alias_tables_hold_the_shares_of_their_weights():
         np.testing.assert_allclose(share.reshape(n_group, size), weight / weight.sum(axis=1, keepdims=True), atol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize(("sigma", "group_sigma"), [(0.0, 0.0), (0.65, 0.4), (2.0, 1.0)])
 def test_same_law_as_route_on_fully_drawn_logits(name, sigma, group_sigma):
@@ -253,6 +254,7 @@ def test_a_token_has_the_experts_of_its_context_bit_for_bit(name):
         np.testing.assert_array_equal(count, np.bincount(ref[:step].ravel(), minlength=model.n_experts))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["v3", "v2", "ungrouped", "exact fit"])
 def test_tokens_of_each_context_have_the_law_of_route_on_its_logits(name):
     """One request of 8 contexts that change from token to token; a family of 8 x features at the bound."""
@@ -275,6 +277,7 @@ def many_tokens(mu, model, group_sigma=0.0):
         yield sample(mu, model, group_sigma, N_BATCH, seed=batch)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["v3", "v2", "softmax-top2", "odd groups", "all groups"])
 def test_two_million_tokens_spread_over_groups_by_the_exact_law(name):
     """Chi-square against the probabilities by integration, false-alarm rate 1e-4: uniform traffic, tokens independent."""
@@ -313,6 +316,7 @@ def test_two_million_ungrouped_tokens_are_plackett_luce_in_order(weights):
     assert statistic < chi2.isf(FALSE_ALARM, common.sum() - 1 + (rare[1] > 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mu", "group_sigma"),
     [([0.0] * 12, 0.4), (np.linspace(-1.5, 1.5, 12), 0.0), ([6.0, 0, 0, 0, 0, 5.0, 0, 0, 0, 0, 0, 8.0], 0.4)],

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from naive import received as ref_received
 from naive import score as ref_score
@@ -160,11 +160,11 @@ def test_two_layers_and_a_wide_block_by_hand():
 @pytest.mark.parametrize(
     ("counts", "message"),
     [
-        ([1, 2, 3], r"counts must have shape \[..., 4\] under linear, not \[3\]"),
-        ([1.0, 2, 3, 4], "counts must be an array of whole numbers"),
-        ([True, False, True, True], "counts must be an array of whole numbers"),
-        ([1, 2, 3, -4], "counts must lie from 0 to 9007199254740992, not -4"),
-        ([[1, 2], [3]], "counts must be an array of whole numbers"),
+        ([1, 2, 3], r"`counts` must have shape \[..., 4\] under linear, not \[3\]"),
+        ([1.0, 2, 3, 4], "`counts` must be an array of whole numbers"),
+        ([True, False, True, True], "`counts` must be an array of whole numbers"),
+        ([1, 2, 3, -4], "`counts` must lie from 0 to 9007199254740992, not -4"),
+        ([[1, 2], [3]], "`counts` must be an array of whole numbers"),
         (3, r"not \[\]"),
     ],
 )
@@ -176,11 +176,11 @@ def test_bad_counts(counts, message):
 @pytest.mark.parametrize(
     ("ids", "ranks_per_node", "message"),
     [
-        ([[0, 4]], 8, "ids must lie from 0 to 3, not 4"),
+        ([[0, 4]], 8, "`ids` must lie from 0 to 3, not 4"),
         ([[0, -1]], 8, "not -1"),
-        ([[True, False]], 8, "ids must be an array of whole numbers"),
-        ([0, 1], 8, r"ids must have shape \[tokens, top_k\] under linear, not \[2\]"),
-        ([[0, 1]], 0, "ranks_per_node 0"),
+        ([[True, False]], 8, "`ids` must be an array of whole numbers"),
+        ([0, 1], 8, r"`ids` must have shape \[tokens, top_k\] under linear, not \[2\]"),
+        ([[0, 1]], 0, "`ranks_per_node` 0"),
     ],
 )
 def test_bad_ids(ids, ranks_per_node, message):
@@ -197,6 +197,7 @@ def test_a_placement_with_a_row_per_layer_wants_counts_and_ids_of_its_layers():
         sim.score_tokens(two, [[0]])
 
 
+@settings(max_examples=25)
 @given(st.integers(0, 2**32 - 1), st.sampled_from([(1,), (3, 8), (5, 40, 2), (320,)]), st.integers(1, 9))
 def test_received_tokens_of_many_placements_equal_reference(seed, ep_sizes, ranks_per_node):
     """All ranks and nodes of all pairs at once, with layouts that change between trials, and past 64 ranks."""

@@ -103,6 +103,7 @@ SEEDS = 2000
 """Seeds of the coverage table: a share is known to 0.5 % (one standard error), so 93 to 97 % is 4 of them from 95 %."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("n", "q"), [(200, 0.5), (1000, 0.5), (400, 0.95), (4000, 0.95), (4000, 0.99)])
 def test_quantile_intervals_hold_the_truth_as_often_as_they_say(n, q):
     """Independent blocks whose values hardly repeat. Ranks are whole numbers, so up to 96.2 % is right; seeds are many

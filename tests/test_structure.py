@@ -63,6 +63,16 @@ def test_public_names_are_all_there_and_documented():
         assert getattr(sim, name).__doc__ or name == "Workload", name
 
 
+def test_a_users_type_checker_sees_the_public_names():
+    """The package says that it is typed, and exports by `import NAME as NAME` what is imported on first use."""
+    assert (ROOT / "sim" / "py.typed").is_file()
+    imports = [
+        node for node in ast.walk(ast.parse((ROOT / "sim/__init__.py").read_text())) if isinstance(node, ast.ImportFrom)
+    ]
+    exported = {(alias.asname, node.module) for node in imports for alias in node.names if alias.asname}
+    assert exported == {(name, f"sim.{room}") for name, room in sim._ROOM_OF.items()}
+
+
 def test_no_room_or_module_has_the_name_of_a_public_function(modules):
     """Import order would decide which one a name is. Files of `cli` have the names of verbs."""
     for name in modules:

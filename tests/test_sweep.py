@@ -19,6 +19,7 @@ ALL = ["linear", "linear_legacy", "round_robin", "random", "node_aware"]
 SMALL = {"ep_sizes": [2, 12], "tokens": [1, 16], "placements": ALL, "trials": 60, "seed": 4}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("draws", [None, 7])
 def test_tables_are_the_same_on_any_number_of_threads(draws):
     first = sweep("deepseek-v3", "chat", **SMALL, draws=draws, threads=1)
@@ -163,6 +164,7 @@ FIGURES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("workload", "tokens", "ep_size", "linear", "round_robin", "within"), FIGURES)
 def test_independent_figures_are_met(workload, tokens, ep_size, linear, round_robin, within):
     result = sweep(

@@ -125,6 +125,7 @@ def test_planted_pairs_and_layers_are_found():
         co_selection(a_record(rng, [50] * 15))
 
 
+@pytest.mark.slow
 def test_intervals_of_lifts_cover():
     """95 % intervals of 100 records of 64 sequences, each with a subject, cover the lifts of a record of 6000: at least 90 do."""
     mu, kinds = np.random.default_rng(0).normal(size=16) / 2, np.random.default_rng(1).normal(size=(3, 16))
@@ -166,6 +167,7 @@ def test_kinds_are_sampled_exactly(local_share):
     assert np.abs(z).max() < norm.isf(1e-4 / (2 * len(z)))
 
 
+@pytest.mark.slow
 def test_kinds_are_fitted_where_they_are_and_only_there(tmp_path):
     """A fit to tokens of three kinds has their pair lifts to 5 % and their loads; independent tokens are given none."""
     rng = np.random.default_rng(4)

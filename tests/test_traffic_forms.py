@@ -575,6 +575,28 @@ def test_logs_of_engines_give_the_balancedness_of_each_step(tmp_path, metric):
         read_log(tmp_path / "bad.log", metric)
 
 
+@pytest.mark.parametrize(
+    ("text", "values", "note"),
+    [
+        ("step,balancedness,ms\n1,0.8,0.1\n2,0.7,0.2\n", [0.8, 0.7], None),
+        ("1 0.8\n2 0.7\n", [0.8, 0.7], "of 2 columns the last"),
+        ("EngineCore_DP0 balancedness=0.8000, x\nEngineCore_DP1 balancedness=0.7000, x\n", [0.8, 0.7], "2 engines"),
+        ("balancedness=0.8000, x\nbalancedness=0.", [0.8], "cut off"),
+        ("balancedness=0,8000\n", None, "'0,8000' is no balancedness"),
+        ("balancedness=0.8\ncurrent_pass_balancedness=0.8\n", None, "of SGLang and of vLLM"),
+    ],
+)
+def test_a_logs_other_columns_engines_and_torn_lines_are_not_taken_for_steps(tmp_path, text, values, note):
+    (tmp_path / "x.log").write_text(text)
+    if values is None:
+        with pytest.raises(InputError, match=note):
+            read_log(tmp_path / "x.log", "balancedness_vllm")
+        return
+    log = read_log(tmp_path / "x.log", "balancedness_vllm")
+    assert log.values.tolist() == values
+    assert note is None or any(note in said for said in log.notes)
+
+
 def test_read_traffic_is_public_and_takes_a_models_name(tmp_path):
     np.save(tmp_path / "x.npy", RNG.integers(1, 9, (16, 64)))
     assert sim.read_traffic(str(tmp_path / "x.npy"), "olmoe-1b-7b").expert_counts.shape == (16, 64)

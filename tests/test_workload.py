@@ -79,6 +79,7 @@ def swept(name):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 # The design states 6 % for chat and 4 % for mixed; 1 % more covers sampling. Of GPQA nothing is promised.
 @pytest.mark.parametrize(
     ("name", "within"), [("chat", 0.06), ("mixed", 0.05), ("translation", 0.03), ("one-subject", 0.04)]

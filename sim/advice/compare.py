@@ -1,4 +1,4 @@
-"""Whether a placement is worth a trial for some traffic: gains of all candidates, verdicts, and what they hang on."""
+"""Whether a placement is worth a trial for some traffic: gains of all candidates, and the rule that judges them."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +8,6 @@ import numpy as np
 import pandas as pd
 
 from sim.advice.engines import BACKENDS, DEFAULT_BACKEND, engine_of, exchange_of
-from sim.advice.rule import ASSUMED_SHARE, LEAST_SAVED, LEAST_SEQUENCES, best_of, judge, judged_ends, overall
 from sim.advice.splits import Split, splits_of
 from sim.cost import Gpu, predict_gain
 from sim.cost.exchange import KINDS, REFUSED
@@ -27,6 +26,18 @@ PER_RANK = {"tokens": [1, 8, 64, 512], "tokens_per_rank": True}
 """Steps where nobody says."""
 SAMPLED = {"most_steps": 128, "layer_sets": 8, "budget_tokens": 2**23}
 """What is sampled where nobody says, as in `sample_steps`: intervals come from the layers, more steps hardly narrow them."""
+WORTH, NOT, UNSURE = "worth a trial", "not for this traffic", "not enough data"
+ASSUMED_SHARE = 0.5
+"""Share of a step that experts and exchange are taken to have where nobody says."""
+LEAST_SAVED = 0.02
+"""Share of a step that is worth a trial where nobody says: what a benchmark of a serving engine can show."""
+LEAST_SEQUENCES = 16
+"""Of each half of a record: with fewer, sequences that happen to be there decide."""
+KNEE_ERROR = {"bf16": 0.06, "fp8": 0.15, "fp4": 0.15}
+"""Share of the experts' time by which the model may be off near the crossover (`sim.cost.gain.KNEE`), either way. In bf16 the
+largest difference between saved shares as measured and as predicted (results/measured; elsewhere below 0.04). In fp8 and fp4 an
+assumption: so much a time without whole tiles missed the bf16 ones.
+"""
 _OF_SPLITS = ["step_saved_low", "step_saved_high", "splits"]
 
 
@@ -38,9 +49,8 @@ class Advice:
     ----------
     gains : DataFrame
         Columns of `sim.predict_gain` for every split, candidate and number of tokens, perfect balance, and in_step where a
-        placement has copies; `split` says
-        how the traffic was split (first the one that load-aware placements save least in), `redundant_bytes` what a GPU
-        holds besides.
+        placement has copies; `split` says how the traffic was split (first the one that load-aware placements save least in),
+        `redundant_bytes` what a GPU holds in redundant slots.
     verdicts : DataFrame
         placement, tokens, the weakest lower and the strongest upper end of the step's saved share over the splits, near the
         crossover with the model's error, the verdict, in how many of the `splits` it is worth a trial, and `runs_as`, the
@@ -52,7 +62,7 @@ class Advice:
     best : DataFrame
         Of each number of tokens the row of `verdicts` that is named, of what an engine runs (`rule_text`).
     notes : list of str
-        Remarks of the fits, where load counts are scored as synthetic traffic.
+        Remarks of the fits, where load counts are scored as synthetic traffic, and what leaves all verdicts open.
     """
 
     gains: pd.DataFrame
@@ -80,12 +90,8 @@ def candidates(model: ModelSpec, ep_size: int, redundant: int | None = None) -> 
         )
     least = -model.n_experts % ep_size
     of_eplb = [f"eplb+{least + n * extra}" for n in (0, 1, 2)]
-    return [
-        "round_robin",
-        "random",
-        *dict.fromkeys(strategy_name(name) for name in of_eplb),
-        f"{BUDGET}+{least + extra}",
-    ]
+    names = ["round_robin", "random", *map(strategy_name, of_eplb), f"{BUDGET}+{least + extra}"]
+    return list(dict.fromkeys(names))
 
 
 def advise(
@@ -94,7 +100,7 @@ def advise(
     gpu: Gpu | str | Path,
     *,
     ep_size: int,
-    fit_on: MeasuredTraffic | None = None,
+    fit_on: MeasuredTraffic | str | Path | None = None,
     placements: str | list[str] = "linear",
     backend: str = DEFAULT_BACKEND,
     data_parallel: int | None = None,
@@ -115,8 +121,8 @@ def advise(
         fitted on one part of it and scored on another, in several ways (`splits_of`).
     gpu : Gpu, str or Path
     ep_size : int
-    fit_on : RecordedTraffic or LoadCounts
-        Other traffic of the same layers, to fit on.
+    fit_on : RecordedTraffic, LoadCounts, str or Path
+        Other traffic of the same layers, to fit on; or the name of its file.
     placements : str or list of str
         The baseline, as in `file:CURRENT` for the map that runs now; then the placements that are compared with it, by
         default linear and those of `candidates`. Budgets of copies are compared and not judged: of engines vllm-ascend alone
@@ -142,9 +148,18 @@ def advise(
     ------
     InputError
         As `sim.predict_gain`, and for names and numbers that are not allowed.
+
+    Examples
+    --------
+    >>> import sim
+    >>> advice = sim.advise("mixtral-8x7b", "chat", "h200", ep_size=4, placements=["linear", "eplb"], tokens=[4096],
+    ...     most_steps=4, layer_sets=1, threads=1)
+    >>> advice.best.placement.item(), advice.best.verdict.item()
+    ('eplb', 'worth a trial')
     """
     model = load_model(model)
-    traffic = _as_traffic(traffic, model) if isinstance(traffic, str | Path) else traffic
+    scored: Workload | LoadCounts = _as_traffic("traffic", traffic, model)
+    other: MeasuredTraffic | None = None if fit_on is None else _as_traffic("fit_on", fit_on, model)
     check_ep_size(model, ep_size)
     if ep_size < 2:
         raise InputError(f"`ep_size` {ep_size}: there is nothing to place on one rank")
@@ -170,30 +185,29 @@ def advise(
         "moe_share": share,
         "step_us": step_us,
     }
-    splits = splits_of(model, traffic, fit_on, seed, options.get("threads"))
+    splits = splits_of(model, scored, other, seed, options.get("threads"))
     gains = _gains(model, gpu, splits, setup)
     engines = {name: engine_of(name, model, ep_size, backend, ranks) for name in [baseline, *names]}
     judged = [name for name in names if split_name(name)[0] != BUDGET]  # which no engine on these GPUs runs
-    verdicts = _verdicts(gains, judged, least_saved, is_enough=_is_enough(traffic))
+    verdicts = _verdicts(gains, judged, least_saved, is_enough=_is_enough(scored))
     verdicts["runs_as"] = [engines[name].runs_as for name in verdicts.placement]
     run = verdicts[verdicts.runs_as == verdicts.placement]
     hows: dict[str, str] = {}
     for how in dict.fromkeys(engine.how for engine in engines.values()):
         hows[", ".join(name for name, engine in engines.items() if engine.how == how)] = how
     notes = list(dict.fromkeys(note for split in splits for note in split.notes))
+    if not _is_enough(scored):
+        notes.append(f"{scored.name} has fewer than {2 * LEAST_SEQUENCES} recorded sequences: too few for a verdict")
     return Advice(gains, verdicts, hows, overall(run), best_of(run, least_saved), notes)
 
 
 def _names(placements: str | list[str], model: ModelSpec, ep_size: int, redundant: int | None) -> list[str]:
     """The baseline, and what is compared with it."""
     given = [placements] if isinstance(placements, str) else placements
-    names = [
-        name if i and name == IN_STEP else strategy_name(name, "placements")
-        for i, name in enumerate(dict.fromkeys(given))
-    ]
+    if not isinstance(given, list | tuple) or not given:
+        raise InputError(f"`placements` {shown(given)}: must be names, at least one")
+    names = [name if i and name == IN_STEP else strategy_name(name, "placements") for i, name in enumerate(given)]
     names = list(dict.fromkeys(names))
-    if not names:
-        raise InputError("`placements` needs at least one value")
     others = names[1:] or ["linear", *candidates(model, ep_size, redundant)]
     return [names[0], *(name for name in others if name != names[0])]
 
@@ -205,11 +219,16 @@ def _has_copies(name: str, model: ModelSpec, ep_size: int, ranks_per_node: int) 
     return redundant > 0 and base != BUDGET  # which may spend none
 
 
-def _as_traffic(name: str | Path, model: ModelSpec) -> Workload | LoadCounts:
-    """What a file of recorded routing or load counts holds, or a workload by its name."""
-    if names_file(str(name)):
-        return read_traffic(str(name).removeprefix("file:"), model)
-    return load_workload(name)
+def _as_traffic(parameter: str, value: Any, model: ModelSpec) -> Any:
+    """Traffic itself, what a file of recorded routing or load counts holds, or, where it is scored, a workload by its name."""
+    is_fitted = parameter == "fit_on"
+    if isinstance(value, str | Path):
+        if is_fitted or names_file(str(value)):
+            return read_traffic(str(value).removeprefix("file:"), model)
+        return load_workload(value)
+    if not isinstance(value, MeasuredTraffic if is_fitted else Workload | LoadCounts):
+        raise InputError(f"`{parameter}` {shown(value)}: must be traffic, or the name of a file of it")
+    return value
 
 
 def _gains(model: ModelSpec, gpu: Gpu | str | Path, splits: list[Split], setup: dict[str, Any]) -> pd.DataFrame:
@@ -233,11 +252,12 @@ def _gains(model: ModelSpec, gpu: Gpu | str | Path, splits: list[Split], setup: 
 def _verdicts(gains: pd.DataFrame, names: list[str], least_saved: float, *, is_enough: bool) -> pd.DataFrame:
     """A row for each candidate and number of tokens, over all splits."""
     rows, best = [], gains[gains.placement == PERFECT]
-    perfect = pd.Series(judged_ends(best)[1], index=[best.tokens, best.split])
+    cap = judged_ends(best)[1] if perfect_is_best(gains) else np.inf
+    most_saved = pd.Series(cap, index=[best.tokens, best.split])
     for (name, tokens), of_splits in gains[gains.placement.isin(names)].groupby(["placement", "tokens"], sort=False):
         low, high = judged_ends(of_splits)
         row = {"placement": name, "tokens": tokens, "step_saved_low": low.min(), "step_saved_high": high.max()}
-        most = np.minimum(high, perfect[tokens][of_splits.split])  # NaN where one of them is
+        most = np.minimum(high, most_saved[tokens][of_splits.split])  # NaN where one of them is
         row |= {"verdict": judge(low, most.to_numpy(), least_saved, is_enough=is_enough)}
         rows.append(row | {"splits_worth": int((low >= least_saved).sum()), "splits": len(low)})
     columns = ["placement", "tokens", "step_saved_low", "step_saved_high", "verdict", "splits_worth", "splits"]
@@ -258,3 +278,58 @@ def _redundant_bytes(model: ModelSpec, name: str, ep_size: int, dtype: str) -> f
     """Weights that a GPU holds in redundant slots, over all layers; of a budget those that it may spend."""
     redundant = 0 if name == PERFECT else split_name(name)[1]
     return redundant / ep_size * model.n_moe_layers * expert_parameters(model) * BYTES_PER_VALUE[dtype]
+
+
+def rule_text(least_saved: float) -> str:
+    """The rule, for people."""
+    return (
+        f"'{WORTH}': the predicted step saves at least {least_saved:.1%} at the lower end of its 95 % interval, in every split "
+        f"of the traffic. '{NOT}': it saves less at the upper end, in every split; perfect balance caps that end, except where "
+        f"a token is sent once to each rank. '{UNSURE}': neither, or fewer than {LEAST_SEQUENCES} recorded sequences in a half, "
+        f"or one layer. Near the crossover (~) both ends are first moved outwards by {KNEE_ERROR['fp8']:.0%} of the experts' "
+        f"time ({KNEE_ERROR['bf16']:.0%} in bf16), by which the model may be off there. Of placements whose lower ends are "
+        f"within {least_saved / 2:.1%} of the best one's, the one with the fewest slots is named."
+    )
+
+
+def judged_ends(gains: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+    """Ends of the step's saved share, float64 [rows], with the model's own error near the crossover."""
+    of_experts = 1 - gains.baseline_exchange_us / gains.baseline_layer_us
+    error = np.where(gains.knee, gains["dtype"].map(KNEE_ERROR) * of_experts * gains.moe_share, 0.0)
+    return (gains.step_saved_low - error).to_numpy(), (gains.step_saved_high + error).to_numpy()
+
+
+def perfect_is_best(gains: pd.DataFrame) -> bool:
+    """Whether no placement can beat perfect balance: not where tokens are sent once to each rank, since it is taken to receive as
+    many as the baseline's busiest rank, and a placement may receive fewer.
+    """
+    return not (gains.exchange == "token").any()
+
+
+def judge(low: np.ndarray, high: np.ndarray, least_saved: float, *, is_enough: bool) -> str:
+    """Verdict on a placement at one number of tokens: ends of the step's saved share in each split, float64 [splits]; the
+    upper ones not above those of perfect balance, where that is the best there is.
+    """
+    if not is_enough or not np.isfinite([low, high]).all():
+        return UNSURE
+    if low.min() >= least_saved:
+        return WORTH
+    return NOT if high.max() < least_saved else UNSURE
+
+
+def best_of(run: pd.DataFrame, least_saved: float) -> pd.DataFrame:
+    """Of the verdicts on placements that an engine runs, the one to name at each number of tokens."""
+    chosen = []
+    for _, rows in run.groupby("tokens"):
+        near = rows[rows.step_saved_low >= rows.step_saved_low.max() - least_saved / 2]
+        near = near if not rows.step_saved_low.isna().all() else rows
+        slots = np.array([split_name(name)[1] for name in near.placement])
+        order = np.lexsort((-near.step_saved_low, slots, near.verdict != WORTH))
+        chosen.append(near.iloc[order[0]])
+    return pd.DataFrame(chosen, columns=run.columns)
+
+
+def overall(verdicts: pd.DataFrame) -> str:
+    """One verdict from those on placements that an engine can run: the best there is; NOT where it runs none."""
+    found = set(verdicts.verdict)
+    return next(verdict for verdict in (WORTH, UNSURE, NOT) if verdict in found or verdict == NOT)

@@ -35,7 +35,7 @@ class Engine(NamedTuple):
 def engine_of(placement: str, model: ModelSpec, ep_size: int, backend: str, data_parallel: int) -> Engine:
     """What vLLM runs where a placement is asked for, and the ways to it in other engines.
 
-    vLLM 0.33: `determine_expert_placement_strategy` of its FusedMoE layer, `EPLBConfig`; SGLang 0.5.23: server arguments.
+    vLLM 0.33: `why_linear` and `EPLBConfig`; SGLang 0.5.23: server arguments.
     """
     if placement == "linear":
         return Engine("linear", "the default of vLLM and SGLang")
@@ -47,9 +47,10 @@ def engine_of(placement: str, model: ModelSpec, ep_size: int, backend: str, data
             "a map of its own: SGLang --init-expert-location FILE, TensorRT-LLM's load balancer or vllm-ascend's expert map; "
             "vLLM 0.33 has no option that reads one",
         )
-    if split_name(placement)[0] in ("node_aware", "linear_legacy", "linear"):
+    base = split_name(placement)[0]
+    if base in ("node_aware", "linear_legacy", "linear", "eplb_refined"):
         return Engine(placement, "no engine has it as an option; epsim export writes it as a map that SGLang reads")
-    if split_name(placement)[0] == BUDGET:
+    if base == BUDGET:
         return Engine(
             placement,
             "layers with different numbers of slots: epsim export writes the map for vllm-ascend, which reads each layer's own; "
@@ -65,5 +66,5 @@ def engine_of(placement: str, model: ModelSpec, ep_size: int, backend: str, data
         )
     reason = why_linear(model, ep_size, "" if backend in KINDS else backend, data_parallel)
     if reason:
-        return Engine("linear", f"vLLM silently runs linear: {reason}")
+        return Engine("linear", f"vLLM falls back to linear: {reason}")
     return Engine("round_robin", "vLLM: --expert-placement-strategy round_robin; not with EPLB or redundant experts")

@@ -2,9 +2,8 @@
 
 import pandas as pd
 
-from sim.advice.compare import Advice
+from sim.advice.compare import WORTH, Advice, judged_ends, perfect_is_best
 from sim.advice.engines import STALL_S
-from sim.advice.rule import WORTH, judged_ends
 from sim.cost.gain import PERFECT
 from sim.placement import is_load_aware, split_name
 from sim.verdicts.verdict import percent
@@ -64,12 +63,17 @@ def _by_share(advice: Advice, least_saved: float) -> str:
 
 
 def _by_perfection(advice: Advice, least_saved: float) -> str:
-    """What no placement can beat."""
+    """What perfect balance saves, which no placement can beat where the exchange does not go by received tokens."""
     rows = _main(advice)[_main(advice).placement == PERFECT]
     listed = ", ".join(f"{percent(row.layer_saved)} at {row.tokens}" for row in rows.itertuples())
+    if not perfect_is_best(rows):
+        return (
+            f"Perfect balance of pairs would save of the layer's time {listed} tokens, with the busiest rank's received tokens "
+            f"under {rows.baseline.iloc[0]}: a placement that sends it fewer may save more."
+        )
     hopeless = [str(row.tokens) for row in rows.itertuples() if row.step_saved_high < least_saved]
     text = f"Perfect balance, which no placement can beat, would save of the layer's time {listed} tokens"
-    if any(hopeless):
+    if hopeless:
         text += f"; with this share of the step no placement is worth a trial at {', '.join(hopeless)}"
     return text + "."
 

@@ -1,73 +1,99 @@
-"""The `epsim` command: one short file per verb, imported only when the verb is asked for.
+"""The `epsim` command: verbs by subject, a module imported only when one of its verbs is asked for.
 
-A verb is a module sim/cli/VERB.py with `add_arguments(parser)` and `run(arguments)`, and a line in VERBS. Its docstring is the
-description of its help. A verb with verbs of its own (`epsim traffic show`) adds them with `add_verbs`. Options are declared in
-`sim.options`.
+A verb NAME is `add_NAME(parser)`, which adds its options and whose docstring is the description of its help, and
+`run_NAME(arguments)`, in the module that VERBS names. A verb with verbs of its own (`epsim traffic show`) adds these by
+`add_verbs`. Options are declared in `sim.options`.
 """
 
 import contextlib
 import difflib
+import inspect
 import io
 import os
 import sys
-from argparse import ArgumentError, ArgumentParser, Namespace
+import textwrap
+from argparse import ArgumentError, ArgumentParser, HelpFormatter, Namespace
 from collections.abc import Callable
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 from sim.errors import InputError, RunError, unknown
 
-VERBS = {
-    "sweep": "sample routed tokens and score placements on every EP size and step size",
-    "show": "print the answer of a sweep again, or another part of it",
-    "combine": "add sweeps of different seeds or machines",
-    "plot": "draw the figures of a sweep",
-    "report": "write a page to explore sweeps and advice in a browser",
-    "gain": "predict the time that one placement saves over another, on a GPU",
-    "depends": "which conclusions about placements hold for all traffic, and which do not",
-    "step": "predict what an engine would log of each step; lay your own log beside it",
-    "capacity": "how much room buffers need: received tokens and rows, in a layer, a step, a day of steps",
-    "advise": "should I turn it on for my traffic: placements compared, and a verdict",
-    "claims": "try published performance claims: computed figure, verdict, and why",
-    "export": "write a placement as a file of a serving engine",
-    "traffic": "recorded routing and measured loads: show them, fit a workload, show how a placement goes stale",
-    "models": "list the model presets",
-    "workloads": "list the traffic presets",
-    "placements": "list the placements",
-    "measure": "measure on a GPU what the experts of the busiest rank cost, beside the model",
-    "gpus": "list the GPUs that times can be computed for",
+_SUBJECTS = {
+    "How uneven, and how often": {
+        "sweep": ("sweep", "sample routed tokens, score placements by EP size and tokens per step"),
+        "show": ("finished", "print the answer of a sweep again, or its worst cases"),
+        "plot": ("finished", "draw the figures of a sweep"),
+        "report": ("finished", "write a page to explore sweeps and advice in a browser"),
+        "combine": ("finished", "add sweeps of different seeds or machines"),
+    },
+    "What it costs": {
+        "gain": ("gain", "time that a placement saves on a GPU, by tokens per step"),
+        "depends": ("depends", "which of these savings hold for all kinds of traffic"),
+        "step": ("step", "balancedness and time of whole steps, beside your own log"),
+        "capacity": ("capacity", "room that buffers need at a given risk"),
+        "claims": ("claims", "published performance claims: computed figure and verdict"),
+        "measure": ("measure", "the same on real GPUs: one rank's experts, or whole layers"),
+    },
+    "Your own traffic": {
+        "advise": ("advise", "should I turn it on? A verdict for each step size"),
+        "traffic": ("traffic", "show recorded routing, fit a workload to it, or make some"),
+        "export": ("export", "write a placement as a file of a serving engine"),
+    },
+    "Lists": {
+        "models": ("lists", "model presets"),
+        "workloads": ("lists", "traffic presets, and how uneven each is"),
+        "placements": ("lists", "placements, and when vLLM runs another one"),
+        "gpus": ("lists", "GPUs and kinds of exchange that times can be computed for"),
+    },
 }
+VERBS = {verb: about for verbs in _SUBJECTS.values() for verb, about in verbs.items()}
+"""Module and help of each verb."""
+
+
+class _Help(HelpFormatter):
+    """Help in paragraphs, whose lines do not break inside the name of an option."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(text, width, break_on_hyphens=False, break_long_words=False)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        parts = text.split("\n\n")
+        return "\n\n".join("\n".join(self._split_lines(" ".join(part.split()), width)) for part in parts)
 
 
 class _Parser(ArgumentParser):
-    """A parser whose errors are one line, raised as InputError."""
+    """A parser whose errors are one line, raised as InputError, and whose usage names what must be given."""
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(allow_abbrev=False, exit_on_error=False, **options)
+        super().__init__(allow_abbrev=False, exit_on_error=False, formatter_class=_Help, **options)
 
     def error(self, message: str) -> NoReturn:
         required = message.partition("the following arguments are required: ")[2]
-        raise InputError(f"{self.prog} needs {required}" if required else message)
+        raise InputError(f"{self.prog} needs {required}; see {self.prog} --help" if required else message)
+
+    def format_help(self) -> str:
+        words = []
+        for action in self._actions:
+            if not action.option_strings:
+                words.append({"+": "{} ...", "*": "[{} ...]"}.get(str(action.nargs), "{}").format(action.metavar))
+            elif action.required:
+                words.append(f"{action.option_strings[-1]} {action.metavar}")
+        self.usage = " ".join([self.prog.replace("%", "%%"), *words, "[options]"])
+        return super().format_help()
 
 
-class Verb(NamedTuple):
-    """A verb of a verb."""
-
-    help: str
-    add_arguments: Callable[[ArgumentParser], None]
-    run: Callable[[Namespace], None]
-
-
-def add_verbs(parser: ArgumentParser, verbs: dict[str, Verb]) -> None:
-    """Give a verb verbs of its own, each with its options and its help; `arguments.run` is that of the one that is asked for."""
+def add_verbs(parser: ArgumentParser, verbs: dict[str, tuple[Callable[..., None], Callable[..., None]]]) -> None:
+    """Give a verb verbs of its own, each by its two functions; `arguments.run` is that of the one that is asked for."""
     parser.set_defaults(verbs=tuple(verbs))
     several = parser.add_subparsers(metavar="|".join(verbs), required=True)
-    for name, verb in verbs.items():
-        of_verb = several.add_parser(name, help=verb.help, description=verb.help)
-        verb.add_arguments(of_verb)
-        of_verb.set_defaults(run=verb.run, parser=of_verb)
+    for name, (add, run) in verbs.items():
+        text = inspect.getdoc(add) or ""
+        of_verb = several.add_parser(name, help=text.partition(".")[0], description=text)
+        add(of_verb)
+        of_verb.set_defaults(run=run, parser=of_verb)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -86,26 +112,35 @@ def main(arguments: list[str] | None = None) -> int:
         for word in words:
             if any(0xD800 <= ord(letter) < 0xE000 for letter in word):
                 raise InputError(f"argument {word!r} is not UTF-8")
+        if words and words[0] == "help":
+            words = [*words[1:2], "--help"]
         if not words or words[0] in ("-h", "--help"):
             print(_help())
             return 0 if words else 2
         if words[0] == "--version":
             print(f"epsim {version('epsim')}")
             return 0
+        if words[0].startswith("-"):
+            raise InputError(f"{words[0]} is no option; the verb comes first, as in epsim sweep --help")
         if words[0] not in VERBS:
-            raise unknown("command", words[0], VERBS)
+            raise unknown("verb", words[0], VERBS)
+        from sim.cli.terminal import drop_notes, say_notes
         from sim.options import config_words, flags_of
 
         prog = f"epsim {words[0]}"
-        verb = import_module(f"sim.cli.{words[0]}")
-        parser = _Parser(prog=prog, description=verb.__doc__)
-        verb.add_arguments(parser)
+        module = import_module(f"sim.cli.{VERBS[words[0]][0]}")
+        add = getattr(module, f"add_{words[0]}")
+        parser = _Parser(prog=prog, description=inspect.getdoc(add))
+        add(parser)
         parsed = _parse(parser, words[1:])
         if getattr(parsed, "config", None) is not None:
             parsed = _parse(parser, [*config_words(parsed.config, parser), *words[1:]])  # the command line wins
         flags = flags_of(getattr(parsed, "parser", parser))
-        verb.run(parsed)
+        drop_notes()
+        run = parsed.run if "run" in parsed else getattr(module, f"run_{words[0]}")
+        run(parsed)
         sys.stdout.flush()
+        say_notes()
     except InputError as error:
         from sim.options import named
 
@@ -136,13 +171,15 @@ def _parse(parser: ArgumentParser, words: list[str]) -> Namespace:
     except ArgumentError as error:
         if error.argument_name is None:
             parser.error(error.message)
-        raise InputError(f"{error.argument_name} {error.message}") from None
+        message = error.message.replace("not allowed with argument", "does not go with")
+        raise InputError(f"{error.argument_name} {message.replace('expected one argument', 'needs a value')}") from None
     if rest:
         from sim.options import flags_of
 
         parser = getattr(parsed, "parser", parser)
-        near = difflib.get_close_matches(rest[0], flags_of(parser).values(), n=1)
-        raise InputError(f"{rest[0]} does not go with {parser.prog}" + (f"; did you mean {near[0]}?" if near else ""))
+        near = difflib.get_close_matches(rest[0], flags_of(parser).values(), n=1, cutoff=0.75)
+        hint = f"did you mean {near[0]}?" if near else f"see {parser.prog} --help"
+        raise InputError(f"{rest[0]} does not go with {parser.prog}; {hint}")
     return parsed
 
 
@@ -162,10 +199,16 @@ def _fail(prog: str, message: str, status: int) -> int:
 
 
 def _help() -> str:
-    verbs = "\n".join(f"  {name:<12}{text}" for name, text in VERBS.items())
-    return (
-        "usage: epsim VERB [options]\n\nMonte-Carlo simulation of expert-parallel load imbalance.\n\n"
-        f"verbs:\n{verbs}\n\nepsim VERB --help shows the options of a verb; epsim --version the version.\n"
-        "exit status: 0; 2 for bad usage and for an input file that is missing, unreadable or invalid; 1 for a failed write or\n"
-        "run; 130 after an interrupt (the same epsim sweep goes on from what is finished)."
-    )
+    parts = ["\n".join([f"{subject}:", *(f"  {verb:<12}{text}" for verb, (_, text) in verbs.items())])
+             for subject, verbs in _SUBJECTS.items()]  # fmt: skip
+    return "\n\n".join([
+        "usage: epsim VERB [options]",
+        "Monte-Carlo simulation of expert-parallel load imbalance: how uneven are the ranks of a\n"
+        "MoE layer, how often, and what does another placement of its experts buy?",
+        "A first answer:  epsim sweep --ep 8,32 --tokens 8,64,4096 --trials 5000\n"
+        "On your traffic: epsim advise --demo",
+        *parts,
+        "epsim VERB --help shows the options of a verb; epsim --version the version.\n"
+        "Exit status: 0; 2 for bad usage and for an input file that is missing, unreadable or invalid;\n"
+        "1 for a failed write or run; 130 after an interrupt (the same epsim sweep goes on from there).",
+    ])  # fmt: skip

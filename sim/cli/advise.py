@@ -1,33 +1,33 @@
-"""Should I turn it on for my traffic? Compare placements on recorded routing or measured loads, and judge them."""
+"""`epsim advise`: placements compared on your own traffic, and a verdict."""
 
 from argparse import ArgumentParser, Namespace
-from pathlib import Path
 from typing import Any
 
-from sim.cli.progress import shown_progress
-from sim.cli.text import add_forms, estimate, filled, note, print_rows, print_table, say_written
-from sim.cli.timed import (
-    EXTRAPOLATED_TEXT,
-    break_even_lines,
-    identity_of,
-    knee_text,
-    say_about_maps,
-    say_about_times,
-    step_options,
+from sim.cli.gain import EXTRAPOLATED_TEXT, break_even_lines, knee_text, layer_saved
+from sim.cli.inputs import identity_of, read_file, say_about_maps, say_about_times, step_options
+from sim.cli.terminal import (
+    add_output,
+    estimate,
+    filled,
+    note,
+    note_compiling,
+    print_rows,
+    print_table,
+    shown_progress,
+    write_answer,
 )
 from sim.errors import InputError
 from sim.options import (
     NAMES,
-    FigureOptions,
-    Folder,
+    GpuOptions,
     RestOptions,
-    Share,
     StepOptions,
     TimeOptions,
     TrafficOptions,
     Whole,
     add_options,
     given,
+    section_of,
 )
 
 _DEMO = "gpt-oss-20b"
@@ -43,64 +43,45 @@ _RECORD_TEXT = """How to record your own traffic, a few hundred requests of it:
 Then: epsim advise --model MODEL --workload file:trace.jsonl --ep R --gpu GPU"""
 
 
-def add_arguments(parser: ArgumentParser) -> None:
-    """Add the options of `epsim advise`."""
-    add = parser.add_argument
-    add(
-        "--workload",
-        metavar="WORKLOAD",
-        help="file:TRACE of recorded routing or load counts (as epsim traffic reads them), a .toml file, or a preset",
-    )
+def add_advise(parser: ArgumentParser) -> None:
+    """Should I turn it on for my traffic? Compare placements on recorded routing or measured loads, and judge them.
+
+    By default at 1, 8, 64 and 512 tokens per step on each rank.
+    """
+    add_options(parser, TrafficOptions, only=("model", "phase", "dummy_tokens"))
+    add = section_of(parser, TrafficOptions.title).add_argument
+    add("--workload", metavar="WORKLOAD", help="file:TRACE of recorded routing or load counts (as epsim traffic reads them), a "
+        ".toml file, or a preset")  # fmt: skip
     add(
         "--fit-on",
         metavar="FILE",
         help="other traffic of the same layers to fit eplb on (default: a part of --workload)",
     )
     add("--demo", action="store_true", help=f"instead of --workload: a trace that is made from the preset {_DEMO}")
-    add(
-        "--placement",
-        dest="placements",
-        type=NAMES,
-        default="linear",
-        metavar="LIST",
-        help="the baseline, as in file:CURRENT for the map that runs now; then those that are compared with it (default: linear, "
-        "and round_robin, random, eplb with 0, R and 2R redundant slots, and eplb_budget+R; with copies also in_step, the best "
-        "split of each step's pairs over those of the placement that has the most)",
-    )
-    add("--gpu", default="h200", metavar="GPU", help="a GPU (epsim gpus), or a .toml file of your own (default: h200)")
-    add(
-        "--exchange",
-        dest="backend",
-        default="allgather_reducescatter",
-        metavar="NAME",
-        help="all2all backend, or a kind of exchange (epsim gpus; default: allgather_reducescatter, as in vLLM)",
-    )
-    add("--data-parallel", type=Whole(), metavar="N", help="data-parallel ranks (default: the EP size)")
-    add(
-        "--redundant",
-        type=Whole(),
-        metavar="R",
-        help="compare eplb with 0, R and 2R redundant slots, and a budget of R for each layer (default: the EP size)",
-    )
-    add(
-        "--worth",
-        dest="least_saved",
-        type=Share(),
-        default="2%",
-        metavar="SHARE",
-        help="saved share of the step that is worth a trial (default: 2%%)",
-    )
-    add_options(parser, RestOptions)
-    add_options(parser, TrafficOptions, only=("model", "phase", "dummy_tokens"))
+    add_options(parser, GpuOptions, only=("gpu", "least_saved"), least_saved="2%")
+    add = section_of(parser, GpuOptions.title).add_argument
+    add("--placement", dest="placements", type=NAMES, default="linear", metavar="LIST", help="the baseline, as in file:CURRENT "
+        "for the map that runs now; then those that are compared with it (default: linear, and round_robin, random, eplb with 0, "
+        "R and 2R redundant slots, and eplb_budget+R; with copies also in_step, the best split of each step's pairs over those "
+        "of the placement that has the most)")  # fmt: skip
+    add("--redundant", type=Whole(), metavar="R", help="compare eplb with 0, R and 2R redundant slots, and a budget of R for "
+        "each layer (default: the EP size)")  # fmt: skip
     add_options(parser, StepOptions, ep_sizes="16", tokens=None, most_steps="128", layer_sets="8")
+    add = section_of(parser, TimeOptions.title).add_argument
+    add("--exchange", dest="backend", default="allgather_reducescatter", metavar="NAME", help="all2all backend, or a kind of "
+        "exchange (epsim gpus; default: allgather_reducescatter, as in vLLM)")  # fmt: skip
+    add("--data-parallel", type=Whole(), metavar="N", help="data-parallel ranks (default: the EP size)")
     add_options(parser, TimeOptions, only=("dtype", "network_gb_per_s"))
-    add_forms(parser)
-    add_options(parser, FigureOptions)
-    add("--out", type=Folder(), metavar="DIR", help="write advice.csv, advice.json and the figure there")
+    add_options(parser, RestOptions)
+    add_output(parser, "advice.csv and the figure", figures=True)
 
 
-def run(arguments: Namespace) -> None:
+def run_advise(arguments: Namespace) -> None:
     """Run `epsim advise`."""
+    from sim.advice import advise
+    from sim.cost import load_gpu
+    from sim.model import load_model
+
     if arguments.tokens is None and arguments.tokens_per_rank is None:
         arguments.tokens_per_rank = [1, 8, 64, 512]
     options = step_options(arguments)
@@ -111,42 +92,39 @@ def run(arguments: Namespace) -> None:
         raise InputError("`demo` makes its own traffic: it does not go with `workload`")
     if not arguments.demo and arguments.workload is None:
         raise InputError("epsim advise needs --workload file:TRACE; --demo advises on a trace that it makes")
-    chosen = {
-        name: getattr(arguments, name)
-        for name in ("placements", "backend", "data_parallel", "redundant", "least_saved")
-    }
+    names = ("placements", "backend", "data_parallel", "redundant", "least_saved")
+    chosen = {name: getattr(arguments, name) for name in names}
     chosen |= given(arguments, RestOptions)
-    folder = arguments.out
-    from sim.cost import load_gpu
-    from sim.model import load_model
-
-    if arguments.demo:
-        arguments.model = _DEMO
-    model, gpu = load_model(arguments.model), load_gpu(arguments.gpu)
-    traffic, other = _read(arguments, model)
+    model, gpu = load_model(_DEMO if arguments.demo else arguments.model), load_gpu(arguments.gpu)
+    traffic = _demo_trace(model, arguments.seed) if arguments.demo else _read(arguments, model)
+    other = None if arguments.fit_on is None else read_file(arguments.fit_on, model, arguments.phase)
     say_about_maps(arguments.placements, model, sizes, arguments.ranks_per_node)
     _say_about_steps(traffic, 2 if other is None else 1, sizes[0], options)
-    from sim.advice import advise
-
     exchange = "none" if arguments.data_parallel == 1 else arguments.backend
-    say_about_times(options | {"model": model, "workload": traffic, "exchange": exchange}, [gpu])
+    say_about_times(model, traffic, [gpu], options | {"exchange": exchange})
     with shown_progress():
         advice = advise(model, traffic, gpu, ep_size=sizes[0], fit_on=other, **chosen, **options)
-    for text in advice.notes:
-        note(text)
+    note(*advice.notes)
     if not print_rows(advice.table(), arguments):
         _print(advice, arguments)
-    if folder is not None:
-        chosen |= {"ep_size": sizes[0], "fit_on": None if other is None else other.digest}
-        identity = identity_of(options | {"model": model, "workload": traffic}, [gpu], **chosen)
-        _write(advice, folder, identity, arguments)
+    chosen |= {"ep_size": sizes[0], "fit_on": None if other is None else other.digest}
+    identity = identity_of(model, traffic, options, [gpu], **chosen)
+
+    def figures() -> dict[str, Any]:
+        from sim.advice import not_run
+        from sim.cost.gain import PERFECT
+        from sim.figures.gain import advice_by_tokens
+
+        drawn = advice.gains[~advice.gains.placement.isin(list(not_run(advice)))]
+        return {"advice": advice_by_tokens(drawn, PERFECT)}
+
+    write_answer(arguments.out, arguments, {"advice": advice.table()}, identity, figures)
     if arguments.demo and not (arguments.markdown or arguments.json or arguments.csv):
         print(f"\n{_RECORD_TEXT}")
 
 
 def _demo_trace(model: Any, seed: int) -> Any:
     """Routing of synthetic requests, of the preset that is fitted to recorded ones."""
-    from sim.cli.text import note_compiling
     from sim.fit.made import make_traffic
     from sim.traffic import load_workload
 
@@ -162,31 +140,20 @@ def _demo_trace(model: Any, seed: int) -> Any:
     return trace
 
 
-def _read(arguments: Namespace, model: Any) -> tuple[Any, Any]:
-    """Traffic that is scored, and other traffic to fit on or None."""
-    from sim.traffic import LoadCounts, load_workload, read_traffic
+def _read(arguments: Namespace, model: Any) -> Any:
+    """Traffic that is scored."""
+    from sim.traffic import LoadCounts, load_workload
     from sim.traffic.read import names_file
 
-    def read(name: str) -> Any:
-        found = read_traffic(
-            Path(name.removeprefix("file:")), model, "decode" if arguments.phase is None else arguments.phase
-        )
-        for text in found.notes:
-            note(text)
-        return found
-
-    if arguments.demo:
-        return _demo_trace(model, arguments.seed), None if arguments.fit_on is None else read(arguments.fit_on)
     name, dummies = arguments.workload, arguments.dummy_tokens
     if not names_file(name):
-        traffic = load_workload(name, phase=arguments.phase, dummy_tokens=dummies)
-    elif dummies is not None:
+        return load_workload(name, phase=arguments.phase, dummy_tokens=dummies)
+    if dummies is not None:
         raise InputError("--dummy-tokens goes with synthetic traffic, not with a file of recorded traffic")
-    else:
-        traffic = read(name)
+    traffic = read_file(name, model, arguments.phase)
     if isinstance(traffic, LoadCounts) and arguments.phase is not None:
         raise InputError(f"--phase goes with recorded tokens, not with load counts ({name})")
-    return traffic, None if arguments.fit_on is None else read(arguments.fit_on)
+    return traffic
 
 
 def _say_about_steps(traffic: Any, parts: int, ep_size: int, options: dict[str, Any]) -> None:
@@ -216,7 +183,15 @@ def _print(advice: Any, arguments: Namespace) -> None:
     )
     first, *lines = verdict_text(advice).splitlines()
     print(filled(f"Verdict: {first}"))
-    print("By tokens per step, with the saved share of the step:")
+    is_assumed = arguments.moe_share is None and arguments.step_us is None
+    assumed = " (assumed: give --moe-share, or --step-ms as you measured it)" if is_assumed else ""
+    take = "take" if row.exchange == "none" else "and exchange take"
+    print(
+        filled(
+            f"Saved share of the step by tokens per step; experts {take} {row.moe_share:.0%} of a step"
+            f"{assumed}, and from {least:.1%} on a placement is worth a trial:"
+        )
+    )
     for line in lines:
         print(filled(line, "  ", "      "))
     print()
@@ -235,9 +210,9 @@ def _print(advice: Any, arguments: Namespace) -> None:
             f"{row.redundant_bytes / 1e9:.2f} GB ({row.placement}{', at most' if 'budget' in row.placement else ''})"
             for row in held.itertuples()
         ]
-        print(filled(f"Redundant slots take of each GPU {', '.join(listed)}."))
+        print(filled(f"Memory of redundant slots on each GPU: {', '.join(listed)}."))
     for line in break_even_lines(advice.gains[advice.gains.split == advice.gains.split.iloc[0]]):
-        print(filled(line.strip(), line[: len(line) - len(line.lstrip())], "    "))
+        print(line)
     if advice.gains.extrapolated.any():
         print(filled(EXTRAPOLATED_TEXT))
     if advice.gains.knee.any():
@@ -245,12 +220,6 @@ def _print(advice: Any, arguments: Namespace) -> None:
         print(filled(f"{knee_text(first['dtype'])}; the crossover lies at {first.crossover_tokens:.0f} tokens"))
     print(filled(f"Rule: {rule_text(least)}"))
     print(filled(f"Splits: {'; '.join(dict.fromkeys(advice.gains.split))}."))
-    if arguments.moe_share is None and arguments.step_us is None:
-        print(
-            filled(
-                f"The share {row.moe_share:.0%} is an assumption: give --moe-share, or --step-ms as you measured it."
-            )
-        )
     print("\nWhat the engine does:")
     for names, text in advice.engines.items():
         if not set(names.split(", ")) <= set(refused):
@@ -278,14 +247,19 @@ def _print_table(advice: Any, markdown: bool) -> None:
         layer = _layer_us(first.baseline_layer_us, first)
         cells.append([str(tokens), first.baseline, *_loads(first, "baseline_"), layer, "", "", "", ""])
         cells += [_candidate(row, judged.get((row.placement, tokens))) for row in rows.itertuples()]
-    align = ">" + "<" + ">" * 8 + "<"
-    if not markdown:  # idle ranks and fan-out are in advice.csv; memory, and who is not run, stand below
-        shown = [0, 1, 2, 6, 7, 8]
-        refused = set(advice.verdicts[advice.verdicts.runs_as != advice.verdicts.placement].placement)
-        cells = [[row[i] for i in shown] for row in cells if row[1] not in refused]
-        heads, align = [heads[i] for i in shown], "".join(align[i] for i in shown)
-        cells = [[*([""] if i and cells[i - 1][0] == row[0] else [row[0]]), *row[1:]] for i, row in enumerate(cells)]
-    print_table(title, heads, cells, markdown, align=align, keys=2)
+    if markdown:
+        print_table(title, heads, cells, markdown, align="><" + ">" * 8 + "<")
+        return
+    # Idle ranks and fan-out are in advice.csv; memory, and who is not run, stand below.
+    refused = set(advice.verdicts[advice.verdicts.runs_as != advice.verdicts.placement].placement)
+    shown = [
+        i
+        for i, head in enumerate(heads)
+        if head not in ("idle ranks", "ranks /token", "nodes /token", "GB /GPU", "verdict")
+    ]
+    cells = [[row[i] for i in shown] for row in cells if row[1] not in refused]
+    cells = [["" if i and cells[i - 1][0] == row[0] else row[0], *row[1:]] for i, row in enumerate(cells)]
+    print_table(title, [heads[i] for i in shown], cells, markdown, align="><", keys=2)
 
 
 def _exchange_text(row: Any) -> str:
@@ -309,7 +283,7 @@ def _candidate(row: Any, judged: Any) -> list[str]:
         row.placement,
         *_loads(row, ""),
         _layer_us(row.layer_us, row),
-        estimate(row.layer_saved, row.layer_saved_high, "+z.1%") + ("~" if row.knee else " "),
+        layer_saved(row),
         "" if judged is None else _ends(judged),
         f"{row.redundant_bytes / 1e9:.2f}" if row.redundant_bytes else "",
         _verdict(judged),
@@ -344,21 +318,3 @@ def _loads(row: Any, prefix: str) -> list[str]:
     others = [getattr(row, prefix + name) for name in ("idle_ranks", "ranks_per_token", "nodes_per_token")]
     texts = ["" if value != value else f"{value:.2f}" for value in others]
     return ["1" if not any(texts) else imbalance, *texts]
-
-
-def _write(advice: Any, folder: Path, identity: dict[str, Any], arguments: Namespace) -> None:
-    from sim.advice import not_run
-    from sim.cost.gain import PERFECT
-    from sim.figures import save_as
-    from sim.figures.gain import advice_by_tokens
-    from sim.files import writable_folder
-    from sim.results import write_table
-
-    drawn = advice.gains[~advice.gains.placement.isin(list(not_run(advice)))]
-    with writable_folder(folder):
-        write_table(advice.table(), folder, "advice", identity)
-        files = save_as(advice_by_tokens(drawn, PERFECT), folder / "advice", arguments.formats)
-    if not (arguments.json or arguments.csv):
-        print()
-    names = ", ".join(path.name for path in files)
-    say_written(f"written to {folder}: advice.csv, advice.json (what made it), {names}", arguments)

@@ -1,44 +1,40 @@
-"""How much room buffers need: tokens and rows that a rank or an expert receives more of with at most a given probability.
-
-Of one layer of one step, of any layer of a step, and of any layer of any step of a horizon; for the median deployment (layers
-drawn once) and for the worst 5 % of them. Given its layers, a deployment's tokens, the layers of a step and steps are taken as
-independent. Recorded steps (epsim step --traffic) exceed a capacity in some layer as often or up to a seventh less.
-"""
+"""`epsim capacity`: how much room buffers need, in tokens, rows and bytes, at a given risk."""
 
 from argparse import ArgumentParser, Namespace
-from pathlib import Path
 from typing import Any
 
-from sim.cli.text import note, note_compiling, print_table, say_about_inputs, say_about_layers, traffic_fields
+from sim.cli.inputs import read_inputs, say_about_inputs, say_about_layers
+from sim.cli.terminal import add_output, note, note_compiling, print_rows, print_table, say_notes, write_answer
 from sim.errors import InputError
-from sim.options import CapacityOptions, Folder, Number, Seconds, TrafficOptions, add_options, given
+from sim.options import CapacityOptions, Number, Seconds, TrafficOptions, add_options, given, section_of
 
 _PER_SECOND, _MOST_PER_SECOND = 20.0, 1e6
 _SHORT = {"received": "received tokens", "pairs": "rows of a rank", "expert_rows": "rows of an expert"}
 _TITLE_EXCHANGE = {"token": "buffer", "pair": "buffer", "workspace": "workspace", "deepep_low_latency": "low latency"}
 
 
-def add_arguments(parser: ArgumentParser) -> None:
-    """Add the options of `epsim capacity`."""
+def add_capacity(parser: ArgumentParser) -> None:
+    """How much room buffers need: tokens and rows that a rank or an expert receives more of with at most a given probability.
+
+    Of one layer of one step, of any layer of a step, and of any layer of any step of a horizon; for the median deployment
+    (layers drawn once) and for the worst 5 % of them. Given its layers, a deployment's tokens, the layers of a step and steps
+    are taken as independent. Recorded steps (epsim step --traffic) exceed a capacity in some layer as often or up to a seventh
+    less.
+    """
     add_options(parser, TrafficOptions)
     only = [name for name in CapacityOptions.__dataclass_fields__ if name != "horizon_steps"]
     add_options(parser, CapacityOptions, only=only, ep_sizes="16,32,64", tokens="2048", placements="linear,round_robin")
-    parser.add_argument("--horizon", type=Seconds(), metavar="TIME", help="also of any step of so long, as in 24h")
-    parser.add_argument(
-        "--steps-per-second",
-        type=Number(1e-6, _MOST_PER_SECOND),
-        metavar="X",
-        help=f"steps of the horizon (default: {_PER_SECOND:g})",
-    )
-    parser.add_argument("--markdown", action="store_true", help="print Markdown tables")
-    parser.add_argument("--out", type=Folder(), metavar="DIR", help="also write capacity.csv and capacity.png there")
+    add = section_of(parser, CapacityOptions.title).add_argument
+    add("--horizon", type=Seconds(), metavar="TIME", help="also of any step of so long, as in 24h")
+    add("--steps-per-second", type=Number(1e-6, _MOST_PER_SECOND), metavar="X", help=f"steps of the horizon (default: "
+        f"{_PER_SECOND:g})")  # fmt: skip
+    add_output(parser, "capacity.csv and the figure", figures=True)
 
 
-def run(arguments: Namespace) -> None:
+def run_capacity(arguments: Namespace) -> None:
     """Run `epsim capacity`."""
     from sim.cost.buffers import size_buffers
-    from sim.model import load_model
-    from sim.traffic import load_workload
+    from sim.router import routing_law
 
     options = given(arguments, CapacityOptions)
     if arguments.horizon is not None:
@@ -47,64 +43,79 @@ def run(arguments: Namespace) -> None:
             raise InputError("--horizon: it has no step; take a longer one, or more --steps-per-second")
     elif arguments.steps_per_second is not None:
         raise InputError("--steps-per-second goes with --horizon")
-    model = load_model(arguments.model)
-    workload = load_workload(arguments.workload, **traffic_fields(arguments))
+    model, workload = read_inputs(arguments)
     note_compiling()
     say_about_inputs(model, workload)
     say_about_layers(arguments.layer_correlation)
-    found = size_buffers(model, workload, curves=arguments.out is not None, **options)
     if arguments.layer_correlation is not None:
         note(
             "with a layer correlation some layer of a step exceeds less often; below a probability of about 1 % nothing changes"
         )
-    for text in found.notes:
-        note(text)
-    _print(found, model, options, arguments)
-    if arguments.out is not None:
-        _write(found, model, workload, options, arguments.out)
-        figure = ", capacity.png" if len(found.curves) else ""
-        print(f"\nwritten to {arguments.out}: capacity.csv, capacity.json (what made it){figure}")
+    say_notes()
+    found = size_buffers(model, workload, curves=arguments.out is not None, **options)
+    note(*found.notes)
+    if not print_rows(found.table, arguments):
+        _print(found, model, options, arguments.markdown)
+    identity = {name: value for name, value in options.items() if name not in ("threads", "fit_on")}
+    identity |= {"fit_on": None if options["fit_on"] is None else str(options["fit_on"])}
+    identity |= {"model": model.name, "workload": workload.name, "law": routing_law(model, workload)}
+
+    def figures() -> dict[str, Any]:
+        from sim.figures.buffers import capacity_curves
+
+        of = f"{model.name}, {workload.name} traffic"
+        return {"capacity": capacity_curves(found.curves, options["risk"], of)} if len(found.curves) else {}
+
+    write_answer(arguments.out, arguments, {"capacity": found.table}, identity, figures)
 
 
-def _print(found: Any, model: Any, options: dict[str, Any], arguments: Namespace) -> None:
-    from sim.cost.buffers import buffer_bytes
-
+def _print(found: Any, model: Any, options: dict[str, Any], markdown: bool) -> None:
     table, risk = found.table, options["risk"]
-    row = table.iloc[0]
     asked = table[table.risk == risk]
     for quantity, text in _SHORT.items():
         rows = asked[asked.quantity == quantity]
-        if not len(rows):
-            continue
-        exchanges = list(dict.fromkeys(rows.exchange))
-        first = rows[rows.exchange == exchanges[0]]
-        heads = ["EP", "tokens", "placement", "balanced"]
-        scopes = list(dict.fromkeys(zip(first.scope, first.deployments, strict=True)))
-        heads += [f"{scope} {'layers drawn afresh' if of == 'all' else of.replace('_', ' ')}" for scope, of in scopes]
-        heads += ["worst case", *(f"{_TITLE_EXCHANGE[exchange]} GiB" for exchange in exchanges), "worst GiB"]
-        cells = []
-        for keys, cell in first.groupby(["ep_size", "tokens", "placement"], sort=False):
-            line = [str(keys[0]), str(keys[1]), str(keys[2]), _count(cell.balanced_tokens.iloc[0])]
-            for scope, of in scopes:
-                at = cell[(cell.scope == scope) & (cell.deployments == of)].iloc[0]
-                line.append(f"{at.capacity_tokens:.0f} ({at.factor:.2f}x)")
-            worst = cell.worst_case_tokens.iloc[0]
-            line.append(f"{worst}")
-            same = rows[(rows.ep_size == keys[0]) & (rows.tokens == keys[1]) & (rows.placement == keys[2])]
-            for exchange in exchanges:
-                line.append(f"{same[same.exchange == exchange].bytes.iloc[-1] / 2**30:.2f}")
-            n_slots = model.n_experts + int(str(keys[2]).partition("+")[2] or 0)
-            at_worst = buffer_bytes(model, exchanges[-1], worst, int(keys[0]), n_slots)
-            cells.append([*line, f"{at_worst / 2**30:.2f}"])
-        title = (
-            f"{row.model}, {row.workload} traffic, {found.n_layers} MoE layers: {text}, capacity exceeded with a probability of "
-            f"at most {risk:g}\n(its factor of the balanced load); bytes of the last scope"
-        )
-        print_table(title, heads, cells, arguments.markdown, align=">><")
-        print()
+        if len(rows):
+            _print_quantity(rows, text, found.n_layers, risk, model, markdown)
+            print()
     if options["capacity_factor"] is not None:
-        _print_factor(table[table.risk != risk], options["capacity_factor"], arguments.markdown)
-    _print_engines(asked, model, arguments.markdown)
+        _print_factor(table[table.risk != risk], options["capacity_factor"], markdown)
+    _print_engines(asked, model, markdown)
+
+
+def _print_quantity(rows: Any, text: str, n_layers: int, risk: float, model: Any, markdown: bool) -> None:
+    """Capacities of one quantity: in tokens or rows by scope, and in bytes by exchange."""
+    from sim.cost.buffers import buffer_bytes
+
+    exchanges = list(dict.fromkeys(rows.exchange))
+    first = rows[rows.exchange == exchanges[0]]
+    scopes = list(dict.fromkeys(zip(first.scope, first.deployments, strict=True)))
+    lines, sizes = [], []
+    for keys, cell in first.groupby(["ep_size", "tokens", "placement"], sort=False):
+        at = cell.set_index(["scope", "deployments"])
+        capacities = [f"{at.capacity_tokens[scope]:.0f} ({at.factor[scope]:.2f}x)" for scope in scopes]
+        worst = cell.worst_case_tokens.iloc[0]
+        lines.append([*map(str, keys), _count(cell.balanced_tokens.iloc[0]), *capacities, f"{worst}"])
+        same = rows[(rows.ep_size == keys[0]) & (rows.tokens == keys[1]) & (rows.placement == keys[2])]
+        n_slots = model.n_experts + int(str(keys[2]).partition("+")[2] or 0)
+        at_worst = buffer_bytes(model, exchanges[-1], worst, int(keys[0]), n_slots)
+        sizes.append([*(same[same.exchange == exchange].bytes.iloc[-1] for exchange in exchanges), at_worst])
+    unit, in_unit = _in_bytes(sizes)
+    heads = ["EP", "tokens", "placement", "balanced"]
+    heads += [f"{scope} {'layers drawn afresh' if of == 'all' else of.replace('_', ' ')}" for scope, of in scopes]
+    heads += ["worst case", *(f"{_TITLE_EXCHANGE[exchange]} {unit}" for exchange in exchanges), f"worst {unit}"]
+    row = rows.iloc[0]
+    title = (
+        f"{row.model}, {row.workload} traffic, {n_layers} MoE layers: {text}, capacity exceeded with a probability of at most "
+        f"{risk:g}\n(its factor of the balanced load); bytes of the last scope"
+    )
+    print_table(title, heads, [line + of for line, of in zip(lines, in_unit, strict=True)], markdown, align=">><")
+
+
+def _in_bytes(sizes: list[list[float]]) -> tuple[str, list[list[str]]]:
+    """Sizes in the largest of GiB, MiB and KiB that shows two digits of the smallest one, and the unit."""
+    least = min((size for line in sizes for size in line if size > 0), default=2**30)
+    unit, scale = next(((name, 2**n) for name, n in (("GiB", 30), ("MiB", 20)) if least >= 0.1 * 2**n), ("KiB", 2**10))
+    return unit, [[f"{size / scale:.2f}" for size in line] for line in sizes]
 
 
 def _count(x: float) -> str:
@@ -120,8 +131,7 @@ def _print_engines(asked: Any, model: Any, markdown: bool) -> None:
     keys = ["ep_size", "tokens", "placement"]
     last = asked.groupby([*keys, "quantity"], sort=False).tail(1)
     heads = ["EP", "tokens", "placement", "vLLM fraction", "torchtitan factor", "Megatron-LM factor"]
-    heads += ["DeepEP tokens", "DeepEP GiB"]
-    cells = []
+    lines, sizes = [], []
     for of_cell, rows in last.groupby(keys, sort=False):
         (ep_size, tokens, placement), at = of_cell, rows.set_index("quantity")
         line = [str(ep_size), str(tokens), str(placement)]
@@ -129,16 +139,18 @@ def _print_engines(asked: Any, model: Any, markdown: bool) -> None:
         line += [f"{at.factor[name]:.2f}" if name in at.index else "-" for name in ("pairs", "expert_rows")]
         per_rank = -(-tokens // ep_size)
         n_slots = model.n_experts + int(placement.partition("+")[2] or 0)
-        static = deepep_low_latency_bytes(expert_width(model), per_rank, n_slots)
-        line += [str(per_rank), f"{static / 2**30:.2f}{'!' if static > DEEPEP_LIMIT_BYTES else ''}"]
-        cells.append(line)
+        sizes.append([deepep_low_latency_bytes(expert_width(model), per_rank, n_slots)])
+        lines.append([*line, str(per_rank)])
+    unit, in_unit = _in_bytes(sizes)
+    marks = ["!" if size > DEEPEP_LIMIT_BYTES else "" for (size,) in sizes]
     title = (
         "What engines call it, for the last scope\n"
         "vLLM: receive fraction, received tokens of a rank / tokens of the step; torchtitan: capacity factor, of a rank's rows;\n"
         "Megatron-LM: moe_expert_capacity_factor; DeepEP, SGLang: num_max_dispatch_tokens_per_rank, what a rank sends at most,\n"
         "with its static low-latency buffer (! above its limit of 32 GiB)"
     )
-    print_table(title, heads, cells, markdown, align=">><", keys=3)
+    lines = [[*line, size + mark] for line, (size,), mark in zip(lines, in_unit, marks, strict=True)]
+    print_table(title, [*heads, "DeepEP tokens", f"DeepEP {unit}"], lines, markdown, align=">><", keys=3)
 
 
 def _print_factor(rows: Any, factor: float, markdown: bool) -> None:
@@ -157,20 +169,3 @@ def _print_factor(rows: Any, factor: float, markdown: bool) -> None:
     title = f"Capacity factor {factor:g}: what it drops, and the probability that it is exceeded in a layer, a step, a horizon"
     print_table(title, heads, cells, markdown, align=">><<", keys=4)
     print()
-
-
-def _write(found: Any, model: Any, workload: Any, options: dict[str, Any], folder: Path) -> None:
-    from sim.figures.buffers import capacity_curves
-    from sim.files import whole_files, writable_folder
-    from sim.results import write_table
-    from sim.router import routing_law
-
-    identity = {name: value for name, value in options.items() if name not in ("threads", "fit_on")}
-    identity |= {"fit_on": None if options["fit_on"] is None else str(options["fit_on"])}
-    identity |= {"model": model.name, "workload": workload.name, "law": routing_law(model, workload)}
-    with writable_folder(folder):
-        write_table(found.table, folder, "capacity", identity)
-        if len(found.curves):
-            figure = capacity_curves(found.curves, options["risk"], f"{model.name}, {workload.name} traffic")
-            with whole_files(folder / "capacity.png") as (path,):
-                figure.savefig(path, format="png", dpi=150)

@@ -1,68 +1,46 @@
-"""Try published performance claims under some traffic: the computed figure with its interval, the verdict, and why."""
+"""`epsim claims`: published performance claims tried under some traffic."""
 
-import sys
 from argparse import ArgumentParser, Namespace
 from typing import Any
 
-from sim.cli.progress import shown_progress
-from sim.cli.text import add_forms, filled, note_compiling, print_rows, print_table, say_written
-from sim.options import NAMES, SEED, THREADS, Folder, Number, Share
+from sim.cli.terminal import add_output, filled, note_compiling, print_rows, print_table, shown_progress, write_answer
+from sim.options import NAMES, SEED, THREADS, Number, Share
 
 
-def add_arguments(parser: ArgumentParser) -> None:
-    """Add the options of `epsim claims`."""
-    parser.add_argument("ids", nargs="*", type=NAMES, metavar="ID", help="some of the claims (default: all)")
-    parser.add_argument("--workload", default="chat", help="decode traffic, a preset or .toml file (default: chat)")
-    parser.add_argument("--seed", type=SEED, default=0, metavar="N", help="same seed, same table (default: 0)")
-    parser.add_argument(
-        "--effort",
-        type=Number(0.01, 100),
-        default=1.0,
-        metavar="X",
-        help="scales the number of trials; 0.1 is quick, with wide intervals (default: 1)",
-    )
-    parser.add_argument(
-        "--plausible-share",
-        type=Share(),
-        default="80%",
-        metavar="SHARE",
-        help="the most of a step that routed experts and exchange may take for a gain to be put down to them (default: 80%%)",
-    )
-    parser.add_argument("--threads", type=THREADS, metavar="N", help="default: all processors of this process")
-    add_forms(parser)
-    parser.add_argument("--out", type=Folder(), metavar="DIR", help="also write claims.csv there")
+def add_claims(parser: ArgumentParser) -> None:
+    """Try published performance claims under some traffic: the computed figure with its interval, the verdict, and why."""
+    add = parser.add_argument
+    add("ids", nargs="*", type=NAMES, metavar="ID", help="some of the claims (default: all)")
+    add("--workload", default="chat", metavar="WORKLOAD", help="decode traffic, a preset or .toml file (default: chat)")
+    add("--seed", type=SEED, default=0, metavar="N", help="same seed, same table (default: 0)")
+    add("--effort", type=Number(0.01, 100), default=1.0, metavar="X", help="scales the number of trials; 0.1 is quick, with "
+        "wide intervals (default: 1)")  # fmt: skip
+    add("--plausible-share", type=Share(), default="80%", metavar="SHARE", help="the most of a step that routed experts and "
+        "exchange may take for a gain to be put down to them (default: 80%%)")  # fmt: skip
+    add("--threads", type=THREADS, metavar="N", help="threads (default: all processors of this process)")
+    add_output(parser, "claims.csv")
 
 
-def run(arguments: Namespace) -> None:
+def run_claims(arguments: Namespace) -> None:
     """Run `epsim claims`."""
+    from sim.traffic import load_workload
+    from sim.verdicts import claims
+
     options: dict[str, Any] = {
         "only": [name for names in arguments.ids for name in names] or None,
         "seed": arguments.seed,
         "effort": arguments.effort,
         "plausible_share": arguments.plausible_share,
     }
-    folder = arguments.out
-    note_compiling()
-    sys.stderr.flush()
-    from sim.traffic import load_workload
-    from sim.verdicts import claims
-
     workload = load_workload(arguments.workload)
+    note_compiling()
     with shown_progress():
         table = claims(workload, threads=arguments.threads, **options)
-    if print_rows(table, arguments):
-        pass
-    elif arguments.markdown:
-        _print_markdown(table)
-    else:
-        _print_blocks(table)
-    if folder is not None:
-        from sim.files import writable_folder
-        from sim.results import write_table
-
-        with writable_folder(folder):
-            write_table(table, folder, "claims", {"workload": workload.name, "law": workload.law, **options})
-        say_written(f"written to {folder}: claims.csv, claims.json (what made it)", arguments)
+    if not print_rows(table, arguments):
+        (_print_markdown if arguments.markdown else _print_blocks)(table)
+    write_answer(
+        arguments.out, arguments, {"claims": table}, {"workload": workload.name, "law": workload.law, **options}
+    )
 
 
 def _needs(row: Any) -> str:

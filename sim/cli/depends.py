@@ -1,116 +1,80 @@
-"""What a result depends on: what placements save under every kind of traffic, and which conclusions hold for all of it."""
+"""`epsim depends`: what placements save under every kind of traffic, and which conclusions hold for all of it."""
 
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
-from sim.cli.progress import shown_progress
-from sim.cli.text import add_forms, estimate, filled, note, print_rows, print_table, say_about_fit, say_written
-from sim.cli.timed import law_of, say_about_times, step_options
-from sim.errors import InputError, unknown
+from sim.cli.inputs import check_there, law_of, rows_of, say_about_times, step_options
+from sim.cli.terminal import add_output, estimate, filled, note, print_rows, print_table, shown_progress, write_answer
+from sim.errors import InputError
 from sim.options import (
     NAMES,
     WHOLE_NUMBERS,
     Choice,
-    FigureOptions,
-    Folder,
-    Share,
+    GpuOptions,
     StepOptions,
     TimeOptions,
     TrafficOptions,
     add_options,
+    section_of,
 )
 
-_TABLES = ("conclusions", "saved")
 _EP_SIZES, _TOKENS = "8,16,32,64", "64,16384"
 
 
-def add_arguments(parser: ArgumentParser) -> None:
-    """Add the options of `epsim depends`."""
-    add = parser.add_argument
+def add_depends(parser: ArgumentParser) -> None:
+    """What placements save under every kind of traffic, and which conclusions hold for all of it."""
+    add_options(parser, GpuOptions, only=("gpu", "baseline", "least_saved"), least_saved="1%")
+    add = section_of(parser, GpuOptions.title).add_argument
+    add("--placement", dest="placements", type=NAMES, metavar="LIST", help="placements that are compared with it; +R is one "
+        "redundant slot on each rank (default: round_robin,eplb,eplb+R)")  # fmt: skip
+    add_options(parser, TrafficOptions, only=("model",))
+    add = section_of(parser, TrafficOptions.title).add_argument
     add(
         "--workload",
         type=NAMES,
         metavar="LIST",
         help="presets or .toml files of synthetic traffic (default: all presets)",
     )
-    add(
-        "--trace",
-        dest="traces",
-        nargs="+",
-        action="append",
-        default=[],
-        metavar=("MODEL FILE", "FIT_ON"),
-        help="also recorded routing or load counts of a model, and optionally another file to fit eplb on; left out, with "
-        "a note, where a file is not there (may be repeated)",
-    )
-    add("--gpu", default="h200", metavar="GPU", help="a GPU (epsim gpus), or a .toml file of your own (default: h200)")
-    add("--baseline", default="linear", metavar="A", help="placement to compare with (default: linear)")
-    add(
-        "--placement",
-        dest="placements",
-        type=NAMES,
-        metavar="LIST",
-        help="placements that are compared with it; +R is one redundant slot on each rank (default: round_robin,eplb,eplb+R)",
-    )
-    add(
-        "--worth",
-        dest="least",
-        type=Share(),
-        default="1%",
-        metavar="SHARE",
-        help="saved share from which on a change counts (default: 1%%)",
-    )
-    add_options(parser, TrafficOptions, only=("model",))
-    add(
-        "--tokens",
-        type=WHOLE_NUMBERS,
-        default=_TOKENS,
-        metavar="LIST",
-        help=f"tokens per step over the EP group (default: {_TOKENS})",
-    )
-    others = ("ep_sizes", "ranks_per_node", "seed", "layer_sets", "most_steps", "threads")
-    add_options(parser, StepOptions, only=others, ep_sizes=_EP_SIZES, most_steps="64", layer_sets="16")
+    add("--trace", dest="traces", nargs="+", action="append", default=[], metavar=("MODEL FILE", "FIT_ON"),
+        help="also recorded routing or load counts of a model, and optionally another file to fit eplb on; left out, with a "
+        "note, where a file is not there (may be repeated)")  # fmt: skip
+    only = [name for name in StepOptions.__dataclass_fields__ if name != "tokens_per_rank"]
+    sizes = {"ep_sizes": _EP_SIZES, "tokens": _TOKENS}
+    add_options(parser, StepOptions, only=only, most_steps="64", layer_sets="16", **sizes)
     add_options(parser, TimeOptions, exchange="pair,token")
+    add_output(parser, "depends.csv and the figure", figures=True)
+    add = section_of(parser, "output").add_argument
     add(
         "--show",
         type=Path,
         metavar="DIR",
         help="compute nothing; print what --out wrote (of --workload, --ep, --tokens ...)",
     )
-    add(
-        "--table",
-        type=Choice(names=_TABLES),
-        metavar="NAME",
-        default="conclusions",
-        help="conclusions (default), or saved: the numbers",
-    )
-    add_forms(parser)
-    add_options(parser, FigureOptions)
-    add("--out", type=Folder(), metavar="DIR", help="write depends.csv, depends.json and the figure there")
+    add("--table", type=Choice(names=("conclusions", "saved")), default="conclusions", help="conclusions (default), or "
+        "saved: the numbers")  # fmt: skip
 
 
-def run(arguments: Namespace) -> None:
+def run_depends(arguments: Namespace) -> None:
     """Run `epsim depends`."""
     if arguments.show is None:
         table, identity = _compute(arguments)
+    elif arguments.out is not None:
+        raise InputError("`out` goes without `show`: what was computed is only read")
     else:
-        if arguments.out is not None:
-            raise InputError("`out` goes without `show`: what was computed is only read")
         table, identity = _read(arguments), {}
     if not print_rows(table, arguments):
-        _print(table, arguments)
-    if arguments.out is not None:
-        from sim.figures import save_as
-        from sim.figures.gain import gain_by_traffic
-        from sim.files import writable_folder
-        from sim.results import write_table
+        if arguments.table == "saved":
+            _print_saved(table, arguments.markdown)
+        else:
+            _print_conclusions(table, arguments.least_saved, arguments.markdown)
 
-        with writable_folder(arguments.out):
-            write_table(table, arguments.out, "depends", identity)
-            files = save_as(gain_by_traffic(table), arguments.out / "depends", arguments.formats)
-        names = ", ".join(path.name for path in files)
-        say_written(f"written to {arguments.out}: depends.csv, depends.json (what made it), {names}", arguments)
+    def figures() -> dict[str, Any]:
+        from sim.figures.gain import gain_by_traffic
+
+        return {"depends": gain_by_traffic(table)}
+
+    write_answer(arguments.out, arguments, {"depends": table}, identity, figures)
 
 
 def _compute(arguments: Namespace) -> tuple[Any, dict[str, Any]]:
@@ -124,17 +88,14 @@ def _compute(arguments: Namespace) -> tuple[Any, dict[str, Any]]:
     from sim.traffic import load_workload, workload_names
 
     options = step_options(arguments)
-    gpu, asked = load_gpu(arguments.gpu), load_model(arguments.model)
-    subjects = []
-    for name in arguments.workload or workload_names():
-        workload = load_workload(name)
-        subjects.append(Subject(model_for(workload, asked), workload))
-        say_about_fit(subjects[-1].model, workload)
-    subjects += [subject for words in arguments.traces if (subject := _of_trace(words)) is not None]
-    chosen = {"placements": arguments.placements or list(PLACEMENTS), "baseline": arguments.baseline}
     options["exchange"] = options["exchange"].split(",")
-    for model in {subject.model.name: subject.model for subject in subjects}.values():
-        say_about_times(options | {"model": model, "workload": None}, [gpu])
+    gpu, asked = load_gpu(arguments.gpu), load_model(arguments.model)
+    workloads = [load_workload(name) for name in arguments.workload or workload_names()]
+    subjects = [Subject(model_for(workload, asked), workload) for workload in workloads]
+    subjects += [subject for words in arguments.traces if (subject := _of_trace(words)) is not None]
+    for subject in subjects:
+        say_about_times(subject.model, subject.traffic, [gpu], options)
+    chosen = {"placements": arguments.placements or list(PLACEMENTS), "baseline": arguments.baseline}
     with shown_progress():
         table = saved_by_traffic(subjects, gpu, **chosen, **options)
     about = [
@@ -180,19 +141,8 @@ def _read(arguments: Namespace) -> Any:
     chosen = {"workload": arguments.workload, "placement": arguments.placements}
     for column, wanted, default in (("ep_size", arguments.ep_sizes, _EP_SIZES), ("tokens", arguments.tokens, _TOKENS)):
         chosen[column] = None if wanted == WHOLE_NUMBERS(default) else wanted  # by default all that is there
-    for column, wanted in chosen.items():
-        for value in wanted or []:
-            if value not in set(table[column]):
-                raise unknown(f"--{column.removesuffix('_size')}", str(value), [str(x) for x in table[column].unique()])
-        table = table if wanted is None else table[table[column].isin(wanted)]
-    return table
-
-
-def _print(table: Any, arguments: Namespace) -> None:
-    if arguments.table == "saved":
-        _print_saved(table, arguments.markdown)
-    else:
-        _print_conclusions(table, arguments.least, arguments.markdown)
+    check_there(table, chosen, str(arguments.show))
+    return rows_of(table, chosen)
 
 
 def _measure(name: str) -> str:
@@ -230,7 +180,7 @@ def _print_conclusions(table: Any, least: float, markdown: bool) -> None:
         if one.effect == "level":
             what += f" by less than {100 * least:g} %"
         n = len(one.holds)
-        verdict = f"holds for {'all ' if n == one.n_traffic else f'{n} of '}{one.n_traffic}"
+        verdict = f"holds for {'all ' if n == one.n_traffic > 1 else f'{n} of '}{one.n_traffic}"
         span = f"{one.range[0]:+z.1%} to {one.range[1]:+z.1%}" if n else "-"
         elsewhere = [
             f"{does[instead]}{f' less than {100 * least:g} %' if instead == 'level' else ''}: {_traffic(found)}"
@@ -244,7 +194,7 @@ def _print_conclusions(table: Any, least: float, markdown: bool) -> None:
         return
     row, sizes = table.iloc[0], ", ".join(map(str, sorted(table.ep_size.unique())))
     print(filled(
-        f"Against {row.baseline}, {table.workload.nunique()} kinds of traffic, EP {sizes}, times on {row.gpu} in "
+        f"Against {row.baseline}, {_kinds(table.workload.nunique())} of traffic, EP {sizes}, times on {row.gpu} in "
         f"{row['dtype']}. A conclusion holds for traffic where at every EP size the whole 95 % interval is beyond "
         f"{100 * least:g} %, or within it where it says so; elsewhere: what is shown there instead, undecided where an interval "
         "crosses that line."
@@ -254,6 +204,10 @@ def _print_conclusions(table: Any, least: float, markdown: bool) -> None:
         elsewhere_text = f". Elsewhere {others}" if others else ""
         print(filled(f"{tokens} tokens: {conclusion}: {verdict}{saved}{elsewhere_text}", "  ", "    "))
     print("\nThe numbers: --table saved")
+
+
+def _kinds(n: int) -> str:
+    return "1 kind" if n == 1 else f"{n} kinds"
 
 
 def _words(measure: str) -> dict[str, str]:

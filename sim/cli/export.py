@@ -1,12 +1,13 @@
-"""Write a placement as a file in a serving engine's form: vLLM, SGLang, TensorRT-LLM or vllm-ascend."""
+"""`epsim export`: a placement as a file of a serving engine."""
 
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sim.cli.text import note, whole_number
+from sim.cli.terminal import note
 from sim.errors import InputError, unknown
 from sim.errors import whole_number as check_whole_number
+from sim.options import TrafficOptions, Whole, add_options
 
 if TYPE_CHECKING:
     from sim.model import ModelSpec
@@ -15,38 +16,31 @@ if TYPE_CHECKING:
 _MOST_LAYERS = 1024
 
 
-def add_arguments(parser: ArgumentParser) -> None:
-    """Add the options of `epsim export`."""
-    parser.add_argument("--model", default="deepseek-v3", help="preset or path of a config.json (default: deepseek-v3)")
-    parser.add_argument("--placement", required=True, metavar="P", help="a placement (epsim placements), as in eplb+32")
-    parser.add_argument("--ep", required=True, metavar="R", help="EP size")
-    parser.add_argument("--format", required=True, metavar="F", help="vllm, sglang, trtllm or vllm-ascend")
-    parser.add_argument("--out", required=True, metavar="FILE", help="file to write")
-    parser.add_argument(
-        "--fit-on",
-        metavar="FILE",
-        help="traffic that eplb is fitted on, layer by layer: recorded routing or load counts (as epsim traffic reads them)",
-    )
-    parser.add_argument(
-        "--gpu",
-        metavar="GPU",
-        help="of eplb_budget: spend copies by the predicted time on this GPU (epsim gpus), as advise does (default: by the "
-        "busiest rank's load)",
-    )
-    parser.add_argument(
-        "--tokens", metavar="N", help="with --gpu: tokens per step over the EP group (default: 512 on each rank)"
-    )
-    parser.add_argument("--ranks-per-node", default="8", metavar="N", help="for node_aware and eplb (default: 8)")
-    parser.add_argument("--layers", metavar="N", help="layers of other placements (default: the model's MoE layers)")
-    parser.add_argument(
-        "--first-layer",
+def add_export(parser: ArgumentParser) -> None:
+    """Write a placement as a file in a serving engine's form: vLLM, SGLang, TensorRT-LLM or vllm-ascend."""
+    add_options(parser, TrafficOptions, only=("model",))
+    add = parser.add_argument
+    add("--placement", required=True, metavar="P", help="a placement (epsim placements), as in eplb+32")
+    add("--ep", type=Whole(), required=True, metavar="R", help="EP size")
+    add("--format", required=True, metavar="F", help="vllm, sglang, trtllm or vllm-ascend")
+    add("--out", required=True, metavar="FILE", help="file to write")
+    add("--fit-on", metavar="FILE", help="traffic that eplb is fitted on, layer by layer: recorded routing or load counts (as "
+        "epsim traffic reads them)")  # fmt: skip
+    add("--gpu", metavar="GPU", help="of eplb_budget: spend copies by the predicted time on this GPU (epsim gpus), as advise "
+        "does (default: by the busiest rank's load)")  # fmt: skip
+    add(
+        "--tokens",
+        type=Whole(),
         metavar="N",
-        help="decoder layer of the first MoE layer, for a model that does not say which of its layers are MoE layers; those of "
-        "the map follow one another from there",
+        help="with --gpu: tokens per step over the EP group (default: 512 on each rank)",
     )
+    add("--ranks-per-node", type=Whole(1, 2**15), default=8, metavar="N", help="for node_aware and eplb (default: 8)")
+    add("--layers", type=Whole(), metavar="N", help="layers of other placements (default: the model's MoE layers)")
+    add("--first-layer", type=Whole(0, 2**20), metavar="N", help="decoder layer of the first MoE layer, for a model that does "
+        "not say which of its layers are MoE layers; those of the map follow one another from there")  # fmt: skip
 
 
-def run(arguments: Namespace) -> None:
+def run_export(arguments: Namespace) -> None:
     """Run `epsim export`."""
     from sim.model import load_model
     from sim.placement import FORMATS, decoder_layers, how_to_load, notes_on, placement_text
@@ -57,9 +51,8 @@ def run(arguments: Namespace) -> None:
     if arguments.first_layer is not None and form == "vllm":
         raise InputError("--first-layer: vllm does not name layers; its rows are the MoE layers in order")
     model = load_model(arguments.model)
-    placement = _placement(arguments, model, whole_number("--ep")(arguments.ep))
-    for text in notes_on(placement):
-        note(text)
+    placement = _placement(arguments, model, arguments.ep)
+    note(*notes_on(placement))
     moe, ids = model.moe_layer_ids, placement.layer_ids or ()
     named = ids == moe or ids != tuple(range(len(ids)))  # others are numbers of rows, not of decoder layers
     if moe and len(ids) != len(moe):
@@ -80,24 +73,12 @@ def run(arguments: Namespace) -> None:
 
 def _placement(arguments: Namespace, model: "ModelSpec", ep_size: int) -> "Placement":
     """Placement with a row for each layer, and the decoder layers that these are."""
-    from sim.placement import (
-        BUDGET,
-        check_ep_size,
-        check_slots,
-        is_load_aware,
-        place_fixed,
-        split_name,
-        strategy_name,
-    )
+    from sim.placement import BUDGET, check_ep_size, check_slots, is_load_aware, place_fixed, split_name, strategy_name
 
     name = strategy_name(arguments.placement)
-    ranks_per_node = whole_number("--ranks-per-node")(arguments.ranks_per_node)
-    check_whole_number("--ranks-per-node", ranks_per_node, 1, 2**15)
+    ranks_per_node = arguments.ranks_per_node
     check_ep_size(model, ep_size, [name])
     check_slots(name, model, ep_size)
-    first = None if arguments.first_layer is None else whole_number("--first-layer")(arguments.first_layer)
-    if first is not None:
-        check_whole_number("--first-layer", first, 0, 2**20)
     if name == "random":
         raise InputError("--placement random: is drawn anew for each layer draw; there is none to export")
     if split_name(name)[0] != BUDGET and (arguments.gpu, arguments.tokens) != (None, None):
@@ -112,10 +93,11 @@ def _placement(arguments: Namespace, model: "ModelSpec", ep_size: int) -> "Place
     if n_layers > 1 and arguments.layers is not None:
         raise InputError(f"--layers goes with placements of one layer: {name} has {n_layers}")
     if n_layers == 1 and not is_load_aware(name):
-        wanted = model.n_moe_layers if arguments.layers is None else whole_number("--layers")(arguments.layers)
+        wanted = model.n_moe_layers if arguments.layers is None else arguments.layers
         if arguments.layers is None and not wanted:
             raise InputError(f"--layers is needed: {model.name} does not say how many MoE layers it has")
         n_layers = check_whole_number("--layers", wanted, 1, _MOST_LAYERS)
+    first = arguments.first_layer
     if first is not None:
         return placement.for_layers(tuple(range(first, first + n_layers)))
     moe = model.moe_layer_ids
@@ -133,8 +115,7 @@ def _fitted(arguments: Namespace, name: str, model: "ModelSpec", ep_size: int, r
     if arguments.layers is not None:
         raise InputError("--layers goes with placements that are not fitted: --fit-on has its own layers")
     table = load_table(Path(arguments.fit_on.removeprefix("file:")), model)
-    for text in table.notes:
-        note(text)
+    note(*table.notes)
     loads = check_loads(table.loads, model.n_experts, f"--fit-on {arguments.fit_on}", layers=True)
     moe, ids = model.moe_layer_ids, getattr(table, "layer_ids", None)
     if len(loads) == len(moe):
@@ -161,8 +142,7 @@ def _layer_cost(arguments: Namespace, model: "ModelSpec", ep_size: int) -> "Laye
     from sim.cost.expert import expert_rates
     from sim.cost.steps import time_cost
 
-    tokens = 512 * ep_size if arguments.tokens is None else whole_number("--tokens")(arguments.tokens)
-    check_whole_number("--tokens", tokens, 1, 2**24)
+    tokens = check_whole_number("--tokens", 512 * ep_size if arguments.tokens is None else arguments.tokens, 1, 2**24)
     return time_cost(expert_rates(model, arguments.gpu), model, tokens)
 
 

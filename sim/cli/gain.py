@@ -1,113 +1,91 @@
-"""Predict the time that one placement saves over another, per layer and per step, by tokens, EP size and GPU."""
+"""`epsim gain`: the time that placements save, per layer and per step, by tokens, EP size and GPU."""
 
 import re
 from argparse import ArgumentParser, Namespace
 from typing import Any
 
-from sim.cli.progress import shown_progress
-from sim.cli.text import add_forms, estimate, filled, print_rows, print_table, say_written
-from sim.cli.timed import (
-    EXTRAPOLATED_TEXT,
-    break_even_lines,
-    chosen_gpus,
-    identity_of,
-    knee_text,
-    say_about_maps,
-    say_about_times,
-    timed_options,
-)
+from sim.cli.inputs import identity_of, read_inputs, say_about_maps, say_about_times, step_options
+from sim.cli.terminal import add_output, cells, estimate, filled, print_rows, print_table, shown_progress, write_answer
 from sim.errors import InputError
 from sim.options import (
     NAMES,
-    FigureOptions,
-    Folder,
+    GpuOptions,
     RestOptions,
     StepOptions,
     TimeOptions,
     TrafficOptions,
     add_options,
     given,
+    section_of,
+)
+
+EXTRAPOLATED_TEXT = (
+    "* exchange computed, not measured: measured are pair without imbalance, on one node of H100, H200, B200 and GB200 up to "
+    "256 tokens a rank and on H800 of 128 at EP 8 to 256; and token, gather and reduce on 2 and 4 H100s"
+)
+_IN_STEP_TEXT = (
+    "in_step: the best split of each step's pairs over the copies of {}, by the busiest rank's load, as LPLB and others balance "
+    "within the step; its times are without what the balancer takes. Balancers that copy experts within the step (UltraEP, "
+    "MoonEP) have perfect balance as their end."
 )
 
 
-def add_arguments(parser: ArgumentParser) -> None:
-    """Add the options of `epsim gain`."""
-    add = parser.add_argument
-    add(
-        "--gpu",
-        dest="gpus",
-        type=NAMES,
-        default="h200",
-        metavar="LIST",
-        help="GPUs (epsim gpus), or .toml files of your own (default: h200)",
-    )
-    add("--baseline", default="linear", metavar="A", help="placement to compare with (default: linear)")
-    add(
+def add_gain(parser: ArgumentParser) -> None:
+    """Predict the time that one placement saves over another, per layer and per step, by tokens, EP size and GPU."""
+    add_options(parser, GpuOptions, only=("gpus", "baseline"))
+    section_of(parser, GpuOptions.title).add_argument(
         "--placement",
         type=NAMES,
         default="round_robin",
         metavar="LIST",
         help="placements that are compared with it (default: round_robin); also 'perfect balance', which none can beat, and "
-        "in_step: the best split of each step's pairs over the copies of that one which has the most, with the tokens per step "
-        "from which a balancer within the step pays (--balancer-us)",
+        "in_step: the best split of each step's pairs over the copies of the one that has the most (--balancer-us)",
     )
     add_options(parser, TrafficOptions)
     add_options(parser, StepOptions, ep_sizes="8,16", tokens="1..16384")
     add_options(parser, TimeOptions)
     add_options(parser, RestOptions)
-    add_forms(parser)
-    add_options(parser, FigureOptions)
-    add("--out", type=Folder(), metavar="DIR", help="also write gain.csv and the figure there")
+    add_output(parser, "gain.csv and the figures", figures=True)
 
 
-def run(arguments: Namespace) -> None:
+def run_gain(arguments: Namespace) -> None:
     """Run `epsim gain`."""
-    options, gpus = timed_options(arguments), chosen_gpus(arguments.gpus)
-    options["exchange"] = options["exchange"].split(",")
-    chosen = {"baseline": arguments.baseline, "placement": arguments.placement, **given(arguments, RestOptions)}
-    folder = arguments.out
+    from sim.cost import load_gpu
     from sim.cost.gain import predict_gain
 
     if "," in arguments.baseline:
         raise InputError(
             f"`baseline` {arguments.baseline}: one placement; those that are compared with it are --placement"
         )
-    maps = [arguments.baseline, *arguments.placement]
-    say_about_maps(maps, options["model"], options["ep_sizes"], options["ranks_per_node"])
-    say_about_times(options, gpus)
+    model, workload = read_inputs(arguments)
+    gpus: list[Any] = [load_gpu(name) for name in dict.fromkeys(arguments.gpus)]
+    options = step_options(arguments)
+    options["exchange"] = options["exchange"].split(",")
+    chosen = {"baseline": arguments.baseline, "placement": arguments.placement, **given(arguments, RestOptions)}
+    names = [arguments.baseline, *arguments.placement]
+    say_about_maps(names, model, options["ep_sizes"], options["ranks_per_node"])
+    say_about_times(model, workload, gpus, options)
     with shown_progress():
-        gains = predict_gain(gpus=gpus, **chosen, **options)
+        gains = predict_gain(model, workload, gpus, **chosen, **options)
     if not print_rows(gains, arguments):
-        _print_gains(gains, arguments.markdown)
-    if folder is not None:
-        from sim.figures import save_as
-        from sim.figures.gain import gain_by_tokens
-        from sim.files import writable_folder
-        from sim.results import write_table
-
-        with writable_folder(folder):
-            write_table(gains, folder, "gain", identity_of(options, gpus, **chosen))
-            files = [
-                path
-                for of, rows in _by_placement(gains).items()
-                for path in save_as(gain_by_tokens(rows), folder / f"gain_by_tokens{of and '-'}{of}", arguments.formats)
-            ]
-        names = ", ".join(path.name for path in files)
-        say_written(f"written to {folder}: gain.csv, gain.json (what made it), {names}", arguments)
-    if not (arguments.markdown or arguments.json or arguments.csv):
-        _print_crossovers(gains)
+        _print(gains, arguments.markdown)
+    identity = identity_of(model, workload, options, gpus, **chosen)
+    write_answer(arguments.out, arguments, {"gain": gains}, identity, lambda: _figures(gains))
 
 
-def _by_placement(gains: Any) -> dict[str, Any]:
-    """Rows of each placement by its name in a file's name; of a single one by ''."""
-    several = gains.placement.nunique() > 1
+def _figures(gains: Any) -> dict[str, Any]:
+    """A figure for each placement, by the name of its file."""
+    from sim.figures.gain import gain_by_tokens
+
+    if gains.placement.nunique() == 1:
+        return {"gain_by_tokens": gain_by_tokens(gains)}
+    slug = {name: re.sub(r"[^A-Za-z0-9+]+", "_", name.removeprefix("file:")).strip("_") for name in gains.placement}
     return {
-        re.sub(r"[^A-Za-z0-9+]+", "_", name.removeprefix("file:")).strip("_") if several else "": rows
-        for name, rows in gains.groupby("placement", sort=False)
+        f"gain_by_tokens-{slug[name]}": gain_by_tokens(rows) for name, rows in gains.groupby("placement", sort=False)
     }
 
 
-def _print_gains(gains: Any, markdown: bool) -> None:
+def _print(gains: Any, markdown: bool) -> None:
     row, names = gains.iloc[0], ", ".join(dict.fromkeys(gains.placement))
     exchanges = ", ".join(dict.fromkeys(gains.exchange))
     title = (
@@ -119,51 +97,32 @@ def _print_gains(gains: Any, markdown: bool) -> None:
         title += (
             f"\nin_step is against {row.baseline} too; its break-even, below, is against the same copies evenly used"
         )
-    known = gains.moe_share.notna().any()
     varying = [column for column in ("exchange", "placement") if gains[column].nunique() > 1]
-    heads = [
-        *varying,
-        "GPU",
-        "EP",
-        "tokens",
-        "layer us",
-        "p99",
-        "of it exch.",
-        "layer us new",
-        "p99 new",
-        "saved (95 %)",
-    ]
-    heads += ["experts saved", "MoE ms/step", "new", *(["MoE share", "step saved"] if known else [])]
-    cells = []
-    for row in gains.itertuples():
-        of_step = [f"{row.moe_share:.0%}", f"{row.step_saved:+z.1%}"] if known else []
-        cells.append(
-            [
-                *(getattr(row, column) for column in varying),
-                row.gpu,
-                str(row.ep_size),
-                str(row.tokens),
-                f"{row.baseline_layer_us:.0f}",
-                f"{row.baseline_layer_us_p99:.0f}",
-                f"{row.baseline_exchange_us:.0f}" + ("*" if row.extrapolated else ""),
-                f"{row.layer_us:.0f}",
-                f"{row.layer_us_p99:.0f}",
-                estimate(row.layer_saved, row.layer_saved_high, "+z.1%") + ("~" if row.knee else " "),
-                f"{row.experts_saved:+z.1%}",
-                f"{row.baseline_step_ms:.1f}",
-                f"{row.step_ms:.1f}",
-                *of_step,
-            ]
-        )
-    print_table(title, heads, cells, markdown, align="<" * (1 + len(varying)), keys=3 + len(varying))
-    if gains.extrapolated.any() and not markdown:
+    columns: dict[str, Any] = {column: column for column in varying} | {
+        "GPU": "gpu",
+        "EP": "ep_size",
+        "tokens": "tokens",
+        "layer us": "baseline_layer_us:.0f",
+        "p99": "baseline_layer_us_p99:.0f",
+        "of it exch.": lambda row: f"{row.baseline_exchange_us:.0f}" + ("*" if row.extrapolated else ""),
+        "layer us new": "layer_us:.0f",
+        "p99 new": "layer_us_p99:.0f",
+        "saved (95 %)": layer_saved,
+        "experts saved": "experts_saved:+z.1%",
+        "MoE ms/step": "baseline_step_ms:.1f",
+        "new": "step_ms:.1f",
+    }
+    if gains.moe_share.notna().any():
+        columns |= {"MoE share": "moe_share:.0%", "step saved": "step_saved:+z.1%"}
+    heads, lines = cells(gains.itertuples(), columns)
+    print_table(title, heads, lines, markdown, align="<" * (1 + len(varying)), keys=3 + len(varying))
+    if markdown:
+        return
+    if gains.extrapolated.any():
         print(filled(EXTRAPOLATED_TEXT))
-
-
-def _print_crossovers(gains: Any) -> None:
-    points = "; ".join(f"{row.gpu} {row.crossover_tokens:.0f}" for row in gains.drop_duplicates("gpu").itertuples())
     for line in break_even_lines(gains):
-        print(filled(line.strip(), line[: len(line) - len(line.lstrip())], "    "))
+        print(line)
+    points = "; ".join(f"{row.gpu} {row.crossover_tokens:.0f}" for row in gains.drop_duplicates("gpu").itertuples())
     print()
     print(filled(
         "Crossover, the tokens per step from which, under even load, a rank's time grows with its tokens and not with its "
@@ -171,3 +130,48 @@ def _print_crossovers(gains: Any) -> None:
     ))  # fmt: skip
     if gains.knee.any():
         print(filled(knee_text(gains["dtype"].iloc[0])))
+
+
+def layer_saved(row: Any) -> str:
+    """The saved share of a layer's time as a cell; ~ near the crossover."""
+    return estimate(row.layer_saved, row.layer_saved_high, "+z.1%") + ("~" if row.knee else " ")
+
+
+def knee_text(dtype: str) -> str:
+    """What ~ says of a gain."""
+    from sim.cost.gain import KNEE
+
+    low, high = KNEE[dtype]
+    return (
+        f"~ from {low:g} to {high:g} times the crossover in {dtype}: kernels step at whole tiles there, and gains are not known "
+        "to 5 points (results/README.md)"
+    )
+
+
+def break_even_lines(gains: Any) -> list[str]:
+    """Of placement in_step: what it is, and from how many tokens per step it pays for its balancer. Empty without it."""
+    rows = gains[gains.placement == "in_step"]
+    if not len(rows):
+        return []
+    keys = [column for column in ("exchange", "gpu", "ep_size") if rows[column].nunique() > 1] or ["ep_size"]
+    copies = rows.copies_of.iloc[0]
+    lines = [
+        filled(_IN_STEP_TEXT.format(copies), "", "    "),
+        filled(
+            f"Break-even, the tokens per step from which it buys more of a layer, over {copies} with an even split, than the "
+            "balancer takes (--balancer-us; its default is LPLB's own figure, not verified):", "", "    ",
+        ),
+    ]  # fmt: skip
+    for _, of in rows.groupby(["exchange", "gpu", "ep_size"], sort=False):
+        most = of.loc[of.tokens.idxmax()]
+        where = ", ".join(f"EP {most[key]}" if key == "ep_size" else str(most[key]) for key in keys)
+        ends = [f"{most[f'break_even_tokens{end}']:,.0f}" for end in ("", "_low", "_high")]
+        bought = f"it buys {most.bought_us:.0f} us at {most.tokens}, the balancer takes {most.balancer_us:.0f}"
+        if most.break_even_tokens == float("inf"):
+            text = f"not up to {most.tokens}; {bought}"
+        elif most.break_even_tokens == of.tokens.min():
+            text = f"at all of them; {bought}"
+        else:
+            text = f"{ends[0]} ({ends[1]} to {ends[2].replace('inf', 'beyond')}); {bought}"
+        lines.append(filled(f"{where}: {text}", "  ", "    "))
+    return lines

@@ -1,6 +1,4 @@
-"""Measure what the experts of the busiest rank cost on a GPU, or show what was measured (--show): the model's predictions
-beside it, and what one placement gains over another.
-"""
+"""`epsim measure`: one rank's experts, or whole layers, timed on GPUs; and what was measured, beside the model's predictions."""
 
 import json
 import sys
@@ -8,147 +6,137 @@ import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from sim.cli.text import estimate, note, note_compiling, print_table, table
+from sim.cli.inputs import check_there, rows_of
+from sim.cli.terminal import cells, note, note_compiling, print_table, save_as, say_notes
 from sim.errors import InputError, unknown
-from sim.options import NAMES, WHOLE_NUMBERS, Choice, FigureOptions, Seconds, Whole, add_options
+from sim.options import FigureOptions, MeasureOptions, TrafficOptions, add_options, section_of
 
-Cells = tuple[list[str], list[list[str]]]
-
-_PLACEMENTS = ["linear", "round_robin"]
-_GRID = {
-    "workload": ["chat", "gpqa-tilted"],
-    "ep": [8, 16, 32, 64],
-    "tokens": [2**i for i in range(3, 15)],
-    "dtype": ["bf16", "fp8"],
-}
-_TABLES = {
-    "error": "Error of the prediction as it stands, predicted / measured - 1",
-    "constants": "Constants that these rows alone would give (a check; the model keeps its own)",
-    "missed": "Layers whose rank picked at random was slower than those picked as busiest",
-    "gain": "Gain of {other} over {baseline} in the layer's time, its slowest rank",
-}
+_PLACEMENTS, _WORKLOADS = ["linear", "round_robin"], ["chat", "gpqa-tilted"]
+_EP_SIZES, _TOKENS, _DTYPES = [8, 16, 32, 64], [2**i for i in range(3, 15)], ["bf16", "fp8"]
+_LAYER_TOKENS = [8, 64, 512, 2048, 8192, 16384]
+_OF_RANKS, _OF_LAYERS = ("error", "constants", "missed", "gain"), ("sum", "gain", "predicted")
 
 
-def add_arguments(parser: ArgumentParser) -> None:
-    """Add the options of `epsim measure`."""
-    add = parser.add_argument
-    add("--model", default="deepseek-v3", help="preset (epsim models) or path of a config.json (default: deepseek-v3)")
-    add("--workload", type=NAMES, metavar="LIST", help="traffic (default: chat,gpqa-tilted)")
-    add("--ep", type=WHOLE_NUMBERS, metavar="LIST", help="EP sizes (default: 8,16,32,64)")
-    add(
-        "--tokens",
-        type=WHOLE_NUMBERS,
-        metavar="LIST",
-        help="tokens per step over the EP group (default: 8..16384, doubling)",
-    )
-    add(
-        "--placement",
-        type=NAMES,
-        metavar="LIST",
-        help="placements (default: linear,round_robin)",
-    )
-    add("--dtype", type=NAMES, metavar="LIST", help="types of the weights (default: bf16,fp8; a --layer: one, bf16)")
+class _Table(NamedTuple):
+    """A table of what was measured."""
+
+    title: str
+    compute: Callable[[], Any]
+    columns: dict[str, Any]
+    keys: int
+
+
+def add_measure(parser: ArgumentParser) -> None:
+    """Measure on a GPU what the experts of the busiest rank cost, or whole layers (--layer), one rank on each GPU.
+
+    Or show what was measured (--show): the model's predictions beside it, and what one placement gains over another.
+    """
+    add_options(parser, TrafficOptions, only=("model",))
+    add_options(parser, MeasureOptions)
+    add = section_of(parser, MeasureOptions.title).add_argument
     add(
         "--layer", action="store_true", help="measure whole layers, one rank on each GPU (--ep: how many; default: all)"
     )
-    add("--exchange", type=NAMES, metavar="LIST", help="with --layer: token,pair,gather,reduce (default: all four)")
-    add("--steps", type=Whole(), default=16, metavar="N", help="steps to sample, each of a fresh layer (default: 16)")
-    add("--seed", type=Whole(), default=0, metavar="N", help="same seed, same steps and ranks (default: 0)")
-    add(
-        "--device",
-        type=Choice(names=("cuda", "cpu")),
-        default="cuda",
-        help="cuda (needs PyTorch: epsim[gpu]), or cpu for toy sizes (default: cuda)",
-    )
-    add("--gpu", help="GPU that predictions are for (epsim gpus; default: by the device's name)")
-    add(
-        "--time-limit",
-        type=Seconds(),
-        metavar="TIME",
-        help="stop after this time, as in 90s or 8m; steps that were measured are kept",
-    )
     add("--out", metavar="FILE.csv", help="where the rows go; what the device reaches goes to FILE.json")
+    add = section_of(parser, "what was measured").add_argument
     add("--show", type=Path, metavar="FILE.csv", help="measure nothing; print the tables of a file that was written")
-    add("--plot", action="store_true", help="with --show: draw the figures beside the file")
+    add("--table", metavar="NAME", help=f"one of them: {', '.join(_OF_RANKS)}; of layers: {', '.join(_OF_LAYERS)}")
+    add("--markdown", action="store_true", help="as Markdown")
+    add("--plot", action="store_true", help="draw the figures beside the file")
     add_options(parser, FigureOptions)
-    add(
-        "--table",
-        metavar="NAME",
-        help=f"with --show: one of the tables alone: {', '.join(_TABLES)}; of layers: sum, gain, predicted",
-    )
-    add("--markdown", action="store_true", help="with --show: Markdown tables")
 
 
-def run(arguments: Namespace) -> None:
+def run_measure(arguments: Namespace) -> None:
     """Run `epsim measure`."""
-    if arguments.show is None:
-        for option in ("plot", "markdown", "table"):
-            if getattr(arguments, option):
-                raise InputError(f"--{option} goes with --show FILE.csv")
-        if arguments.exchange is not None and not arguments.layer:
-            raise InputError("--exchange goes with --layer")
-        if arguments.layer:
-            from sim.cli.measured_layers import measure_all
-
-            measure_all(arguments)
-            return
-        for option, default in _GRID.items():
-            if getattr(arguments, option) is None:
-                setattr(arguments, option, default)
-        _measure(arguments)
-    else:
+    if arguments.show is not None:
         for option in ("out", "layer"):
             if getattr(arguments, option):
                 raise InputError(f"--{option} goes without --show: what was measured is only read")
-        from sim.measure.layer_compare import is_of_layers
-
-        if is_of_layers(arguments.show):
-            from sim.cli.measured_layers import show
-
-            show(arguments)
-            return
         _show(arguments)
+        return
+    for option in ("plot", "markdown", "table"):
+        if getattr(arguments, option):
+            raise InputError(f"--{option} goes with --show FILE.csv")
+    if arguments.exchange is not None and not arguments.layer:
+        raise InputError("--exchange goes with --layer")
+    if arguments.out is None or not arguments.out.endswith(".csv"):
+        raise InputError("--out FILE.csv must say where the rows go")
+    (_measure_layers if arguments.layer else _measure_ranks)(arguments, Path(arguments.out), time.monotonic())
 
 
-def _measure(arguments: Namespace) -> None:
-    started = time.monotonic()
+def _measure_ranks(arguments: Namespace, out: Path, started: float) -> None:
     from sim.cost import load_gpu
     from sim.files import whole_files
     from sim.measure import Shape, measure, plan_measurement
     from sim.measure.experts import DTYPES
     from sim.model import load_model
-    from sim.traffic import load_workload
 
-    if arguments.out is None or not arguments.out.endswith(".csv"):
-        raise InputError("--out FILE.csv must say where the rows go")
-    dtypes = list(dict.fromkeys(arguments.dtype))
+    dtypes = list(dict.fromkeys(arguments.dtype or _DTYPES))
     for dtype in dtypes:
         if dtype not in DTYPES:
             raise unknown("--dtype", dtype, DTYPES)
-    limit_s = float("inf") if arguments.time_limit is None else arguments.time_limit
     gpu = load_gpu(arguments.gpu or preset_of_device(arguments.device))
     note_compiling()
     model = load_model(arguments.model)
     steps = plan_measurement(
         model,
-        [load_workload(name) for name in arguments.workload],
-        ep_sizes=arguments.ep,
-        tokens=arguments.tokens,
+        _workloads(arguments),
+        ep_sizes=arguments.ep_sizes or _EP_SIZES,
+        tokens=arguments.tokens or _TOKENS,
         placements=arguments.placement or _PLACEMENTS,
         steps=arguments.steps,
         seed=arguments.seed,
     )
-    shape = Shape.of(model, steps.most_local_experts, steps.most_pairs)
-    backend = _backend(arguments.device, shape, steps.seed)
-    out = Path(arguments.out)
-    left_s = limit_s - (time.monotonic() - started)
-    reached = measure(steps, backend, gpu, dtypes, out, time_limit_s=left_s, say=_say)
+    backend = _backend(arguments.device, Shape.of(model, steps.most_local_experts, steps.most_pairs), steps.seed)
+    say_notes()
+    reached = measure(steps, backend, gpu, dtypes, out, time_limit_s=_left_s(arguments, started), say=_say)
     about = out.with_suffix(".json")
     with whole_files(about) as (temporary,):
         temporary.write_text(json.dumps(reached, indent=1) + "\n")
     print(f"written to {out} and {about}; tables and figures: epsim measure --show {out} --plot")
+
+
+def _measure_layers(arguments: Namespace, out: Path, started: float) -> None:
+    from sim.measure.layer import gpus_for, measure_layers
+    from sim.measure.layer_plan import EXCHANGES, sample_layers
+    from sim.model import load_model
+
+    dtypes, sizes = arguments.dtype or ["bf16"], arguments.ep_sizes or [None]
+    if len(dtypes) > 1:
+        raise InputError(f"--dtype {','.join(dtypes)}: a layer is measured in one type")
+    if len(sizes) > 1:
+        raise InputError(f"--ep {','.join(map(str, sizes))}: a layer is measured at one EP size, a GPU for each rank")
+    ep_size = gpus_for(sizes[0], arguments.device)
+    note_compiling()
+    steps = sample_layers(
+        load_model(arguments.model),
+        _workloads(arguments),
+        ep_size=ep_size,
+        tokens=arguments.tokens or _LAYER_TOKENS,
+        placements=arguments.placement or _PLACEMENTS,
+        exchanges=arguments.exchange or list(EXCHANGES),
+        steps=arguments.steps,
+        seed=arguments.seed,
+        dtype=dtypes[0],
+    )
+    if arguments.device == "cpu":
+        note("times on a CPU test the path, and say nothing about a GPU")
+    say_notes()
+    measure_layers(steps, arguments.device, out, time_limit_s=_left_s(arguments, started), say=_say)
+    print(f"written to {out}; tables and figures: epsim measure --show {out} --plot")
+
+
+def _workloads(arguments: Namespace) -> list[Any]:
+    from sim.traffic import load_workload
+
+    return [load_workload(name) for name in arguments.workload or _WORKLOADS]
+
+
+def _left_s(arguments: Namespace, started: float) -> float:
+    limit_s = float("inf") if arguments.time_limit is None else arguments.time_limit
+    return limit_s - (time.monotonic() - started)
 
 
 def _say(line: str) -> None:
@@ -166,7 +154,13 @@ def preset_of_device(device: str) -> str:
     for preset in sorted(gpu_names(), key=len, reverse=True):
         if preset in name.lower():
             return preset
-    raise InputError(f"--gpu must say which GPU predicts the times of {name} (epsim gpus lists them, or a .toml file)")
+    raise _no_preset(name)
+
+
+def _no_preset(device: str) -> InputError:
+    return InputError(
+        f"--gpu must say which GPU predicts the times of {device} (epsim gpus lists them, or a .toml file)"
+    )
 
 
 def _backend(device: str, shape: Any, seed: int) -> Any:
@@ -180,26 +174,47 @@ def _backend(device: str, shape: Any, seed: int) -> Any:
     return TorchExperts(shape, "cuda", seed)
 
 
-def _chosen_rows(arguments: Namespace) -> Any:
-    """Rows of the file, with predictions, of the workloads, sizes and types that are asked for."""
-    from sim.cost import load_gpu
-    from sim.measure import read_measured, with_predictions
-
-    rows = with_predictions(read_measured(arguments.show), None if arguments.gpu is None else load_gpu(arguments.gpu))
-    for option, column in (("workload", "workload"), ("ep", "ep_size"), ("tokens", "tokens"), ("dtype", "dtype")):
-        wanted = getattr(arguments, option)
-        if wanted is None:
-            continue
-        for value in wanted:
-            if value not in set(rows[column]):
-                there = ", ".join(map(str, rows[column].unique()))
-                raise InputError(f"--{option} {value}: {arguments.show} has {there}")
-        rows = rows[rows[column].isin(wanted)]
-    return rows
-
-
 def _show(arguments: Namespace) -> None:
-    from sim.measure import constants, errors, gains
+    """Print the tables of a file, and draw its figures."""
+    from sim.measure.layer_compare import is_of_layers
+
+    of_layers = is_of_layers(arguments.show)
+    known = _OF_LAYERS if of_layers else _OF_RANKS
+    if arguments.table is not None and arguments.table not in known:
+        raise unknown("--table", arguments.table, known)
+    about, tables, figures = (_layers if of_layers else _ranks)(arguments)
+    if arguments.table is None:
+        print(about)
+    for name, one in tables.items():
+        if arguments.table not in (None, name):
+            continue
+        heads, lines = cells(one.compute().itertuples(), one.columns)
+        if arguments.table is None:
+            print()
+        if arguments.markdown and arguments.table is None:
+            print(f"{one.title}\n")
+        print_table(one.title, heads, lines, arguments.markdown, keys=one.keys)
+    if "predicted" in tables and arguments.table in (None, "predicted") and not arguments.markdown:
+        _say_errors(tables["predicted"].compute())
+    if arguments.plot:
+        for name, figure in figures().items():
+            stem = arguments.show.with_name(f"{arguments.show.name.partition('.csv')[0]}-{name}")
+            for path in save_as(figure, stem, arguments):
+                print(path)
+
+
+def _chosen(rows: Any, arguments: Namespace) -> Any:
+    """Rows of the workloads, sizes, types and exchanges that are asked for."""
+    wanted = {name: getattr(arguments, name) for name in ("workload", "tokens", "dtype", "exchange") if name in rows}
+    wanted["ep_size"] = arguments.ep_sizes
+    check_there(rows, wanted, str(arguments.show))
+    return rows_of(rows, wanted)
+
+
+def _ranks(arguments: Namespace) -> tuple[str, dict[str, _Table], Callable[[], dict[str, Any]]]:
+    """What a file of ranks holds, its tables, and its figures."""
+    from sim.cost import load_gpu
+    from sim.measure import constants, errors, gains, read_measured, with_predictions
     from sim.measure.compare import missed
     from sim.placement import ALIASES
 
@@ -207,68 +222,42 @@ def _show(arguments: Namespace) -> None:
     baseline, other = (ALIASES.get(name, name) for name in pair) if len(pair) == 2 else ("", "")
     if baseline == other:
         raise InputError(f"--placement {','.join(pair)}: the gain of one placement over another takes two names")
-    if arguments.table is not None and arguments.table not in _TABLES:
-        raise unknown("--table", arguments.table, _TABLES)
-    rows = _chosen_rows(arguments)
-    tables: dict[str, Callable[[], Cells]] = {
-        "error": lambda: _errors_table(errors(rows)),
-        "constants": lambda: _constants_table(constants(rows)),
-        "missed": lambda: _missed_table(missed(rows)),
-        "gain": lambda: _gains_table(gains(rows, baseline, other), baseline, other),
-    }
-    if arguments.table is None:
-        first = rows.iloc[0]
-        print(
-            f"{first.model} on {first.device}, predicted for {first.gpu}: {len(rows)} ranks in {rows.step.nunique()} steps"
-        )
-        for dtype, kernel in rows.groupby("dtype").kernel.first().items():
-            print(f"  {dtype}: {kernel}")
-    for name, compute in tables.items():
-        if arguments.table not in (None, name):
-            continue
-        heads, cells = compute()
-        title = _TABLES[name].format(other=other, baseline=baseline)
-        if arguments.markdown and arguments.table is not None:
-            print_table("", heads, cells, markdown=True)
-        elif arguments.markdown:
-            print(f"\n{title}\n")
-            print_table("", heads, cells, markdown=True)
-        else:
-            print(f"\n{title}\n\n{table(heads, cells, '>' * len(heads))}")
-    if arguments.plot:
-        _plot(arguments.show, rows, baseline, other, arguments.formats)
+    gpu = None if arguments.gpu is None else load_gpu(arguments.gpu)
+    rows = _chosen(with_predictions(read_measured(arguments.show), gpu), arguments)
+    first = rows.iloc[0]
+    about = (
+        f"{first.model} on {first.device}, predicted for {first.gpu}: {len(rows)} ranks in {rows.step.nunique()} steps"
+    )
+    about += "".join(f"\n  {dtype}: {kernel}" for dtype, kernel in rows.groupby("dtype").kernel.first().items())
+    tables = {
+        "error": _Table("Error of the prediction as it stands, predicted / measured - 1", lambda: errors(rows), {
+            "dtype": "dtype", "bound": "bound", "ranks": "ranks", "steps": "steps", "mean error (95 %)": "error_mean±+z.1%",
+            "p10": "error_p10:+z.1%", "median": "error_p50:+z.1%", "p90": "error_p90:+z.1%", "within 20 %": "within_20:.0%",
+        }, 2),
+        "constants": _Table(
+            "Constants that these rows alone would give (a check; the model keeps its own)", lambda: constants(rows),
+            {"dtype": "dtype", "constant": "constant", "model": "model:.3g", "these rows (95 %)": _constant}, 2,
+        ),
+        "missed": _Table(
+            "Layers whose rank picked at random was slower than those picked as busiest", lambda: missed(rows),
+            {"dtype": "dtype", "layers": "layers", "slower at random": "missed", "by at most": "excess_max:.1%"}, 1,
+        ),
+        "gain": _Table(
+            f"Gain of {other} over {baseline} in the layer's time, its slowest rank", lambda: gains(rows, baseline, other), {
+                "dtype": "dtype", "workload": "workload", "EP": "ep_size", "tokens": "tokens", "steps": "steps",
+                "measured (95 %)": "measured±+z.1%", "predicted": "predicted:+z.1%", "difference (95 %)": "difference±+z.1%",
+                f"{baseline} us": "baseline_us:.1f", f"{other} us": "other_us:.1f",
+            }, 4,
+        ),
+    }  # fmt: skip
 
+    def figures() -> dict[str, Any]:
+        from sim.figures.measured import measured_gain, predicted_against_measured
 
-def _plot(path: Path, rows: Any, baseline: str, other: str, formats: list[str]) -> None:
-    from sim.figures import save_as
-    from sim.figures.measured import measured_gain, predicted_against_measured
-    from sim.measure import gains
+        gained = measured_gain(rows, gains(rows, baseline, other), baseline, other)
+        return {"predicted": predicted_against_measured(rows), "gain": gained}
 
-    for name, figure in (
-        ("predicted", predicted_against_measured(rows)),
-        ("gain", measured_gain(rows, gains(rows, baseline, other), baseline, other)),
-    ):
-        for target in save_as(figure, path.with_name(f"{path.name.partition('.csv')[0]}-{name}"), formats):
-            print(target)
-
-
-def _errors_table(found: Any) -> Cells:
-    heads = ["dtype", "bound", "ranks", "steps", "mean error (95 %)", "p10", "median", "p90", "within 20 %"]
-    return heads, [
-        [
-            *(str(getattr(row, name)) for name in ("dtype", "bound", "ranks", "steps")),
-            estimate(row.error_mean, row.error_mean_high, "+z.1%"),
-            *(f"{value:+z.1%}" for value in (row.error_p10, row.error_p50, row.error_p90)),
-            f"{row.within_20:.0%}",
-        ]
-        for row in found.itertuples()
-    ]
-
-
-def _constants_table(found: Any) -> Cells:
-    return ["dtype", "constant", "model", "these rows (95 %)"], [
-        [row.dtype, row.constant, f"{row.model:.3g}", _constant(row)] for row in found.itertuples()
-    ]
+    return about, tables, figures
 
 
 def _constant(row: Any) -> str:
@@ -278,22 +267,83 @@ def _constant(row: Any) -> str:
     return f"{row.fitted:.3g}" + (f" ({row.low:.3g} to {row.high:.3g})" if row.low == row.low else "")
 
 
-def _missed_table(found: Any) -> Cells:
-    return ["dtype", "layers", "slower at random", "by at most"], [
-        [row.dtype, str(row.layers), str(row.missed), f"{row.excess_max:.1%}"] for row in found.itertuples()
-    ]
+def _layers(arguments: Namespace) -> tuple[str, dict[str, _Table], Callable[[], dict[str, Any]]]:
+    """What a file of whole layers holds, its tables, and its figures."""
+    from sim.measure.layer_compare import layer_gains, predicted_gains, read_layers, sums
+    from sim.placement import ALIASES
+
+    baseline, *others = (ALIASES.get(name, name) for name in arguments.placement or ["linear"])
+    layers = read_layers(arguments.show)
+    gpu = _gpu_of(arguments, layers)
+    layers = _chosen(layers if gpu is None else read_layers(arguments.show, gpu), arguments)
+    first = layers.iloc[0]
+    about = (
+        f"{first.model} in {first['dtype']}, EP {first.ep_size} on {first.gpu}: {len(layers)} layers in "
+        f"{layers.step.nunique()} steps"
+    )
+    cell = {"exchange": "exchange", "workload": "workload", "tokens": "tokens"}
+    of_placement = cell | {"placement": "placement", "steps": "steps", "gain (95 %)": "gain±+z.1%"}
+    tables = {
+        "sum": _Table(
+            "A layer against its slowest rank's experts and the exchange, layer / (experts + exchange) - 1",
+            lambda: sums(layers), cell | {
+                "steps": "steps", "layer us": "layer_us:.0f", "experts us": "experts_us:.0f", "exchange us": "exchange_us:.0f",
+                "off by (95 %)": "excess±+z.1%",
+            }, 3,
+        ),
+        "gain": _Table(
+            f"Gain over {baseline} in the time of a layer", lambda: layer_gains(layers, baseline, others), of_placement | {
+                "experts alone": "experts_gain:+z.1%", "exchange alone": "exchange_gain:+z.1%", "from us": "baseline_us:.0f",
+                "to us": "other_us:.0f",
+            }, 4,
+        ),
+    }  # fmt: skip
+    if gpu is not None:
+        tables["predicted"] = _Table(
+            f"Gain over {baseline} as measured and as predicted for {gpu.name}, and the predicted time of {baseline}'s layers",
+            lambda: predicted_gains(layers, baseline, others), of_placement | {
+                "predicted": "predicted:+z.1%", "difference": "difference:+z.1%", "from us": "baseline_us:.0f",
+                "predicted us": "predicted_us:.0f",
+            }, 4,
+        )  # fmt: skip
+
+    def figures() -> dict[str, Any]:
+        from sim.figures.measured import measured_exchange, measured_layer_gain
+
+        gained = measured_layer_gain(layers, layer_gains(layers, baseline, others), baseline)
+        return {"gain": gained, "exchange": measured_exchange(layers)}
+
+    return about, tables, figures
 
 
-def _gains_table(found: Any, baseline: str, other: str) -> Cells:
-    heads = ["dtype", "workload", "EP", "tokens", "steps", "measured (95 %)", "predicted", "difference (95 %)"]
-    return [*heads, f"{baseline} us", f"{other} us"], [
-        [
-            *(str(getattr(row, name)) for name in ("dtype", "workload", "ep_size", "tokens", "steps")),
-            estimate(row.measured, row.measured_high, "+z.1%"),
-            f"{row.predicted:+z.1%}",
-            estimate(row.difference, row.difference_high, "+z.1%"),
-            f"{row.baseline_us:.1f}",
-            f"{row.other_us:.1f}",
-        ]
-        for row in found.itertuples()
-    ]
+def _gpu_of(arguments: Namespace, layers: Any) -> Any:
+    """The GPU that predicts the layers: the one named, or the measured one; None where that one or the model is no preset.
+
+    Raises
+    ------
+    InputError
+        It is asked for by name, and is not there.
+    """
+    from sim.cost import gpu_names, load_gpu
+    from sim.model import model_names
+
+    device, model = str(layers.gpu.iloc[0]), str(layers.model.iloc[0])
+    asked = arguments.gpu is not None or arguments.table == "predicted"
+    if model not in model_names():
+        if asked:
+            raise InputError(f"--gpu: times are predicted for presets of models (epsim models), and {model} is none")
+        return None
+    names = [arguments.gpu] if arguments.gpu else [name for name in gpu_names() if name in device.lower().split()]
+    if not names and asked:
+        raise _no_preset(device)
+    return load_gpu(names[0]) if names else None
+
+
+def _say_errors(found: Any) -> None:
+    print("\nOff, absolute, by exchange: gains in points, layers in % (median, worst)")
+    for exchange, rows in found.groupby("exchange", sort=False):
+        gain, layer = 100 * rows.difference.abs(), 100 * rows.error.abs()
+        why = "; DeepEP's kernels are predicted, NCCL's were measured" if exchange == "pair" else ""
+        print(
+            f"  {exchange}: {gain.median():.1f} and {gain.max():.1f} points, {layer.median():.0f} and {layer.max():.0f} %{why}"
+        )

@@ -1,22 +1,22 @@
-"""Predict what an engine would log of each step: balancedness over layers, and time; lay your own log beside it."""
+"""`epsim step`: what an engine would log of each step, balancedness and time, beside a log of your own."""
 
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
-from sim.cli.progress import shown_progress
-from sim.cli.text import add_forms, note, print_rows, print_table, say_about_layers, say_written
-from sim.cli.timed import identity_of, say_about_maps, say_about_times, timed_options
+from sim.cli.inputs import identity_of, read_inputs, say_about_layers, say_about_maps, say_about_times, step_options
+from sim.cli.terminal import add_output, cells, note, print_rows, print_table, shown_progress, write_answer
 from sim.errors import InputError
 from sim.options import (
     Choice,
-    Folder,
+    GpuOptions,
     LayerOptions,
     StepOptions,
     SweepOptions,
     TimeOptions,
     TrafficOptions,
     add_options,
+    section_of,
 )
 
 _SHORT = {
@@ -29,41 +29,30 @@ _SHORT = {
 }
 
 
-def add_arguments(parser: ArgumentParser) -> None:
-    """Add the options of `epsim step`."""
-    parser.add_argument(
-        "--gpu", default="h200", metavar="GPU", help="a GPU (epsim gpus), or a .toml file (default: h200)"
-    )
-    add_options(parser, SweepOptions, only=("placements",), placements="linear,round_robin")
+def add_step(parser: ArgumentParser) -> None:
+    """Predict what an engine would log of each step: balancedness over layers, and time; lay your own log beside it."""
     add_options(parser, TrafficOptions)
+    add = section_of(parser, TrafficOptions.title).add_argument
+    add("--traffic", metavar="FILE", help="recorded routing, in place of --workload: also replay whole steps, all layers of the "
+        "same tokens, beside independent layers: time, its autocorrelation, the worst layer, "
+        "and what --layer-correlation is")  # fmt: skip
+    add_options(parser, SweepOptions, only=("placements",), placements="linear,round_robin")
     add_options(parser, StepOptions, ep_sizes="8,16", tokens="64,4096")
-    add_options(parser, TimeOptions)
     add_options(parser, LayerOptions)
-    parser.add_argument(
-        "--log",
-        type=Path,
-        metavar="FILE",
-        help="your own log to lay beside: vLLM's or SGLang's lines with balancedness, or a number a line",
-    )
-    parser.add_argument(
-        "--log-metric",
-        type=Choice(names=tuple(_SHORT)),
-        default="balancedness_vllm",
-        metavar="NAME",
-        help=f"what the log holds: {', '.join(_SHORT)}",
-    )
-    add_forms(parser)
-    parser.add_argument(
-        "--traffic",
-        metavar="FILE",
-        help="recorded routing, in place of --workload: also replay whole steps, all layers of the same tokens, beside "
-        "independent layers: time, its autocorrelation, the worst layer, and what --layer-correlation is",
-    )
-    parser.add_argument("--out", type=Folder(), metavar="DIR", help="also write steps.csv there")
+    add_options(parser, GpuOptions, only=("gpu",))
+    add_options(parser, TimeOptions)
+    add_output(parser, "steps.csv")
+    add = section_of(parser, "your log").add_argument
+    add("--log", type=Path, metavar="FILE", help="vLLM's or SGLang's lines with balancedness, or a number a line")
+    add("--log-metric", type=Choice(names=tuple(_SHORT)), default="balancedness_vllm", metavar="NAME",
+        help=f"what the log holds: {', '.join(_SHORT)} (default: balancedness_vllm)")  # fmt: skip
 
 
-def run(arguments: Namespace) -> None:
+def run_step(arguments: Namespace) -> None:
     """Run `epsim step`."""
+    from sim.cost import load_gpu
+    from sim.cost.step_log import compare_log, predict_steps, read_log
+
     if arguments.traffic is not None:
         if arguments.workload != TrafficOptions.workload:
             raise InputError("--traffic goes without --workload: it is the workload")
@@ -71,33 +60,27 @@ def run(arguments: Namespace) -> None:
             if getattr(arguments, name) not in (None, 1, "decode"):
                 raise InputError(f"`{name}` does not go with --traffic: its steps take the next token of each request")
         arguments.workload = f"file:{arguments.traffic}"
-    options, folder = timed_options(arguments), arguments.out
-    if arguments.traffic is not None and not hasattr(options["workload"], "topk_ids"):
+    model, workload = read_inputs(arguments)
+    if arguments.traffic is not None and not hasattr(workload, "topk_ids"):
         raise InputError(
             f"--traffic {arguments.traffic}: whole steps need the experts of single tokens, not synthetic traffic"
         )
-    from sim.cost import load_gpu
-    from sim.cost.step_log import compare_log, predict_steps, read_log
-
     log = None if arguments.log is None else read_log(arguments.log, arguments.log_metric)
-    for text in log.notes if log is not None else ():
-        note(text)
+    note(*(log.notes if log is not None else []))
     if "," in arguments.gpu:
         raise InputError(f"--gpu {arguments.gpu}: one GPU at a time")
-    gpu = load_gpu(arguments.gpu)
-    say_about_maps(arguments.placements, options["model"], options["ep_sizes"], options["ranks_per_node"])
-    say_about_times(options, [gpu])
-    say_about_layers(arguments.layer_correlation)
+    gpu, placements, correlation = load_gpu(arguments.gpu), arguments.placements, arguments.layer_correlation
+    options = step_options(arguments)
+    say_about_maps(placements, model, options["ep_sizes"], options["ranks_per_node"])
+    say_about_times(model, workload, [gpu], options)
+    say_about_layers(correlation)
+    replayed = None
     with shown_progress():
-        steps = predict_steps(
-            gpu=gpu, placements=arguments.placements, layer_correlation=arguments.layer_correlation, **options
-        )
-        replayed = None
+        steps = predict_steps(model, workload, gpu, placements=placements, layer_correlation=correlation, **options)
         if arguments.traffic is not None:
             from sim.cost.replay import replay_steps
 
-            own = {name: value for name, value in options.items() if name not in ("model", "workload")}
-            replayed = replay_steps(options["model"], options["workload"], gpu, placements=arguments.placements, **own)
+            replayed = replay_steps(model, workload, gpu, placements=placements, **options)
     compared = None if log is None else compare_log(steps, arguments.log_metric, log.values)
     if not print_rows(steps if compared is None else compared, arguments):
         _print_steps(steps, arguments.markdown)
@@ -105,19 +88,56 @@ def run(arguments: Namespace) -> None:
             _print_log(compared, arguments)
         if replayed is not None:
             _print_replay(replayed, arguments)
-    if folder is not None:
-        from sim.files import writable_folder
-        from sim.results import write_table
+    tables = {} if replayed is None else {"replay": replayed.steps, "replay_exceeded": replayed.exceeded}
+    identity = identity_of(model, workload, options, [gpu], placements=placements)
+    identity |= {} if correlation is None else {"layer_correlation": correlation}
+    write_answer(arguments.out, arguments, tables | {"steps": steps}, identity)
 
-        identity = identity_of(options, [gpu], placements=arguments.placements)
-        tables = {} if replayed is None else {"replay": replayed.steps, "replay_exceeded": replayed.exceeded}
-        correlated = {} if arguments.layer_correlation is None else {"layer_correlation": arguments.layer_correlation}
-        with writable_folder(folder):
-            for name, table in tables.items():
-                write_table(table, folder, name, identity)
-            write_table(steps, folder, "steps", identity | correlated)
-        names = "".join(f"{name}.csv, " for name in tables)
-        say_written(f"written to {folder}: {names}steps.csv, steps.json (what made it)", arguments)
+
+_CELL: dict[str, Any] = {"EP": "ep_size", "tokens": "tokens", "placement": "placement"}
+
+
+def _digits(value: float) -> str:
+    return "-" if value != value else f"{value:.3f}" if value < 10 else f"{value:.1f}"
+
+
+def _in_digits(name: str) -> Any:
+    """A column of a table."""
+    return lambda row: _digits(getattr(row, name))
+
+
+def _print_steps(steps: Any, markdown: bool) -> None:
+    row = steps.iloc[0]
+    title = (
+        f"{row.model} in {row['dtype']} on {row.gpu}, {row.workload} traffic: what a step through all layers would log\n"
+        "mean with its 95 % interval over layer sets (none with one), quantiles over steps; sd between layer sets "
+        "(deployments), and of one set's steps"
+    )
+    columns = _CELL | {
+        "logged": lambda row: _SHORT[row.metric],
+        "mean (95 %)": lambda row: (
+            _digits(row.mean) + (f" ± {_digits(row.high - row.mean)}" if row.high == row.high else "")
+        ),
+        **{name: _in_digits(f"p{name[1:]:>02}") for name in ("p1", "p50", "p99")},
+        "sd between": _in_digits("sd_between_sets"),
+        "sd within": _in_digits("sd_within_set"),
+    }
+    rows = steps.sort_values(["ep_size", "tokens"], kind="stable").itertuples()
+    print_table(title, *cells(rows, columns), markdown, align=">><<", keys=4)
+
+
+def _print_log(table: Any, arguments: Namespace) -> None:
+    row = table.iloc[0]
+    title = (
+        f"\nyour log: {row.log_steps} values of {arguments.log_metric}, mean {_digits(row.log_mean)}; inside: share of them "
+        "between p1 and p99 of the\nsimulated steps; sds apart: its mean from the simulated one, in standard deviations "
+        "between deployments"
+    )
+    columns = _CELL | {
+        "simulated mean": _in_digits("mean"), "p1": _in_digits("p01"), "p99": _in_digits("p99"), "inside": "inside:.0%",
+        "sds apart": "sds_apart:+.1f",
+    }  # fmt: skip
+    print_table(title, *cells(table.itertuples(), columns), arguments.markdown, align=">><", keys=3)
 
 
 _KEYS = ["ep_size", "tokens", "placement"]
@@ -185,57 +205,3 @@ def _ratio(row: Any) -> str:
         return "-"
     interval = f" ({row.variance_ratio_low:.2f} to {row.variance_ratio_high:.2f})"
     return f"{row.variance_ratio:.2f}" + (interval if row.variance_ratio_low == row.variance_ratio_low else "")
-
-
-def _digits(value: float) -> str:
-    return "-" if value != value else f"{value:.3f}" if value < 10 else f"{value:.1f}"
-
-
-def _print_steps(steps: Any, markdown: bool) -> None:
-    row = steps.iloc[0]
-    title = (
-        f"{row.model} in {row['dtype']} on {row.gpu}, {row.workload} traffic: what a step through all layers would log\n"
-        "mean with its 95 % interval over layer sets (none with one), quantiles over steps; sd between layer sets "
-        "(deployments), and of one set's steps"
-    )
-    heads = ["EP", "tokens", "placement", "logged", "mean (95 %)", "p1", "p50", "p99", "sd between", "sd within"]
-    cells = [
-        [
-            str(row.ep_size),
-            str(row.tokens),
-            row.placement,
-            _SHORT[row.metric],
-            _digits(row.mean) + (f" ± {_digits(row.high - row.mean)}" if row.high == row.high else ""),
-            _digits(row.p01),
-            _digits(row.p50),
-            _digits(row.p99),
-            _digits(row.sd_between_sets),
-            _digits(row.sd_within_set),
-        ]
-        for row in steps.sort_values(["ep_size", "tokens"], kind="stable").itertuples()
-    ]
-    print_table(title, heads, cells, markdown, align=">><<", keys=4)
-
-
-def _print_log(table: Any, arguments: Namespace) -> None:
-    row = table.iloc[0]
-    title = (
-        f"\nyour log: {row.log_steps} values of {arguments.log_metric}, mean {_digits(row.log_mean)}; inside: share of them "
-        "between p1 and p99 of the\nsimulated steps; sds apart: its mean from the simulated one, in standard deviations "
-        "between deployments"
-    )
-    heads = ["EP", "tokens", "placement", "simulated mean", "p1", "p99", "inside", "sds apart"]
-    cells = [
-        [
-            str(row.ep_size),
-            str(row.tokens),
-            row.placement,
-            _digits(row.mean),
-            _digits(row.p01),
-            _digits(row.p99),
-            f"{row.inside:.0%}",
-            "-" if row.sds_apart != row.sds_apart else f"{row.sds_apart:+.1f}",
-        ]
-        for row in table.itertuples()
-    ]
-    print_table(title, heads, cells, arguments.markdown, align=">><", keys=3)

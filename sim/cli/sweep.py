@@ -1,7 +1,4 @@
-"""Sample token routings once and score them under every placement, EP size and number of tokens per step.
-
-Lists take commas and ranges: 1,8,64; 8..64 doubles; 2..12:2 counts up by 2.
-"""
+"""`epsim sweep`: sample, score, write, and print the answer."""
 
 import re
 import time
@@ -9,20 +6,11 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sim.cli.progress import shown_progress
-from sim.cli.show import print_result
-from sim.cli.text import (
-    add_forms,
-    note,
-    note_compiling,
-    print_rows,
-    say_about_file,
-    say_about_inputs,
-    say_written,
-    traffic_fields,
-)
+from sim.cli.finished import print_result
+from sim.cli.inputs import say_about_file, say_about_inputs
+from sim.cli.terminal import add_output, note, note_compiling, print_rows, say_notes, say_written, shown_progress
 from sim.errors import InputError
-from sim.options import Folder, LinkOptions, RunOptions, SweepOptions, TrafficOptions, add_options, given
+from sim.options import Folder, LinkOptions, RunOptions, SweepOptions, TrafficOptions, add_options, given, section_of
 from sim.progress import phase
 
 if TYPE_CHECKING:
@@ -36,34 +24,31 @@ _NOT_MET = {
 }
 
 
-def add_arguments(parser: ArgumentParser) -> None:
-    """Add the options of `epsim sweep`."""
-    parser.add_argument(
-        "--config", metavar="FILE.toml", help="the same options as keys of a TOML file; the command line wins"
-    )
+def add_sweep(parser: ArgumentParser) -> None:
+    """Sample token routings once and score them under every placement, EP size and number of tokens per step.
+
+    Lists take commas and ranges: 1,8,64; 8..64 doubles; 2..12:2 counts up by 2.
+    """
+    add = parser.add_argument
+    add("--config", metavar="FILE.toml", help="the same options as keys of a TOML file; the command line wins")
     add_options(parser, TrafficOptions)
     add_options(parser, SweepOptions, ep_sizes="8,16,32,64", tokens="1,8,64,512,4096", placements="linear,round_robin")
     add_options(parser, RunOptions)
-    parser.add_argument(
-        "--rank-traffic",
-        action="store_true",
-        help="also write rank_traffic/*.npz: what each rank sends to each, mean and 99th percentile (keys: sim.rank_traffic)",
-    )
+    add_output(parser)
+    add = section_of(parser, "output").add_argument
+    add("--out", type=Folder(), metavar="DIR", help="folder of the result; {model} and {workload} in it stand for their names "
+        "(default: results/MODEL-WORKLOAD-ID, the id of what is sampled)")  # fmt: skip
+    add("--rank-traffic", action="store_true", help="also write rank_traffic/*.npz: what each rank sends to each, mean and 99th "
+        "percentile (keys: sim.rank_traffic)")  # fmt: skip
     add_options(parser, LinkOptions, only=("source_imbalance",), source_imbalance="1")
-    parser.add_argument(
-        "--out",
-        type=Folder(),
-        metavar="DIR",
-        help="folder of the result; {model} and {workload} in it stand for their names (default: results/MODEL-WORKLOAD-ID, the "
-        "id of what is sampled)",
-    )
-    add_forms(parser)
 
 
-def run(arguments: Namespace) -> None:
+def run_sweep(arguments: Namespace) -> None:
     """Run `epsim sweep`."""
     run_options = RunOptions(**given(arguments, RunOptions))
     _check_run(run_options, arguments)
+    from sim.cost.links import traffic_of_plan, write_traffic
+    from sim.kernels import usable_processors
     from sim.sweeps import make_plan, work_of
     from sim.traffic import load_workload
 
@@ -72,7 +57,8 @@ def run(arguments: Namespace) -> None:
         raise InputError(
             f"`out` {arguments.out}: several workloads need a folder each, as in results/{{model}}-{{workload}}"
         )
-    workloads = [load_workload(name, **traffic_fields(arguments)) for name in names]
+    fields = {name: getattr(arguments, name) for name in ("phase", "tokens_per_request", "dummy_tokens")}
+    workloads = [load_workload(name, arguments.model, **fields) for name in names]
     plans = [make_plan(arguments.model, workload, **given(arguments, SweepOptions)) for workload in workloads]
     sources = _sources(arguments, plans)
     folders = [_folder(arguments.out, plan) for plan in plans]
@@ -91,23 +77,25 @@ def run(arguments: Namespace) -> None:
             with phase(part, sizes):
                 results[i] = results[i] or _run_into(folders[i], plan, run_options)
                 if sources is not None:
-                    _write_traffic(folders[i], plan, sources, run_options)
+                    found = traffic_of_plan(plan, sources, run_options.threads or usable_processors())
+                    write_traffic(found, folders[i] / "rank_traffic")
     import pandas as pd
 
     if print_rows(pd.concat([result.summary for result in results if result], ignore_index=True), arguments):
         for folder in folders:
             say_written(f"written to {folder}", arguments)
         return
+    files = "summary.csv, tail.csv, counts.parquet, provenance.json" + (
+        "" if sources is None else ", rank_traffic/*.npz"
+    )
     for i, (folder, result) in enumerate(zip(folders, results, strict=True)):
+        if i and not arguments.markdown:
+            print()
         if not computed[i]:
             print(f"{folder} holds this sweep already; nothing was computed.\n")
-        print_result(result, markdown=arguments.markdown)
+        print_result(result, arguments.markdown)
         if not arguments.markdown:
-            print()
-            files = "summary.csv, tail.csv, counts.parquet, provenance.json"
-            files += "" if sources is None else ", rank_traffic/*.npz"
             say_written(f"written to {folder}: {files}; figures: epsim plot {folder}", arguments)
-            print(end="\n" if i + 1 < len(folders) else "")
 
 
 def _folder(out: Path | None, plan: "Plan") -> Path:
@@ -156,8 +144,8 @@ def _run_into(folder: Path, plan: "Plan", options: RunOptions) -> "SweepResult":
         writable_folder(folder),
         Journal(folder, plan, executor.chunk_size(plan)) as journal,
     ):
-        for text in journal.notes:
-            note(text)
+        note(*journal.notes)
+        say_notes()
         result = run_plan(
             plan,
             executor,
@@ -169,8 +157,7 @@ def _run_into(folder: Path, plan: "Plan", options: RunOptions) -> "SweepResult":
         write_result(result, folder)
         if not (result.summary.stopped == "time_limit").any():
             journal.clear()
-    for text in result.notes:
-        note(text)
+    note(*result.notes)
     note(_outcome(result, time.monotonic() - started))
     return result
 
@@ -186,14 +173,6 @@ def _sources(arguments: Namespace, plans: list["Plan"]) -> list[float] | None:
     for plan in plans:
         plan_links(plan, arguments.source_imbalance)
     return list(arguments.source_imbalance)
-
-
-def _write_traffic(folder: Path, plan: "Plan", sources: list[float], options: RunOptions) -> None:
-    """Write what each rank sends to each."""
-    from sim.cost.links import traffic_of_plan, write_traffic
-    from sim.kernels import usable_processors
-
-    write_traffic(traffic_of_plan(plan, sources, options.threads or usable_processors()), folder / "rank_traffic")
 
 
 def _check_same(folder: Path, held: dict[str, Any] | None, wanted: dict[str, Any]) -> None:
@@ -239,10 +218,8 @@ def _say_notes(plan: "Plan") -> None:
     from sim.sweeps import no_bounds_because, replicas_have_no_bounds
 
     say_about_inputs(plan.model, plan.workload)
-    for text in dict.fromkeys(
-        text for placement in plan.placements if placement is not None for text in notes_on(placement)
-    ):
-        note(text)
+    for placement in plan.placements:
+        note(*(notes_on(placement) if placement is not None else []))
     if plan.fit:
         note(f"load-aware placements are fitted on {plan.fit}, and scored on none of these")
     if plan.replica_choice != "even" and not any(plan.has_replicas):
@@ -250,7 +227,7 @@ def _say_notes(plan: "Plan") -> None:
     if "round_robin" in plan.grid.placements:
         for reason in dict.fromkeys(why_linear(plan.model, size) for size in plan.grid.ep_sizes):
             if reason:
-                note(f"vLLM silently runs linear where round_robin is asked for if {reason}")
+                note(f"vLLM falls back to linear where round_robin is asked for, with a warning in its log: {reason}")
     if (why := no_bounds_because(plan)) is not None:
         note(f"no bounds past sampling: {why}")
     if (why := replicas_have_no_bounds(plan)) is not None:

@@ -1,39 +1,29 @@
-"""The answers of `epsim traffic make` and `epsim traffic match`: traffic by workload, with a wanted imbalance."""
+"""`epsim traffic make` and `match`: synthetic traffic with a wanted imbalance."""
 
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
-from sim.cli.progress import shown_progress
-from sim.cli.text import add_forms, filled, note, note_compiling, print_rows, print_table, say_about_inputs
+from sim.cli.inputs import read_inputs, say_about_inputs
+from sim.cli.terminal import add_output, cells, filled, note, note_compiling, print_rows, print_table, shown_progress
 from sim.errors import InputError
-from sim.options import FILE, NAMES, SEED, Number, TrafficOptions, Whole, add_options
+from sim.options import FILE, MadeOptions, MatchOptions, TrafficOptions, add_options
 
 _NEAR = 0.02  # of what is asked for: a scale reaches it
-_IMBALANCE_HELP = "mean over layers of max / mean rank load of a step, under linear placement"
 
 
 def add_make(parser: ArgumentParser) -> None:
-    """Add the options of `epsim traffic make`."""
-    add = parser.add_argument
+    """Write synthetic recorded routing, with a wanted imbalance."""
     add_options(parser, TrafficOptions, only=("model", "workload", "phase"))
-    add("--tokens", type=Whole(1, 2**24), default="65536", metavar="N", help="tokens of the trace (default: 65536)")
-    add("--sequences", type=Whole(1, 2**24), default="256", metavar="S", help="sequences of the trace (default: 256)")
-    add(
-        "--imbalance",
-        type=Number(1, 2**15),
-        metavar="X",
-        help=f"scale the popularity to this {_IMBALANCE_HELP}, of all tokens",
-    )
-    add("--ep", dest="ep_sizes", type=Whole(1, 2**15), metavar="R", help="EP size of --imbalance")
-    add("--seed", type=SEED, default=0, metavar="N", help="same seed, same trace (default: 0)")
-    add("--out", type=FILE, required=True, metavar="TRACE.npz", help="the trace that is written")
+    add_options(parser, MadeOptions)
+    parser.add_argument("--out", type=FILE, required=True, metavar="TRACE.npz", help="the trace that is written")
 
 
 def run_make(arguments: Namespace) -> None:
     """Run `epsim traffic make`."""
     from sim.fit.made import LARGE_STEP, make_traffic, match, trace_imbalance
     from sim.progress import phase
+    from sim.traffic import SyntheticTraffic
 
     out = Path(arguments.out)
     if out.suffix != ".npz" or out.is_dir():
@@ -42,7 +32,11 @@ def run_make(arguments: Namespace) -> None:
         raise InputError(f"`out` {out}: the folder {out.parent} does not exist")
     if (arguments.imbalance is None) != (arguments.ep_sizes is None):
         raise InputError("`imbalance` and `ep_sizes` go together")
-    model, workload = _inputs(arguments)
+    model, workload = read_inputs(arguments)
+    if not isinstance(workload, SyntheticTraffic):
+        raise InputError(f"`workload` {workload.name}: a trace is made of synthetic traffic, and this is one")
+    note_compiling()
+    say_about_inputs(model, workload)
     scale, sizes = 1.0, {"popularity": 1.0 if arguments.imbalance else 0.0, "tokens": 1.0}
     with shown_progress():
         if arguments.imbalance is not None:
@@ -88,26 +82,10 @@ def write_trace(trace: Any, path: Path) -> None:
 
 
 def add_match(parser: ArgumentParser) -> None:
-    """Add the options of `epsim traffic match`."""
-    add = parser.add_argument
-    add("--imbalance", type=Number(1, 2**15), required=True, metavar="X", help=f"as read off a log: {_IMBALANCE_HELP}")
-    add("--ep", dest="ep_sizes", type=Whole(2, 2**15), required=True, metavar="R", help="EP size of the log")
+    """Name the presets nearest to an imbalance that was read off a log."""
     add_options(parser, TrafficOptions, only=("model",))
-    add(
-        "--workload",
-        type=NAMES,
-        metavar="LIST",
-        help="workloads to compare (default: every preset that fits the model)",
-    )
-    add(
-        "--tokens",
-        type=Whole(1, 2**24),
-        default="16384",
-        metavar="N",
-        help="tokens per step of the log, in all ranks (default: 16384)",
-    )
-    add("--seed", type=SEED, default=0, metavar="N", help="same seed, same answer (default: 0)")
-    add_forms(parser)
+    add_options(parser, MatchOptions)
+    add_output(parser)
 
 
 def run_match(arguments: Namespace) -> None:
@@ -126,13 +104,13 @@ def run_match(arguments: Namespace) -> None:
     note_compiling()
     model = load_model(arguments.model)
     fitting: list[SyntheticTraffic] = []
-    for workload in map(load_workload, arguments.workload or workload_names()):
+    for workload in map(load_workload, arguments.workloads or workload_names()):
         if not isinstance(workload, SyntheticTraffic):
             raise InputError(f"`workload` {workload.name}: only synthetic traffic can be scaled")
         try:
             check_pair(model, workload)
         except InputError:
-            if arguments.workload:
+            if arguments.workloads:
                 raise
             continue
         fitting.append(workload)
@@ -147,19 +125,18 @@ def run_match(arguments: Namespace) -> None:
     )
     if print_rows(rows, arguments):
         return
-    cells = [
-        [
-            one.name, f"{one.unscaled:.3f} ± {one.unscaled_half:.3f}", f"{one.unscaled / x - 1:+.1%}", f"{one.scale:.3f}",
-            f"{one.reached:.3f}",
-        ]
-        for one in found
-    ]  # fmt: skip
     title = (
         f"{model.name}, linear placement at EP {ep_size}, {tokens} tokens per step: mean over layers of max / mean rank load "
         f"(± 95 %, over layers), beside {x:g}"
     )
-    heads = ["workload", "imbalance as it is", "off", "popularity scale", "imbalance with it"]
-    print_table(title, heads, cells, arguments.markdown, align="<")
+    columns: dict[str, Any] = {
+        "workload": "name",
+        "imbalance as it is": lambda one: f"{one.unscaled:.3f} ± {one.unscaled_half:.3f}",
+        "off": lambda one: f"{one.unscaled / x - 1:+.1%}",
+        "popularity scale": "scale:.3f",
+        "imbalance with it": "reached:.3f",
+    }
+    print_table(title, *cells(found, columns), arguments.markdown, align="<")
     if not arguments.markdown and found:
         near = [one.name for one in found if abs(one.unscaled - x) <= one.unscaled_half]
         reaching = [one for one in found if abs(one.reached / x - 1) < _NEAR]
@@ -178,16 +155,3 @@ def run_match(arguments: Namespace) -> None:
             f"Nearest scale: {best.name} with its popularity scaled by {best.scale:.3g}{as_sigma}. A trace of it: epsim traffic "
             f"make --model {arguments.model} --workload {best.name} --imbalance {x:g} --ep {ep_size} --out TRACE.npz"
         ))  # fmt: skip
-
-
-def _inputs(arguments: Namespace) -> tuple[Any, Any]:
-    from sim.model import load_model
-    from sim.traffic import SyntheticTraffic, load_workload
-
-    note_compiling()
-    model = load_model(arguments.model)
-    workload = load_workload(arguments.workload, phase=arguments.phase)
-    if not isinstance(workload, SyntheticTraffic):
-        raise InputError(f"`workload` {workload.name}: a trace is made of synthetic traffic, and this is one")
-    say_about_inputs(model, workload)
-    return model, workload

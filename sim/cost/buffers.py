@@ -89,7 +89,7 @@ def size_buffers(
     """As `capacity`, with the curves P(exceed) against factor where they are asked for."""
     chosen = CapacityOptions(**options)
     model = load_model(model)
-    workload = workload if isinstance(workload, Workload) else load_workload(workload)
+    workload = workload if isinstance(workload, Workload) else load_workload(workload, model)
     groups, notes = _that_fit(model, chosen)
     plans = [_plan(model, workload, chosen, sizes, placements) for sizes, placements in groups]
     n_layers = plans[0].workload.n_layers or model.n_moe_layers

@@ -29,8 +29,10 @@ METRICS = {
     "mean_imbalance": "mean over layers of largest load / mean load, which the step's time follows",
     "worst_imbalance": "the largest over layers, which buffers must hold",
 }
-_BALANCEDNESS = re.compile(r"(?<![a-z])(?<!average_)(?:current_pass_)?balancedness\"?\s*[=:]\s*([-+.\w]+)")
+_BALANCEDNESS = re.compile(r"(?<![a-z])(?<!average_)(?:current_pass_)?balancedness\"?\s*[=:]\s*([-+.\w]+(?:,\d+)?)")
 """The step's own value in a line of an engine's log; averages over passes (last_10_average_balancedness) are not."""
+_SOURCE = re.compile(r"EngineCore\w*|for model [^\s:]+|\bDP\d+\b|\bTP\d+\b")
+"""Which engine or rank a line is of, and which model."""
 _MAX_LINE = 1 << 20
 _MOST_STEPS = 10**8
 QUANTILES = (0.01, 0.05, 0.5, 0.95, 0.99)
@@ -163,7 +165,8 @@ def read_log(path: Path, metric: str) -> StepLog:
 
     vLLM logs `balancedness=0.8000` (eplb_state.py), SGLang `current_pass_balancedness=0.800` beside averages over passes
     (expert_distribution.py); lines without are skipped and counted, and so are idle steps (max_tokens=0). A plain log has
-    one number a line (of several columns the last); a first line of words is skipped. A name that ends in .gz is unpacked.
+    one number a line; of several columns that which its first line names as the metric, or balancedness, else the last, with
+    a note. A name that ends in .gz is unpacked.
 
     Parameters
     ----------
@@ -180,7 +183,9 @@ def read_log(path: Path, metric: str) -> StepLog:
     engine: list[float] = []
     plain: list[float] = []
     n_lines = n_idle = n_sglang = 0
-    bad_line = 0  # of a plain log
+    bad_line, place, n_columns = 0, -1, 1  # of a plain log
+    n_cut = longest = 0
+    sources: set[str] = set()
     with reading(where, "log"), open_stream(path, where) as file:
         for raw in iter(lambda: file.readline(_MAX_LINE), b""):
             line = raw.decode("utf-8", "replace").strip().lstrip("\ufeff")
@@ -190,21 +195,42 @@ def read_log(path: Path, metric: str) -> StepLog:
             found = _BALANCEDNESS.search(line)
             if found is not None:
                 n_sglang += found[0].startswith("current_pass")
+                sources.add(" ".join(_SOURCE.findall(line)))
+                longest = max(longest, len(found[1]))
                 if re.search(r"\bmax_tokens=0\b(?!\.)", line):
                     n_idle += 1
+                elif len(found[1]) < longest and line.endswith(found[1]) and not raw.endswith(b"\n"):
+                    n_cut += 1
                 else:
                     engine.append(_value(found[1], where, n_lines))
             elif not engine and not bad_line:
                 try:
-                    plain.append(float(line.replace(",", " ").replace(";", " ").split()[-1]))
+                    cells = line.replace(",", " ").replace(";", " ").split()
+                    n_columns = max(n_columns, len(cells))
+                    plain.append(float(cells[place]))
                 except (ValueError, IndexError):
                     bad_line = n_lines if n_lines > 1 else 0
+                    named = [cell.strip('"').lower() for cell in cells]
+                    place = next(
+                        (named.index(name) for name in (metric, metric.partition("_")[0]) if name in named), -1
+                    )
             if len(engine) + len(plain) > _MOST_STEPS:
                 raise InputError(f"{where} has more than {_MOST_STEPS} steps; keep a part of it")
     notes = []
+    if n_cut:
+        notes.append(f"{path}: its last line is cut off and left out")
+    if 0 < n_sglang < len(engine) + n_idle + n_cut:
+        raise InputError(f"{where} holds lines of SGLang and of vLLM, which mean different things by balancedness")
+    sources.discard("")
+    if len(sources) > 1:
+        notes.append(
+            f"{path}: lines of {len(sources)} engines or models, taken together: {shown(', '.join(sorted(sources)))}"
+        )
+    if plain and not engine and n_columns > 1 and place == -1:
+        notes.append(f"{path}: of {n_columns} columns the last is taken")
     if engine or n_idle:
         engine_name = "SGLang" if n_sglang else "vLLM"
-        n_others = n_lines - len(engine) - n_idle
+        n_others = n_lines - len(engine) - n_idle - n_cut
         notes.append(f"{path}: {len(engine)} lines of {engine_name} with balancedness, {n_others} other lines skipped")
         notes += [f"{n_idle} idle steps (max_tokens=0) are left out"] if n_idle else []
         if not metric.startswith("balancedness"):

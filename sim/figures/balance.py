@@ -10,8 +10,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from sim.figures.style import (
+    HOLLOW,
     Sweep,
     add_legend,
+    band,
     chosen_sizes,
     differing_sizes,
     distinct_placements,
@@ -35,6 +37,7 @@ from sim.figures.style import (
 _STEPS = {"small": 8, "middle": 256, "large": 8192}
 _MOST_CHANGE = 0.1  # a change beyond is marked at the edge, so that it does not hide the others
 _UNEVEN = 0.02
+_FEW_PAIRS = 16  # a p99 of fewer jumps by whole pairs, and is not drawn
 
 
 @styled
@@ -42,7 +45,7 @@ def against_baseline(result: Sweep) -> Figure | None:
     """What another placement buys: mean (above) and p99 (below) of the busiest rank's load relative to the baseline,
     against EP size, for small, middle and large steps. None where the sweep has one placement.
     """
-    ratios, names = result.against_baseline(), placements_of(result)
+    ratios, names = _ratios(result), placements_of(result)
     if len(names) < 2:
         return None
     steps = list(dict.fromkeys(nearest(sorted(result.summary.tokens.unique()), wanted) for wanted in _STEPS.values()))
@@ -55,7 +58,7 @@ def against_baseline(result: Sweep) -> Figure | None:
         rows = ratios[(ratios.tokens == ratios.ep_size.map(of_size)) & ratios.ep_size.isin(sizes)]
         for j, name in enumerate(names):
             beyond |= _draw_ratio(ax, rows[rows.placement == name].sort_values("ep_size"), what, name, (j, len(names)))
-        log2_ticks(ax, sizes, apart=1.6)
+        log2_ticks(ax, sizes)
         if i < len(steps):
             text = tokens_text({size: of_size[size] for size in sizes}).replace(" per step", "")
             title_panel(ax, f"{list(_STEPS)[i].capitalize()} steps: {text}" if len(steps) == len(_STEPS) else text)
@@ -63,12 +66,26 @@ def against_baseline(result: Sweep) -> Figure | None:
     for row, what in enumerate(("mean", "p99")):
         _ratio_axes(axes[row * len(steps) : (row + 1) * len(steps)])
         axes[row * len(steps)].set_ylabel(f"busiest rank, {what}:\nchange over {names[0]}")
-    note = "the p99 is a whole number of pairs, and jumps in small steps"
-    note += f"; triangle at the top: more than +{_MOST_CHANGE:.0%}" if beyond else ""
     text = f"What another placement buys: load of the busiest rank relative to {names[0]} (below 0 is better)"
-    set_title(figure, result, text, note)
+    set_title(figure, result, text, *_notes(ratios, beyond))
     add_legend(figure, result, names)
     return figure
+
+
+def _ratios(result: Sweep) -> pd.DataFrame:
+    """Ratios to the baseline, without a p99 of few pairs."""
+    cells = result.summary
+    pairs = (cells.imbalance_p99 * cells.mean_load).groupby([cells.ep_size, cells.tokens]).min()
+    ratios = result.against_baseline()
+    few = pairs.loc[list(zip(ratios.ep_size, ratios.tokens, strict=True))].to_numpy() < _FEW_PAIRS
+    ratios.loc[few, ["p99", "p99_low", "p99_high"]] = np.nan
+    return ratios
+
+
+def _notes(ratios: pd.DataFrame, beyond: bool) -> list[str]:
+    """What is not drawn of ratios."""
+    few = f"a p99 of fewer than {_FEW_PAIRS} pairs jumps, and is not drawn" if ratios.p99.isna().any() else ""
+    return [few, f"triangle at the top: more than +{100 * _MOST_CHANGE:g} %" if beyond else ""]
 
 
 def _draw_ratio(ax: Axes, rows: pd.DataFrame, what: str, name: str, place: tuple[int, int], x: str = "ep_size") -> bool:
@@ -78,7 +95,7 @@ def _draw_ratio(ax: Axes, rows: pd.DataFrame, what: str, name: str, place: tuple
     over = change > _MOST_CHANGE
     ax.plot(rows[x], change.mask(over), **style | {"markersize": 3.5})
     low, high = (rows[f"{what}{end}"] - 1 for end in ("_low", "_high"))
-    ax.fill_between(rows[x], low, high, where=~over, color=style["color"], alpha=0.12, linewidth=0)
+    band(ax, rows[x], low.mask(over), high.mask(over), style["color"])
     ax.plot(
         rows[x][over],
         np.full(int(over.sum()), 0.9 * _MOST_CHANGE),
@@ -92,7 +109,7 @@ def _ratio_axes(axes: Sequence[Axes]) -> None:
     """One y for a row of panels, in %: from the largest saving of a line to 0 and what is above."""
     drawn = np.concatenate([np.asarray(line.get_ydata(), float) for ax in axes for line in ax.get_lines()])
     low, high = float(np.nanmin(drawn, initial=0.0)), float(np.nanmax(drawn, initial=0.0))
-    axes[0].set_ylim(1.1 * low - 0.005, min(max(1.1 * high, 0.02), _MOST_CHANGE))
+    axes[0].set_ylim(1.1 * low - 0.005, min(max(1.3 * high, 0.02), _MOST_CHANGE))
     for ax in axes:
         ax.axhline(0, color="#888888", linewidth=0.8, zorder=0)
         ax.yaxis.set_major_locator(MaxNLocator(nbins=6))
@@ -108,7 +125,7 @@ def imbalance_by_tokens(result: Sweep) -> Figure | None:
     """Mean (above) and p99 (below) of the busiest rank's load relative to the baseline, against tokens per step, a column
     per EP size. None where the sweep has one placement.
     """
-    ratios, placements = result.against_baseline(), placements_of(result)
+    ratios, placements = _ratios(result), placements_of(result)
     sizes = differing_sizes(result, (8, 16, 32, 64), 4)
     if len(placements) < 2 or not sizes:
         return None
@@ -122,7 +139,7 @@ def imbalance_by_tokens(result: Sweep) -> Figure | None:
         for j, name in enumerate(names):
             rows = ratios[(ratios.placement == name) & (ratios.ep_size == ep_size)].sort_values("tokens")
             beyond |= _draw_ratio(ax, rows, what, name, (j, len(names)), "tokens")
-        log2_ticks(ax, sorted(rows.tokens), apart=7)
+        log2_ticks(ax, sorted(rows.tokens))
         if i < len(sizes):
             title_panel(ax, f"EP {ep_size}")
     label_outer(axes, "tokens per step", "")
@@ -130,8 +147,7 @@ def imbalance_by_tokens(result: Sweep) -> Figure | None:
         _ratio_axes(axes[row * len(sizes) : (row + 1) * len(sizes)])
         axes[row * len(sizes)].set_ylabel(f"busiest rank, {what}:\nchange over {placements[0]}")
     text = f"By tokens per step: load of the busiest rank relative to {placements[0]} (below 0 is better)"
-    note = f"triangle at the top: more than +{_MOST_CHANGE:.0%}" if beyond else ""
-    set_title(figure, result, text, note, twins_text(result, sizes), chosen_sizes(result, sizes))
+    set_title(figure, result, text, *_notes(ratios, beyond), twins_text(result, sizes), chosen_sizes(result, sizes))
     add_legend(figure, result, drawn)
     return figure
 
@@ -157,7 +173,7 @@ def load_by_rank(result: Sweep) -> Figure | None:
         for name, rows in loads[ep_size].items():
             style = look(name)
             ax.plot(rows["rank"], rows.load, **style | {"markersize": 3 if ep_size <= 48 else 0, "linewidth": 0.8})
-            ax.fill_between(rows["rank"], rows.low, rows.high, color=style["color"], alpha=0.15, linewidth=0)
+            band(ax, rows["rank"], rows.low, rows.high, style["color"])
         ax.axhline(1, color="#888888", linewidth=0.8, zorder=0)
         title_panel(ax, f"EP {ep_size}")
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
@@ -214,7 +230,7 @@ def fan_out_trade(result: Sweep, tokens: int = 512) -> Figure | None:
         chosen_sizes(result, sizes),
         ranges="bars",
     )
-    add_legend(figure, result, drawn, lines=False)
+    add_legend(figure, result, drawn, hollow=True)
     return figure
 
 
@@ -226,7 +242,7 @@ def _draw_trade(ax: Axes, cell: Any, what: str, name: str) -> None:
         y,
         xerr=[[x - cell[f"{what}_per_token_mean_low"]], [cell[f"{what}_per_token_mean_high"] - x]],
         yerr=[[y - cell.imbalance_mean_low], [cell.imbalance_mean_high - y]],
-        **look(name) | {"linestyle": "", "markersize": 7, "markerfacecolor": "none", "elinewidth": 1},
+        **look(name) | HOLLOW | {"elinewidth": 1},
     )
 
 

@@ -8,7 +8,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from sim.figures.style import label, label_outer, look, panels, probability_axis, styled, title_panel
+from sim.figures.style import (
+    label,
+    label_outer,
+    legend_below,
+    look,
+    panels,
+    probability_axis,
+    styled,
+    title_figure,
+    title_panel,
+)
 
 _TITLES = {"received": "tokens on a rank", "pairs": "rows of a rank", "expert_rows": "rows of an expert"}
 _LEAST = 1e-8
@@ -53,16 +63,14 @@ def capacity_curves(curves: pd.DataFrame, risk: float, of: str) -> Figure:
     label_outer(axes, "capacity / balanced load", "P(exceeded)")
     number = sorted({int(n) for n in tokens})
     text = f"{number[0]}" if len(number) == 1 else f"{number[0]} to {number[-1]}"
-    figure.suptitle(
+    title_figure(
+        figure,
         f"How much more than the balanced load must fit? {of}, {text} tokens per step\n"
         f"over each panel: the factor at which the solid line falls to the risk that was asked for, {risk:g} (grey line)",
-        fontsize=10,
-        x=0.01,
-        ha="left",
     )
     handles = [Line2D([], [], color=look(name)["color"], label=label(name)) for name in placements]
     handles += [Line2D([], [], color="#000000", linestyle=dashes, label=text) for dashes, text in shown.values()]
-    figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
+    legend_below(figure, handles, 2)
     return figure
 
 

@@ -10,14 +10,17 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from sim.figures.style import (
+    band,
     imbalance_axis,
     label,
     label_outer,
+    legend_below,
     log2_ticks,
     look,
     nearest,
     panels,
     styled,
+    title_figure,
     title_panel,
 )
 
@@ -45,7 +48,7 @@ def gain_by_tokens(gains: pd.DataFrame) -> Figure:
             look: dict[str, Any] = {"color": color, "linestyle": dashes, "marker": marker, "markersize": 3}
             ax.plot(rows.tokens, 100 * rows.layer_saved, **look)
             low, high = 100 * rows.layer_saved_low, 100 * rows.layer_saved_high
-            ax.fill_between(rows.tokens, low, high, color=color, alpha=0.15, linewidth=0)
+            band(ax, rows.tokens, low, high, color)
             if "balancer_us" in rows and rows.balancer_us.notna().all():
                 net = 100 * (rows.layer_saved - rows.balancer_us / rows.baseline_layer_us)
                 ax.plot(rows.tokens, net, color=color, linewidth=0.8, alpha=0.6)
@@ -54,7 +57,7 @@ def gain_by_tokens(gains: pd.DataFrame) -> Figure:
             if rows.tokens.min() <= rows.crossover_tokens.iloc[0] <= rows.tokens.max():
                 ax.axvline(rows.crossover_tokens.iloc[0], color=color, linestyle=dashes, linewidth=0.8)
         ax.axhline(0, color="#555555", linewidth=0.8)
-        log2_ticks(ax, list(gains.tokens), apart=3.9)
+        log2_ticks(ax, list(gains.tokens))
         title_panel(ax, f"EP {ep_size}, {exchange}" if gains.exchange.nunique() > 1 else f"EP {ep_size}")
     label_outer(axes, "tokens per step (whole EP group)", "layer time saved (%)")
     _title(figure, gains, ", ".join(dict.fromkeys(gains.exchange)))
@@ -62,7 +65,7 @@ def gain_by_tokens(gains: pd.DataFrame) -> Figure:
         Line2D([], [], color=color, linestyle=dashes, marker=marker, markersize=3, label=gpu)
         for gpu, (color, dashes, marker) in zip(gpus, _GPU_LOOKS * len(gpus), strict=False)
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(6, len(handles)), frameon=False)
+    legend_below(figure, handles)
     return figure
 
 
@@ -102,19 +105,19 @@ def gain_by_traffic(table: pd.DataFrame) -> Figure:
         title_panel(ax, f"{n} tokens: " + ("imbalance" if measure == "imbalance" else f"layer time, {measure}"))
     label_outer(axes, "saved (%)", "")
     row = table.iloc[0]
-    figure.suptitle(
+    title_figure(
+        figure,
         f"What placements save over {row.baseline} by kind of traffic, EP {ep_size}: of the busiest rank's load (imbalance),\n"
         f"and of a layer's time by exchange ({row.gpu}, {row['dtype']})\n"
         "*: recorded; bars: 95 %, paired, over layers, cut off where layers are few",
-        fontsize=10, x=0.01, ha="left",
-    )  # fmt: skip
+    )
     handles = [
         Line2D(
             [], [], label=f"{name}, one redundant slot a rank" if name.endswith("+R") else label(name), **looks[name]
         )
         for name in placements
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
+    legend_below(figure, handles, 4)
     return figure
 
 
@@ -133,14 +136,12 @@ def _title(figure: Figure, gains: pd.DataFrame, exchanges: str) -> None:
             f"thin lines: with the {takes} us that a balancer takes; dotted upright lines: from where it pays over "
             f"{row.copies_of} with an even split\n"
         )
-    figure.suptitle(
+    title_figure(
+        figure,
         f"Predicted: time of a MoE layer that {name} saves over {row.baseline} (exchange: {exchanges})\n"
         f"{of_balancer}upright lines: crossover, from where a rank's time grows with its tokens, not with its distinct experts "
         "alone\n"
         f"{row.model} in {row['dtype']}, {row.workload} traffic; bands: 95 %, paired",
-        fontsize=10,
-        x=0.01,
-        ha="left",
     )
 
 
@@ -165,12 +166,10 @@ def advice_by_tokens(gains: pd.DataFrame, reference: str) -> Figure:
         style: dict[str, Any] = looks[name]
         saved.plot(mine.tokens, 100 * mine.layer_saved, **style)
         low, high = 100 * mine.layer_saved_low, 100 * mine.layer_saved_high
-        saved.fill_between(mine.tokens, low, high, color=style["color"], alpha=0.15, linewidth=0)
+        band(saved, mine.tokens, low, high, style["color"])
         if name != reference:
             balance.plot(mine.tokens, mine.imbalance, **style)
-            balance.fill_between(
-                mine.tokens, mine.imbalance_low, mine.imbalance_high, color=style["color"], alpha=0.15, linewidth=0
-            )
+            band(balance, mine.tokens, mine.imbalance_low, mine.imbalance_high, style["color"])
     saved.axhline(0, **looks[current] | {"marker": "", "linewidth": 0.8})
     crossover = rows.crossover_tokens.iloc[0]
     if rows.tokens.min() <= crossover <= rows.tokens.max():
@@ -185,18 +184,16 @@ def advice_by_tokens(gains: pd.DataFrame, reference: str) -> Figure:
         ax.set_ylabel(text)
         title_panel(ax, title)
     row = rows.iloc[0]
-    figure.suptitle(
+    title_figure(
+        figure,
         f"{Path(row.model).name} in {row['dtype']}, EP {row.ep_size} on {row.gpu}, exchange: {row.exchange}\n"
         f"{row.workload[-90:]}; eplb is {row.split[-90:]}\n"
         "bands: 95 % over layers; upright line: the crossover, from where time grows with tokens, not distinct experts alone",
-        fontsize=10,
-        x=0.01,
-        ha="left",
     )
     copied = "".join(rows.copies_of[rows.placement == "in_step"].head(1))
     labels = {name: label(name) for name in {current: 0} | looks} | {"in_step": f"in_step (copies of {copied})"}
     handles = [
         Line2D([], [], label=labels[name], **style) for name, style in ({current: looks[current]} | looks).items()
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
+    legend_below(figure, handles, 4)
     return figure

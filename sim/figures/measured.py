@@ -7,8 +7,19 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import NullLocator
 
-from sim.figures.style import label, label_outer, log2_ticks, look, panels, styled, title_panel
+from sim.figures.style import (
+    label,
+    label_outer,
+    legend_below,
+    log2_ticks,
+    look,
+    panels,
+    styled,
+    title_figure,
+    title_panel,
+)
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = ("o", "^", "s", "D", "v", "P", "X")
@@ -74,7 +85,7 @@ def measured_gain(
         for i, (workload, style) in enumerate(zip(workloads, _styles(), strict=False)):
             shift = 2 ** (0.2 * (i - (len(workloads) - 1) / 2))  # side by side, so that bars stay apart
             _draw_gain(ax, of_panel[of_panel.workload == workload].sort_values("tokens"), style, shift)
-        log2_ticks(ax, sorted(gains.tokens.unique()), apart=7)
+        log2_ticks(ax, sorted(gains.tokens.unique()))
         title_panel(ax, f"{dtype}, EP {size}")
     label_outer(axes, "tokens per step", "gain (%)")
     text = f"Gain of {other} over {baseline} in a layer's expert time, its slowest rank"
@@ -107,7 +118,7 @@ def _kernel(rows: pd.DataFrame) -> str:
 def _title(figure: Figure, predicted: pd.DataFrame, text: str) -> None:
     first = predicted.iloc[0]
     about = f"{first.model} on {first.device}, {predicted.step.nunique()} steps, {len(predicted)} ranks; "
-    figure.suptitle(f"{text}\n{about}predicted for {first.gpu}", fontsize=10, x=0.01, ha="left")
+    title_figure(figure, f"{text}\n{about}predicted for {first.gpu}")
 
 
 def _legend(figure: Figure, names: list[str], *, lines: bool) -> None:
@@ -115,7 +126,7 @@ def _legend(figure: Figure, names: list[str], *, lines: bool) -> None:
         Line2D([], [], label=name, **style, linestyle="-" if lines else "")
         for name, style in zip(names, _styles(), strict=False)
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+    legend_below(figure, handles)
 
 
 @styled
@@ -126,24 +137,25 @@ def published_kernels(check: pd.DataFrame) -> Figure:
     for (ep_size, rows), (color, marker) in zip(
         check.groupby("ep_size"), (("#0072B2", "o"), ("#D55E00", "^"), ("#009E73", "s")), strict=True
     ):
-        kind = "fitted" if rows.fitted.all() else "predicted"
-        times.plot(rows.tokens, rows.measured_us, marker, color=color, markersize=4, label=f"EP {ep_size} ({kind})")
+        times.plot(rows.tokens, rows.measured_us, marker, color=color, markersize=4, label=f"EP {ep_size}")
         times.plot(rows.tokens, rows.predicted_us, color=color)
         errors.plot(rows.tokens, 100 * rows.error, marker=marker, markersize=4, color=color)
     times.set_yscale("log")
+    ticks = [us for us in (50, 100, 150, 200, 300, 400, 600) if times.get_ylim()[0] <= us <= times.get_ylim()[1]]
+    times.set_yticks(ticks, [str(us) for us in ticks])
+    times.yaxis.set_minor_locator(NullLocator())
     times.set_ylabel("time of a rank's experts (us)")
     errors.set_ylabel("predicted / measured - 1 (%)")
     errors.axhline(0, color="#555555", linewidth=0.8)
     for ax in (times, errors):
-        log2_ticks(ax, list(check.tokens), apart=3.9)
+        log2_ticks(ax, list(check.tokens))
         ax.set_xlabel("tokens per step (whole EP group)")
-    held_out = check[~check.fitted].error.abs()
-    figure.suptitle(
+    title_figure(
+        figure,
         "Published kernel times of DeepSeek-V3's experts on H200 (points) and the model's (lines); even routing\n"
-        f"EP sizes that were not fitted: median absolute error {held_out.median():.1%}, largest {held_out.max():.1%}",
-        fontsize=10, x=0.01, ha="left",
-    )  # fmt: skip
-    figure.legend(*times.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+        f"No fit saw these times: median absolute error {check.error.abs().median():.1%}, largest {check.error.abs().max():.1%}",
+    )
+    legend_below(figure, times.get_legend_handles_labels()[0])
     return figure
 
 
@@ -171,7 +183,7 @@ def measured_layer_gain(layers: pd.DataFrame, gains: pd.DataFrame, baseline: str
             x = rows.tokens * 2 ** (0.2 * (i - (len(placements) - 1) / 2))  # side by side, so that bars stay apart
             ax.plot(x, 100 * rows.gain, **look(name) | {"linewidth": 1}, markersize=3.5)
             ax.vlines(x, 100 * rows.gain_low, 100 * rows.gain_high, color=look(name)["color"], linewidth=1)
-        log2_ticks(ax, sorted(layers.tokens.unique()), apart=7)
+        log2_ticks(ax, sorted(layers.tokens.unique()))
         title_panel(ax, f"{exchange}, {workload}")
     label_outer(axes, "tokens per step", "gain (%)")
     _layer_title(
@@ -205,10 +217,10 @@ def measured_exchange(layers: pd.DataFrame) -> Figure:
 def _layer_title(figure: Figure, layers: pd.DataFrame, text: str) -> None:
     first = layers.iloc[0]
     about = f"{first.model}, EP {first.ep_size} on {first.ep_size} x {first.gpu}, bf16, {layers.step.nunique()} steps"
-    figure.suptitle(f"{text}\n{about}", fontsize=10, x=0.01, ha="left")
+    title_figure(figure, f"{text}\n{about}")
 
 
 def _placement_legend(figure: Figure, placements: list[str], lines: bool = True) -> None:
     plain = {} if lines else {"linestyle": ""}
     handles = [Line2D([], [], label=label(name), **look(name) | plain) for name in placements]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+    legend_below(figure, handles)

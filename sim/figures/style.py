@@ -35,6 +35,7 @@ _BY_NUMBER = (("-", "h"), ("--", "p"), ("-.", "d"), (":", "<"), ((0, (3, 1, 1, 1
 _OTHER = ("#CC79A7", (0, (5, 1, 1, 1, 1, 1)), "P")
 _LABELS = {"round_robin": "round_robin (group-aware)"}
 _BASE_WIDTH = 9.0
+HOLLOW: dict[str, Any] = {"linestyle": "", "markersize": 7, "markerfacecolor": "none"}
 P = ParamSpec("P")
 Drawn = TypeVar("Drawn", Figure, Figure | None)
 
@@ -63,6 +64,8 @@ _RC: Any = {
     "lines.markersize": 4,
     "svg.hashsalt": "epsim",
     "figure.dpi": 100,
+    "figure.titlesize": 10,
+    "legend.frameon": False,
 }
 
 
@@ -192,15 +195,32 @@ def label_outer(axes: Sequence[Axes], x: str, y: str) -> None:
 
 
 def add_legend(
-    figure: Figure, result: Sweep, drawn: Collection[str], *, lines: bool = True, markers: bool = True
+    figure: Figure, result: Sweep, drawn: Collection[str], *, hollow: bool = False, markers: bool = True
 ) -> None:
-    """One legend below all panels, off the data, of the placements that are drawn, in the order of the sweep."""
+    """One legend below all panels, off the data, of the placements that are drawn, in the order of the sweep; `hollow` for
+    points without lines.
+    """
     placements = [name for name in placements_of(result) if name in drawn]
     handles = []
     for placement in placements:
-        style = look(placement) | ({} if lines else {"linestyle": ""}) | ({} if markers else {"marker": ""})
+        style = look(placement) | (HOLLOW if hollow else {}) | ({} if markers else {"marker": ""})
         handles.append(Line2D([], [], label=label(placement), **style))
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(6, len(handles)), frameon=False)
+    legend_below(figure, handles)
+
+
+def legend_below(figure: Figure, handles: Sequence[Any], most: int = 6) -> None:
+    """A legend below all panels, in rows of at most so many."""
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(most, len(handles)))
+
+
+def title_figure(figure: Figure, text: str) -> None:
+    """Title of a figure, in one line or several."""
+    figure.suptitle(text, x=0.01, ha="left")
+
+
+def band(ax: Axes, x: Any, low: Any, high: Any, color: str) -> None:
+    """An interval along a line."""
+    ax.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
 
 
 def set_title(figure: Figure, result: Sweep, text: str, *notes: str, ranges: str = "bands") -> None:
@@ -209,7 +229,7 @@ def set_title(figure: Figure, result: Sweep, text: str, *notes: str, ranges: str
     draws = f"{row.trials:,} trials" + ("" if row.trials == row.draws else f" of {row.draws:,} layer draws")
     about = f"{Path(row.model).name}, {row.workload} traffic, {draws}, {ranges}: 95 %"
     lines = [text, about, *textwrap.wrap("; ".join(note for note in notes if note), 122)]
-    figure.suptitle("\n".join(lines), fontsize=10, x=0.01, ha="left")
+    title_figure(figure, "\n".join(lines))
 
 
 def chosen_sizes(result: Sweep, sizes: Sequence[int]) -> str:
@@ -218,18 +238,22 @@ def chosen_sizes(result: Sweep, sizes: Sequence[int]) -> str:
     return f"not drawn: EP\N{NO-BREAK SPACE}{', '.join(map(str, left))}" if left else ""
 
 
-def log2_ticks(ax: Axes, values: Sequence[int], apart: float = 1.3) -> None:
-    """A base-2 axis from the least to the largest value, ticks at the values, less those nearer than the ratio `apart` to the
-    one before.
-    """
+def log2_ticks(ax: Axes, values: Sequence[int]) -> None:
+    """A base-2 axis with ticks at its ends, then at powers of 2, then at other values, as far as their labels have room."""
     ax.set_xscale("log", base=2)
-    edge = max((max(values) / min(values)) ** 0.05, 1.15)  # a single value is in the middle
-    ax.set_xlim(min(values) / edge, max(values) * edge)
+    first, last = int(min(values)), int(max(values))
+    edge = max((last / first) ** 0.05, 1.15)  # a single value is in the middle
+    ax.set_xlim(first / edge, last * edge)
+    figure, place = ax.get_figure(root=True), ax.get_subplotspec()
+    assert figure is not None
+    assert place is not None
+    inches, label_inches = figure.get_figwidth() / place.get_gridspec().ncols - 0.35, 0.074 * len(str(last)) + 0.08
+    apart = label_inches / inches * np.log2(edge * edge * last / first)
     ticks: list[int] = []
-    for value in sorted(set(values)):
-        if not ticks or value >= apart * ticks[-1]:
-            ticks.append(int(value))
-    ax.set_xticks(ticks, [str(tick) for tick in ticks])
+    for value in sorted(map(int, set(values)), key=lambda n: (n not in (first, last), n & (n - 1) != 0, -n)):
+        if all(abs(np.log2(value / tick)) >= apart for tick in ticks):
+            ticks.append(value)
+    ax.set_xticks(sorted(ticks), [str(tick) for tick in sorted(ticks)])
     ax.xaxis.set_minor_locator(NullLocator())
 
 

@@ -9,7 +9,18 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from sim.figures.style import label, label_outer, log2_ticks, look, panels, styled, title_panel
+from sim.figures.style import (
+    band,
+    label,
+    label_outer,
+    legend_below,
+    log2_ticks,
+    look,
+    panels,
+    styled,
+    title_figure,
+    title_panel,
+)
 from sim.fit.description import Description, shares
 
 _BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#999999"
@@ -65,7 +76,7 @@ def traffic_page(name: str, about: Description) -> Figure:
 
 
 def _title(figure: Figure, name: str, text: str) -> None:
-    figure.suptitle(f"{text}\n{name}", fontsize=10, x=0.01, ha="left")
+    title_figure(figure, f"{text}\n{name}")
 
 
 def _sorted_loads(ax: Any, about: Description) -> None:
@@ -119,16 +130,14 @@ def _correlation(ax: Any, about: Description) -> None:
             continue
         n = sorted(found)
         ax.plot(n, [found[i].mean() for i in n], color=color, marker=marker, label=text)
-        ax.fill_between(
-            n, [found[i].min() for i in n], [found[i].max() for i in n], color=color, alpha=0.15, linewidth=0
-        )
+        band(ax, n, [found[i].min() for i in n], [found[i].max() for i in n], color)
     ax.axhline(1, color="black", linewidth=0.8, linestyle=":")
     log2_ticks(ax, tokens)
     ax.set_yscale("log")
     ticks = [x for x in (0.5, 1, 2, 5, 10, 20, 50, 100, 200) if ax.get_ylim()[0] <= x <= ax.get_ylim()[1]]
     ax.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     ax.minorticks_off()
-    ax.legend(frameon=False)
+    ax.legend()
     ax.set_xlabel("tokens of a block")
     ax.set_ylabel("variance / multinomial")
     title_panel(ax, "Correlation of tokens", "bands: least and most of layers")
@@ -139,7 +148,7 @@ def _by_lag(ax: Any, about: Description) -> None:
     lags = np.array(sorted(about.by_lag))
     found = np.array([about.by_lag[lag] for lag in lags])
     ax.plot(lags, found.mean(axis=1), color=_BLUE, marker="o", linestyle="", label="measured")
-    ax.fill_between(lags, found.min(axis=1), found.max(axis=1), color=_BLUE, alpha=0.15, linewidth=0)
+    band(ax, lags, found.min(axis=1), found.max(axis=1), _BLUE)
     most = found.max()
     if about.decay is not None:
         lag = np.geomspace(1, lags[-1], 200)
@@ -148,7 +157,7 @@ def _by_lag(ax: Any, about: Description) -> None:
         most = max(most, fitted.max())
     log2_ticks(ax, [lag for lag in lags.tolist() if lag & (lag - 1) == 0])
     ax.set_ylim(min(0.0, float(found.min())), 1.05 * most)
-    ax.legend(frameon=False)
+    ax.legend()
     ax.set_xlabel("tokens from one to the other")
     ax.set_ylabel("correlation of their experts")
     title_panel(ax, "Decay within a sequence", "band: least and most of layers")
@@ -194,7 +203,7 @@ def _together(ax: Any, about: Description) -> None:
     low, high = ax.get_ylim()
     ax.set_ylim(min(0.9, low), high + 0.4 * (high - low))  # room for the legend
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.legend(frameon=False)
+    ax.legend()
     ax.set_xlabel("layer")
     ax.set_ylabel("lift over chance")
     title_panel(ax, "Co-selection of experts", "bars: 95 %, over sequences")
@@ -225,16 +234,16 @@ def decay_by_age(table: pd.DataFrame, traffic: str, model: str, unit: str) -> Fi
         title_panel(ax, f"EP {ep_size}")
     window = aged[aged.age_windows == 1][f"age_{unit}"].iloc[0]
     label_outer(axes, f"age of the fit, windows of {window:,.0f} {unit}", "imbalance (max / mean rank load)")
-    figure.suptitle(
+    title_figure(
+        figure,
         f"Placements that go stale: fitted on one window, scored on a later one (windows in the order of the file)\n"
         f"{model}, {traffic}; mean of layers and of all pairs of windows of an age; bands: 95 % over layers",
-        fontsize=10, x=0.01, ha="left",
-    )  # fmt: skip
+    )
     handles = [Line2D([], [], label=label(name), **look(name)) for name in ("linear", *names)]
     handles.append(
         Line2D([], [], label="fitted on the scored window itself (its other half)", color="#555555", **_FRESH)
     )
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)), frameon=False)
+    legend_below(figure, handles, 4)
     return figure
 
 
@@ -242,4 +251,4 @@ def _line(ax: Any, rows: pd.DataFrame, figure: str, style: dict[str, Any]) -> No
     """One figure of the table with its band."""
     ax.plot(rows.age_windows, rows[f"{figure}_mean"], **style)
     low, high = rows[f"{figure}_low"], rows[f"{figure}_high"]
-    ax.fill_between(rows.age_windows, low, high, color=style["color"], alpha=0.15, linewidth=0)
+    band(ax, rows.age_windows, low, high, style["color"])

@@ -11,6 +11,7 @@ from matplotlib.ticker import MaxNLocator
 from sim.figures.style import (
     Sweep,
     add_legend,
+    band,
     chosen_sizes,
     differing_sizes,
     distinct_placements,
@@ -171,7 +172,7 @@ def unlucky_steps(result: Sweep) -> Figure | None:
         for j, name in enumerate(names):
             _draw_events(ax, rows[rows.placement == name].sort_values("ep_size"), name, (j, len(names)))
         _reach_down(ax, rows)
-        log2_ticks(ax, sorted(rows.ep_size.unique()), apart=1.6)
+        log2_ticks(ax, sorted(rows.ep_size.unique()))
         event = "all load on one rank" if metric == "one_rank" else "half of the ranks idle"
         title_panel(ax, f"{step} token{'s' if step > 1 else ''}: {event}")
     label_outer(axes, "EP size (ranks)", "probability")
@@ -179,7 +180,7 @@ def unlucky_steps(result: Sweep) -> Figure | None:
         figure,
         result,
         "Unlucky steps: all load on one rank; at least half of the ranks idle",
-        "filled: exact or between bounds; hollow: sampled; arrow: never seen, upper bound; a line ends where it cannot be",
+        "filled: exact or between bounds; hollow: sampled; arrow: never seen, upper bound; no point: cannot happen",
         ranges="bars",
     )
     add_legend(figure, result, names)
@@ -231,7 +232,7 @@ def worst_case_by_ep(result: Sweep, tokens: int = 64, deepest: float = DEEPEST) 
             _draw_events(ax, rows, name, (i, len(names)))
         _reach_down(ax, of_level)
         ax.set_ylim(max(ax.get_ylim()[0], deepest), 1)
-        log2_ticks(ax, sorted(tail.ep_size.unique()), apart=1.3)
+        log2_ticks(ax, sorted(tail.ep_size.unique()))
         ax.set_xlabel("EP size (ranks)")
         title_panel(ax, f"P(imbalance ≥ {level:g})")
     axes[0].set_ylabel("probability per layer and step")
@@ -269,7 +270,7 @@ def idle_ranks(result: Sweep, tokens: int = 8) -> Figure | None:
         for name, curve in curves[ep_size].items():
             style = look(name)
             ax.plot(curve["value"], curve.probability, **style | {"markersize": 3.5})
-            ax.fill_between(curve["value"], curve.low, curve.high, color=style["color"], alpha=0.15, linewidth=0)
+            band(ax, curve["value"], curve.low, curve.high, style["color"])
         certain = min(int(curve["value"][curve.probability == 1].max()) for curve in curves[ep_size].values())
         most = max(int(curve["value"].max()) for curve in curves[ep_size].values())
         ax.set_xlim(certain, most + 0.5)

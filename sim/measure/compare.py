@@ -14,7 +14,7 @@ from sim.errors import InputError
 from sim.measure.table import TILE_ROWS
 from sim.model import load_model
 from sim.placement import split_name
-from sim.stats import half_width, ratio_parts, student_quantile
+from sim.stats import half_width, ratio_interval, ratio_parts, student_quantile
 
 CELL = ["dtype", "workload", "ep_size", "tokens"]
 _WITHIN = 0.2
@@ -93,11 +93,10 @@ def errors(predicted: pd.DataFrame) -> pd.DataFrame:
     table = []
     for (dtype, bound), part in predicted.groupby(["dtype", "bound"]):
         by_step = part.groupby("step").error.agg(["sum", "size"])
-        mean, parts = ratio_parts(by_step["sum"].to_numpy(float), by_step["size"].to_numpy(float))
-        half = half_width(parts)
+        mean = ratio_interval(by_step["sum"].to_numpy(float), by_step["size"].to_numpy(float))
         p10, p50, p90 = part.error.quantile([0.1, 0.5, 0.9])
         within = float((part.error.abs() <= _WITHIN).mean())
-        table.append([dtype, bound, len(part), len(by_step), mean, mean - half, mean + half, p10, p50, p90, within])
+        table.append([dtype, bound, len(part), len(by_step), *mean, p10, p50, p90, within])
     names = ["dtype", "bound", "ranks", "steps", "error_mean", "error_mean_low", "error_mean_high"]
     return pd.DataFrame(table, columns=[*names, "error_p10", "error_p50", "error_p90", "within_20"])
 
@@ -187,13 +186,9 @@ def constants(predicted: pd.DataFrame) -> pd.DataFrame:
         kernel = grouped_gemm_profile(kernel_that_ran(str(dtype), part.kernel.iloc[0]))
         of_model = [kernel.launch_us, *part[["bandwidth_fraction", "peak_fraction"]].iloc[0]]
         fitted = _fit(part, of_model, kernel.sharpness)
-        steps = part.step.unique()
-        without = None
-        if len(steps) > 1:
+        steps, half = part.step.unique(), np.full(3, np.nan)
+        if (n := len(steps)) > 1:
             without = np.array([_fit(part[part.step != step], fitted, kernel.sharpness) for step in steps])
-        half = np.full(3, np.nan)
-        if without is not None:
-            n = len(steps)
             half = student_quantile(n - 1) * np.sqrt((n - 1) / n * ((without - without.mean(axis=0)) ** 2).sum(axis=0))
         for i, name in enumerate(CONSTANTS):
             table.append([dtype, name, of_model[i], fitted[i], fitted[i] - half[i], fitted[i] + half[i]])

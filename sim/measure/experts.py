@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import metadata
 from typing import Protocol
 
 import numpy as np
@@ -76,14 +75,6 @@ class Timing:
         """Time of a layer from the times of whole replays."""
         low, median, high = np.quantile(np.array(replay_us) / layers, [0.25, 0.5, 0.75])
         return cls(float(median), float(high - low), layers, len(replay_us))
-
-
-def version_of(package: str) -> str:
-    """Version of an installed package; 'unknown' where it is not installed, as epsim run from its source folder."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "unknown"
 
 
 class BackendError(RuntimeError):

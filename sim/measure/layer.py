@@ -147,11 +147,7 @@ def running_ranks(steps: LayerSteps, device: str, serve: Callable[..., None] | N
 
 def _serve(rank: int, steps: LayerSteps, device: str, rendezvous: Path, end: Connection) -> None:
     """A rank's process: does what it is asked for until it is asked for nothing."""
-    for number in (
-        signal.SIGINT,
-        signal.SIGTERM,
-        signal.SIGHUP,
-    ):  # these are the parent's to handle, which ends its ranks
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the parent's to handle: it ends its ranks
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ.setdefault("OMP_NUM_THREADS", "1")

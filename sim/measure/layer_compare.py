@@ -20,9 +20,10 @@ from sim.measure.layer_plan import EXCHANGES
 from sim.measure.table import check_rows, read_header, read_typed
 from sim.model import load_model
 from sim.placement import split_name
-from sim.stats import half_width, ratio_parts
+from sim.stats import ratio_interval
 
 _SETTING = ["exchange", "workload", "tokens"]
+_TIMES = ["layer_us", "experts_us", "exchange_us"]
 
 
 def is_of_layers(path: Path) -> bool:
@@ -60,7 +61,7 @@ def read_layers(path: Path, gpu: Gpu | None = None) -> pd.DataFrame:
         if rows[name].nunique() > 1:
             raise InputError(f"{where}: column {name} must be the same in all rows")
     key = [*_SETTING, "step", "placement"]
-    times = rows[["layer_us", "experts_us", "exchange_us"]]
+    times = rows[_TIMES]
     check_rows(
         rows,
         where,
@@ -78,7 +79,7 @@ def read_layers(path: Path, gpu: Gpu | None = None) -> pd.DataFrame:
         ),
     )
     grouped = rows.groupby(key, sort=False)
-    layers = grouped[["layer_us", "experts_us", "exchange_us", "pairs", "received"]].max()
+    layers = grouped[[*_TIMES, "pairs", "received"]].max()
     layers["mean_received"] = grouped.received.mean()
     layers["mean_pairs"] = grouped.pairs.mean()
     if gpu is not None:
@@ -121,11 +122,9 @@ def sums(layers: pd.DataFrame) -> pd.DataFrame:
     """
     table = []
     for setting, part in layers.groupby(_SETTING, sort=False):
-        by_step = part.groupby("step")[["layer_us", "experts_us", "exchange_us"]].sum()
-        excess, parts = ratio_parts(by_step.layer_us.to_numpy(), (by_step.experts_us + by_step.exchange_us).to_numpy())
-        half = half_width(parts)
-        means = part[["layer_us", "experts_us", "exchange_us"]].mean()
-        table.append([*setting, len(by_step), *means, excess - 1, excess - 1 - half, excess - 1 + half])
+        by_step = part.groupby("step")[_TIMES].sum()
+        of_parts = ratio_interval(by_step.layer_us.to_numpy(), (by_step.experts_us + by_step.exchange_us).to_numpy())
+        table.append([*setting, len(by_step), *part[_TIMES].mean(), *(value - 1 for value in of_parts)])
     names = [*_SETTING, "steps", "layer_us", "experts_us", "exchange_us", "excess", "excess_low", "excess_high"]
     return pd.DataFrame(table, columns=names)
 
@@ -187,18 +186,16 @@ def layer_gains(layers: pd.DataFrame, baseline: str = "linear", others: Sequence
             raise InputError(f"`placements` {name}: measured were {', '.join(there)}")
     table = []
     for setting, part in layers.groupby(_SETTING, sort=False):
-        wide = part.pivot_table(index="step", columns="placement", values=["layer_us", "experts_us", "exchange_us"])
+        wide = part.pivot_table(index="step", columns="placement", values=_TIMES)
         for other in others or [name for name in there if name != baseline]:
             if ("layer_us", baseline) not in wide or ("layer_us", other) not in wide:
                 continue
             both = wide.dropna(subset=[("layer_us", baseline), ("layer_us", other)])
-            found = {
-                what: ratio_parts(both[what, baseline].to_numpy(), both[what, other].to_numpy())
-                for what in ("layer_us", "experts_us", "exchange_us")
-            }
-            (gain, parts), half = found["layer_us"], half_width(found["layer_us"][1])
-            alone = [found[what][0] - 1 for what in ("experts_us", "exchange_us")]
+            layer, *alone = (
+                ratio_interval(both[what, baseline].to_numpy(), both[what, other].to_numpy()) for what in _TIMES
+            )
+            gains = [value - 1 for value in (*layer, *(of[0] for of in alone))]
             means = [both["layer_us", name].mean() for name in (baseline, other)]
-            table.append([*setting, other, len(parts), gain - 1, gain - 1 - half, gain - 1 + half, *alone, *means])
+            table.append([*setting, other, len(both), *gains, *means])
     names = [*_SETTING, "placement", "steps", "gain", "gain_low", "gain_high", "experts_gain", "exchange_gain"]
     return pd.DataFrame(table, columns=[*names, "baseline_us", "other_us"]).astype({"gain": np.float64})

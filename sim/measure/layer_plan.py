@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sim.copies import find_copies
+from sim.copies import find_copies, slots_by_hash
 from sim.cost.inputs import expert_width
 from sim.cost.links import count_links
 from sim.errors import InputError, unknown
@@ -29,7 +29,6 @@ EXCHANGES = {
     "gather": "all-gather before the experts, reduce-scatter after them",
     "reduce": "all tokens on all ranks, one all-reduce after the experts",
 }
-_HASH = np.uint32(2654435769)
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,7 +128,8 @@ def plan_rank(routed: Routed, exchange: str, rank: int) -> RankPlan:
     nothing = np.empty((0, 0), np.int32), np.empty((0, 0), np.float32)
     if exchange == "pair":
         back = pair[:, None], np.ones((pair.size, 1), np.float32)
-        return RankPlan(*_sent_pairs(routed, rank), order, ends, *back, *_home_of_pairs(routed, rank))
+        sent, home = _own_pairs(routed, rank)
+        return RankPlan(*sent, order, ends, *back, *home)
     of_token = np.full(routed.slots.shape, -1, np.int32)
     of_token[token, place] = pair
     weights = np.where(mine, routed.weights, np.float32(0))
@@ -137,33 +137,32 @@ def plan_rank(routed: Routed, exchange: str, rank: int) -> RankPlan:
         needed = routed.needed[:, rank]
         row_of_token = np.cumsum(needed) - 1
         back = of_token[needed], weights[needed]
-        rows = row_of_token[token[order]]
-        return RankPlan(*_sent_tokens(routed, rank), rows, ends, *back, *_home_of_tokens(routed, rank))
+        sent, home = _own_tokens(routed, rank)
+        return RankPlan(*sent, row_of_token[token[order]], ends, *back, *home)
     return RankPlan(np.empty(0, np.int64), [], [], token[order], ends, of_token, weights, *nothing)
 
 
-def _sent_pairs(routed: Routed, rank: int) -> tuple[np.ndarray, list[int], list[int]]:
-    ranks = routed.ranks[routed.own(rank)]
-    send = np.argsort(ranks, axis=None, kind="stable") // ranks.shape[1]
-    return send, routed.links[1, rank].tolist(), routed.links[1, :, rank].tolist()
+Sent = tuple[np.ndarray, list[int], list[int]]
+Home = tuple[np.ndarray, np.ndarray]
 
 
-def _home_of_pairs(routed: Routed, rank: int) -> tuple[np.ndarray, np.ndarray]:
+def _own_pairs(routed: Routed, rank: int) -> tuple[Sent, Home]:
+    """What a rank sends of its own tokens, a row a pair, and how the rows that return make them; as `RankPlan` has both."""
     ranks = routed.ranks[routed.own(rank)]
+    order = np.argsort(ranks, axis=None, kind="stable")  # destination by destination
     home = np.empty(ranks.size, np.int32)
-    home[np.argsort(ranks, axis=None, kind="stable")] = np.arange(ranks.size, dtype=np.int32)
-    return home.reshape(ranks.shape), routed.weights[routed.own(rank)]
+    home[order] = np.arange(ranks.size, dtype=np.int32)
+    sent = order // ranks.shape[1], routed.links[1, rank].tolist(), routed.links[1, :, rank].tolist()
+    return sent, (home.reshape(ranks.shape), routed.weights[routed.own(rank)])
 
 
-def _sent_tokens(routed: Routed, rank: int) -> tuple[np.ndarray, list[int], list[int]]:
-    send = np.ascontiguousarray(np.nonzero(routed.needed[routed.own(rank)].T)[1])
-    return send, routed.links[0, rank].tolist(), routed.links[0, :, rank].tolist()
-
-
-def _home_of_tokens(routed: Routed, rank: int) -> tuple[np.ndarray, np.ndarray]:
+def _own_tokens(routed: Routed, rank: int) -> tuple[Sent, Home]:
+    """The same, a row a token and rank that needs it."""
     needed = routed.needed[routed.own(rank)].T
-    row = (np.cumsum(needed) - 1).reshape(needed.shape)  # destination by destination, as they were sent
-    return np.where(needed, row, -1).T.astype(np.int32, order="C"), needed.T.astype(np.float32, order="C")
+    send = np.ascontiguousarray(np.nonzero(needed)[1])  # destination by destination
+    row = (np.cumsum(needed) - 1).reshape(needed.shape)
+    home = np.where(needed, row, -1).T.astype(np.int32, order="C"), needed.T.astype(np.float32, order="C")
+    return (send, routed.links[0, rank].tolist(), routed.links[0, :, rank].tolist()), home
 
 
 class Cell(NamedTuple):
@@ -228,16 +227,13 @@ class LayerSteps:
         placed, ids = self.placed[workload, placement], self.ids[workload][step, :tokens]
         row = step % placed.n_rows
         copies = find_copies(placed.experts[row : row + 1], placed.n_experts)
-        slots, first = copies.slots[0].astype(np.int64), copies.first[0]
-        n_copies = np.diff(first)[ids].astype(np.uint32)
-        index = np.tile(np.arange(tokens // self.ep_size, dtype=np.uint32), self.ep_size)
-        copy = (index * _HASH)[:, None] % n_copies  # modulo 2**32, as vLLM's
-        return Routed(
-            slots[first[ids] + copy.astype(np.int64)],
-            self.weights[:tokens],
-            self.ep_size,
-            placed.n_slots // self.ep_size,
-        )
+        of_rank = np.ascontiguousarray(
+            ids.reshape(self.ep_size, -1, ids.shape[1])
+        )  # a token's index is that on its rank
+        slots = np.empty(of_rank.shape, np.int32)
+        slots_by_hash(of_rank, np.zeros(self.ep_size, np.int64), copies, slots)
+        slots_per_rank = placed.n_slots // self.ep_size
+        return Routed(slots.reshape(ids.shape).astype(np.int64), self.weights[:tokens], self.ep_size, slots_per_rank)
 
     def cells(self) -> Iterator[Cell]:
         """What is measured, in order.

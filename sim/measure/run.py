@@ -10,9 +10,10 @@ from typing import Any
 
 from sim.cost import Gpu
 from sim.errors import InputError
-from sim.measure.experts import Backend, Say, version_of
+from sim.measure.experts import Backend, Say
 from sim.measure.steps import MeasuredLayer, Measurement
 from sim.measure.table import TILE_ROWS, Rows, growing_table
+from sim.results import version_of
 
 
 def measure(

@@ -121,23 +121,19 @@ class Measurement:
         return [MeasuredRank(rank, why, counts[rank_of_slot == rank]) for rank, why in chosen]
 
 
-def rank_sums(counts: np.ndarray, rank_of_slot: np.ndarray) -> np.ndarray:
-    """Sum over each rank's slots: counts [..., slots] to int64 [..., ranks]."""
-    belongs = rank_of_slot[:, None] == np.arange(rank_of_slot.max() + 1)
-    return counts.astype(np.int64) @ belongs.astype(np.int64)
-
-
 def busiest_ranks(
     model: ModelSpec, gpu: Gpu, counts: np.ndarray, rank_of_slot: np.ndarray, dtypes: Sequence[str]
 ) -> list[int]:
     """Ranks that may be the slowest, ascending: with the longest predicted time (in each type), the largest load, and the
     most distinct experts; of equals, the one with more of the other.
     """
-    loads = rank_sums(counts, rank_of_slot)
-    distinct = rank_sums((counts > 0).astype(np.int32), rank_of_slot)
+    loads = np.bincount(rank_of_slot, counts).astype(np.int64)
+    distinct = np.bincount(rank_of_slot, counts > 0).astype(np.int64)
     found = {int(np.lexsort((distinct, loads))[-1]), int(np.lexsort((loads, distinct))[-1])}
-    for dtype in dtypes:
-        found.add(int(expert_time_us(model, gpu, pairs=loads, distinct_experts=distinct, dtype=dtype).argmax()))
+    found |= {
+        int(expert_time_us(model, gpu, pairs=loads, distinct_experts=distinct, dtype=dtype).argmax())
+        for dtype in dtypes
+    }
     return sorted(found)
 
 
@@ -185,10 +181,10 @@ def plan_measurement(
             )
     for ep_size in ep_sizes:
         check_ep_size(model, ep_size, names, "ep_sizes")
-    asked_for: list[str | Placement] = []
-    for name in names:
-        same_for_all = name == "random"
-        asked_for += [place(name, model, ep_size, seed=seed) for ep_size in ep_sizes] if same_for_all else [name]
+    asked_for: list[str | Placement] = [name for name in names if name != "random"]
+    if "random" in names:  # one permutation for all steps
+        at = names.index("random")
+        asked_for[at:at] = [place("random", model, ep_size, seed=seed) for ep_size in ep_sizes]
     counts: dict[str, np.ndarray] = {}
     groups: dict[tuple[str, str, int], tuple[Group, int]] = {}
     most_pairs = 0

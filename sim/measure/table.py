@@ -111,7 +111,25 @@ def read_measured(path: Path) -> pd.DataFrame:
     there = read_header(path, where)
     columns = {name: kind for name, kind in COLUMNS.items() if "tiles_128" in there or not name.startswith("tiles_")}
     rows = read_typed(path, where, columns)
-    _check(rows, where)
+    for name in ("model", "gpu", "device"):
+        if rows[name].nunique() > 1:
+            raise InputError(f"{where}: column {name} must be the same in all rows")
+    wrongs = (
+        (~((rows.time_us > 0) & (rows.time_us < 1e9)), "time_us must be above 0 and below 1e9"),
+        (~((rows.spread_us >= 0) & (rows.spread_us < 1e9)), "spread_us must be from 0 to 1e9"),
+        (~rows.tokens.between(1, 2**20), "tokens must be from 1 to 1048576"),
+        (~rows.ep_size.between(1, 2**15), "ep_size must be from 1 to 32768"),
+        ((rows["rank"] < 0) | (rows["rank"] >= rows.ep_size), "rank must be from 0 to ep_size - 1"),
+        (~rows.pairs.between(0, 2**32), "pairs must be from 0 to 2**32"),
+        ((rows.distinct < 0) | (rows.distinct > rows.pairs), "distinct must be from 0 to pairs"),
+        ((rows.distinct == 0) & (rows.pairs > 0), "pairs need a distinct expert"),
+        (_wrong_tiles(rows), "tiles must hold the pairs, and each distinct expert needs one"),
+        ((rows.step < 0) | (rows.layers < 1) | (rows.replays < 1), "step, layers and replays must count something"),
+        (~rows.dtype.isin(["bf16", "fp8"]), "dtype must be bf16 or fp8"),
+        (~rows.chosen.isin(["busiest", "random"]), "chosen must be busiest or random"),
+        (rows.duplicated(["dtype", "workload", "tokens", "step", "ep_size", "placement", "rank"]), "is measured twice"),
+    )
+    check_rows(rows, where, wrongs, "time_us")
     return rows
 
 
@@ -150,28 +168,6 @@ def _typed(values: Iterable[str], kind: type, name: str, where: str) -> Any:
     except (ValueError, OverflowError):
         what = "whole numbers" if kind is int else "numbers"
         raise InputError(f"{where}: column {name} must hold {what}") from None
-
-
-def _check(rows: pd.DataFrame, where: str) -> None:
-    for name in ("model", "gpu", "device"):
-        if rows[name].nunique() > 1:
-            raise InputError(f"{where}: column {name} must be the same in all rows")
-    wrongs = (
-        (~((rows.time_us > 0) & (rows.time_us < 1e9)), "time_us must be above 0 and below 1e9"),
-        (~((rows.spread_us >= 0) & (rows.spread_us < 1e9)), "spread_us must be from 0 to 1e9"),
-        (~rows.tokens.between(1, 2**20), "tokens must be from 1 to 1048576"),
-        (~rows.ep_size.between(1, 2**15), "ep_size must be from 1 to 32768"),
-        ((rows["rank"] < 0) | (rows["rank"] >= rows.ep_size), "rank must be from 0 to ep_size - 1"),
-        (~rows.pairs.between(0, 2**32), "pairs must be from 0 to 2**32"),
-        ((rows.distinct < 0) | (rows.distinct > rows.pairs), "distinct must be from 0 to pairs"),
-        ((rows.distinct == 0) & (rows.pairs > 0), "pairs need a distinct expert"),
-        (_wrong_tiles(rows), "tiles must hold the pairs, and each distinct expert needs one"),
-        ((rows.step < 0) | (rows.layers < 1) | (rows.replays < 1), "step, layers and replays must count something"),
-        (~rows.dtype.isin(["bf16", "fp8"]), "dtype must be bf16 or fp8"),
-        (~rows.chosen.isin(["busiest", "random"]), "chosen must be busiest or random"),
-        (rows.duplicated(["dtype", "workload", "tokens", "step", "ep_size", "placement", "rank"]), "is measured twice"),
-    )
-    check_rows(rows, where, wrongs, "time_us")
 
 
 def _wrong_tiles(rows: pd.DataFrame) -> pd.Series:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sim.measure.experts import ACTIVATION_TOLERANCE, GEMM_TOLERANCE, BackendError, Say, Shape, Timing, version_of
+from sim.measure.experts import ACTIVATION_TOLERANCE, GEMM_TOLERANCE, BackendError, Say, Shape, Timing
 from sim.measure.timers import GraphTimer, ProcessorTimer, Timer, copy_tb_per_s, cuda_torch, dense_tflops
 from sim.measure.torch_kernels import (
     Activation,
@@ -17,7 +17,9 @@ from sim.measure.torch_kernels import (
     gemm_choices,
     quantise,
     reference_gemm,
+    relative_error,
 )
+from sim.results import version_of
 
 _POOL_BYTES = 24e9  # of weights for each type, where the memory has it
 _POOL_SHARE = 0.3  # of the free memory, at most
@@ -85,7 +87,7 @@ class TorchExperts:
         rows = shape.pairs + 16 * shape.local_experts  # where each expert's rows are padded
         rows = max(rows, *(sum(counts) + 16 * len(counts) for counts in _CHECKED_COUNTS))
         x = self._random((1, rows, shape.width), 1.0, dtype)
-        return _Experts(gate_up, down, Rounded(x.values[0], None if x.scale is None else x.scale[0]))
+        return _Experts(gate_up, down, x.at(0))
 
     def _pool_bytes(self) -> int:
         if self._device.type == "cpu":
@@ -114,7 +116,7 @@ class TorchExperts:
         for name, activation in activations(self._device.type):
 
             def error(activation: Activation = activation) -> float:
-                return _relative_error(dequantise(Rounded(*activation(gate_up, dtype))), wanted)
+                return relative_error(dequantise(Rounded(*activation(gate_up, dtype))), wanted)
 
             if _is_right(name, error, ACTIVATION_TOLERANCE[dtype], say):
                 return name, activation
@@ -137,13 +139,13 @@ class TorchExperts:
         experts = self._experts[dtype]
         counts = np.array(tokens[: self._shape.local_experts])
         ends, rows = self._ends(counts, choice.align)
-        x = _rows(experts.x, rows)
-        gate_up, down = (_slice(weights, 0, len(counts)) for weights in (experts.gate_up, experts.down))
+        x = experts.x.at(slice(rows))
+        gate_up, down = (weights.at(slice(len(counts))) for weights in (experts.gate_up, experts.down))
         first = choice.gemm(*x, *gate_up, ends)
         middle = Rounded(*activation(first, dtype))
         second = choice.gemm(*middle, *down, ends)
-        of_first = _relative_error(first, reference_gemm(x, gate_up, ends))
-        of_second = _relative_error(second, reference_gemm(middle, down, ends))
+        of_first = relative_error(first, reference_gemm(x, gate_up, ends))
+        of_second = relative_error(second, reference_gemm(middle, down, ends))
         return float(np.max([of_first, of_second]))  # NaN where one of them is
 
     def _ends(self, counts: np.ndarray, align: int) -> tuple[Tensor, int]:
@@ -165,12 +167,13 @@ class TorchExperts:
         """As many layers as make the weights cold, each on its own slice of the pool."""
         experts, kernels = self._experts[dtype], self._kernels[dtype]
         ends, rows = self._ends(counts, kernels.gemm.align)
-        x = _rows(experts.x, rows)
+        x = experts.x.at(slice(rows))
         slices = len(experts.down.values) // len(counts)
         for _ in range(self._n_layers(dtype, counts, slices)):
             first = self._next_slice % slices * len(counts)
+            mine = slice(first, first + len(counts))
             self._next_slice += 1
-            gate_up, down = (_slice(weights, first, len(counts)) for weights in (experts.gate_up, experts.down))
+            gate_up, down = (weights.at(mine) for weights in (experts.gate_up, experts.down))
 
             def layer(gate_up: Rounded = gate_up, down: Rounded = down) -> Tensor:
                 middle = kernels.activation(kernels.gemm.gemm(*x, *gate_up, ends), dtype)
@@ -211,17 +214,3 @@ def _is_right(name: str, error: Callable[[], float], tolerance: float, say: Say)
 def _run_all(layers: list[Callable[[], Tensor]]) -> None:
     for layer in layers:
         layer()
-
-
-def _rows(x: Rounded, rows: int) -> Rounded:
-    return Rounded(x.values[:rows], None if x.scale is None else x.scale[:rows])
-
-
-def _slice(weights: Rounded, first: int, n: int) -> Rounded:
-    return Rounded(
-        weights.values[first : first + n], None if weights.scale is None else weights.scale[first : first + n]
-    )
-
-
-def _relative_error(found: Tensor, wanted: Tensor) -> float:
-    return float((found.float() - wanted.float()).norm() / wanted.float().norm())

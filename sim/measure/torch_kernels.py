@@ -5,6 +5,7 @@ column (None in BF16), and where each expert's rows end, int32 [experts] on the 
 """
 
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any, NamedTuple
 
 Tensor = Any
@@ -27,6 +28,10 @@ class Rounded(NamedTuple):
 
     values: Tensor
     scale: Tensor  # or None
+
+    def at(self, where: int | slice) -> "Rounded":
+        """Some of the values along the first axis, with their scales."""
+        return Rounded(self.values[where], None if self.scale is None else self.scale[where])
 
 
 def gemm_choices(dtype: str, device_type: str) -> list[GemmChoice]:
@@ -85,10 +90,8 @@ def reference_gemm(x: Rounded, w: Rounded, ends: Tensor) -> Tensor:
     out = torch.zeros((x.values.shape[0], w.values.shape[1]), dtype=torch.float32, device=x.values.device)
     first = 0
     for expert, end in enumerate(ends.tolist()):
-        weight = Rounded(w.values[expert], None if w.scale is None else w.scale[expert])
-        rows = Rounded(x.values[first:end], None if x.scale is None else x.scale[first:end])
-        out[first:end] = dequantise(rows) @ dequantise(weight).T
-        first = end
+        rows = slice(first, first := end)
+        out[rows] = dequantise(x.at(rows)) @ dequantise(w.at(expert)).T
     return out
 
 
@@ -96,6 +99,11 @@ def dequantise(rounded: Rounded) -> Tensor:
     """Float32 values."""
     values = rounded.values.float()
     return values if rounded.scale is None else values * rounded.scale[..., None]
+
+
+def relative_error(found: Tensor, wanted: Tensor) -> float:
+    """By Frobenius norms."""
+    return float((found.float() - wanted.float()).norm() / wanted.float().norm())
 
 
 def quantise(values: Tensor, dtype: str) -> Rounded:
@@ -111,28 +119,21 @@ def quantise(values: Tensor, dtype: str) -> Rounded:
 
 def activations(device_type: str) -> list[tuple[str, Activation]]:
     """SiLU(gate) * up of BF16 rows [rows, 2 * inner], rounded to a type; the one to prefer first."""
-    fused = [] if device_type == "cpu" else [("triton silu_mul", _fused)]
+    fused = [] if device_type == "cpu" else [("triton silu_mul", _fused("silu_mul"))]
     return [*fused, ("torch silu * up", plain_activation)]
 
 
-def _fused(gate_up: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
-    from sim.measure.fused import silu_mul
-
-    return silu_mul(gate_up, dtype)
+def _fused(name: str) -> Callable[..., Any]:
+    """A Triton kernel's function, imported when it is called: Triton may not be there."""
+    return lambda *tensors: getattr(import_module("sim.measure.fused"), name)(*tensors)
 
 
 def packings(device_type: str) -> list[tuple[str, Pack]]:
     """BF16 rows [rows, width] as they are sent in FP8: E4M3, then the row's scale in the next 4 of 16 bytes, all of it int64
     [rows, width / 8 + 2], so that one message carries both; the first is to prefer. `width` must be a multiple of 16.
     """
-    fused = [] if device_type == "cpu" else [("triton pack", _fused_pack)]
+    fused = [] if device_type == "cpu" else [("triton pack", _fused("pack"))]
     return [*fused, ("torch pack", plain_pack)]
-
-
-def _fused_pack(x: Tensor) -> Tensor:
-    from sim.measure.fused import pack
-
-    return pack(x)
 
 
 def plain_pack(x: Tensor) -> Tensor:
@@ -158,14 +159,8 @@ def unpack(packed: Tensor, rows: Tensor) -> Rounded:
 
 def weighted_sums(device_type: str) -> list[tuple[str, WeightedSum]]:
     """Weighted sums of rows y [n, width], of rows int32 [sums, N] (-1: none) and weights [sums, N]; the first is to prefer."""
-    fused = [] if device_type == "cpu" else [("triton weighted_sum", _fused_sum)]
+    fused = [] if device_type == "cpu" else [("triton weighted_sum", _fused("weighted_sum"))]
     return [*fused, ("torch weighted sum", plain_weighted_sum)]
-
-
-def _fused_sum(y: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
-    from sim.measure.fused import weighted_sum
-
-    return weighted_sum(y, rows, weights)
 
 
 def plain_weighted_sum(y: Tensor, rows: Tensor, weights: Tensor) -> Tensor:

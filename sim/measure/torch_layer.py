@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sim.cost.inputs import expert_width
-from sim.measure.experts import BackendError, Shape, Timing, version_of
+from sim.measure.experts import BackendError, Shape, Timing
 from sim.measure.layer_plan import Cell, LayerSteps, RankPlan, Routed, plan_rank
 from sim.measure.timers import GraphTimer, ProcessorTimer, Timer
 from sim.measure.torch_kernels import (
@@ -20,9 +20,11 @@ from sim.measure.torch_kernels import (
     gemm_choices,
     packings,
     quantise,
+    relative_error,
     unpack,
     weighted_sums,
 )
+from sim.results import version_of
 
 TOLERANCE = {"bf16": 2e-2, "fp8": 4e-2}
 """Largest relative error (Frobenius norms) of a layer against float32 on the same rounded weights, inputs and activations.
@@ -42,20 +44,6 @@ class Weights(NamedTuple):
 
     gate_up: Rounded  # [slots, 2 * inner, width]
     down: Rounded  # [slots, width, inner]
-
-
-class DevicePlan(NamedTuple):
-    """A `RankPlan` on the device; how many rows are sent and received stays with the host."""
-
-    send: Tensor
-    send_splits: list[int]
-    receive_splits: list[int]
-    rows: Tensor
-    ends: Tensor
-    back: Tensor
-    back_weights: Tensor
-    home: Tensor
-    home_weights: Tensor
 
 
 class TorchLayer:
@@ -172,23 +160,24 @@ class TorchLayer:
             pack, self._pack = _first(packings(kind), lambda pack: pack(x))
             self._kernel += f" + {pack}"
 
-    def _on_device(self, plan: RankPlan) -> DevicePlan:
-        tensors = [p if isinstance(p, list) else self._torch.from_numpy(p).to(self._device) for p in plan]
+    def _on_device(self, plan: RankPlan) -> RankPlan:
+        """The plan with tensors for arrays; how many rows are sent and received stays with the host."""
+        tensors: list[Any] = [p if isinstance(p, list) else self._torch.from_numpy(p).to(self._device) for p in plan]
         assert all(isinstance(t, list) or t.is_contiguous() for t in tensors)  # the Triton kernels count on it
-        return DevicePlan(*tensors)
+        return RankPlan(*tensors)
 
     def _start(self, exchange: str, tokens: int, x: Tensor) -> Tensor:
         """What a rank has of the step's tokens before the layer: its own, or all."""
         per_rank = tokens // self._ranks
         return x[:tokens] if exchange == "reduce" else x[self._rank * per_rank : (self._rank + 1) * per_rank]
 
-    def _dispatched(self, exchange: str, plan: DevicePlan, x: Tensor) -> Rounded:
+    def _dispatched(self, exchange: str, plan: RankPlan, x: Tensor) -> Rounded:
         """The row of each pair, slot by slot, from the BF16 tokens that the rank starts with."""
         if self._dtype == "bf16":
             return Rounded(self._dispatch(exchange, plan, x).index_select(0, plan.rows), None)
         return unpack(self._dispatch(exchange, plan, self._pack(x)), plan.rows)
 
-    def _dispatch(self, exchange: str, plan: DevicePlan, x: Tensor) -> Tensor:
+    def _dispatch(self, exchange: str, plan: RankPlan, x: Tensor) -> Tensor:
         if exchange == "reduce":
             return x
         if exchange == "gather":
@@ -200,7 +189,7 @@ class TorchLayer:
         self._dist.all_to_all_single(received, sent, plan.receive_splits, plan.send_splits)
         return received
 
-    def _combine(self, exchange: str, plan: DevicePlan, y: Tensor) -> Tensor:
+    def _combine(self, exchange: str, plan: RankPlan, y: Tensor) -> Tensor:
         """Sums of pairs back to the ranks of their tokens."""
         part = self._sum(y, plan.back, plan.back_weights)
         if exchange == "reduce":
@@ -214,14 +203,14 @@ class TorchLayer:
         self._dist.all_to_all_single(returned, part, plan.send_splits, plan.receive_splits)
         return self._sum(returned, plan.home, plan.home_weights)
 
-    def _experts(self, plan: DevicePlan, rows: Rounded, weights: Weights) -> Tensor:
+    def _experts(self, plan: RankPlan, rows: Rounded, weights: Weights) -> Tensor:
         """A rank without pairs computes rows that belong to nobody: its kernels run all the same, as they do in serving."""
         rows = rows if len(rows.values) else self._nobody
-        gate_up, down = (Rounded(*(part if part is None else part[: len(plan.ends)] for part in w)) for w in weights)
+        gate_up, down = (of_slots.at(slice(len(plan.ends))) for of_slots in weights)
         middle = self._activation(self._gemm(*rows, *gate_up, plan.ends), self._dtype)
         return self._gemm(*middle, *down, plan.ends)
 
-    def _layer(self, exchange: str, plan: DevicePlan, x: Tensor, weights: Weights) -> Tensor:
+    def _layer(self, exchange: str, plan: RankPlan, x: Tensor, weights: Weights) -> Tensor:
         return self._combine(exchange, plan, self._experts(plan, self._dispatched(exchange, plan, x), weights))
 
     def measure(self, cell: Cell) -> list[dict[str, Any]]:
@@ -294,8 +283,7 @@ class TorchLayer:
             found = self._layer(exchange, plan, self._start(exchange, tokens, x), self._layers[0])
             if exchange == "reduce":
                 found = found[routed.own(self._rank)]
-            wanted = self._plain(routed, x)
-            return float((found.float() - wanted).norm() / wanted.norm())
+            return relative_error(found, self._plain(routed, x))
 
     def _plain(self, routed: Routed, x: Tensor) -> Tensor:
         """The tokens of this rank in float32, rounded where the type rounds them; weights are made again, whatever rank their

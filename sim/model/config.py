@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sim.errors import InputError, shown
-from sim.files import read_json
+from sim.files import is_there, read_json
 from sim.model.keys import KEYS, PER_LAYER, Type, speaks, type_of
 from sim.model.layers import moe_layers
 from sim.model.reader import Reader
@@ -15,12 +15,13 @@ from sim.model.spec import MAX_LAYERS, ModelSpec
 
 _PREFERRED = ("text_config", "language_config", "llm_config", "language_model", "thinker_config", "text_model", "llm")
 _NOT_THE_DECODER = re.compile(
-    r"vision|visual|image|video|audio|speech|talker|code2wav|vocoder|quant|draft|mtp|nextn|speculat|eagle|rope|encoder|projector"
+    r"vision|visual|image|video|audio|speech|talker|code2wav|vocoder|quant|compress|draft|mtp|nextn|speculat|eagle|rope|encoder|projector"
 )
 _EXPERT_PARTS = re.compile(
     r"^(moe|ffn|expert|experts|router|routing|mlp)(_config|_args|_cfg|_params)?$"
 )  # DBRX, Mistral
-_MOST_OBJECTS, _MOST_INHERITED, _MOST_NOTES = 1000, 200, 20
+_MOST_OBJECTS, _MOST_INHERITED, _MOST_NOTES, _MOST_NAMES = 1000, 200, 20, 100_000
+_MOST_EXPERTS = 2**15 - 1  # the largest int16 expert id
 _MOST_SETS = 3  # a longer list has the experts of each layer
 _OWN = (
     "hidden",
@@ -65,15 +66,17 @@ def read_config(path: Path) -> ModelSpec:
     if read.flag("switch") is False:
         raise read.error(f"has no experts: {read.take('switch')[0]} is false")
     n_experts, expert_mask = _experts(read)
-    top_k = read.value("top_k")
+    top_k = read.whole("top_k", 1, _MOST_EXPERTS)
     if top_k is None:
         raise read.error(f"has no top-k: no {_spellings('top_k')}")
     scoring, has_bias = _scoring(read, known, name if implied else "")
     n_group, topk_group = _groups(read, known, name, n_experts)
     n_zero, n_hash = read.whole("n_zero") or known.n_zero, _hash_layers(read, known)
-    hidden, width = read.value("hidden") or 0, _width(read, implied is None)
+    hidden, width = read.whole("hidden") or 0, _width(read, implied is None)
     matrices, n_shared = _matrices(read, known), _shared_experts(read, known)
-    read.use(*KEYS["logit_bias"])
+    read.use(
+        *KEYS["logit_bias"], *(key for key in ("router_type",) if read.config.get(key) == "topN")
+    )  # Ling: one router
     n_layers, ids = moe_layers(read, None if implied is None else known.layers, name, expert_mask)
     strange = read.left_over()
     read.notes += [f"{shown(key)} {shown(read.config[key])} (not understood)" for key in strange[:_MOST_NOTES]]
@@ -91,10 +94,11 @@ def read_config(path: Path) -> ModelSpec:
         n_layers=n_layers,
         moe_layer_ids=ids,
         hidden_size=hidden,
-        expert_hidden_size=read.value("latent") or hidden,
+        expert_hidden_size=read.whole("latent") or hidden,
         moe_intermediate_size=width,
         expert_matrices=matrices,
         n_shared_experts=n_shared,
+        routed_dtype=routed_dtype(read, path.with_name("hf_quant_config.json")),
         unverified=tuple(dict.fromkeys(read.notes)),
         source=(str(path),),
         caveat=caveat_of(n_zero, n_hash, top_k),
@@ -143,7 +147,7 @@ def _spellings(field: str) -> str:
     return f"{', '.join(KEYS[field][:5])} or key of that kind"
 
 
-def _experts(read: Reader) -> tuple[Any, list[int]]:
+def _experts(read: Reader) -> tuple[int, list[int]]:
     """Experts of a MoE layer, and of each layer where that is said ([] where it is not)."""
     key, value = read.take("n_experts")
     counts: list[Any] = []
@@ -162,8 +166,10 @@ def _experts(read: Reader) -> tuple[Any, list[int]]:
             raise read.error(
                 f"{name}: layers have {several[0]} to {several[-1]} experts; models with one number of experts are simulated"
             )
-        value = several[0] if several else 0
-    return value, counts
+        key, value = name, several[0] if several else 0
+    if not isinstance(value, bool) and value in (0, 1):
+        raise read.error(f"is not a mixture of experts: {key} is {value}")
+    return read.checked(key, value, 2, _MOST_EXPERTS), counts
 
 
 def _per_layer(read: Reader) -> list[tuple[str, Any]]:
@@ -200,22 +206,26 @@ def _scoring(read: Reader, known: Type, name: str) -> tuple[str, bool]:
     return scoring.lower(), has_bias
 
 
-def _groups(read: Reader, known: Type, name: str, n_experts: Any) -> tuple[Any, Any]:
+def _groups(read: Reader, known: Type, name: str, n_experts: int) -> tuple[int, int]:
     """Groups and kept groups; those of the type's config class where the file has no key for them."""
     said = any(key in read.config for key in (*KEYS["n_group"], *KEYS["topk_group"]))
-    n_group, topk_group = read.value("n_group"), read.value("topk_group")
+    n_group, topk_group = read.whole("n_group", 0, n_experts), read.whole("topk_group", 0, n_experts)
+    key, each = read.take("each_group")
+    if known.of_each_group or (isinstance(each, int) and each > 1):
+        rule = f"{key} {each}" if key else f"model_type {name}"
+        raise read.error(f"{rule}: a token takes equally many experts from each group, which is not simulated")
     if read.take("method")[1] == "greedy":  # DeepSeek-V2's name for plain top-k, whatever n_group says
         return 1, 1
     if not said and known.groups != (1, 1):
         n_group, topk_group = known.groups
-        if not isinstance(n_experts, int) or n_experts % n_group or n_experts // n_group < 2:
+        if n_experts % n_group or n_experts // n_group < 2:
             n_group = topk_group = 1
         read.notes.append(
             f"n_group, topk_group (not in config.json; {n_group} and {topk_group} as {name} has by default)"
         )
-    elif isinstance(n_group, int) and n_group > 1 and topk_group is None:
+    elif n_group and n_group > 1 and topk_group is None:
         read.notes.append("topk_group (not in config.json; 1 assumed)")
-    return (1 if n_group is None else n_group) or 1, (1 if topk_group is None else topk_group) or 1
+    return n_group or 1, topk_group or 1
 
 
 def _width(read: Reader, is_unknown: bool) -> Any:
@@ -250,9 +260,9 @@ def _matrices(read: Reader, known: Type) -> int:
     return known.matrices
 
 
-def _shared_experts(read: Reader, known: Type) -> Any:
+def _shared_experts(read: Reader, known: Type) -> int:
     """Experts that every token takes; one where only its size is said."""
-    n_shared, (_, size) = read.value("n_shared"), read.take("shared_width")
+    n_shared, (_, size) = read.whole("n_shared"), read.take("shared_width")
     if n_shared is not None:
         return n_shared
     return 1 if size not in (None, 0, False, []) else known.n_shared
@@ -266,3 +276,82 @@ def _hash_layers(read: Reader, known: Type) -> int:
         return sum(isinstance(word, str) and "hash" in word for word in types)
     said = read.whole("n_hash", most=MAX_LAYERS)
     return known.layers.get("num_hash_layers", 0) if said is None else said
+
+
+_PLAIN = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+
+
+def routed_dtype(read: Reader, beside: Path) -> str:
+    """How the routed experts are stored, in the words of the presets; 'unknown' where no known key says it.
+
+    `beside` is the file in which NVIDIA's ModelOpt describes a checkpoint whose config.json does not.
+    """
+    (_, experts), (key, quantization), (_, plain) = (
+        read.take(field) for field in ("expert_dtype", "quantization", "dtype")
+    )
+    stored = _PLAIN.get(str(plain).removeprefix("torch."), "unknown")
+    if quantization is None and is_there(beside):
+        key, content = beside.name, read_json(beside, f"model config {beside}")
+        quantization = content.get("quantization") if isinstance(content, dict) else content
+    if not experts and quantization in (None, {}):
+        return stored
+    found = _PLAIN.get(experts) or _named_type(experts) if isinstance(experts, str) else ""
+    if not found and isinstance(quantization, dict):
+        found = _quantized(quantization, stored)
+    if not found:
+        read.notes.append(f"routed_dtype ({key} not understood)")
+    return found or "unknown"
+
+
+def _quantized(said: dict[str, Any], plain: str) -> str:
+    """Type of the routed experts by a quantization config; '' where it is not understood."""
+    left = [said.get(key) for key in ("ignore", "modules_to_not_convert", "exclude_modules", "ignored_layers")]
+    if any(_all_experts(name) for names in left if isinstance(names, list) for name in names[:_MOST_NAMES]):
+        return plain
+    block = "_e4m3_block128" if said.get("weight_block_size") == [128, 128] else ""
+    layers, groups, whole = (said.get(key) for key in ("quantized_layers", "config_groups", "global_quant_config"))
+    for name, layer in islice(layers.items(), _MOST_NAMES) if isinstance(layers, dict) else ():
+        if _is_of_experts(name) and isinstance(layer, dict):  # ModelOpt, mixed
+            return _named_type(str(layer.get("quant_algo")))
+    rows = [row for row in groups.values() if isinstance(row, dict)] if isinstance(groups, dict) else []
+    for row in sorted(rows, key=lambda row: not any(map(_is_of_experts, _listed(row.get("targets"))))):
+        weights = row.get("weights")  # compressed-tensors, ModelOpt
+        if isinstance(weights, dict) and isinstance(bits := weights.get("num_bits"), int):
+            size = weights.get("group_size")
+            if weights.get("type") == "float":
+                return {8: "fp8", 4: "nvfp4" if size == 16 else "mxfp4_group32"}.get(bits, "")
+            return _whole_type(bits, size)
+    if isinstance(whole, dict) and isinstance(weight := whole.get("weight"), dict):  # Quark
+        return _named_type(f"{'mx' if weight.get('group_size') == 32 else ''}{weight.get('dtype')}")
+    names = ("moe_quant_algo", "quant_algo", "qformat_weight", "quant_method", "mode")  # mode: MLX, as is none of them
+    method = str(next((said[name] for name in names if said.get(name)), "affine"))
+    bits, size = said.get("bits"), said.get("group_size")
+    if isinstance(bits, int) and re.match(r"awq|gptq|auto.?round|affine", method.lower()):
+        return _whole_type(bits, size)
+    if said.get("load_in_4bit"):
+        return "nf4" if said.get("bnb_4bit_quant_type") == "nf4" else "fp4"
+    found = _named_type(method)
+    return found + block if found == "fp8" else found
+
+
+def _whole_type(bits: int, size: Any) -> str:
+    group = f"_group{size}" if isinstance(size, int) and 0 < size <= 2**15 else ""
+    return f"int{bits}{group}" if 1 < bits <= 16 else ""
+
+
+def _named_type(text: str) -> str:
+    kinds = ("nvfp4", "mxfp4", "mxfp8", "w4a", "fp8", "fp4", "int8", "int4")
+    return next((kind.replace("w4a", "int4") for kind in kinds if kind in text.lower()), "")
+
+
+def _listed(value: Any) -> list[Any]:
+    return value[:_MOST_NAMES] if isinstance(value, list) else []
+
+
+def _is_of_experts(name: Any) -> bool:
+    return isinstance(name, str) and "expert" in name and not re.search(r"share|gate$|bias|mtp|nextn", name)
+
+
+def _all_experts(name: Any) -> bool:
+    """Whether a pattern of modules that are left as they are is of the routed experts, and not of one layer alone."""
+    return _is_of_experts(name) and not re.search(r"\d", name)

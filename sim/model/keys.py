@@ -21,6 +21,8 @@ _SPELLINGS = {
         "topk_group num_limited_groups n_limited_groups num_expert_groups_per_tok moe_router_group_topk "
         "topk_groups moe_topk_group"
     ),
+    # so many groups, each of which gives a token equally many experts (Intern-S1-Pro)
+    "each_group": "router_n_groups",
     "scoring": (
         "scoring_func score_function score_func moe_router_activation_func moe_router_activation "
         "moe_router_score_function router_score_function expert_selection_fn moe_scoring_func "
@@ -64,6 +66,10 @@ _SPELLINGS = {
         "mlp_hidden_act moe_hidden_act expert_hidden_act expert_activation moe_activation hidden_act "
         "hidden_activation activation_function dense_act_fn activation ffn_act_fn"
     ),
+    # Type of the weights
+    "expert_dtype": "expert_dtype",
+    "quantization": "quantization_config compression_config quantization",
+    "dtype": "dtype torch_dtype",
     "gated": (
         "gated_linear_unit use_gated_mlp gated_mlp is_gated_mlp moe_gated is_gated use_glu swiglu mlp_gated "
         "expert_gated gated_experts moe_use_gated_mlp"
@@ -143,10 +149,12 @@ class Type(NamedTuple):
     matrices: int = 3
     n_zero: int = 0
     n_shared: int = 0
+    of_each_group: bool = False
 
 
-# transformers 5.24.0 (configuration_*.py and modeling_*.py of each type); vLLM 0.33.0 for arctic, bailing_moe, grok, kimi_k2
-# and step3; SGLang 0.5.23 for the groups of bailing_moe_v2.
+# transformers 5.24.0 (configuration_*.py and modeling_*.py of each type); vLLM 0.33.0 for alice_ai, arctic, bailing_moe,
+# grok, interns1_pro, k2_horizon, kimi_k2, mimo_v2, pangu*, param2moe, step3 and step5; SGLang 0.5.23 for the groups of
+# bailing_moe_v2, sdar_moe and xllm; vllm-ascend 0.9.1 for pangupromoe (one expert of each of 8 groups).
 _RULES = (
     (Type("sigmoid", True, {"first_k_dense_replace": 3}, (8, 4)), "deepseek_v3 deepseek_v32 kimi_k2 beam"),
     (Type("sigmoid", True, {"first_k_dense_replace": 2}, (8, 4)), "bailing_hybrid"),
@@ -156,15 +164,17 @@ _RULES = (
     (
         Type("sigmoid", True, {"first_k_dense_replace": 1}),
         "afmoe axk2 dots3_note exaone_moe glm4_moe glm4_moe_lite glm4v_moe hy_v3 hy_v4 hy_v4_vl kimi_linear laguna mimo_v2_flash "
-        "sarvam_mla sarvam_moe",
+        "param2moe sarvam_mla sarvam_moe",
     ),
     (Type("sigmoid", True, {"num_dense_layers": 2}), "lfm2_moe"),
     (
         Type("sigmoid", True),
-        "dots1 inkling inkling2 inkling2_loop kolibri1 minimax_m2 minimax_m3 minimax_m3_vl muse_spark solar_open",
+        "alice_ai dots1 inkling inkling2 inkling2_loop k2_horizon kolibri1 mimo_v2 minimax_m2 minimax_m3 minimax_m3_vl "
+        "muse_spark solar_open xllm",
     ),
     (Type("sigmoid", True, matrices=2), "nemotron_h"),
-    (Type("sigmoid", False), "flint"),
+    (Type("sigmoid", False), "flint pangupromoev2 panguultramoe pangu_ultra_moe"),
+    (Type("sigmoid", False, {"first_k_dense_replace": 1}), "step5"),
     (Type("sigmoid", False, n_shared=1), "llama4"),
     (Type("sqrtsoftplus", True, {"num_hash_layers": 3}), "deepseek_v4"),
     (Type("sqrtsoftplus", True), "deepseek_v41"),
@@ -175,14 +185,15 @@ _RULES = (
     (Type(layers={"expert_layer_period": 2, "expert_layer_offset": 1}), "jamba"),
     (Type(layers={"moe_layer_frequency": 2}), "arctic"),
     (Type(layers={"moe_layers_enum": list(range(4, 60))}), "step3"),
-    (Type(layers={"first_k_dense_replace": 1}), "mistral_large4"),
+    (Type(layers={"first_k_dense_replace": 1}), "mistral_large4 unlimited_ocr"),
     (Type(matrices=2), "nllb_moe switch_transformers"),
+    (Type(of_each_group=True), "pangupromoe"),
     (
         Type(),
         "aria bailing_moe cohere2_moe dbrx deepseek deepseek_v2 deepseek_ocr2 diffusion_gemma doge flex_olmo gemma4 gpt_oss "
         "granitemoe granitemoe_swa granitemoehybrid granitemoeshared grok_1 hunyuan hunyuan_v1_moe jetmoe lara_mini mellum "
         "minimax minimax_text_01 mistral mistral4 mixtral olmoe openai_privacy_filter qwen2_moe qwen3_moe qwen3_next qwen3_5_moe "
-        "qwen3_omni_moe qwen3_vl_moe qwen4_exp unlimited_ocr",
+        "qwen3_omni_moe qwen3_vl_moe qwen4_exp interns1_pro iquest_q1 sdar_moe",
     ),
 )
 TYPES = {name: rule for rule, names in _RULES for name in names.split()}

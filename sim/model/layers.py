@@ -59,14 +59,16 @@ def moe_layers(
             read.notes.append("moe_layer_ids (the number of layers is not in config.json)")
         return 0, ()
     left = set(range(n_layers)) if n_layers else set(named or ())
-    for key, taken in _taken_away(read, n_layers, drafts):
+    rules = _taken_away(read, n_layers, drafts)
+    for key, taken in rules:
         if named is None:
             left &= taken
         elif not named <= taken:
             read.notes.append(f"{key} {shown(read.config.get(key))} ({by} says otherwise and was taken)")
     left = left if named is None else named
     if not left:
-        raise read.error(f"no layer has experts, by {by or 'the keys of its dense layers'}")
+        told = by or " and ".join(f"{key} {shown(read.config[key])}" for key, _ in rules)
+        raise read.error(f"no layer has experts, by {told}")
     strange = [key for key in read.left_over() if of_layers(key)]
     if strange and named is None and len(left) == n_layers:
         told = " and ".join(shown(key) for key in strange[:_MOST_KEYS])

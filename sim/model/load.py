@@ -2,13 +2,14 @@
 
 import re
 import tomllib
+from dataclasses import replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from sim.errors import InputError, unknown
-from sim.files import is_there
+from sim.files import is_folder, is_there
 from sim.model.config import caveat_of, read_config
 from sim.model.keys import KEYS, LAYER_FIELDS
 from sim.model.layers import moe_layers
@@ -22,6 +23,8 @@ _ENDING = re.compile(
     r"|autoround|dynamic|block|channel|tensor|quantized|compressed|marlin|mixed|unsloth|qat|hf|original"
     r"|instruct|inst|chat|base|thinking|reasoning|it|pt|preview|exp|terminus|speciale|zero|\d{4}|v0\.\d)$|(?<=fp4)-v\d$"
 )
+
+_OF_THE_HUB = re.compile(r"^(https?://)?(www\.)?(huggingface\.co|hf\.co)/(?=[^/]+/[^/]+/?$)|(?<=\w)/$", re.IGNORECASE)
 
 
 @cache
@@ -66,7 +69,7 @@ def load_model(name_or_path: str | Path | ModelSpec) -> ModelSpec:
         return name_or_path
     if not isinstance(name_or_path, str | Path):
         raise InputError(f"--model must be a name, a path or a ModelSpec, not of type {type(name_or_path).__name__}")
-    name = str(name_or_path)
+    name = _OF_THE_HUB.sub("", str(name_or_path))
     exact = next((key for key, row in _presets().items() if name.lower() in (key, row["hf_id"].lower())), None)
     if exact:
         return _from_preset(exact)
@@ -75,17 +78,22 @@ def load_model(name_or_path: str | Path | ModelSpec) -> ModelSpec:
         if is_there(path / file):
             path = path / file
             break
+    if path.suffix == ".gguf":
+        raise InputError(
+            f"--model {name}: GGUF files are not read; give the config.json of the original model, or its name"
+        )
+    if name and is_folder(path):
+        raise InputError(f"--model {name} is a folder without a config.json or params.json")
     if name and (path.suffix == ".json" or is_there(path) or name.count("/") > 1 or name.startswith((".", "/", "~"))):
         return read_config(path)
     preset, assumed = _by_name(name)
     if preset:
-        return _from_preset(preset, assumed)
-    raise unknown(
-        "--model",
-        name.rpartition("/")[2],
-        _presets(),
-        " (or the path of a config.json; `epsim models` lists the presets)",
-    )
+        model = _from_preset(preset, assumed)
+        return replace(model, routed_dtype=_stored_as(name) or model.routed_dtype)
+    more = " (or the path of a config.json; `epsim models` lists the presets)"
+    if name.count("/") == 1:
+        more = f" (another model: `hf download {name} config.json --local-dir DIR`, then --model DIR)"
+    raise unknown("--model", name.rpartition("/")[2], _presets(), more)
 
 
 def _by_name(name: str) -> tuple[str, str]:
@@ -114,6 +122,14 @@ def _stem(name: str) -> str:
     while (shorter := _ENDING.sub("", name)) not in (name, ""):
         name = shorter
     return name
+
+
+def _stored_as(name: str) -> str:
+    """The type of the weights that a name's ending says, '' if none does: a copy's is not the preset's."""
+    own = name.lower().rpartition("/")[2]
+    endings = "" if own in _names() else own[len(_stem(own)) :]
+    found = re.search(r"nvfp4|mxfp4|mxfp8|w4a(?=\d|f)|fp8|fp4|bf16|awq|gptq|gguf|int[48]|w8a8|[2348]-?bit", endings)
+    return found[0].replace("w4a", "int4").replace("w8a8", "8-bit") if found else ""
 
 
 def _from_preset(name: str, assumed: str = "") -> ModelSpec:

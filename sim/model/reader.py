@@ -54,25 +54,21 @@ class Reader:
         """A key that was taken and not understood after all."""
         self._used.discard(key)
 
-    def value(self, field: str) -> Any:
-        """Value of a field, None if there is none; a list with a value for each layer must repeat one value."""
+    def whole(self, field: str, least: int = 0, most: int = 2**40) -> int | None:
+        """A whole number, None if there is none or false; a list with a value for each layer must repeat one value."""
         key, value = self.take(field)
         if isinstance(value, list):
             counts = {shown(item) for item in value if item not in (0, None)}
             if len(value) > MAX_LAYERS or len(counts) != 1:
                 raise self.error(f"{key} {shown(value)} differs from layer to layer, which is not modelled")
             value = next(item for item in value if item not in (0, None))
-        return value
-
-    def whole(self, field: str, least: int = 0, most: int = 2**40) -> int | None:
-        """A whole number, None if there is none."""
-        key, value = self.take(field)
-        return None if value is None else self.checked(key, value, least, most)
+        return None if value is None or value is False else self.checked(key, value, least, most)
 
     def checked(self, key: str, value: Any, least: int = 0, most: int = MAX_LAYERS) -> int:
         """A value as a whole number of a range, or an error that names its key."""
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-            raise self.error(f"{key} must be a whole number from {least} to {most}, not {shown(value)}")
+            told = f"'{shown(value)}'" if isinstance(value, str) else shown(value)
+            raise self.error(f"{key} must be a whole number from {least} to {most}, not {told}")
         return value
 
     def flag(self, field: str) -> bool | None:

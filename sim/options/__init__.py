@@ -8,8 +8,8 @@ A class of options is a frozen dataclass whose fields are made by `option`. From
 - signature and docstring of the functions that take them: `@takes(SweepOptions)`;
 - what identifies a result in its provenance: `identity(values)`.
 
-To add an option, add a field. To add a verb, write sim/cli/NAME.py with `add_arguments(parser)` and `run(arguments)`, and its
-line in `sim.cli.VERBS`; it takes the classes that it needs, and gives `type=` one of the kinds below to options of its own.
+To add an option, add a field. To add a verb, see `sim.cli`; it takes the classes that it needs, and gives `type=` one of the
+kinds below to options of its own.
 A message about a parameter names it in backquotes, as in "`ep_sizes` 300: ...". The command line writes the option in its place.
 """
 
@@ -26,6 +26,7 @@ from sim.options.declare import (
     identity,
     named,
     option,
+    section_of,
     takes,
 )
 from sim.options.groups import (
@@ -38,8 +39,13 @@ from sim.options.groups import (
     CapacityOptions,
     CellOptions,
     FigureOptions,
+    FileOptions,
+    GpuOptions,
     LayerOptions,
     LinkOptions,
+    MadeOptions,
+    MatchOptions,
+    MeasureOptions,
     PlotOptions,
     RestOptions,
     RunOptions,
@@ -82,11 +88,16 @@ __all__ = [
     "CellOptions",
     "Choice",
     "FigureOptions",
+    "FileOptions",
     "Folder",
+    "GpuOptions",
     "Kind",
     "LayerOptions",
     "LinkOptions",
     "Listed",
+    "MadeOptions",
+    "MatchOptions",
+    "MeasureOptions",
     "Number",
     "Option",
     "Options",
@@ -110,5 +121,6 @@ __all__ = [
     "identity",
     "named",
     "option",
+    "section_of",
     "takes",
 ]

@@ -10,7 +10,7 @@ from typing import Any
 
 from sim.errors import InputError, unknown
 from sim.files import read_toml
-from sim.options.kinds import Kind, Measured, PerRank
+from sim.options.kinds import Flag, Kind, Measured, PerRank
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,9 @@ def option(kind: Kind, help: str, *, default: Any = MISSING, **more: Any) -> Any
 
 
 class Options:
-    """Base of all classes of options: what is given is checked, and converted."""
+    """Base of all classes of options: what is given is checked, and converted. `title` stands above them in a help."""
+
+    title = ""
 
     def __post_init__(self) -> None:
         for name, (declared, default) in declarations(type(self)).items():
@@ -72,32 +74,38 @@ def flag_of(name: str, declared: Option) -> str:
     return declared.flag or f"--{name.replace('_', '-')}"
 
 
+def section_of(parser: ArgumentParser, title: str) -> Any:
+    """The options of a parser that its help has under a title; the parser itself without one."""
+    there = {section.title: section for section in parser._action_groups}
+    return parser if not title else there.get(title) or parser.add_argument_group(title)
+
+
 def add_options(
     parser: ArgumentParser, group: type[Options], *, only: Sequence[str] | None = None, **lines: str | None
 ) -> None:
-    """Add options of a class to a parser; `lines` are defaults of this verb, as they would be typed, None for none."""
+    """Add options of a class to a parser; `lines` are defaults of this verb, as they would be typed, None for none. What has no
+    default must be given.
+    """
     chosen = {name: found for name, found in declarations(group).items() if only is None or name in only}
     flags = {name: flag_of(name, declared) for name, (declared, _) in declarations(group).items()}
-    tokens = parser.add_mutually_exclusive_group() if "tokens_per_rank" in chosen else None
+    section = section_of(parser, group.title)
+    tokens = section.add_mutually_exclusive_group() if "tokens_per_rank" in chosen else section
     for name, (declared, default) in chosen.items():
-        value = lines.get(name, None if default is MISSING else default)
-        if isinstance(declared.kind, PerRank):
-            value = lines.get(name)
+        value = lines.get(name, None if default is MISSING or isinstance(declared.kind, PerRank) else default)
         typed = ",".join(f"{item:g}" for item in value) if isinstance(value, tuple) else value
         text = declared.help if typed is None or "default:" in declared.help else f"{declared.help} (default: {typed})"
-        add = (
-            tokens.add_argument if tokens is not None and name in ("tokens", "tokens_per_rank") else parser.add_argument
-        )
-        alone: Any = {"nargs": "?", "const": declared.kind.alone} if isinstance(declared.kind, Measured) else {}
-        add(
-            flags[name],
-            dest=name,
-            type=declared.kind,
-            default=typed,
-            metavar=declared.kind.metavar if declared.kind.metavar != "NAME" else flags[name][2:].upper(),
-            help=named(text, flags).replace("%", "%%"),
-            **alone,
-        )
+        if isinstance(declared.kind, Flag):
+            section.add_argument(flags[name], dest=name, action="store_true", help=named(declared.help, flags))
+            continue
+        more: dict[str, Any] = {"dest": name, "help": named(text, flags).replace("%", "%%")}
+        more |= {"required": True} if default is MISSING and name not in lines else {}
+        if isinstance(declared.kind, Measured):
+            more |= {"nargs": "?", "const": declared.kind.alone}
+        metavar = declared.kind.metavar
+        if metavar == "NAME" and "-" not in flags[name][2:]:
+            metavar = flags[name][2:].upper()
+        add = (tokens if name in ("tokens", "tokens_per_rank") else section).add_argument
+        add(flags[name], type=declared.kind, default=typed, metavar=metavar, **more)
 
 
 def given(arguments: Namespace, group: type[Options]) -> dict[str, Any]:

@@ -10,10 +10,13 @@ from sim.options.kinds import (
     FILE,
     MAX_TOKENS,
     NAME,
+    NAMES,
     SEED,
     THREADS,
     WHOLE_NUMBERS,
     Choice,
+    Flag,
+    Folder,
     Kind,
     Listed,
     Measured,
@@ -43,20 +46,19 @@ DEFAULT_TRIALS = 10_000
 DEFAULT_MAX_TRIALS = 1_000_000
 
 
-_TRAFFIC_HELP = "preset (epsim workloads), file:TRACE of recorded routing, or a .toml file (a preset's keys, or a fit)"
-
-_FIT_TOKENS = "tokens of each layer that eplb is fitted on (default: 16384)"
-_FIT_ON = "of recorded or fitted traffic: other traffic of the same layers to fit eplb on"
-_THREADS = "default: all processors of this process"
+_MODEL = "preset (epsim models) or path of a Hugging Face config.json"
+_WORKLOAD = "preset (epsim workloads), file:TRACE of recorded routing, or a .toml file, as epsim traffic fit writes it"
+_THREADS = "threads (default: all processors of this process)"
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrafficOptions(Options):
     """The model, and what comes in: arguments of `load_model` and `load_workload`."""
 
-    model: str = option(NAME, "preset (epsim models) or path of a Hugging Face config.json", default="deepseek-v3")
-    workload: str = option(NAME, _TRAFFIC_HELP, default="chat")
-    phase: str | None = option(NAME, "of recorded or fitted routing: decode (default) or prefill", default=None)
+    title = "model and traffic"
+    model: str = option(NAME, _MODEL, default="deepseek-v3")
+    workload: str = option(NAME, _WORKLOAD, default="chat")
+    phase: str | None = option(NAME, "decode (default) or prefill, of recorded or fitted routing", default=None)
     tokens_per_request: int | None = option(
         Whole(1, MAX_TOKENS),
         "consecutive tokens of each request in a decode step, as speculative decoding verifies them, usually 2 to 8: they share "
@@ -72,11 +74,12 @@ class TrafficOptions(Options):
 class CellOptions(Options):
     """The cells of a grid, and the random stream."""
 
+    title = "what is sampled"
     ep_sizes: list[int] = option(WHOLE_NUMBERS, "EP sizes, each from 1 to the number of experts", flag="--ep")
     tokens: list[int] = option(
-        Listed(of=Whole(1, MAX_TOKENS)), "tokens per step over the whole EP group (per rank with `tokens_per_rank`)"
+        Listed(of=Whole(1, MAX_TOKENS)), "tokens per step over the whole EP group (`tokens_per_rank`: on each rank)"
     )
-    tokens_per_rank: bool = option(PerRank(), "instead of `tokens`: tokens per step and rank", default=False)
+    tokens_per_rank: bool = option(PerRank(), "instead of `tokens`: tokens per step on each rank", default=False)
     ranks_per_node: int = option(
         Whole(1, MAX_RANKS_PER_NODE),
         "ranks joined by NVLink, for node_aware placement and for nodes per token",
@@ -163,13 +166,14 @@ class SweepOptions(CellOptions):
 class RunOptions(Options):
     """Where and how long a sweep runs: nothing that changes its rows."""
 
+    title = "where and how long it runs"
     time_limit: float | None = option(
         Seconds(),
         "stop a precision run after this time (not before 1024 trials), as in 90s or 10m; the same command goes on",
         default=None,
     )
     threads: int | None = option(
-        THREADS, "default: all processors of this process; of a local cluster, its workers", default=None
+        THREADS, "threads, or workers of a local cluster (default: all processors of this process)", default=None
     )
     executor: str = option(
         Choice(names=("threads", "cuda", "dask")),
@@ -199,10 +203,11 @@ class StepOptions(CellOptions):
 class LayerOptions(Options):
     """What layers of a step have to do with each other."""
 
+    title = CellOptions.title
     layer_correlation: float | None = option(
         Measured(1, 1e4, alone=LAYER_CORRELATION),
-        "variance of a step's mean over its layers, relative to layers that are independent (their default: they are). Without "
-        f"a number {LAYER_CORRELATION:g}, as on gpt-oss-20b's recorded steps; epsim step --traffic FILE measures yours",
+        "variance of a step's mean imbalance over its layers, relative to independent layers (default: independent). Without a "
+        f"number {LAYER_CORRELATION:g}, as on gpt-oss-20b's recorded steps; epsim step --traffic FILE measures yours",
         default=None,
     )
 
@@ -215,34 +220,43 @@ class LayerOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CapacityOptions(CellOptions, LayerOptions):
-    """What `sim.capacity` takes beside model and workload."""
+class PlacedOptions(CellOptions):
+    """Placements in each cell, some of which may be fitted."""
 
     placements: Any = option(Placements(), "placements (epsim placements)", flag="--placement")
+    fit_tokens: int | None = option(
+        Whole(1, MAX_TOKENS), "tokens of each layer that eplb is fitted on (default: 16384)", default=None
+    )
+    fit_on: Any = option(
+        FILE, "of recorded or fitted traffic: other traffic of the same layers to fit eplb on", default=None
+    )
+    threads: int | None = option(THREADS, _THREADS, default=None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CapacityOptions(LayerOptions, PlacedOptions):
+    """What `sim.capacity` takes beside model and workload."""
+
     risk: float = option(Risk(), "probability with which a capacity may be exceeded", default=1e-3)
     horizon_steps: int | None = option(
         Whole(1, 10**15), "steps of a horizon; without it there are no rows of scope 'horizon'", default=None
     )
     capacity_factor: float | None = option(
         Number(1, 1e4),
-        "also: what a given capacity, as a factor of the balanced load, risks and drops, at least 1",
+        "also judge a given capacity, a factor of the balanced load of at least 1: what it risks and drops",
         default=None,
     )
     deployments: int = option(
         Whole(2, 10**5),
-        "deployments that are drawn, of synthetic traffic without known layers (at most 80 where placements are fitted)",
+        "deployments to draw of synthetic traffic whose layers are not known (at most 80 where placements are fitted)",
         default=400,
     )
-    fit_tokens: int | None = option(Whole(1, MAX_TOKENS), _FIT_TOKENS, default=None)
-    fit_on: Any = option(FILE, _FIT_ON, default=None)
-    threads: int | None = option(THREADS, _THREADS, default=None)
 
 
 @dataclass(frozen=True, kw_only=True)
-class LinkOptions(CellOptions):
+class LinkOptions(PlacedOptions):
     """What `sim.rank_traffic` takes beside model and workload."""
 
-    placements: Any = option(Placements(), "placements (epsim placements)", flag="--placement")
     trials: int = option(Whole(1, MAX_TRIALS), "steps of each cell", default=1000)
     draws: int | None = option(
         Whole(),
@@ -251,19 +265,33 @@ class LinkOptions(CellOptions):
     )
     source_imbalance: Any = option(
         Numbers(),
-        "tokens of the busiest source rank over the mean of source ranks, of which each has the same fraction of the one "
-        "before; or a list, the shares of all source ranks",
+        "how unevenly source ranks hold the tokens: the busiest one's over the mean (each next one has the same fraction of the "
+        "one before), or a list of all shares",
         default=1.0,
     )
-    fit_tokens: int | None = option(Whole(1, MAX_TOKENS), _FIT_TOKENS, default=None)
-    fit_on: Any = option(FILE, _FIT_ON, default=None)
-    threads: int | None = option(THREADS, _THREADS, default=None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GpuOptions(Options):
+    """What times are for, and what they are compared with."""
+
+    title = "what is compared"
+    gpu: str = option(NAME, "GPU (epsim gpus), or a .toml file of your own", default="h200")
+    gpus: Any = option(NAMES, "GPUs (epsim gpus), or .toml files of your own", flag="--gpu", default="h200")
+    baseline: str = option(NAME, "placement to compare with", default="linear")
+    least_saved: float = option(
+        Share(),
+        "smallest saved share that counts: of a step in advise, of a layer in depends",
+        flag="--worth",
+        default=0.01,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class TimeOptions(Options):
     """What turns loads into times."""
 
+    title = "times"
     exchange: str = option(
         NAME,
         "dispatch and combine: pair, token, gather, reduce or none, or a backend that is one of them (epsim gpus)",
@@ -282,6 +310,7 @@ class TimeOptions(Options):
 class RestOptions(Options):
     """What a step does beside routed experts and their exchange: one of the first two; and what a balancer takes of it."""
 
+    title = "the rest of a step"
     moe_share: float | None = option(Share(), "share of a step that experts and exchange take, as in 40%", default=None)
     step_us: float | None = option(
         Positive(scale=1e3, metavar="MS"),
@@ -301,9 +330,8 @@ class RestOptions(Options):
 class FigureOptions(Options):
     """How figures are written."""
 
-    formats: Any = option(
-        Listed(of=Choice(names=("png", "svg")), metavar="LIST"), "png, svg or both", flag="--format", default="png"
-    )
+    title = "output"
+    formats: Any = option(Listed(of=Choice(names=("png", "svg"))), "png, svg or both", flag="--format", default="png")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -315,4 +343,86 @@ class PlotOptions(FigureOptions):
     )
     deepest: float = option(
         Number(1e-300, 0.1, metavar="P"), "probability down to which worst cases are drawn", default=1e-6
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileOptions(Options):
+    """A file of recorded routing or load counts: how it is read, and what it is compared with."""
+
+    model: str = option(NAME, f"the model that the file was taken on: {_MODEL}")
+    phase: str | None = option(
+        NAME, "decode (default) or prefill: the steps that are read of a set of traces", default=None
+    )
+    against: Any = option(FILE, "another file of the same layers, to compare with", default=None)
+    plot: Any = option(Folder(), "draw figures there", default=None)
+    all_layers: bool = option(Flag(), "a row for every layer", default=False)
+    hold_out: bool = option(Flag(), "first fit one half and predict the rank imbalance of the other", default=False)
+    half: bool = option(Flag(), "with `hold_out`: write the fit of the first half", default=False)
+    group_sigma: float | None = option(
+        Number(0, 5), "group effect of a grouped router, which loads do not tell (default: 0.4)", default=None
+    )
+    n_windows: int | None = option(
+        Whole(), "windows that the file is cut into (default: 8)", flag="--windows", default=None
+    )
+    threads: int | None = option(THREADS, _THREADS, default=None)
+    seed: int = option(SEED, "same seed, same answer", default=0)
+
+
+_IMBALANCE = "mean over layers of a step's max / mean rank load, under linear placement"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MadeOptions(Options):
+    """A trace of synthetic traffic."""
+
+    title = "the trace"
+    tokens: int = option(Whole(1, MAX_TOKENS), "tokens of the trace", default=65536)
+    sequences: int = option(Whole(1, MAX_TOKENS), "sequences of the trace", default=256)
+    imbalance: float | None = option(Number(1, 2**15), f"scale the popularity to this {_IMBALANCE}", default=None)
+    ep_sizes: int | None = option(Whole(1, 2**15), "EP size of `imbalance`", flag="--ep", default=None)
+    seed: int = option(SEED, "same seed, same trace", default=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatchOptions(Options):
+    """An imbalance that was read off a log."""
+
+    title = "your log"
+    imbalance: float = option(Number(1, 2**15), _IMBALANCE)
+    ep_sizes: int = option(Whole(2, 2**15), "its EP size", flag="--ep")
+    tokens: int = option(Whole(1, MAX_TOKENS), "its tokens per step, in all ranks", default=16384)
+    workloads: Any = option(
+        NAMES, "workloads to compare (default: every preset that fits the model)", flag="--workload", default=None
+    )
+    seed: int = option(SEED, "same seed, same answer", default=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasureOptions(Options):
+    """What is measured on GPUs, or shown of what was measured. The defaults of lists are those of `epsim measure`."""
+
+    title = "what is measured"
+    workload: Any = option(NAMES, "traffic (default: chat,gpqa-tilted)", default=None)
+    ep_sizes: Any = option(
+        WHOLE_NUMBERS, "EP sizes (default: 8,16,32,64; with --layer one, the number of GPUs)", flag="--ep", default=None
+    )
+    tokens: Any = option(
+        WHOLE_NUMBERS,
+        "tokens per step over the EP group (default: 8..16384; with --layer 8,64,512,2048,8192,16384)",
+        default=None,
+    )
+    placement: Any = option(NAMES, "placements (default: linear,round_robin)", default=None)
+    dtype: Any = option(NAMES, "types of the weights (default: bf16,fp8; with --layer one, bf16)", default=None)
+    exchange: Any = option(NAMES, "with --layer: kinds of exchange (default: token,pair,gather,reduce)", default=None)
+    steps: int = option(Whole(), "steps to sample, each of a fresh layer", default=16)
+    seed: int = option(Whole(), "same seed, same steps and ranks", default=0)
+    device: str = option(
+        Choice(names=("cuda", "cpu")), "cuda (needs PyTorch: epsim[gpu]), or cpu for toy sizes", default="cuda"
+    )
+    gpu: str | None = option(
+        NAME, "GPU that predictions are for (epsim gpus; default: by the device's name)", default=None
+    )
+    time_limit: float | None = option(
+        Seconds(), "stop after this time, as in 90s or 8m; steps that were measured are kept", default=None
     )

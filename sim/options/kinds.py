@@ -16,6 +16,7 @@ from sim.files import is_there
 MAX_TOKENS = 2**24
 _MAX_VALUES = 10_000
 _UNITS_S = {"s": 1, "m": 60, "h": 3600}
+_LONGEST_METAVAR = 30
 
 
 @dataclass(frozen=True)
@@ -113,15 +114,11 @@ class Measured(Number):
 class Positive(Number):
     """A number above 0, and at most 1e6."""
 
-    def __call__(self, text: str) -> float:
+    def problem(self, value: Any) -> str | None:
         """See `Kind`."""
-        try:
-            value = float(text)
-        except ValueError:
-            value = 0.0
-        if not 0 < value <= 1e6:
-            raise ArgumentTypeError(f"'{text}': expected a number above 0, and at most 1e6")
-        return self.scale * value
+        return (
+            None if isinstance(value, Real) and 0 < float(value) <= 1e6 else "must be a number above 0, and at most 1e6"
+        )
 
 
 @dataclass(frozen=True)
@@ -138,33 +135,42 @@ class Share(Kind):
         except ValueError:
             raise ArgumentTypeError(f"'{text}': expected a share as in 1% or 0.01") from None
 
-
-@dataclass(frozen=True)
-class Precision(Share):
-    """A relative half-width that can be reached."""
-
     def check(self, name: str, value: Any) -> float:
         """See `Kind`."""
         return float(super().check(name, value))
 
     def problem(self, value: Any) -> str | None:
         """See `Kind`."""
-        fits = not isinstance(value, bool) and isinstance(value, Real) and 1e-6 <= float(value) < 1
-        return None if fits else "must be a share from 0.0001% to below 100%, as in 1% or 0.01"
+        return None if self.fits(value) else f"must be {self.allowed}"
+
+    allowed = "a share from 0% to 100%, as in 1% or 0.01"
+
+    def fits(self, value: Any) -> bool:
+        """Whether it may be this share."""
+        return not isinstance(value, bool) and isinstance(value, Real) and 0 <= float(value) <= 1
+
+
+@dataclass(frozen=True)
+class Precision(Share):
+    """A relative half-width that can be reached."""
+
+    allowed = "a share from 0.0001% to below 100%, as in 1% or 0.01"
+
+    def fits(self, value: Any) -> bool:
+        """See `Share`."""
+        return super().fits(value) and 1e-6 <= float(value) < 1
 
 
 @dataclass(frozen=True)
 class Risk(Share):
     """A probability between 0 and 1, neither of them."""
 
-    def check(self, name: str, value: Any) -> float:
-        """See `Kind`."""
-        return float(super().check(name, value))
+    metavar: str = field(default="P", kw_only=True)
+    allowed = "a probability above 0 and below 1, as in 1e-3"
 
-    def problem(self, value: Any) -> str | None:
-        """See `Kind`."""
-        fits = not isinstance(value, bool) and isinstance(value, Real) and 0 < float(value) < 1
-        return None if fits else "must be a probability above 0 and below 1, as in 1e-3"
+    def fits(self, value: Any) -> bool:
+        """See `Share`."""
+        return super().fits(value) and 0 < float(value) < 1
 
 
 @dataclass(frozen=True)
@@ -191,6 +197,11 @@ class Choice(Kind):
     """One of some names."""
 
     names: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """A few short names are their own metavar."""
+        if len(text := "|".join(self.names)) <= _LONGEST_METAVAR:
+            object.__setattr__(self, "metavar", text)
 
     def __call__(self, text: str) -> str:
         """See `Kind`."""
@@ -223,6 +234,7 @@ class Folder(Kind):
 class Listed(Kind):
     """One value or several of a kind, without repetitions."""
 
+    may_repeat = False
     metavar: str = field(default="LIST", kw_only=True)
     of: Kind = Kind()
 
@@ -258,25 +270,22 @@ class Listed(Kind):
     def check(self, name: str, value: Any) -> list[Any]:
         """See `Kind`."""
         several = isinstance(value, Iterable) and not isinstance(value, str) and getattr(value, "ndim", 1) > 0
-        listed = list(dict.fromkeys(value)) if several else [value]
+        listed = list(value) if several else [value]
         if not listed:
             raise InputError(f"`{name}` needs at least one value")
-        return [self.of.check(name, item) for item in listed]
+        return [self.of.check(name, item) for item in (listed if self.may_repeat else dict.fromkeys(listed))]
 
 
 @dataclass(frozen=True)
 class Numbers(Listed):
     """One number or several, which may repeat."""
 
+    may_repeat = True
     of: Kind = Number()
 
     def check(self, name: str, value: Any) -> list[float]:
         """See `Kind`."""
-        several = isinstance(value, Iterable) and not isinstance(value, str) and getattr(value, "ndim", 1) > 0
-        numbers = list(value) if several else [value]
-        if not numbers:
-            raise InputError(f"`{name}` needs at least one value")
-        return [float(self.of.check(name, number)) for number in numbers]
+        return [float(number) for number in super().check(name, value)]
 
 
 def _range(part: str) -> list[int]:
@@ -326,6 +335,13 @@ class PerRank(Listed):
     def check(self, name: str, value: Any) -> bool:  # type: ignore[override]
         """See `Kind`."""
         return bool(value)
+
+
+@dataclass(frozen=True)
+class Flag(Kind):
+    """Given or not: an option without a value."""
+
+    python = "bool"
 
 
 NAME, FILE, NAMES, WHOLE_NUMBERS = Kind(), Kind(metavar="FILE"), Listed(), Listed(of=Whole())

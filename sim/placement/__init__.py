@@ -1,7 +1,6 @@
 """Which rank holds which expert: static rules, load balancers with and without replicas, and files of serving engines."""
 
-from sim.placement.budget import LayerCost, balance_budget
-from sim.placement.eplb import check_loads, spread_copies
+from sim.placement.eplb import LayerCost, balance_budget, check_loads, spread_copies
 from sim.placement.formats import FORMATS, how_to_load, placement_text, read_placement
 from sim.placement.placement import Placement, decoder_layers, notes_on
 from sim.placement.strategies import (

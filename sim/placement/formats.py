@@ -24,7 +24,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 
@@ -53,28 +53,41 @@ def read_placement(path: Path, model: ModelSpec, ep_size: int) -> Placement:
         The file is missing, damaged or too large; a layer differs in width, lacks an expert, or has one that the model has
         not; slots do not divide by the ranks; its layers are not the model's.
     """
-    where, name = f"placement file {path}", f"file:{path}"
-    text = read_text(path, where)
+    file = _File(f"placement file {path}", f"file:{path}", model, ep_size)
+    text = read_text(path, file.where)
     if _YAML.search(text) and not text.lstrip().startswith(("{", "[")):
-        return _from_trtllm(text, name, model, ep_size, where)
-    content = parse_json(text, where)
+        return _from_trtllm(*read_assignments(text, file.where), file)
+    try:
+        content = parse_json(text, file.where)
+    except InputError as error:
+        raise InputError(
+            f"{error}; maps are JSON, or TensorRT-LLM's YAML with num_slots at the beginning of a line"
+        ) from None
+    known = content if isinstance(content, dict) else {}
+    if "ep_size" in known and known["ep_size"] != ep_size:
+        raise InputError(f"{file.where} says ep_size {shown(known['ep_size'])}: it is no map for `ep_size` {ep_size}")
+    if "num_slots" in known:  # JSON is YAML, too
+        return _from_trtllm(*_assignments_of_json(known, file.where), file)
     if isinstance(content, dict) and "physical_to_logical_map" in content:
         rows = content["physical_to_logical_map"]
         if not isinstance(rows, list) or not rows:
-            raise InputError(f"{where}: physical_to_logical_map must be a list of layers, each a list of experts")
-        of_layer, layer_ids, notes = _by_row(rows, model, where)
-        return _from_slots(of_layer, name, model, ep_size, where, layer_ids, notes)
+            raise InputError(f"{file.where}: physical_to_logical_map must be a list of layers, each a list of experts")
+        return file.of_slots(*file.by_row(rows))
     if isinstance(content, dict) and "layer_list" in content:
-        return _from_ascend(content, name, model, ep_size, where)
+        return _from_ascend(content, file)
     if not isinstance(content, list) or not content:
+        found = f", not {shown(', '.join(known))}" if known else ""
         raise InputError(
-            f"{where} must be a list with the rank of each expert, or of such lists, one per layer; or have "
+            f"{file.where} must be a list with the rank of each expert, or of such lists, one per layer; or have "
             "physical_to_logical_map (vLLM, SGLang), initial_global_assignments or num_slots (TensorRT-LLM) or layer_list "
-            "(vllm-ascend)"
+            f"(vllm-ascend){found}"
         )
-    of_layer, layer_ids, notes = _by_row(content if isinstance(content[0], list) else [content], model, where)
-    ranks = _ranks(of_layer, model.n_experts, ep_size, where)
-    return Placement.of_ranks(name, ep_size, ranks, layer_ids, notes)
+    rows, layer_ids, notes = file.by_row(content if isinstance(content[0], list) else [content])
+    if ep_size == model.n_experts:
+        notes += (
+            "read as the rank of each expert; a map with the expert of each slot stands under physical_to_logical_map",
+        )
+    return file.of_ranks(rows, layer_ids, notes)
 
 
 def placement_text(placement: Placement, form: str, n_layers: int = 0) -> str:
@@ -143,8 +156,8 @@ def placement_text(placement: Placement, form: str, n_layers: int = 0) -> str:
 
 def how_to_load(form: str, path: Path, redundant: int) -> str:
     """What makes an engine load a file of a format with so many redundant slots, and when it does not."""
+    name = "" if path.suffix == ".json" else "; the file's name must end in .json"
     if form == "sglang":
-        name = "" if path.suffix == ".json" else "; the file's name must end in .json"
         return (
             f"SGLang: --init-expert-location {path} --ep-num-redundant-experts {redundant}{name}. It is replaced at the first "
             "rebalance where --enable-eplb is on, and of no use where the model's class does not tell SGLang its experts."
@@ -153,13 +166,13 @@ def how_to_load(form: str, path: Path, redundant: int) -> str:
         return (
             f"TensorRT-LLM: in the LLM API options 'moe_config: {{load_balancer: {path}}}' and 'enable_attention_dp: true'. It "
             "ignores the file in silence unless the architecture is on its list (DeepSeek-V3, Qwen2 and Qwen3 MoE, Mixtral, "
-            "Llama 4), EP is above 1 and attention data parallelism is on."
+            "Llama 4; newer versions also DeepSeek-V4 and gpt-oss), EP is above 1 and attention data parallelism is on."
         )
     if form == "vllm-ascend":
         return (
             f'vllm-ascend: --additional-config \'{{"eplb_config": {{"expert_map_path": "{path}"}}}}\' with '
-            "--enable-expert-parallel. It takes MoE layers by their place in layer_list, ignores the file at EP 1, and supports "
-            "w8a8_dynamic weights only."
+            f"--enable-expert-parallel{name}. It takes MoE layers by their place in layer_list and ignores the file at EP 1. For "
+            "balanced experts its guide (0.23) lists W8A8 and W4A8 weights (A2, A3), MXFP4 and MXFP8 (Ascend 950)."
         )
     return (
         "vLLM 0.33 has no option that reads a map file: a fixed map needs patched code. What can be turned on instead: "
@@ -168,47 +181,120 @@ def how_to_load(form: str, path: Path, redundant: int) -> str:
     )
 
 
-def _by_row(
-    rows: list[Any], model: ModelSpec, where: str
-) -> tuple[dict[int, Any], tuple[int, ...] | None, tuple[str, ...]]:
-    """Rows of the MoE layers, by their place in a file that has no layer ids; their ids if these are known; and notes.
+Rows = dict[int, Any]
+"""What a file holds of each layer, a list where it is sound, by its number there."""
 
-    As many rows as decoder layers, or more, are taken for those; as many as MoE layers for these, in order.
-    """
-    moe, n_layers = model.moe_layer_ids, decoder_layers(model)
-    if len(rows) == 1 or len(rows) < len(moe) or not moe:
-        return dict(enumerate(rows)), None, ()
-    if len(rows) == len(moe):
-        return dict(enumerate(rows)), moe, ()
-    if len(rows) < n_layers:
-        raise InputError(
-            f"{where} has {len(rows)} layers; {model.name} has {n_layers} decoder layers, {len(moe)} of them with experts"
+
+class _File(NamedTuple):
+    """A file that is read, and what it must fit."""
+
+    where: str  # it begins the message of an error
+    name: str
+    model: ModelSpec
+    ep_size: int
+
+    def by_row(self, rows: list[Any]) -> tuple[Rows, tuple[int, ...] | None, tuple[str, ...]]:
+        """Rows of the MoE layers, by their place in a file that has no layer ids; their ids if these are known; and notes.
+
+        As many rows as decoder layers, or more, are taken for those; as many as MoE layers for these, in order.
+        """
+        moe, n_layers = self.model.moe_layer_ids, decoder_layers(self.model)
+        if len(rows) == 1 or not moe:
+            return dict(enumerate(rows)), None, ()
+        if len(rows) < len(moe):
+            note = f"{len(rows)} layers for the {len(moe)} MoE layers of {self.model.name}: taken in turn"
+            return dict(enumerate(rows)), None, (note,)
+        if len(rows) == len(moe):
+            return dict(enumerate(rows)), moe, ()
+        if len(rows) < n_layers:
+            raise InputError(
+                f"{self.where} has {len(rows)} layers; {self.model.name} has {n_layers} decoder layers, {len(moe)} of them with "
+                "experts"
+            )
+        return {layer: rows[layer] for layer in moe}, moe, self.left_out(list(range(n_layers, len(rows))))
+
+    def left_out(self, layers: list[int]) -> tuple[str, ...]:
+        """A note on layers past the decoder, if there are any."""
+        if not layers:
+            return ()
+        which = f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]} to {layers[-1]}"
+        return (
+            f"{which} left out: past the {decoder_layers(self.model)} decoder layers of {self.model.name} (a draft model's?)",
         )
-    return {layer: rows[layer] for layer in moe}, moe, _left_out(list(range(n_layers, len(rows))), model)
+
+    def of_slots(
+        self, rows: Rows, layer_ids: tuple[int, ...] | None, notes: tuple[str, ...], may_differ: bool = False
+    ) -> Placement:
+        """The placement of rows with the expert of each slot; whether layers may have different numbers of slots."""
+        n_experts, width = self.model.n_experts, None
+        for layer, row in rows.items():
+            at = f"{self.where}, layer {layer}"
+            _check_ids(row, n_experts, f"{at}: slot", "an expert", at)
+            width = len(row) if width is None else width
+            if len(row) != width and not may_differ:
+                raise InputError(f"{at} has {len(row)} slots, the first layer has {width}")
+            if len(row) % self.ep_size or not n_experts <= len(row) <= n_experts + _MOST_SLOTS:
+                raise InputError(
+                    f"{at}: its {len(row)} slots must be from the model's {n_experts} experts to {n_experts + _MOST_SLOTS}, and "
+                    f"divide by `ep_size` {self.ep_size}"
+                )
+            missing = set(range(n_experts)) - set(row)
+            if missing:
+                raise InputError(f"{at}: expert {min(missing)} of the model's {n_experts} has no slot")
+        width = max(map(len, rows.values())) // self.ep_size
+        slots = np.full((len(rows), self.ep_size, width), -1, np.int16)
+        for of_rank, row in zip(slots, rows.values(), strict=True):
+            of_rank[:, : len(row) // self.ep_size] = np.reshape(row, (self.ep_size, -1))
+        return Placement.of_slots(self.name, self.ep_size, n_experts, slots.reshape(len(rows), -1), layer_ids, notes)
+
+    def of_ranks(self, rows: Rows, layer_ids: tuple[int, ...] | None, notes: tuple[str, ...]) -> Placement:
+        """The placement of rows with the rank of each expert, the form of its own."""
+        n_experts, ep_size = self.model.n_experts, self.ep_size
+        for layer, row in rows.items():
+            at = f"{self.where}, layer {layer}"
+            if not isinstance(row, list) or len(row) != n_experts:
+                found = len(row) if isinstance(row, list) else "no list"
+                raise InputError(
+                    f"{at}: expected the ranks of {n_experts} experts, found {found}; the experts of slots stand under "
+                    "physical_to_logical_map"
+                )
+            _check_ids(row, ep_size, f"{at}: expert", "a rank", at)
+            if len(set(row)) < ep_size:
+                raise InputError(
+                    f"{at}: rank {min(set(range(ep_size)) - set(row))} of `ep_size` {ep_size} holds no expert"
+                )
+        return Placement.of_ranks(self.name, ep_size, np.array(list(rows.values()), np.int32), layer_ids, notes)
 
 
-def _left_out(layers: list[int], model: ModelSpec) -> tuple[str, ...]:
-    if not layers:
-        return ()
-    which = f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]} to {layers[-1]}"
-    return (f"{which} left out: past the {decoder_layers(model)} decoder layers of {model.name} (a draft model's?)",)
+def _assignments_of_json(content: dict[str, Any], where: str) -> tuple[int, dict[int, list[Any]] | None]:
+    """As `read_assignments`, of JSON."""
+    n_slots, given = content["num_slots"], content.get("initial_global_assignments")
+    if not _is_whole(n_slots) or n_slots < 1:
+        raise InputError(f"{where}: num_slots must be a whole number from 1 on, not {shown(n_slots)}")
+    if given is None:
+        return n_slots, None
+    if not isinstance(given, dict) or not given or not all(re.fullmatch("[0-9]{1,9}", key) for key in given):
+        raise InputError(
+            f"{where}: initial_global_assignments must be {{layer: [expert of each slot]}}, not {shown(given)}"
+        )
+    return n_slots, _of_slots({int(key): row for key, row in given.items()}, n_slots, where)
 
 
-def _from_trtllm(text: str, name: str, model: ModelSpec, ep_size: int, where: str) -> Placement:
+def _from_trtllm(n_slots: int, of_layer: Rows | None, file: _File) -> Placement:
     """TensorRT-LLM's map, which is keyed by decoder layer, or the start that it has without one."""
-    n_slots, of_layer = read_assignments(text, where)
+    where, model, ep_size = file.where, file.model, file.ep_size
     if of_layer is None:
         if n_slots % ep_size:
             raise InputError(f"{where}: num_slots {n_slots} does not divide by `ep_size` {ep_size}")
         n = model.n_experts
         start = [(rank * n // ep_size + slot) % n for rank in range(ep_size) for slot in range(n_slots // ep_size)]
         note = "no initial_global_assignments: slot s of rank r has expert (r * experts // ranks + s) % experts, as at the start"
-        return _from_slots({0: start}, name, model, ep_size, where, None, (note,))
+        return file.of_slots({0: start}, None, (note,))
     moe, ids = model.moe_layer_ids, tuple(sorted(of_layer))
     notes: tuple[str, ...] = ()
     if len(ids) > 1 and moe:
         if set(moe) <= set(ids):
-            notes = _left_out([layer for layer in ids if layer >= decoder_layers(model)], model)
+            notes = file.left_out([layer for layer in ids if layer >= decoder_layers(model)])
             ids = moe
         elif len(ids) == len(moe):
             notes = (
@@ -221,21 +307,22 @@ def _from_trtllm(text: str, name: str, model: ModelSpec, ep_size: int, where: st
             )
     rows = {layer: of_layer[layer] for layer in ids}
     known = moe if len(rows) == len(moe) else ids if set(ids) <= set(moe) else None
-    return _from_slots(rows, name, model, ep_size, where, known if len(rows) > 1 else None, notes)
+    return file.of_slots(rows, known if len(rows) > 1 else None, notes)
 
 
-def _from_ascend(content: dict[str, Any], name: str, model: ModelSpec, ep_size: int, where: str) -> Placement:
+def _from_ascend(content: dict[str, Any], file: _File) -> Placement:
     """vllm-ascend's map: MoE layers by their place in the list."""
+    where, model = file.where, file.model
     rows, seen = content["layer_list"], set()
     count = content.get("moe_layer_count")
     if not isinstance(rows, list) or not rows or not _is_whole(count) or count != len(rows):
         raise InputError(f"{where}: layer_list must have as many layers as moe_layer_count says, and at least one")
     for row in rows:
         layer = row.get("layer_id") if isinstance(row, dict) else None
-        if not isinstance(layer, int) or isinstance(layer, bool) or layer < 0 or layer in seen:
+        if not _is_whole(layer) or layer < 0 or layer in seen:
             raise InputError(f"{where}: each layer of layer_list needs a layer_id of its own, a whole number")
         seen.add(layer)
-    slots = {row["layer_id"]: _device_experts(row, ep_size, f"{where}, layer {row['layer_id']}") for row in rows}
+    slots = {row["layer_id"]: _device_experts(row, file.ep_size, f"{where}, layer {row['layer_id']}") for row in rows}
     moe, notes = model.moe_layer_ids, tuple[str, ...]()
     known = tuple(slots) if len(rows) > 1 and set(slots) <= set(moe) else None
     if len(rows) > 1 and len(rows) >= len(moe) > 0:
@@ -245,7 +332,7 @@ def _from_ascend(content: dict[str, Any], name: str, model: ModelSpec, ep_size: 
                 f"the last {left} of its layers left out: {model.name} has {len(moe)} MoE layers (a draft model's?)",
             )
         slots, known = dict(list(slots.items())[: len(moe)]), moe
-    return _from_slots(slots, name, model, ep_size, where, known, notes, may_differ=True)
+    return file.of_slots(slots, known, notes, may_differ=True)
 
 
 def _device_experts(row: dict[str, Any], ep_size: int, at: str) -> list[Any]:
@@ -255,12 +342,9 @@ def _device_experts(row: dict[str, Any], ep_size: int, at: str) -> list[Any]:
     held = {
         device.get("device_id"): device.get("device_expert") for device in devices if _is_whole(device.get("device_id"))
     }
-    whole = len(devices) == ep_size and set(held) == set(range(ep_size)) and row.get("device_count") == ep_size
-    if (
-        not whole
-        or not _is_whole(row["device_count"])
-        or not all(isinstance(experts, list) for experts in held.values())
-    ):
+    count, wanted = row.get("device_count"), set(range(ep_size))
+    all_there = _is_whole(count) and count == len(devices) == ep_size and set(held) == wanted
+    if not all_there or not all(isinstance(experts, list) for experts in held.values()):
         raise InputError(
             f"{at}: must have the devices 0 to {ep_size - 1} of `ep_size` {ep_size}, each with its device_expert"
         )
@@ -269,41 +353,8 @@ def _device_experts(row: dict[str, Any], ep_size: int, at: str) -> list[Any]:
     return [expert for rank in range(ep_size) for expert in held[rank]]
 
 
-def _is_whole(value: Any) -> bool:
+def _is_whole(value: Any) -> TypeGuard[int]:
     return type(value) is int  # JSON's true and false are no numbers
-
-
-def _from_slots(
-    rows: dict[int, Any],
-    name: str,
-    model: ModelSpec,
-    ep_size: int,
-    where: str,
-    layer_ids: tuple[int, ...] | None,
-    notes: tuple[str, ...],
-    may_differ: bool = False,
-) -> Placement:
-    """Slots of layers, a list with the expert of each slot by the file's number of the layer; whose numbers may differ."""
-    n_experts, width = model.n_experts, None
-    for layer, row in rows.items():
-        at = f"{where}, layer {layer}"
-        _check_ids(row, n_experts, f"{at}: slot", "an expert", at)
-        width = len(row) if width is None else width
-        if len(row) != width and not may_differ:
-            raise InputError(f"{at} has {len(row)} slots, the first layer has {width}")
-        if len(row) % ep_size or not n_experts <= len(row) <= n_experts + _MOST_SLOTS:
-            raise InputError(
-                f"{at}: its {len(row)} slots must be from the model's {n_experts} experts to {n_experts + _MOST_SLOTS}, and "
-                f"divide by `ep_size` {ep_size}"
-            )
-        missing = set(range(n_experts)) - set(row)
-        if missing:
-            raise InputError(f"{at}: expert {min(missing)} of the model's {n_experts} has no slot")
-    width = max(map(len, rows.values())) // ep_size
-    slots = np.full((len(rows), ep_size, width), -1, np.int16)
-    for of_rank, row in zip(slots, rows.values(), strict=True):
-        of_rank[:, : len(row) // ep_size] = np.reshape(row, (ep_size, -1))
-    return Placement.of_slots(name, ep_size, n_experts, slots.reshape(len(rows), -1), layer_ids, notes)
 
 
 def _check_ids(row: Any, n: int, one: str, what: str, at: str) -> None:
@@ -313,19 +364,6 @@ def _check_ids(row: Any, n: int, one: str, what: str, at: str) -> None:
     for i, value in enumerate(row):
         if not _is_whole(value) or not 0 <= value < n:
             raise InputError(f"{one} {i} must have {what} from 0 to {n - 1}, not {shown(value)}")
-
-
-def _ranks(rows: dict[int, Any], n_experts: int, ep_size: int, where: str) -> np.ndarray:
-    """Rank of each expert, int32 [layers, n_experts], of the form of its own."""
-    for layer, row in rows.items():
-        at = f"{where}, layer {layer}"
-        if not isinstance(row, list) or len(row) != n_experts:
-            found = len(row) if isinstance(row, list) else "no list"
-            raise InputError(f"{at}: expected the ranks of {n_experts} experts, found {found}")
-        _check_ids(row, ep_size, f"{at}: expert", "a rank", at)
-        if len(set(row)) < ep_size:
-            raise InputError(f"{at}: rank {min(set(range(ep_size)) - set(row))} of `ep_size` {ep_size} holds no expert")
-    return np.array(list(rows.values()), np.int32)
 
 
 def read_assignments(text: str, where: str) -> tuple[int, dict[int, list[Any]] | None]:
@@ -354,22 +392,28 @@ def read_assignments(text: str, where: str) -> tuple[int, dict[int, list[Any]] |
             row = layers[layer] = _flow_list(value, at) if value else []
             continue
         section, row = key, None
-        has_layers |= key == "initial_global_assignments"
+        has_layers |= key == "initial_global_assignments" and value not in ("null", "~")
         if key == "num_slots":
             n_slots = _whole(value, at)
-        elif value and key == "initial_global_assignments":
+        elif value and has_layers and key == "initial_global_assignments":
             raise InputError(f"{at}: expected a line 'layer: [experts]' for each layer below {key}")
     if n_slots is None:
         raise InputError(f"{where} has no num_slots")
-    if not has_layers:
-        return n_slots, None
-    wrong = [layer for layer, experts in layers.items() if len(experts) != n_slots]
+    return n_slots, _of_slots(layers, n_slots, where) if has_layers else None
+
+
+def _of_slots(layers: dict[int, list[Any]], n_slots: int, where: str) -> dict[int, list[Any]]:
+    """The layers of initial_global_assignments, each a list of `num_slots`."""
+    wrong = [layer for layer, experts in layers.items() if not isinstance(experts, list) or len(experts) != n_slots]
     if not layers or wrong:
-        raise InputError(
-            f"{where}: every layer of initial_global_assignments must have num_slots = {n_slots} slots"
-            + (f"; layer {wrong[0]} has {len(layers[wrong[0]])}" if wrong else "; there is none")
+        row = layers[wrong[0]] if wrong else None
+        found = (
+            f"layer {wrong[0]} has {len(row) if isinstance(row, list) else shown(row)}" if wrong else "there is none"
         )
-    return n_slots, layers
+        raise InputError(
+            f"{where}: every layer of initial_global_assignments must have num_slots = {n_slots} slots; {found}"
+        )
+    return layers
 
 
 def _logical_lines(text: str, where: str) -> Iterator[tuple[int, str]]:

@@ -9,8 +9,7 @@ import numpy as np
 
 from sim.errors import InputError, shown, unknown, whole_number
 from sim.model import ModelSpec, load_model
-from sim.placement.budget import LayerCost, balance_budget, most_copies
-from sim.placement.eplb import balance, check_loads
+from sim.placement.eplb import LayerCost, balance, balance_budget, check_loads, most_copies
 from sim.placement.formats import read_placement
 from sim.placement.placement import Placement
 from sim.streams import PERMUTATION, stream_key, words
@@ -40,22 +39,20 @@ def check_ep_size(model: ModelSpec, ep_size: Any, placements: Iterable[str] = ()
 
     placements: names as `strategy_name` gives them. Which of them fill the ranks is up to `check_slots`.
     """
+    if isinstance(ep_size, bool) or not isinstance(ep_size, int | np.integer):
+        raise InputError(f"`{parameter}` {ep_size!r:.80}: must be a whole number")
     redundant = max(
         (_MOST_REDUNDANT if name.startswith("file:") else split_name(name)[1] for name in placements), default=0
     )
-    most = model.n_experts + redundant
-    if isinstance(ep_size, bool) or not isinstance(ep_size, int | np.integer):
-        more = ""
-    elif 1 <= ep_size <= most:
+    if 1 <= ep_size <= model.n_experts + redundant:
         return
-    else:
-        missing = int(ep_size) - model.n_experts
-        more = (
-            f"; so many ranks need redundant slots that fill them, as in eplb+{missing}"
-            if 0 < missing <= _MOST_REDUNDANT
-            else ""
-        )
+    missing = int(ep_size) - model.n_experts
     slots = f" and {redundant} redundant slots" if redundant else ""
+    more = (
+        f"; so many ranks need redundant slots that fill them, as in eplb+{missing}"
+        if 0 < missing <= _MOST_REDUNDANT
+        else ""
+    )
     raise InputError(
         f"`{parameter}` {shown(ep_size)}: EP size must lie from 1 to the {model.n_experts} experts of {model.name}{slots}{more}"
     )
@@ -81,9 +78,7 @@ def strategy_name(strategy: Any, parameter: str = "strategy") -> str:
             f"`{parameter}` {shown(strategy)}: redundant slots are a whole number up to {_MOST_REDUNDANT}, as in {base}+32"
         )
     if int(number) and base not in _WITH_COPIES:
-        raise InputError(
-            f"`{parameter}` {strategy}: redundant slots go with linear, eplb, eplb_budget and eplb_refined"
-        )
+        raise InputError(f"`{parameter}` {strategy}: redundant slots go with {', '.join(_WITH_COPIES)}")
     return f"{base}+{int(number)}" if int(number) else base
 
 
@@ -149,10 +144,11 @@ def place(
         as many ranks as slots: 'eplb+64' on 320 ranks is DeepSeek's deployment for decoding.
     ranks_per_node : int
         For node_aware and eplb; there are ceil(ep_size / ranks_per_node) nodes.
-    loads : array [n_experts], optional
-        Load of each expert, for eplb and eplb_refined, which need it; the others refuse it.
+    loads : float array [n_experts], optional
+        Load of each expert in any unit, for the load-aware strategies (eplb, eplb_refined, eplb_budget), which need it; the
+        others refuse it.
     redundant : int
-        Slots beyond one per expert, for linear, eplb and eplb_refined: 'eplb' with redundant=32 is 'eplb+32'.
+        Slots beyond one per expert, for linear and the load-aware strategies: 'eplb' with redundant=32 is 'eplb+32'.
     seed : int
         For random: this is the permutation of the sweep's first layer draw.
 
@@ -179,9 +175,9 @@ def place(
     >>> place("round_robin", "deepseek-v3", 64).rank_of_expert[62:66].tolist()
     [62, 63, 0, 1]
     """
-    model = model if isinstance(model, ModelSpec) else load_model(model)
+    model = load_model(model)
     name = strategy_name(strategy)
-    if whole_number("redundant", redundant, 0, _MOST_REDUNDANT):
+    if whole_number("`redundant`", redundant, 0, _MOST_REDUNDANT):
         if split_name(name)[1] not in (0, redundant):
             raise InputError(f"`strategy` {strategy} has another number of redundant slots than redundant={redundant}")
         if name.startswith("file:"):
@@ -193,11 +189,11 @@ def place(
     whole_number("`seed`", seed, 0, 2**63 - 1)
     if is_load_aware(name):
         if loads is None:
-            raise InputError(f"`strategy` {name} needs the loads of the experts")
-        table = check_loads(loads, model.n_experts, f"loads of {name}")
+            raise InputError(f"`strategy` {name} needs `loads`, the load of each expert")
+        table = check_loads(loads, model.n_experts, f"`loads` of {name}")
         return place_balanced(name, model, ep_size, ranks_per_node, table[None])
     if loads is not None:
-        raise InputError(f"`strategy` {name} takes no loads: it does not depend on them; loads go with eplb")
+        raise InputError(f"`strategy` {name} takes no `loads`: it does not depend on them; they go with eplb")
     if name == "random":
         return Placement.of_ranks(name, int(ep_size), random_ranks(model.n_experts, ep_size, seed, 0, 1))
     return place_fixed(name, model, int(ep_size), ranks_per_node)
@@ -245,18 +241,11 @@ def place_fixed(name: str, model: ModelSpec, ep_size: int, ranks_per_node: int) 
     return Placement.of_ranks(name, ep_size, ranks[None])
 
 
-def random_order(n_experts: int, seed: int, first_draw: int, n_draws: int) -> np.ndarray:
-    """One random permutation of the experts per layer draw, int64 [n_draws, n_experts]."""
-    return np.argsort(
-        words(stream_key(seed, "placement"), PERMUTATION, 0, (n_draws, n_experts), first_draw), axis=1, kind="stable"
-    )
-
-
 def random_ranks(n_experts: int, ep_size: int, seed: int, first_draw: int, n_draws: int) -> np.ndarray:
-    """Rank of each expert under random placement, int32 [n_draws, n_experts]: the permuted experts, in blocks like linear."""
+    """Rank of each expert under random placement, int32 [n_draws, n_experts]: one permutation per draw, in blocks like linear."""
+    drawn = words(stream_key(seed, "placement"), PERMUTATION, 0, (n_draws, n_experts), first_draw)
     ranks = np.empty((n_draws, n_experts), np.int32)
-    order = random_order(n_experts, seed, first_draw, n_draws)
-    np.put_along_axis(ranks, order, linear(n_experts, ep_size)[None], axis=1)
+    np.put_along_axis(ranks, np.argsort(drawn, axis=1, kind="stable"), linear(n_experts, ep_size)[None], axis=1)
     return ranks
 
 
@@ -282,24 +271,24 @@ def node_aware(n_experts: int, ep_size: int, ranks_per_node: int) -> np.ndarray:
 
 
 ROUND_ROBIN_BACKENDS = ("deepep_low_latency", "nixl_ep")
-"""All2all backends on which vLLM 0.33 keeps round_robin under data or sequence parallelism."""
+"""All2all backends on which vLLM 0.33 keeps round_robin under data, prefill context or sequence parallelism."""
 LINEAR_BACKENDS = (
     "allgather_reducescatter",
     "deepep_high_throughput",
     "deepep_v2",
     "mori_high_throughput",
     "mori_low_latency",
-    "moonep",
     "flashinfer_nvlink_one_sided",
     "flashinfer_nvlink_two_sided",
 )
-"""All other backends of vLLM 0.33, the default first: there it runs linear instead."""
+"""Other backends of vLLM 0.33, the default first: there it falls back to linear. moonep refuses round_robin."""
 
 
 def why_linear(model: ModelSpec, ep_size: int, backend: str = "", parallel_ranks: int = 1) -> str:
-    """Why vLLM 0.33 silently runs linear where round_robin is asked for; empty if it does not.
+    """Why vLLM 0.33 falls back to linear where round_robin is asked for, with a warning in its log; empty if it does not.
 
-    It also does so with redundant experts and with EPLB (`determine_expert_placement_strategy` of its FusedMoE layer).
+    It also does so with redundant experts and with EPLB (`determine_expert_placement_strategy`,
+    model_executor/layers/fused_moe/expert_map_manager.py; the backend matters where `use_all2all_kernels` holds).
 
     Parameters
     ----------
@@ -308,15 +297,13 @@ def why_linear(model: ModelSpec, ep_size: int, backend: str = "", parallel_ranks
     backend : str
         All2all backend; '' where it is not known.
     parallel_ranks : int
-        Ranks of data or sequence parallelism; the backend matters where there are several.
+        Ranks of data, prefill context or sequence parallelism; the backend matters where there are several.
     """
     if not model.is_grouped:
         return f"the router of {model.name} has no expert groups (n_group = 1)"
     if ep_size == 1:
         return "the EP size is 1"
     if backend and parallel_ranks > 1 and backend not in ROUND_ROBIN_BACKENDS:
-        return (
-            f"there is data parallelism ({parallel_ranks} ranks) on {backend}; it would run with "
-            f"{' or '.join(ROUND_ROBIN_BACKENDS)}"
-        )
+        runs_with = " or ".join(ROUND_ROBIN_BACKENDS)
+        return f"there is data parallelism ({parallel_ranks} ranks) on {backend}; it would run with {runs_with}"
     return ""

@@ -48,7 +48,10 @@ def _curves(placements: list[str], x: str, title: str) -> dict[str, Any]:
         ),
         color=style["color"],
     )
-    y = alt.Y("value:Q", title=None).scale(type="log", nice=False)
+    labels = alt.Axis(
+        labelExpr=f"format(datum.value, '{_FORMAT}')", labelOverlap=True
+    )  # a log scale's own leave some out
+    y = alt.Y("value:Q", title=None, axis=labels).scale(type="log", nice=False)
     tooltip = [
         alt.Tooltip("placement:N"),
         alt.Tooltip("ep_size:Q", title="EP size"),

@@ -11,19 +11,19 @@ from sim.files import is_there, read_json
 from sim.results import PROVENANCE, SweepResult, read_result, read_table
 
 _LABELS = {
-    "against_baseline_mean": "busiest rank's load / that under the baseline: mean",
-    "against_baseline_p99": "busiest rank's load / that under the baseline: 99th percentile",
-    "imbalance_mean": "busiest rank's load / mean load: mean",
-    "imbalance_p50": "busiest rank's load / mean load: median",
-    "imbalance_p95": "busiest rank's load / mean load: 95th percentile",
-    "imbalance_p99": "busiest rank's load / mean load: 99th percentile",
+    "against_baseline_mean": "busiest rank's load relative to the baseline: mean",
+    "against_baseline_p99": "busiest rank's load relative to the baseline: 99th percentile",
+    "imbalance_mean": "imbalance (busiest rank's load / mean): mean",
+    "imbalance_p50": "imbalance: median",
+    "imbalance_p95": "imbalance: 95th percentile",
+    "imbalance_p99": "imbalance: 99th percentile",
     "max_load_mean": "busiest rank's load (pairs)",
-    "balancedness_mean": "mean load / busiest rank's load",
+    "balancedness_mean": "balancedness (mean load / busiest rank's): mean",
     "idle_ranks_mean": "idle ranks: mean",
     "idle_ranks_p99": "idle ranks: 99th percentile",
-    "distinct_experts_max_mean": "most distinct experts of a rank",
-    "ranks_per_token_mean": "ranks that a token is sent to",
-    "nodes_per_token_mean": "nodes that a token is sent to",
+    "distinct_experts_max_mean": "distinct experts of the rank that has the most: mean",
+    "ranks_per_token_mean": "ranks that a token is sent to: mean",
+    "nodes_per_token_mean": "nodes that a token is sent to: mean",
     "received_tokens_max_mean": "tokens that the busiest rank receives: mean",
     "received_tokens_max_p99": "tokens that the busiest rank receives: 99th percentile",
     "layer_saved": "share of a layer's time saved over the baseline",
@@ -31,10 +31,10 @@ _LABELS = {
     "step_saved": "share of a step's time saved over the baseline",
     "layer_us": "time of a layer (us)",
     "exchange_us": "time of the exchange (us)",
-    "imbalance": "busiest rank's load / mean load: mean",
+    "imbalance": "imbalance (busiest rank's load / mean): mean",
     "idle_ranks": "idle ranks: mean",
-    "ranks_per_token": "ranks that a token is sent to",
-    "nodes_per_token": "nodes that a token is sent to",
+    "ranks_per_token": "ranks that a token is sent to: mean",
+    "nodes_per_token": "nodes that a token is sent to: mean",
 }
 _KEYS = ["placement", "ep_size", "tokens"]
 _TAIL = ["threshold", "probability", "low", "high", "method"]

@@ -133,7 +133,7 @@ def make_plan(
     """Check the arguments of `sim.sweep`. Raises InputError for whatever is wrong."""
     chosen = SweepOptions(**options)
     model = load_model(model)
-    workload = workload if isinstance(workload, Workload) else load_workload(workload)
+    workload = workload if isinstance(workload, Workload) else load_workload(workload, model)
     check_pair(model, workload)
     names, given = read_placements(chosen.placements, model, chosen.ep_sizes)
     strategies = [name for name in names if all(name != of_given for of_given, _ in given)]

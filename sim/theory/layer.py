@@ -17,7 +17,8 @@ _MOST_EXACT = 50  # classes for inclusion and exclusion, in long integers
 _BITS = 1536  # of these: what cancels is some 2**256, what is left is above 1e-300
 
 Classes = Counter[tuple[int, tuple[int, ...]]]  # sets of ranks by their number and the experts of each group in them
-
+Laws = tuple[np.ndarray, np.ndarray]
+"""Distinct laws of what a token adds to a rank or two, float64 [n, largest + 1], and how many of them have each."""
 Choices = dict[tuple[tuple[int, ...], bytes, bytes], tuple[float, list[list[int]], list[int]]]
 
 
@@ -45,10 +46,7 @@ class UniformLayer:
         if n_tokens == 1 and 2 * least <= self.router.top_k and self._choices is not None:
             p = most_on_one_rank(self._choices, least)
             return p, p
-        (laws, counts), (pair_laws, pair_counts) = self._singles, self._pairs
-        high = float(counts @ tails(laws, n_tokens, least))
-        both = float(pair_counts @ tails(pair_laws, n_tokens, 2 * least))
-        return min(at_least_one(high, both), 1.0), min(high, 1.0)
+        return union_bounds(self._singles, self._pairs, n_tokens, least)
 
     def one_rank(self, n_tokens: int) -> tuple[float, float]:
         """P(all of a step's load on one rank), twice: both bounds."""
@@ -68,14 +66,11 @@ class UniformLayer:
 
         What one rank receives is binomial; two of them together have 0, 1 or 2 of each token.
         """
-        (laws, counts), (pair_laws, pair_counts) = self._receivers
-        high = float(counts @ tails(laws, n_tokens, least))
-        both = float(pair_counts @ tails(pair_laws, n_tokens, 2 * least)) if len(pair_laws) else 0.0
-        return min(at_least_one(high, both), 1.0), min(high, 1.0)
+        return union_bounds(*self._receivers, n_tokens, least)
 
     @cached_property
-    def _receivers(self) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
-        """Laws of the copies of a token on one rank, and on two, each with how many ranks or pairs have it."""
+    def _receivers(self) -> tuple[Laws, Laws]:
+        """Laws of the copies of a token on one rank, and on two."""
         first, second = np.triu_indices(self.n_ranks, 1)
         missed, neither = (self._missing(held) for held in (self.held, self.held[first] + self.held[second]))
         both = np.maximum(1 - missed[first] - missed[second] + neither, 0.0)
@@ -98,19 +93,30 @@ class UniformLayer:
         return missed_sets(self.held)
 
     @cached_property
-    def _singles(self) -> tuple[np.ndarray, np.ndarray]:
+    def _singles(self) -> Laws:
         return self._laws(self.held)
 
     @cached_property
-    def _pairs(self) -> tuple[np.ndarray, np.ndarray]:
+    def _pairs(self) -> Laws:
         first, second = np.triu_indices(self.n_ranks, 1)
         return self._laws(self.held[first] + self.held[second])
 
-    def _laws(self, held: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Load laws of the distinct rows of `held`, float64 [n, top_k + 1], and how many rows have each."""
+    def _laws(self, held: np.ndarray) -> Laws:
+        """Load laws of the distinct rows of `held`."""
         rows, counts = np.unique(-np.sort(-held, axis=1), axis=0, return_counts=True)
         laws = [self.router.load_law(tuple(row)) for row in rows.tolist()]
         return np.array(laws).reshape(len(rows), self.router.top_k + 1), counts
+
+
+def union_bounds(singles: Laws, pairs: Laws, n_tokens: int, least: int) -> tuple[float, float]:
+    """P(a rank gets at least `least` from all tokens): the sum over ranks from above, that without what pairs of ranks have
+    together from below (their sum is then at least 2 * least).
+    """
+    high, both = (
+        float(counts @ tails(laws, n_tokens, x)) if len(laws) else 0.0
+        for (laws, counts), x in ((singles, least), (pairs, 2 * least))
+    )
+    return min(at_least_one(high, both), 1.0), min(high, 1.0)
 
 
 def missed_sets(held: np.ndarray) -> list[dict[tuple[int, ...], int]] | None:

@@ -7,6 +7,7 @@ vLLM and SGLang return `routed_experts` [tokens, layers, top_k] with each answer
 import base64
 import binascii
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import chain
@@ -16,9 +17,9 @@ from typing import IO, Any
 import numpy as np
 
 from sim.errors import InputError, shown
-from sim.files import open_stream, reading
+from sim.files import first_line, open_stream, reading, unique
 from sim.model import ModelSpec
-from sim.traffic.arrays import Archive, array_of_bytes
+from sim.traffic.arrays import Archive, array_of_bytes, narrow_ids
 from sim.traffic.tables import depth_of, layer_of_key
 
 TOKEN_NAMES = ("topk_ids", "routed_experts", "topk_ids_of_layer")
@@ -70,7 +71,8 @@ class Requests:
         if self.arrays and ids.shape[1:] != self.arrays[0].shape[1:]:
             found, first = "x".join(map(str, ids.shape[1:])), "x".join(map(str, self.arrays[0].shape[1:]))
             raise InputError(
-                f"{here}: request {len(self.arrays)} has layers x top_k {found}, the first one {first}: another model?"
+                f"{here}: request {len(self.arrays)} has layers x top_k {found}, the first one {first}: another model, or layers "
+                "before tokens?"
             )
         at = None if key is None else self._of_key.get(key)
         if at is not None and np.array_equal(ids[: len(self.arrays[at])], self.arrays[at]):
@@ -140,11 +142,11 @@ def json_values(path: Path, where: str) -> Iterator[tuple[Any, str]]:
         is_first = True
         for number, text in _lines(file, where):
             try:
-                value = json.loads(text)
-            except (ValueError, RecursionError):
+                value = json.loads(text, object_pairs_hook=unique)
+            except (ValueError, RecursionError) as error:
                 if is_first:  # a JSON text over several lines, or none
                     break
-                raise InputError(f"{where}, line {number} is not JSON") from None
+                raise InputError(f"{where}, line {number} is not JSON: {first_line(error)}") from None
             is_first = False
             yield value, f"{where}, line {number}"
         else:
@@ -154,19 +156,21 @@ def json_values(path: Path, where: str) -> Iterator[tuple[Any, str]]:
         if len(data) > _MAX_LINE:
             raise InputError(f"{where}: a JSON text of more than {_MAX_LINE >> 20} MiB; write each request on a line")
         try:
-            value = json.loads(data)
-        except (ValueError, RecursionError):
-            raise InputError(f"{where}, line {number} is not JSON, nor is the file as a whole") from None
+            value = json.loads(data, object_pairs_hook=unique)
+        except (ValueError, RecursionError) as error:
+            raise InputError(
+                f"{where}, line {number} is not JSON, nor is the file as a whole: {first_line(error)}"
+            ) from None
     yield value, where
 
 
 def _lines(file: IO[bytes], where: str) -> Iterator[tuple[int, bytes]]:
-    """Lines that hold something, with their numbers."""
+    """Lines that hold something, with their numbers; of server-sent events only the data."""
     for number, line in enumerate(iter(lambda: file.readline(_MAX_LINE), b""), 1):
         if len(line) >= _MAX_LINE:
             raise InputError(f"{where}, line {number}: longer than {_MAX_LINE >> 20} MiB")
         text = line.removeprefix(b"\xef\xbb\xbf").strip().removeprefix(b"data:").strip()
-        if text and text != b"[DONE]":
+        if text and text != b"[DONE]" and not text.startswith((b"event:", b"id:", b"retry:", b": ")):
             yield number, text
 
 
@@ -235,7 +239,9 @@ def _ids(value: Any, beside: dict[str, Any], here: str, requests: Requests) -> n
             )
         value = value["data"]
     if isinstance(value, str):
-        return _narrow(_of_base64(value, shape, dtype, here, requests.model), here)
+        return narrow_ids(_of_base64(value, shape, dtype, here, requests.model), here)
+    if shape is not None and depth_of(value) == 1 and set(map(type, value)) == {int}:
+        return narrow_ids(_reshaped(np.array(value), shape, here), here)
     return _nested(value, here, requests)
 
 
@@ -267,13 +273,13 @@ def _nested(value: Any, here: str, requests: Requests) -> np.ndarray:
         raise InputError(f"{here}: routed_experts is not a regular list [tokens][layers][top_k]") from None
     if ids.ndim != 3 or ids.dtype.kind not in "iu" or 0 in ids.shape:
         raise InputError(what)
-    return _narrow(ids, here)
+    return narrow_ids(ids, here)
 
 
 def _of_base64(text: str, shape: Any, dtype: Any, here: str, model: ModelSpec | None) -> np.ndarray:
     """Ids from base64 of a whole .npy file, or of little-endian numbers, int32 unless `dtype` says what they are."""
     try:
-        data = base64.b64decode(text, validate=True)
+        data = base64.b64decode("".join(text.split()), validate=True)
     except (binascii.Error, ValueError):
         raise InputError(f"{here}: routed_experts is not base64") from None
     if data.startswith(b"\x93NUMPY"):
@@ -281,33 +287,44 @@ def _of_base64(text: str, shape: Any, dtype: Any, here: str, model: ModelSpec | 
         if ids.ndim != 3:
             raise InputError(f"{here}: routed_experts must have shape [tokens, layers, top_k], not {list(ids.shape)}")
         return ids
-    kind = "int32" if dtype is None else str(dtype).rpartition(".")[2].strip("'<>|=")
-    kind = {
-        "u1": "uint8",
-        "i1": "int8",
-        "u2": "uint16",
-        "i2": "int16",
-        "u4": "uint32",
-        "i4": "int32",
-        "i8": "int64",
-    }.get(kind, kind)
-    if kind not in _DTYPES:
+    if dtype is None and shape is not None:  # the bytes of an id follow
+        dtype = {1: "uint8", 2: "uint16", 4: "int32", 8: "int64"}.get(len(data) // _size(shape, here))
+    if dtype is None and model is not None:  # as SGLang has it; narrower where only that gives experts of the model
+        fits = (kind for kind in ("int32", "uint16", "uint8") if _largest(data, kind) < model.n_experts)
+        dtype = next(fits, None)
+    kind = "int32" if dtype is None else str(dtype).rpartition(".")[2].strip("'|=")
+    plain = kind.lstrip("<>")
+    if plain not in _DTYPES and not re.fullmatch("[iu][1248]", plain):
         raise InputError(f"{here}: routed_experts of dtype {shown(dtype)}: must be one of {', '.join(_DTYPES)}")
-    width = np.dtype(kind).itemsize
-    if len(data) % width or not data:
+    found = np.dtype(plain).newbyteorder(">" if kind.startswith(">") else "<")
+    if len(data) % found.itemsize or not data:
         raise InputError(f"{here}: routed_experts is cut off: {len(data)} bytes are not whole {kind} ids")
-    flat = np.frombuffer(data, np.dtype(kind).newbyteorder("<"))
+    flat = np.frombuffer(data, found)
     if shape is not None:
-        if not isinstance(shape, list) or len(shape) != 3 or not all(type(n) is int and n > 0 for n in shape):
-            raise InputError(f"{here}: shape must be a list [tokens, layers, top_k]")
-        if shape[0] * shape[1] * shape[2] != flat.size:
-            raise InputError(f"{here}: {flat.size} ids do not fill the shape {shown(shape)}")
-        return flat.reshape(shape)
+        return _reshaped(flat, shape, here)
     if model is None or not model.n_moe_layers:
         raise InputError(
             f"{here}: base64 ids need --model, which says how many layers and experts per token they have (or a key 'shape')"
         )
     return _shaped(flat, here, model)
+
+
+def _largest(data: bytes, kind: str) -> int:
+    width = np.dtype(kind).itemsize
+    return 2**32 if not data or len(data) % width else int(np.frombuffer(data, f"<{np.dtype(kind).str[1:]}").max())
+
+
+def _size(shape: Any, here: str) -> int:
+    """How many ids a shape from a file has."""
+    if not isinstance(shape, list) or len(shape) != 3 or not all(type(n) is int and n > 0 for n in shape):
+        raise InputError(f"{here}: shape must be a list [tokens, layers, top_k], not {shown(shape)}")
+    return shape[0] * shape[1] * shape[2]
+
+
+def _reshaped(flat: np.ndarray, shape: Any, here: str) -> np.ndarray:
+    if _size(shape, here) != flat.size:
+        raise InputError(f"{here}: {flat.size} ids do not fill the shape {shown(shape)}")
+    return flat.reshape(shape)
 
 
 def _shaped(flat: np.ndarray, here: str, model: ModelSpec) -> np.ndarray:
@@ -338,12 +355,6 @@ def _shaped(flat: np.ndarray, here: str, model: ModelSpec) -> np.ndarray:
         f"{here}: {flat.size} ids are no whole tokens of {n_moe} MoE layers with {top_k} experts each (model {model.name}), "
         "however many dense layers of zeros lie between"
     )
-
-
-def _narrow(ids: np.ndarray, here: str) -> np.ndarray:
-    if ids.size and (ids.min() < -1 or ids.max() > 2**15 - 1):
-        raise InputError(f"{here}: expert ids must lie from 0 to 32767 (-1: padding), found {ids.min()} to {ids.max()}")
-    return ids.astype(np.int16)
 
 
 def is_trace(held: Any) -> bool:

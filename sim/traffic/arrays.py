@@ -42,7 +42,7 @@ class Archive:
         """One array of expert ids, int16, converted piece by piece: no more memory than the ids need."""
         shape, dtype, in_rows = self._check(name, "iu", None)
         if dtype == np.int16 or not in_rows:
-            return self.read(name)
+            return narrow_ids(self.read(name), self.where)
         ids = np.empty(shape, np.int16)
         flat, done = ids.reshape(-1), 0
         with self._open(name) as member:
@@ -52,11 +52,7 @@ class Archive:
                 piece = np.frombuffer(data, dtype)
                 if piece.size == 0:
                     raise InputError(f"{self.where}: {name or 'its array'} is cut off")
-                if piece.min() < -1 or piece.max() > 2**15 - 1:
-                    raise InputError(
-                        f"{self.where}: expert ids must lie from 0 to 32767, found {piece.min()} to {piece.max()}"
-                    )
-                flat[done : done + piece.size] = piece
+                flat[done : done + piece.size] = narrow_ids(piece, self.where)
                 done += piece.size
         return ids
 
@@ -102,6 +98,17 @@ class Archive:
 
     def _held_bytes(self, name: str) -> int:
         return self.path.stat().st_size if self.archive is None else self.archive.getinfo(f"{name}.npy").file_size
+
+
+def narrow_ids(ids: np.ndarray, where: str) -> np.ndarray:
+    """Expert ids as int16; 65535, which is -1 in uint16, is padding."""
+    if ids.size and ids.max() > 2**15 - 1:
+        ids = np.where(ids == 2**16 - 1, -1, ids.astype(np.int64) if ids.dtype.kind == "u" else ids)
+    if ids.size and (ids.min() < -1 or ids.max() > 2**15 - 1):
+        raise InputError(
+            f"{where}: expert ids must lie from 0 to 32767 (-1: padding), found {ids.min()} to {ids.max()}"
+        )
+    return ids.astype(np.int16, copy=False)
 
 
 def _check_unpacked(path: Path, where: str, archive: zipfile.ZipFile) -> None:
@@ -191,4 +198,7 @@ def read_safetensors(path: Path, where: str) -> dict[str, np.ndarray]:
             f"{where}: reading .safetensors files needs the safetensors package: pip install 'epsim[safetensors]'"
         ) from None
     with reading(where, ".safetensors"):
-        return dict(load_file(path))
+        try:
+            return dict(load_file(path))
+        except (TypeError, KeyError) as error:  # bfloat16, float8
+            raise InputError(f"{where} has arrays of a type that numpy lacks ({error}); save int64") from None

@@ -1,4 +1,4 @@
-"""What engines dump of expert loads: SGLang's expert distribution recorder, TensorRT-LLM's expert statistics.
+"""What engines and users dump: SGLang's expert distribution recorder, TensorRT-LLM's expert statistics, arrays of numpy.
 
 Formats as of SGLang 0.5.23 (srt/eplb/expert_distribution.py: `_StatAccumulator`, `_DetailAccumulator`) and TensorRT-LLM
 (tensorrt_llm/_torch/expert_statistic.py, examples/wide_ep/ep_load_balancer/utils.py).
@@ -13,12 +13,15 @@ import numpy as np
 from sim.errors import InputError, shown
 from sim.files import read_json
 from sim.model import ModelSpec
-from sim.traffic.answers import TOKEN_NAMES, Requests
-from sim.traffic.arrays import MAX_ARRAYS, as_array, read_pt, read_safetensors
-from sim.traffic.counts import MOST_COUNTS
+from sim.traffic.answers import TOKEN_NAMES, Requests, add_arrays
+from sim.traffic.arrays import MAX_ARRAYS, Archive, as_array, read_pt, read_safetensors
+from sim.traffic.counts import MAP_NAMES, MOST_COUNTS, PHYSICAL_NAMES, logical_counts
+from sim.traffic.recorded import check_shapes
 from sim.traffic.tables import COUNT_NAMES, CountTable, add_tables
 
 _MAP = "last_physical_to_logical_map"
+SAMPLE = 4096
+"""First rows of an array that tell what it is."""
 _DECODE = 2  # SGLang's ForwardMode of a step with one token of each request
 
 
@@ -43,7 +46,7 @@ def read_recorder(paths: list[Path], wheres: list[str], model: ModelSpec | None)
                 raise InputError(
                     f"{where}: SGLang's recorder counts physical experts; beside records it needs {_MAP} [layers, experts]"
                 )
-            if table.max(initial=0) > 2**15 - 1:
+            if table.max(initial=0) > 2**15 - 1:  # of tokens too
                 raise InputError(f"{where}: {_MAP} has expert {table.max()}, above 32767")
             if any(not isinstance(record, dict) for record in held["records"]):
                 raise InputError(f"{where}: its records are no dicts of SGLang's recorder")
@@ -81,7 +84,7 @@ def read_recorder(paths: list[Path], wheres: list[str], model: ModelSpec | None)
 def _tensor(held: Any, where: str) -> CountTable | Requests:
     """The one known tensor of a torch file without records."""
     arrays = {str(key): as_array(value, where) for key, value in held.items()} if isinstance(held, dict) else {}
-    known = [key for key in (*COUNT_NAMES, *TOKEN_NAMES) if arrays.get(key) is not None]
+    known = [key for key in (*COUNT_NAMES, *PHYSICAL_NAMES, *TOKEN_NAMES) if arrays.get(key) is not None]
     if not isinstance(held, dict):
         array = as_array(held, where)
         if array is None:
@@ -106,7 +109,8 @@ def _tensor(held: Any, where: str) -> CountTable | Requests:
     form = (
         "SGLang's recorder in mode stat" if known[0] == "logical_count" else f"a torch file with loads named {known[0]}"
     )
-    return CountTable(array, form)
+    slots = next((arrays[key] for key in MAP_NAMES if arrays.get(key) is not None), None)
+    return CountTable(logical_counts(known[0], array, slots, where), form)
 
 
 def _add_dumps(tables: list[CountTable], wheres: list[str]) -> tuple[CountTable, str]:
@@ -154,11 +158,9 @@ def _per_pass(records: list[tuple[dict[str, Any], np.ndarray, str]], logical: np
             raise InputError(
                 f"{where} and the files before it have more than {MOST_COUNTS} counts; keep a part of them"
             )
-    n_layers, n_experts = len(logical), int(logical.max()) + 1
-    total = np.zeros((len(passes), n_layers, n_experts), np.int64)
-    rows = np.arange(n_layers)[:, None]
-    for out, (_, counts) in zip(total, sorted(passes.items()), strict=True):
-        np.add.at(out, (rows, logical), counts)
+    total = logical_counts(
+        PHYSICAL_NAMES[0], np.stack([passes[number] for number in sorted(passes)]), logical, records[0][2]
+    )
     table = CountTable(total, "SGLang's recorder in mode per_pass, physical experts by their map", is_open=True)
     if len(ranks) > 1:
         table.notes.append(f"{len(ranks)} ranks are added up")
@@ -230,6 +232,78 @@ def _lengths(record: dict[str, Any], n_tokens: int, where: str) -> np.ndarray:
             return found
         raise InputError(f"{where}: extend_seq_lens adds up to {found.sum()}, the forward pass has {n_tokens} tokens")
     return np.ones(n_tokens, np.int64) if record.get("forward_mode") == _DECODE else np.array([n_tokens])
+
+
+def read_archive(archive: Archive, requests: Requests, is_one: bool) -> tuple[CountTable | None, str]:
+    """Loads of an archive of arrays, or None where its requests were taken; and the form."""
+    names, where = archive.names, archive.where
+    if not names:
+        raise InputError(f"{where} holds no arrays")
+    if "topk_ids" in names or "sequence_lengths" in names:
+        ids, lengths = archive.read_ids("topk_ids"), archive.read("sequence_lengths", most=MOST_COUNTS)
+        check_shapes(where, ids, lengths)
+        requests.most_ids = 2**62 if is_one else requests.most_ids
+        requests.add(ids, where, lengths=lengths)
+        return None, "arrays topk_ids [tokens, layers, top_k] and sequence_lengths"
+    counted = [key for key in (*COUNT_NAMES, *PHYSICAL_NAMES) if key in names]
+    if counted:
+        table = _array_counts(archive, counted[0])
+        own = next((key for key in ("layer_ids", "layers") if key in names), None)
+        if own and archive.shape(own)[0] == table.counts.shape[-2:-1]:
+            table.layer_ids = archive.read(own, most=MOST_COUNTS).astype(np.int64)
+        slots = next((archive.read(key, most=MOST_COUNTS) for key in MAP_NAMES if key in names), None)
+        table.counts = logical_counts(counted[0], table.counts, slots, where)
+        table.form += _not_read(names, {counted[0], own, *MAP_NAMES})
+        return table, table.form
+    shape, dtype = archive.shape(names[0])
+    if "topk_ids_of_layer" in names:
+        requests.add(archive.read_ids("topk_ids_of_layer").transpose(1, 0, 2), where)
+        return None, "SGLang's topk_ids_of_layer [layers, tokens, top_k]"
+    if "routed_experts" not in names and len(names) == 1:
+        of_ids = dtype.kind != "f" and len(shape) != 2
+        if not of_ids or (dtype.kind in "iu" and len(shape) == 3 and are_counts(archive.head(names[0], SAMPLE))):
+            table = _array_counts(archive, names[0])
+            return table, table.form
+    parts: list[str] = [key for key in ("prompt_routed_experts", "routed_experts") if key in names]
+    if len(parts) == 2:
+        requests.add(np.concatenate([archive.read_ids(key) for key in parts]), where)
+    else:
+        add_arrays(requests, archive, parts or names)
+    form = "arrays of expert ids [tokens, layers, top_k], one for each request"
+    return None, form + (_not_read(names, set(parts)) if parts else "")
+
+
+def _not_read(names: list[str], read: set[str | None]) -> str:
+    """What is said of the arrays that are not read."""
+    others = [name for name in names if name not in read]
+    return f"; not read: {shown(', '.join(others))}" if others else ""
+
+
+def _array_counts(archive: Archive, name: str) -> CountTable:
+    counts = archive.read(name, "iuf", MOST_COUNTS)
+    axes = "[steps, layers, experts]" if counts.ndim == 3 else "[layers, experts]"
+    table = CountTable(counts, f"an array of loads {axes}" + (f" named {name}" if name else ""))
+    if (
+        counts.dtype.kind in "iu"
+        and counts.dtype.itemsize < 4
+        and counts.max(initial=0) > 0.75 * np.iinfo(counts.dtype).max
+    ):
+        table.notes.append(f"its loads are {counts.dtype} up to {counts.max()}: larger ones would have wrapped around")
+    return table
+
+
+def are_counts(sample: np.ndarray) -> bool:
+    """Whether the first rows of an array are counts [steps, layers, experts], and not ids [tokens, layers, top_k]."""
+    if sample.size == 0 or sample.shape[2] == 1:
+        return False
+    alike = (sample == sample[..., :1]).all(axis=2)  # padding, of ids
+    ordered = np.sort(sample, axis=2)
+    repeated = (ordered[..., 1:] == ordered[..., :-1]).any(axis=2) & (sample >= 0).all(axis=2)
+    if ((repeated | (ordered[..., -1] > 2**15 - 1)) & ~alike).any():
+        return True
+    sums = sample.sum(axis=2, dtype=np.int64)
+    largest = sums.max(axis=1, keepdims=True)
+    return sample.shape[1] > 1 and bool(((sums == largest) | (sums == 0)).all() and (largest > 0).any())
 
 
 class Statistics(NamedTuple):

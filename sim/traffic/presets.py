@@ -11,6 +11,7 @@ import numpy as np
 
 from sim.errors import InputError, unknown, whole_number
 from sim.files import read_toml
+from sim.model import ModelSpec
 from sim.traffic.fitted import TABLE_NAMES, FittedLayers
 from sim.traffic.read import names_file, read_recorded
 from sim.traffic.recorded import PHASES, RecordedTraffic
@@ -68,7 +69,9 @@ def published_figures(preset: str) -> list[Published]:
 
 
 def load_workload(
-    name_or_path: str | Path | SyntheticTraffic | RecordedTraffic, **overrides: Any
+    name_or_path: str | Path | SyntheticTraffic | RecordedTraffic,
+    model: ModelSpec | str | Path | None = None,
+    **overrides: Any,
 ) -> SyntheticTraffic | RecordedTraffic:
     """Traffic by preset name, by the path of a file, or as it is.
 
@@ -77,6 +80,8 @@ def load_workload(
     name_or_path : str, Path or Workload
         A preset (`workload_names`); `file:TRACE` or the path of recorded routing; the path of a .toml file with a preset's
         keys, or fitted (`epsim traffic fit`); or a workload, which is returned with the changes asked for.
+    model : ModelSpec, str or Path, optional
+        The model that recorded routing was taken on: see `read_traffic`.
     **overrides
         Fields of `SyntheticTraffic` to change, or `phase` ('decode' | 'prefill') of recorded or fitted traffic.
         `tokens_per_request`, from 2 on, makes a decode step of requests that have so many consecutive tokens each
@@ -102,7 +107,7 @@ def load_workload(
     if isinstance(name_or_path, SyntheticTraffic | RecordedTraffic):
         workload = _changed(name_or_path, overrides)
     elif isinstance(name_or_path, str | Path):
-        workload = _load(str(name_or_path), overrides, in_runs=run not in (None, 1))
+        workload = _load(str(name_or_path), model, overrides, in_runs=run not in (None, 1))
     else:
         raise InputError(
             f"workload of type {type(name_or_path).__name__}: must be a name, a path or a workload; {FROM_ARRAYS}"
@@ -110,7 +115,9 @@ def load_workload(
     return workload if run is None else _in_runs(workload, run)
 
 
-def _load(name: str, overrides: dict[str, Any], in_runs: bool) -> SyntheticTraffic | RecordedTraffic:
+def _load(
+    name: str, model: ModelSpec | str | Path | None, overrides: dict[str, Any], in_runs: bool
+) -> SyntheticTraffic | RecordedTraffic:
     """Traffic by name or path; `in_runs` takes what a fitted workload says of tokens that follow each other."""
     if name not in _presets() and names_file(name):
         unused = sorted(set(overrides) - {"phase"})
@@ -118,7 +125,7 @@ def _load(name: str, overrides: dict[str, Any], in_runs: bool) -> SyntheticTraff
             raise InputError(
                 f"recorded traffic takes only 'phase' and 'tokens-per-request', not '{unused[0].replace('_', '-')}'"
             )
-        return read_recorded(Path(name.removeprefix("file:")), **overrides)
+        return read_recorded(Path(name.removeprefix("file:")), model=model, **overrides)
     phase = overrides.pop("phase", None)
     if name.endswith(".toml"):
         read = read_toml(Path(name), f"workload file {name}")

@@ -16,15 +16,14 @@ from sim.model import ModelSpec, load_model
 from sim.traffic.answers import (
     Requests,
     add_answer,
-    add_arrays,
     add_trace,
     is_trace,
     json_values,
 )
-from sim.traffic.arrays import Archive, open_archive
-from sim.traffic.counts import MOST_COUNTS, LoadCounts, build_counts
-from sim.traffic.dumps import read_recorder, read_statistics
-from sim.traffic.recorded import PHASES, RecordedTraffic, build_record, check_shapes
+from sim.traffic.arrays import open_archive
+from sim.traffic.counts import LoadCounts, build_counts, doubts_about
+from sim.traffic.dumps import SAMPLE, are_counts, read_archive, read_recorder, read_statistics
+from sim.traffic.recorded import PHASES, RecordedTraffic, build_record
 from sim.traffic.tables import COUNT_NAMES, CountTable, add_tables, depth_of, is_row, read_csv, table_of_json
 
 _KINDS = {
@@ -33,7 +32,6 @@ _KINDS = {
 }  # fmt: skip
 SUFFIXES = (*_KINDS, ".jsonl.gz", ".ndjson.gz", ".json.gz", ".csv.gz", ".tsv.gz")
 """Endings of the files that `read_traffic` reads."""
-_SAMPLE = 4096
 _MOST_FILES = 50_000
 _MOST_ROWS = 1 << 22  # of a table in JSON
 _TRACE = "a trace set: a list of steps {layer: [[expert ids] of each token]} for each request"
@@ -128,6 +126,8 @@ def read_traffic(
         found.notes += more
         return _loads(found, where, name, model)
     ids, lengths = found.joined()
+    if len(found.arrays) == 1 and found.layer_ids is None:
+        _check_layer_axis(ids.shape, model, where, "tokens, layers, top_k")
     layer_ids = None if found.layer_ids is None else np.array(found.layer_ids)
     if model is not None and ids.shape[1:] == (model.n_layers, 1) and model.n_moe_layers < model.n_layers:
         moe = np.array(model.moe_layer_ids)  # with one expert per token zeros do not tell dense layers
@@ -135,8 +135,22 @@ def read_traffic(
             ids, layer_ids = ids[:, moe], moe
             more.append(f"{model.n_layers - len(moe)} layers that are dense in {model.name} are left out")
     record = build_record(where, name, ids, lengths, phase, source, layer_ids)
+    n_equal = 0
+    if len(found.arrays) > 1:
+        n_equal = len(found.arrays) - len({hash(array.tobytes()) for array in found.arrays})
+    more += [f"{n_equal} requests have the same routing as another: each is counted"] if n_equal else []
     notes = (f"read as {form}", *found.notes, *record.notes, *more)
     return _of_model(replace(record, notes=notes, n_steps=found.n_steps), layer_ids is not None, model, ids.shape[1])
+
+
+def _check_layer_axis(shape: tuple[int, ...], model: ModelSpec | None, where: str, axes: str) -> None:
+    """Refuse an array whose first axis has the model's layers, and the second has not."""
+    wanted = () if model is None else (model.n_moe_layers, model.n_layers)
+    if model is not None and shape[0] in wanted and shape[1] not in wanted and shape[0] > 1:
+        raise InputError(
+            f"{where} has the shape {list(shape)}; it must be [{axes}], and model {model.name} has {shape[0]} layers: are the "
+            "axes exchanged?"
+        )
 
 
 def _listed(folder: Path, where: str) -> tuple[list[Path], int]:
@@ -184,16 +198,22 @@ def _read_files(paths: list[Path], where: str, model: ModelSpec | None, phase: s
     kind = kinds.pop()
     if kind == "pt":
         return read_recorder(paths, wheres, model)
+    of_layers = not is_one and all(re.search(r"layers?[-_. ]?\d+", path.name.lower()) for path in paths)
     if kind == "csv":
-        table = add_tables([read_csv(path, here) for path, here in zip(paths, wheres, strict=True)], where)
+        tables = [read_csv(path, here) for path, here in zip(paths, wheres, strict=True)]
+        if of_layers and tables[0].layer_ids is None:
+            raise _a_file_each(paths, where)
+        table = add_tables(tables, where)
         return table, table.form
+    if kind == "archive" and of_layers:
+        raise _a_file_each(paths, where)
     requests, tables = Requests(where, model), []
     forms: dict[str, str] = {}
     n_other = 0
     for path, here in zip(paths, wheres, strict=True):
         if kind == "archive":
             with open_archive(path, here) as archive:
-                found, form = _read_archive(archive, requests, is_one)
+                found, form = read_archive(archive, requests, is_one)
         else:
             found, form, n = _read_json(path, here, requests, phase)
             n_other += n
@@ -212,6 +232,13 @@ def _read_files(paths: list[Path], where: str, model: ModelSpec | None, phase: s
         if not requests.arrays:
             raise InputError(f"{where} has no steps of {phase}, only {other}: read it with phase '{other}'")
     return requests, form
+
+
+def _a_file_each(paths: list[Path], where: str) -> InputError:
+    return InputError(
+        f"{where} has a file for each layer ({paths[0].name}, {paths[1].name} ...); several files are those of ranks or "
+        "requests: stack the layers in one array [tokens, layers, top_k] or [layers, experts]"
+    )
 
 
 def _read_json(path: Path, where: str, requests: Requests, phase: str) -> tuple[CountTable | None, str, int]:
@@ -253,7 +280,9 @@ def _read_json(path: Path, where: str, requests: Requests, phase: str) -> tuple[
 
 def _is_flat(held: Any) -> bool:
     """Whether a value of JSON may be a row of a table: names with numbers, or with one list of them, one for the layer."""
-    return isinstance(held, dict) and set(map(type, held.values())) <= {int, float, list} and is_row(held)
+    if not isinstance(held, dict) or not set(map(type, held.values())) <= {int, float, list} or not is_row(held):
+        return False
+    return not any(isinstance(value, list) and value and isinstance(value[0], dict) for value in held.values())
 
 
 def _refuse_known(held: Any, here: str) -> None:
@@ -280,74 +309,19 @@ def _counts_of_list(held: Any, here: str) -> CountTable | None:
         array = np.asarray(held)
     except (ValueError, OverflowError):
         return None
-    if (
-        array.ndim != 3
-        or array.dtype.kind not in "iuf"
-        or not (array.dtype.kind == "f" or _are_counts(array[:_SAMPLE]))
-    ):
+    if array.ndim != 3 or array.dtype.kind not in "iuf" or not (array.dtype.kind == "f" or are_counts(array[:SAMPLE])):
         return None
     return table_of_json({"counts": held}, here)
-
-
-def _read_archive(archive: Archive, requests: Requests, is_one: bool) -> tuple[CountTable | None, str]:
-    """Loads of an archive of arrays, or None where its requests were taken; and the form."""
-    names, where = archive.names, archive.where
-    if not names:
-        raise InputError(f"{where} holds no arrays")
-    if "topk_ids" in names or "sequence_lengths" in names:
-        ids, lengths = archive.read_ids("topk_ids"), archive.read("sequence_lengths", most=MOST_COUNTS)
-        check_shapes(where, ids, lengths)
-        requests.most_ids = 2**62 if is_one else requests.most_ids
-        requests.add(ids, where, lengths=lengths)
-        return None, "arrays topk_ids [tokens, layers, top_k] and sequence_lengths"
-    counted = [key for key in COUNT_NAMES if key in names]
-    if counted:
-        table = _array_counts(archive, counted[0])
-        own = next((key for key in ("layer_ids", "layers") if key in names), None)
-        if own and archive.shape(own)[0] == table.counts.shape[-2:-1]:
-            table.layer_ids = archive.read(own, most=MOST_COUNTS).astype(np.int64)
-        return table, table.form
-    shape, dtype = archive.shape(names[0])
-    if "topk_ids_of_layer" in names:
-        requests.add(archive.read_ids("topk_ids_of_layer").transpose(1, 0, 2), where)
-        return None, "SGLang's topk_ids_of_layer [layers, tokens, top_k]"
-    if "routed_experts" not in names and len(names) == 1:
-        of_ids = dtype.kind != "f" and len(shape) != 2
-        if not of_ids or (dtype.kind in "iu" and len(shape) == 3 and _are_counts(archive.head(names[0], _SAMPLE))):
-            table = _array_counts(archive, names[0])
-            return table, table.form
-    parts: list[str] = [key for key in ("prompt_routed_experts", "routed_experts") if key in names]
-    if len(parts) == 2:
-        requests.add(np.concatenate([archive.read_ids(key) for key in parts]), where)
-    else:
-        add_arrays(requests, archive, parts or names)
-    return None, "arrays of expert ids [tokens, layers, top_k], one for each request"
-
-
-def _array_counts(archive: Archive, name: str) -> CountTable:
-    counts = archive.read(name, "iuf", MOST_COUNTS)
-    axes = "[steps, layers, experts]" if counts.ndim == 3 else "[layers, experts]"
-    return CountTable(counts, f"an array of loads {axes}" + (f" named {name}" if name else ""))
-
-
-def _are_counts(sample: np.ndarray) -> bool:
-    """Whether the first rows of an array are counts [steps, layers, experts], and not ids [tokens, layers, top_k]."""
-    if sample.size == 0 or sample.shape[2] == 1:
-        return False
-    if sample.max() > 2**15 - 1:
-        return True
-    ordered = np.sort(sample, axis=2)
-    repeated = (ordered[..., 1:] == ordered[..., :-1]).any(axis=2) & sample.any(axis=2) & (sample >= 0).all(axis=2)
-    if repeated.any():
-        return True
-    sums = sample.sum(axis=2, dtype=np.int64)
-    largest = sums.max(axis=1, keepdims=True)
-    return sample.shape[1] > 1 and bool(((sums == largest) | (sums == 0)).all() and (largest > 0).any())
 
 
 def _loads(table: CountTable, where: str, name: str, model: ModelSpec | None) -> LoadCounts:
     """Checked counts of a table, of the model where it is known."""
     counts, notes = table.counts, [f"read as {table.form}", *table.notes]
+    if counts.ndim == 3 and table.layer_ids is None:
+        _check_layer_axis(counts.shape, model, where, "steps, layers, experts")
+    if model is not None and counts.shape[-1] == model.n_experts + 1 and not counts[..., 0].any():
+        counts = counts[..., 1:]
+        notes.append(f"expert 0 has no load: its experts are numbered from 1, to {model.n_experts}")
     if model is not None and table.is_open and counts.shape[-1] < model.n_experts:
         counts = np.concatenate(
             [counts, np.zeros((*counts.shape[:-1], model.n_experts - counts.shape[-1]), counts.dtype)], axis=-1
@@ -359,12 +333,32 @@ def _loads(table: CountTable, where: str, name: str, model: ModelSpec | None) ->
             counts = counts[used]
     data, n_dense = build_counts(where, name, counts, table.layer_ids)
     notes += [f"{n_dense} layers without any load are left out"] if n_dense else []
+    notes += doubts_about(data)
     is_told = table.layer_ids is not None
     return _of_model(replace(data, notes=tuple(notes)), is_told, model, counts.shape[-2])
 
 
+def _odd_experts(data: RecordedTraffic | LoadCounts, model: ModelSpec | None) -> tuple[str, ...]:
+    """Notes on experts that no layer uses, or each token: seldom what a router does."""
+    counts = data.expert_counts if isinstance(data, RecordedTraffic) else data.total
+    n_experts = model.n_experts if model else counts.shape[1]
+    taken = counts.sum(axis=0) > 0
+    last = int(np.flatnonzero(taken)[-1]) + 1
+    if last > 2 and not taken[0] and taken[1:last].all():
+        return ("no layer uses expert 0, and each above it is used: if its experts are numbered from 1, subtract 1",)
+    if last < n_experts and taken[:last].all():
+        return (
+            f"no layer uses experts {last} to {n_experts - 1}: another model, or experts numbered on each rank by itself?",
+        )
+    if data.n_tokens is not None and data.n_tokens > 19 and n_experts > data.topk_ids.shape[2]:
+        always = np.flatnonzero((counts == data.n_tokens).all(axis=0))
+        return (f"each token takes expert {always[0]} in every layer: a shared expert?",) if always.size else ()
+    return ()
+
+
 def _of_model(data: T, is_told: bool, model: ModelSpec | None, n_rows: int) -> T:
     """The same, once it is known to be of the model, with the model's experts and layer ids."""
+    data = replace(data, notes=data.notes + _odd_experts(data, model))
     if model is None:
         return data
     if isinstance(data, RecordedTraffic):
@@ -410,7 +404,7 @@ def _decoder_layers(
     )
 
 
-def read_recorded(path: Path, phase: str = "decode") -> RecordedTraffic:
+def read_recorded(path: Path, phase: str = "decode", model: ModelSpec | Path | str | None = None) -> RecordedTraffic:
     """Experts of tokens of a file that `read_traffic` reads; load counts are refused.
 
     Raises
@@ -418,7 +412,7 @@ def read_recorded(path: Path, phase: str = "decode") -> RecordedTraffic:
     InputError
         As `read_traffic`, or the file holds load counts.
     """
-    data = read_traffic(path, phase=phase)
+    data = read_traffic(path, model, phase)
     if isinstance(data, LoadCounts):
         raise InputError(
             f"workload file {path} holds load counts, not tokens: fit them first (epsim traffic fit {path} --out my.toml)"

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from sim.errors import InputError
+from sim.errors import InputError, shown
 from sim.kernels import kernel
 from sim.streams import REPLAY, word_at
 
@@ -205,9 +205,10 @@ def build_record(
 ) -> RecordedTraffic:
     """A record of checked ids [tokens, layers, top_k] and lengths [sequences].
 
-    Left out, with a note: padding tokens (-1); tokens without routing, whose ids are all 0 in all layers (of a prefix that
-    was cached, or the last of a request, which is not fed to the model); layers whose ids are all 0, which are dense (vLLM
-    and SGLang write them so). With one expert per token, 0 is an expert like others, and only padding is left out.
+    Left out, with a note: padding tokens (-1, or another id alone in all of several layers); tokens without routing, whose
+    ids are all 0 in all layers (of a prefix that was cached, or the last of a request, which is not fed to the model); layers
+    whose ids are all 0, which are dense (vLLM and SGLang write them so). With one expert per token, any id is an expert, and
+    only -1 is padding.
 
     Raises
     ------
@@ -221,15 +222,18 @@ def build_record(
         raise InputError(f"{where}: expert ids must lie from 0 to 32767, found {ids.min()} to {ids.max()}")
     notes = []
     padding = (ids == -1).any(axis=(1, 2)) if ids.min() < 0 else np.zeros(len(ids), bool)
-    unrouted = ~padding & ~ids.any(axis=(1, 2)) if ids.shape[2] > 1 else np.zeros(len(ids), bool)
+    alone = ids.shape[2] > 1 and ~padding & (ids == ids[:, :1, :1]).all(axis=(1, 2))
+    unrouted, filled = alone & (ids[:, 0, 0] == 0), alone & (ids[:, 0, 0] > 0) & (ids.shape[1] > 1)
     if unrouted.all():
         raise InputError(f"{where}: every layer is all zeros")
-    if padding.any() or unrouted.any():
-        kept = ~(padding | unrouted)
+    if padding.any() or np.any(unrouted | filled):
+        kept = ~(padding | unrouted | filled)
         lengths = np.add.reduceat(kept, np.concatenate([[0], np.cumsum(lengths)[:-1]]), dtype=np.int64)
+        other = ids[filled, 0, 0]
         n_empty, lengths, ids = int((lengths == 0).sum()), lengths[lengths > 0], ids[kept]
         notes += [f"{padding.sum()} padding tokens (-1) are left out"] if padding.any() else []
         notes += [f"{unrouted.sum()} tokens without routing (all zero) are left out"] if unrouted.any() else []
+        notes += [f"{other.size} tokens whose only id is {other.max()} (padding) are left out"] if other.size else []
         notes += [f"{n_empty} sequences of such tokens alone are left out"] if n_empty else []
         if not len(ids):
             raise InputError(f"{where} holds no tokens with routing")
@@ -244,8 +248,9 @@ def build_record(
         ordered = np.sort(layer, axis=1)
         repeated = (ordered[:, 1:] == ordered[:, :-1]).any(axis=1)
         if repeated.any():
+            token = int(repeated.argmax())
             raise InputError(
-                f"{where}: token {int(repeated.argmax())} has the same expert id twice in one layer ({number})"
+                f"{where}: token {token} has the same expert id twice in one layer ({number}): {shown(layer[token].tolist())}"
             )
     starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
     return RecordedTraffic(

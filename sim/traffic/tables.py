@@ -11,7 +11,7 @@ import pandas as pd
 
 from sim.errors import InputError, shown
 from sim.files import open_stream, reading
-from sim.traffic.counts import MOST_COUNTS
+from sim.traffic.counts import MAP_NAMES, MOST_COUNTS, PHYSICAL_NAMES, logical_counts, never_falls
 
 COUNT_NAMES = ("logical_count", "counts", "count", "load", "loads", "expert_load", "expert_loads", "expert_counts")
 """Names that arrays of counts go by; `logical_count` is that of SGLang's expert distribution recorder."""
@@ -21,7 +21,7 @@ _ROLES = {
     "step": r"(step|iter|iteration|pass|forward_pass|window|time_?step)(_?(id|idx|index|num|number|no))?",
     "rank": r"((ep|dp|tp|world|gpu)_)?(rank|gpu|device)(_?(id|idx|index))?",
     "expert": r"(logical_)?experts?(_?(id|idx|index|num|number|no))?",
-    "count": r"((token|expert|n|num|logical)_)?(counts?|loads?|tokens?|hits?|frequency|value)",
+    "count": r"((token|expert|n|num|logical)_)?(counts?|loads?|tokens|hits?|frequency|value)",
 }
 """What a column holds, by its name in lower case: `layer_id`, `iteration`, `ep_rank`, `expert_idx`, `count` ..."""
 _EXPERT_COLUMN = r"((logical_)?(experts?|exp|e)_?((id|idx)_)?)?(\d{1,6})"  # 3, e3, expert_3
@@ -98,6 +98,17 @@ def add_tables(tables: list[CountTable], where: str) -> CountTable:
             table.counts if table.counts.ndim == 3 else table.counts[None]
         )
     notes = [*dict.fromkeys(note for table in tables for note in table.notes), f"{len(tables)} files are added up"]
+    n_equal = len(tables) - len({table.counts.tobytes() for table in tables})
+    if n_equal:
+        notes.append(
+            f"{n_equal} of them have the same counts as another: of ranks that see the same tokens give one file"
+        )
+    elif (
+        len({t.counts.shape for t in tables}) == 1
+        and first.counts.size >= 20
+        and never_falls([t.counts for t in tables])
+    ):
+        notes.append("no count falls from one file to the next: of counters that add up give the last file alone")
     return CountTable(
         total if steps is not None else total[0], first.form, layers, steps, any(t.is_open for t in tables), notes
     )
@@ -106,8 +117,8 @@ def add_tables(tables: list[CountTable], where: str) -> CountTable:
 def read_csv(path: Path, where: str) -> CountTable:
     """Counts of a CSV file: a row per layer (and step), a column per expert, or a row per layer and expert.
 
-    A first line of names says what the columns are (`_ROLES`); 0, 1, ..., E-1 is such a line too. Without names every
-    column is an expert and every row a layer.
+    A first line of names says what the columns are (`_ROLES`); 0, 1, ..., E-1 is such a line too, and 1, 2, ..., E. Without
+    names every column is an expert and every row a layer.
     """
     with reading(where, "CSV"), open_stream(path, where) as file:
         number, line = _first_line(file, where)
@@ -118,9 +129,10 @@ def read_csv(path: Path, where: str) -> CountTable:
         names: list[str] | None = None
         notes = []
         is_data = None not in numbers
-        if is_data and len(cells) > 1 and numbers == list(range(len(cells))):
-            names, is_data = [str(expert) for expert in range(len(cells))], False
-            notes.append(f"its first line, 0 to {len(cells) - 1}, numbers the experts")
+        first = next((n for n in (0, 1) if numbers == list(range(n, n + len(cells))) and len(cells) > 1 + n), None)
+        if first is not None:
+            names, is_data = [str(first + place) for place in range(len(cells))], False
+            notes.append(f"its first line, {first} to {first + len(cells) - 1}, numbers the experts")
         elif is_data:
             rows.append(np.array([numbers], float))
         else:
@@ -235,7 +247,12 @@ def _names(cells: list[str], here: str) -> list[str]:
 def _table_of_columns(table: np.ndarray, names: list[str] | None, where: str, kind: str) -> CountTable:
     """Counts of a table [rows, columns] of numbers whose columns have these roles."""
     if names is None:
-        return CountTable(_whole(table), f"a {kind} table of loads without names: a row per layer, a column per expert")
+        form = f"a {kind} table of loads without names: a row per layer, a column per expert"
+        index, rest = table[:, 0], table[:, 1:].sum(axis=1)
+        if len(table) > 1 and (np.diff(index) == 1).all() and np.ptp(rest) < 1e-6 * rest.max(initial=0):
+            note = f"its first column, {index[0]:g} to {index[-1]:g}, is taken for the layer: the others add up to the same"
+            return CountTable(_whole(table[:, 1:]), form, _ids(index, "layers", where), notes=[note])
+        return CountTable(_whole(table), form)
     keys = {name: table[:, place] for place, name in enumerate(names) if not name.isdigit()}
     columns = [place for place, name in enumerate(names) if name.isdigit()]
     layer = _ids(keys["layer"], "layers", where) if "layer" in keys else None
@@ -328,15 +345,23 @@ def table_of_json(held: Any, where: str) -> CountTable | None:
     [steps][layers][experts] under one of COUNT_NAMES); a list of objects whose keys name the columns of a table.
     """
     if isinstance(held, dict):
-        named = next((name for name in (*COUNT_NAMES, "layers") if isinstance(held.get(name), list | dict)), None)
-        named = None if named == "layers" and not isinstance(held[named], dict) else named
+        known = (*COUNT_NAMES, *PHYSICAL_NAMES, "layers")
+        named = next((name for name in known if isinstance(held.get(name), list | dict)), None)
+        if named == "layers" and isinstance(held[named], list) and not all(isinstance(x, dict) for x in held[named]):
+            named = None
         if named is not None:
             inner = held[named]
             if isinstance(inner, list) and depth_of(inner) in (2, 3):
-                ids = held.get("layer_ids", held.get("layers"))
-                return CountTable(
-                    _regular(inner, where), f"JSON with counts under '{named}'", _given_ids(ids, inner, where)
+                ids, table = (
+                    held.get("layer_ids", held.get("layers")),
+                    next((held[x] for x in MAP_NAMES if x in held), None),
                 )
+                slots = _regular(table, where) if isinstance(table, list) else None
+                counts, form = (
+                    logical_counts(named, _regular(inner, where), slots, where),
+                    f"JSON with counts under '{named}'",
+                )
+                return CountTable(counts, form, _given_ids(ids, inner, where))
             return table_of_json(inner, where)
         return _table_of_layers(held, where)
     if not isinstance(held, list) or not held:

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from sim.cost.gain import PERFECT, predict_gain
-from sim.model import ModelSpec
+from sim.model import load_model
 from sim.traffic import SyntheticTraffic
 from sim.verdicts.verdict import (
     DOES_NOT_FOLLOW,
@@ -17,6 +17,7 @@ from sim.verdicts.verdict import (
     HOLDS_ONLY,
     NOT_BY_LOAD,
     Conditions,
+    Estimate,
     Finding,
     needed_share,
     percent,
@@ -30,10 +31,9 @@ _DECODE = [2**i for i in range(10)]
 _PREFILL = [2**i for i in range(10, 15)]
 _LITTLE = 0.01
 _DUMMIES = [0, 8, 64, 512, 4096]
-Saved = tuple[float, float, float]
 
 
-def _saved_of(row: Any) -> Saved:
+def _saved_of(row: Any) -> Estimate:
     return float(row.layer_saved), float(row.layer_saved_low), float(row.layer_saved_high)
 
 
@@ -43,7 +43,7 @@ def _gains(
     """predict_gain with the budget of the conditions: whole layer sets, few where steps are large."""
     budget = int(2**23 * conditions.effort)
     return predict_gain(
-        conditions.model(model), workload, gpu, tokens=tokens, seed=conditions.seed, budget_tokens=budget,
+        model, workload, gpu, tokens=tokens, seed=conditions.seed, budget_tokens=budget,
         threads=conditions.threads, most_steps=128, **more,
     )  # fmt: skip
 
@@ -86,8 +86,8 @@ def _of_sizes(conditions: Conditions, gains: pd.DataFrame, run: list[str], claim
     over them; the others in `gains` are what it would be.
     """
     tried = gains[gains.exchange.isin(run)].reset_index(drop=True)
-    saved = np.array([_saved_of(row) for row in tried.itertuples()])
-    shares = np.array([needed_share(claimed, (value, low, high)) for value, low, high in saved])
+    saved = [_saved_of(row) for row in tried.itertuples()]
+    shares = np.array([needed_share(claimed, of_row) for of_row in saved])
 
     def cases(fits: list[bool]) -> str:
         texts = []
@@ -99,7 +99,7 @@ def _of_sizes(conditions: Conditions, gains: pd.DataFrame, run: list[str], claim
                 texts.append(f"{where}a step has {ranges_text(tried.tokens[mine].tolist(), chosen)}")
         return "; or ".join(texts)
 
-    verdict, remark = _verdict(conditions, shares, saved, cases)
+    verdict, remark = _verdict(conditions, shares, np.array(saved), cases)
     best = int(np.argmin(shares[:, 0]))
     row = tried.iloc[best]
     first = tried[tried.exchange == run[0]]
@@ -111,7 +111,7 @@ def _of_sizes(conditions: Conditions, gains: pd.DataFrame, run: list[str], claim
     at_64 = needed_share(claimed, _saved_of(first[first.tokens == 64].iloc[0]))[0]
     return Finding(
         f"layer time saved, by exchange and tokens: {'; '.join(texts)}",
-        *_saved_of(row),
+        _saved_of(row),
         f"share of the layer's time that is saved, {row.exchange}, {_tokens_text(row.tokens)}",
         verdict,
         f"A step must save {percent(claimed)}, so experts and exchange must take {share_text(shares[best, 0])} of it at "
@@ -120,7 +120,7 @@ def _of_sizes(conditions: Conditions, gains: pd.DataFrame, run: list[str], claim
         + (f"Under {run[0]} less than {percent(_LITTLE, 0)} is saved at {little}. " if little else "")
         + note
         + remark,
-        needed_share(claimed, _saved_of(row)),
+        needed_share(claimed, saved[best]),
     )
 
 
@@ -156,12 +156,12 @@ def tput_14_57(conditions: Conditions, published: dict[str, float]) -> Finding:
         conditions,
         shares,
         np.array(list(saved.values())),
-        lambda fits: f"idle ranks run {ranges_text(_DUMMIES, fits, 'dummy tokens')}",
+        lambda fits: f"idle ranks run {ranges_text(_DUMMIES, fits, ' dummy tokens')}",
     )
     listed = ", ".join(f"{saved_text(saved[dummies])} with {dummies}" for dummies in _DUMMIES)
     return Finding(
         f"layer time saved: {listed} dummy tokens",
-        *saved[0],
+        saved[0],
         "share of the layer's time that is saved, 8 tokens, no dummies",
         verdict,
         f"A step must save {percent(claimed)}; experts and exchange would need {share_text(shares[0, 0])} of it without "
@@ -171,9 +171,10 @@ def tput_14_57(conditions: Conditions, published: dict[str, float]) -> Finding:
 
 
 def _against_linear(
-    conditions: Conditions, model: ModelSpec, workload: SyntheticTraffic, placements: list[str], **setup: Any
-) -> list[Saved]:
+    conditions: Conditions, name: str, workload: SyntheticTraffic, placements: list[str], **setup: Any
+) -> list[Estimate]:
     """Shares of the experts' time that placements save over linear, over one step, or some of its layers."""
+    model = load_model(name)
     some = dataclasses.replace(model, n_moe_layers=math.ceil(model.n_moe_layers * min(1.0, conditions.effort)))
     gains = predict_gain(
         some, workload, placement=placements, exchange="none", layer_sets=1, most_steps=1, seed=conditions.seed,
@@ -182,13 +183,13 @@ def _against_linear(
     return [_saved_of(row) for row in gains.itertuples()]
 
 
-def _of_setup(conditions: Conditions, claimed: float, saved: Saved, by: str) -> Finding:
+def _of_setup(conditions: Conditions, claimed: float, saved: Estimate, by: str) -> Finding:
     """Finding of a claim of one set-up: the step must save `claimed`, and the experts save `saved` by something."""
     share = needed_share(claimed, saved)
     verdict, remark = _verdict(conditions, np.array([share]), np.array([saved]), lambda fits: "this set-up")
     return Finding(
         f"experts' time saved by {by}: {saved_text(saved)}",
-        *saved,
+        saved,
         "share of the experts' time that is saved",
         verdict,
         f"A step must save {percent(claimed)}, for which routed experts must take {share_text(share[0])} of it.{remark}",
@@ -200,7 +201,7 @@ def balanced_18(conditions: Conditions, published: dict[str, float]) -> Finding:
     """Perfect balance against linear in prefill at EP 32."""
     saved = _against_linear(
         conditions,
-        conditions.model("deepseek-v3"),
+        "deepseek-v3",
         conditions.prefill,
         [PERFECT],
         gpus="h100",
@@ -212,18 +213,17 @@ def balanced_18(conditions: Conditions, published: dict[str, float]) -> Finding:
 
 def eplb_gains(conditions: Conditions, published: dict[str, float]) -> Finding:
     """EPLB with 32 redundant slots against linear, prefill at EP 32 and decode at EP 72."""
-    model = conditions.model("deepseek-v3")
     names: list[str] = []
-    saved: list[Saved] = []
-    best: list[Saved] = []
-    share: list[Saved] = []
+    saved: list[Estimate] = []
+    best: list[Estimate] = []
+    share: list[Estimate] = []
     for phase, workload, ep_size, of_rank in (
         ("prefill", conditions.prefill, 32, 16384),
         ("decode", conditions.workload, 72, 256),
     ):
         names.append(f"{phase} at EP {ep_size}")
         of_eplb, of_perfect = _against_linear(
-            conditions, model, workload, ["eplb+32", PERFECT], gpus="h100", ep_sizes=ep_size, tokens=of_rank
+            conditions, "deepseek-v3", workload, ["eplb+32", PERFECT], gpus="h100", ep_sizes=ep_size, tokens=of_rank
         )
         saved.append(of_eplb)
         best.append(of_perfect)
@@ -237,7 +237,7 @@ def eplb_gains(conditions: Conditions, published: dict[str, float]) -> Finding:
     return Finding(
         "experts' time saved by EPLB with 32 redundant slots: "
         + ", ".join(f"{saved_text(of)} in {name}" for name, of in zip(names, saved, strict=True)),
-        *saved[least],
+        saved[least],
         f"share of the experts' time that is saved, {names[least]}",
         verdict,
         "Routed experts would need "
@@ -251,8 +251,7 @@ def eplb_gains(conditions: Conditions, published: dict[str, float]) -> Finding:
 
 def rearrange_16_7(conditions: Conditions, published: dict[str, float]) -> Finding:
     """EPLB without redundant slots against linear, prefill at EP 8, DeepSeek-V4-Pro."""
-    model = conditions.model("deepseek-v4-pro")
     saved = _against_linear(
-        conditions, model, conditions.prefill, ["eplb"], gpus="b200", dtype="fp4", ep_sizes=8, tokens=8192
+        conditions, "deepseek-v4-pro", conditions.prefill, ["eplb"], gpus="b200", dtype="fp4", ep_sizes=8, tokens=8192
     )
     return _of_setup(conditions, time_saved(published["throughput_gain"]), saved[0], "EPLB")

@@ -2,11 +2,10 @@
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
-from sim.model import ModelSpec, load_model
 from sim.traffic import SyntheticTraffic, load_workload
 
 HOLDS, DOES_NOT_FOLLOW, NOT_BY_LOAD = "holds", "does not follow", "not explained by load alone"
@@ -14,6 +13,8 @@ HOLDS_ONLY = "holds only when"
 PLAUSIBLE_SHARE = 0.8
 """Largest share of a step that routed experts and their exchange are taken to have: attention, shared experts, norms and
 the sampler take the rest."""
+Estimate = tuple[float, float, float]
+"""A value with the ends of its 95 % interval, both equal to it where the answer is exact."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +38,6 @@ class Conditions:
     effort: float
     plausible_share: float
     threads: int | None = None
-
-    def model(self, name: str) -> ModelSpec:
-        """A model preset."""
-        return load_model(name)
 
     def scaled(self, n: int) -> int:
         """A number of trials, scaled by the effort."""
@@ -69,27 +66,24 @@ class Finding:
     ----------
     computed : str
         The computed figure with its interval, for people.
-    value, low, high : float
-        The same as numbers, with the 95 % interval; equal where the answer is exact.
+    estimate : Estimate
+        The same as numbers.
     unit : str
-        What `value` is.
+        What the estimate is of.
     verdict : str
         'holds', 'holds only when ...', 'does not follow' or 'not explained by load alone'.
     why : str
         One sentence or two, with numbers.
-    needed_share : (float, float, float)
-        Of a claim about time: share of the step that routed experts and exchange would need, with its interval; nan for
-        other claims.
+    needed_share : Estimate
+        Of a claim about time: share of the step that routed experts and exchange would need; nan for other claims.
     """
 
     computed: str
-    value: float
-    low: float
-    high: float
+    estimate: Estimate
     unit: str
     verdict: str
     why: str
-    needed_share: tuple[float, float, float] = field(default=(np.nan, np.nan, np.nan))
+    needed_share: Estimate = (np.nan, np.nan, np.nan)
 
 
 def time_saved(throughput_gain: float) -> float:
@@ -97,16 +91,13 @@ def time_saved(throughput_gain: float) -> float:
     return throughput_gain / (1 + throughput_gain)
 
 
-def needed_share(claimed: float, saved: tuple[float, float, float]) -> tuple[float, float, float]:
-    """Share of the step that layers need if the step shall save `claimed`, and they save `saved` (value, low, high).
-
-    Infinite where they save nothing.
-    """
+def needed_share(claimed: float, saved: Estimate) -> Estimate:
+    """Share of a step that layers need if they save `saved` and the step shall save `claimed`; infinite without any."""
     value, low, high = (claimed / s if s > 0 else np.inf for s in saved)
     return value, high, low
 
 
-def ranges_text(values: Sequence[int], chosen: Sequence[bool], unit: str = "tokens") -> str:
+def ranges_text(values: Sequence[int], chosen: Sequence[bool], unit: str = " tokens") -> str:
     """Runs of chosen values, as in '1 to 4 tokens, or 2048 and more tokens'; the last value stands for all above."""
     runs: list[list[int]] = []
     for value, before, is_chosen in zip(values, [False, *chosen], chosen, strict=False):
@@ -117,10 +108,10 @@ def ranges_text(values: Sequence[int], chosen: Sequence[bool], unit: str = "toke
     texts = []
     for run in runs:
         if run[-1] == values[-1] and len(values) > 1:
-            texts.append(f"{run[0]} {unit} or more")
+            texts.append(f"{run[0]}{unit} or more")
         else:
             one = unit.removesuffix("s") if run[0] == 1 else unit
-            texts.append(f"{run[0]} {one}" if len(run) == 1 else f"{run[0]} to {run[-1]} {unit}")
+            texts.append(f"{run[0]}{one}" if len(run) == 1 else f"{run[0]} to {run[-1]}{unit}")
     return ", or ".join(texts)
 
 
@@ -129,7 +120,7 @@ def percent(share: float, digits: int = 1) -> str:
     return f"{100 * share:z.{digits}f} %"
 
 
-def saved_text(saved: tuple[float, float, float]) -> str:
+def saved_text(saved: Estimate) -> str:
     """A saved share with the half-width of its interval."""
     return f"{100 * saved[0]:z.1f} ± {50 * (saved[2] - saved[1]):.1f} %"
 

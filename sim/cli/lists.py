@@ -1,0 +1,235 @@
+"""The lists: models, traffic presets, placements, and GPUs with their check against published times."""
+
+import textwrap
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import Any
+
+from sim.cli.terminal import add_output, cells, filled, note_compiling, print_rows, print_table, shown_progress
+from sim.errors import InputError
+from sim.options import WHOLE_NUMBERS, TrafficOptions, add_options
+
+
+def add_models(parser: ArgumentParser) -> None:
+    """List the model presets: their router, and whether every field was read from the checkpoint."""
+
+
+def run_models(arguments: Namespace) -> None:
+    """Run `epsim models`."""
+    from sim.model import load_model, model_names
+
+    columns: dict[str, Any] = {
+        "model": "name",
+        "groups kept": lambda row: f"{row.topk_group} of {row.n_group}" if row.is_grouped else "no",
+        "group score": lambda row: row.group_score if row.is_grouped else "-",
+        "scoring": "scoring",
+        "bias": lambda row: "yes" if row.has_bias else "no",
+        "experts": "n_experts",
+        "top_k": "top_k",
+        "MoE layers": "n_moe_layers",
+        "not verified": lambda row: textwrap.shorten("; ".join(row.unverified) or "-", 60, placeholder="..."),
+    }
+    title = "groups kept: of the router's expert groups, those that a token may use; not verified: not read from the checkpoint"
+    print_table(title, *cells(map(load_model, model_names()), columns), markdown=False, align="<<<<<>>><")
+
+
+def add_workloads(parser: ArgumentParser) -> None:
+    """List the traffic presets: how uneven each is, what it stands for, its source, and how near it is to published figures."""
+    add_options(parser, TrafficOptions, only=("model",))
+    parser.add_argument(
+        "--ep", type=WHOLE_NUMBERS, default="8,16,32,64", metavar="LIST", help="EP sizes (default: 8,16,32,64)"
+    )
+    add_output(parser)
+
+
+def run_workloads(arguments: Namespace) -> None:
+    """Run `epsim workloads`."""
+    import pandas as pd
+
+    from sim.traffic import load_workload, workload_names
+
+    note_compiling()
+    rows, fits = _imbalances(arguments.model, arguments.ep)
+    found = pd.DataFrame(rows)
+    if print_rows(found, arguments):
+        return
+    title = (
+        "Imbalance: mean over layers of max / mean rank load of a large step, linear placement, on the model or on the one that "
+        "a preset is fitted to; ± 95 %, over layers"
+    )
+    lines = []
+    for (name, model), of in found.groupby(["workload", "model"], sort=False):
+        of_size = {row.ep_size: f"{row.imbalance:.2f} ± {row.high - row.imbalance:.2f}" for row in of.itertuples()}
+        lines.append([name, model, *(of_size.get(size, "-") for size in arguments.ep)])
+    heads = ["workload", "model", *(f"EP {size}" for size in arguments.ep)]
+    print_table(title, heads, lines, arguments.markdown, align="<<")
+    if arguments.markdown:
+        return
+    for workload in map(load_workload, workload_names()):
+        print(f"\n{workload.name}")
+        law = ", ".join(f"{key} {value}" for key, value in workload.law.items())
+        texts = [("", workload.about), ("law: ", law), ("source: ", workload.source)]
+        texts += [("published, and here: ", text) for text in fits[workload.name]]
+        for name, text in texts:
+            print(filled(f"{name}{text}", "    ", "    " + " " * (8 if name else 0)))
+    print(
+        "\nOn another model than the one that it is fitted to, a preset is an assumption.\n"
+        "Recorded routing: file:TRACE, expert ids of tokens in .npz, .npy or JSON lines\n"
+        "  (epsim traffic show TRACE).\n"
+        "Fitted to a record or to load counts: the .toml file of epsim traffic fit.\n"
+        "Your own law: a .toml file with the keys popularity, sigma, group_sigma,\n"
+        "  request_sigma, tokens_per_request; local_share, context_tokens and context_shares where\n"
+        "  the effect of a request decays.\n"
+        "Which is nearest to a number in your log: epsim traffic match."
+    )
+
+
+def _imbalances(name: str, ep_sizes: list[int]) -> tuple[list[dict[str, Any]], dict[str, list[str]]]:
+    """Imbalance of each preset at each EP size, on the model if it goes with that, else on the one that it is fitted to; and
+    in words its published figures with what it has there.
+    """
+    from sim.errors import whole_number
+    from sim.fit.made import mean_imbalances, misfits
+    from sim.model import load_model
+    from sim.progress import track
+    from sim.router import model_for
+    from sim.traffic import load_workload, workload_names
+
+    asked, names = load_model(name), workload_names()
+    for size in ep_sizes:
+        whole_number("`ep`", size, 1, 2**15)
+    rows, fits = [], {}
+    with shown_progress():
+        for preset in track(names, [1.0] * len(names), names):
+            workload = load_workload(preset)
+            model = model_for(workload, asked)
+            sizes = [size for size in ep_sizes if size <= model.n_experts]
+            about = {"workload": preset, "model": model.name}
+            rows += [
+                {**about, "ep_size": size, "imbalance": mean, "low": mean - half, "high": mean + half}
+                for size, (mean, half) in zip(sizes, mean_imbalances(workload, model, sizes), strict=True)
+            ]
+            fits[preset] = [_fit_text(figure, found) for figure, found in misfits(preset)]
+    return rows, fits
+
+
+def _fit_text(figure: Any, found: Any) -> str:
+    """A published figure at its EP sizes, and what the preset has there."""
+    parts = []
+    for size, wanted, low, high, (mean, half) in zip(
+        figure.ep_sizes, figure.imbalance, figure.low, figure.high, found, strict=True
+    ):
+        text = f"{wanted:.2f}" if low == high else f"{low:.2f} to {high:.2f}"
+        parts.append(f"EP {size} {text}, here {mean:.2f} ± {half:.2f} ({mean / wanted - 1:+z.1%})")
+    worst = f", the worst of {figure.worst_of} layers" if figure.worst_of > 1 else ""
+    return f"{figure.data}{worst}: {'; '.join(parts)}"
+
+
+def add_placements(parser: ArgumentParser) -> None:
+    """List the placements, and say when vLLM runs another one than was asked for."""
+
+
+def run_placements(arguments: Namespace) -> None:
+    """Run `epsim placements`."""
+    from sim.placement import LINEAR_BACKENDS, ROUND_ROBIN_BACKENDS, STRATEGIES
+
+    for name, text in STRATEGIES.items():
+        print(filled(text, f"{name:<15}", " " * 15))
+    print()
+    for text in (
+        "With N redundant slots, copies of experts: eplb+N and eplb_refined+N copy the hot ones; linear+N is vLLM's layout "
+        "before the first rebalance (slot p holds expert p % n_experts). All slots must divide by the EP size. In a sweep eplb "
+        "is fitted on other tokens than those that are scored (--fit-tokens, --fit-on); epsim export writes maps for engines.",
+        "eplb_budget+N spends N x layers copies where they pay: by the load of the busiest rank; in gain, step, advise and with "
+        "export --gpu by the predicted time of the largest step. Only vllm-ascend loads a map whose layers differ in slots.",
+        "More ranks than experts need redundant slots that fill them: --ep 320 --placement eplb+64 on 256 experts.",
+        "\nvLLM 0.33 falls back to linear where round_robin is asked for, with a warning in its log, when the EP size is 1; the "
+        "router has no expert groups (n_group <= 1); there are redundant experts; EPLB is on; or data, prefill context or "
+        f"sequence parallelism runs on an all2all backend other than {' or '.join(ROUND_ROBIN_BACKENDS)}, so also on the "
+        f"default. These are linear: {', '.join(LINEAR_BACKENDS)}. moonep refuses to start with round_robin.",
+    ):
+        print(("\n" if text.startswith("\n") else "") + filled(text.strip()))
+
+
+def add_gpus(parser: ArgumentParser) -> None:
+    """List GPUs and kinds of exchange, with the sources of their numbers; or check predicted times against published ones."""
+    add = parser.add_argument
+    add("--check", action="store_true", help="how far predicted times are from published ones instead")
+    add("--markdown", action="store_true", help="with --check: a Markdown table")
+    add("--plot", type=Path, metavar="FILE", help="with --check: draw them too, as .png or .svg")
+
+
+def run_gpus(arguments: Namespace) -> None:
+    """Run `epsim gpus`."""
+    from sim.cost import gpu_names, load_gpu
+    from sim.cost.exchange import BACKENDS, KINDS
+    from sim.cost.gpu import DTYPES
+    from sim.cost.tables import grouped_gemm_profile
+
+    if arguments.check:
+        _check(arguments)
+        return
+    if arguments.markdown or arguments.plot is not None:
+        raise InputError("--markdown and --plot go with --check")
+    gpus = [load_gpu(name) for name in gpu_names()]
+    columns: dict[str, Any] = {
+        "gpu": "name", "HBM TB/s": "hbm_tb_per_s:g", "BF16 TFLOPS": "bf16_tflops:g", "FP8 TFLOPS": "fp8_tflops:g",
+        "FP4 TFLOPS": "fp4_tflops:g", "NVLink GB/s": "scale_up_gb_per_s:g", "network GB/s": "scale_out_gb_per_s:g",
+        "not verified": lambda row: ", ".join(row.unverified) or "-",
+    }  # fmt: skip
+    title = "Peaks are dense; links are per GPU and direction"
+    print_table(title, *cells(gpus, columns), markdown=False, align="<>>>>>><")
+    print("\nSources:")
+    for gpu in gpus:
+        print(filled(f"{gpu.name}: {gpu.source}", "  ", "    "))
+    kernels = "; ".join(f"{dtype}, {grouped_gemm_profile(dtype).name}" for dtype in DTYPES)
+    print(filled(f"Expert times: {kernels}.") + "\nExchanges (--exchange), by kind or backend:")
+    for kind, about in KINDS.items():
+        backends = ", ".join(backend for backend, of in BACKENDS.items() if of == kind)
+        print(filled(f"{kind}: {about}" + (f" ({backends})" if backends else ""), "  ", "    "))
+    print(filled(
+        "Your own GPU: a .toml file with hbm_tb_per_s, bf16_tflops, scale_up_gb_per_s, and fp8_tflops, fp4_tflops, "
+        "scale_out_gb_per_s where it has them."
+    ))  # fmt: skip
+
+
+def _check(arguments: Namespace) -> None:
+    from sim.cost import predicted_against_measured
+    from sim.cost.tables import measured
+
+    if arguments.plot is not None and arguments.plot.suffix not in (".png", ".svg"):
+        raise InputError(f"--plot {arguments.plot}: must end in .png or .svg")
+    check = predicted_against_measured()
+    lines = []
+    for (part, gpu, dtype, source), rows in check.groupby(["part", "gpu", "dtype", "source"], sort=False):
+        seen, held_out = rows.error[rows.fitted].abs(), rows.held_out_error.dropna().abs()
+        lines.append([part, gpu, dtype, source, str(len(rows)), *_errors(seen), *_errors(held_out)])
+    heads = ["part", "gpu", "type", "published table", "rows", "fitted: median", "worst", "held out: median", "worst"]
+    title = (
+        "Predicted against published times of DeepSeek-V3, absolute errors.\n"
+        "Fitted: by the constants that epsim uses. Held out: by a fit without the row's\n"
+        "EP size (experts) or tokens per rank (exchange); moe_decode: no fit saw it"
+    )
+    print_table(title, heads, lines, arguments.markdown, align="<<<<>>>>>", keys=4)
+    if not arguments.markdown:
+        print("\nHeld out by more than 25 %, so take such cells as extrapolated:")
+        for row in check[check.held_out_error.abs() > 0.25].itertuples():
+            print(
+                f"  {row.part} {row.gpu} {row.dtype}: EP {row.ep_size}, {row.tokens} tokens, {row.held_out_error:+.0%}"
+            )
+        print("\nPublished tables:")
+        for source in check.source.unique():
+            print(filled(f"{source}: {measured()[source]['source']}", "  ", "    "))
+        print(filled(
+            "Not in them, so not verified: h20. In bf16, and token, gather and reduce: epsim measure --show, results/measured"
+        ))  # fmt: skip
+    if arguments.plot is not None:
+        from sim.figures import save
+        from sim.figures.measured import published_kernels
+
+        save(published_kernels(check[check.source == "moe_decode"]), arguments.plot)
+        print(arguments.plot)
+
+
+def _errors(values: Any) -> list[str]:
+    return [f"{values.median():.1%}", f"{values.max():.1%}"] if len(values) else ["-", "-"]

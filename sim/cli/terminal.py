@@ -1,0 +1,241 @@
+"""What goes to the terminal: tables that fit it, the same rows for programs, files that were written, remarks, progress."""
+
+import json
+import shutil
+import sys
+import textwrap
+import time
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sim.options import FigureOptions, Folder, add_options, section_of
+
+_held: list[str] = []  # remarks that are not printed yet
+
+
+def width() -> int:
+    """Columns of the terminal (COLUMNS, where it is set); 80 where there is none."""
+    return max(shutil.get_terminal_size().columns, 60)
+
+
+def filled(text: str, first: str = "", indent: str = "") -> str:
+    """A text in lines that fit the terminal, at most 100 columns; names and paths are not cut."""
+    return textwrap.fill(
+        text, min(width(), 100), initial_indent=first, subsequent_indent=indent, break_long_words=False,
+        break_on_hyphens=False,
+    )  # fmt: skip
+
+
+# Tables
+
+
+def estimate(mean: float, high: float, form: str) -> str:
+    """A mean with the half-width of its interval, if it has one; - where there is no mean."""
+    if mean != mean:
+        return "-"
+    return format(mean, form) + (f" ± {format(high - mean, form.lstrip('+'))}" if high == high else "")
+
+
+def cells(rows: Iterable[Any], columns: Mapping[str, str | Callable[[Any], str]]) -> tuple[list[str], list[list[str]]]:
+    """Heads and lines of a table of objects, rows of a DataFrame say, for `print_table`.
+
+    Each head has an attribute, `NAME` as it is, `NAME:FORMAT`, `NAME±FORMAT` for a mean with the interval that `NAME_high` ends,
+    or a function of the object. What has no value is -.
+    """
+
+    def text(row: Any, what: str | Callable[[Any], str]) -> str:
+        if callable(what):
+            return what(row)
+        name, sign, form = what.partition("±" if "±" in what else ":")
+        value = getattr(row, name)
+        if sign == "±":
+            return estimate(value, getattr(row, f"{name}_high"), form)
+        return "-" if value is None or value != value else format(value, form)
+
+    return list(columns), [[text(row, what) for what in columns.values()] for row in rows]
+
+
+def print_table(
+    title: str, heads: list[str], cells: list[list[str]], markdown: bool, align: str = "", keys: int = 1
+) -> None:
+    """Print a table under its title, or as Markdown; column heads are split at the first blank into two lines.
+
+    What is wider than the terminal is stacked: several tables, each with the first `keys` columns. `align` has the signs
+    of the first columns; the others go to the right.
+    """
+    align += ">" * (len(heads) - len(align))
+    if markdown:
+        print("| " + " | ".join(heads) + " |\n|" + "".join(":---|" if side == "<" else "---:|" for side in align))
+        print("\n".join("| " + " | ".join(row) + " |" for row in cells))
+        return
+    for line in title.splitlines():
+        print(filled(line))
+    first, second = ([head.partition(" ")[part] for head in heads] for part in (0, 2))
+    widths = [max(len(row[i]) for row in [first, second, *cells]) for i in range(len(heads))]
+    for columns in _bands(widths, keys):
+        above = [first, second] if any(second[i] for i in columns) else [first]
+        print()
+        for row in [*above, ["-" * width for width in widths], *cells]:
+            print("  ".join(f"{row[i]:{align[i]}{widths[i]}}" for i in columns).rstrip())
+
+
+def _bands(widths: list[int], keys: int) -> list[list[int]]:
+    """Columns of each of the tables that one is cut into so that each fits the terminal."""
+    key = list(range(keys))
+    bands = [list(key)]
+    for i in range(keys, len(widths)):
+        if len(bands[-1]) > keys and sum(widths[j] + 2 for j in [*bands[-1], i]) - 2 > width():
+            bands.append(list(key))
+        bands[-1].append(i)
+    return bands
+
+
+# The same rows for programs, and files
+
+
+def add_output(parser: ArgumentParser, out: str = "", *, figures: bool = False) -> None:
+    """Add --markdown, --json and --csv, other forms of the answer, of which stdout then holds nothing else; and --out."""
+    forms = section_of(parser, "output").add_mutually_exclusive_group()
+    forms.add_argument("--markdown", action="store_true", help="print the table alone, as Markdown")
+    forms.add_argument("--json", action="store_true", help="print the rows alone, with all their columns, as JSON")
+    forms.add_argument("--csv", action="store_true", help="print the rows alone, with all their columns, as CSV")
+    if figures:
+        add_options(parser, FigureOptions)
+    if out:
+        section_of(parser, "output").add_argument("--out", type=Folder(), metavar="DIR", help=f"write {out} there")
+
+
+def print_rows(frame: Any, arguments: Namespace) -> bool:
+    """Print a table as --json or --csv if one of them is given; whether it is."""
+    if arguments.json:
+        rows = [
+            {key: None if value != value or value == float("inf") else value for key, value in row.items()}
+            for row in frame.to_dict(orient="records")
+        ]
+        print(json.dumps(rows, indent=1, default=lambda value: value.item()))
+    elif arguments.csv:
+        print(frame.to_csv(index=False, float_format="%.10g"), end="")
+    return bool(arguments.json or arguments.csv)
+
+
+def write_answer(
+    folder: Path | None,
+    arguments: Namespace,
+    tables: dict[str, Any],
+    identity: dict[str, Any],
+    figures: Callable[[], dict[str, Any]] = dict,
+) -> None:
+    """Write tables with what made them, and figures, into a folder, if one is given; and say so."""
+    if folder is None:
+        return
+    from sim.files import writable_folder
+    from sim.results import write_table
+
+    with writable_folder(folder):
+        for name, rows in tables.items():
+            write_table(rows, folder, name, identity)
+        files = [path.name for stem, figure in figures().items() for path in save_as(figure, folder / stem, arguments)]
+    names = [f"{name}.csv" for name in tables] + [f"{next(reversed(tables))}.json (what made it)"]
+    say_written(f"written to {folder}: {', '.join(names + files)}", arguments)
+
+
+def save_as(figure: Any, stem: Path, arguments: Namespace) -> list[Path]:
+    """Write a figure in the forms of --format; the files."""
+    from sim.figures import save_as as save
+
+    return save(figure, stem, arguments.formats)
+
+
+def say_written(text: str, arguments: Namespace) -> None:
+    """Say what was written, on stderr where stdout holds the rows alone."""
+    if arguments.markdown or arguments.json or arguments.csv:
+        print(text, file=sys.stderr)
+    else:
+        print(f"\n{filled(text)}")
+
+
+# Remarks
+
+
+def note(*messages: str) -> None:
+    """Remarks for the user on stderr, before the work begins or after the answer; none where the run ends with an error."""
+    _held.extend(" ".join(message.split()) for message in messages)
+
+
+def say_notes() -> None:
+    """Print the remarks that were made."""
+    for text in dict.fromkeys(_held):
+        print(f"note: {text}", file=sys.stderr)
+    drop_notes()
+    sys.stderr.flush()
+
+
+def drop_notes() -> None:
+    """Forget the remarks that were made."""
+    _held.clear()
+
+
+def note_compiling() -> None:
+    """Say so where kernels are not compiled yet."""
+    from sim.kernels import is_cold
+
+    if is_cold():
+        note("compiling the kernels, once for this version: about 30 seconds")
+
+
+# Progress
+
+
+def time_left_s(elapsed_s: float, share: float) -> float:
+    """Seconds left where `share` of the work took `elapsed_s`; inf where nothing is known."""
+    return elapsed_s * (1 - share) / share if share > 0 else float("inf")
+
+
+def _clock(seconds: float) -> str:
+    if seconds == float("inf"):
+        return "--:--"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02d}"
+
+
+@contextmanager
+def shown_progress() -> Iterator[None]:
+    """Print the remarks, and show what is announced inside the block (`sim.progress`), on stderr if that is a terminal; then wipe
+    it out.
+    """
+    say_notes()
+    if not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+    from rich.table import Column
+
+    from sim.kernels import is_cold
+    from sim.progress import watching
+
+    cold, started_s, start_share = is_cold(), time.monotonic(), 0.0
+    columns = (
+        TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
+        BarColumn(20),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[left]} left"),
+    )
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, redirect_stdout=False, expand=True) as bar:
+        task = bar.add_task("compiling" if cold else "starting", total=1.0, left="--:--")
+
+        def show(share: float, name: str) -> None:
+            nonlocal cold, started_s, start_share
+            now_s = time.monotonic()
+            if cold and share > 0:  # kernels are compiled in the first part: its time tells nothing of the others
+                cold, started_s, start_share = False, now_s, share
+            done = (share - start_share) / (1 - start_share) if start_share < 1 else 1.0
+            left = _clock(time_left_s(now_s - started_s, done))
+            bar.update(task, completed=share, description=name or "working", left=left)
+
+        with watching(show):
+            yield
