@@ -3,9 +3,10 @@
 import numpy as np
 
 from sim.cost import load_gpu
-from sim.cost.expert import ideal_times_us, reached_fractions
+from sim.cost.expert import counted_rows, expert_rates, reached_fractions, sides_us
 from sim.cost.tables import grouped_gemm_profile
 from sim.measure import BackendError, Timing, measure, plan_measurement
+from sim.measure.table import TILE_ROWS
 from sim.model import load_model
 from sim.traffic import load_workload
 
@@ -33,7 +34,7 @@ class MadeUp:
         """Whose times are the model's own, with so much of its shares of bandwidth and peak."""
         device = cls()
         device.of = {
-            dtype: (grouped_gemm_profile(dtype).launch_us, *(share * own for own in reached_fractions(H100, dtype)))
+            dtype: (grouped_gemm_profile(dtype).launch_us, *(share * own for own in reached_fractions(H100, dtype)[:2]))
             for dtype in ("bf16", "fp8")
         }
         return device
@@ -50,10 +51,13 @@ class MadeUp:
         self.calls += 1
         if self.fails(dtype, self.calls):
             raise RuntimeError("CUDA error: made up")
-        work = {"pairs": counts.sum(), "distinct_experts": (counts > 0).sum(), "dtype": dtype}
-        memory_us, compute_us = ideal_times_us("deepseek-v3", "h100", **work)
+        pairs, distinct, kernel = counts.sum(), (counts > 0).sum(), grouped_gemm_profile(dtype)
+        tiles = {size: (-(-counts // size)).sum() for size in TILE_ROWS}
+        rates, own = expert_rates("deepseek-v3", H100, dtype), reached_fractions(H100, dtype)
+        rows = counted_rows(rates, pairs, len(counts), tiles)
+        memory_us, compute_us = sides_us(rates, pairs, distinct, len(counts), rows)
         launch_us, bandwidth, peak = self.of[dtype] if isinstance(self.of, dict) else self.of
-        kernel, distinct = grouped_gemm_profile(dtype), work["distinct_experts"]
+        memory_us, compute_us = memory_us * own[0], compute_us * own[1]
         p = kernel.sharpness
         fixed_us = kernel.idle_us * (len(counts) - distinct) + kernel.spread_us * (1 - 1 / max(distinct, 1))
         time_us = launch_us + fixed_us + ((memory_us / bandwidth) ** p + (compute_us / peak) ** p) ** (1 / p)

@@ -117,30 +117,37 @@ def preset_of(device):
     return next(name for name in gpu_names() if name in device.lower().split())
 
 
-def measured_rows():
-    """Measured times of experts in bf16, H100 and H200: the columns of `expert_rows`."""
+def measured_rows(dtype="bf16"):
+    """Measured times of experts, H100 and H200: the columns of `expert_rows`, and tiles."""
     rows = pd.concat(
-        read_measured(ROOT / "results" / "measured" / f"{gpu}.csv.gz").query("dtype == 'bf16'")
+        read_measured(ROOT / "results" / "measured" / f"{gpu}.csv.gz").query(f"dtype == '{dtype}'")
         for gpu in ("h100", "h200")
     )
     return rows.rename(columns={"time_us": "measured_us"}).assign(local=V3.n_experts / rows.ep_size)
 
 
+def shares_of(kernel):
+    """Names of the shares of a GPU that a kernel has."""
+    has_large = grouped_gemm_profile(kernel).large_tile_rows > 0
+    return ("bandwidth_fraction", "peak_fraction", *(["large_peak_fraction"] if has_large else []))
+
+
 def fit_all():
     """Every fitted constant by name."""
     found, (floor, up, out) = {}, fit_deepep()
-    for dtype, rows, mean_of in (
+    for kernel, rows, mean_of in (
         ("fp8", expert_rows(), ("h100", "h200")),
         ("bf16", measured_rows(), ("h100", "h200")),
+        ("fp8_torch", measured_rows("fp8"), ("h100", "h200")),
         ("fp4", expert_rows("wideep_nvfp4"), ("b200", "gb200", "b300", "gb300")),
     ):
-        fit = fit_experts(rows, dtype)
+        fit = fit_experts(rows, kernel)
         for name in ("launch_us", "idle_us", "spread_us", "sharpness"):
-            found[f"{dtype}.{name}"] = getattr(fit, name)
-        for name in ("bandwidth_fraction", "peak_fraction"):
+            found[f"{kernel}.{name}"] = getattr(fit, name)
+        for name in shares_of(kernel):
             shares = getattr(fit, name)
-            found[f"{dtype}.{name}"] = np.exp(np.mean(np.log([shares[gpu] for gpu in mean_of])))
-            found |= {f"{dtype}.{gpu}.{name}": share for gpu, share in shares.items()}
+            found[f"{kernel}.{name}"] = np.exp(np.mean(np.log([shares[gpu] for gpu in mean_of])))
+            found |= {f"{kernel}.{gpu}.{name}": share for gpu, share in shares.items()}
     found["h20.peak_fraction"] = fit_peak_fraction("deepgemm_h20")
     found |= {"h800.floor_us": floor, "h800.scale_up_fraction": up, "h800.scale_out_fraction": out}
     for gpu, phases in fit_one_node().items():

@@ -60,8 +60,9 @@ def test_verdicts_follow_the_rule(low, high, enough, verdict):
 
 @pytest.mark.slow
 def test_the_error_near_the_crossover_is_the_largest_that_was_measured():
-    """Saved shares as measured less as predicted, of every cell of the committed runs: bf16 near the crossover within
-    KNEE_ERROR, and it takes that much; away from it within 0.045 in bf16, whose kernel was fitted, and 0.035 in fp8.
+    """Saved shares as measured less as predicted, of every cell of the committed runs, each kernel's own: in bf16 within
+    KNEE_ERROR near the crossover, and it takes that much; away from it, and in fp8 (PyTorch's kernel), within 0.036. Copies
+    were not fitted.
     """
     near, away = [], {"bf16": [], "fp8": []}
     for name in ("h100", "h200", "h100-copies"):
@@ -74,15 +75,15 @@ def test_the_error_near_the_crossover_is_the_largest_that_was_measured():
             off = 1 / (1 + table.predicted) - 1 / (1 + table.measured)
             is_near = (ratio >= KNEE[dtype][0]) & (ratio <= KNEE[dtype][1])
             near += off[is_near].tolist() if dtype == "bf16" else []
-            away[dtype] += off[~is_near].tolist()
-    assert KNEE_ERROR - 0.01 <= max(map(abs, near)) <= KNEE_ERROR
-    assert max(map(abs, away["bf16"])) <= 0.045
-    assert max(map(abs, away["fp8"])) <= 0.035
+            away[dtype] += off[~is_near | (dtype == "fp8")].tolist()
+    assert KNEE_ERROR["bf16"] - 0.01 <= max(map(abs, near)) <= KNEE_ERROR["bf16"]
+    assert max(map(abs, away["bf16"])) <= 0.036
+    assert max(map(abs, away["fp8"])) <= 0.036
 
 
 def test_near_the_crossover_the_models_error_is_in_the_ends():
     row = {"baseline_exchange_us": [20.0, 20.0], "baseline_layer_us": [100.0, 100.0], "moe_share": [0.5, 0.5]}
-    row |= {"knee": [True, False], "step_saved_low": [0.1, 0.1], "step_saved_high": [0.2, 0.2]}
+    row |= {"dtype": ["fp8", "fp8"], "knee": [True, False], "step_saved_low": [0.1, 0.1], "step_saved_high": [0.2, 0.2]}
     low, high = judged_ends(pd.DataFrame(row))
     np.testing.assert_allclose([low, high], [[0.1 - 0.06, 0.1], [0.2 + 0.06, 0.2]])  # 0.15 x 0.8 x 0.5
 

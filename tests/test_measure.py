@@ -229,7 +229,7 @@ def test_other_files_are_refused(tmp_path):
         (head + "\n", "has no rows"),
         ("\n" * 200_001, "more than 200000 lines"),
         (f"{head}\n{first}\n{first}\n", "is measured twice"),
-        (f"{head}\n{first[:40]}\n", "line 2: expected 20 fields"),
+        (f"{head}\n{first[:40]}\n", "line 2: expected 23 fields"),
         (head + "\n" + "\0" * 300_000 + "\n", "is not a table"),
     ):
         out.write_text(broken)

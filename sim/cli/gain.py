@@ -93,6 +93,10 @@ def _print(gains: Any, markdown: bool) -> None:
         f"{row.baseline}\nlayer: experts of the slowest rank, dispatch and combine, mean and 99th percentile; saved: share "
         "of the layer's time (experts: of the experts' alone)"
     )
+    if (gains.placement == "in_step").any():
+        title += (
+            f"\nin_step is against {row.baseline} too; its break-even, below, is against the same copies evenly used"
+        )
     varying = [column for column in ("exchange", "placement") if gains[column].nunique() > 1]
     columns: dict[str, Any] = {column: column for column in varying} | {
         "GPU": "gpu",
@@ -139,8 +143,8 @@ def knee_text(dtype: str) -> str:
 
     low, high = KNEE[dtype]
     return (
-        f"~ from {low:g} to {high:g} times the crossover in {dtype}: kernels step at whole tiles there, and measured gains "
-        "differ most from predicted ones (results/README.md)"
+        f"~ from {low:g} to {high:g} times the crossover in {dtype}: kernels step at whole tiles there, and gains are not known "
+        "to 5 points (results/README.md)"
     )
 
 

@@ -206,11 +206,17 @@ def _check(arguments: Namespace) -> None:
         lines.append([part, gpu, dtype, source, str(len(rows)), *_errors(seen), *_errors(held_out)])
     heads = ["part", "gpu", "type", "published table", "rows", "fitted: median", "worst", "held out: median", "worst"]
     title = (
-        "Predicted against published times of DeepSeek-V3, absolute errors. Fitted: by the constants that epsim uses. Held out:\n"
-        "by a fit without the EP size (experts) or the tokens per rank (exchange) of the row; moe_decode: no fit saw it"
+        "Predicted against published times of DeepSeek-V3, absolute errors.\n"
+        "Fitted: by the constants that epsim uses. Held out: by a fit without the row's\n"
+        "EP size (experts) or tokens per rank (exchange); moe_decode: no fit saw it"
     )
-    print_table(title, heads, lines, arguments.markdown, align="<<<<>>>>>")
+    print_table(title, heads, lines, arguments.markdown, align="<<<<>>>>>", keys=4)
     if not arguments.markdown:
+        print("\nHeld out by more than 25 %, so take such cells as extrapolated:")
+        for row in check[check.held_out_error.abs() > 0.25].itertuples():
+            print(
+                f"  {row.part} {row.gpu} {row.dtype}: EP {row.ep_size}, {row.tokens} tokens, {row.held_out_error:+.0%}"
+            )
         print("\nPublished tables:")
         for source in check.source.unique():
             print(filled(f"{source}: {measured()[source]['source']}", "  ", "    "))

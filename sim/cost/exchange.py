@@ -1,5 +1,6 @@
 """Time of a layer's exchange: tokens to the ranks of their experts (dispatch) and results back (combine), by its kind."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -8,7 +9,7 @@ from numpy.typing import ArrayLike
 
 from sim.cost.gpu import Gpu, load_gpu
 from sim.cost.inputs import as_gpu, as_numbers, as_whole_numbers, expert_width, together
-from sim.cost.tables import Exchange, exchange_profile
+from sim.cost.tables import FP8_WITH_SCALES, Exchange, exchange_profile
 from sim.errors import InputError, shown, unknown
 from sim.model import ModelSpec, load_model
 
@@ -43,6 +44,12 @@ intranode_ll.hpp at 47d469d). hybridep: Megatron's flex dispatcher (`moe_flex_di
 """
 DEFAULT_EXCHANGE = "pair"
 """Where nobody says, the kind that was measured: DeepEP's low-latency kernels, with which round_robin runs in vLLM."""
+DISPATCHED_FP8 = ("token", "fp8")
+"""Kind and type of experts whose tokens are quantised before they are sent. vLLM does so for DeepEP high-throughput where weights
+are quantised in blocks (`is_block_quantized`, as DeepSeek-V3's), and sends BF16 for all other types, NVFP4 among them; combine is
+BF16 always (vllm/model_executor/layers/fused_moe/deepep_ht_prepare_finalize.py, `prepare_async` and `_finalize`). Other backends
+of the kind are taken to do the same. `gather` is counted in BF16, whatever an engine quantises before it: not checked.
+"""
 REFUSED = {"moonep": "it balances within the step, by copies of experts that the step itself asks for: not modelled"}
 
 
@@ -80,6 +87,7 @@ def exchange_time_us(
     pairs: ArrayLike | None = None,
     ranks_per_node: int = 8,
     nodes_per_token: ArrayLike | None = None,
+    dtype: str = "bf16",
     profile: Exchange | None = None,
 ) -> ExchangeTime:
     """Dispatch and combine of one layer, for the rank with the most traffic, in microseconds.
@@ -87,8 +95,8 @@ def exchange_time_us(
     Each direction takes (floor^p + max(NVLink, network)^p)^(1/p): a floor for small messages, the bandwidth that is reached
     for large ones, the slower of the two links. `token`, `gather` and `reduce` also copy inside the GPU: rows are
     packed, sorted by expert, and summed; which does not become less with fewer ranks, as the links' work does. The constants
-    of `exchange_profile(kind, gpu)` say what they were fitted to. Dispatch of `pair` is counted in FP8 with scales, all else
-    in BF16. What each kind moves, out of and into the busiest rank:
+    of `exchange_profile(kind, gpu)` say what they were fitted to. Dispatch of `pair` is counted in FP8 with scales, and
+    so is that of `token` for experts in fp8; all else in BF16. What each kind moves, out of and into the busiest rank:
 
     - token: `received_tokens` over NVLink; over the network a token once to each node that needs it.
     - pair: `pairs`, over both.
@@ -117,6 +125,8 @@ def exchange_time_us(
     nodes_per_token : float array
         For 'token': nodes that a token is sent to, its own one included. By default as many as independent ranks would
         make of `received_tokens`.
+    dtype : str
+        Type of the experts, see DISPATCHED_FP8.
     profile : Exchange
         Constants; by default those of the kind and GPU.
 
@@ -139,7 +149,7 @@ def exchange_time_us(
     ...     times = exchange_time_us("deepseek-v3", "h200", kind=kind, ep_size=8, tokens_per_rank=1024)
     ...     return round(float(times.total_us), -1)
     >>> [total_us(kind) for kind in ("token", "pair", "gather", "reduce")]
-    [660.0, 1360.0, 930.0, 790.0]
+    [660.0, 1360.0, 940.0, 810.0]
     """
     model, gpu, kind = load_model(model), as_gpu(gpu), exchange_kind(kind)
     width = expert_width(model)
@@ -186,7 +196,10 @@ def exchange_time_us(
         "gather": (everything * (1 - 1 / ep), everything * off_node / on_node),
         "reduce": (2 * everything * (1 - 1 / ep), 2 * everything * off_node / on_node),
     }[kind]
-    profile = profile or exchange_profile(kind, gpu.name)
+    if profile is None:
+        profile = exchange_profile(kind, gpu.name)
+        if (kind, dtype) == DISPATCHED_FP8:
+            profile = replace(profile, bytes_per_value=(FP8_WITH_SCALES, 2.0))
     copied, times = _copied_rows(model, kind, ep, tokens, received), []
     for direction in (0, 1):
         value_bytes = width * profile.bytes_per_value[direction]
@@ -194,6 +207,8 @@ def exchange_time_us(
         out_gb_per_s = (gpu.scale_out_gb_per_s or 1.0) * profile.scale_out_fraction[direction]
         link_us = np.maximum(up_us, out * value_bytes / (out_gb_per_s * 1e3))
         floor_us = profile.floor_us[direction] * np.maximum(tokens, 1.0) ** -profile.floor_falls[direction]
+        passes = 2 if kind == "reduce" else 1  # an all-reduce is a reduce-scatter and an all-gather
+        floor_us = floor_us + profile.hop_us * passes * (on_node - 1)
         p = profile.sharpness
         copy_us = copied[direction] * value_bytes * _copy_us_per_byte(gpu, profile)
         times.append((floor_us**p + link_us**p) ** (1 / p) + copy_us)

@@ -33,14 +33,20 @@ class ExpertRates(NamedTuple):
     us_per_row: float  # to compute a row, tiles padded
     tile_rows: float
     sharpness: float  # of the bend from memory to arithmetic
+    large_from_rows: float  # mean rows of the rank's experts from which another kernel runs; infinite without one
+    large_us_per_row: float
+    large_tile_rows: float
 
 
-def expert_rates(model: ModelSpec | str | Path, gpu: Gpu | str | Path, dtype: str = "fp8") -> ExpertRates:
-    """Constants of `expert_time_us`; same errors."""
-    model, gpu = load_model(model), as_gpu(gpu)
-    peak_tflops, profile = gpu.peak_tflops(dtype), grouped_gemm_profile(dtype)
+def expert_rates(
+    model: ModelSpec | str | Path, gpu: Gpu | str | Path, dtype: str = "fp8", kernel: str = ""
+) -> ExpertRates:
+    """Constants of `expert_time_us`, or of another `kernel` of that type in kernels.toml; same errors."""
+    model, gpu, kernel = load_model(model), as_gpu(gpu), kernel or dtype
+    peak_tflops = gpu.peak_tflops(dtype)
+    profile = grouped_gemm_profile(kernel)
     weights, width, value = expert_parameters(model), expert_width(model), BYTES_PER_VALUE[dtype]
-    bandwidth, peak = reached_fractions(gpu, dtype)
+    bandwidth, peak, large_peak = reached_fractions(gpu, kernel)
     bytes_per_us = gpu.hbm_tb_per_s * 1e6 * bandwidth
     return ExpertRates(
         launch_us=profile.launch_us,
@@ -51,16 +57,23 @@ def expert_rates(model: ModelSpec | str | Path, gpu: Gpu | str | Path, dtype: st
         us_per_row=2 * weights / (peak_tflops * 1e6 * peak),
         tile_rows=profile.tile_rows,
         sharpness=profile.sharpness,
+        large_from_rows=profile.large_from_rows,
+        large_us_per_row=2 * weights / (peak_tflops * 1e6 * large_peak) if large_peak else 0.0,
+        large_tile_rows=profile.large_tile_rows,
     )
 
 
-def reached_fractions(gpu: Gpu, dtype: str = "fp8") -> tuple[float, float]:
-    """Shares of the memory bandwidth and of the peak that the grouped GEMM of a type reaches on a GPU."""
-    profile = grouped_gemm_profile(dtype)
+def reached_fractions(gpu: Gpu, kernel: str = "fp8") -> tuple[float, float, float]:
+    """Shares of the memory bandwidth and of the peak that the grouped GEMM of a type reaches on a GPU, and of the peak with its
+    large tiles, 0 where it has none.
+    """
+    profile = grouped_gemm_profile(kernel)
     if gpu.name in profile.shares:
-        bandwidth, peak = profile.shares[gpu.name]
-        return bandwidth, peak
-    return gpu.bandwidth_fraction or profile.bandwidth_fraction, gpu.peak_fraction or profile.peak_fraction
+        bandwidth, peak, *large = profile.shares[gpu.name]
+        return bandwidth, peak, large[0] if large else 0.0
+    if profile.large_tile_rows:  # a GPU's own shares are of DeepGEMM, whose tiles are others
+        return profile.bandwidth_fraction, profile.peak_fraction, profile.large_peak_fraction
+    return gpu.bandwidth_fraction or profile.bandwidth_fraction, gpu.peak_fraction or profile.peak_fraction, 0.0
 
 
 def expert_time_us(
@@ -81,7 +94,7 @@ def expert_time_us(
       is reached. What passes between the two GEMMs is taken to stay in the L2 cache.
     - compute: 2 operations per weight and row, over the peak that is reached. A tile has rows of one expert only, so an
       expert with a token computes at least one tile, and one with many computes half a tile more than it has rows, in the
-      mean over uneven counts.
+      mean over uneven counts. PyTorch's kernel (bf16) takes a larger tile where the rank's experts have many rows in the mean.
     - idle: a masked GEMM looks at all experts of the rank, those without a token too.
 
     A rank without pairs takes the launch time: its kernels run all the same (CUDA graphs).
@@ -133,35 +146,71 @@ def expert_time_us(
     return time_ranks(rates, pairs, distinct, local)
 
 
-def time_ranks(rates: ExpertRates, pairs: np.ndarray, distinct: np.ndarray, local: np.ndarray) -> np.ndarray:
-    """Times of ranks by `rank_time_us`: loads as in `expert_time_us`, float64 of one shape, not checked."""
-    flat = (np.ascontiguousarray(values, float).reshape(-1) for values in (pairs, distinct, local))
+def time_ranks(
+    rates: ExpertRates, pairs: np.ndarray, distinct: np.ndarray, local: np.ndarray, rows: np.ndarray | None = None
+) -> np.ndarray:
+    """Times of ranks by `rank_time_us`: loads as in `expert_time_us`, float64 of one shape, not checked; rows where counted."""
+    rows = np.zeros(np.shape(pairs)) if rows is None else rows
+    flat = (np.ascontiguousarray(values, float).reshape(-1) for values in (pairs, distinct, local, rows))
     times_us = np.empty(pairs.size)
     _time_ranks(np.array(rates), *flat, times_us)
     return times_us.reshape(pairs.shape)
 
 
 @kernel
-def rank_time_us(rates, pairs, distinct, local):
-    """Time of one rank and whether it grows with the rank's pairs; rates float64, the fields of ExpertRates."""
-    launch_us, idle_us, spread_us, us_per_expert, us_per_pair, us_per_row, tile_rows, sharpness = rates
+def tile_of(rates, pairs, local):
+    """Time of a row, and rows of a tile, of the kernel that runs for a rank; rates as in `rank_time_us`."""
+    if pairs >= rates[8] * local and pairs > 0.0:
+        return rates[9], rates[10]
+    return rates[5], rates[6]
+
+
+@kernel
+def rank_time_us(rates, pairs, distinct, local, rows):
+    """Time of one rank and whether it grows with the rank's pairs; rates float64, the fields of ExpertRates; rows that the rank
+    computes, tiles padded, 0 where they were not counted.
+    """
+    launch_us, idle_us, spread_us, us_per_expert, us_per_pair, _, _, sharpness, _, _, _ = rates
     fixed_us = launch_us + idle_us * (local - distinct)
     if distinct <= 0.0:
         return fixed_us, False
     memory_us = distinct * us_per_expert + pairs * us_per_pair
-    tiles_us = us_per_row * distinct * tile_rows
-    rows_us = us_per_row * (pairs + distinct * (tile_rows / 2))
-    compute_us = max(tiles_us, rows_us)
+    us_per_row, tile_rows = tile_of(rates, pairs, local)
+    least_rows = distinct * tile_rows
+    if rows <= 0.0:
+        rows = max(least_rows, pairs + distinct * (tile_rows / 2))
+    compute_us = us_per_row * rows
     most_us, least_us = max(memory_us, compute_us), min(memory_us, compute_us)
     fixed_us += spread_us * (1.0 - 1.0 / max(distinct, 1.0))
     bent_us = most_us * (1.0 + (least_us / most_us) ** sharpness) ** (1.0 / sharpness)
-    return fixed_us + bent_us, rows_us > tiles_us and rows_us > memory_us
+    return fixed_us + bent_us, rows > least_rows and compute_us > memory_us
 
 
 @kernel
-def _time_ranks(rates, pairs, distinct, local, times_us):
+def _time_ranks(rates, pairs, distinct, local, rows, times_us):
     for i in range(len(pairs)):
-        times_us[i], _ = rank_time_us(rates, pairs[i], distinct[i], local[i])
+        times_us[i], _ = rank_time_us(rates, pairs[i], distinct[i], local[i], rows[i])
+
+
+def counted_rows(rates: ExpertRates, pairs: np.ndarray, local: np.ndarray, tiles: dict[int, np.ndarray]) -> np.ndarray:
+    """Rows that ranks compute, from their tiles of each size; 0 for a kernel without large tiles, whose rows are estimated."""
+    if np.isinf(rates.large_from_rows):
+        return np.zeros(np.shape(pairs))
+    small, large = int(rates.tile_rows), int(rates.large_tile_rows)
+    return np.where(pairs >= rates.large_from_rows * local, tiles[large] * large, tiles[small] * small)
+
+
+def least_time_us(rates: ExpertRates, pairs: np.ndarray, distinct: np.ndarray, local: np.ndarray) -> np.ndarray:
+    """Time of ranks that no other with as many pairs and distinct experts beats: tiles full, with the faster kernel."""
+    if np.isinf(rates.large_from_rows):
+        return time_ranks(rates, pairs, distinct, local)
+    times = [
+        time_ranks(
+            rates._replace(large_from_rows=start), pairs, distinct, local, np.maximum(pairs, distinct * tile_rows)
+        )
+        for start, tile_rows in ((np.inf, rates.tile_rows), (0.0, rates.large_tile_rows))
+    ]
+    return np.minimum(*times)
 
 
 def likely_local_experts(model: ModelSpec, pairs: np.ndarray, distinct: np.ndarray) -> np.ndarray:
@@ -176,22 +225,14 @@ def likely_local_experts(model: ModelSpec, pairs: np.ndarray, distinct: np.ndarr
     return np.clip(likely, distinct, most)
 
 
-def ideal_times_us(
-    model: ModelSpec | str | Path,
-    gpu: Gpu | str | Path,
-    *,
-    pairs: ArrayLike,
-    distinct_experts: ArrayLike,
-    dtype: str = "fp8",
+def sides_us(
+    rates: ExpertRates, pairs: np.ndarray, distinct: np.ndarray, local: np.ndarray, rows: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Times to move the bytes at the whole bandwidth, and to do the operations at the whole peak: the two sides of
-    `expert_time_us`, which takes the same arguments, before its constants.
-    """
-    model, gpu = load_model(model), as_gpu(gpu)
-    rates, (bandwidth, peak) = expert_rates(model, gpu, dtype), reached_fractions(gpu, dtype)
-    pairs, distinct = _loads(model, pairs, distinct_experts)
-    memory_us = distinct * rates.us_per_expert + pairs * rates.us_per_pair
-    return memory_us * bandwidth, rates.us_per_row * tile_padded_rows(pairs, distinct, rates.tile_rows) * peak
+    """Times of memory and of arithmetic, the two sides that `rank_time_us` bends together; arguments as there."""
+    is_large = pairs >= rates.large_from_rows * np.maximum(local, 1)
+    us_per_row = np.where(is_large, rates.large_us_per_row, rates.us_per_row)
+    estimated = tile_padded_rows(pairs, distinct, np.where(is_large, rates.large_tile_rows, rates.tile_rows))
+    return distinct * rates.us_per_expert + pairs * rates.us_per_pair, us_per_row * np.where(rows > 0, rows, estimated)
 
 
 def crossover_tokens(model: ModelSpec, rates: ExpertRates) -> float:
@@ -205,9 +246,11 @@ def crossover_tokens(model: ModelSpec, rates: ExpertRates) -> float:
     return max(read, half_tile) * model.n_experts / model.top_k
 
 
-def tile_padded_rows(pairs: np.ndarray, distinct: np.ndarray, tile_rows: float) -> np.ndarray:
-    """Rows that a grouped GEMM computes for `pairs` over `distinct` experts, padded to tiles of `tile_rows`."""
-    return np.maximum(distinct * tile_rows, pairs + distinct * (tile_rows / 2))
+def tile_padded_rows(pairs: np.ndarray, distinct: np.ndarray, tile_rows: ArrayLike) -> np.ndarray:
+    """Rows that a grouped GEMM computes for `pairs` over `distinct` experts, padded to tiles of `tile_rows`; the mean over uneven
+    counts.
+    """
+    return np.maximum(distinct * tile_rows, pairs + distinct * (np.asarray(tile_rows) / 2))
 
 
 def _loads(model: ModelSpec, pairs: ArrayLike, distinct_experts: ArrayLike) -> tuple[np.ndarray, np.ndarray]:

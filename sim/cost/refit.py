@@ -9,9 +9,9 @@ import pandas as pd
 from scipy.optimize import least_squares
 
 from sim.cost.exchange import exchange_time_us
-from sim.cost.expert import ExpertRates, expert_rates, expert_time_us, reached_fractions, time_ranks
+from sim.cost.expert import ExpertRates, counted_rows, expert_rates, expert_time_us, reached_fractions, time_ranks
 from sim.cost.gpu import load_gpu
-from sim.cost.tables import PAIR_SHARPNESS, measured
+from sim.cost.tables import PAIR_SHARPNESS, grouped_gemm_profile, measured
 from sim.model import load_model
 
 _RANDOM = "wideep_nvfp4"  # its experts are picked at random, the other tables' evenly
@@ -29,6 +29,7 @@ class ExpertFit(NamedTuple):
     sharpness: float
     bandwidth_fraction: dict[str, float]
     peak_fraction: dict[str, float]
+    large_peak_fraction: dict[str, float]  # with large tiles; 1 where there are none
 
 
 def expert_rows(name: str = "wideep_experts") -> pd.DataFrame:
@@ -54,79 +55,85 @@ def _with_loads(rows: pd.DataFrame, name: str) -> pd.DataFrame:
     return rows.assign(pairs=pairs, distinct=np.minimum(local, pairs), local=local)
 
 
-def _whole_rates(gpus: list[str], dtype: str) -> dict[str, ExpertRates]:
+def _whole_rates(gpus: list[str], kernel: str) -> dict[str, ExpertRates]:
     """Rates of each GPU at all of its bandwidth and peak."""
     model, rates = load_model(measured()["wideep_experts"]["model"]), {}
     for name in gpus:
-        own, (bandwidth, peak) = expert_rates(model, load_gpu(name), dtype), reached_fractions(load_gpu(name), dtype)
+        own = expert_rates(model, load_gpu(name), kernel.split("_")[0], kernel)
+        bandwidth, peak, large_peak = reached_fractions(load_gpu(name), kernel)
         rates[name] = own._replace(
             us_per_expert=own.us_per_expert * bandwidth,
             us_per_pair=own.us_per_pair * bandwidth,
             us_per_row=own.us_per_row * peak,
+            large_us_per_row=own.large_us_per_row * large_peak,
         )
     return rates
 
 
-def expert_times(fit: ExpertFit, rows: pd.DataFrame, dtype: str = "fp8") -> np.ndarray:
+def expert_times(fit: ExpertFit, rows: pd.DataFrame, kernel: str = "fp8") -> np.ndarray:
     """Times of rows with the constants of a fit."""
-    whole = _whole_rates(list(fit.bandwidth_fraction), dtype)
+    whole = _whole_rates(list(fit.bandwidth_fraction), kernel)
     times = np.empty(len(rows))
     for name in rows.gpu.unique():
         mine = (rows.gpu == name).to_numpy()
-        times[mine] = _times(whole[name], fit, fit.bandwidth_fraction[name], fit.peak_fraction[name], rows[mine])
+        times[mine] = _times(whole[name], fit, name, rows[mine])
     return times
 
 
-def _times(whole: ExpertRates, shared: ExpertFit, bandwidth: float, peak: float, rows: pd.DataFrame) -> np.ndarray:
+def _times(whole: ExpertRates, fit: ExpertFit, gpu: str, rows: pd.DataFrame) -> np.ndarray:
+    """Times on a GPU, with the rows that were counted where there are `tiles_*`."""
     rates = whole._replace(
-        launch_us=shared.launch_us,
-        idle_us=shared.idle_us,
-        spread_us=shared.spread_us,
-        sharpness=shared.sharpness,
-        us_per_expert=whole.us_per_expert / bandwidth,
-        us_per_pair=whole.us_per_pair / bandwidth,
-        us_per_row=whole.us_per_row / peak,
+        launch_us=fit.launch_us,
+        idle_us=fit.idle_us,
+        spread_us=fit.spread_us,
+        sharpness=fit.sharpness,
+        us_per_expert=whole.us_per_expert / fit.bandwidth_fraction[gpu],
+        us_per_pair=whole.us_per_pair / fit.bandwidth_fraction[gpu],
+        us_per_row=whole.us_per_row / fit.peak_fraction[gpu],
+        large_us_per_row=whole.large_us_per_row / fit.large_peak_fraction[gpu],
     )
-    return time_ranks(rates, *(rows[name].to_numpy(float) for name in ("pairs", "distinct", "local")))
+    pairs, distinct, local = (rows[name].to_numpy(float) for name in ("pairs", "distinct", "local"))
+    tiles = {int(name[6:]): rows[name].to_numpy(float) for name in rows if name.startswith("tiles_")}
+    return time_ranks(rates, pairs, distinct, local, counted_rows(rates, pairs, local, tiles) if tiles else None)
 
 
-def fit_experts(rows: pd.DataFrame, dtype: str = "fp8") -> ExpertFit:
+def fit_experts(rows: pd.DataFrame, kernel: str = "fp8") -> ExpertFit:
     """Constants with the least soft absolute log error over all GPUs at once, since launch, idle, spread and sharpness are
     the kernel's.
     """
     gpus = list(dict.fromkeys(rows.gpu))
-    n, whole, parts = len(gpus), _whole_rates(gpus, dtype), [rows[rows.gpu == name] for name in gpus]
+    n, whole, parts = len(gpus), _whole_rates(gpus, kernel), [rows[rows.gpu == name] for name in gpus]
+    has_large = grouped_gemm_profile(kernel).large_tile_rows > 0
     is_hopper = np.array([name.startswith("h") for name in gpus])
     generations = [of_one for of_one in (is_hopper, ~is_hopper) if of_one.any()]
 
     def of(x: np.ndarray) -> ExpertFit:
         launch_us, idle_us, spread_us, sharpness = np.exp(x[:4])
-        bandwidth, peak = np.minimum(np.exp(x[4 : 4 + n]), 1.0), np.exp(x[4 + n :])
-        shares = (dict(zip(gpus, values, strict=True)) for values in (bandwidth, peak))
+        bandwidth, peak = np.minimum(np.exp(x[4 : 4 + n]), 1.0), np.exp(x[4 + n : 4 + 2 * n])
+        large_peak = np.exp(x[4 + 2 * n :]) if has_large else np.ones(n)
+        shares = (dict(zip(gpus, values, strict=True)) for values in (bandwidth, peak, large_peak))
         return ExpertFit(launch_us, idle_us, spread_us, 1 + sharpness, *shares)
 
     def misfit(x: np.ndarray) -> np.ndarray:
         fit = of(x)
         errors = [
-            np.log(
-                _times(whole[name], fit, fit.bandwidth_fraction[name], fit.peak_fraction[name], part) / part.measured_us
-            )
+            np.log(_times(whole[name], fit, name, part) / part.measured_us)
             for name, part in zip(gpus, parts, strict=True)
         ]
-        for shares in (x[4 : 4 + n], x[4 + n :]):
+        for shares in np.split(x[4:], len(x[4:]) // n):
             errors += [_NEVER_ALONE * (shares[of_one] - shares[of_one].mean()) for of_one in generations]
         return np.concatenate(errors)
 
-    start = np.log([20, 0.6, 5, 3] + [0.8] * n + [0.6] * n)
+    start = np.log([20, 0.6, 5, 3] + [0.8] * n + [0.6] * n + [0.7] * n * has_large)
     return of(least_squares(misfit, start, loss="soft_l1", f_scale=0.03).x)
 
 
-def experts_left_out(rows: pd.DataFrame, dtype: str = "fp8") -> np.ndarray:
+def experts_left_out(rows: pd.DataFrame, kernel: str = "fp8") -> np.ndarray:
     """Times of each row predicted by a fit without the rows of its EP size and GPU, in microseconds."""
     times = np.empty(len(rows))
     for (gpu, ep_size), part in rows.groupby(["gpu", "ep_size"]):
         mine = ((rows.gpu == gpu) & (rows.ep_size == ep_size)).to_numpy()
-        times[mine] = expert_times(fit_experts(rows[~mine], dtype), part, dtype)
+        times[mine] = expert_times(fit_experts(rows[~mine], kernel), part, kernel)
     return times
 
 

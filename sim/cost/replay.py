@@ -84,7 +84,7 @@ def replay_steps(
     of_steps: list[dict[str, Any]] = []
     exceeded: list[dict[str, Any]] = []
     for cell in range(len(grid.cells)):
-        found = {phase: metrics_of_steps(sample, cell, chip, kind) for phase, sample in samples.items()}
+        found = {phase: metrics_of_steps(sample, cell, chip, dtype, kind) for phase, sample in samples.items()}
         found["after the opening"] = {metric: values[OPENING:longest] for metric, values in found["together"].items()}
         keys: dict[str, Any] = {"model": model.name, "workload": grid.workload, "gpu": chip.name, "dtype": dtype}
         placement, ep_size = grid.pairs[grid.pair_of_cell[cell]]

@@ -89,7 +89,7 @@ def predict_steps(
             "tokens": int(grid.tokens_of_cell[cell]),
         }
         layer_set = sample.set_of_step(cell)
-        for metric, values in metrics_of_steps(sample, cell, chip, kind).items():
+        for metric, values in metrics_of_steps(sample, cell, chip, dtype, kind).items():
             if layers.layer_correlation is not None and metric != "worst_imbalance":
                 values = _spread(values, layer_set, layers.layer_correlation)
             rows.append({**keys, "metric": metric, **_distribution(values, layer_set)})
@@ -110,9 +110,9 @@ def _spread(values: np.ndarray, layer_set: np.ndarray, ratio: float) -> np.ndarr
     return mean + np.sqrt((ratio * n - 1) / (n - 1)) * (values - mean)
 
 
-def metrics_of_steps(sample: StepSample, cell: int, gpu: Gpu, kind: str) -> dict[str, np.ndarray]:
+def metrics_of_steps(sample: StepSample, cell: int, gpu: Gpu, dtype: str, kind: str) -> dict[str, np.ndarray]:
     """Each of METRICS of a cell's steps, float64 [steps]."""
-    times, mean_load = cell_times(sample, cell, 0, gpu, kind), float(sample.plan.grid.mean_load(cell))
+    times, mean_load = cell_times(sample, cell, 0, gpu, dtype, kind), float(sample.plan.grid.mean_load(cell))
     return {
         "balancedness_vllm": vllm_over_layers(mean_load, sample.max_load[cell]),
         "balancedness_sglang": sglang_over_layers(mean_load, sample.max_load[cell]),

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sim.cost.expert import ExpertRates, rank_time_us, time_ranks
+from sim.cost.expert import ExpertRates, rank_time_us, tile_of, time_ranks
 from sim.errors import InputError
 from sim.kernels import kernel, usable_processors
 from sim.model import ModelSpec, load_model
@@ -286,7 +286,7 @@ def time_slowest_ranks(
 ):
     """Time of the slowest rank of each block under some cells.
 
-    Inputs as in `score_blocks`; constants float64 [rates, 8], the fields of ExpertRates; slowest_us float64 [trials,
+    Inputs as in `score_blocks`; constants float64 [rates, 11], the fields of ExpertRates; slowest_us float64 [trials,
     cells, rates], load_bound bool of that shape.
     """
     all_experts, all_bounds = layouts.experts, layouts.bounds
@@ -304,7 +304,12 @@ def time_slowest_ranks(
                     distinct += pairs > 0
                 local = begin[2 + r] - begin[1 + r]
                 for g in range(constants.shape[0]):
-                    time_us, grows = rank_time_us(constants[g], float(load), float(distinct), float(local))
+                    rows = 0.0
+                    if constants[g, 8] < np.inf:  # a kernel with large tiles: rows are counted
+                        tile_rows = tile_of(constants[g], float(load), float(local))[1]
+                        for slot in range(begin[1 + r], begin[2 + r]):
+                            rows += tile_rows * np.ceil(count[np.uint16(experts[slot])] / tile_rows)
+                    time_us, grows = rank_time_us(constants[g], float(load), float(distinct), float(local), rows)
                     if time_us > slowest_us[t, c, g]:
                         slowest_us[t, c, g] = time_us
                         load_bound[t, c, g] = grows

@@ -4,6 +4,7 @@ import tomllib
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
+from math import inf
 from typing import Any
 
 
@@ -25,7 +26,10 @@ class GroupedGemm:
         Shares of the memory bandwidth and of the dense peak that it reaches, on a GPU that has none of its own.
     tile_rows : int
         Rows that each expert's tokens are padded to a multiple of.
-    shares : dict of (bandwidth_fraction, peak_fraction)
+    large_from_rows, large_tile_rows, large_peak_fraction : float
+        Where a rank's experts have so many rows in the mean, another kernel of the library runs: its tile, and its share of the
+        peak. Padded rows are then counted expert by expert, wherever the tokens of each are known.
+    shares : dict of (bandwidth_fraction, peak_fraction[, large_peak_fraction])
         Of GPUs, by preset, on which this kernel was measured, and which come before a GPU's own.
     """
 
@@ -38,9 +42,14 @@ class GroupedGemm:
     peak_fraction: float
     tile_rows: int
     source: str
+    large_from_rows: float = inf
+    large_tile_rows: int = 0
+    large_peak_fraction: float = 0.0
     shares: dict[str, list[float]] = field(default_factory=dict)
 
 
+FP8_WITH_SCALES = 1 + 4 / 128
+"""Bytes of a value in FP8 with a 4-byte scale for every 128 values, as DeepEP sends them."""
 PAIR_SHARPNESS = 1.5
 """`Exchange.sharpness` of the pair kind, chosen by leaving one size out of the published tables."""
 
@@ -57,6 +66,8 @@ class Exchange:
         Presets that it is for; empty: all others.
     floor_us : pair of float
         Time of a direction with hardly any traffic.
+    hop_us : float
+        What a ring adds to the floor for each further rank of the node, in each of its two passes.
     floor_falls : pair of float
         The floor falls with the tokens per rank to this power.
     bytes_per_value : pair of float
@@ -81,8 +92,9 @@ class Exchange:
     scale_up_fraction: tuple[float, float]
     scale_out_fraction: tuple[float, float]
     source: str
+    hop_us: float = 0.0
     floor_falls: tuple[float, float] = (0.0, 0.0)
-    bytes_per_value: tuple[float, float] = (1 + 4 / 128, 2.0)
+    bytes_per_value: tuple[float, float] = (FP8_WITH_SCALES, 2.0)
     sharpness: float = PAIR_SHARPNESS
     copy_fraction: float = 0.0
     measured_on: str = ""
@@ -94,10 +106,14 @@ def _read(name: str) -> dict[str, Any]:
     return tomllib.loads(resources.files("sim.cost").joinpath(name).read_text(encoding="utf-8"))
 
 
+MEASURED_KERNELS = {"bf16": "bf16", "fp8": "fp8_torch"}
+"""The kernel of kernels.toml that `epsim measure` runs in a type."""
+
+
 @cache
-def grouped_gemm_profile(dtype: str = "fp8") -> GroupedGemm:
-    """The kernel that expert times of a type are computed for."""
-    return GroupedGemm(**_read("kernels.toml")["grouped_gemm"][dtype])
+def grouped_gemm_profile(name: str = "fp8") -> GroupedGemm:
+    """The kernel that expert times of a type are computed for, or one of MEASURED_KERNELS."""
+    return GroupedGemm(**_read("kernels.toml")["grouped_gemm"][name])
 
 
 @cache

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sim.cost.exchange import exchange_time_us
-from sim.cost.expert import expert_time_us
+from sim.cost.expert import expert_rates, least_time_us
 from sim.cost.gpu import Gpu
 from sim.cost.inputs import as_gpu
 from sim.cost.steps import StepSample
@@ -36,11 +36,11 @@ class CellTimes(NamedTuple):
         return self.experts_us + self.exchange_us
 
 
-def cell_times(sample: StepSample, cell: int, rate: int, gpu: Gpu, kind: str) -> CellTimes:
+def cell_times(sample: StepSample, cell: int, rate: int, gpu: Gpu, dtype: str, kind: str) -> CellTimes:
     """Times of the layers of a cell on a GPU whose rates are number `rate` of the sample's, under a kind of exchange."""
     return CellTimes(
         sample.slowest_us[cell][..., rate],
-        *_exchange_us(sample, cell, gpu, kind, sample.max_load[cell].astype(float), sample.received[cell]),
+        *_exchange_us(sample, cell, gpu, dtype, kind, sample.max_load[cell].astype(float), sample.received[cell]),
     )
 
 
@@ -53,14 +53,13 @@ def balanced_times(sample: StepSample, cell: int, gpu: Gpu, dtype: str, kind: st
     grid, model = sample.plan.grid, sample.plan.model
     active, ep_size = sample.active_experts[grid.cells[cell][1]], int(grid.ep_size_of_cell[cell])
     pairs = np.full(active.shape, float(grid.mean_load(cell)))
-    experts_us = expert_time_us(
-        model, gpu, pairs=pairs, distinct_experts=active / ep_size, dtype=dtype, local_experts=model.n_experts / ep_size
-    )
-    return CellTimes(experts_us, *_exchange_us(sample, cell, gpu, kind, pairs, sample.received[cell]))
+    local = np.full(active.shape, model.n_experts / ep_size)
+    experts_us = least_time_us(expert_rates(model, gpu, dtype), pairs, active / ep_size, local)
+    return CellTimes(experts_us, *_exchange_us(sample, cell, gpu, dtype, kind, pairs, sample.received[cell]))
 
 
 def _exchange_us(
-    sample: StepSample, cell: int, gpu: Gpu, kind: str, pairs: np.ndarray, received: np.ndarray
+    sample: StepSample, cell: int, gpu: Gpu, dtype: str, kind: str, pairs: np.ndarray, received: np.ndarray
 ) -> tuple[np.ndarray, bool]:
     """Times of the exchange, of the pairs' shape, and whether they lie beyond what was measured.
 
@@ -75,6 +74,6 @@ def _exchange_us(
         traffic = {"received_tokens": received * (1 + grid.dummy_tokens / tokens), "nodes_per_token": nodes}
     times = exchange_time_us(
         sample.plan.model, gpu, kind=kind, ep_size=ep_size, tokens_per_rank=per_rank,
-        ranks_per_node=sample.plan.ranks_per_node, **traffic,
+        ranks_per_node=sample.plan.ranks_per_node, dtype=dtype, **traffic,
     )  # fmt: skip
     return np.broadcast_to(times.total_us, pairs.shape), bool(np.any(times.extrapolated))

@@ -7,10 +7,11 @@ import numpy as np
 import pandas as pd
 from scipy.optimize import least_squares
 
-from sim.cost import Gpu, expert_time_us, load_gpu
-from sim.cost.expert import expert_rates, ideal_times_us, reached_fractions
-from sim.cost.tables import grouped_gemm_profile
+from sim.cost import Gpu, load_gpu
+from sim.cost.expert import counted_rows, expert_rates, reached_fractions, sides_us, time_ranks
+from sim.cost.tables import MEASURED_KERNELS, grouped_gemm_profile
 from sim.errors import InputError
+from sim.measure.table import TILE_ROWS
 from sim.model import load_model
 from sim.placement import split_name
 from sim.stats import half_width, ratio_interval, ratio_parts, student_quantile
@@ -34,28 +35,33 @@ def with_predictions(rows: pd.DataFrame, gpu: Gpu | None = None) -> pd.DataFrame
     -------
     DataFrame
         The rows with predicted_us, error (predicted / measured - 1), memory_us and compute_us (ideal times), bound:
-        'memory' or 'compute', the longer of the two in the model, fixed_us (idle experts and spread), and the model's
+        'compute' where that is longer in the model and some expert needs more than a tile, else 'memory', fixed_us (idle
+        experts and spread), and the model's
         bandwidth_fraction and peak_fraction for this GPU.
     """
     model = load_model(rows.model.iloc[0])
     gpu = gpu or load_gpu(rows.gpu.iloc[0])
     parts = []
-    for dtype, part in rows.groupby("dtype", sort=False):
-        work = {"pairs": part.pairs, "distinct_experts": part.distinct, "dtype": str(dtype)}
-        memory_us, compute_us = ideal_times_us(model, gpu, **work)
-        bandwidth, peak = reached_fractions(gpu, str(dtype))
-        of_memory = memory_us / bandwidth >= compute_us / peak
+    for (dtype, ran), part in rows.groupby(["dtype", "kernel"], sort=False):
+        kernel = kernel_that_ran(str(dtype), str(ran))
+        rates = expert_rates(model, gpu, str(dtype), kernel)
+        bandwidth, peak, _ = reached_fractions(gpu, kernel)
         slots = model.n_experts + part.placement.map(lambda name: split_name(name)[1])
         local = np.maximum(slots / part.ep_size, part.distinct)
-        predicted_us = expert_time_us(model, gpu, **work, local_experts=local)
-        rates = expert_rates(model, gpu, str(dtype))
+        tiles = {size: part[f"tiles_{size}"] for size in TILE_ROWS if "tiles_128" in part}
+        padded = counted_rows(rates, part.pairs, local, tiles) if tiles else np.zeros(len(part))
+        work = (part.pairs, part.distinct, local, padded)
+        predicted_us = time_ranks(rates, *work)
+        memory_us, compute_us = sides_us(rates, *work)
+        _, one_tile_us = sides_us(rates, part.distinct, part.distinct, local, np.zeros(len(part)))
+        of_memory = (memory_us >= compute_us) | (compute_us <= one_tile_us)
         fixed_us = rates.idle_us * (local - part.distinct) + rates.spread_us * (1 - 1 / part.distinct.clip(lower=1))
         parts.append(
             part.assign(
                 predicted_us=predicted_us,
                 error=predicted_us / part.time_us - 1,
-                memory_us=memory_us,
-                compute_us=compute_us,
+                memory_us=memory_us * bandwidth,
+                compute_us=compute_us * peak,
                 bound=np.where(of_memory, "memory", "compute"),
                 fixed_us=fixed_us,
                 bandwidth_fraction=bandwidth,
@@ -63,6 +69,11 @@ def with_predictions(rows: pd.DataFrame, gpu: Gpu | None = None) -> pd.DataFrame
             )
         )
     return pd.concat(parts)
+
+
+def kernel_that_ran(dtype: str, name: str) -> str:
+    """The kernel of kernels.toml that a measured one is predicted by: its own, or that of its type."""
+    return MEASURED_KERNELS[dtype] if name.startswith("torch") else dtype
 
 
 def errors(predicted: pd.DataFrame) -> pd.DataFrame:
@@ -172,7 +183,7 @@ def constants(predicted: pd.DataFrame) -> pd.DataFrame:
     """
     table = []
     for dtype, part in predicted.groupby("dtype"):
-        kernel = grouped_gemm_profile(str(dtype))
+        kernel = grouped_gemm_profile(kernel_that_ran(str(dtype), part.kernel.iloc[0]))
         of_model = [kernel.launch_us, *part[["bandwidth_fraction", "peak_fraction"]].iloc[0]]
         fitted = _fit(part, of_model, kernel.sharpness)
         steps, half = part.step.unique(), np.full(3, np.nan)

@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from sim.cost import Gpu, exchange_time_us, expert_time_us
+from sim.cost import Gpu, exchange_time_us
+from sim.cost.expert import expert_rates, time_ranks
 from sim.cost.inputs import expert_width
-from sim.cost.tables import exchange_profile
+from sim.cost.tables import MEASURED_KERNELS, exchange_profile
 from sim.errors import InputError
 from sim.measure.layer import LAYER_COLUMNS
 from sim.measure.layer_plan import EXCHANGES
@@ -91,10 +92,9 @@ def _experts_us(rows: pd.DataFrame, gpu: Gpu) -> np.ndarray:
     """Predicted times of the ranks' experts."""
     model = load_model(rows.model.iloc[0])
     slots = model.n_experts + rows.placement.map(lambda name: split_name(name)[1])
-    return expert_time_us(
-        model, gpu, pairs=rows.pairs, distinct_experts=rows.distinct, dtype=rows["dtype"].iloc[0],
-        local_experts=np.maximum(slots / rows.ep_size, rows.distinct),
-    )  # fmt: skip
+    dtype = rows["dtype"].iloc[0]
+    rates = expert_rates(model, gpu, dtype, MEASURED_KERNELS[dtype])
+    return time_ranks(rates, rows.pairs, rows.distinct, np.maximum(slots / rows.ep_size, rows.distinct))
 
 
 def _exchange_us(layers: pd.DataFrame, gpu: Gpu) -> pd.Series:

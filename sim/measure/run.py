@@ -12,7 +12,7 @@ from sim.cost import Gpu
 from sim.errors import InputError
 from sim.measure.experts import Backend, Say
 from sim.measure.steps import MeasuredLayer, Measurement
-from sim.measure.table import Rows, growing_table
+from sim.measure.table import TILE_ROWS, Rows, growing_table
 from sim.results import version_of
 
 
@@ -125,6 +125,7 @@ def _measured(backend: Backend, dtype: str, layer: MeasuredLayer) -> Iterator[di
             "chosen": rank.chosen,
             "pairs": int(rank.counts.sum()),
             "distinct": int((rank.counts > 0).sum()),
+            **{f"tiles_{size}": int((-(-rank.counts // size)).sum()) for size in TILE_ROWS},
             "time_us": f"{timing.time_us:.3f}",
             "spread_us": f"{timing.spread_us:.3f}",
             "layers": timing.layers,

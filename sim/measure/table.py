@@ -28,6 +28,9 @@ COLUMNS = {
     "chosen": str,
     "pairs": int,
     "distinct": int,
+    "tiles_128": int,
+    "tiles_256": int,
+    "tiles_512": int,
     "time_us": float,
     "spread_us": float,
     "layers": int,
@@ -35,7 +38,8 @@ COLUMNS = {
     "seed": int,
     "versions": str,
 }
-"""Columns of the table and their types."""
+"""Columns of the table and their types. Tiles of so many rows hold the rank's pairs, each those of one expert."""
+TILE_ROWS = (128, 256, 512)
 _MOST_ROWS = 200_000
 _MOST_LETTERS = 200
 
@@ -96,7 +100,7 @@ def read_measured(path: Path) -> pd.DataFrame:
     Returns
     -------
     DataFrame
-        The COLUMNS.
+        The COLUMNS; files written before tiles were counted have none of those.
 
     Raises
     ------
@@ -104,7 +108,9 @@ def read_measured(path: Path) -> pd.DataFrame:
         The file is missing, too large, or holds anything but measured times of one model and one GPU.
     """
     where = f"measured times {path}"
-    rows = read_typed(path, where, COLUMNS)
+    there = read_header(path, where)
+    columns = {name: kind for name, kind in COLUMNS.items() if "tiles_128" in there or not name.startswith("tiles_")}
+    rows = read_typed(path, where, columns)
     for name in ("model", "gpu", "device"):
         if rows[name].nunique() > 1:
             raise InputError(f"{where}: column {name} must be the same in all rows")
@@ -117,6 +123,7 @@ def read_measured(path: Path) -> pd.DataFrame:
         (~rows.pairs.between(0, 2**32), "pairs must be from 0 to 2**32"),
         ((rows.distinct < 0) | (rows.distinct > rows.pairs), "distinct must be from 0 to pairs"),
         ((rows.distinct == 0) & (rows.pairs > 0), "pairs need a distinct expert"),
+        (_wrong_tiles(rows), "tiles must hold the pairs, and each distinct expert needs one"),
         ((rows.step < 0) | (rows.layers < 1) | (rows.replays < 1), "step, layers and replays must count something"),
         (~rows.dtype.isin(["bf16", "fp8"]), "dtype must be bf16 or fp8"),
         (~rows.chosen.isin(["busiest", "random"]), "chosen must be busiest or random"),
@@ -161,6 +168,14 @@ def _typed(values: Iterable[str], kind: type, name: str, where: str) -> Any:
     except (ValueError, OverflowError):
         what = "whole numbers" if kind is int else "numbers"
         raise InputError(f"{where}: column {name} must hold {what}") from None
+
+
+def _wrong_tiles(rows: pd.DataFrame) -> pd.Series:
+    wrong = pd.Series(False, rows.index)
+    for size in TILE_ROWS if "tiles_128" in rows else ():
+        tiles = rows[f"tiles_{size}"]
+        wrong |= (tiles < rows.distinct) | (tiles * size < rows.pairs) | (tiles > rows.pairs)
+    return wrong
 
 
 def check_rows(rows: pd.DataFrame, where: str, wrongs: Iterable[tuple[pd.Series, str]], time: str = "layer_us") -> None:
