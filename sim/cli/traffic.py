@@ -6,7 +6,7 @@ from typing import Any
 
 from sim.cli import Verb, add_verbs
 from sim.cli.progress import shown_progress
-from sim.cli.text import add_forms, filled, note, print_rows, print_table, say_written, table
+from sim.cli.text import add_forms, estimate, filled, note, print_rows, print_table, say_written, table
 from sim.cli.traffic_decay import print_decay
 from sim.cli.traffic_make import add_make, add_match, run_make, run_match
 from sim.errors import InputError
@@ -77,7 +77,7 @@ def _add_fit(parser: ArgumentParser) -> None:
     add = parser.add_argument
     _add_file(parser, needs_model=True)
     add("--out", type=FILE, default="", metavar="FILE.toml", help="the workload that is written")
-    add("--hold-out", action="store_true", help="first fit one half and predict the rank imbalance of the other")
+    add("--hold-out", action="store_true", help="first fit each half, and predict the rank imbalance of the other")
     add("--half", action="store_true", help="write the fit of the first half (goes with --hold-out)")
     add(
         "--group-sigma",
@@ -292,14 +292,14 @@ def _fit(arguments: Namespace, model: Any, data: Any) -> None:
     if model.is_grouped and arguments.group_sigma is None:
         note(f"loads do not tell the group effect: group_sigma {GROUP_SIGMA} is that of the presets (--group-sigma)")
     fit = None
-    sizes = {"held-out half": 1.0 if arguments.hold_out else 0.0, "fit": 0.0 if arguments.half else 1.0}
+    sizes = {"hold-out": 2.0 if arguments.hold_out else 0.0, "fit": 0.0 if arguments.half else 1.0}
     if arguments.hold_out:
-        with shown_progress(), phase("held-out half", sizes):
+        with shown_progress(), phase("hold-out", sizes):
             held = hold_out(model, data, seed=seed, group_sigma=group_sigma, threads=n_threads)
         if held is None:
             note("there is too little to hold out: it takes 32 sequences, or 4 steps of loads")
         else:
-            _print_held(held[1], "steps" if held[1] and held[1][0].phase == "steps" else "sequences")
+            _print_held(held[1])
             fit = held[0] if arguments.half else None
     whole = fit is None
     with shown_progress(), phase("fit", sizes):
@@ -330,43 +330,54 @@ def _fit(arguments: Namespace, model: Any, data: Any) -> None:
     print(f"written to {out}; use it as --workload {out}{phases}")
 
 
-def _print_held(rows: list[Any], halves: str) -> None:
-    titles = {
-        "imbalance": "max / mean rank load",
-        "received": "tokens that the busiest rank receives / tokens of the block",
-        "ranks_per_token": "ranks that a token is sent to",
-    }
-    print(f"held-out {halves}, linear placement, means over layers")
-    for figure, title in titles.items():
+_HELD = {
+    "imbalance": "max / mean rank load",
+    "received": "tokens that the busiest rank receives / tokens of the block",
+    "ranks_per_token": "ranks that a token is sent to",
+}
+
+
+def _print_held(rows: list[Any]) -> None:
+    halves = "steps" if rows[0].phase == "steps" else "sequences"
+    which = "the first half of the steps predicts the second" if halves == "steps" else "even predict odd ones"
+    print(f"held-out {halves}, linear placement: {which}")
+    keys = dict.fromkeys((row.figure, row.statistic) for row in rows)
+    for figure, statistic in keys:
         # The ranks of a token do not depend on the block that it lies in.
-        shown = [row for row in rows if row.figure == figure]
-        shown = [row for row in shown if figure != "ranks_per_token" or row.tokens == shown[0].tokens]
-        heads = ["blocks", "tokens", "EP", "real", "simulated", "error", "halves"]
-        heads += ["p95: real, simulated", "p99: real, simulated"] if figure == "imbalance" else []
+        shown = [row for row in rows if (row.figure, row.statistic) == (figure, statistic)]
+        least = {row.phase: row.tokens for row in reversed(shown)}
+        shown = [row for row in shown if figure != "ranks_per_token" or row.tokens == least[row.phase]]
         cells = [
             [
-                row.phase, str(row.tokens), str(row.ep_size), f"{row.real:.3f} ± {row.real_half:.3f}",
-                f"{row.simulated:.3f} ± {row.simulated_half:.3f}", f"{row.simulated / row.real - 1:+z.1%}",
-                f"{row.fitted / row.real - 1:+z.1%}", *(_quantile(x) for x in (row.p95, row.p99)),
-            ][: len(heads)]
+                row.phase, str(row.tokens), str(row.ep_size), _range(row.real, ".3f"), _range(row.simulated, ".3f"),
+                _range(row.error, "+z.1%"), f"{row.halves:+z.1%}", estimate(row.both_ways.value, row.both_ways.high, "+z.1%"),
+            ]
             for row in shown
         ]  # fmt: skip
-        if cells:
-            print(f"\n{title}:\n")
-            print(table(heads, cells, "<" + ">" * (len(heads) - 1)))
-            worst = max(shown, key=lambda row: abs(row.simulated / row.real - 1))
-            n_off = sum(abs(row.simulated / row.real - 1) > 0.05 for row in shown)
-            print(
-                f"\nworst: {worst.phase}, {worst.tokens} tokens, EP {worst.ep_size}; {n_off} of {len(shown)} are off by more "
-                "than 5 %"
-            )
-    print(
-        f"\n± : 95 %, of real blocks over {halves}, of simulated ones over their sampling alone; halves: real "
-        f"{halves} of the fitted half beside the held-out ones, a difference that no fit can know\n"
-    )
+        of = "mean over blocks and layers" if statistic == "mean" else f"{statistic} of blocks of all layers"
+        print(f"\n{_HELD[figure]}, {of}:\n")
+        heads = ["blocks", "tokens", "EP", "measured", "predicted", "error", "halves", "both ways"]
+        print(table(heads, cells, "<" + ">" * (len(heads) - 1)))
+        missed = [row for row in shown if row.error.low > 0 or row.error.high < 0]
+        worst = max(shown, key=lambda row: abs(row.error.value))
+        print(
+            f"\n{len(missed)} of {len(shown)} errors are beyond chance (their interval leaves out 0); the largest is "
+            f"{worst.error.value:+.1%}: {worst.phase}, {worst.tokens} tokens, EP {worst.ep_size}"
+        )
+    print()
+    for head, text in (
+        ("measured", f"the held-out half, with its 95 % interval over {halves} (- : too few for a bound)"),
+        ("predicted", "traffic fitted to the other half, as uncertain as that half is"),
+        ("error", "predicted / measured - 1, with the chance of both halves"),
+        ("halves", "the measured fitted half / the measured held-out one - 1: a difference that no fit can know"),
+        ("both ways", "mean error with each half predicted from the other, ± over layers: the halves' difference is out of it, "
+         "what is left is the model's own"),
+    ):  # fmt: skip
+        print(filled(text, f"{head:<11}", " " * 11))
+    print()
 
 
-def _quantile(quantile: Any) -> str:
-    if quantile is None:
-        return "-"
-    return f"{quantile.real:.2f} ± {quantile.real_half:.2f}, {quantile.simulated:.2f}"
+def _range(of: Any, form: str) -> str:
+    """A value with the bounds of its interval."""
+    low, high = (format(x, form) if x == x else "-" for x in (of.low, of.high))
+    return f"{of.value:{form}} ({low}, {high})"
