@@ -316,7 +316,7 @@ def _fit(arguments: Namespace, model: Any, data: Any) -> None:
     layers = fit.decode.layers
     if layers is not None and layers.kind_shares is not None:
         n_kinds = layers.kind_shares.shape[1]
-        print(f"decode: tokens of {n_kinds} kinds in each layer, which take experts together as those of the file do")
+        print(f"tokens of {n_kinds} kinds in each layer, which take experts together as those of the file do")
     if fit.prefill is not None:
         of = fit.prefill
         local = np.mean(of.local_share)

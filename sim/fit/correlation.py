@@ -18,16 +18,13 @@ BLOCKS = (16, 64, 256)
 """Numbers of tokens that variances are taken at."""
 LAGS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 """Distances in tokens that correlations are taken at."""
-SIZES = (8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
-"""Tokens of the blocks whose correlation a decay is fitted to: in smaller ones neighbours count that have more in common than
-any two tokens further apart, and a fit to them overstates all blocks of 16.
-"""
-LENGTHS = (8, 16, 32, 64, 128, 256)
-"""Mean lengths of contexts, in tokens, that a fitted decay is mixed of: shorter ones would have to be so strong, to be seen
-beside the noise of single tokens, that held-out blocks of 64 and 256 tokens came out more even than they are."""
+SIZES = (2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+"""Tokens of the blocks whose correlation a decay is fitted to."""
+LENGTHS = (2, 4, 8, 16, 32, 64, 128, 256)
+"""Mean lengths of contexts, in tokens, that a fitted decay is mixed of."""
 _LEAST_BLOCKS = 8
 LEAST_SEQUENCES = 16
-_LEAST_SIZES = 3  # up to 16 tokens
+_LEAST_SIZES = 5  # up to 16 tokens
 _MOST_PLACES = 2**17
 _LEAST_CORRELATION = 1e-3
 _MIXED_BLOCKS = 2000
