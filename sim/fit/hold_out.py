@@ -234,9 +234,13 @@ def _real_figures(
         places = token[token + n_tokens <= np.repeat(record.starts[1:], lengths)]
         u = uniforms(key, REPLAY, 0, (record.n_layers, n_blocks))
         first = places[(u * len(places)).astype(np.int64)]
-        ids = [layer[chosen[:, None] + np.arange(n_tokens)] for layer, chosen in zip(record.topk_ids, first, strict=True)]
+        ids = [
+            layer[chosen[:, None] + np.arange(n_tokens)] for layer, chosen in zip(record.topk_ids, first, strict=True)
+        ]
         left = np.arange(-1, _GROUPS)[:, None, None]
-        return np.broadcast_to(_score(np.stack(ids), rank_of), (_GROUPS + 1, *_shape(rank_of, first))), group[first] != left
+        return np.broadcast_to(_score(np.stack(ids), rank_of), (_GROUPS + 1, *_shape(rank_of, first))), group[
+            first
+        ] != left
     group = np.repeat(np.arange(record.n_sequences) % _GROUPS, lengths)
     rest = [token[group != left] for left in range(_GROUPS)]
     found = np.empty((_GROUPS + 1, *_shape(rank_of, np.empty((record.n_layers, n_blocks)))))
@@ -311,7 +315,9 @@ def _hold_out_steps(
     real, tokens = [], []
     for part in parts:
         part = part[(part.sum(axis=2) > 0).all(axis=1)]
-        chosen = part[np.linspace(0, len(part) - 1, min(len(part), _MOST_STEPS)).astype(np.int64)] if len(part) else part
+        chosen = (
+            part[np.linspace(0, len(part) - 1, min(len(part), _MOST_STEPS)).astype(np.int64)] if len(part) else part
+        )
         real.append(chosen)
         mean = chosen.sum(axis=2, dtype=float).mean(axis=1) if len(part) else np.zeros(0)
         tokens.append(np.maximum(np.round(mean / model.top_k), 1).astype(np.int64))
@@ -326,16 +332,18 @@ def _hold_out_steps(
         linear = place("linear", model, size)
         of_steps = [imbalances(linear, part.astype(float), size) for part in real]  # [steps, layers]
         of_fits = [
-            imbalances(linear, x.reshape(8, n_layers, -1, model.n_experts).swapaxes(1, 2).astype(float), size).mean(axis=0)
+            imbalances(linear, x.reshape(8, n_layers, -1, model.n_experts).swapaxes(1, 2).astype(float), size).mean(
+                axis=0
+            )
             for x in drawn
         ]  # of the other half's steps
         of_layers = [x[0].mean(axis=0) + x[1].mean(axis=0) for x in (of_fits, of_steps)]
         measured = [_mean_of_steps(x.mean(axis=1)) for x in of_steps]
-        predicted = [
-            _predicted_mean(x, of_half) for x, of_half in zip(of_fits, measured, strict=True)
-        ]
+        predicted = [_predicted_mean(x, of_half) for x, of_half in zip(of_fits, measured, strict=True)]
         ratio = Estimate(*ratio_interval(*of_layers))
-        rows.append(_row("imbalance", "mean", "steps", round(float(tokens[1].mean())), size, measured, predicted, ratio))
+        rows.append(
+            _row("imbalance", "mean", "steps", round(float(tokens[1].mean())), size, measured, predicted, ratio)
+        )
     return fits[0], rows
 
 
