@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -15,7 +16,7 @@ from sim import InputError, load_model, load_workload, sweep
 from sim.cli import main
 from sim.figures.traffic import load_map, traffic_page
 from sim.fit import description as skew
-from sim.fit import fit_text, fit_traffic, hold_out, popularity
+from sim.fit import effects, fit_text, fit_traffic, hold_out, popularity
 from sim.fit.correlation import (
     across_sequences,
     count_runs,
@@ -392,7 +393,7 @@ def test_blocks_have_the_figures_of_the_scorer():
     [
         (ModelSpec("top-1", 8, 1), [40] * 40),
         (ModelSpec("grouped", 32, 4, 4, 2), [20] * 32),
-        (ModelSpec("wide", 512, 10), [3] * 20 + [70] * 34),
+        (ModelSpec("wide", 256, 8), [3] * 20 + [70] * 34),
         (ModelSpec("few", 3, 2), [1] * 64),
     ],
     ids=lambda x: x.name if isinstance(x, ModelSpec) else "",
@@ -401,6 +402,8 @@ def test_records_of_other_shapes_are_held_out(model, lengths, monkeypatch):
     """One layer; every figure is a number, and prefill is compared where 16 sequences of a half are long enough."""
     monkeypatch.setattr(popularity, "_MOST_REQUESTS", 512)
     monkeypatch.setattr(popularity, "_LEAST_REQUESTS", 512)
+    monkeypatch.setattr(effects, "_REQUESTS", 512)
+    monkeypatch.setattr(sys.modules["sim.fit.hold_out"], "_ALL_BLOCKS", 500)
     rng = np.random.default_rng(1)
     logits = rng.normal(size=model.n_experts) + rng.gumbel(size=(sum(lengths), 1, model.n_experts))
     if model.is_grouped:  # all experts of a token in two groups: not the two best, as it is
