@@ -4,8 +4,9 @@ Two halves are fitted, and each predicts the other. The interval of an error hol
 one by itself, and the predicted one because a fit follows the half that it is of. Chance is measured by leaving out one
 group of sequences at a time (delete-a-group jackknife). Means take the standard error that it gives. The jackknife fails for
 quantiles, but not for the share of the blocks that are above one: that share's standard error says how many independent
-blocks the dependent ones are worth, and the quantiles at the ends of the interval of its logit bound the quantile (Woodruff
-1952; Francisco and Fuller 1991). Errors, ratios of two such estimates, have the interval of Zou and Donner
+blocks the dependent ones are worth, and the quantiles at the ends of the interval of such a share bound the quantile
+(Woodruff 1952): of its logit (Francisco and Fuller 1991) or exact (Korn and Graubard 1998), whichever is wider: the one is
+short where few sequences have the large blocks, the other where blocks move together. Errors, ratios of two such estimates, have the interval of Zou and Donner
 (2008).
 
 In the mean of both errors the difference of the halves cancels: what is left is the model's own.
@@ -14,7 +15,7 @@ In the mean of both errors the difference of the halves cancels: what is left is
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.special import expit, logit
@@ -27,7 +28,7 @@ from sim.model import ModelSpec
 from sim.placement import place
 from sim.progress import phase as progress_phase
 from sim.router import draw_trials
-from sim.stats import half_width, ratio_interval, student_quantile
+from sim.stats import half_width, quantile_shares, ratio_interval, student_quantile
 from sim.streams import REPLAY, stream_key, uniforms
 from sim.traffic import LoadCounts, RecordedTraffic, SyntheticTraffic
 from sim.traffic.counts import build_counts
@@ -109,7 +110,7 @@ def hold_out(
     return fits[0], [row for of_cell in rows for row in of_cell]
 
 
-def _fit_both(halves: Sequence, fit_half: Callable) -> list[FittedTraffic]:
+def _fit_both(halves: Sequence[Any], fit_half: Callable[[Any], FittedTraffic]) -> list[FittedTraffic]:
     """Fits of two halves, with their progress."""
     fits, parts = [], {"one half": 1.0, "the other half": 1.0}
     for name, half in zip(parts, halves, strict=True):
@@ -211,7 +212,10 @@ def _effective_blocks(figures: _Figures, level: float) -> float:
 def _quantile(values: np.ndarray, level: float, effective_blocks: float) -> Estimate:
     """Quantile of blocks that are worth so many independent ones."""
     half = student_quantile(_GROUPS - 1) / np.sqrt(effective_blocks * level * (1 - level))
-    shares = expit(logit(level) + np.array([0.0, -half, half]))
+    low, high = expit(logit(level) + np.array([-half, half]))
+    fewer = effective_blocks * (student_quantile(values.size - 1) / student_quantile(_GROUPS - 1)) ** 2
+    least, most = quantile_shares(level, max(np.floor(fewer), 1.0))
+    shares = level, np.fmin(low, least), np.fmax(high, most)
     return Estimate(*(float(x) for x in np.quantile(values, shares, method="inverted_cdf")))
 
 
@@ -237,7 +241,7 @@ def _real_figures(
         ids = [
             layer[chosen[:, None] + np.arange(n_tokens)] for layer, chosen in zip(record.topk_ids, first, strict=True)
         ]
-        left = np.arange(-1, _GROUPS)[:, None, None]
+        left_out = np.arange(-1, _GROUPS)[:, None, None]
         return np.broadcast_to(_score(np.stack(ids), rank_of), (_GROUPS + 1, *_shape(rank_of, first))), group[
             first
         ] != left
