@@ -4,10 +4,10 @@ Two halves are fitted, and each predicts the other. The interval of an error hol
 one by itself, and the predicted one because a fit follows the half that it is of. Chance is measured by leaving out one
 group of sequences at a time (delete-a-group jackknife). Means take the standard error that it gives. The jackknife fails for
 quantiles, but not for the share of the blocks that are above one: that share's standard error says how many independent
-blocks the dependent ones are worth, and the quantiles at the ends of the interval of such a share bound the quantile
-(Woodruff 1952): of its logit (Francisco and Fuller 1991) or exact (Korn and Graubard 1998), whichever is wider: the one is
-short where few sequences have the large blocks, the other where blocks move together. Errors, ratios of two such estimates, have the interval of Zou and Donner
-(2008).
+blocks the dependent ones are worth, and the quantiles at the ends of the interval of such a share bound the
+quantile (Woodruff 1952): of its logit (Francisco and Fuller 1991) or exact (Korn and Graubard 1998), whichever is wider. The
+one is short where few sequences have the large blocks, the other where blocks move together. Errors, ratios of two such
+estimates, have the interval of Zou and Donner (2008).
 
 In the mean of both errors the difference of the halves cancels: what is left is the model's own.
 """
@@ -238,13 +238,9 @@ def _real_figures(
         places = token[token + n_tokens <= np.repeat(record.starts[1:], lengths)]
         u = uniforms(key, REPLAY, 0, (record.n_layers, n_blocks))
         first = places[(u * len(places)).astype(np.int64)]
-        ids = [
-            layer[chosen[:, None] + np.arange(n_tokens)] for layer, chosen in zip(record.topk_ids, first, strict=True)
-        ]
-        left_out = np.arange(-1, _GROUPS)[:, None, None]
-        return np.broadcast_to(_score(np.stack(ids), rank_of), (_GROUPS + 1, *_shape(rank_of, first))), group[
-            first
-        ] != left
+        ids = [layer[at[:, None] + np.arange(n_tokens)] for layer, at in zip(record.topk_ids, first, strict=True)]
+        found = np.broadcast_to(_score(np.stack(ids), rank_of), (_GROUPS + 1, *_shape(rank_of, first)))
+        return found, group[first] != np.arange(-1, _GROUPS)[:, None, None]
     group = np.repeat(np.arange(record.n_sequences) % _GROUPS, lengths)
     rest = [token[group != left] for left in range(_GROUPS)]
     found = np.empty((_GROUPS + 1, *_shape(rank_of, np.empty((record.n_layers, n_blocks)))))
