@@ -281,7 +281,7 @@ def test_a_fit_that_does_not_converge_gives_its_best():
     taste = RequestEffect(np.ones(16), np.zeros((0, 16)), 0.9999, 0.9999)
     found = fit_popularity(Noise(SMALL, 0.0, 0, 0), np.full(16, 0.25), taste)
     assert isinstance(found, Popularity)
-    assert found.strength <= 5
+    assert found.strength <= 10
     assert np.isfinite(found.mu).all()
 
 
