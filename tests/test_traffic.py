@@ -285,7 +285,8 @@ def test_a_fit_that_does_not_converge_gives_its_best():
     assert np.isfinite(found.mu).all()
 
 
-def test_a_written_fit_is_read_back_and_swept(tmp_path, capsys):
+def test_a_written_fit_is_read_back_and_swept(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys.modules["sim.fit.hold_out"], "_ALL_BLOCKS", 500)
     rng = np.random.default_rng(6)
     record = a_record(rng, [48] * 32, spread=1.0, n_experts=64, top_k=8)
     ids = record.topk_ids.transpose(1, 0, 2)
