@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -15,7 +16,7 @@ from sim import InputError, load_model, load_workload, sweep
 from sim.cli import main
 from sim.figures.traffic import load_map, traffic_page
 from sim.fit import description as skew
-from sim.fit import fit_text, fit_traffic, hold_out
+from sim.fit import effects, fit_text, fit_traffic, hold_out, popularity
 from sim.fit.correlation import (
     across_sequences,
     count_runs,
@@ -29,12 +30,16 @@ from sim.fit.correlation import (
 from sim.fit.description import describe
 from sim.fit.effects import RequestEffect, draw_effects, fill_ranks
 from sim.fit.fitting import wanted_shares
+from sim.fit.hold_out import score_blocks
 from sim.fit.popularity import Noise, Popularity, exp_of_minus, fill_latest, fit_popularity, sum_selection
 from sim.model import ModelSpec
+from sim.placement import place
 from sim.router import draw_trials, routing_law, score_law
+from sim.scoring import score_tokens
 from sim.streams import REQUEST, stream_key, uniforms
 from sim.traffic import FittedLayers, RecordedTraffic, SyntheticTraffic, read_traffic
 from sim.traffic.counts import build_counts
+from sim.traffic.recorded import build_record
 
 SMALL = ModelSpec("small", n_experts=16, top_k=4)
 GROUPED = ModelSpec("grouped", 16, 3, 4, 2, "sigmoid", "top2_sum", True)
@@ -281,12 +286,13 @@ def test_a_fit_that_does_not_converge_gives_its_best():
     taste = RequestEffect(np.ones(16), np.zeros((0, 16)), 0.9999, 0.9999)
     found = fit_popularity(Noise(SMALL, 0.0, 0, 0), np.full(16, 0.25), taste)
     assert isinstance(found, Popularity)
-    assert found.strength <= 5
+    assert found.strength <= 10
     assert np.isfinite(found.mu).all()
 
 
 @pytest.mark.slow
-def test_a_written_fit_is_read_back_and_swept(tmp_path, capsys):
+def test_a_written_fit_is_read_back_and_swept(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys.modules["sim.fit.hold_out"], "_ALL_BLOCKS", 500)
     config = {"model_type": "qwen3_moe", "num_experts": 16, "num_experts_per_tok": 4, "num_hidden_layers": 2}
     model = load_config(tmp_path, config)
     record = a_record(np.random.default_rng(6), [48] * 32, spread=1.0)
@@ -360,8 +366,53 @@ def test_held_out_steps_of_counts(tmp_path):
     _, rows = hold_out(model, data)
     assert [row.ep_size for row in rows] == [4, 8, 16, 32]
     for row in rows:
-        assert abs(row.simulated - row.real) < row.real_half + 0.02 * row.real
+        assert row.error.low - 0.02 < 0 < row.error.high + 0.02
     assert hold_out(model, build_counts("x", "file:x", counts[:3])[0]) is None
+
+
+def test_blocks_have_the_figures_of_the_scorer():
+    model = ModelSpec("m", 12, 3)
+    rng = np.random.default_rng(0)
+    ids = rng.permuted(np.tile(np.arange(12, dtype=np.int16), (5, 7, 1)), axis=2)[:, :, :3].copy()
+    sizes = (4, 6)
+    comp = np.empty((3, 2, 5))
+    score_blocks(ids, np.stack([place("linear", model, size).rank_of_expert for size in sizes]).astype(np.int64), comp)
+    for j, size in enumerate(sizes):
+        for b, block in enumerate(ids):
+            ref = score_tokens(place("linear", model, size), block)
+            ref_figures = ref.loads.max() / ref.loads.mean(), ref.received_tokens.max() / 7, ref.ranks_per_token.mean()
+            np.testing.assert_allclose(comp[:, j, b], ref_figures)
+
+
+@pytest.mark.parametrize(
+    ("model", "lengths"),
+    [
+        (ModelSpec("top-1", 8, 1), [40] * 40),
+        (ModelSpec("grouped", 32, 4, 4, 2), [20] * 32),
+        (ModelSpec("wide", 256, 8), [3] * 20 + [70] * 34),
+        (ModelSpec("few", 3, 2), [1] * 64),
+    ],
+    ids=lambda x: x.name if isinstance(x, ModelSpec) else "",
+)
+def test_records_of_other_shapes_are_held_out(model, lengths, monkeypatch):
+    """One layer; every figure is a number, and prefill is compared where 16 sequences of a half are long enough."""
+    monkeypatch.setattr(popularity, "_MOST_REQUESTS", 512)
+    monkeypatch.setattr(popularity, "_LEAST_REQUESTS", 512)
+    monkeypatch.setattr(effects, "_REQUESTS", 512)
+    monkeypatch.setattr(sys.modules["sim.fit.hold_out"], "_ALL_BLOCKS", 500)
+    rng = np.random.default_rng(1)
+    logits = rng.normal(size=model.n_experts) + rng.gumbel(size=(sum(lengths), 1, model.n_experts))
+    if model.is_grouped:  # all experts of a token in two groups: not the two best, as it is
+        best = logits.reshape(-1, 1, 4, 8).max(axis=3).argsort(axis=2)[..., :2]
+        np.put_along_axis(logits.reshape(-1, 1, 4, 8), best[..., None], -np.inf, axis=2)
+    ids = logits.argsort(axis=2)[:, :, -model.top_k :]
+    record = build_record("x", "x", ids, np.array(lengths), "decode", "")
+    _, rows = hold_out(model, record, threads=1)
+    assert {row.phase for row in rows} == ({"decode", "prefill"} if lengths[-1] >= 16 else {"decode"})
+    for row in rows:
+        for found in (row.real, row.simulated, row.error):
+            assert found.low <= found.value <= found.high
+        assert row.both_ways.value == row.both_ways.value
 
 
 @pytest.mark.parametrize("draw", [load_map, traffic_page])
@@ -407,21 +458,20 @@ def test_gpt_oss_has_its_published_statistics(gpt_oss):
 
 @pytest.mark.slow
 def test_gpt_oss_is_predicted_from_its_other_half(gpt_oss):
-    """At EP 4, 8, 16, blocks of 16, 64, 256 tokens, decode and prefill: mean max / mean, and the tokens that the busiest rank
-    receives, within 5 % (max / mean of prefill of 64 and 256 tokens within 3 %); ranks per token within 2 % of decode, where
-    kinds of tokens are fitted (5.8 % at EP 4 without), and 5.5 % of prefill, where they are not. Marginals to 1 %; with a
-    request effect to 3 %, on the random numbers of the check. Of every sixth layer.
+    """At EP 4, 8, 16, blocks of 16, 64, 256 tokens, each half from the other: mean max / mean within 1.5 % in decode and 4 % in
+    prefill, tokens that the busiest rank receives within 4 %, ranks per token within 2.5 %. Shares of experts to 1 %; with a
+    request effect to 4 %, on the random numbers of the check. Of every sixth layer, which takes a sixth of the time.
     """
     third = replace(gpt_oss, topk_ids=gpt_oss.topk_ids[::6], layer_ids=gpt_oss.layer_ids[::6])
     fit, rows = hold_out(load_model("gpt-oss-20b"), third)
-    assert len(rows) == 3 * 18
     assert fit.rms[0].max() < 0.01
-    assert fit.rms[1].max() < 0.03
-    for row in rows:
-        bound = {"imbalance": 0.05, "received": 0.05, "ranks_per_token": 0.02 if row.phase == "decode" else 0.055}
-        if row.phase == "prefill" and row.tokens > 16:
-            bound["imbalance"] = 0.03
-        assert abs(row.simulated / row.real - 1) < bound[row.figure], row
+    assert fit.rms[1].max() < 0.04
+    bounds = {"imbalance": 0.04, "received": 0.04, "ranks_per_token": 0.025}
+    means = [row for row in rows if row.statistic == "mean"]
+    assert len(means) == 3 * 18
+    for row in means:
+        of_decode = row.figure == "imbalance" and row.phase == "decode"
+        assert abs(row.both_ways.value) < (0.015 if of_decode else bounds[row.figure]), row
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from sim.cli.inputs import read_file
 from sim.cli.terminal import (
     add_output,
     cells,
+    estimate,
     filled,
     note,
     print_rows,
@@ -213,14 +214,14 @@ def _run_fit(arguments: Namespace) -> None:
     if model.is_grouped and arguments.group_sigma is None:
         note(f"loads do not tell the group effect: group_sigma {GROUP_SIGMA} is that of the presets (--group-sigma)")
     fit = None
-    sizes = {"held-out half": 1.0 if arguments.hold_out else 0.0, "fit": 0.0 if arguments.half else 1.0}
+    sizes = {"hold-out": 2.0 if arguments.hold_out else 0.0, "fit": 0.0 if arguments.half else 1.0}
     if arguments.hold_out:
-        with shown_progress(), phase("held-out half", sizes):
+        with shown_progress(), phase("hold-out", sizes):
             held = hold_out(model, data, **how)
         if held is None:
             note("there is too little to hold out: it takes 32 sequences, or 4 steps of loads")
         else:
-            _print_held(held[1], "steps" if held[1] and held[1][0].phase == "steps" else "sequences")
+            _print_held(held[1])
             fit = held[0] if arguments.half else None
     whole = fit is None
     with shown_progress(), phase("fit", sizes):
@@ -236,7 +237,7 @@ def _run_fit(arguments: Namespace) -> None:
     layers = fit.decode.layers
     if layers is not None and layers.kind_shares is not None:
         n_kinds = layers.kind_shares.shape[1]
-        print(f"decode: tokens of {n_kinds} kinds in each layer, which take experts together as those of the file do")
+        print(f"tokens of {n_kinds} kinds in each layer, which take experts together as those of the file do")
     if fit.prefill is not None:
         of = fit.prefill
         lengths = " and ".join(f"{tokens:g}" for tokens in of.context_tokens)
@@ -252,45 +253,52 @@ def _rms(fit: Any, phase: int) -> str:
     return f"{fit.rms[phase].mean():.2%} rms (worst layer {fit.rms[phase].max():.2%})"
 
 
-def _print_held(rows: list[Any], halves: str) -> None:
-    titles = {
-        "imbalance": "max / mean rank load",
-        "received": "tokens that the busiest rank receives / tokens of the block",
-        "ranks_per_token": "ranks that a token is sent to",
-    }
+_HELD = {
+    "imbalance": "max / mean rank load",
+    "received": "tokens that the busiest rank receives / tokens of the block",
+    "ranks_per_token": "ranks that a token is sent to",
+}
+
+
+def _print_held(rows: list[Any]) -> None:
+    halves = "steps" if rows[0].phase == "steps" else "sequences"
+    which = "the first half of the steps predicts the second" if halves == "steps" else "even predict odd ones"
     columns: dict[str, Any] = {
         "blocks": "phase", "tokens": "tokens", "EP": "ep_size",
-        "real": lambda row: f"{row.real:.3f} ± {row.real_half:.3f}",
-        "simulated": lambda row: f"{row.simulated:.3f} ± {row.simulated_half:.3f}",
-        "error": lambda row: f"{row.simulated / row.real - 1:+z.1%}", "halves": lambda row: f"{row.fitted / row.real - 1:+z.1%}",
+        "measured": lambda row: _range(row.real, ".3f"), "predicted": lambda row: _range(row.simulated, ".3f"),
+        "error": lambda row: _range(row.error, "+z.1%"), "halves": "halves:+z.1%",
+        "both ways": lambda row: estimate(row.both_ways.value, row.both_ways.high, "+z.1%"),
     }  # fmt: skip
-    tails = {
-        "p95: real, simulated": lambda row: _quantile(row.p95),
-        "p99: real, simulated": lambda row: _quantile(row.p99),
-    }
-    print(f"held-out {halves}, linear placement, means over layers")
-    for figure, title in titles.items():
+    print(f"held-out {halves}, linear placement: {which}")
+    for figure, statistic in dict.fromkeys((row.figure, row.statistic) for row in rows):
         # The ranks of a token do not depend on the block that it lies in.
-        shown = [row for row in rows if row.figure == figure]
-        shown = [row for row in shown if figure != "ranks_per_token" or row.tokens == shown[0].tokens]
-        if not shown:
-            continue
-        heads, lines = cells(shown, columns | tails if figure == "imbalance" else columns)
+        shown = [row for row in rows if (row.figure, row.statistic) == (figure, statistic)]
+        least = {row.phase: row.tokens for row in reversed(shown)}
+        shown = [row for row in shown if figure != "ranks_per_token" or row.tokens == least[row.phase]]
+        of = "mean over blocks and layers" if statistic == "mean" else f"{statistic} of blocks of all layers"
         print()
-        print_table(f"{title}:", heads, lines, markdown=False, align="<", keys=3)
-        worst = max(shown, key=lambda row: abs(row.simulated / row.real - 1))
-        n_off = sum(abs(row.simulated / row.real - 1) > 0.05 for row in shown)
-        off = f"{n_off} of {len(shown)} are off by more than 5 %"
-        print(f"\nworst: {worst.phase}, {worst.tokens} tokens, EP {worst.ep_size}; {off}")
+        print_table(f"{_HELD[figure]}, {of}:", *cells(shown, columns), markdown=False, align="<", keys=3)
+        missed = [row for row in shown if row.error.low > 0 or row.error.high < 0]
+        worst = max(shown, key=lambda row: abs(row.error.value))
+        print()
+        print(filled(
+            f"{len(missed)} of {len(shown)} errors are beyond chance (their interval leaves out 0); the largest is "
+            f"{worst.error.value:+.1%}: {worst.phase}, {worst.tokens} tokens, EP {worst.ep_size}"
+        ))  # fmt: skip
     print()
-    print(filled(
-        f"± : 95 %, of real blocks over {halves}, of simulated ones over their sampling alone; halves: real {halves} of the "
-        "fitted half beside the held-out ones, a difference that no fit can know"
-    ))  # fmt: skip
+    for head, text in (
+        ("measured", f"the held-out half, with its 95 % interval over {halves} (- : too few for a bound)"),
+        ("predicted", "traffic fitted to the other half, as uncertain as that half is"),
+        ("error", "predicted / measured - 1, with the chance of both halves"),
+        ("halves", "the measured fitted half / the measured held-out one - 1: a difference that no fit can know"),
+        ("both ways", "mean error with each half predicted from the other, ± over layers: the halves' difference is out of it, "
+         "what is left is the model's own"),
+    ):  # fmt: skip
+        print(filled(text, f"{head:<11}", " " * 11))
     print()
 
 
-def _quantile(quantile: Any) -> str:
-    if quantile is None:
-        return "-"
-    return f"{quantile.real:.2f} ± {quantile.real_half:.2f}, {quantile.simulated:.2f}"
+def _range(of: Any, form: str) -> str:
+    """A value with the bounds of its interval."""
+    low, high = (format(x, form) if x == x else "-" for x in (of.low, of.high))
+    return f"{of.value:{form}} ({low}, {high})"

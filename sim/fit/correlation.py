@@ -20,11 +20,11 @@ LAGS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 """Distances in tokens that correlations are taken at."""
 SIZES = (8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 """Tokens of the blocks whose correlation a decay is fitted to: in smaller ones neighbours count that have more in common than
-any two tokens further apart, and a fit to them overstates all blocks of 16.
+any two tokens further apart. A fit to them, with contexts from 2 tokens on, has the correlation of neighbours right (gpt-oss: 1 %
+off at lag 1, not 17 %) but overstates p99 of 256 tokens by 11 % where this one does by 8 %, held out.
 """
 LENGTHS = (8, 16, 32, 64, 128, 256)
-"""Mean lengths of contexts, in tokens, that a fitted decay is mixed of: shorter ones would have to be so strong, to be seen
-beside the noise of single tokens, that held-out blocks of 64 and 256 tokens came out more even than they are."""
+"""Mean lengths of contexts, in tokens, that a fitted decay is mixed of."""
 _LEAST_BLOCKS = 8
 LEAST_SEQUENCES = 16
 _LEAST_SIZES = 3  # up to 16 tokens

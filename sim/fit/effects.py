@@ -87,7 +87,10 @@ def match_covariance(
         else:
             if turn == _SCALINGS:
                 off = float(((wanted - found) ** 2).sum())
-                wanted = found + max(0.0, 1 - noise / max(off, 1e-12)) * (wanted - found)
+                known = 1 - noise / max(off, 1e-12)
+                if known <= 0:
+                    break  # the start is as near as the tokens can tell
+                wanted = found + known * (wanted - found)
             lacking = _DAMPING * np.clip((wanted - found) / np.outer(slope, slope), -_MOST_STEP, _MOST_STEP)
             variance, factor = np.linalg.eigh(covariance + lacking)
             covariance = (factor * np.maximum(variance, 0)) @ factor.T

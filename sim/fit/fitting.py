@@ -41,6 +41,7 @@ _OF_REQUESTS = (
 _MOST_SEQUENCES = 20_000
 _LEAST_CORRELATION = 1e-3
 _LEAST_LOCAL = 0.001  # so that effects are of one strength, as they are fitted, also where nothing decays
+_MOST_SIGMA = 5.0
 _WANTED_RMS = 0.01
 
 
@@ -81,8 +82,8 @@ def fit_traffic(
     Popularity is such that the router picks each expert as often as measured (see `fit_layer`). Of the request effect the
     covariance between experts is that for which the picks of two tokens of a sequence covary as measured
     (`match_covariance`); its strength, its local share and the lengths of contexts are such that the correlation within
-    blocks of 8 to 256 tokens is the measured one (`fit_decay`). Tokens of decode are of several kinds where these predict
-    which experts other sequences take together (`fit_kinds`); routers with groups have none.
+    blocks of 8 to 256 tokens is the measured one (`fit_decay`). Tokens are of several kinds where these predict which experts
+    other sequences take together (`fit_kinds`); routers with groups have none.
 
     Parameters
     ----------
@@ -136,10 +137,12 @@ def fit_traffic(
     if decay is not None and isinstance(data, RecordedTraffic):
         prefill = [(layer.prefill, layer.effect) for layer in found if layer.prefill and layer.effect]
         request_sigma = float(np.sqrt(np.mean([popularity.strength**2 for popularity, _ in prefill])))
+        request_sigma = min(request_sigma, _MOST_SIGMA)  # the tables hold what is beyond
         layers = FittedLayers.of(
             np.round([popularity.mu for popularity, _ in prefill], 4),
             np.round([popularity.strength / request_sigma * effect.sd for popularity, effect in prefill], 4),
             np.round([popularity.strength / request_sigma * effect.loadings for popularity, effect in prefill], 4),
+            **of_kinds,
         )
         of_prefill = SyntheticTraffic(
             name, about="prefill: the tokens of a request share its effect", **common,  # type: ignore[arg-type]
@@ -241,15 +244,20 @@ def fit_text(fit: FittedTraffic) -> str:
     assert decode.layers is not None
     head = {"about": decode.about, "source": decode.source, "fitted_to": decode.fitted_to, "popularity": "fitted"}
     text = tomli_w.dumps(head | {"group_sigma": decode.group_sigma}) + _table("mu", decode.layers.mu)
-    if decode.layers.kind_shares is not None and decode.layers.kind_effects is not None:
-        text += "# Kinds of tokens, which make experts go together.\n"
-        text += _table("kind_shares", decode.layers.kind_shares) + _table("kind_effects", decode.layers.kind_effects)
+    if decode.layers.kind_shares is not None:
+        text += "# Kinds of tokens, which make experts go together.\n" + _kinds(decode.layers)
     if prefill is not None and prefill.layers is not None:
         of_requests = {key: getattr(prefill, key) for key in _OF_REQUESTS}
         text += "\n[prefill]  # --phase prefill: what differs where the tokens of a request follow each other\n"
         text += tomli_w.dumps(of_requests)
         text += "".join(_table(key, getattr(prefill.layers, key)) for key in ("mu", "request_sd", "request_loadings"))
+        text += _kinds(prefill.layers)
     return text
+
+
+def _kinds(layers: FittedLayers) -> str:
+    names = ("kind_shares", "kind_effects")
+    return "".join(_table(name, getattr(layers, name)) for name in names if getattr(layers, name) is not None)
 
 
 def _table(name: str, values: np.ndarray) -> str:

@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sim.fit.together import fit_odds, others
+from sim.kernels import kernel
 from sim.streams import TOKEN, stream_key, uniforms
 from sim.traffic import RecordedTraffic
 
 KINDS = 8
-"""With 8 the held-out ranks per token of gpt-oss are within 1.6 % at EP 4, and 5.8 % without; 16 gain another 0.3 %."""
+"""With 8 the held-out ranks per token of gpt-oss are within 1.6 % at EP 4, and 5.8 % without; 16 gain another 0.3 % (decode)."""
 LEAST_TOKENS = 32
 """Tokens per expert below which no kinds are fitted."""
 _MOST_TOKENS = 20_000  # of a layer
@@ -59,18 +60,11 @@ def fit_kinds(
         chosen.append(tokens[np.linspace(0, len(tokens) - 1, min(len(tokens), _MOST_TOKENS)).astype(np.int64)])
 
     def fit_layer(layer: int) -> tuple[Kinds, float]:
-        fitted, held = (_indicators(record.topk_ids[layer, tokens], n_experts) for tokens in chosen)
-        return _fit_layer(fitted, held, record.topk_ids.shape[2], layer)
+        fitted, held = (record.topk_ids[layer, tokens] for tokens in chosen)
+        return _fit_layer(fitted, held, n_experts, layer)
 
     found = list(map_layers(fit_layer, range(record.n_layers)))
     return [kinds for kinds, _ in found] if sum(gain for _, gain in found) > 0 else None
-
-
-def _indicators(ids: np.ndarray, n_experts: int) -> np.ndarray:
-    """Whether each token takes each expert, float32 [tokens, n_experts]."""
-    taken = np.zeros((len(ids), n_experts), np.float32)
-    np.put_along_axis(taken, ids.astype(np.int64), 1.0, axis=1)
-    return taken
 
 
 def _sizes(rows: int, top_k: int) -> np.ndarray:
@@ -86,32 +80,61 @@ def _inside(p: np.ndarray, top_k: int) -> np.ndarray:
     return p
 
 
-def _likelihood(taken: np.ndarray, shares: np.ndarray, odds: np.ndarray, top_k: int) -> tuple[float, np.ndarray]:
-    """Mean log likelihood of tokens, and the probability of each kind given a token's experts, float32 [tokens, kinds]."""
-    constant = np.log(shares) - np.log(others(odds, top_k)[1][:, top_k])
-    of_kind = taken @ np.log(odds).T.astype(np.float32) + constant.astype(np.float32)
-    most = of_kind.max(axis=1, keepdims=True)
-    weight = np.exp(of_kind - most)
-    total = weight.sum(axis=1, keepdims=True)
-    return float((most + np.log(total)).mean(dtype=float)), weight / total
+def _expect(ids: np.ndarray, shares: np.ndarray, odds: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
+    """Mean log likelihood of tokens; and by kind the tokens, and those that take each expert, float64 [kinds] and
+    [kinds, experts], each token counting for the kinds that it may be of.
+    """
+    n, taken = np.zeros(len(shares)), np.zeros(odds.shape)
+    constant = np.log(shares) - np.log(others(odds, ids.shape[1])[1][:, -1])
+    return sum_kinds(ids, np.log(odds), constant, n, taken) / len(ids), n, taken
 
 
-def _fit_layer(taken: np.ndarray, held: np.ndarray, top_k: int, layer: int) -> tuple[Kinds, float]:
-    """Kinds of a layer, begun at the experts of random tokens; and by how much the log likelihood of a held-out token rises."""
-    p = taken.mean(axis=0, dtype=float)
+@kernel
+def sum_kinds(ids, log_odds, constant, n, taken):
+    """Log likelihood of tokens, int16 [tokens, top_k], and by kind the tokens and their experts: log_odds float64
+    [kinds, experts], constant float64 [kinds], n float64 [kinds], taken float64 [kinds, experts], which are added to.
+    """
+    n_kinds, total = constant.size, 0.0
+    weight = np.empty(n_kinds)
+    for t in range(ids.shape[0]):
+        most = -np.inf
+        for kind in range(n_kinds):
+            weight[kind] = constant[kind]
+            for k in range(ids.shape[1]):
+                weight[kind] += log_odds[kind, ids[t, k]]
+            most = max(most, weight[kind])
+        whole = 0.0
+        for kind in range(n_kinds):
+            weight[kind] = np.exp(weight[kind] - most)
+            whole += weight[kind]
+        total += most + np.log(whole)
+        for kind in range(n_kinds):
+            share = weight[kind] / whole
+            n[kind] += share
+            for k in range(ids.shape[1]):
+                taken[kind, ids[t, k]] += share
+    return total
+
+
+def _fit_layer(ids: np.ndarray, held: np.ndarray, n_experts: int, layer: int) -> tuple[Kinds, float]:
+    """Kinds of a layer, begun at the experts of random tokens; and by how much the log likelihood of a held-out token rises.
+
+    ids, held int16 [tokens, top_k].
+    """
+    top_k = ids.shape[1]
+    p = np.bincount(ids.ravel(), minlength=n_experts) / len(ids)
     u = uniforms(stream_key(0, "first kinds"), TOKEN, layer, (1, KINDS))[0]
-    first = taken[(u * len(taken)).astype(np.int64)]
+    first = np.zeros((KINDS, n_experts))
+    np.put_along_axis(first, ids[(u * len(ids)).astype(np.int64)].astype(np.int64), 1.0, axis=1)
     sizes, shares, last = _sizes(KINDS, top_k), np.full(KINDS, 1 / KINDS), -np.inf
     odds = fit_odds(_inside(0.5 * p + 0.5 * first, top_k), sizes)
     for _ in range(_ROUNDS):
-        likelihood, of_kind = _likelihood(taken, shares, odds, top_k)
+        likelihood, n, taken = _expect(ids, shares, odds)
         if likelihood - last < _CLOSE:
             break
-        last = likelihood
-        n = of_kind.sum(axis=0, dtype=float) + _PRIOR
-        shares = n / n.sum()
-        odds = fit_odds(_inside((of_kind.T @ taken + _PRIOR * p) / n[:, None], top_k), sizes, odds, _INNER)
+        last, picked = likelihood, _inside((taken + _PRIOR * p) / (n + _PRIOR)[:, None], top_k)
+        shares = (n + _PRIOR) / (n + _PRIOR).sum()
+        odds = fit_odds(picked, sizes, odds, _INNER)
     alone = fit_odds(_inside(p[None], top_k), _sizes(1, top_k))
-    gain = _likelihood(held, shares, odds, top_k)[0] - _likelihood(held, np.ones(1), alone, top_k)[0]
-    picked = _inside((of_kind.T @ taken + _PRIOR * p) / (of_kind.sum(axis=0, dtype=float) + _PRIOR)[:, None], top_k)
+    gain = _expect(held, shares, odds)[0] - _expect(held, np.ones(1), alone)[0]
     return Kinds(np.round(shares, 4), picked), gain

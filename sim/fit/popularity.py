@@ -28,7 +28,7 @@ from sim.traffic.fitted import MOST_LOGIT
 from sim.traffic.synthetic import of_one_strength
 
 _NUMBERS = 2**22  # experts times requests
-_MOST_REQUESTS, _LEAST_REQUESTS = 2**16, 2**12
+_MOST_REQUESTS, _LEAST_REQUESTS = 2**15, 2**12
 _OF_A_KIND = 4096  # requests that the experts of one kind of tokens are fitted on
 _FEW = 1024  # requests that the first rounds take, until
 _NEAR = 0.03  # this rms
@@ -36,7 +36,7 @@ _MOST_ROUNDS = 60
 _TOLERANCE = 1e-3  # rms of p fitted / p measured - 1
 _MOST_PAIRS = 2**15  # of tokens, for a correlation
 _MOST_STEP = 2.0
-_MOST_STRENGTH = 5.0
+_MOST_STRENGTH = 10.0
 _MOST = 700.0  # beyond it an expert is picked, and exp(-x) is hardly a number
 _LOG2E = 1 / np.log(2)
 _LN2_HIGH, _LN2_LOW = 6.93147180369123816490e-01, 1.90821492927058770002e-10
@@ -60,7 +60,7 @@ class LayerFit(NamedTuple):
 
     decode: Popularity
     prefill: Popularity | None  # with the request effect
-    kind_effects: np.ndarray | None  # float64 [kinds, experts], to 3 digits: of decode
+    kind_effects: np.ndarray | None  # float64 [kinds, experts], to 3 digits
     effect: RequestEffect | None
     local_share: float  # of its variance
     rms: list[float]  # of fitted / measured share - 1, of decode, and of prefill if there is one
@@ -191,21 +191,20 @@ def fit_layer(
     model: ModelSpec, layer: int, p: np.ndarray, effect: RequestEffect | None, kinds: Kinds | None = None, *, seed: int,
     group_sigma: float,
 ) -> LayerFit:  # fmt: skip
-    """Fit the popularity of a layer with its kinds of tokens, if any, and, if it has one, with its request effect alone (see
+    """Fit the popularity of a layer with its kinds of tokens, if any, and, if it has one, with its request effect too (see
     `fit_popularity`), and check what is written of it: mu to 4 digits.
     """
     started = time.perf_counter()
     noise, check = (Noise(model, group_sigma, seed, layer, what) for what in ("fit", "check"))
-    phases: list[tuple[Noise, Noise, RequestEffect | None]] = [(noise, check, None)]
-    phases += [] if effect is None else [(noise, check, effect)]
     kind_effects = None
     if kinds is not None:
         kind_effects = np.round(fit_kind_effects(noise, kinds), 3)
-        phases[0] = (noise.of_kinds(kinds.shares, kind_effects), check.of_kinds(kinds.shares, kind_effects), None)
+        noise, check = (x.of_kinds(kinds.shares, kind_effects) for x in (noise, check))
+    phases: tuple[RequestEffect | None, ...] = (None,) if effect is None else (None, effect)
     found, rms = [], []
-    for fitted, checked, of_phase in phases:
-        popularity = fit_popularity(fitted, p, of_phase)
-        share = checked.picks(np.round(popularity.mu, 4), checked.draw(of_phase), popularity.strength)[0]
+    for of_phase in phases:
+        popularity = fit_popularity(noise, p, of_phase)
+        share = check.picks(np.round(popularity.mu, 4), check.draw(of_phase), popularity.strength)[0]
         rms.append(float(np.sqrt(np.mean((share / p - 1) ** 2))))
         found.append(popularity)
     local_share = 0.0

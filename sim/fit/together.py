@@ -36,18 +36,32 @@ def others(odds: np.ndarray, top_k: int) -> tuple[np.ndarray, np.ndarray]:
     odds float64 [rows, n]; returns float64 [rows, n, top_k] and [rows, top_k + 1].
     """
     n_rows, n = odds.shape
-    after = np.zeros((n + 1, n_rows, top_k + 1))
-    before = np.zeros((n_rows, top_k + 1))
-    after[n, :, 0] = before[:, 0] = 1.0
-    for e in range(n - 1, -1, -1):
-        after[e] = after[e + 1]
-        after[e, :, 1:] += odds[:, e, None] * after[e + 1, :, :-1]
-    rest = np.zeros((n_rows, n, top_k))
-    for e in range(n):
-        for j in range(top_k):
-            rest[:, e, j:] += before[:, j, None] * after[e + 1, :, : top_k - j]
-        before[:, 1:] += odds[:, e, None] * before[:, :-1]
-    return rest, after[0]
+    rest, whole = np.empty((n_rows, n, top_k)), np.empty((n_rows, top_k + 1))
+    fill_polynomials(np.ascontiguousarray(odds), rest, whole)
+    return rest, whole
+
+
+@kernel
+def fill_polynomials(odds, rest, whole):
+    """`others`: odds float64 [rows, n]; rest float64 [rows, n, top_k]; whole float64 [rows, top_k + 1]."""
+    n, top_k = rest.shape[1:]
+    after, before = np.empty((n + 1, top_k + 1)), np.empty(top_k + 1)
+    for row in range(odds.shape[0]):
+        after[n], before[:] = 0.0, 0.0
+        after[n, 0] = before[0] = 1.0
+        for e in range(n - 1, -1, -1):
+            after[e, 0] = 1.0
+            for j in range(1, top_k + 1):
+                after[e, j] = after[e + 1, j] + odds[row, e] * after[e + 1, j - 1]
+        for e in range(n):
+            for j in range(top_k):
+                total = 0.0
+                for i in range(j + 1):
+                    total += before[i] * after[e + 1, j - i]
+                rest[row, e, j] = total
+            for j in range(top_k, 0, -1):
+                before[j] += odds[row, e] * before[j - 1]
+        whole[row] = after[0]
 
 
 def fit_odds(p: np.ndarray, sizes: np.ndarray, odds: np.ndarray | None = None, rounds: int = _ROUNDS) -> np.ndarray:
