@@ -91,7 +91,7 @@ def run(
 
 
 def compare_with_numpy(rng: np.random.Generator) -> None:
-    """One core, and the sweep of issue 17 on two threads, against the plain pipeline."""
+    """One core, and the headline sweep on two threads, against the plain pipeline."""
     mu = (0.65 * rng.standard_normal(V3.n_experts)).astype(np.float32)
     our_pipeline(range(2))
     batch = min((64, 128, 256, 512, 1024, 4096), key=lambda n: best(lambda: plain_pipeline(rng, mu, n)))
@@ -131,6 +131,10 @@ def compare_with_numpy(rng: np.random.Generator) -> None:
     compare("sweep, two threads, without bounds", lambda i: issue(i, 2, 0), n_tokens, 2, 5)
     compare("sweep, two threads, with bounds", lambda i: issue(i, 2, None), n_tokens, 2, 5)
     compare("sweep, two threads, with received tokens", lambda i: issue(i, 2, 0, "on"), n_tokens, 2, 5)
+    ratio = statistics.median(
+        seconds(lambda i=i: issue(i, 1, 0)) / seconds(lambda i=i: issue(i, 2, 0)) for i in range(1, 6)
+    )
+    print(f"  the sweep without bounds: two threads {ratio:.2f} times one")
     print("  (the sweep: EP 8, 16, 32, 64, linear and round_robin, 4096 tokens, 2000 trials)")
 
 

@@ -3,7 +3,7 @@
     python tests/bench_cuda.py [--check-tokens N] [--repeats N] [--out results/measured/speed-h100.json]
 
 First every kind of traffic and router is swept on both, and the raw counts are held against each other, integer for
-integer. Then the sweep of issue 17 and one of small steps are timed, several times each; the CPU's figure stands beside them.
+integer. Then the headline sweep and one of small steps are timed, several times each; the CPU's figure stands beside them.
 With several GPUs, the rate of all is held against that of one. Exit status 1 if any count differs.
 """
 
@@ -60,7 +60,7 @@ CASES: list[tuple[str, Any, str, dict[str, Any], float]] = [
     ("kimi-k2 (no groups)", CHAT, "kimi-k2", {"tokens": [512]}, 0.1),
 ]
 SPEED = {
-    "issue 17's sweep: deepseek-v3, chat, EP 8,16,32,64, linear and round_robin, 4096 tokens": ([4096], 2**33, 2**28),
+    "the headline sweep: deepseek-v3, chat, EP 8,16,32,64, linear and round_robin, 4096 tokens": ([4096], 2**33, 2**28),
     "the same at 64 tokens, where every step is a fresh layer": ([64], 2**31, 2**27),
 }  # tokens per step, tokens sampled on the GPUs, and on the CPU
 

@@ -149,9 +149,7 @@ def test_bad_decays_are_refused(fields, message):
 # The fit.
 
 LLAMA_4_LAGS = np.array([1, 2, 4, 8, 16, 32, 64, 100])
-LLAMA_4 = np.array(
-    [0.257, 0.198, 0.165, 0.140, 0.119, 0.102, 0.089, 0.074]
-)  # Llama-4-Maverick on MMLU, 24 layers (issue 18)
+LLAMA_4 = np.array([0.257, 0.198, 0.165, 0.140, 0.119, 0.102, 0.089, 0.074])  # Llama-4-Maverick on MMLU, 24 layers
 
 
 def test_the_form_of_the_decay_has_the_published_lag_correlations():

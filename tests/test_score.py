@@ -253,7 +253,7 @@ def test_a_token_received_by_every_rank_many_times_is_counted_exactly():
 
 
 def test_received_tokens_of_v3_equal_independent_figures():
-    """Share of a step's 1024 tokens on one rank, chat traffic (issue 15): mean within 1 %, the busiest rank within 2.5 %.
+    """Share of a step's 1024 tokens on one rank, chat traffic: mean within 1 %, the busiest rank within 2.5 %.
 
     300 layers: the standard errors are below 0.15 %.
     """
