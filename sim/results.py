@@ -8,6 +8,7 @@ import shlex
 import sys
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cached_property
 from html import escape
 from importlib import metadata
 from pathlib import Path
@@ -65,14 +66,13 @@ class SweepResult:
         DataFrame
             Columns value, probability, low, high.
         """
-        raw = "max_load" if metric == "imbalance" else metric
-        rows = self._counts_of(raw, placement, ep_size).query("tokens == @tokens")
+        cell = self._cells[placement, ep_size, tokens]
+        rows = self._counts_of("max_load" if metric == "imbalance" else metric, placement, ep_size, tokens)
         values, counts = Histogram(rows["value"].to_numpy(), rows["count"].to_numpy()).exceedance()
-        cell = self.summary[(self.summary[CELL] == [placement, ep_size, tokens]).all(axis=1)].iloc[0]
         at = values / cell.mean_load if metric == "imbalance" else values.astype(float)
-        tail = self.tail[(self.tail[CELL] == [placement, ep_size, tokens]).all(axis=1) & (self.tail.metric == metric)]
+        blocks = _effective_blocks(cell, self._sampled.get((metric, placement, ep_size, tokens)), at)
         probability = counts / counts[0]
-        low, high = probability_interval(probability, _effective_blocks(cell, tail[tail.method == "sampled"], at))
+        low, high = probability_interval(probability, blocks)
         return pd.DataFrame({"value": at, "probability": probability, "low": low, "high": high})
 
     def rank_loads(self, placement: str, ep_size: int) -> pd.DataFrame:
@@ -83,14 +83,14 @@ class SweepResult:
         DataFrame
             Columns rank, load, low, high.
         """
+        largest = max(key for key in self._cells if key[:2] == (placement, ep_size))
+        cell = self._cells[largest]
         moments = Moments(
             *(
-                self._counts_of(f"rank_load{part}", placement, ep_size)["count"].to_numpy(float)
+                self._counts_of(f"rank_load{part}", *largest)["count"].to_numpy(float)
                 for part in ("", "_square", "_weighted")
             )
         )
-        cells = self.summary[(self.summary.placement == placement) & (self.summary.ep_size == ep_size)]
-        cell = cells.sort_values("tokens").iloc[-1]
         mean, low, high = mean_interval(moments, Design.of(int(cell.trials), int(cell.draws)))
         scale = mean.mean()
         return pd.DataFrame(
@@ -166,13 +166,27 @@ class SweepResult:
         """Write the tables and their provenance into a folder, for `read_result` and `epsim show`. Raises OSError."""
         write_result(self, Path(folder))
 
-    def _counts_of(self, metric: str, placement: str, ep_size: int) -> pd.DataFrame:
-        """Raw counts of a metric in ascending order of their values. Raises InputError where they were not kept."""
+    def _counts_of(self, metric: str, placement: str, ep_size: int, tokens: int) -> pd.DataFrame:
+        """Raw counts of a metric in a cell, in ascending order of their values. Raises InputError where they were not kept."""
         if self.counts.empty:
             raise InputError(f"the sweep was read without {COUNTS}, which this is computed from; run it again")
-        raw = self.counts
-        of = (raw.metric == metric) & (raw.placement == placement) & (raw.ep_size == ep_size)
-        return raw[of].sort_values("value", kind="stable")
+        return self._groups.get_group((metric, placement, ep_size, tokens))
+
+    @cached_property
+    def _groups(self) -> Any:
+        return self.counts.sort_values("value", kind="stable").groupby(["metric", *CELL], observed=True)
+
+    @cached_property
+    def _cells(self) -> dict[Any, Any]:
+        cells = self.summary[[*CELL, "mean_load", "trials", "draws"]]
+        return {cell[:3]: cell for cell in cells.itertuples(index=False)}
+
+    @cached_property
+    def _sampled(self) -> dict[Any, pd.DataFrame]:
+        """Thresholds and effective blocks of what was sampled, and neither never nor always seen, by metric and cell."""
+        tail = self.tail[(self.tail.method == "sampled") & (self.tail.probability > 0) & (self.tail.probability < 1)]
+        groups = tail.sort_values("threshold").groupby(["metric", *CELL])
+        return dict(list(groups[["threshold", "effective_blocks"]]))
 
     def __repr__(self) -> str:
         first, n = self.summary.iloc[0], self.summary[CELL].nunique()
@@ -192,10 +206,9 @@ class SweepResult:
         return f"<p>{escape(repr(self))}</p>{table.to_html(max_rows=60)}<p>{caption}</p>"
 
 
-def _effective_blocks(cell: Any, sampled: pd.DataFrame, at: np.ndarray) -> np.ndarray:
+def _effective_blocks(cell: Any, seen: pd.DataFrame | None, at: np.ndarray) -> np.ndarray:
     """Effective blocks at values `at`: between those of the tail's rows; a draw counts once where none is known."""
-    seen = sampled[(sampled.probability > 0) & (sampled.probability < 1)].sort_values("threshold")
-    if cell.trials == cell.draws or seen.empty:
+    if cell.trials == cell.draws or seen is None:
         return np.full(len(at), float(cell.draws))
     return np.interp(at, seen.threshold, seen.effective_blocks.fillna(cell.draws))
 
@@ -326,7 +339,7 @@ def read_result(folder: Path | str, *, sealed: bool = False) -> SweepResult:
     Raises
     ------
     InputError
-        The folder holds no finished sweep, or a file that is not as it was written.
+        The folder does not exist, holds no finished sweep, or a file that is not as it was written.
 
     Examples
     --------
@@ -339,7 +352,8 @@ def read_result(folder: Path | str, *, sealed: bool = False) -> SweepResult:
     folder = Path(folder)
     about = _read_provenance(folder)
     if about is None:
-        raise InputError(f"{folder} holds no finished sweep ({PROVENANCE} is missing)")
+        what = f"holds no finished sweep ({PROVENANCE} is missing)" if is_there(folder) else "does not exist"
+        raise InputError(f"{folder} {what}")
     if about["sweep"].get("schema") != SCHEMA:
         raise InputError(f"{folder} was written by another version of epsim; run its sweep again")
     if sealed and "sweep" not in about["sha256"]:

@@ -167,7 +167,7 @@ def test_a_failed_write_is_status_1_and_leaves_nothing(tmp_path, capsys, monkeyp
 
 
 def test_damaged_folders_are_refused(tmp_path, capsys):
-    fails(capsys, ["plot", tmp_path / "absent"], "holds no finished sweep")
+    fails(capsys, ["plot", tmp_path / "absent"], "does not exist")
     (tmp_path / "provenance.json").write_text("{}")
     fails(capsys, ["show", tmp_path], "provenance.json")
     (tmp_path / "provenance.json").write_text('{"sweep": {}}')

@@ -48,7 +48,8 @@ def exceedance(result: Sweep, tokens: int = 64, deepest: float = DEEPEST) -> Fig
     steps = tokens_near(result, tokens)
     sizes = differing_sizes(result, (8, 16, 24, 32, 64, 128), _PANELS) or ep_sizes_of(result)[:_PANELS]
     figure, axes = panels(len(sizes), 3, 2.3)
-    theory = dict(list(_theory_rows(result, "imbalance").groupby(CELL)))
+    theory = _theory_rows(result, "imbalance")
+    of_cell = dict(list(theory[theory.tokens == theory.ep_size.map(steps)].groupby(CELL)))
     drawn: list[str] = []
     kinds: set[str] = set()
     untypical = 0
@@ -59,7 +60,7 @@ def exceedance(result: Sweep, tokens: int = 64, deepest: float = DEEPEST) -> Fig
             cell = (name, ep_size, steps[ep_size])
             curve = result.exceedance("imbalance", *cell)
             farthest = max(farthest, _draw_staircase(ax, curve, deepest, name))
-            for kind, rows in theory[cell].groupby("method") if cell in theory else []:
+            for kind, rows in of_cell[cell].groupby("method") if cell in of_cell else []:
                 if _is_untypical(rows, curve):
                     untypical += 1
                     continue
@@ -76,7 +77,7 @@ def exceedance(result: Sweep, tokens: int = 64, deepest: float = DEEPEST) -> Fig
         figure,
         result,
         f"Worst cases: how often the imbalance reaches x, {tokens_text({size: steps[size] for size in sizes})} (log axes)",
-        _meaning_of_lines(result, kinds),
+        _meaning_of_lines(result, theory, kinds),
         f"left out: {untypical} curves of layers that are not typical, as they are off what was sampled"
         if untypical
         else "",
@@ -135,14 +136,13 @@ def _draw_theory(ax: Axes, rows: pd.DataFrame, deepest: float, placement: str) -
     return float(rows.threshold.max())
 
 
-def _meaning_of_lines(result: Sweep, kinds: set[str]) -> str:
+def _meaning_of_lines(result: Sweep, theory: pd.DataFrame, kinds: set[str]) -> str:
     """What the thin lines are."""
     if not kinds:
         return ""
     words = {"exact": "exact", "bound": "between bounds", "rare": "rare-event estimate (points)"}
     thin = " or ".join(text for kind, text in words.items() if kind in kinds)
-    rows = _theory_rows(result, "imbalance")
-    given = sorted(set(rows[rows.method.isin(kinds)].given) - {""})
+    given = sorted(set(theory[theory.method.isin(kinds)].given) - {""})
     draws = int(result.summary.draws.max())
     text = f"thick: sampled, blind below about 3 / {draws:,} draws; thin: {thin}"
     return text + (f", given the {given[-1]} only" if given else ", for all layers")

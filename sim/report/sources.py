@@ -48,7 +48,8 @@ def read_sources(folder: Path) -> list[dict[str, Any]]:
         return [_of_sweep(folder)]
     if is_there(folder / "advice.json"):
         return _of_advice(folder)
-    raise InputError(f"{folder} holds neither a finished sweep ({PROVENANCE}) nor advice (advice.json)")
+    what = f"holds neither a finished sweep ({PROVENANCE}) nor advice (advice.json)"
+    raise InputError(f"{folder} {what if is_there(folder) else 'does not exist'}")
 
 
 def _of_sweep(folder: Path) -> dict[str, Any]:
@@ -143,13 +144,9 @@ def _tail_of(result: SweepResult) -> dict[str, Any]:
     if result.counts.empty:
         sampled = tail[tail.method == "sampled"]
     else:
-        curves = []
-        for key in result.summary[_KEYS].itertuples(index=False):
-            curve = _fewer(result.exceedance("imbalance", *key)).rename(columns={"value": "threshold"})
-            curves.append(
-                curve.assign(placement=key.placement, ep_size=key.ep_size, tokens=key.tokens, method="sampled")
-            )
-        sampled = pd.concat(curves)
+        keys = result.summary[_KEYS].itertuples(index=False, name=None)
+        curves = pd.concat({key: _fewer(result.exceedance("imbalance", *key)) for key in keys}, names=_KEYS)
+        sampled = curves.reset_index(_KEYS).rename(columns={"value": "threshold"}).assign(method="sampled")
     rows = pd.concat([sampled[[*_KEYS, *_TAIL]], beyond[[*_KEYS, *_TAIL]]])
     methods, placements = ["sampled", "bound", "exact", "rare"], list(dict.fromkeys(result.summary.placement))
     given = sorted(set(beyond.given) - {""})
