@@ -200,10 +200,12 @@ def test_worst_of_58_layers_is_that_of_brute_force():
 
 @pytest.mark.slow
 def test_brute_force_of_the_worst_of_58_layers():
-    """Other layers than those that the figures come from, 5 deployments: within 3 standard errors of both."""
+    """Other layers than those that the figures come from, 5 deployments, as spread as the 200: within 3 standard errors of both
+    means (one false alarm in 100 for the four).
+    """
     worst = _brute_force(np.random.default_rng(4), 5).max(axis=1)
     for of_size, (ref, half) in zip(worst.T, WORST.values(), strict=True):
-        assert of_size.mean() == pytest.approx(ref, abs=3 * np.hypot(half / 1.96, of_size.std(ddof=1) / 5**0.5))
+        assert of_size.mean() == pytest.approx(ref, abs=3 * half / 1.96 * (1 + 200 / 5) ** 0.5)
 
 
 def test_table_has_the_columns_that_are_promised(small):

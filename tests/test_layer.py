@@ -300,13 +300,17 @@ def test_measured_layers_are_shown_with_tables_and_figures(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("name", "points", "off"), [("ep4", 3.5, 0.06), ("ep4-placements", 5, 0.06), ("ep2", 5.5, 0.10)]
-)
+    ("name", "points", "off"),
+    [
+        ("h100-ep4", 4, 0.07), ("h100-ep4-placements", 5, 0.06), ("h100-ep2", 5.5, 0.10), ("h100-ep2-fp8", 1, 0.10),
+        ("h200-ep4", 4, 0.08), ("h200-ep4-placements", 5, 0.06), ("h200-ep4-uniform", 1.5, 0.10), ("h200-ep4-fp8", 1.5, 0.14),
+    ],
+)  # fmt: skip
 def test_measured_layers_are_what_their_parts_predict(name, points, off):
-    """Whole layers on H100s; the experts' constants saw none, the exchange's those of ep4. Gains within so many points, times
-    within so much; not of pair, whose constants are those of DeepEP's kernels: NCCL's were measured.
+    """Whole layers; the experts' constants saw none, the exchange's those of h100-ep4. Gains within so many points, times within
+    so much; not of pair, whose constants are those of DeepEP's kernels: NCCL's were measured.
     """
-    layers = read_layers(ROOT / "results" / "measured" / f"h100-{name}.csv.gz", load_gpu("h100"))
+    layers = read_layers(ROOT / "results" / "measured" / f"{name}.csv.gz", load_gpu(name[:4]))
     found = predicted_gains(layers[layers.exchange != "pair"])
     assert (100 * found.difference.abs()).max() <= points
     assert (100 * found.difference.abs()).median() <= 1

@@ -149,7 +149,7 @@ def exchange_time_us(
     ...     times = exchange_time_us("deepseek-v3", "h200", kind=kind, ep_size=8, tokens_per_rank=1024)
     ...     return round(float(times.total_us), -1)
     >>> [total_us(kind) for kind in ("token", "pair", "gather", "reduce")]
-    [660.0, 1360.0, 940.0, 810.0]
+    [660.0, 1360.0, 940.0, 800.0]
     """
     model, gpu, kind = load_model(model), as_gpu(gpu), exchange_kind(kind)
     width = expert_width(model)
