@@ -66,7 +66,7 @@ class SweepResult:
         DataFrame
             Columns value, probability, low, high.
         """
-        cell = self._cells[placement, ep_size, tokens]
+        cell = self._cell(placement, ep_size, tokens)
         rows = self._counts_of("max_load" if metric == "imbalance" else metric, placement, ep_size, tokens)
         values, counts = Histogram(rows["value"].to_numpy(), rows["count"].to_numpy()).exceedance()
         at = values / cell.mean_load if metric == "imbalance" else values.astype(float)
@@ -83,11 +83,11 @@ class SweepResult:
         DataFrame
             Columns rank, load, low, high.
         """
-        largest = max(key for key in self._cells if key[:2] == (placement, ep_size))
-        cell = self._cells[largest]
+        tokens = max((key[2] for key in self._cells if key[:2] == (placement, ep_size)), default=0)
+        cell = self._cell(placement, ep_size, tokens)
         moments = Moments(
             *(
-                self._counts_of(f"rank_load{part}", *largest)["count"].to_numpy(float)
+                self._counts_of(f"rank_load{part}", placement, ep_size, tokens)["count"].to_numpy(float)
                 for part in ("", "_square", "_weighted")
             )
         )
@@ -175,6 +175,12 @@ class SweepResult:
     @cached_property
     def _groups(self) -> Any:
         return self.counts.sort_values("value", kind="stable").groupby(["metric", *CELL], observed=True)
+
+    def _cell(self, placement: str, ep_size: int, tokens: int) -> Any:
+        """A row of the summary. Raises InputError where the sweep has no such cell."""
+        if (placement, ep_size, tokens) not in self._cells:
+            raise InputError(f"`placement` {placement}, `ep_size` {ep_size}, `tokens` {tokens}: no cell of this sweep")
+        return self._cells[placement, ep_size, tokens]
 
     @cached_property
     def _cells(self) -> dict[Any, Any]:
