@@ -152,58 +152,102 @@ def tails(laws: np.ndarray, n_tokens: int, least: int) -> np.ndarray:
 
 
 @kernel
-def _fill_product(a, b, out):
-    """Product of two polynomials, into the first a.size + b.size - 1 places of `out`."""
-    out[: a.size + b.size - 1] = 0.0
-    for i in range(a.size):
-        factor, here = a[i], out[i : i + b.size]
-        for j in range(b.size):
-            here[j] += factor * b[j]
+def _fill_products(a, b, out):
+    """Products of polynomials, row by row: a, b and out float64 [n, terms]."""
+    for i in range(a.shape[0]):
+        out[i] = 0.0
+        for j in range(a.shape[1]):
+            factor, here = a[i, j], out[i, j : j + b.shape[1]]
+            for k in range(b.shape[1]):
+                here[k] += factor * b[i, k]
 
 
 @kernel
-def _fill_all_tails(laws, n_tokens, out):
-    """out[i, x] = tail of law i at x: laws float64 [n, largest + 1], out float64 [n, n_tokens * largest + 1]."""
-    room = out.shape[1]
-    power, total, product = np.empty(room), np.empty(room), np.empty(room)
+def _fill_squares(a, out):
+    """The same of a with itself, in half the time."""
+    for i in range(a.shape[0]):
+        out[i] = 0.0
+        for j in range(a.shape[1]):
+            factor, right, here = 2 * a[i, j], a[i, j + 1 :], out[i, 2 * j + 1 :]
+            out[i, 2 * j] += a[i, j] * a[i, j]
+            for k in range(right.size):
+                here[k] += factor * right[k]
+
+
+@kernel
+def _fill_tails_of_sums(first, above, largest, least, out):
+    """out[i] = P(A + B >= least): first float64 [n, sums], the law of A; above float64 [n, sums], P(B >= x); largest int64 [n],
+    of A + B; out float64 [n].
+    """
+    for i in range(first.shape[0]):
+        out[i] = 0.0
+        if least > largest[i]:
+            continue
+        law, tail_of = first[i], above[i]
+        low, high = max(least - tail_of.size + 1, 0), min(least + 1, law.size)
+        a, b, c, d = 0.0, 0.0, 0.0, 0.0  # four sums at a time: one has to wait for itself
+        for j in range(low, high - 3, 4):
+            a += law[j] * tail_of[least - j]
+            b += law[j + 1] * tail_of[least - j - 1]
+            c += law[j + 2] * tail_of[least - j - 2]
+            d += law[j + 3] * tail_of[least - j - 3]
+        for j in range(high - max(high - low, 0) % 4, high):
+            a += law[j] * tail_of[least - j]
+        for j in range(high, law.size):
+            b += law[j]
+        out[i] = max(min(a + b + c + d, 1.0), TINY)
+
+
+@kernel
+def _fill_above(laws, out):
+    """P(at least x) of some laws: both float64 [n, sums]."""
     for i in range(laws.shape[0]):
-        top = laws.shape[1] - 1
-        while laws[i, top] == 0.0:
-            top -= 1
-        power[: top + 1], total[0] = laws[i, : top + 1], 1.0
-        in_power, in_total, left = top + 1, 1, n_tokens
-        while left:
-            if left & 1:
-                _fill_product(total[:in_total], power[:in_power], product)
-                in_total += in_power - 1
-                total[:in_total] = product[:in_total]
-            left >>= 1
-            if left:
-                _fill_product(power[:in_power], power[:in_power], product)
-                in_power += in_power - 1
-                power[:in_power] = product[:in_power]
-        out[i, in_total:] = 0.0
-        above = 0.0
-        for x in range(in_total - 1, -1, -1):
-            above += total[x]
-            out[i, x] = max(min(above, 1.0), TINY)
+        total = 0.0
+        for x in range(laws.shape[1] - 1, -1, -1):
+            total += laws[i, x]
+            out[i, x] = total
 
 
-def all_tails(laws: np.ndarray, n_tokens: int) -> np.ndarray:
-    """`tails` at all numbers at once, by multiplying polynomials: quicker for some hundred tokens or fewer, much slower above.
+class TailsOfSums:
+    """`tails` at many numbers, by multiplying polynomials: quicker for some hundred tokens or fewer, much slower above.
 
     All products are of positive numbers, so small answers keep their digits, and what falls below the smallest float does
-    not count beside TINY.
+    not count beside TINY. Tokens are taken in two halves, so that the longest polynomials are never multiplied out.
 
-    Returns
-    -------
-    float64 [n, n_tokens * largest + 1]
-        P(sum >= x) in column x.
+    Parameters
+    ----------
+    laws : float64 [n, largest + 1]
     """
-    laws = np.ascontiguousarray(laws, np.float64)
-    out = np.empty((len(laws), n_tokens * (laws.shape[1] - 1) + 1))
-    _fill_all_tails(laws, np.int64(n_tokens), out)
-    return out
+
+    def __init__(self, laws: np.ndarray) -> None:
+        laws = np.ascontiguousarray(laws, np.float64)
+        self._powers = {0: np.ones((len(laws), 1)), 1: laws}
+        self._largest = laws.shape[1] - 1 - (laws[:, ::-1] > 0).argmax(axis=1)
+        self._above = (0, np.empty(0))
+
+    def at(self, n_tokens: int, least: int) -> np.ndarray:
+        """P(a sum of `n_tokens` numbers >= least), float64 [n]; quickest for one n_tokens after the other, ascending."""
+        some = n_tokens // 2
+        if self._above[0] != n_tokens:
+            others = self._power(n_tokens - some)
+            self._above = n_tokens, np.empty_like(others)
+            _fill_above(others, self._above[1])
+        out = np.empty(len(self._largest))
+        _fill_tails_of_sums(self._power(some), self._above[1], n_tokens * self._largest, np.int64(least), out)
+        return out
+
+    def _power(self, n: int) -> np.ndarray:
+        """Laws of sums of n numbers, float64 [n laws, n * largest + 1]."""
+        if n not in self._powers:
+            half = self._power(n // 2)
+            power = np.empty((len(half), 2 * half.shape[1] - 1))
+            _fill_squares(half, power)
+            if n % 2:
+                law, even = self._powers[1], power
+                power = np.empty((len(law), even.shape[1] + law.shape[1] - 1))
+                _fill_products(law, even, power)
+            self._powers[n] = power
+        return self._powers[n]
 
 
 @kernel
@@ -222,9 +266,12 @@ def _hottest(laws):
     """The law with the largest mean, and that mean."""
     hottest, largest_mean = 0, -1.0
     for i in range(laws.shape[0]):
-        mean = tilted_moments(laws[i], 0.0)[1]
-        if mean > largest_mean:
-            hottest, largest_mean = i, mean
+        total, first = 0.0, 0.0
+        for j in range(laws.shape[1]):
+            total += laws[i, j]
+            first += laws[i, j] * j
+        if first / total > largest_mean:
+            hottest, largest_mean = i, first / total
     return hottest, largest_mean
 
 
@@ -243,9 +290,16 @@ def _sum_of_tails(laws, n_tokens, least, floor, up):
     theta = 0.0
     if total > 0.0 and n_tokens * largest_mean < least < n_tokens * (laws.shape[1] - 1):
         theta = min(tilt(laws[hottest], least / n_tokens), 50.0)
+    top = laws.shape[1] - 1
+    weights = np.exp(theta * (np.arange(top + 1) - top))
     for i in range(laws.shape[0]):
         if i != hottest and total < 1.0:
-            bound = np.exp(n_tokens * tilted_moments(laws[i], theta)[0] - theta * least) if theta > 0.0 else 1.0
+            bound = 1.0
+            if theta > 0.0:
+                tilted = 0.0
+                for j in range(top + 1):
+                    tilted += laws[i, j] * weights[j]
+                bound = np.exp(n_tokens * (np.log(tilted) + theta * top) - theta * least)
             if bound > small:
                 total += tail(laws[i], n_tokens, least)
             elif up:
