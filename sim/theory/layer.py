@@ -292,5 +292,5 @@ def _terms(shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Flat places of the terms of two polynomials whose product lies within the shape, and of the product."""
     at = np.indices(shape).reshape(len(shape), -1)
     total = at[:, :, None] + at[:, None, :]
-    first, second = (total < np.reshape(shape, (-1, 1, 1))).all(axis=0).nonzero()
+    first, second = np.nonzero((total < np.reshape(shape, (-1, 1, 1))).all(axis=0))
     return first, second, np.ravel_multi_index(tuple(total[:, first, second]), shape)

@@ -10,6 +10,7 @@ from sim.kernels import kernel
 
 _DIGITS = 30.0  # -log of the share of the answer that may be lost: e**-30 = 1e-13
 _NEGLIGIBLE = 0.02  # of a sum, that a term's own bound may replace the term
+_UP, _DOWN = np.True_, np.False_  # not True and False, for each of which numba would compile a kernel of its own
 
 TINY = 1e-300
 """What a possible event has at least: smaller answers are below what floats tell from 0."""
@@ -316,11 +317,11 @@ def fill_layer_bounds(upper, hot_lower, pair_upper, n_tokens, least, out):
     pairs of hot ranks, ...], of the sum of two ranks' loads.
     """
     for layer in range(upper.shape[0]):
-        high = _sum_of_tails(upper[layer], n_tokens, least, 0.0, True)
-        single = _sum_of_tails(hot_lower[layer], n_tokens, least, 0.0, False)
+        high = _sum_of_tails(upper[layer], n_tokens, least, 0.0, _UP)
+        single = _sum_of_tails(hot_lower[layer], n_tokens, least, 0.0, _DOWN)
         pairs = 1.0
         if single < 1.0:  # else the sum was cut off
-            pairs = _sum_of_tails(pair_upper[layer], n_tokens, 2 * least, single, True) if pair_upper.shape[1] else 0.0
+            pairs = _sum_of_tails(pair_upper[layer], n_tokens, 2 * least, single, _UP) if pair_upper.shape[1] else 0.0
         low = at_least_one(single, pairs)
         if pairs >= 1.0:  # which says nothing; one rank alone is a bound too
             low = tail(hot_lower[layer, _hottest(hot_lower[layer])[0]], n_tokens, least)
