@@ -154,8 +154,8 @@ def test_tails_of_sums_keep_their_digits(weights, n_tokens, where):
                 longer[i + j] += p * int(Fraction(float(q)) * one)
         exact = [(p + one // 2) // one for p in longer]
     least = round(where * (len(exact) + 1))
-    reference, at_once = Fraction(sum(exact[least:]), one), theory.all_tails(law[None], n_tokens)[0]
-    for found in (theory.tails(law[None], n_tokens, least)[0], at_once[least] if least < len(at_once) else 0.0):
+    reference, at_once = Fraction(sum(exact[least:]), one), theory.TailsOfSums(law[None]).at(n_tokens, least)[0]
+    for found in (theory.tails(law[None], n_tokens, least)[0], at_once):
         if reference > 1e-200:
             assert found == pytest.approx(float(reference), rel=1e-9)
         else:
@@ -167,12 +167,12 @@ def test_bounds_by_tables_lie_within_those_by_single_tails():
     rng = np.random.default_rng(0)
     laws = [rng.dirichlet(np.exp(-np.arange(5.0)), (3, n)) for n in (16, 4, 6)]
     for n_tokens in (2, 8, 64):
-        tables = [theory.all_tails(p.reshape(-1, 5), n_tokens).reshape(3, -1, 4 * n_tokens + 1) for p in laws]
+        sums = [theory.TailsOfSums(p.reshape(-1, 5)) for p in laws]
         for least in range(2 * n_tokens, 4 * n_tokens, n_tokens // 2):
             single, joined = np.empty((3, 2)), np.empty((3, 2))
             theory.fill_layer_bounds(*laws, n_tokens, least, single)
-            at_twice = tables[2][:, :, 2 * least] if 2 * least <= 4 * n_tokens else np.zeros((3, 6))
-            theory.join_layer_bounds(tables[0][:, :, least], tables[1][:, :, least], at_twice, joined)
+            at = [of.at(n_tokens, x).reshape(3, -1) for of, x in zip(sums, (least, least, 2 * least), strict=True)]
+            theory.join_layer_bounds(*at, joined)
             assert (joined[:, 1] <= single[:, 1] * (1 + 1e-9)).all()
             rare = single[:, 1] < 1  # 1 stands for what is common, too
             assert (joined[:, 1] >= single[:, 1] * 0.98 - 1e-299)[rare].all()

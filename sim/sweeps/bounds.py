@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -31,7 +31,7 @@ from sim.sweeps.plan import Plan
 from sim.sweeps.steps import Group, place_pairs
 from sim.sweeps.tables import KEYS, cell_keys, certain_events, impossible_events
 from sim.sweeps.tally import Tally
-from sim.theory import TINY, UniformLayer, UniformRouter, all_tails, fill_layer_bounds, join_layer_bounds
+from sim.theory import TINY, TailsOfSums, UniformLayer, UniformRouter, fill_layer_bounds, join_layer_bounds
 from sim.traffic import SyntheticTraffic
 from sim.traffic.synthetic import X0
 
@@ -100,9 +100,12 @@ def build_bounds(plan: Plan, tally: Tally, n_threads: int) -> tuple[pd.DataFrame
     except Exception as error:
         return pd.DataFrame(), [f"no bounds past sampling: {_reason(error)}"]
     with ThreadPoolExecutor(n_threads) as pool:
-        rows_of = pool.map(lambda p: _try_rows(plan, p, sources[p]), sources)
-        sizes = [grid.pairs[p][1] * len(grid.steps) for p in sources]
-        found = dict(zip(sources, track(rows_of, sizes), strict=True))
+        largest_first = sorted(
+            sources, key=lambda p: -grid.pairs[p][1]
+        )  # no thread is left with a large one at the end
+        rows_of = pool.map(lambda p: _try_rows(plan, p, sources[p]), largest_first)
+        sizes = [grid.pairs[p][1] * len(grid.steps) for p in largest_first]
+        found = dict(zip(largest_first, track(rows_of, sizes), strict=True))
     keys, rows_out = cell_keys(grid, tally), []
     all_layers = plan.workload.popularity == "none" or plan.workload.n_layers == n_layers
     for cell, (pair, step) in enumerate(grid.cells):
@@ -172,7 +175,7 @@ def _rows_of_pair(plan: Plan, pair: int, source: Source) -> dict[int, list[Row]]
                 *_other_rows(events, known, int(grid.tokens_of_cell[cell]), cell, source),
             ]
     if isinstance(source, DrawnLayers):
-        source.forget_tails()
+        source.forget_sums()
     return rows
 
 
@@ -224,31 +227,23 @@ class DrawnLayers:
             return 0.0, 1.0
         out = np.empty((len(self.upper), 2))
         if n_tokens <= _TABULATED:
-            upper, hot_lower, pair_upper = self._all_tails(n_tokens)
-            twice = min(2 * least, pair_upper.shape[2] - 1)
-            pairs = pair_upper[:, :, twice] if twice == 2 * least else np.zeros(pair_upper.shape[:2])
-            join_layer_bounds(upper[:, :, least], hot_lower[:, :, least], pairs, out)
+            laws, places = (self.upper, self.hot_lower, self.pair_upper), (least, least, 2 * least)
+            known = zip(laws, self._sums, places, strict=True)
+            join_layer_bounds(*(of.at(n_tokens, x).reshape(p.shape[:2]) for p, of, x in known), out)
         else:
             fill_layer_bounds(self.upper, self.hot_lower, self.pair_upper, n_tokens, least, out)
         low, high = out.mean(axis=0)
         return float(low), float(high)
 
-    def _all_tails(self, n_tokens: int) -> list[np.ndarray]:
-        """P(load of a step >= x) of the ranks, the hot ranks and their pairs: float64 [layers, n, n_tokens * top_k + 1]."""
-        if self._tables.get("n_tokens") != n_tokens:
-            self._tables.clear()  # a step's thresholds are asked for together
-            laws = (self.upper, self.hot_lower, self.pair_upper)
-            tables = [all_tails(p.reshape(-1, p.shape[2]), n_tokens).reshape(*p.shape[:2], -1) for p in laws]
-            self._tables.update(n_tokens=n_tokens, tables=tables)
-        return self._tables["tables"]
-
-    def forget_tails(self) -> None:
-        """Free the tabulated tails, tens of MB for each pair."""
-        self._tables.clear()
-
     @cached_property
-    def _tables(self) -> dict[str, Any]:
-        return {}
+    def _sums(self) -> list[TailsOfSums]:
+        """Of the ranks, the hot ranks and their pairs."""
+        laws = (self.upper, self.hot_lower, self.pair_upper)
+        return [TailsOfSums(p.reshape(-1, p.shape[2]), as_one=p is self.hot_lower) for p in laws]
+
+    def forget_sums(self) -> None:
+        """Free the laws of sums, tens of MB for each pair."""
+        vars(self).pop("_sums", None)
 
     def received(self, n_tokens: int, least: int) -> tuple[float, float]:
         """P(a rank receives at least `least` of the tokens): binomial on each rank. The lower bound is that of one rank."""
@@ -339,7 +334,7 @@ def _tally_loads(ids, rank, hot, single, together):
     """
     top_k = ids.shape[1]
     ranks, of_rank = np.empty((top_k, _TALLIED), np.uint16), np.empty(_TALLIED, np.uint16)
-    of_hot = np.empty((hot.size, _TALLIED), np.uint16)
+    of_hot, most = np.empty((hot.size, _TALLIED), np.uint16), np.empty(hot.size, np.int64)
     for start in range(0, ids.shape[0], _TALLIED):
         n = min(_TALLIED, ids.shape[0] - start)
         for i in range(n):
@@ -351,10 +346,11 @@ def _tally_loads(ids, rank, hot, single, together):
                 single[ranks[k, i], of_rank[i]] += 1
         for a in range(hot.size):
             _count_equal(n, ranks, np.uint16(hot[a]), of_hot[a])
+            most[a] = of_hot[a, :n].max()
         pair = 0
         for a in range(hot.size):
             for b in range(a + 1, hot.size):
-                for load in range(1, top_k + 1):
+                for load in range(1, min(most[a] + most[b], top_k) + 1):
                     together[pair, load] += _count_sums(n, of_hot[a], of_hot[b], np.uint16(load))
                 pair += 1
 
@@ -407,15 +403,16 @@ def _bounded(counts: np.ndarray, n_tokens: int, log_odds: float, up: bool) -> np
 @kernel
 def _fill_bounds(hits, n, log_odds, up, out):
     """Chernoff's bound of a probability seen in `hits` of n tokens, wrong with probability exp(-log_odds) at most."""
+    known = np.full(n + 1, -1.0)  # few numbers of hits are met once
     for i in range(hits.size):
+        if known[hits[i]] >= 0.0:
+            out[i] = known[hits[i]]
+            continue
         p = hits[i] / n
         variance = p if up else 1 - p
         reach = np.sqrt(2 * variance * log_odds / n) + 2 * log_odds / n  # not less than the bound is away
         inside, outside = p, min(p + reach, 1.0) if up else max(p - reach, 0.0)
-        if inside == outside:
-            out[i] = p
-            continue
-        for _ in range(24):
+        for _ in range(24 if inside != outside else 0):
             q = 0.5 * (inside + outside)
             gap = 0.0
             if p > 0.0:
@@ -426,4 +423,4 @@ def _fill_bounds(hits, n, log_odds, up, out):
                 outside = q
             else:
                 inside = q
-        out[i] = outside
+        out[i] = known[hits[i]] = outside

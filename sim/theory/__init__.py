@@ -2,16 +2,16 @@
 
 from sim.theory.layer import UniformLayer
 from sim.theory.rare import RareRow, RareTail, no_rare_events_because, rare_tail
-from sim.theory.tails import TINY, all_tails, fill_layer_bounds, join_layer_bounds, tails
+from sim.theory.tails import TINY, TailsOfSums, fill_layer_bounds, join_layer_bounds, tails
 from sim.theory.uniform import UniformRouter, spread_over_groups
 
 __all__ = [
     "TINY",
     "RareRow",
     "RareTail",
+    "TailsOfSums",
     "UniformLayer",
     "UniformRouter",
-    "all_tails",
     "fill_layer_bounds",
     "join_layer_bounds",
     "no_rare_events_because",

@@ -2,8 +2,7 @@
 
 from collections import Counter, defaultdict
 from fractions import Fraction
-from functools import cached_property, lru_cache
-from itertools import product
+from functools import cached_property, lru_cache, reduce
 from math import comb, prod
 
 import numpy as np
@@ -19,7 +18,7 @@ _BITS = 1536  # of these: what cancels is some 2**256, what is left is above 1e-
 Classes = Counter[tuple[int, tuple[int, ...]]]  # sets of ranks by their number and the experts of each group in them
 Laws = tuple[np.ndarray, np.ndarray]
 """Distinct laws of what a token adds to a rank or two, float64 [n, largest + 1], and how many of them have each."""
-Choices = dict[tuple[tuple[int, ...], bytes, bytes], tuple[float, list[list[int]], list[int]]]
+Choices = dict[tuple[tuple[int, ...], tuple[tuple[tuple[int, ...], int], ...]], float]
 
 
 class UniformLayer:
@@ -233,22 +232,24 @@ def _weights(router: UniformRouter, n: int) -> list[tuple[list[int], int]]:
 def choices_of_groups(router: UniformRouter, held: np.ndarray) -> Choices | None:
     """How a token's experts may spread over groups, choices that look alike to the ranks taken together.
 
-    held int [ranks, groups]. Keys begin with the experts taken of each used group; values are the probability of each set
-    of such experts, and the distinct rows of `held` in the used groups with how many ranks have each. None if there are too
-    many choices.
+    held int [ranks, groups]. Keys are the experts taken of each used group, and the distinct rows of `held` in these groups
+    with how many ranks have each; values the probability of each set of such experts. None if there are too many choices.
     """
     choices: Choices = {}
-    columns = [column.tolist() for column in held.T]
-    looks: dict[tuple[int, ...], tuple[np.ndarray, np.ndarray]] = {}
+    ranks = [part.tolist() for part in np.unique(held, axis=0, return_counts=True)]
+    column = np.unique(held.T, axis=0, return_inverse=True)[1].ravel().tolist()  # equal groups have equal numbers
+    looks: dict[tuple[int, ...], tuple[tuple[tuple[int, ...], int], ...]] = {}
+    ways = [comb(router.group_size, c) for c in range(router.top_k + 1)]
     for counts, probability in zip(router.counts.tolist(), router.probability.tolist(), strict=True):
-        used = tuple(sorted((g for g, c in enumerate(counts) if c), key=lambda g: (-counts[g], columns[g])))
+        most_first = sorted((-c, column[g], g) for g, c in enumerate(counts) if c)
+        used, taken = tuple(g for _, _, g in most_first), tuple(-c for c, _, _ in most_first)
         if used not in looks:
-            looks[used] = np.unique(held[:, used], axis=0, return_counts=True)
-        rows, times = looks[used]
-        taken = tuple(counts[g] for g in used)
-        key = (taken, rows.tobytes(), times.tobytes())
-        of_a_set = probability / prod(comb(router.group_size, c) for c in taken)
-        choices[key] = (choices[key][0] + of_a_set if key in choices else of_a_set, rows.tolist(), times.tolist())
+            seen: Counter[tuple[int, ...]] = Counter()
+            for row, n in zip(*ranks, strict=True):
+                seen[tuple(row[g] for g in used)] += n
+            looks[used] = tuple(sorted(seen.items()))
+        key = taken, looks[used]
+        choices[key] = choices.get(key, 0.0) + probability / prod(ways[c] for c in taken)
         if len(choices) > _MOST_CHOICES:
             return None
     return choices
@@ -260,32 +261,36 @@ def most_on_one_rank(choices: Choices, least: int) -> float:
     Given how many experts a token takes of each group, the sets with fewer than `least` on every rank are counted by the
     product over ranks of the polynomial of what a rank may give.
     """
-    fewer = sum(p * _sets_with_fewer(key[0], rows, times, least) for key, (p, rows, times) in choices.items())
+    fewer = sum(p * _sets_with_fewer(taken, rows, least) for (taken, rows), p in choices.items())
     return min(max(1.0 - fewer, 0.0), 1.0)
 
 
-def _sets_with_fewer(taken: tuple[int, ...], rows: list[list[int]], times: list[int], least: int) -> float:
+def _sets_with_fewer(taken: tuple[int, ...], rows: tuple[tuple[tuple[int, ...], int], ...], least: int) -> float:
     shape = tuple(c + 1 for c in taken)
-    ways = np.zeros(shape)
-    ways[(0,) * len(taken)] = 1
-    for row, n in zip(rows, times, strict=True):
-        of_rank = np.zeros(shape)
-        for take in product(*(range(min(c, h) + 1) for c, h in zip(taken, row, strict=True))):
-            if sum(take) < least:
-                of_rank[take] = prod(comb(h, t) for h, t in zip(row, take, strict=True))
+    few = np.indices(shape).sum(axis=0) < least
+    ways = np.zeros(few.size)
+    ways[0] = 1
+    for row, n in rows:
+        of_groups = [np.array([comb(h, t) for t in range(c + 1)], float) for c, h in zip(taken, row, strict=True)]
+        of_rank = (reduce(np.multiply.outer, of_groups) * few).ravel()
         while n:
             if n & 1:
-                ways = _multiply(ways, of_rank)
-            of_rank = _multiply(of_rank, of_rank) if n > 1 else of_rank
+                ways = _multiply(ways, of_rank, shape)
+            of_rank = _multiply(of_rank, of_rank, shape) if n > 1 else of_rank
             n >>= 1
-    return float(ways[taken])
+    return float(ways[-1])
 
 
-def _multiply(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Product of two polynomials, cut off at their shape."""
-    out = np.zeros_like(a)
-    for at in zip(*np.nonzero(b), strict=True):
-        low = tuple(slice(i, None) for i in at)
-        high = tuple(slice(None, n - i) for i, n in zip(at, a.shape, strict=True))
-        out[low] += b[at] * a[high]
-    return out
+def _multiply(a: np.ndarray, b: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Product of two polynomials of this shape, flat, cut off at it."""
+    first, second, total = _terms(shape)
+    return np.bincount(total, b[first] * a[second], a.size)
+
+
+@lru_cache(maxsize=64)
+def _terms(shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Flat places of the terms of two polynomials whose product lies within the shape, and of the product."""
+    at = np.indices(shape).reshape(len(shape), -1)
+    total = at[:, :, None] + at[:, None, :]
+    first, second = np.nonzero((total < np.reshape(shape, (-1, 1, 1))).all(axis=0))
+    return first, second, np.ravel_multi_index(tuple(total[:, first, second]), shape)

@@ -10,6 +10,10 @@ from sim.kernels import kernel
 
 _DIGITS = 30.0  # -log of the share of the answer that may be lost: e**-30 = 1e-13
 _NEGLIGIBLE = 0.02  # of a sum, that a term's own bound may replace the term
+_UP, _DOWN = np.True_, np.False_  # not True and False, for each of which numba would compile a kernel of its own
+
+_NEAR_1 = 1 - 1e-12
+"""Tails above it are added up from the top: whether a sum is 1 to the last digit decides in `join_layer_bounds`."""
 
 TINY = 1e-300
 """What a possible event has at least: smaller answers are below what floats tell from 0."""
@@ -152,6 +156,63 @@ def tails(laws: np.ndarray, n_tokens: int, least: int) -> np.ndarray:
 
 
 @kernel
+def _fill_products(a, b, out):
+    """Products of polynomials, row by row: a, b and out float64 [n, terms]."""
+    for i in range(a.shape[0]):
+        out[i] = 0.0
+        for j in range(a.shape[1]):
+            factor, here = a[i, j], out[i, j : j + b.shape[1]]
+            for k in range(b.shape[1]):
+                here[k] += factor * b[i, k]
+
+
+@kernel
+def _fill_squares(a, out):
+    """The same of a with itself, in half the time."""
+    for i in range(a.shape[0]):
+        out[i] = 0.0
+        for j in range(a.shape[1]):
+            factor, right, here = 2 * a[i, j], a[i, j + 1 :], out[i, 2 * j + 1 :]
+            out[i, 2 * j] += a[i, j] * a[i, j]
+            for k in range(right.size):
+                here[k] += factor * right[k]
+
+
+@kernel
+def _fill_tails_of_sums(first, above, largest, least, out):
+    """out[i] = P(A + B >= least): first float64 [n, sums], the law of A; above float64 [n, sums], P(B >= x); largest int64 [n],
+    of A + B; out float64 [n].
+    """
+    for i in range(first.shape[0]):
+        out[i] = 0.0
+        if least > largest[i]:
+            continue
+        law, tail_of = first[i], above[i]
+        low, high = max(least - tail_of.size + 1, 0), min(least + 1, law.size)
+        a, b, c, d = 0.0, 0.0, 0.0, 0.0  # four sums at a time: one has to wait for itself
+        for j in range(low, high - 3, 4):
+            a += law[j] * tail_of[least - j]
+            b += law[j + 1] * tail_of[least - j - 1]
+            c += law[j + 2] * tail_of[least - j - 2]
+            d += law[j + 3] * tail_of[least - j - 3]
+        for j in range(high - max(high - low, 0) % 4, high):
+            a += law[j] * tail_of[least - j]
+        for j in range(high, law.size):
+            b += law[j]
+        out[i] = max(min(a + b + c + d, 1.0), TINY)
+
+
+@kernel
+def _fill_above(laws, out):
+    """P(at least x) of some laws: both float64 [n, sums]."""
+    for i in range(laws.shape[0]):
+        total = 0.0
+        for x in range(laws.shape[1] - 1, -1, -1):
+            total += laws[i, x]
+            out[i, x] = total
+
+
+@kernel
 def _fill_product(a, b, out):
     """Product of two polynomials, into the first a.size + b.size - 1 places of `out`."""
     out[: a.size + b.size - 1] = 0.0
@@ -189,21 +250,56 @@ def _fill_all_tails(laws, n_tokens, out):
             out[i, x] = max(min(above, 1.0), TINY)
 
 
-def all_tails(laws: np.ndarray, n_tokens: int) -> np.ndarray:
-    """`tails` at all numbers at once, by multiplying polynomials: quicker for some hundred tokens or fewer, much slower above.
+class TailsOfSums:
+    """`tails` at many numbers, by multiplying polynomials: quicker for some hundred tokens or fewer, much slower above.
 
     All products are of positive numbers, so small answers keep their digits, and what falls below the smallest float does
-    not count beside TINY.
+    not count beside TINY. Tokens are taken in two halves, so that the longest polynomials are never multiplied out.
 
-    Returns
-    -------
-    float64 [n, n_tokens * largest + 1]
-        P(sum >= x) in column x.
+    Parameters
+    ----------
+    laws : float64 [n, largest + 1]
+    as_one : bool
+        Whether tails near 1 are added up as one polynomial, from the top, so that their last digit is always the same.
     """
-    laws = np.ascontiguousarray(laws, np.float64)
-    out = np.empty((len(laws), n_tokens * (laws.shape[1] - 1) + 1))
-    _fill_all_tails(laws, np.int64(n_tokens), out)
-    return out
+
+    def __init__(self, laws: np.ndarray, as_one: bool = False) -> None:
+        self._as_one = as_one
+        laws = np.ascontiguousarray(laws, np.float64)
+        self._powers = {0: np.ones((len(laws), 1)), 1: laws}
+        self._largest = laws.shape[1] - 1 - (laws[:, ::-1] > 0).argmax(axis=1)
+        self._above = (0, np.empty(0))
+
+    def at(self, n_tokens: int, least: int) -> np.ndarray:
+        """P(a sum of `n_tokens` numbers >= least), float64 [n]; quickest for one n_tokens after the other, ascending."""
+        some = n_tokens // 2
+        if self._above[0] != n_tokens:
+            others = self._power(n_tokens - some)
+            self._above = n_tokens, np.empty_like(others)
+            _fill_above(others, self._above[1])
+        out = np.empty(len(self._largest))
+        _fill_tails_of_sums(self._power(some), self._above[1], n_tokens * self._largest, np.int64(least), out)
+        near_1 = np.flatnonzero((out > _NEAR_1) & self._as_one)
+        if near_1.size:
+            whole = np.empty((near_1.size, n_tokens * (self._powers[1].shape[1] - 1) + 1))
+            _fill_all_tails(self._powers[1][near_1], np.int64(n_tokens), whole)
+            out[near_1] = np.where(
+                least <= n_tokens * self._largest[near_1], whole[:, min(least, whole.shape[1] - 1)], 0.0
+            )
+        return out
+
+    def _power(self, n: int) -> np.ndarray:
+        """Laws of sums of n numbers, float64 [n laws, n * largest + 1]."""
+        if n not in self._powers:
+            half = self._power(n // 2)
+            power = np.empty((len(half), 2 * half.shape[1] - 1))
+            _fill_squares(half, power)
+            if n % 2:
+                law, even = self._powers[1], power
+                power = np.empty((len(law), even.shape[1] + law.shape[1] - 1))
+                _fill_products(law, even, power)
+            self._powers[n] = power
+        return self._powers[n]
 
 
 @kernel
@@ -222,9 +318,12 @@ def _hottest(laws):
     """The law with the largest mean, and that mean."""
     hottest, largest_mean = 0, -1.0
     for i in range(laws.shape[0]):
-        mean = tilted_moments(laws[i], 0.0)[1]
-        if mean > largest_mean:
-            hottest, largest_mean = i, mean
+        total, first = 0.0, 0.0
+        for j in range(laws.shape[1]):
+            total += laws[i, j]
+            first += laws[i, j] * j
+        if first / total > largest_mean:
+            hottest, largest_mean = i, first / total
     return hottest, largest_mean
 
 
@@ -243,9 +342,16 @@ def _sum_of_tails(laws, n_tokens, least, floor, up):
     theta = 0.0
     if total > 0.0 and n_tokens * largest_mean < least < n_tokens * (laws.shape[1] - 1):
         theta = min(tilt(laws[hottest], least / n_tokens), 50.0)
+    top = laws.shape[1] - 1
+    weights = np.exp(theta * (np.arange(top + 1) - top))
     for i in range(laws.shape[0]):
         if i != hottest and total < 1.0:
-            bound = np.exp(n_tokens * tilted_moments(laws[i], theta)[0] - theta * least) if theta > 0.0 else 1.0
+            bound = 1.0
+            if theta > 0.0:
+                tilted = 0.0
+                for j in range(top + 1):
+                    tilted += laws[i, j] * weights[j]
+                bound = np.exp(n_tokens * (np.log(tilted) + theta * top) - theta * least)
             if bound > small:
                 total += tail(laws[i], n_tokens, least)
             elif up:
@@ -262,11 +368,11 @@ def fill_layer_bounds(upper, hot_lower, pair_upper, n_tokens, least, out):
     pairs of hot ranks, ...], of the sum of two ranks' loads.
     """
     for layer in range(upper.shape[0]):
-        high = _sum_of_tails(upper[layer], n_tokens, least, 0.0, True)
-        single = _sum_of_tails(hot_lower[layer], n_tokens, least, 0.0, False)
+        high = _sum_of_tails(upper[layer], n_tokens, least, 0.0, _UP)
+        single = _sum_of_tails(hot_lower[layer], n_tokens, least, 0.0, _DOWN)
         pairs = 1.0
         if single < 1.0:  # else the sum was cut off
-            pairs = _sum_of_tails(pair_upper[layer], n_tokens, 2 * least, single, True) if pair_upper.shape[1] else 0.0
+            pairs = _sum_of_tails(pair_upper[layer], n_tokens, 2 * least, single, _UP) if pair_upper.shape[1] else 0.0
         low = at_least_one(single, pairs)
         if pairs >= 1.0:  # which says nothing; one rank alone is a bound too
             low = tail(hot_lower[layer, _hottest(hot_lower[layer])[0]], n_tokens, least)
