@@ -239,7 +239,7 @@ class DrawnLayers:
     def _sums(self) -> list[TailsOfSums]:
         """Of the ranks, the hot ranks and their pairs."""
         laws = (self.upper, self.hot_lower, self.pair_upper)
-        return [TailsOfSums(p.reshape(-1, p.shape[2]), as_one=p is self.hot_lower) for p in laws]
+        return [TailsOfSums(p.reshape(-1, p.shape[2])) for p in laws]
 
     def forget_sums(self) -> None:
         """Free the laws of sums, tens of MB for each pair."""

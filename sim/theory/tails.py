@@ -12,8 +12,8 @@ _DIGITS = 30.0  # -log of the share of the answer that may be lost: e**-30 = 1e-
 _NEGLIGIBLE = 0.02  # of a sum, that a term's own bound may replace the term
 _UP, _DOWN = np.True_, np.False_  # not True and False, for each of which numba would compile a kernel of its own
 
-_NEAR_1 = 1 - 1e-12
-"""Tails above it are added up from the top: whether a sum is 1 to the last digit decides in `join_layer_bounds`."""
+_NEAR_1 = 1 - 1e-9
+"""A sum of tails above it counts as 1, so that its last digit, which hangs on the order of summing, decides nothing."""
 
 TINY = 1e-300
 """What a possible event has at least: smaller answers are below what floats tell from 0."""
@@ -212,44 +212,6 @@ def _fill_above(laws, out):
             out[i, x] = total
 
 
-@kernel
-def _fill_product(a, b, out):
-    """Product of two polynomials, into the first a.size + b.size - 1 places of `out`."""
-    out[: a.size + b.size - 1] = 0.0
-    for i in range(a.size):
-        factor, here = a[i], out[i : i + b.size]
-        for j in range(b.size):
-            here[j] += factor * b[j]
-
-
-@kernel
-def _fill_all_tails(laws, n_tokens, out):
-    """out[i, x] = tail of law i at x: laws float64 [n, largest + 1], out float64 [n, n_tokens * largest + 1]."""
-    room = out.shape[1]
-    power, total, product = np.empty(room), np.empty(room), np.empty(room)
-    for i in range(laws.shape[0]):
-        top = laws.shape[1] - 1
-        while laws[i, top] == 0.0:
-            top -= 1
-        power[: top + 1], total[0] = laws[i, : top + 1], 1.0
-        in_power, in_total, left = top + 1, 1, n_tokens
-        while left:
-            if left & 1:
-                _fill_product(total[:in_total], power[:in_power], product)
-                in_total += in_power - 1
-                total[:in_total] = product[:in_total]
-            left >>= 1
-            if left:
-                _fill_product(power[:in_power], power[:in_power], product)
-                in_power += in_power - 1
-                power[:in_power] = product[:in_power]
-        out[i, in_total:] = 0.0
-        above = 0.0
-        for x in range(in_total - 1, -1, -1):
-            above += total[x]
-            out[i, x] = max(min(above, 1.0), TINY)
-
-
 class TailsOfSums:
     """`tails` at many numbers, by multiplying polynomials: quicker for some hundred tokens or fewer, much slower above.
 
@@ -259,12 +221,9 @@ class TailsOfSums:
     Parameters
     ----------
     laws : float64 [n, largest + 1]
-    as_one : bool
-        Whether tails near 1 are added up as one polynomial, from the top, so that their last digit is always the same.
     """
 
-    def __init__(self, laws: np.ndarray, as_one: bool = False) -> None:
-        self._as_one = as_one
+    def __init__(self, laws: np.ndarray) -> None:
         laws = np.ascontiguousarray(laws, np.float64)
         self._powers = {0: np.ones((len(laws), 1)), 1: laws}
         self._largest = laws.shape[1] - 1 - (laws[:, ::-1] > 0).argmax(axis=1)
@@ -279,13 +238,6 @@ class TailsOfSums:
             _fill_above(others, self._above[1])
         out = np.empty(len(self._largest))
         _fill_tails_of_sums(self._power(some), self._above[1], n_tokens * self._largest, np.int64(least), out)
-        near_1 = np.flatnonzero((out > _NEAR_1) & self._as_one)
-        if near_1.size:
-            whole = np.empty((near_1.size, n_tokens * (self._powers[1].shape[1] - 1) + 1))
-            _fill_all_tails(self._powers[1][near_1], np.int64(n_tokens), whole)
-            out[near_1] = np.where(
-                least <= n_tokens * self._largest[near_1], whole[:, min(least, whole.shape[1] - 1)], 0.0
-            )
         return out
 
     def _power(self, n: int) -> np.ndarray:
@@ -388,5 +340,5 @@ def join_layer_bounds(upper, hot_lower, pair_upper, out):
     for layer in range(upper.shape[0]):
         single, pairs = min(hot_lower[layer].sum(), 1.0), pair_upper[layer].sum()
         out[layer, 1] = min(upper[layer].sum(), 1.0)
-        low = hot_lower[layer].max() if single == 1.0 or pairs >= 1.0 else at_least_one(single, pairs)
+        low = hot_lower[layer].max() if single > _NEAR_1 or pairs >= 1.0 else at_least_one(single, pairs)
         out[layer, 0] = min(low, out[layer, 1])
