@@ -68,13 +68,13 @@ def read_placement(path: Path, model: ModelSpec, ep_size: int) -> Placement:
         raise InputError(f"{file.where} says ep_size {shown(known['ep_size'])}: it is no map for `ep_size` {ep_size}")
     if "num_slots" in known:  # JSON is YAML, too
         return _from_trtllm(*_assignments_of_json(known, file.where), file)
-    if isinstance(content, dict) and "physical_to_logical_map" in content:
-        rows = content["physical_to_logical_map"]
+    if "physical_to_logical_map" in known:
+        rows = known["physical_to_logical_map"]
         if not isinstance(rows, list) or not rows:
             raise InputError(f"{file.where}: physical_to_logical_map must be a list of layers, each a list of experts")
         return file.of_slots(*file.by_row(rows))
-    if isinstance(content, dict) and "layer_list" in content:
-        return _from_ascend(content, file)
+    if "layer_list" in known:
+        return _from_ascend(known, file)
     if not isinstance(content, list) or not content:
         found = f", not {shown(', '.join(known))}" if known else ""
         raise InputError(
