@@ -30,7 +30,7 @@ from sim.fit.correlation import (
 from sim.fit.description import describe
 from sim.fit.effects import RequestEffect, draw_effects, fill_ranks
 from sim.fit.fitting import wanted_shares
-from sim.fit.hold_out import score_blocks
+from sim.fit.hold_out import fill_figures
 from sim.fit.popularity import Noise, Popularity, exp_of_minus, fill_latest, fit_popularity, sum_selection
 from sim.model import ModelSpec
 from sim.placement import place
@@ -376,7 +376,7 @@ def test_blocks_have_the_figures_of_the_scorer():
     ids = rng.permuted(np.tile(np.arange(12, dtype=np.int16), (5, 7, 1)), axis=2)[:, :, :3].copy()
     sizes = (4, 6)
     comp = np.empty((3, 2, 5))
-    score_blocks(ids, np.stack([place("linear", model, size).rank_of_expert for size in sizes]).astype(np.int64), comp)
+    fill_figures(ids, np.stack([place("linear", model, size).rank_of_expert for size in sizes]).astype(np.int64), comp)
     for j, size in enumerate(sizes):
         for b, block in enumerate(ids):
             ref = score_tokens(place("linear", model, size), block)

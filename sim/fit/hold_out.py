@@ -247,10 +247,10 @@ def _real_figures(
     for i, layer in enumerate(record.topk_ids):
         u, other = uniforms(key, REPLAY, i, (2, n_blocks * n_tokens)).reshape(2, n_blocks, n_tokens)
         chosen = (u * record.n_tokens).astype(np.int64)
-        score_blocks(layer[chosen], rank_of, found[0, :, :, i])
+        fill_figures(layer[chosen], rank_of, found[0, :, :, i])
         for left, tokens in enumerate(rest):  # only tokens of the group change, so that noise does not
             moved = np.where(group[chosen] == left, tokens[(other * len(tokens)).astype(np.int64)], chosen)
-            score_blocks(layer[moved], rank_of, found[1 + left, :, :, i])
+            fill_figures(layer[moved], rank_of, found[1 + left, :, :, i])
     return found, None
 
 
@@ -262,12 +262,12 @@ def _score(ids: np.ndarray, rank_of: np.ndarray) -> np.ndarray:
     """FIGURES of blocks at EP sizes, float64 [figures, sizes, layers, blocks]: ids int16 [layers, blocks, tokens, top_k]."""
     found = np.empty((len(FIGURES), len(rank_of), *ids.shape[:2]))
     for layer, blocks in enumerate(ids):
-        score_blocks(blocks, rank_of, found[:, :, layer])
+        fill_figures(blocks, rank_of, found[:, :, layer])
     return found
 
 
 @kernel
-def score_blocks(ids, rank_of, figures):
+def fill_figures(ids, rank_of, figures):
     """FIGURES of blocks of tokens: ids int16 [blocks, tokens, top_k]; rank_of int64 [sizes, experts]; figures float64
     [figures, sizes, blocks]. As `score_tokens` has them, of many small blocks.
     """
