@@ -14,14 +14,7 @@ from sim import InputError, ModelSpec, expert_time_us, gpu_names, load_gpu, load
 from sim.cli import main
 from sim.cost import balancedness_sglang, balancedness_vllm, exchange_time_us, layer_time_us, predicted_against_measured
 from sim.cost.exchange import BACKENDS, KINDS
-from sim.cost.expert import (
-    counted_rows,
-    expert_rates,
-    least_time_us,
-    reached_fractions,
-    sides_us,
-    time_ranks,
-)
+from sim.cost.expert import counted_rows, expert_rates, least_time_us, reached_fractions, sides_us, time_ranks
 from sim.cost.refit import expert_rows, experts_left_out, pair_rows
 from sim.cost.tables import MEASURED_KERNELS, exchange_profile, grouped_gemm_profile, measured
 from sim.model import model_names

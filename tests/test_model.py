@@ -34,14 +34,7 @@ def test_presets_say_which_layers_are_moe():
 
 
 def test_new_presets_are_marked_as_not_read_from_a_checkpoint():
-    for name in (
-        "deepseek-v4.1-flash",
-        "a.x-k1",
-        "beam-1.0-501b",
-        "glm-5.3-flash",
-        "dots3",
-        "hy4",
-    ):
+    for name in ("deepseek-v4.1-flash", "a.x-k1", "beam-1.0-501b", "glm-5.3-flash", "dots3", "hy4"):
         assert any("every field" in text for text in load_model(name).unverified), name
     grouped = {name for name in model_names() if load_model(name).is_grouped}
     assert {"a.x-k1", "beam-1.0-501b"} <= grouped
