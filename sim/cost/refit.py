@@ -76,12 +76,27 @@ def expert_times(fit: ExpertFit, rows: pd.DataFrame, kernel: str = "fp8") -> np.
     times = np.empty(len(rows))
     for name in rows.gpu.unique():
         mine = (rows.gpu == name).to_numpy()
-        times[mine] = _times(whole[name], fit, name, rows[mine])
+        times[mine] = _times(whole[name], fit, name, _Loads.of(rows[mine]))
     return times
 
 
-def _times(whole: ExpertRates, fit: ExpertFit, gpu: str, rows: pd.DataFrame) -> np.ndarray:
-    """Times on a GPU, with the rows that were counted where there are `tiles_*`."""
+class _Loads(NamedTuple):
+    """Loads of ranks as arrays, with the tiles that were counted where there are `tiles_*`."""
+
+    pairs: np.ndarray
+    distinct: np.ndarray
+    local: np.ndarray
+    tiles: dict[int, np.ndarray]
+
+    @classmethod
+    def of(cls, rows: pd.DataFrame) -> "_Loads":
+        tiles = {int(name[6:]): rows[name].to_numpy(float) for name in rows if name.startswith("tiles_")}
+        pairs, distinct, local = (rows[name].to_numpy(float) for name in ("pairs", "distinct", "local"))
+        return cls(pairs, distinct, local, tiles)
+
+
+def _times(whole: ExpertRates, fit: ExpertFit, gpu: str, loads: _Loads) -> np.ndarray:
+    """Times on a GPU."""
     rates = whole._replace(
         launch_us=fit.launch_us,
         idle_us=fit.idle_us,
@@ -92,8 +107,7 @@ def _times(whole: ExpertRates, fit: ExpertFit, gpu: str, rows: pd.DataFrame) -> 
         us_per_row=whole.us_per_row / fit.peak_fraction[gpu],
         large_us_per_row=whole.large_us_per_row / fit.large_peak_fraction[gpu],
     )
-    pairs, distinct, local = (rows[name].to_numpy(float) for name in ("pairs", "distinct", "local"))
-    tiles = {int(name[6:]): rows[name].to_numpy(float) for name in rows if name.startswith("tiles_")}
+    pairs, distinct, local, tiles = loads
     return time_ranks(rates, pairs, distinct, local, counted_rows(rates, pairs, local, tiles) if tiles else None)
 
 
@@ -103,6 +117,7 @@ def fit_experts(rows: pd.DataFrame, kernel: str = "fp8") -> ExpertFit:
     """
     gpus = list(dict.fromkeys(rows.gpu))
     n, whole, parts = len(gpus), _whole_rates(gpus, kernel), [rows[rows.gpu == name] for name in gpus]
+    loads, measured_us = [_Loads.of(part) for part in parts], [part.measured_us.to_numpy() for part in parts]
     has_large = grouped_gemm_profile(kernel).large_tile_rows > 0
     is_hopper = np.array([name.startswith("h") for name in gpus])
     generations = [of_one for of_one in (is_hopper, ~is_hopper) if of_one.any()]
@@ -117,8 +132,8 @@ def fit_experts(rows: pd.DataFrame, kernel: str = "fp8") -> ExpertFit:
     def misfit(x: np.ndarray) -> np.ndarray:
         fit = of(x)
         errors = [
-            np.log(_times(whole[name], fit, name, part) / part.measured_us)
-            for name, part in zip(gpus, parts, strict=True)
+            np.log(_times(whole[name], fit, name, of_gpu) / us)
+            for name, of_gpu, us in zip(gpus, loads, measured_us, strict=True)
         ]
         for shares in np.split(x[4:], len(x[4:]) // n):
             errors += [_NEVER_ALONE * (shares[of_one] - shares[of_one].mean()) for of_one in generations]
