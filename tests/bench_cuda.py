@@ -150,13 +150,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     about = {
-        "command": shlex.join(["python", *sys.argv]),
-        "written": datetime.now(UTC).isoformat(timespec="seconds"),
-        "card": device_name(),
-        "gpus": count_devices(),
-        "processors": usable_processors(),
+        "command": shlex.join(["python", *sys.argv]), "written": datetime.now(UTC).isoformat(timespec="seconds"),
+        "card": device_name(), "gpus": count_devices(), "processors": usable_processors(),
         "versions": {"python": platform.python_version(), "numba": numba.__version__, "numpy": np.__version__},
-    }
+    }  # fmt: skip
     print(about, flush=True)
     checked = check(arguments.check_tokens) if arguments.check_tokens else []
     measured = {}

@@ -9,6 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+# The workers of `pytest -n` share the processors; set before numpy is imported.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -18,8 +22,6 @@ from sim.cli import main
 from sim.kernels import is_cold
 from sim.model import ModelSpec, load_model
 from sim.traffic import RecordedTraffic
-
-os.environ.setdefault("MPLBACKEND", "Agg")
 
 # The first example of a kernel compiles it; and the same examples every time, so that a failure is one for everybody.
 settings.register_profile("epsim", deadline=None, derandomize=True)

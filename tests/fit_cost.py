@@ -84,22 +84,13 @@ def fit_layers(layers, gpu):
         def misfit(x, kind=kind, rows=rows, shipped=shipped):
             floor, share = np.exp(x)
             own = replace(
-                shipped,
-                floor_us=(0.0 if kind == "reduce" else floor, floor),
-                floor_falls=(0.0, 0.0),
-                scale_up_fraction=(share, share),
-                bytes_per_value=(2.0, 2.0),
-            )
+                shipped, floor_us=(0.0 if kind == "reduce" else floor, floor), floor_falls=(0.0, 0.0),
+                scale_up_fraction=(share, share), bytes_per_value=(2.0, 2.0),
+            )  # fmt: skip
             times = exchange_time_us(
-                rows.model.iloc[0],
-                gpu,
-                kind=kind,
-                ep_size=rows.ep_size,
-                tokens_per_rank=rows.tokens / rows.ep_size,
-                received_tokens=rows.received,
-                pairs=rows.pairs,
-                profile=own,
-            )
+                rows.model.iloc[0], gpu, kind=kind, ep_size=rows.ep_size, tokens_per_rank=rows.tokens / rows.ep_size,
+                received_tokens=rows.received, pairs=rows.pairs, profile=own,
+            )  # fmt: skip
             return np.log(times.total_us / rows.exchange_us.to_numpy())
 
         fit = least_squares(misfit, np.log([30, 0.5]), loss="soft_l1", f_scale=0.1)

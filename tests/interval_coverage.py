@@ -26,19 +26,14 @@ ONE_THREAD = executors.threads(1)
 TRUTH_SEED = 10**6
 
 STOPPING = {
-    # The target lies so that cells stop at looks 2 to 5 (1024 trials are the first).
-    "mean": {"precision": 0.012},
-    "mean-late": {"precision": 0.0045},
-    "mean-draws-64": {"precision": 0.02, "draws": 64},
-    # One threshold each, x = 2 (p = 0.19) and x = 2.5 (p = 0.023): the target is about the half-width at 2048, 4096 or 8192
-    # trials, so that chance decides at which look it stops.
+    "mean": {"precision": 0.012}, "mean-late": {"precision": 0.0045}, "mean-draws-64": {"precision": 0.02, "draws": 64},
     "tail-2-look-2": {"precision_tail": 0.09, "thresholds": [2.0]},
     "tail-2-look-4": {"precision_tail": 0.045, "thresholds": [2.0]},
     "tail-2.5-look-2": {"precision_tail": 0.29, "thresholds": [2.5]},
     "tail-2.5-look-3": {"precision_tail": 0.205, "thresholds": [2.5]},
     "tail-2.5-look-4": {"precision_tail": 0.145, "thresholds": [2.5]},
     "tail-draws-2000": {"precision_tail": 0.145, "thresholds": [2.5], "draws": 2000},
-}
+}  # fmt: skip
 RECORDED_LAYERS = (2, 3, 4, 8, 24)
 LAYER_SETS = (2, 4, 8, 32)
 

@@ -113,14 +113,9 @@ def test_tokens_of_presets_spread_as_integration_says(name):
     """2**20 sampled tokens of grouped presets, both group scores: every spread at once."""
     model, n_tokens = load_model(name), 2**20
     exact = theory.spread_over_groups(
-        model.n_group,
-        model.group_size,
-        model.topk_group,
-        model.top_k,
-        model.group_score == "top2_sum",
-        model.scoring,
+        model.n_group, model.group_size, model.topk_group, model.top_k, model.group_score == "top2_sum", model.scoring,
         X0,
-    )
+    )  # fmt: skip
     assert sum(exact.values()) == pytest.approx(1, abs=1e-8)
     _, ids = draw_trials(
         model, SyntheticTraffic("uniform"), 8, range(64), 64, np.array([n_tokens // 64]), n_tokens // 64

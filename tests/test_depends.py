@@ -38,13 +38,9 @@ def test_rows_are_those_of_predicted_gains_with_a_redundant_slot_on_each_rank():
 
 
 def test_a_conclusion_is_what_most_traffic_shows_at_every_ep_size_and_says_what_the_rest_shows():
-    shown = {  # at EP 8 and 16
-        "a": (SAVES, SAVES),
-        "b": (SAVES, SAVES),
-        "c": (SAVES, COSTS),
-        "d": (LEVEL, LEVEL),
-        "e": (UNDECIDED, SAVES),
-    }
+    shown = {
+        "a": (SAVES, SAVES), "b": (SAVES, SAVES), "c": (SAVES, COSTS), "d": (LEVEL, LEVEL), "e": (UNDECIDED, SAVES),
+    }  # fmt: skip
     ends = {SAVES: (0.02, 0.06), COSTS: (-0.05, -0.015), LEVEL: (-0.004, 0.009), UNDECIDED: (0.005, 0.03)}
     rows = [
         {"workload": name, "ep_size": size, "low": ends[what][0], "high": ends[what][1], "saved": sum(ends[what]) / 2}

@@ -32,13 +32,9 @@ def test_equals_the_authors_code(case):
     model, redundant = plain(case["n_experts"], case["n_group"]), case["n_physical"] - case["n_experts"]
     for layer, row in enumerate(weights):
         placement = place(
-            "eplb",
-            model,
-            case["ep_size"],
-            ranks_per_node=case["ep_size"] // case["n_nodes"],
-            loads=row,
+            "eplb", model, case["ep_size"], ranks_per_node=case["ep_size"] // case["n_nodes"], loads=row,
             redundant=redundant,
-        )
+        )  # fmt: skip
         loads = loads_of_ranks(placement, row)
         assert loads.max() / loads.mean() == pytest.approx(case["max_over_mean"][layer], abs=1e-6)
         assert np.sort(np.bincount(placement.logical_of_slot))[::-1][:8].tolist() == case["replicas_sorted"][layer]

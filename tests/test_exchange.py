@@ -128,13 +128,9 @@ def test_exchanges_of_measured_layers():
         for layers, off in held_out:
             rows = layers[layers.exchange == kind]
             times = exchange(
-                gpu=preset_of(rows.gpu.iloc[0]),
-                kind=kind,
-                ep_size=rows.ep_size,
-                tokens_per_rank=rows.tokens / rows.ep_size,
-                received_tokens=rows.received,
-                pairs=rows.pairs,
-            )
+                gpu=preset_of(rows.gpu.iloc[0]), kind=kind, ep_size=rows.ep_size,
+                tokens_per_rank=rows.tokens / rows.ep_size, received_tokens=rows.received, pairs=rows.pairs,
+            )  # fmt: skip
             assert times.extrapolated[rows.tokens <= 8192].any() == (preset_of(rows.gpu.iloc[0]) == "h200")
             assert np.median(np.abs(times.total_us / rows.exchange_us - 1)) < off
 
@@ -167,21 +163,12 @@ def test_measured_layers_give_the_constants_of_their_exchange():
 @pytest.mark.parametrize(
     "change",
     [
-        {"ep_size": 4},
-        {"ep_size": 320},
-        {"tokens_per_rank": 64},
-        {"pairs": 1100},
-        {"gpu": "h20", "ep_size": 8},
-        {"gpu": "b300", "ep_size": 8},
-        {"gpu": "h200", "ep_size": 16},
-        {"gpu": "h200", "ep_size": 8, "tokens_per_rank": 512},
-        {"ranks_per_node": 4},
-        {"kind": "token", "ep_size": 8},
-        {"kind": "gather", "ep_size": 8},
-        {"kind": "reduce", "ep_size": 8},
-        {"model": "qwen3-235b-a22b"},
+        {"ep_size": 4}, {"ep_size": 320}, {"tokens_per_rank": 64}, {"pairs": 1100}, {"gpu": "h20", "ep_size": 8},
+        {"gpu": "b300", "ep_size": 8}, {"gpu": "h200", "ep_size": 16},
+        {"gpu": "h200", "ep_size": 8, "tokens_per_rank": 512}, {"ranks_per_node": 4}, {"kind": "token", "ep_size": 8},
+        {"kind": "gather", "ep_size": 8}, {"kind": "reduce", "ep_size": 8}, {"model": "qwen3-235b-a22b"},
     ],
-)
+)  # fmt: skip
 def test_what_was_not_measured_is_marked(change):
     assert exchange(**change).extrapolated.all()
 

@@ -23,15 +23,9 @@ def test_matrices_equal_a_plain_recomputation(placement):
     trials, tokens, shares = 30, 50, [5, 0, 1, 3]
     placed = place(placement, V3, 4, loads=np.arange(256) + 1.0 if "eplb" in placement else None)
     found = sim.rank_traffic(
-        V3,
-        "chat",
-        ep_sizes=4,
-        tokens=[10, tokens],
-        placements=placed,
-        trials=trials,
-        source_imbalance=shares,
+        V3, "chat", ep_sizes=4, tokens=[10, tokens], placements=placed, trials=trials, source_imbalance=shares,
         threads=2,
-    )
+    )  # fmt: skip
     cell = found[placed.strategy, 4, tokens]
     assert cell["source_tokens"].tolist() == [28, 0, 5, 17]  # of 27.8, 0, 5.6, 16.7: the largest remainders go up
     _, ids = draw_trials(V3, load_workload("chat"), 0, range(trials), trials, np.array([10, tokens]), tokens)
@@ -101,15 +95,9 @@ def test_a_sweep_writes_a_file_for_each_cell(tmp_path, capsys):
     files = sorted(path.name for path in (tmp_path / "with/rank_traffic").iterdir())
     assert files == [f"{name}-ep{size}-tokens16.npz" for name in ("eplb+8", "linear") for size in (4, 8)]
     found = sim.rank_traffic(
-        V3,
-        "chat",
-        ep_sizes=8,
-        tokens=16,
-        placements=["linear", "eplb+8"],
-        trials=40,
-        source_imbalance=1.5,
+        V3, "chat", ep_sizes=8, tokens=16, placements=["linear", "eplb+8"], trials=40, source_imbalance=1.5,
         fit_tokens=64,
-    )
+    )  # fmt: skip
     with np.load(tmp_path / "with/rank_traffic/eplb+8-ep8-tokens16.npz", allow_pickle=False) as held:
         for name, array in found["eplb+8", 8, 16].items():
             np.testing.assert_array_equal(held[name], array, err_msg=name)

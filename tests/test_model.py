@@ -195,33 +195,18 @@ def test_nearest_name_is_suggested():
 
 
 V3 = {
-    "model_type": "deepseek_v3",
-    "n_routed_experts": 256,
-    "num_experts_per_tok": 8,
-    "n_group": 8,
-    "topk_group": 4,
-    "scoring_func": "sigmoid",
-    "topk_method": "noaux_tc",
-    "num_hidden_layers": 61,
-    "first_k_dense_replace": 3,
-    "moe_layer_freq": 1,
-    "hidden_size": 7168,
-    "moe_intermediate_size": 2048,
-}
+    "model_type": "deepseek_v3", "n_routed_experts": 256, "num_experts_per_tok": 8, "n_group": 8, "topk_group": 4,
+    "scoring_func": "sigmoid", "topk_method": "noaux_tc", "num_hidden_layers": 61, "first_k_dense_replace": 3,
+    "moe_layer_freq": 1, "hidden_size": 7168, "moe_intermediate_size": 2048,
+}  # fmt: skip
 QWEN = {
-    "model_type": "qwen3_moe",
-    "num_experts": 128,
-    "num_experts_per_tok": 8,
-    "num_hidden_layers": 94,
+    "model_type": "qwen3_moe", "num_experts": 128, "num_experts_per_tok": 8, "num_hidden_layers": 94,
     "decoder_sparse_step": 1,
-}
+}  # fmt: skip
 MIXTRAL = {
-    "model_type": "mixtral",
-    "num_local_experts": 8,
-    "num_experts_per_tok": 2,
-    "num_hidden_layers": 32,
+    "model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2, "num_hidden_layers": 32,
     "hidden_size": 4096,
-}
+}  # fmt: skip
 
 
 def _load(tmp_path, config):

@@ -7,12 +7,9 @@ from test_model_families import FIELDS
 from sim import InputError, load_model
 
 BASE = {
-    "model_type": "mixtral",
-    "num_local_experts": 8,
-    "num_experts_per_tok": 2,
-    "num_hidden_layers": 12,
+    "model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2, "num_hidden_layers": 12,
     "hidden_size": 64,
-}
+}  # fmt: skip
 EVEN, ODD = list(range(0, 12, 2)), list(range(1, 12, 2))
 
 
@@ -90,17 +87,11 @@ def test_what_a_type_has_by_default_is_used_and_said(tmp_path, kind, layers):
 @pytest.mark.parametrize(
     "strange",
     [
-        {"moe_layer_parity": "odd"},
-        {"mlp_layer_types": "sparse"},
-        {"mlp_layer_types": [0, 1] * 6},
-        {"hybrid_override_pattern": [1, 2]},
-        {"block_configs": [3]},
-        {"moe_layers": 6},
-        {"every_third_layer_is_dense": True},
-        {"expert_block_stride": 3},
-        {"sparse_layer_mask_name": "a"},
+        {"moe_layer_parity": "odd"}, {"mlp_layer_types": "sparse"}, {"mlp_layer_types": [0, 1] * 6},
+        {"hybrid_override_pattern": [1, 2]}, {"block_configs": [3]}, {"moe_layers": 6},
+        {"every_third_layer_is_dense": True}, {"expert_block_stride": 3}, {"sparse_layer_mask_name": "a"},
     ],
-)
+)  # fmt: skip
 def test_a_key_about_moe_layers_that_is_not_understood_makes_them_unknown(tmp_path, strange):
     model = load_config(tmp_path, BASE | strange)
     (key,) = strange
@@ -280,20 +271,13 @@ def test_the_language_model_is_found_at_any_depth(tmp_path):
 def test_deepseeks_own_config(tmp_path):
     ref = load_model("deepseek-v3")
     config = {
-        "dim": 7168,
-        "inter_dim": 18432,
-        "moe_inter_dim": 2048,
-        "n_layers": 61,
-        "n_dense_layers": 3,
+        "dim": 7168, "inter_dim": 18432, "moe_inter_dim": 2048, "n_layers": 61, "n_dense_layers": 3,
         "n_shared_experts": 1,
-    }
+    }  # fmt: skip
     config |= {
-        "n_routed_experts": 256,
-        "n_activated_experts": 8,
-        "n_expert_groups": 8,
-        "n_limited_groups": 4,
+        "n_routed_experts": 256, "n_activated_experts": 8, "n_expert_groups": 8, "n_limited_groups": 4,
         "score_func": "sigmoid",
-    }
+    }  # fmt: skip
     comp = load_config(tmp_path, config)
     assert {field: getattr(comp, field) for field in FIELDS} == {field: getattr(ref, field) for field in FIELDS}
 
@@ -338,23 +322,9 @@ def test_zero_experts_and_hash_layers_are_caveats(tmp_path):
 
 
 HOSTILE = [
-    True,
-    -1,
-    1.5,
-    float("nan"),
-    "x",
-    "",
-    [],
-    {},
-    [[]],
-    [None],
-    [{}],
-    10**30,
-    [10**30],
-    "9" * 10**5,
-    [0] * 10**5,
+    True, -1, 1.5, float("nan"), "x", "", [], {}, [[]], [None], [{}], 10**30, [10**30], "9" * 10**5, [0] * 10**5,
     {"a": {}},
-]
+]  # fmt: skip
 
 
 def test_malformed_values_of_any_field_end_in_one_line(tmp_path):

@@ -177,47 +177,26 @@ def minimax_m3(m):
 def hunyuan(m):
     every = m.n_layers
     return sizes(
-        m,
-        model_type="hunyuan_v1_moe",
-        num_experts=m.n_experts,
-        moe_topk=[m.top_k] * every,
-        num_shared_expert=[1] * every,
-        moe_intermediate_size=[m.moe_intermediate_size] * every,
-        moe_layer_num_skipped=0,
-        use_mixed_mlp_moe=True,
-        moe_drop_tokens=False,
-    )
+        m, model_type="hunyuan_v1_moe", num_experts=m.n_experts, moe_topk=[m.top_k] * every,
+        num_shared_expert=[1] * every, moe_intermediate_size=[m.moe_intermediate_size] * every, moe_layer_num_skipped=0,
+        use_mixed_mlp_moe=True, moe_drop_tokens=False,
+    )  # fmt: skip
 
 
 def ernie(m):
     return sizes(
-        m,
-        model_type="ernie4_5_moe",
-        moe_num_experts=m.n_experts,
-        moe_k=m.top_k,
-        moe_num_shared_experts=m.n_shared_experts,
-        moe_layer_start_index=first(m),
-        moe_layer_end_index=m.n_layers - 1,
-        moe_layer_interval=1,
-        moe_use_aux_free=True,
-        moe_gate="topk",
-        moe_capacity=[64, 64, 64],
-    )
+        m, model_type="ernie4_5_moe", moe_num_experts=m.n_experts, moe_k=m.top_k,
+        moe_num_shared_experts=m.n_shared_experts, moe_layer_start_index=first(m), moe_layer_end_index=m.n_layers - 1,
+        moe_layer_interval=1, moe_use_aux_free=True, moe_gate="topk", moe_capacity=[64, 64, 64],
+    )  # fmt: skip
 
 
 def longcat(m):
     return {
-        "model_type": "longcat_flash",
-        "hidden_size": m.hidden_size,
-        "ffn_hidden_size": 12288,
-        "expert_ffn_hidden_size": m.moe_intermediate_size,
-        "num_layers": m.n_layers,
-        "n_routed_experts": m.n_experts,
-        "moe_topk": m.top_k,
-        "zero_expert_num": 256,
-        "zero_expert_type": "identity",
-        "router_bias": False,
-    }
+        "model_type": "longcat_flash", "hidden_size": m.hidden_size, "ffn_hidden_size": 12288,
+        "expert_ffn_hidden_size": m.moe_intermediate_size, "num_layers": m.n_layers, "n_routed_experts": m.n_experts,
+        "moe_topk": m.top_k, "zero_expert_num": 256, "zero_expert_type": "identity", "router_bias": False,
+    }  # fmt: skip
 
 
 def nemotron(m):
@@ -245,24 +224,15 @@ def step_37(m):
 
 def mistral(m):  # params.json
     return {
-        "dim": m.hidden_size,
-        "n_layers": m.n_layers,
-        "hidden_dim": 4 * m.hidden_size,
-        "activation": "silu",
+        "dim": m.hidden_size, "n_layers": m.n_layers, "hidden_dim": 4 * m.hidden_size, "activation": "silu",
         "model_type": "mistral_large_3",
         "moe": {
-            "num_experts": m.n_experts,
-            "num_experts_per_tok": m.top_k,
-            "num_shared_experts": m.n_shared_experts,
-            "expert_hidden_dim": m.moe_intermediate_size,
-            "first_k_dense_replace": first(m),
-            "route_every_n": 1,
-            "routed_scale": 1.0,
-            "num_expert_groups": 1,
-            "num_expert_groups_per_tok": 1,
+            "num_experts": m.n_experts, "num_experts_per_tok": m.top_k, "num_shared_experts": m.n_shared_experts,
+            "expert_hidden_dim": m.moe_intermediate_size, "first_k_dense_replace": first(m), "route_every_n": 1,
+            "routed_scale": 1.0, "num_expert_groups": 1, "num_expert_groups_per_tok": 1,
             "use_load_balancing_bias": False,
         },
-    }
+    }  # fmt: skip
 
 
 def mimo(m):
@@ -271,12 +241,9 @@ def mimo(m):
 
 
 V3 = deepseek(
-    "deepseek_v3",
-    num_nextn_predict_layers=1,
-    ep_size=1,
-    aux_loss_alpha=0.001,
+    "deepseek_v3", num_nextn_predict_layers=1, ep_size=1, aux_loss_alpha=0.001,
     quantization_config={"quant_method": "fp8"},
-)
+)  # fmt: skip
 FAMILIES = {
     **dict.fromkeys(("deepseek-v2", "deepseek-v2.5"), deepseek("deepseek_v2")),
     "deepseek-v2-lite": lambda m: deepseek("deepseek_v2")(m) | {"topk_method": "greedy", "n_group": 1},

@@ -25,12 +25,9 @@ def random_slots(seed, n_layers, n_experts, ep_size, n_slots):
 
 
 @given(
-    st.integers(0, 2**32 - 1),
-    st.sampled_from(FORMATS),
-    st.lists(st.integers(0, 60), min_size=1, max_size=4, unique=True),
-    st.integers(1, 5),
-    st.integers(0, 3),
-)
+    st.integers(0, 2**32 - 1), st.sampled_from(FORMATS),
+    st.lists(st.integers(0, 60), min_size=1, max_size=4, unique=True), st.integers(1, 5), st.integers(0, 3),
+)  # fmt: skip
 def test_what_is_written_is_read_back_as_the_layers_of_the_model(tmp_path_factory, seed, form, ids, ep_size, more):
     model = layered(7, tuple(sorted(ids)), max(ids) + 1 + more)
     slots = random_slots(seed, len(ids), 7, ep_size, 7 + -7 % ep_size).for_layers(model.moe_layer_ids)

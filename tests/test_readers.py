@@ -350,13 +350,9 @@ def test_wide_and_column_ordered_ids_are_read_alike(tmp_path):
 
 
 SMALL = {
-    "model_type": "mixtral",
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 3,
-    "num_local_experts": 8,
-    "num_experts_per_tok": 2,
-}
+    "model_type": "mixtral", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3,
+    "num_local_experts": 8, "num_experts_per_tok": 2,
+}  # fmt: skip
 LOADS = np.array(
     [[900, 40, 60, 30, 20, 10, 500, 40], [40, 60, 30, 20, 10, 500, 40, 900], [60, 30, 20, 10, 500, 40, 900, 40]]
 )

@@ -19,12 +19,8 @@ from sim.sweeps.precision import first_stage
 ONE_THREAD = executors.threads(1)
 
 ARGUMENTS = {
-    "ep_sizes": [8, 12],
-    "tokens": [1, 64],
-    "placements": ["linear", "random"],
-    "trials": 400,
-    "bound_layers": 2,
-}
+    "ep_sizes": [8, 12], "tokens": [1, 64], "placements": ["linear", "random"], "trials": 400, "bound_layers": 2,
+}  # fmt: skip
 
 
 @pytest.fixture

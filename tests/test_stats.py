@@ -218,12 +218,9 @@ def test_what_never_differed_is_bounded_by_the_draws():
 
 
 SIZES = {
-    "one": [0, 1],
-    "few above one": [0, 0.8, 0.16, 0.04],
-    "halving": [0, 0.5, 0.25, 0.125, 0.0625, 0.0625],
-    "any": [0, *[1 / 7] * 7],
-    "rarely five": [0, 0.9, 0, 0, 0, 0.1],
-}
+    "one": [0, 1], "few above one": [0, 0.8, 0.16, 0.04], "halving": [0, 0.5, 0.25, 0.125, 0.0625, 0.0625],
+    "any": [0, *[1 / 7] * 7], "rarely five": [0, 0.9, 0, 0, 0, 0.1],
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("sizes", SIZES)

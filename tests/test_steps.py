@@ -63,15 +63,9 @@ def test_steps_have_the_loads_of_a_sweep():
     steps = sample(tokens=[16], most_steps=6)
     trials, draws = steps.max_load[0].size, 2 * 58
     swept = sim.sweep(
-        V3,
-        "chat",
-        ep_sizes=[8, 12],
-        tokens=16,
-        placements=["linear", "round_robin"],
-        trials=trials,
-        draws=draws,
+        V3, "chat", ep_sizes=[8, 12], tokens=16, placements=["linear", "round_robin"], trials=trials, draws=draws,
         bound_layers=0,
-    )
+    )  # fmt: skip
     for row in swept.summary.itertuples():
         cell = steps.cell(row.placement, row.ep_size, 16)
         assert steps.max_load[cell].mean() == row.max_load_mean
