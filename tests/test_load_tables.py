@@ -68,8 +68,12 @@ def test_experts_without_a_row_have_no_load(tmp_path):
     assert read_traffic(path).expert_counts.tolist() == [[7, 0, 1], [0, 5, 0]]
     found = read_traffic(path, SMALL)
     assert found.expert_counts.tolist() == [[7, 0, 1, 0, 0, 0, 0, 0], [0, 5, 0, 0, 0, 0, 0, 0]]
-    with pytest.raises(InputError, match="counts of 3 experts, model m has 2: another model"):
-        read_traffic(path, ModelSpec("m", 2, 1))
+    for model, message in (
+        (ModelSpec("m", 2, 1), "counts of 3 experts, model m has 2: another model"),
+        (ModelSpec("m", 8, 2, n_moe_layers=1), "2 MoE layers, model m has 1: another model"),
+    ):
+        with pytest.raises(InputError, match=message):
+            read_traffic(path, model)
 
 
 def test_a_header_of_numbers_is_a_header_and_a_row_of_counts_is_none(tmp_path):

@@ -4,6 +4,7 @@ import base64
 import gzip
 import io
 import json
+import pickle
 import sys
 import types
 
@@ -12,7 +13,7 @@ import pytest
 from conftest import fails, write
 
 import sim
-from sim import InputError, ModelSpec, read_traffic
+from sim import InputError, ModelSpec, load_workload, read_traffic
 from sim.cost.step_log import read_log
 from sim.traffic import LoadCounts, RecordedTraffic
 
@@ -146,22 +147,31 @@ def answers(folder):
         "".join(f"data: {json.dumps({'routed_experts': x.tolist()})}\n\n" for x in REQUESTS) + "data: [DONE]\n"
     )
     yield events, False
+    yield file("bare", [x.tolist() for x in REQUESTS]), False
+    yield file("outputs", [{"id": 1, "outputs": [{"index": 0, "routed_experts": x.tolist()}]} for x in REQUESTS]), False
+    yield file("extension", [{"text": "x", "sgl_ext": {"routed_experts": raw(x)}} for x in REQUESTS]), True
+    ids, lengths = np.concatenate(REQUESTS), np.array([len(x) for x in REQUESTS])
+    yield write(folder / "one.npz", topk_ids=ids, sequence_lengths=lengths), False
+    yield write(folder / "each.npz", **{f"request_{i}": x.astype(np.int32) for i, x in numbered}), False
 
 
 def test_every_form_of_an_answer_gives_the_same_tokens(tmp_path):
-    n = 0
+    n, digests = 0, set()
     for path, needs_model in answers(tmp_path):
-        same(read_traffic(path, SMALL))
+        digests.add(same(read_traffic(path, SMALL)).digest)
         if needs_model:
             with pytest.raises(InputError, match="need --model"):
                 read_traffic(path)
         else:
             same(read_traffic(path))
+            assert load_workload(f"file:{path}", phase="prefill").n_layers == 3
+        n += 1
+        if path.suffix == ".npz":
+            continue
         packed = tmp_path / f"{path.name}.gz"
         packed.write_bytes(gzip.compress(path.read_bytes()))
         same(read_traffic(packed, SMALL))
-        n += 1
-    assert n == 11
+    assert (n, len(digests)) == (16, 1)
 
 
 def test_streamed_answers_are_counted_once(tmp_path):
@@ -380,7 +390,9 @@ def torch_files(tmp_path, monkeypatch):
     held = {}
 
     def load(path, map_location, weights_only):
-        assert weights_only
+        assert (weights_only, map_location) == (True, "cpu")
+        if isinstance(held[str(path)], Exception):
+            raise held[str(path)]
         return held[str(path)]
 
     def put(name, value):
@@ -476,6 +488,7 @@ def test_unfilled_steps_of_the_ring_buffer_are_dropped(torch_files):
         ({"records": [{"topk_ids_of_layer": Tensor(np.full((3, 2, 8), -1))}], "last_physical_to_logical_map": Tensor(MAP)},
          "no tokens"),
         ([1, 2], "holds no tensor, but a list"),
+        (pickle.UnpicklingError("code"), "not unpickled"),
     ],
 )  # fmt: skip
 def test_other_torch_files_are_refused_by_name(torch_files, held, message):
