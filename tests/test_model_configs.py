@@ -180,6 +180,20 @@ def test_scoring_and_bias_by_any_of_their_names(tmp_path, keys, scoring, has_bia
 
 
 @pytest.mark.parametrize(
+    ("keys", "n_group", "group_score"),
+    [
+        ({"n_group": 4, "topk_group": 2, "topk_method": "group_limited_greedy"}, 4, "max"),
+        ({"n_group": 4, "topk_group": 2, "topk_method": "noaux_tc"}, 4, "top2_sum"),
+        ({"n_group": 4, "topk_group": 2, "topk_method": "greedy"}, 1, "max"),
+        ({"n_group": None, "topk_group": None}, 1, "max"),
+    ],
+)
+def test_groups_are_those_of_the_top_k_method(tmp_path, keys, n_group, group_score):
+    model = load_config(tmp_path, BASE | keys)
+    assert (model.n_group, model.group_score, model.has_bias) == (n_group, group_score, group_score == "top2_sum")
+
+
+@pytest.mark.parametrize(
     ("keys", "matrices"),
     [
         ({"hidden_act": "silu"}, 3),
@@ -362,6 +376,24 @@ def test_malformed_values_of_any_field_end_in_one_line(tmp_path):
         (BASE | {"moe_layers_enum": "3;4"}, "layer numbers such as 3,4,5"),
         (BASE | {"hybrid_override_pattern": "MM*-MM*-MM*-"}, "no layer has experts, by hybrid_override_pattern"),
         (BASE | {"expert_layer_period": 2, "expert_layer_offset": 2}, "expert_layer_offset must be"),
+        ({"hidden_size": 4096, "num_hidden_layers": 32}, "has no experts"),
+        ({"num_experts": 8}, "has no top-k"),
+        ({"num_experts": 0, "num_experts_per_tok": 2}, "not a mixture of experts: num_experts is 0"),
+        ({"num_experts": 1, "num_experts_per_tok": 1}, "not a mixture of experts: num_experts is 1"),
+        ({"num_experts": 8, "num_experts_per_tok": "2"}, "num_experts_per_tok must be a whole number .* not '2'"),
+        ({"num_experts": 8, "num_experts_per_tok": 2, "n_group": {}}, "n_group must be a whole number"),
+        (
+            {"num_experts": 8, "num_experts_per_tok": 2, "num_hidden_layers": 4, "mlp_only_layers": [0, 1, 2, 3]},
+            "no layer has experts, by mlp_only_layers",
+        ),
+        ({"num_experts": 512, "num_experts_per_tok": 8, "router_n_groups": 8}, "router_n_groups 8: .* not simulated"),
+        ({"num_experts": 64, "num_experts_per_tok": 8, "model_type": "PanguProMoE"}, "pangupromoe: .* not simulated"),
+        ({"num_experts": "8", "num_experts_per_tok": 2}, "num_experts must be a whole number from 2 to 32767, not '8'"),
+        ({"num_experts": 8.5, "num_experts_per_tok": 2}, "num_experts must be"),
+        ({"num_experts": 8, "num_experts_per_tok": 9}, "above the 8 experts"),
+        ({"num_experts": 10, "num_experts_per_tok": 2, "n_group": 4, "topk_group": 2}, "not divisible"),
+        ([1, 2], "not a JSON object"),
+        ({"num_experts": 8, "num_experts_per_tok": 2, "scoring_func": 3}, "must be a name"),
         (BASE | {"enable_moe_block": False}, "has no experts: enable_moe_block is false"),
         (BASE | {"use_expert_bias": "yes"}, "use_expert_bias must be true or false"),
     ],
