@@ -43,7 +43,19 @@ def pytest_configure(config):
         subprocess.run([sys.executable, ROOT / "tests/compile.py"], env=environment, cwd=ROOT, check=True)
 
 
-LONGEST = ("notebooks", "traffic", "cost", "bounds", "sampler", "capacity", "advice", "cluster", "rare", "load_aware")
+LONGEST = (
+    "notebooks",
+    "traffic",
+    "sampler",
+    "bounds",
+    "capacity",
+    "advice",
+    "cluster",
+    "rare",
+    "layer",
+    "figures",
+    "cost",
+)
 
 
 def pytest_collection_modifyitems(items):

@@ -63,7 +63,7 @@ SMALL_GROUPS = [
     (n_group, size, kept, top_k)
     for size, n_groups in [(1, (2, 4, 8)), (2, (2, 4, 16)), (3, (4,)), (4, (8,)), (8, (16,)), (16, (8,))]
     for n_group in n_groups
-    for kept in sorted({1, n_group // 2})
+    for kept in sorted({1, n_group // 2} if size < 4 else {n_group // 2})
     for top_k in ((1, 3) if size < 4 else (3,))
     if top_k <= min(kept, 4) * size
 ]

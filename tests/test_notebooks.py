@@ -4,6 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import nbformat
 import pytest
+from conftest import ROOT
 
 from notebooks import FOLDER, errors_of, execute
 
@@ -20,6 +21,7 @@ def executed():
     with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(len(PATHS)) as pool:
         patch.setenv("EPSIM_EFFORT", "0.05")
         patch.setenv("PYDEVD_DISABLE_FILE_VALIDATION", "1")
+        patch.setenv("PYTHONPATH", str(ROOT))  # these sources, whatever is installed
         yield {path: pool.submit(execute, path) for path in PATHS}
 
 

@@ -105,9 +105,9 @@ def test_short_budgets_cover_in_200_seeds():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("placement", "ep_size"), [("linear", 8), ("round_robin", 16)])
-def test_brute_force_of_two_billion_layers_is_reproduced(placement, ep_size):
+def test_brute_force_of_two_billion_layers_is_reproduced(shared, placement, ep_size):
     """Chat, 64 tokens, P from 1e-1 to 1e-8; the given file has hits and steps."""
-    model, rows = load_model("deepseek-v3"), pd.read_csv(ROOT.parent / "shared/measured/tails-brute-force.csv")
+    model, rows = load_model("deepseek-v3"), pd.read_csv(shared / "measured" / "tails-brute-force.csv")
     rows = rows[(rows.placement == placement) & (rows.ep_size == ep_size) & (rows.hits > 0)]
     rank = place(placement, model, ep_size).rank_of_expert
     result = rare_tail(model, load_workload("chat"), rank, 64, imbalance=rows.threshold.tolist(), n_layers=6000)

@@ -133,41 +133,6 @@ def test_same_law_as_route_on_fully_drawn_logits(name, sigma, group_sigma):
     assert z.max() < z_bound(z.size), f"feature {z.argmax()}: z = {z.max():.1f}"
 
 
-@pytest.mark.parametrize("group_score", ["max", "top2_sum"])
-def test_sets_of_experts_have_the_enumerated_frequencies(group_score):
-    """A small grouped shape without popularity: all sets allowed by symmetry are compared by chi-square with `route`."""
-    model = ModelSpec("small", 6, 2, 3, 2, "sigmoid", group_score)
-    n = 200_000
-    sets = [s for s in itertools.combinations(range(6), 2)]
-    index = {s: i for i, s in enumerate(sets)}
-    comp, ref = np.zeros(len(sets)), np.zeros(len(sets))
-    for found, ids in ((comp, sample(np.zeros(6), model, 0.0, n)[0]), (ref, full(np.zeros(6), model, 0.0, n, 5))):
-        values, counts = np.unique(np.sort(ids, axis=1), axis=0, return_counts=True)
-        for s, c in zip(values, counts, strict=True):
-            found[index[tuple(s.tolist())]] = c
-    statistic = ((comp - ref) ** 2 / (comp + ref)).sum()
-    assert statistic < chi2.isf(FALSE_ALARM, len(sets) - 1)
-    # By symmetry a set is either inside a group or across two; each kind is equally likely within itself.
-    inside = np.array([a // 2 == b // 2 for a, b in sets])
-    for kind in (inside, ~inside):
-        mean = comp[kind].mean()
-        assert ((comp[kind] - mean) ** 2 / mean).sum() < chi2.isf(FALSE_ALARM, kind.sum() - 1)
-
-
-def test_ungrouped_order_is_plackett_luce():
-    """First choices have probability w / sum w, seconds w / (sum of the others): exact, from the definition."""
-    weights = np.array([8.0, 4.0, 2.0, 1.0, 0.5, 0.5])
-    n = 400_000
-    ids = sample(np.log(weights), ModelSpec("pl", 6, 2, 1, 1, "softmax", "max"), 0.0, n)[0]
-    share = weights / weights.sum()
-    exact = {(i, j): share[i] * share[j] / (1 - share[i]) for i in range(6) for j in range(6) if i != j}
-    seen = {pair: 0 for pair in exact}
-    values, counts = np.unique(ids, axis=0, return_counts=True)
-    seen |= {tuple(v.tolist()): c for v, c in zip(values, counts, strict=True)}
-    statistic = sum((seen[pair] - n * p) ** 2 / (n * p) for pair, p in exact.items())
-    assert statistic < chi2.isf(FALSE_ALARM, len(exact) - 1)
-
-
 @pytest.mark.parametrize("n_group", [1, 4])
 def test_a_share_near_one_and_weights_of_zero_are_drawn_exactly(n_group):
     """One expert with nearly all weight of its group sends the sampler through its exact scans."""

@@ -389,7 +389,7 @@ def test_blocks_have_the_figures_of_the_scorer():
     [
         (ModelSpec("top-1", 8, 1), [40] * 40),
         (ModelSpec("grouped", 32, 4, 4, 2), [20] * 32),
-        (ModelSpec("wide", 256, 8), [3] * 20 + [70] * 34),
+        (ModelSpec("wide", 64, 8), [3] * 20 + [40] * 34),
         (ModelSpec("few", 3, 2), [1] * 64),
     ],
     ids=lambda x: x.name if isinstance(x, ModelSpec) else "",
@@ -432,16 +432,8 @@ def test_figures_have_names_on_their_axes_and_nothing_overlaps(draw, grouped):
 
 
 @pytest.fixture(scope="module")
-def gpt_oss():
-    import os
-    from pathlib import Path
-
-    from conftest import ROOT
-
-    path = Path(os.environ.get("EPSIM_SHARED", ROOT.parent / "shared")) / "traces" / "gpt-oss-20b-tokens.npz"
-    if not path.is_file():
-        pytest.skip("the shared reference data does not lie beside this checkout")
-    return read_traffic(path, load_model("gpt-oss-20b"))
+def gpt_oss(shared):
+    return read_traffic(shared / "traces" / "gpt-oss-20b-tokens.npz", load_model("gpt-oss-20b"))
 
 
 @pytest.mark.slow
