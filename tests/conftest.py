@@ -43,19 +43,7 @@ def pytest_configure(config):
         subprocess.run([sys.executable, ROOT / "tests/compile.py"], env=environment, cwd=ROOT, check=True)
 
 
-LONGEST = (
-    "notebooks",
-    "traffic",
-    "sampler",
-    "bounds",
-    "capacity",
-    "advice",
-    "cluster",
-    "rare",
-    "layer",
-    "figures",
-    "cost",
-)
+LONGEST = "notebooks traffic sampler bounds capacity advice cluster rare layer figures cost".split()
 
 
 def pytest_collection_modifyitems(items):

@@ -267,13 +267,9 @@ def test_the_command_answers_and_writes(toy_files, capsys):
     out, err = capsys.readouterr()
     assert "what is scored of file:hot.npz has 20 sequences" in err
     for text in (
-        "Verdict: ",
-        "Not run, so without a gain:",
-        "Rule: ",
-        "What the engine does:",
-        "vLLM falls back to linear",
+        "Verdict: ", "Not run, so without a gain:", "Rule: ", "What the engine does:", "vLLM falls back to linear",
         "What would change the verdict:",
-    ):
+    ):  # fmt: skip
         assert text in out
     table = pd.read_csv(toy_files / "advice" / "advice.csv")
     of_eplb = {"eplb", "eplb+4", "eplb+8", "eplb_budget+4"}

@@ -88,14 +88,9 @@ def test_means_are_those_of_a_sweep(deployments):
     """Mean tokens that a rank receives, from laws by mean load, against all tokens of sampled steps, within 1 %."""
     plan, found = deployments
     summary = sim.sweep(
-        V3,
-        "chat",
-        ep_sizes=[8, 32],
-        tokens=256,
-        placements=["linear", "round_robin", "eplb+32"],
-        trials=400,
+        V3, "chat", ep_sizes=[8, 32], tokens=256, placements=["linear", "round_robin", "eplb+32"], trials=400,
         bound_layers=0,
-    ).summary
+    ).summary  # fmt: skip
     for (placement, ep_size), of_pair in zip(plan.grid.pairs, found, strict=True):
         row = summary[(summary.placement == placement) & (summary.ep_size == ep_size)].iloc[0]
         assert 256 * of_pair["received"].mean == pytest.approx(row.received_tokens_mean, rel=0.01)

@@ -82,12 +82,9 @@ def test_a_config_file_holds_the_same_options(folder, tmp_path, capsys):
     assert pd.read_csv(tmp_path / "b" / "summary.csv").trials.unique().tolist() == [41]
     capsys.readouterr()
     for text, parts in {
-        "trails = 5": ["key 'trails'", "did you mean trials"],
-        "trials = [": ["not TOML"],
-        "trials = true": ["trials must be a number"],
-        "[trials]\nx = 1": ["trials must be"],
-        "ep = []": ["ep must be"],
-    }.items():
+        "trails = 5": ["key 'trails'", "did you mean trials"], "trials = [": ["not TOML"],
+        "trials = true": ["trials must be a number"], "[trials]\nx = 1": ["trials must be"], "ep = []": ["ep must be"],
+    }.items():  # fmt: skip
         config.write_text(text)
         fails(capsys, ["sweep", "--config", config, "--out", tmp_path / "c"], "--config", *parts)
     fails(capsys, ["sweep", "--config", tmp_path / "absent.toml"], "absent.toml", "cannot be read")

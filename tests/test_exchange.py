@@ -146,14 +146,9 @@ def test_measured_layers_give_the_constants_of_their_exchange():
         )
         own = dataclasses.replace(exchange_profile(kind, "h100"), scale_up_fraction=(0.4, 0.4), bytes_per_value=(2, 2))
         us = exchange(
-            gpu="h100",
-            kind=kind,
-            ep_size=4,
-            tokens_per_rank=tokens / 4,
-            received_tokens=received,
-            pairs=2 * tokens,
+            gpu="h100", kind=kind, ep_size=4, tokens_per_rank=tokens / 4, received_tokens=received, pairs=2 * tokens,
             profile=own,
-        ).total_us
+        ).total_us  # fmt: skip
         rows = rows.assign(model="deepseek-v3", exchange_us=us)
         floor_us, share, error = fit_layers(rows, load_gpu("h100"))[kind]
         assert (floor_us, share) == pytest.approx((own.floor_us[1], 0.4), rel=1e-3)

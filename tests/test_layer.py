@@ -188,23 +188,24 @@ def is_there(pid):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("what", "message"), [("die", "rank 1 ended with exit status -9"), ("fail", "rank 1: OutOfMemoryError: made up")]
+    ("what", "ranks", "message"),
+    [("die", 4, "rank 1 ended with exit status -9"), ("fail", 2, "rank 1: OutOfMemoryError: made up")],
 )
-def test_a_rank_that_dies_or_fails_ends_the_others_within_30_s(tiny, what, message):
-    steps, pids, began = layers_of(tiny), [], time.monotonic()
+def test_a_rank_that_dies_or_fails_ends_the_others_within_30_s(tiny, what, ranks, message):
+    steps, pids, began = layers_of(tiny, ep_size=ranks), [], time.monotonic()
 
     def run():
-        with running_ranks(steps, "cpu", serve_fault) as ranks:
-            pids.extend(answer["pid"] for answer in ranks.answers())
-            assert ranks.ask("ping") == [0, 1, 2, 3]
+        with running_ranks(steps, "cpu", serve_fault) as running:
+            pids.extend(answer["pid"] for answer in running.answers())
+            assert running.ask("ping") == list(range(ranks))
             nonlocal began
             began = time.monotonic()
-            ranks.ask(what)
+            running.ask(what)
 
     with pytest.raises(RunError, match=message):
         run()
     assert time.monotonic() - began < 30
-    assert len(pids) == 4
+    assert len(pids) == ranks
     assert not any(map(is_there, pids))
 
 

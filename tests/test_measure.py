@@ -224,14 +224,11 @@ def test_other_files_are_refused(tmp_path):
     text = out.read_text()
     head, first = text.splitlines()[:2]
     for broken, message in (
-        ("", "first line must name the columns"),
-        ("a,b\n1,2\n", "first line must name the columns"),
-        (head + "\n", "has no rows"),
-        ("\n" * 200_001, "more than 200000 lines"),
-        (f"{head}\n{first}\n{first}\n", "is measured twice"),
-        (f"{head}\n{first[:40]}\n", "line 2: expected 23 fields"),
+        ("", "first line must name the columns"), ("a,b\n1,2\n", "first line must name the columns"),
+        (head + "\n", "has no rows"), ("\n" * 200_001, "more than 200000 lines"),
+        (f"{head}\n{first}\n{first}\n", "is measured twice"), (f"{head}\n{first[:40]}\n", "line 2: expected 23 fields"),
         (head + "\n" + "\0" * 300_000 + "\n", "is not a table"),
-    ):
+    ):  # fmt: skip
         out.write_text(broken)
         with pytest.raises(InputError, match=message):
             read_measured(out)

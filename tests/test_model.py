@@ -110,18 +110,12 @@ def test_hugging_face_ids_with_the_usual_endings(preset, names):
             "Qwen/Qwen3-8B",
         ),
         *(
-            "Qwen/Qwen3-Next",
-            "zai-org/GLM-4.5V",
-            "zai-org/GLM-4-9B-0414",
-            "moonshotai/Kimi-K2.9",
-            "deepseek-v3.3",
-            "FP8",
-            "-",
-            "x" * 9999,
+            "Qwen/Qwen3-Next", "zai-org/GLM-4.5V", "zai-org/GLM-4-9B-0414", "moonshotai/Kimi-K2.9", "deepseek-v3.3",
+            "FP8", "-", "x" * 9999,
         ),
         *("openai/gpt-oss", "Qwen3-VL-235B-A22B-Instruct", "DeepSeek-V4", "MiniMax-M1"),
     ],
-)
+)  # fmt: skip
 def test_other_models_are_not_taken_for_a_preset(name):
     with pytest.raises(InputError, match="is not known"):
         load_model(name)

@@ -107,13 +107,10 @@ def test_other_keys_that_speak_of_experts_are_named(tmp_path):
         tmp_path,
         BASE
         | {
-            "expert_choice": True,
-            "router_kind": "hash",
-            "moe_router_bias": True,
-            "use_expert_lottery": False,
+            "expert_choice": True, "router_kind": "hash", "moe_router_bias": True, "use_expert_lottery": False,
             "ep_size": 4,
         },
-    )
+    )  # fmt: skip
     told = " ".join(model.unverified)
     assert "expert_choice True (not understood)" in told
     assert "router_kind hash (not understood)" in told
@@ -138,12 +135,8 @@ def test_a_list_of_layers_wins_and_what_disagrees_is_named(tmp_path):
 
 def test_a_type_that_is_not_known_says_what_is_assumed(tmp_path):
     model = load_config(tmp_path, BASE | {"model_type": "newcomer", "intermediate_size": 128})
-    assert (model.scoring, model.has_bias, model.n_moe_layers, model.moe_intermediate_size) == (
-        "softmax",
-        False,
-        12,
-        128,
-    )
+    assert (model.scoring, model.has_bias, model.n_moe_layers) == ("softmax", False, 12)
+    assert model.moe_intermediate_size == 128
     told = " ".join(model.unverified)
     for field in ("scoring", "has_bias", "moe_layer_ids", "moe_intermediate_size"):
         assert field in told
@@ -258,12 +251,9 @@ def test_the_file_that_modelopt_writes_beside_a_config_is_read(tmp_path):
 
 def test_the_language_model_is_found_at_any_depth(tmp_path):
     for path in (
-        ["text_config"],
-        ["language_config"],
-        ["llm_config"],
-        ["thinker_config", "text_config"],
+        ["text_config"], ["language_config"], ["llm_config"], ["thinker_config", "text_config"],
         ["a", "b", "c", "d", "e", "language_model"],
-    ):
+    ):  # fmt: skip
         config = dict(BASE)
         for key in reversed(path):
             config = {key: config, "vision_config": {"num_experts": 64, "num_experts_per_tok": 1}, "hidden_size": 7}
@@ -300,13 +290,8 @@ def test_params_json_in_a_folder(tmp_path):
     config = {"dim": 64, "n_layers": 4, "hidden_dim": 128, "moe": {"num_experts": 8, "num_experts_per_tok": 2}}
     load_config(tmp_path, config, "params.json")
     model = load_model(tmp_path)
-    assert (model.n_experts, model.top_k, model.n_moe_layers, model.hidden_size, model.moe_intermediate_size) == (
-        8,
-        2,
-        4,
-        64,
-        128,
-    )
+    assert (model.n_experts, model.top_k, model.n_moe_layers) == (8, 2, 4)
+    assert (model.hidden_size, model.moe_intermediate_size) == (64, 128)
 
 
 @pytest.mark.parametrize(

@@ -26,31 +26,19 @@ def mlp_types(m):
 
 def sizes(m, **more):
     return {
-        "hidden_size": m.hidden_size,
-        "intermediate_size": 4 * m.hidden_size,
-        "num_hidden_layers": m.n_layers,
-        "moe_intermediate_size": m.moe_intermediate_size,
-        "hidden_act": "silu",
-        "routed_scaling_factor": 2.5,
+        "hidden_size": m.hidden_size, "intermediate_size": 4 * m.hidden_size, "num_hidden_layers": m.n_layers,
+        "moe_intermediate_size": m.moe_intermediate_size, "hidden_act": "silu", "routed_scaling_factor": 2.5,
         "norm_topk_prob": True,
-    } | more
+    } | more  # fmt: skip
 
 
 def deepseek(kind, **more):
     return lambda m: sizes(
-        m,
-        model_type=kind,
-        n_routed_experts=m.n_experts,
-        n_shared_experts=m.n_shared_experts,
-        num_experts_per_tok=m.top_k,
-        n_group=m.n_group,
-        topk_group=m.topk_group,
-        first_k_dense_replace=first(m),
-        moe_layer_freq=1,
-        scoring_func=m.scoring,
-        topk_method="noaux_tc" if m.has_bias else "group_limited_greedy",
+        m, model_type=kind, n_routed_experts=m.n_experts, n_shared_experts=m.n_shared_experts,
+        num_experts_per_tok=m.top_k, n_group=m.n_group, topk_group=m.topk_group, first_k_dense_replace=first(m),
+        moe_layer_freq=1, scoring_func=m.scoring, topk_method="noaux_tc" if m.has_bias else "group_limited_greedy",
         **more,
-    )
+    )  # fmt: skip
 
 
 def deepseek_v4(m):
@@ -71,20 +59,11 @@ def deepseek_v41(m):
 
 def kimi(kind, **more):  # Kimi-Linear's keys; Kimi-K3 nests them
     return lambda m: sizes(
-        m,
-        model_type=kind,
-        num_experts=m.n_experts,
-        num_experts_per_token=m.top_k,
-        num_shared_experts=m.n_shared_experts,
-        num_expert_group=m.n_group,
-        topk_group=m.topk_group,
-        moe_router_activation_func=m.scoring,
-        moe_renormalize=True,
-        first_k_dense_replace=first(m),
-        moe_layer_freq=1,
-        use_grouped_topk=True,
-        **more,
-    )
+        m, model_type=kind, num_experts=m.n_experts, num_experts_per_token=m.top_k,
+        num_shared_experts=m.n_shared_experts, num_expert_group=m.n_group, topk_group=m.topk_group,
+        moe_router_activation_func=m.scoring, moe_renormalize=True, first_k_dense_replace=first(m), moe_layer_freq=1,
+        use_grouped_topk=True, **more,
+    )  # fmt: skip
 
 
 def kimi_k3(m):
@@ -97,19 +76,10 @@ def kimi_k3(m):
 
 def bailing(kind):
     return lambda m: sizes(
-        m,
-        model_type=kind,
-        num_experts=m.n_experts,
-        num_experts_per_tok=m.top_k,
-        num_shared_experts=m.n_shared_experts,
-        n_group=m.n_group,
-        topk_group=m.topk_group,
-        first_k_dense_replace=first(m),
-        score_function="sigmoid",
-        moe_router_enable_expert_bias=True,
-        moe_shared_expert_intermediate_size=512,
-        router_dtype="fp32",
-    )
+        m, model_type=kind, num_experts=m.n_experts, num_experts_per_tok=m.top_k, num_shared_experts=m.n_shared_experts,
+        n_group=m.n_group, topk_group=m.topk_group, first_k_dense_replace=first(m), score_function="sigmoid",
+        moe_router_enable_expert_bias=True, moe_shared_expert_intermediate_size=512, router_dtype="fp32",
+    )  # fmt: skip
 
 
 def glm(kind, **more):  # no scoring and no method in the file
@@ -136,17 +106,10 @@ def nested(key, build, kind):
 
 def qwen(kind, **more):
     return lambda m: sizes(
-        m,
-        model_type=kind,
-        num_experts=m.n_experts,
-        num_experts_per_tok=m.top_k,
-        decoder_sparse_step=1,
-        mlp_only_layers=[],
-        output_router_logits=False,
-        router_aux_loss_coef=0.001,
-        **({"shared_expert_intermediate_size": 512} if m.n_shared_experts else {}),
-        **more,
-    )
+        m, model_type=kind, num_experts=m.n_experts, num_experts_per_tok=m.top_k, decoder_sparse_step=1,
+        mlp_only_layers=[], output_router_logits=False, router_aux_loss_coef=0.001,
+        **{"shared_expert_intermediate_size": 512} if m.n_shared_experts else {}, **more,
+    )  # fmt: skip
 
 
 def local_experts(kind, **more):

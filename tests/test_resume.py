@@ -177,8 +177,5 @@ def test_killed_at_random_moments_the_tables_are_the_same_bytes(tmp_path):
     for name in ("summary.csv", "tail.csv", "counts.parquet"):
         assert (stopped / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert sorted(path.name for path in stopped.iterdir()) == [
-        "counts.parquet",
-        "provenance.json",
-        "summary.csv",
-        "tail.csv",
-    ]
+        "counts.parquet", "provenance.json", "summary.csv", "tail.csv",
+    ]  # fmt: skip

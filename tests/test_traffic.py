@@ -49,11 +49,8 @@ BY_MAX = ModelSpec("by max", 16, 3, 4, 2, "softmax", "max")
 def test_skew_of_simple_loads():
     level, one = np.full((2, 8), 5), np.eye(8)[:1]
     for statistic, of_level, of_one in (
-        (skew.variation, 0, np.sqrt(7)),
-        (skew.max_over_mean, 1, 8),
-        (skew.gini, 0, 7 / 8),
-        (skew.top_share, 1 / 8, 1),
-    ):
+        (skew.variation, 0, np.sqrt(7)), (skew.max_over_mean, 1, 8), (skew.gini, 0, 7 / 8), (skew.top_share, 1 / 8, 1),
+    ):  # fmt: skip
         np.testing.assert_allclose(statistic(level), of_level, atol=1e-12)
         np.testing.assert_allclose(statistic(one), of_one)
     rising = np.arange(1, 9)[None]
