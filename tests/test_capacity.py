@@ -3,6 +3,7 @@
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import fails
 from scipy.stats import binom
 
 import sim
@@ -334,10 +335,7 @@ def test_the_verb_prints_and_writes(tmp_path, capsys):
 )
 def test_bad_usage_is_one_line_and_status_2(words, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert main(["capacity", "--ep", "8", "--tokens", "64", *words, "--out", "new"]) == 2
-    said = capsys.readouterr().err
-    assert message in said
-    assert len([line for line in said.splitlines() if "error" in line]) == 1
+    fails(capsys, ["capacity", "--ep", "8", "--tokens", "64", *words, "--out", "new"], message)
     assert not (tmp_path / "new").exists()
 
 

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT
+from conftest import ROOT, fails
 
 from sim import load_model, load_workload, predict_gain, read_traffic
 from sim.advice.dependence import COSTS, LEVEL, SAVES, UNDECIDED, Subject, conclusions, saved_by_traffic
@@ -80,8 +80,7 @@ def test_what_is_written_is_shown_again_and_refused_when_changed(tmp_path, capsy
     models = {row["workload"]: row["model"] for row in json.loads(capsys.readouterr().out)}
     assert models == {"chat": "deepseek-v3", "gpt-oss-20b": "gpt-oss-20b"}
     (out / "depends.csv").write_text((out / "depends.csv").read_text().replace("chat", "chut"))
-    assert main(["depends", "--show", str(out)]) == 2
-    assert "was changed" in capsys.readouterr().err
+    fails(capsys, ["depends", "--show", out], "was changed")
 
 
 @pytest.mark.parametrize(
@@ -100,8 +99,7 @@ def test_what_is_written_is_shown_again_and_refused_when_changed(tmp_path, capsy
 )
 def test_bad_usage_is_one_line_and_status_2(words, message, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
-    assert main(["depends", "--workload", "chat", *words] if "--show" not in words else ["depends", *words]) == 2
-    assert message in capsys.readouterr().err.splitlines()[-1]
+    fails(capsys, ["depends", *([] if "--show" in words else ["--workload", "chat"]), *words], message)
 
 
 def test_committed_rows_are_computed_again_to_the_last_digit(capsys):

@@ -5,6 +5,7 @@ from math import comb
 
 import numpy as np
 import pytest
+from conftest import fails
 
 import sim
 from sim import InputError, load_model, load_workload, place, score_tokens
@@ -120,10 +121,7 @@ def test_a_sweep_writes_a_file_for_each_cell(tmp_path, capsys):
 )
 def test_wrong_use_is_one_line_and_writes_nothing(words, message, tmp_path, capsys):
     trials = [] if "--precision" in words else ["--trials", "5"]
-    base = ["sweep", "--ep", "8", "--tokens", "16", *trials, "--out", str(tmp_path / "out")]
-    assert main([*base, *words]) == 2
-    error = capsys.readouterr().err
-    assert message in error
+    fails(capsys, ["sweep", "--ep", "8", "--tokens", "16", *trials, "--out", tmp_path / "out", *words], message)
     assert not (tmp_path / "out").exists()
 
 

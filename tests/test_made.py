@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from conftest import fails
 
 from sim import InputError, load_model, load_workload, read_traffic, workload_names
 from sim.cli import main
@@ -74,8 +75,7 @@ def test_the_nearest_preset_is_named_and_the_scale_that_reaches_it(capsys):
     assert float(sigma) == pytest.approx(0.65 * float(scale), rel=0.01)
     mean, half = mean_imbalances(wanted, OSS, [8], tokens=1024, n_layers=256, seed=5)[0]
     assert abs(mean - 2.1) < 3 * half
-    assert main(["traffic", "match", "--imbalance", "9", "--ep", "8"]) == 2
-    assert "lies from 1 to --ep 8" in capsys.readouterr().err
+    fails(capsys, ["traffic", "match", "--imbalance", "9", "--ep", "8"], "lies from 1 to --ep 8")
 
 
 @pytest.mark.slow
@@ -107,8 +107,7 @@ def test_presets_are_listed_with_their_imbalance_and_what_they_miss(capsys):
 def test_bad_usage_is_one_line_and_status_2(words, message, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     base = "traffic make --model gpt-oss-20b --workload gpt-oss-20b --tokens 64 --sequences 4".split()
-    assert main([*base, "--out", "t.npz", *words]) == 2
-    assert message in capsys.readouterr().err.splitlines()[-1]
+    fails(capsys, [*base, "--out", "t.npz", *words], message)
     assert not list(tmp_path.iterdir())
 
 

@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from conftest import record_of
+from conftest import fails, record_of
 
 import sim
 from sim import InputError, load_model, load_workload, place
@@ -190,5 +190,4 @@ def test_bad_arguments(tmp_path, capsys):
         (["--tokens-per-request", "2"], "--tokens-per-request does not go with --traffic"),
         (["--phase", "prefill"], "--phase does not go with --traffic"),
     ):
-        assert main(["step", "--traffic", str(tmp_path / "none.npz"), "--ep", "8", *words]) == 2
-        assert message in capsys.readouterr().err
+        fails(capsys, ["step", "--traffic", tmp_path / "none.npz", "--ep", "8", *words], message)

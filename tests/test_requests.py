@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
+from conftest import fails
 
 import sim
 from sim import InputError, load_model, load_workload
-from sim.cli import main
 from sim.router import draw, draw_trials
 from sim.traffic.recorded import build_record
 
@@ -71,8 +71,8 @@ def test_logits_of_requests_are_held_for_some_trials_at_a_time(monkeypatch):
 
 @pytest.mark.parametrize("verb", ["sweep", "gain", "step"])
 def test_the_command_line_says_which_number_does_not_fit(verb, capsys):
-    assert main([verb, "--tokens-per-request", "3", "--ep", "8", "--tokens", "8"]) == 2
-    assert "--tokens 8: --tokens-per-request 3 must divide the tokens of a step" in capsys.readouterr().err
+    words = [verb, "--tokens-per-request", "3", "--ep", "8", "--tokens", "8"]
+    fails(capsys, words, "--tokens 8: --tokens-per-request 3 must divide the tokens of a step")
 
 
 def test_wrong_numbers_of_tokens_are_refused(record):
