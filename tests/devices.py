@@ -1,5 +1,7 @@
 """A made-up device, and measurements of sampled steps on it: what the tests of `sim.measure` share."""
 
+from functools import cache
+
 import numpy as np
 
 from sim.cost import load_gpu
@@ -18,6 +20,9 @@ def steps_of(model="deepseek-v3", **changes):
     return plan_measurement(
         load_model(model), [load_workload("chat"), load_workload("gpqa-tilted")], **(asked | changes)
     )
+
+
+usual_steps = cache(steps_of)
 
 
 class MadeUp:
@@ -66,6 +71,6 @@ class MadeUp:
 
 def measured(tmp_path, backend=None, dtypes=("bf16", "fp8"), **changes):
     out, lines = tmp_path / "measured.csv", []
-    steps = changes.pop("steps_of", None) or steps_of()
+    steps = changes.pop("steps_of", None) or usual_steps()
     measure(steps, backend or MadeUp(), H100, list(dtypes), out, say=lines.append, **changes)
     return out, lines

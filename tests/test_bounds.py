@@ -284,6 +284,7 @@ def test_the_worst_case_curve_has_no_gap_down_to_1e12():
         assert (rare.low > 0.9 * rare.high).all(), key
 
 
+@pytest.mark.slow
 def test_an_average_over_drawn_layers_is_not_the_answer_for_all():
     """The committed chat sweep: beyond the bulk the layers that nobody drew matter most, so the average of 32 layers, however
     exactly known, lies below the estimate over all layers."""

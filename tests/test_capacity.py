@@ -339,6 +339,7 @@ def test_bad_usage_is_one_line_and_status_2(words, message, capsys, tmp_path, mo
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
 def test_correlated_layers_need_no_more_and_far_out_the_same():
     """Any layer of a step, at a risk of 0.5 and of 1e-3, where all layers are alike (where one is the worst, it decides); off by
     default; and steps of that variance.

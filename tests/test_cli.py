@@ -288,7 +288,6 @@ def test_ranges(tmp_path):
     assert sorted(set(summary.tokens)) == [2, 4, 6]
 
 
-@pytest.mark.slow
 def test_python_m_sim_is_the_same_program_and_help_does_not_load_numba():
     code = "import sys; from sim.cli import main; main(['--help']); assert not {'numba', 'pandas'} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0

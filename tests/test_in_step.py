@@ -118,6 +118,7 @@ def test_a_sweep_takes_the_split_and_leaves_placements_without_copies_alone():
 SMALL = {"ep_sizes": 8, "layer_sets": 1, "most_steps": 2, "fit_tokens": 500}
 
 
+@pytest.mark.slow
 def test_steps_in_gains_are_those_of_the_public_functions():
     """Loads, idle ranks and times of every rank, from the same tokens, for two layers; the others are as without it."""
     rates = [expert_rates(V3, gpu) for gpu in ("h200", "h20")]
@@ -284,6 +285,7 @@ def test_drawn_layers_share_a_budget_by_deployments_whatever_the_chunks():
     pd.testing.assert_frame_equal(one, two)
 
 
+@pytest.mark.slow
 def test_with_a_gpu_copies_are_bought_for_their_time():
     """At few tokens a copy costs more than it saves, and none is bought; at many tokens they are."""
     options = {"ep_sizes": 16, "layer_sets": 1, "most_steps": 1, "placements": "eplb_budget+16", "fit_tokens": 2**14}

@@ -300,6 +300,7 @@ def test_measured_layers_are_shown_with_tables_and_figures(tmp_path, capsys):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "points", "off"),
     [

@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-from devices import H100, MadeUp, measured, steps_of
+from devices import H100, MadeUp, measured, steps_of, usual_steps
 
 from sim.cost import expert_time_us
 from sim.errors import InputError
@@ -18,7 +18,7 @@ from sim.scoring import score
 
 
 def test_all_placements_and_ep_sizes_share_the_tokens():
-    steps = steps_of()
+    steps = usual_steps()
     for workload, counts in steps.counts.items():
         assert counts.shape == (3, 2, 256)
         assert (counts.sum(axis=2) == np.array([8, 512]) * 8).all()
@@ -46,7 +46,7 @@ def test_copies_of_an_expert_share_its_tokens():
 
 
 def test_the_busiest_ranks_and_one_other_are_measured():
-    steps = steps_of()
+    steps = usual_steps()
     for layers in steps.compared(H100, ["bf16", "fp8"]):
         for layer in layers:
             counts = steps.counts[layer.workload][layer.step, steps.tokens.index(layer.tokens)]
@@ -71,7 +71,7 @@ def test_equal_loads_are_decided_by_distinct_experts():
 
 
 def test_steps_are_outermost_and_the_first_placement_changes():
-    groups = list(steps_of().compared(H100, ["bf16"]))
+    groups = list(usual_steps().compared(H100, ["bf16"]))
     assert len(groups) == 3 * 2 * 2 * 2
     keys = [(g[0].step, g[0].tokens) for g in groups]
     assert keys == sorted(keys)
@@ -122,7 +122,7 @@ def test_rows_are_what_was_measured(tmp_path):
     assert list(rows.columns) == list(COLUMNS)
     assert set(rows.dtype) == {"bf16", "fp8"}
     assert set(rows.groupby(["dtype", "workload", "tokens", "ep_size", "placement"]).step.nunique()) == {3}
-    steps = steps_of()
+    steps = usual_steps()
     row = rows.iloc[57]
     counts = steps.counts[row.workload][row.step, steps.tokens.index(row.tokens)]
     mine = counts[steps.placed[row.workload, row.placement, row.ep_size].rank_of_expert == row["rank"]]
@@ -185,6 +185,12 @@ def test_a_run_that_dies_leaves_its_rows_and_nothing_is_overwritten(tmp_path):
 # Reading back
 
 
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """A sound table."""
+    return measured(tmp_path_factory.mktemp("measured"), dtypes=["bf16"])[0].read_text()
+
+
 @pytest.mark.parametrize(
     ("column", "value", "message"),
     [
@@ -208,9 +214,8 @@ def test_a_run_that_dies_leaves_its_rows_and_nothing_is_overwritten(tmp_path):
         ("workload", "\x1b[31mred", "fields of at most 200 printable letters"),
     ],
 )
-def test_bad_tables_are_refused(tmp_path, column, value, message):
-    out, _ = measured(tmp_path, dtypes=["bf16"])
-    lines = out.read_text().splitlines()
+def test_bad_tables_are_refused(tmp_path, text, column, value, message):
+    out, lines = tmp_path / "measured.csv", text.splitlines()
     fields = lines[2].split(",")
     fields[list(COLUMNS).index(column)] = value
     out.write_text("\n".join([*lines[:2], ",".join(fields), *lines[3:]]) + "\n")
@@ -219,9 +224,8 @@ def test_bad_tables_are_refused(tmp_path, column, value, message):
     assert "\n" not in str(error.value)
 
 
-def test_other_files_are_refused(tmp_path):
-    out, _ = measured(tmp_path, dtypes=["bf16"])
-    text = out.read_text()
+def test_other_files_are_refused(tmp_path, text):
+    out = tmp_path / "measured.csv"
     head, first = text.splitlines()[:2]
     for broken, message in (
         ("", "first line must name the columns"), ("a,b\n1,2\n", "first line must name the columns"),

@@ -68,6 +68,7 @@ def replayed(record, model=EIGHT, ep=4, tokens=25, steps=1500, **more):
     )
 
 
+@pytest.mark.slow
 def test_layers_that_route_alike_have_as_much_more_variance(record):
     """Three equal layers: the variance of a step's mean is three times that of independent ones, within its interval (at 95 %;
     fixed seed), and the means agree.

@@ -255,7 +255,6 @@ def test_advice_says_its_verdict_and_shows_no_gain_of_what_the_engine_will_not_r
     assert not page.is_visible("#tail")
 
 
-@pytest.mark.slow
 def test_the_same_folders_give_the_same_page_of_less_than_6_mb(folder, page_file, capsys, tmp_path):
     assert page_file.stat().st_size < MAX_BYTES
     assert main(["report", str(folder), "--out", str(tmp_path / "a.html")]) == 0

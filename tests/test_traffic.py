@@ -338,7 +338,6 @@ def test_bad_options_write_nothing(tmp_path, capsys):
     assert set(tmp_path.iterdir()) - {other} == before
 
 
-@pytest.mark.slow
 def test_statistics_are_printed(tmp_path, capsys):
     counts = np.tile(COUNTS, (1, 1, 16))
     path = write(tmp_path / "x.npy", x=counts)
