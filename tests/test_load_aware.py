@@ -17,8 +17,6 @@ from sim.copies import assign_by_hash, assign_evenly, find_copies, pick_slots
 from sim.placement import Placement, place_fixed, placement_text
 from sim.router import draw_loads, draw_trials
 from sim.sweeps import Journal, combine, executors, make_plan, run_plan
-from sim.sweeps.chunk import run_chunk
-from sim.sweeps.precision import first_stage
 from sim.traffic import FittedLayers, LoadTable, SyntheticTraffic
 from sim.traffic.counts import build_counts
 
@@ -98,20 +96,6 @@ def test_loads_are_fitted_on_other_tokens_of_the_same_layers():
     assert 0.8 < np.mean(z**2) < 1.2
     assert np.mean(((fit - scored[::-1]) / noise) ** 2) > 100
     np.testing.assert_array_equal(draw_loads(V3, CHAT, 3, range(1, 2), 2**16)[0] / 2**16, fit[1])
-
-
-@pytest.mark.parametrize("workload", ["chat", "prefill"])
-def test_tables_do_not_depend_on_threads_or_chunks(workload):
-    first = sweep(V3, workload, **SMALL, threads=1)
-    assert_same_tables(first, sweep(V3, workload, **SMALL, threads=3))
-    plan = make_plan(V3, workload, **SMALL)
-    stage = first_stage(plan)
-    whole = run_chunk(plan, stage, range(30))
-    parts = run_chunk(plan, stage, range(11))
-    parts.add(run_chunk(plan, stage, range(11, 30)))
-    parts.compact()
-    for name, value in vars(whole).items():
-        np.testing.assert_array_equal(value, getattr(parts, name), err_msg=name)
 
 
 @pytest.mark.slow

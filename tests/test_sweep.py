@@ -17,19 +17,24 @@ from sim.sweeps.precision import first_stage
 
 ALL = ["linear", "linear_legacy", "round_robin", "random", "node_aware"]
 SMALL = {"ep_sizes": [2, 12], "tokens": [1, 16], "placements": ALL, "trials": 60, "seed": 4}
+COPIES = {
+    "placements": ["linear", "eplb", "eplb+16", "linear+16", "eplb_refined"],
+    "ep_sizes": [4, 16],
+    "fit_tokens": 500,
+}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("draws", [None, 7])
-def test_tables_are_the_same_on_any_number_of_threads(draws):
-    first = sweep("deepseek-v3", "chat", **SMALL, draws=draws, threads=1)
-    assert_same_tables(first, sweep("deepseek-v3", "chat", **SMALL, draws=draws, threads=2))
-    assert_same_tables(first, sweep("deepseek-v3", "chat", **SMALL, draws=draws, threads=5))
+@pytest.mark.parametrize("more", [{}, {"draws": 7}, COPIES])
+def test_tables_are_the_same_on_any_number_of_threads(more):
+    first, *others = (sweep("deepseek-v3", "chat", **SMALL | more, threads=n) for n in (1, 2, 5))
+    for other in others:
+        assert_same_tables(first, other)
 
 
-@pytest.mark.parametrize("draws", [60, 7])
-def test_any_split_into_chunks_adds_up(draws):
-    plan = make_plan("deepseek-v3", "prefill", **SMALL, draws=draws)
+@pytest.mark.parametrize("more", [{"draws": 60}, {"draws": 7}, COPIES | {"trials": 30, "draws": 30}])
+def test_any_split_into_chunks_adds_up(more):
+    plan, draws = make_plan("deepseek-v3", "prefill", **SMALL | more), more["draws"]
     stage = first_stage(plan)
     whole = run_chunk(plan, stage, range(draws))
     parts = run_chunk(plan, stage, range(3))
