@@ -105,7 +105,7 @@ def test_the_number_of_journal_files_is_bounded(plan, tmp_path, monkeypatch):
     result = run_plan(plan, ONE_THREAD, journal=Journal(tmp_path, plan))
     assert len(most) == n_chunks > 9
     assert max(most) <= 2 * 3 + 2  # two of each of three levels, and what two chunks in flight leave behind
-    assert most[-1] == 1
+    assert len(list((tmp_path / ".partial").glob("*.npz"))) == 1
     assert result.counts.equals(whole.counts)
     again = run_plan(plan, ONE_THREAD, journal=Journal(tmp_path, plan))
     assert again.counts.equals(whole.counts)
