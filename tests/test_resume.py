@@ -11,7 +11,7 @@ import time
 import pytest
 from conftest import run
 
-from sim import InputError
+from sim import InputError, results
 from sim.sweeps import Journal, executors, journal, make_plan, run_plan
 from sim.sweeps.chunk import stage_chunks
 from sim.sweeps.precision import first_stage
@@ -186,3 +186,44 @@ def test_killed_at_random_moments_the_tables_are_the_same_bytes(tmp_path):
         "summary.csv",
         "tail.csv",
     ]
+
+
+def _run_two(folder):
+    words = "sweep --workload uniform,chat --ep 8 --tokens 64 --trials 100 --threads 2 --bound-layers 2 --out"
+    return run(*words.split(), f"{folder}/{{workload}}")
+
+
+def _tables(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.csv")}
+
+
+def test_an_interrupt_stops_all_sweeps_of_a_command_and_it_goes_on_from_there(tmp_path, monkeypatch):
+    assert _run_two(tmp_path / "whole") == 0
+    original = executors.run_chunk
+
+    def interrupted(plan, stage, draws):
+        if plan.workload.name == "chat":  # the tables of the first are made meanwhile
+            raise KeyboardInterrupt
+        return original(plan, stage, draws)
+
+    monkeypatch.setattr(executors, "run_chunk", interrupted)
+    assert _run_two(tmp_path / "stopped") == 130
+    monkeypatch.undo()
+    assert _run_two(tmp_path / "stopped") == 0
+    assert _tables(tmp_path / "stopped") == _tables(tmp_path / "whole")
+    assert len(_tables(tmp_path / "whole")) == 4
+
+
+def test_tables_that_cannot_be_written_fail_the_command_though_others_can(tmp_path, monkeypatch, capsys):
+    original = results.write_result
+
+    def full(result, folder):
+        if folder.name == "uniform":
+            raise OSError(28, "No space left on device", str(folder))
+        original(result, folder)
+
+    monkeypatch.setattr(results, "write_result", full)
+    assert _run_two(tmp_path) == 1
+    assert "No space left on device" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert _run_two(tmp_path) == 0
