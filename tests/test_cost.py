@@ -57,7 +57,7 @@ def test_a_user_has_a_gpu_of_his_own(tmp_path):
     gpu = load_gpu(path)
     assert (gpu.name, gpu.fp8_tflops, gpu.unverified) == ("mine", None, ())
     assert time(8, 8, gpu=path, dtype="bf16") == time(8, 8, gpu=gpu, dtype="bf16")
-    with pytest.raises(InputError, match="dtype fp8: gpu mine has no fp8 peak; it has bf16"):
+    with pytest.raises(InputError, match="`dtype` fp8: gpu mine has no fp8 peak; it has bf16"):
         time(8, 8, gpu=gpu)
 
 
@@ -225,10 +225,10 @@ def test_latent_experts_are_as_wide_as_their_input():
             {"pairs": [8, 8], "distinct_experts": [8, 8, 8]},
             "shapes do not broadcast: pairs .2,., distinct_experts .3,.",
         ),
-        ({"dtype": "int4"}, "dtype int4: must be one of bf16, fp8, fp4"),
-        ({"dtype": ["fp8"]}, "dtype .*must be one of"),
-        ({"dtype": "fp4"}, "dtype fp4: gpu h200 has no fp4 peak; it has bf16, fp8"),
-        ({"gpu": "a100"}, "gpu 'a100' is not known"),
+        ({"dtype": "int4"}, "`dtype` int4: must be one of bf16, fp8, fp4"),
+        ({"dtype": ["fp8"]}, "`dtype` .*must be one of"),
+        ({"dtype": "fp4"}, "`dtype` fp4: gpu h200 has no fp4 peak; it has bf16, fp8"),
+        ({"gpu": "a100"}, "`gpu` 'a100' is not known"),
         ({"model": "deepsek-v3"}, "did you mean deepseek-v3"),
     ],
 )

@@ -39,8 +39,8 @@ def add_gain(parser: ArgumentParser) -> None:
         type=NAMES,
         default="round_robin",
         metavar="LIST",
-        help="placements that are compared with it (default: round_robin); also 'perfect balance', which none can beat, and "
-        "in_step: the best split of each step's pairs over the copies of the one that has the most (--balancer-us)",
+        help="placements that are compared with it (default: round_robin); also 'perfect balance', whose experts none can beat, "
+        "and in_step: the best split of each step's pairs over the copies of the one that has the most (--balancer-us)",
     )
     add_options(parser, TrafficOptions)
     add_options(parser, StepOptions, ep_sizes="8,16", tokens="1..16384")
@@ -60,7 +60,7 @@ def run_gain(arguments: Namespace) -> None:
         )
     model, workload = read_inputs(arguments)
     gpus: list[Any] = [load_gpu(name) for name in dict.fromkeys(arguments.gpus)]
-    options = step_options(arguments)
+    options = step_options(arguments, model, gpus)
     options["exchange"] = options["exchange"].split(",")
     chosen = {"baseline": arguments.baseline, "placement": arguments.placement, **given(arguments, RestOptions)}
     names = [arguments.baseline, *arguments.placement]

@@ -70,7 +70,7 @@ def run_step(arguments: Namespace) -> None:
     if "," in arguments.gpu:
         raise InputError(f"--gpu {arguments.gpu}: one GPU at a time")
     gpu, placements, correlation = load_gpu(arguments.gpu), arguments.placements, arguments.layer_correlation
-    options = step_options(arguments)
+    options = step_options(arguments, model, [gpu])
     say_about_maps(placements, model, options["ep_sizes"], options["ranks_per_node"])
     say_about_times(model, workload, [gpu], options)
     say_about_layers(correlation)

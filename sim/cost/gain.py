@@ -11,17 +11,19 @@ import pandas as pd
 from sim.cost.exchange import DEFAULT_EXCHANGE, exchange_kind
 from sim.cost.expert import crossover_tokens, expert_rates
 from sim.cost.gpu import Gpu
-from sim.cost.inputs import as_numbers
-from sim.cost.steps import StepSample, sample_steps
-from sim.cost.times import CellTimes, balanced_times, cell_times, with_network
+from sim.cost.inputs import as_numbers, dtype_of, with_network
+from sim.cost.steps import CellTimes, StepSample, balanced_times, cell_times, sample_steps
 from sim.errors import InputError
 from sim.model import ModelSpec, load_model
+from sim.options import StepOptions, takes
 from sim.placement import strategy_name
 from sim.stats import bounded_mean_interval, clustered_quantile, moments_of_draws, ratio_interval
 from sim.traffic import Workload
 
 PERFECT = "perfect balance"
-"""Pairs and distinct experts spread evenly over ranks: the least time that any placement could take."""
+"""Pairs and distinct experts spread evenly over ranks: the least time that a placement's experts could take, and a layer but for
+exchange `token`, which goes by received tokens (`balanced_times`).
+"""
 
 IN_STEP = "in_step"
 """The pairs of each step split over the copies of a placement so that the busiest rank has the fewest (`sim.copies`): the upper
@@ -48,6 +50,7 @@ class Rest(NamedTuple):
     step_us: float | None = None  # time of the baseline's whole step
 
 
+@takes(StepOptions, "fit_tokens", "fit_on", "budget_tokens")
 def predict_gain(
     model: ModelSpec | str | Path,
     workload: Workload | str | Path,
@@ -55,14 +58,14 @@ def predict_gain(
     *,
     placement: str | list[str] = "round_robin",
     baseline: str = "linear",
-    dtype: str = "fp8",
+    dtype: str | None = None,
     exchange: str | list[str] = DEFAULT_EXCHANGE,
     network_gb_per_s: float | None = None,
     moe_share: float | None = None,
     step_us: float | None = None,
     balancer_us: float | None = None,
     paired_imbalance: bool = False,
-    **sampling: Any,
+    **options: Any,
 ) -> pd.DataFrame:
     """Time that a placement saves over another, per layer and per step, for every GPU, EP size and number of tokens.
 
@@ -73,11 +76,12 @@ def predict_gain(
     gpus : GPU or list of GPUs
         Names, files or Gpu.
     placement : str or list of str
-        Placements that are compared with `baseline`. PERFECT is perfect balance, which none can beat; IN_STEP the best split of
-        each step's pairs over the copies of that placement which has the most slots.
+        Placements that are compared with `baseline`. PERFECT is perfect balance, whose experts none can beat; IN_STEP the best
+        split of each step's pairs over the copies of that placement which has the most slots.
     baseline : str
     dtype : str
-        Type of weights and inputs, see `expert_time_us`.
+        Type of weights and inputs, see `expert_time_us`; by default what the model's experts are stored in, where every GPU
+        computes in it, else fp8 (`dtype_of`).
     exchange : str or list of str
         Kinds of exchange, or backends that stand for one (`sim.cost.exchange.KINDS`, `BACKENDS`).
     network_gb_per_s : float
@@ -91,8 +95,9 @@ def predict_gain(
         Time of a layer that a balancer within the step takes; by default BALANCER_US. Times of IN_STEP are without it.
     paired_imbalance : bool
         Whether there are columns `imbalance_saved`, 1 - imbalance / baseline's, with its ends, paired like `layer_saved`.
-    **sampling
-        ep_sizes, tokens and more, as in `sample_steps`.
+    **options
+    fit_tokens, fit_on, budget_tokens
+        As in `sim.sweep`, and the routed tokens that are sampled of each number of tokens.
 
     Returns
     -------
@@ -132,11 +137,12 @@ def predict_gain(
         if IN_STEP not in names:
             raise InputError(f"`balancer_us` goes with `placement` {IN_STEP}, on copies of another placement")
     chips = [with_network(gpu, network_gb_per_s) for gpu in (gpus if isinstance(gpus, list) else [gpus])]
+    dtype = dtype_of(model, chips, dtype)
     rates = [expert_rates(model, gpu, dtype) for gpu in chips]
     sampled = [baseline, *(name for name in names if name not in (PERFECT, IN_STEP))]
     sample = sample_steps(
         model, workload, rates, placements=sampled, counts_received="token" in kinds.values(), in_step=IN_STEP in names,
-        **sampling,
+        **options,
     )  # fmt: skip
     grid, rows = sample.plan.grid, []
     for (exchange, kind), (rate, gpu), name in product(kinds.items(), enumerate(chips), names):

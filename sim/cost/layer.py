@@ -19,7 +19,7 @@ def layer_time_us(
     pairs: ArrayLike,
     distinct_experts: ArrayLike,
     exchange_us: ArrayLike = 0.0,
-    dtype: str = "fp8",
+    dtype: str | None = None,
     local_experts: ArrayLike | None = None,
 ) -> np.ndarray:
     """Time of one MoE layer's routed experts: the slowest rank's computation and the exchange, in microseconds.

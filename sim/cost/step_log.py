@@ -11,13 +11,13 @@ from scipy.special import stdtrit
 from sim.cost.exchange import DEFAULT_EXCHANGE, exchange_kind
 from sim.cost.expert import expert_rates
 from sim.cost.gpu import Gpu
+from sim.cost.inputs import dtype_of, with_network
 from sim.cost.layer import sglang_over_layers, vllm_over_layers
-from sim.cost.steps import StepSample, sample_steps
-from sim.cost.times import cell_times, with_network
+from sim.cost.steps import StepSample, cell_times, sample_steps
 from sim.errors import InputError, shown
 from sim.files import open_stream, reading
 from sim.model import ModelSpec, load_model
-from sim.options import LayerOptions
+from sim.options import LayerOptions, StepOptions, takes
 from sim.stats import ratio_interval
 from sim.traffic import Workload
 
@@ -38,26 +38,32 @@ _MOST_STEPS = 10**8
 QUANTILES = (0.01, 0.05, 0.5, 0.95, 0.99)
 
 
+@takes(StepOptions, "fit_tokens", "fit_on", "budget_tokens")
 def predict_steps(
     model: ModelSpec | str | Path,
     workload: Workload | str | Path,
     gpu: Gpu | str | Path,
     *,
     placements: str | list[str],
-    dtype: str = "fp8",
+    dtype: str | None = None,
     exchange: str = DEFAULT_EXCHANGE,
     network_gb_per_s: float | None = None,
     layer_correlation: float | None = None,
-    **sampling: Any,
+    **options: Any,
 ) -> pd.DataFrame:
     """Distribution over steps of what engines log (METRICS), for every placement, EP size and number of tokens.
 
-    Parameters are those of `predict_gain`, and
-
+    Parameters
+    ----------
+    model, workload, gpu, placements, dtype, exchange, network_gb_per_s
+        As in `predict_gain`.
     layer_correlation : float, optional
         Variance of a step's mean over its layers relative to layers that are independent, from 1 on, as `epsim step --traffic`
         measures it: the steps of a layer set are spread about their mean accordingly. Worst layers are left as they are:
         gpt-oss-20b's recorded steps have them 0 to 4 % lower, and their variance is 0.9 to 1.1 times that of independent layers.
+    **options
+    fit_tokens, fit_on, budget_tokens
+        As in `predict_gain`.
 
     Returns
     -------
@@ -68,14 +74,14 @@ def predict_steps(
     """
     layers = LayerOptions(layer_correlation=layer_correlation)
     model, chip = load_model(model), with_network(gpu, network_gb_per_s)
-    kind = exchange_kind(exchange)
+    kind, dtype = exchange_kind(exchange), dtype_of(model, [chip], dtype)
     sample = sample_steps(
         model,
         workload,
         [expert_rates(model, chip, dtype)],
         placements=placements,
         counts_received=kind == "token",
-        **sampling,
+        **options,
     )
     layers.check_layers(sample.max_load[0].shape[1])
     grid, rows = sample.plan.grid, []

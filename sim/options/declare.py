@@ -1,5 +1,6 @@
 """What an option declares, and what derives from a class of options: command line, TOML keys, checks, signatures."""
 
+import functools
 import inspect
 import textwrap
 from argparse import ArgumentParser, Namespace
@@ -150,8 +151,9 @@ def config_words(path: str, parser: ArgumentParser) -> list[str]:
     return words
 
 
-def takes(group: type[Options]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Give a function that passes `**options` on the signature and the parameters' texts of a class of options.
+def takes(group: type[Options], *more: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Give a function that passes `**options` on the signature and the parameters' texts of a class of options, and `more`
+    parameters that its docstring has; what it does not take, or lacks, is an InputError that names the parameter.
 
     The texts stand in the docstring where it says `**options`.
     """
@@ -167,12 +169,27 @@ def takes(group: type[Options]) -> Callable[[Callable[..., Any]], Callable[..., 
             )
             for name, (_, default) in declarations(group).items()
         ]
-        function.__signature__ = own.replace(parameters=[*before, *declared])  # type: ignore[attr-defined]
+        declared += [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in more]
+        signature = own.replace(parameters=[*before, *declared])
         texts = []
         for name, (found, default) in declarations(group).items():
             texts.append(f"    {name} : {found.kind.python}{', optional' if default is None else ''}")
             texts.append(textwrap.indent(textwrap.fill(f"{found.help[0].upper()}{found.help[1:]}.", 112), " " * 8))
-        function.__doc__ = (function.__doc__ or "").replace("    **options", "\n".join(texts))
-        return function
+
+        @functools.wraps(function)
+        def checked(*values: Any, **named: Any) -> Any:
+            for name in named:
+                if name not in signature.parameters:
+                    more = f"; see help(sim.{function.__name__})"
+                    raise unknown(f"sim.{function.__name__}: parameter", name, signature.parameters, more)
+            try:
+                signature.bind(*values, **named)
+            except TypeError as error:
+                raise InputError(f"sim.{function.__name__}: {str(error).replace(chr(39), '`')}") from None
+            return function(*values, **named)
+
+        checked.__signature__ = signature  # type: ignore[attr-defined]
+        checked.__doc__ = (function.__doc__ or "").replace("    **options", "\n".join(texts))
+        return checked
 
     return decorate
