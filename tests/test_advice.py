@@ -193,7 +193,7 @@ def test_words_are_the_tables_numbers():
     assert any(f"{100 * perfect.layer_saved:.1f} % at 4096" in line for line in found)
     low = advice.gains[(advice.gains.placement == best.placement) & (advice.gains.tokens == 4096)].layer_saved_low.min()
     assert any(f"{100 * 0.02 / low:.0f} % at 4096 tokens ({best.placement})" in line for line in found)
-    assert any(f"each second is paid back in {1 / best.step_saved_low:.0f} s at 4096" in line for line in found)
+    assert any(f", {1 / best.step_saved_low:.0f} s at 4096 tokens" in line for line in found)
 
 
 def test_perfect_balance_is_an_end_only_where_received_tokens_do_not_count():

@@ -11,10 +11,9 @@ from scipy.stats import t
 import sim
 from sim import InputError, expert_time_us, load_gpu, load_model, load_workload, place, predict_gain, predict_steps
 from sim.cli import main
-from sim.cost import balancedness_sglang, balancedness_vllm
 from sim.cost.expert import crossover_tokens, expert_rates
 from sim.cost.gain import PERFECT
-from sim.cost.step_log import compare_log, read_log
+from sim.cost.step_log import balancedness_sglang, balancedness_vllm, compare_log, read_log
 from sim.cost.steps import balanced_times, sample_steps
 from sim.router import draw_trials
 from sim.stats import clustered_quantile, ratio_interval
@@ -247,7 +246,10 @@ def test_steps_log_the_balancedness_of_engines():
     logged = predict_steps(V3, "chat", "h200", placements=["linear"], ep_sizes=[8, 12], tokens=[8], **SMALL)
     counts, _ = draw_trials(V3, load_workload("chat"), 0, range(0, 58), 116, np.array([8]))
     loads = np.array([np.bincount(place("linear", V3, 8).rank_of_expert, weights=c[0], minlength=8) for c in counts])
-    first = {"balancedness_vllm": balancedness_vllm(loads), "balancedness_sglang": balancedness_sglang(loads)}
+    at = loads.mean(), loads.max(axis=1)
+    first = {"balancedness_vllm": balancedness_vllm(*at), "balancedness_sglang": balancedness_sglang(*at)}
+    assert balancedness_vllm(0, np.zeros(1)) == 0
+    assert balancedness_sglang(0, np.zeros(1)) == 1
     of = logged[(logged.ep_size == 8)].set_index("metric")
     for metric, value in first.items():
         assert of.loc[metric].p01 <= value <= of.loc[metric].p99

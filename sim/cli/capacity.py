@@ -108,7 +108,9 @@ def _print_quantity(rows: Any, text: str, n_layers: int, risk: float, model: Any
         f"{row.model}, {row.workload} traffic, {n_layers} MoE layers: {text}, capacity exceeded with a probability of at most "
         f"{risk:g}\n(its factor of the balanced load); bytes of the last scope"
     )
-    print_table(title, heads, [line + of for line, of in zip(lines, in_unit, strict=True)], markdown, align=">><")
+    print_table(
+        title, heads, [line + of for line, of in zip(lines, in_unit, strict=True)], markdown, align=">><", keys=3
+    )
 
 
 def _in_bytes(sizes: list[list[float]]) -> tuple[str, list[list[str]]]:

@@ -109,9 +109,9 @@ def _in_digits(name: str) -> Any:
 def _print_steps(steps: Any, markdown: bool) -> None:
     row = steps.iloc[0]
     title = (
-        f"{row.model} in {row['dtype']} on {row.gpu}, {row.workload} traffic: what a step through all layers would log\n"
-        "mean with its 95 % interval over layer sets (none with one), quantiles over steps; sd between layer sets "
-        "(deployments), and of one set's steps"
+        f"{row.model} in {row['dtype']} on {row.gpu}, {row.workload} traffic, exchange {row.exchange}: what a step through all "
+        "layers would log\nmean with its 95 % interval over layer sets (none with one), quantiles over steps; sd between layer "
+        "sets (deployments), and of one set's steps"
     )
     columns = _CELL | {
         "logged": lambda row: _SHORT[row.metric],

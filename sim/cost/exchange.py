@@ -55,7 +55,7 @@ are quantised in blocks (`is_block_quantized`, as DeepSeek-V3's), and sends BF16
 BF16 always (vllm/model_executor/layers/fused_moe/deepep_ht_prepare_finalize.py, `prepare_async` and `_finalize`). Other backends
 of the kind are taken to do the same. `gather` is counted in BF16, whatever an engine quantises before it: not checked.
 """
-_NPU = "it is of Ascend NPUs: not modelled"
+_NPU = "of Ascend NPUs, not modelled"
 REFUSED = {
     "moonep": "it balances within the step, by copies of experts that the step itself asks for: not modelled",
     "deepep": "its kernels are deepep_low_latency (pair; SGLang's decode) and deepep_high_throughput (token; prefill): name one",

@@ -12,7 +12,6 @@ from sim.cost.exchange import DEFAULT_EXCHANGE, exchange_kind
 from sim.cost.expert import expert_rates
 from sim.cost.gpu import Gpu
 from sim.cost.inputs import dtype_of, with_network
-from sim.cost.layer import sglang_over_layers, vllm_over_layers
 from sim.cost.steps import StepSample, cell_times, sample_steps
 from sim.errors import InputError, shown
 from sim.files import open_stream, reading
@@ -116,12 +115,36 @@ def _spread(values: np.ndarray, layer_set: np.ndarray, ratio: float) -> np.ndarr
     return mean + np.sqrt((ratio * n - 1) / (n - 1)) * (values - mean)
 
 
+def balancedness_vllm(mean_load: float, max_load: np.ndarray) -> np.ndarray:
+    """Balancedness of steps as vLLM logs it, from largest loads [..., layers]: the sum over layers of mean loads over that of the
+    largest; 0 without load.
+
+    Examples
+    --------
+    >>> float(balancedness_vllm(10, np.array([10, 40])))
+    0.4
+    """
+    largest = max_load.sum(axis=-1)
+    return np.divide(max_load.shape[-1] * mean_load, largest, out=np.zeros(np.shape(largest)), where=largest > 0)
+
+
+def balancedness_sglang(mean_load: float, max_load: np.ndarray) -> np.ndarray:
+    """The same as SGLang logs it: the mean over layers of (mean load + 1e-5) / (largest load + 1e-5).
+
+    Examples
+    --------
+    >>> round(float(balancedness_sglang(10, np.array([10, 40]))), 3)
+    0.625
+    """
+    return np.mean((mean_load + 1e-5) / (max_load + 1e-5), axis=-1)
+
+
 def metrics_of_steps(sample: StepSample, cell: int, gpu: Gpu, dtype: str, kind: str) -> dict[str, np.ndarray]:
     """Each of METRICS of a cell's steps, float64 [steps]."""
     times, mean_load = cell_times(sample, cell, 0, gpu, dtype, kind), float(sample.plan.grid.mean_load(cell))
     return {
-        "balancedness_vllm": vllm_over_layers(mean_load, sample.max_load[cell]),
-        "balancedness_sglang": sglang_over_layers(mean_load, sample.max_load[cell]),
+        "balancedness_vllm": balancedness_vllm(mean_load, sample.max_load[cell]),
+        "balancedness_sglang": balancedness_sglang(mean_load, sample.max_load[cell]),
         "slowest_rank_ms": times.experts_us.sum(axis=1) / 1e3,
         "moe_ms": times.layer_us.sum(axis=1) / 1e3,
         "mean_imbalance": sample.max_load[cell].mean(axis=1) / mean_load,

@@ -94,7 +94,9 @@ def add_options(
     for name, (declared, default) in chosen.items():
         value = lines.get(name, None if default is MISSING or isinstance(declared.kind, PerRank) else default)
         typed = ",".join(f"{item:g}" for item in value) if isinstance(value, tuple) else value
-        text = declared.help if typed is None or "default:" in declared.help else f"{declared.help} (default: {typed})"
+        text = declared.help
+        if typed is not None and "default:" not in text:
+            text = f"{text[:-1]}; default: {typed})" if text.endswith(")") else f"{text} (default: {typed})"
         if isinstance(declared.kind, Flag):
             section.add_argument(flags[name], dest=name, action="store_true", help=named(declared.help, flags))
             continue
