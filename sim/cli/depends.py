@@ -179,18 +179,19 @@ def _print_conclusions(table: Any, least: float, markdown: bool) -> None:
     for one in conclusions(table, least):
         does = _words(one.measure)
         what = "the mean imbalance" if one.measure == "imbalance" else f"layer time ({one.measure})"
-        if one.effect == "level":
-            what += f" by less than {100 * least:g} %"
         n = len(one.holds)
-        verdict = f"holds for {'all ' if n == one.n_traffic > 1 else f'{n} of '}{one.n_traffic}"
-        span = f"{one.range[0]:+z.1%} to {one.range[1]:+z.1%}" if n else "-"
+        if one.effect == "level" and n:
+            what += f" by less than {100 * least:g} %"
+        said = f"{one.placement} {does[one.effect]} {what}" if n else f"{one.placement}, {what}"
+        verdict = (
+            f"holds for {'all ' if n == one.n_traffic > 1 else f'{n} of '}{one.n_traffic}" if n else "no conclusion"
+        )
+        span = " to ".join(dict.fromkeys(f"{end:+z.1%}" for end in one.range)) if n else "-"
         elsewhere = [
             f"{does[instead]}{f' less than {100 * least:g} %' if instead == 'level' else ''}: {_traffic(found)}"
             for instead, found in one.others.items()
         ]
-        cells.append(
-            [str(one.tokens), f"{one.placement} {does[one.effect]} {what}", verdict, span, "; ".join(elsewhere)]
-        )
+        cells.append([str(one.tokens), said, verdict, span, "; ".join(elsewhere)])
     if markdown:
         print_table("", ["tokens", "conclusion", "verdict", "saved there", "elsewhere"], cells, markdown, align="><<<<")
         return
