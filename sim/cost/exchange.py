@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from sim.cost.gpu import Gpu, load_gpu
-from sim.cost.inputs import as_gpu, as_numbers, as_whole_numbers, expert_width, together
+from sim.cost.inputs import as_numbers, as_whole_numbers, expert_width, together
 from sim.cost.tables import FP8_WITH_SCALES, Exchange, exchange_profile
 from sim.errors import InputError, shown, unknown
 from sim.model import ModelSpec, load_model
@@ -168,7 +168,7 @@ def exchange_time_us(
     >>> [total_us(kind) for kind in ("token", "pair", "gather", "reduce")]
     [660.0, 1360.0, 940.0, 800.0]
     """
-    model, gpu, kind = load_model(model), as_gpu(gpu), exchange_kind(kind)
+    model, gpu, kind = load_model(model), load_gpu(gpu), exchange_kind(kind)
     width = expert_width(model)
     ep, tokens = together(
         ep_size=as_whole_numbers("ep_size", ep_size, 1, 1e6),

@@ -7,8 +7,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.special import lambertw
 
-from sim.cost.gpu import Gpu
-from sim.cost.inputs import as_gpu, as_numbers, dtype_of, expert_parameters, expert_width, together
+from sim.cost.gpu import Gpu, load_gpu
+from sim.cost.inputs import as_numbers, dtype_of, expert_parameters, expert_width, together
 from sim.cost.tables import grouped_gemm_profile
 from sim.errors import InputError
 from sim.kernels import kernel
@@ -42,7 +42,7 @@ def expert_rates(
     model: ModelSpec | str | Path, gpu: Gpu | str | Path, dtype: str | None = None, kernel: str = ""
 ) -> ExpertRates:
     """Constants of `expert_time_us`, or of another `kernel` of that type in kernels.toml; same errors."""
-    model, gpu = load_model(model), as_gpu(gpu)
+    model, gpu = load_model(model), load_gpu(gpu)
     dtype = dtype_of(model, [gpu], dtype)
     kernel = kernel or dtype
     peak_tflops = gpu.peak_tflops(dtype)

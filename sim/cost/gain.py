@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -41,13 +41,6 @@ tests/test_advice.py) that is where an expert fills about one large tile: with c
 to 6.5 points there, and by 3.5 at most elsewhere. Of fp8 and fp4 no gains were measured: PyTorch's fp8 kernel, which was,
 steps at tiles of 512 rows between these numbers, and DeepGEMM, which is predicted, has other tiles.
 """
-
-
-class Rest(NamedTuple):
-    """What a step does besides routed experts and their exchange: one of the two, or nothing known."""
-
-    moe_share: float | None = None  # share of the baseline's step that experts and exchange take
-    step_us: float | None = None  # time of the baseline's whole step
 
 
 @takes(StepOptions, "fit_tokens", "fit_on", "budget_tokens")
@@ -131,7 +124,12 @@ def predict_gain(
     names, baseline = list(dict.fromkeys(names)), own
     exchanges = list(dict.fromkeys(exchange if isinstance(exchange, list) else [exchange]))
     kinds = {name: exchange_kind(name) for name in exchanges}
-    rest = _check_rest(moe_share, step_us)
+    if moe_share is not None and step_us is not None:
+        raise InputError("`moe_share` and `step_us` say the same: give one of them")
+    if moe_share is not None:
+        as_numbers("`moe_share`", moe_share, 1e-6, 1)
+    if step_us is not None:
+        as_numbers("`step_us`", step_us, 1e-3, 1e9)
     if balancer_us is not None:
         as_numbers("`balancer_us`", balancer_us, 0, 1e6)
         if IN_STEP not in names:
@@ -158,7 +156,7 @@ def predict_gain(
             row: dict[str, object] = {"model": model.name, "workload": grid.workload, "gpu": gpu.name, "dtype": dtype}
             row |= {"exchange": exchange, "baseline": baseline, "placement": name}
             row |= {"ep_size": int(grid.ep_size_of_cell[base]), "tokens": int(grid.tokens_of_cell[base])}
-            row |= _times_row(sample, base, old, new, rest) | _loads_row(sample, base, "baseline_")
+            row |= _times_row(sample, base, old, new, moe_share, step_us) | _loads_row(sample, base, "baseline_")
             row |= _loads_row(of, cell, "") | {"load_bound": float(sample.load_bound[base][..., rate].mean())}
             if paired_imbalance:
                 row |= _with_ends("imbalance_saved", _evened_out(sample, base, of, cell))
@@ -212,17 +210,9 @@ def break_even_tokens(tokens: np.ndarray, net_us: np.ndarray) -> float:
     return float(2**log2)
 
 
-def _check_rest(moe_share: float | None, step_us: float | None) -> Rest:
-    if moe_share is not None and step_us is not None:
-        raise InputError("`moe_share` and `step_us` say the same: give one of them")
-    if moe_share is not None:
-        as_numbers("`moe_share`", moe_share, 1e-6, 1)
-    if step_us is not None:
-        as_numbers("`step_us`", step_us, 1e-3, 1e9)
-    return Rest(moe_share, step_us)
-
-
-def _times_row(sample: StepSample, base: int, old: CellTimes, new: CellTimes, rest: Rest) -> dict[str, object]:
+def _times_row(
+    sample: StepSample, base: int, old: CellTimes, new: CellTimes, moe_share: float | None, step_us: float | None
+) -> dict[str, object]:
     """Times of the baseline's cell `base` and of another placement on the same steps, and what is saved."""
     sets, draw = sample.set_of_step(base), _draws(sample, len(old.experts_us))
     row: dict[str, object] = {"steps": len(sets), "layer_draws": len(np.unique(draw))}
@@ -236,13 +226,13 @@ def _times_row(sample: StepSample, base: int, old: CellTimes, new: CellTimes, re
     saved = saved_share(new.layer_us, old.layer_us, draw)
     row |= _with_ends("layer_saved", saved)
     row |= _with_ends("experts_saved", saved_share(new.experts_us, old.experts_us, draw))
-    share = rest.moe_share
-    if rest.step_us is not None:
-        share = float(old.layer_us.sum(axis=1).mean()) / rest.step_us
+    share = moe_share
+    if step_us is not None:
+        share = float(old.layer_us.sum(axis=1).mean()) / step_us
         if share > 1:
             grid = sample.plan.grid
             raise InputError(
-                f"`step_us`: {rest.step_us / 1e3:g} ms is below the {share * rest.step_us / 1e3:.3g} ms that routed experts and "
+                f"`step_us`: {step_us / 1e3:g} ms is below the {share * step_us / 1e3:.3g} ms that routed experts and "
                 f"exchange take alone at EP {grid.ep_size_of_cell[base]} and {grid.tokens_of_cell[base]} tokens"
             )
     share = np.nan if share is None else share

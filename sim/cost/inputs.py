@@ -15,14 +15,9 @@ NETWORK_GB_PER_S = 50.0
 """Taken for a GPU whose network differs by cluster: 400 Gb/s for each GPU, as in DeepEP's measurements."""
 
 
-def as_gpu(gpu: Gpu | str | Path) -> Gpu:
-    """The GPU itself, or the one of that name."""
-    return gpu if isinstance(gpu, Gpu) else load_gpu(gpu)
-
-
 def with_network(gpu: Gpu | str | Path, network_gb_per_s: float | None) -> Gpu:
     """The GPU with a network: the one given, its own, or NETWORK_GB_PER_S where it has none."""
-    gpu = as_gpu(gpu)
+    gpu = load_gpu(gpu)
     wanted = network_gb_per_s or gpu.scale_out_gb_per_s or NETWORK_GB_PER_S
     return dataclasses.replace(gpu, scale_out_gb_per_s=wanted)
 
