@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from sim.errors import InputError
+from sim.errors import InputError, shown
 from sim.files import is_there, read_json, read_text, whole_files
 from sim.stats import CELL, Design, Histogram, Moments, mean_interval, probability_interval
 
@@ -391,6 +391,8 @@ def read_result(folder: Path | str, *, sealed: bool = False) -> SweepResult:
     >>> sim.read_result(folder)
     SweepResult: mixtral-8x7b, chat traffic, 1 placements x 1 EP sizes x 1 step sizes, 64 trials
     """
+    if not isinstance(folder, str | Path):
+        raise InputError(f"`folder` {shown(folder)}: must be the name of a folder")
     folder = Path(folder)
     about = _read_provenance(folder)
     if about is None:
