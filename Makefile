@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-TRAFFIC := uniform chat gpqa-tilted prefill  # those of results/sweep.toml
+SWEEPS := $(addprefix results/deepseek-v3-,uniform chat gpqa-tilted prefill)  # those of results/sweep.toml
 export MPLBACKEND := Agg
 
 help:  ## list the targets
@@ -19,8 +19,8 @@ install: $(BIN)/epsim  ## create .venv and install epsim with its development to
 
 sweep: $(BIN)/epsim  ## the main job: DeepSeek-V3, four kinds of traffic, tables and figures under results/
 	$(BIN)/epsim sweep --config results/sweep.toml --out 'results/deepseek-v3-{workload}'
-	@printf '%s\n' $(TRAFFIC) | xargs -P 2 -I{} $(BIN)/epsim plot results/deepseek-v3-{}
-	$(BIN)/epsim report $(TRAFFIC:%=results/deepseek-v3-%) results/advice-gpt-oss-20b --out results/report.html
+	@printf '%s\n' 'plot $(wordlist 1,2,$(SWEEPS))' 'plot $(wordlist 3,4,$(SWEEPS))' \
+		'report $(SWEEPS) results/advice-gpt-oss-20b --out results/report.html' | xargs -P 2 -L 1 $(BIN)/epsim
 
 test: $(BIN)/epsim  ## lint, types and tests
 	$(BIN)/ruff check .

@@ -21,9 +21,11 @@ class RunError(RuntimeError):
 
 
 def unknown(what: str, name: str, known: Iterable[str], more: str = "") -> InputError:
-    """Error for a name that is not known, with the nearest known ones."""
-    known = sorted(known)
-    near = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.4)
+    """Error for a name that is not known, with those that it is part of or near to, else all of a few."""
+    known, own = sorted(known), name.lower()
+    near = [one for one in known if len(own) > 2 and own in one][:3] or difflib.get_close_matches(
+        own, known, cutoff=0.6
+    )
     if near:
         hint = f"; did you mean {' or '.join(near)}?"
     else:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from sim.errors import InputError
+from sim.errors import InputError, shown
 from sim.files import is_there, read_json, read_text, whole_files
 from sim.stats import CELL, Design, Histogram, Moments, mean_interval, probability_interval
 
@@ -66,14 +66,37 @@ class SweepResult:
         DataFrame
             Columns value, probability, low, high.
         """
-        cell = self._cell(placement, ep_size, tokens)
-        rows = self._counts_of("max_load" if metric == "imbalance" else metric, placement, ep_size, tokens)
-        values, counts = Histogram(rows["value"].to_numpy(), rows["count"].to_numpy()).exceedance()
-        at = values / cell.mean_load if metric == "imbalance" else values.astype(float)
-        blocks = _effective_blocks(cell, self._sampled.get((metric, placement, ep_size, tokens)), at)
-        probability = counts / counts[0]
+        return self._curves(metric, [(placement, ep_size, tokens)]).drop(columns=CELL)
+
+    def exceedances(self, metric: str, most_points: int) -> pd.DataFrame:
+        """As `exceedance`, of all cells, at most so many points of each, evenly spread over its probabilities on a log scale.
+
+        Returns
+        -------
+        DataFrame
+            Columns placement, ep_size, tokens, value, probability, low, high.
+        """
+        return self._curves(metric, list(self._cells), most_points)
+
+    def _curves(self, metric: str, cells: list[tuple[str, int, int]], most_points: int | None = None) -> pd.DataFrame:
+        parts = []
+        for key in cells:
+            cell = self._cell(*key)
+            histogram = Histogram(*self._counts_of("max_load" if metric == "imbalance" else metric, *key))
+            values, counts = histogram.exceedance()
+            at = values / cell.mean_load if metric == "imbalance" else values.astype(float)
+            probability = counts / counts[0]
+            if most_points is not None and len(at) > most_points:
+                levels = np.geomspace(probability[0], probability[-1], most_points)
+                few = np.unique(len(at) - 1 - np.searchsorted(probability[::-1], levels * (1 - 1e-9)))
+                at, probability = at[few], probability[few]
+            parts.append((at, probability, self._effective_blocks(metric, key, at)))
+        value, probability, blocks = (np.concatenate(part) for part in zip(*parts, strict=True))
         low, high = probability_interval(probability, blocks)
-        return pd.DataFrame({"value": at, "probability": probability, "low": low, "high": high})
+        places = np.repeat(np.arange(len(cells)), [len(at) for at, _, _ in parts])
+        columns = dict(zip(CELL, zip(*cells, strict=True), strict=True))
+        table = pd.DataFrame(columns).iloc[places].reset_index(drop=True)
+        return table.assign(value=value, probability=probability, low=low, high=high)
 
     def rank_loads(self, placement: str, ep_size: int) -> pd.DataFrame:
         """Mean load of each rank over the mean of all, in the largest steps, with its 95 % interval.
@@ -87,7 +110,7 @@ class SweepResult:
         cell = self._cell(placement, ep_size, tokens)
         moments = Moments(
             *(
-                self._counts_of(f"rank_load{part}", placement, ep_size, tokens)["count"].to_numpy(float)
+                self._counts_of(f"rank_load{part}", placement, ep_size, tokens)[1].astype(float)
                 for part in ("", "_square", "_weighted")
             )
         )
@@ -166,15 +189,20 @@ class SweepResult:
         """Write the tables and their provenance into a folder, for `read_result` and `epsim show`. Raises OSError."""
         write_result(self, Path(folder))
 
-    def _counts_of(self, metric: str, placement: str, ep_size: int, tokens: int) -> pd.DataFrame:
-        """Raw counts of a metric in a cell, in ascending order of their values. Raises InputError where they were not kept."""
+    def _counts_of(self, metric: str, placement: str, ep_size: int, tokens: int) -> tuple[np.ndarray, np.ndarray]:
+        """Values of a metric in a cell, ascending, and their counts. Raises InputError where they were not kept."""
         if self.counts.empty:
             raise InputError(f"the sweep was read without {COUNTS}, which this is computed from; run it again")
-        return self._groups.get_group((metric, placement, ep_size, tokens))
+        values, counts, places = self._sorted_counts
+        at = places[metric, placement, ep_size, tokens]
+        return values[at], counts[at]
 
     @cached_property
-    def _groups(self) -> Any:
-        return self.counts.sort_values("value", kind="stable").groupby(["metric", *CELL], observed=True)
+    def _sorted_counts(self) -> tuple[np.ndarray, np.ndarray, dict[Any, np.ndarray]]:
+        """Values, ascending, their counts, and the places of each metric and cell."""
+        table = self.counts.sort_values("value", kind="stable")
+        places = table.groupby(["metric", *CELL], observed=True).indices
+        return table["value"].to_numpy(), table["count"].to_numpy(), places
 
     def _cell(self, placement: str, ep_size: int, tokens: int) -> Any:
         """A row of the summary. Raises InputError where the sweep has no such cell."""
@@ -186,6 +214,14 @@ class SweepResult:
     def _cells(self) -> dict[Any, Any]:
         cells = self.summary[[*CELL, "mean_load", "trials", "draws"]]
         return {cell[:3]: cell for cell in cells.itertuples(index=False)}
+
+    def _effective_blocks(self, metric: str, key: tuple[str, int, int], at: np.ndarray) -> np.ndarray:
+        """Effective blocks at values `at`: between those of the tail's rows; a draw counts once where none is known."""
+        cell = self._cell(*key)
+        seen = None if cell.trials == cell.draws else self._sampled.get((metric, *key))
+        if seen is None:
+            return np.full(len(at), float(cell.draws))
+        return np.interp(at, seen.threshold, seen.effective_blocks.fillna(cell.draws))
 
     @cached_property
     def _sampled(self) -> dict[Any, pd.DataFrame]:
@@ -212,20 +248,13 @@ class SweepResult:
         return f"<p>{escape(repr(self))}</p>{table.to_html(max_rows=60)}<p>{caption}</p>"
 
 
-def _effective_blocks(cell: Any, seen: pd.DataFrame | None, at: np.ndarray) -> np.ndarray:
-    """Effective blocks at values `at`: between those of the tail's rows; a draw counts once where none is known."""
-    if cell.trials == cell.draws or seen is None:
-        return np.full(len(at), float(cell.draws))
-    return np.interp(at, seen.threshold, seen.effective_blocks.fillna(cell.draws))
-
-
 def write_result(result: SweepResult, folder: Path) -> None:
     """Write the tables and their provenance, all or nothing. Raises OSError."""
     buffer = io.BytesIO()
     result.counts.to_parquet(buffer, index=False, compression="zstd")
     tables = {
-        SUMMARY: result.summary.to_csv(index=False, float_format=_FLOAT).encode(),
-        TAIL: result.tail.to_csv(index=False, float_format=_FLOAT).encode(),
+        SUMMARY: _csv_of(result.summary),
+        TAIL: _csv_of(result.tail),
         COUNTS: buffer.getvalue(),
     }
     notes = {"notes": result.notes} if result.notes else {}
@@ -234,7 +263,7 @@ def write_result(result: SweepResult, folder: Path) -> None:
 
 def write_table(table: pd.DataFrame, folder: Path, name: str, identity: dict[str, Any]) -> None:
     """Write NAME.csv, and NAME.json with its provenance, both or none. Raises OSError."""
-    data = table.to_csv(index=False, float_format=_FLOAT).encode()
+    data = _csv_of(table)
     _write_whole(folder, {f"{name}.csv": data}, f"{name}.json", {name: identity})
 
 
@@ -249,6 +278,13 @@ def read_table(folder: Path, name: str, verb: str) -> tuple[pd.DataFrame, dict[s
         return pd.read_csv(io.StringIO(text)), about
     except ValueError as error:
         raise InputError(f"{path} is not a table of epsim {verb} ({error})") from None
+
+
+def _csv_of(table: pd.DataFrame) -> bytes:
+    """What `to_csv(index=False, float_format="%.10g")` writes, many times faster."""
+    floats = [name for name in table if table[name].dtype.kind == "f"]
+    texts = {name: [_FLOAT % x if x == x else "" for x in table[name].tolist()] for name in floats}
+    return table.assign(**texts).to_csv(index=False).encode()
 
 
 def _write_whole(folder: Path, tables: dict[str, bytes], about: str, what: dict[str, Any]) -> None:
@@ -355,6 +391,8 @@ def read_result(folder: Path | str, *, sealed: bool = False) -> SweepResult:
     >>> sim.read_result(folder)
     SweepResult: mixtral-8x7b, chat traffic, 1 placements x 1 EP sizes x 1 step sizes, 64 trials
     """
+    if not isinstance(folder, str | Path):
+        raise InputError(f"`folder` {shown(folder)}: must be the name of a folder")
     folder = Path(folder)
     about = _read_provenance(folder)
     if about is None:

@@ -16,8 +16,8 @@ from sim.cli import main
 
 SMALL = "--ep 4 --tokens 8"
 PARTS = [
-    [  # the sampler
-        f"sweep --workload chat {SMALL} --trials 20 --placement linear --bound-layers 0 --out {{}}/a",
+    [  # the sampler; on one thread a sweep starts no process of its own that compiles
+        f"sweep --threads 1 --workload chat {SMALL} --trials 20 --placement linear --bound-layers 0 --out {{}}/a",
         f"sweep --workload prefill {SMALL} --trials 20 --placement linear --bound-layers 0 --out {{}}/p",
         f"sweep --workload chat {SMALL} --trials 20 --placement linear+4 --replica-choice vllm_hash --out {{}}/e",
         f"sweep --model gpt-oss-20b --workload chat {SMALL} --trials 20 --out {{}}/d",

@@ -12,7 +12,7 @@ from conftest import ROOT, fails, run
 from sim import InputError, advise, load_model, predict_gain
 from sim.advice import candidates, changes, not_run, rule_text, verdict_text
 from sim.advice.compare import KNEE_ERROR, NOT, UNSURE, WORTH, best_of, judge, judged_ends
-from sim.advice.engines import BACKENDS, engine_of
+from sim.advice.engines import BACKENDS, SGLANG, engine_of
 from sim.advice.splits import splits_of
 from sim.cost.expert import crossover_tokens, expert_rates
 from sim.cost.gain import IN_STEP, KNEE, PERFECT
@@ -127,6 +127,7 @@ def test_what_vllm_runs_where_round_robin_is_asked_for():
     """All cases of FIELD 3 that model, EP size, backend and data parallelism decide."""
     for model, backend, ranks in itertools.product((V3, OSS), BACKENDS, (1, 16)):
         keeps = model is V3 and (ranks == 1 or backend in ("deepep_low_latency", "nixl_ep"))
+        keeps |= backend in SGLANG  # whose maps vLLM has no say in
         assert engine_of("round_robin", model, 16, backend, ranks).runs_as == ("round_robin" if keeps else "linear")
     assert engine_of("eplb+16", OSS, 16, "nixl_ep", 16).runs_as == "eplb+16"
     assert engine_of("random", V3, 16, "nixl_ep", 1).runs_as == ""
@@ -192,6 +193,7 @@ def test_words_are_the_tables_numbers():
     assert any(f"{100 * perfect.layer_saved:.1f} % at 4096" in line for line in found)
     low = advice.gains[(advice.gains.placement == best.placement) & (advice.gains.tokens == 4096)].layer_saved_low.min()
     assert any(f"{100 * 0.02 / low:.0f} % at 4096 tokens ({best.placement})" in line for line in found)
+    assert any(f", {1 / best.step_saved_low:.0f} s at 4096 tokens" in line for line in found)
 
 
 def test_perfect_balance_is_an_end_only_where_received_tokens_do_not_count():
@@ -204,9 +206,11 @@ def test_perfect_balance_is_an_end_only_where_received_tokens_do_not_count():
 def test_few_sequences_and_one_layer_are_not_enough():
     few = advise(TOY, record(draw_ids(SKEWED, 3000), 30), "h20", ep_size=4, **SMALL)
     assert few.verdict == UNSURE
+    assert verdict_text(few).startswith(f"{UNSURE}: toy.npz has 30 recorded sequences, and a verdict takes 32\n")
     one_layer = dataclasses.replace(TOY, n_moe_layers=1)
     one = advise(one_layer, record(draw_ids(SKEWED, 4000, n_layers=1)), "h20", ep_size=4, **SMALL)
     assert one.verdict == UNSURE
+    assert verdict_text(one).startswith(f"{UNSURE}: one layer has no interval\n")
 
 
 def test_the_advice_does_not_depend_on_threads():
@@ -368,7 +372,7 @@ def test_load_counts_are_advised_on_too(toy_files, capsys):
         (["--ep", "4,8"], "--ep 4,8: advice is for one EP size"),
         (["--ep", "1"], "--ep 1: there is nothing to place on one rank"),
         (["--ep", "17"], "--ep 17: EP size must lie from 1 to the 16 experts"),
-        (["--exchange", "pplx"], "--exchange 'pplx' is not known"),
+        (["--exchange", "nccl"], "--exchange 'nccl' is not known"),
         (["--redundant", "3"], "--redundant 3: must be a multiple of --ep 4"),
         (["--redundant", "-4"], "--redundant -4"),
         (["--data-parallel", "0"], "--data-parallel 0: must be a whole number from 1"),

@@ -303,7 +303,7 @@ def test_the_verb_prints_and_writes(tmp_path, capsys):
     words = "capacity --ep 16 --tokens-per-rank 32 --placement linear,round_robin --deployments 8 --horizon 24h"
     assert main([*words.split(), "--capacity-factor", "1.25", "--out", str(tmp_path / "cap")]) == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert "received tokens, capacity exceeded with a probability of at most 0.001" in said
+    assert "received tokens: the capacity that is exceeded with a probability of at most 0.001" in said
     assert "vLLM: receive fraction" in said
     assert "Capacity factor 1.25" in said
     assert "MiB" in said  # of a decode step, which in GiB would be 0.00

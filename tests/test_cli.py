@@ -121,6 +121,7 @@ def test_plot_draws_every_figure_and_of_two_the_same_bytes_twice(folder, capsys)
     [
         (["--model", "deepsek-v3"], ["model 'deepsek-v3'", "did you mean deepseek-v3"]),
         (["--workload", "chta"], ["workload 'chta'", "did you mean chat"]),
+        (["--workload", "foo"], ["workload 'foo' is not known; known: chat, gpqa-tilted, "]),
         (["--placement", "liner"], ["placement 'liner'", "did you mean linear"]),
         (["--ep", "0"], ["--ep 0", "from 1 to the 256"]),
         (["--ep", "-4"], ["--ep -4", "from 1"]),
@@ -265,6 +266,29 @@ def test_an_error_names_the_parameter_in_python_and_the_option_on_the_command_li
         sim.sweep("deepseek-v3", "chat", **{"ep_sizes": 8, "tokens": 1, "placements": "linear"} | change)
     assert str(error.value).startswith(in_python)
     fails(capsys, ["sweep", *words, "--out", tmp_path / "x"], f"epsim sweep: error: {on_the_command_line}")
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: sim.sweep("deepseek-v3", "chat", foo=1), "sim.sweep: parameter 'foo' is not known"),
+        (lambda: sim.sweep("deepseek-v3", "chat", placement="linear"), "did you mean placements?"),
+        (lambda: sim.sweep("deepseek-v3", "chat"), "sim.sweep: missing a required argument: `ep_sizes`"),
+        (lambda: sim.predict_gain("deepseek-v3", "chat", "h200", ep_size=8, tokens=8), "did you mean ep_sizes?"),
+        (lambda: sim.capacity("deepseek-v3", "chat", foo=1), "sim.capacity: parameter 'foo' is not known"),
+        (lambda: sim.advise("deepseek-v3", "chat", "h200", ep_size=8, exchange="pair"), "calls it `backend`"),
+        (lambda: sim.load_model(None), "`model` None: must be"),
+        (lambda: sim.load_gpu(3), "`gpu` 3: must be"),
+        (lambda: sim.load_workload(3), "`workload` 3: must be"),
+        (lambda: sim.read_traffic(3), "`path` 3: must be"),
+        (lambda: sim.read_result(3), "`folder` 3: must be"),
+        (lambda: sim.route(np.zeros((1, 256)), None), "`model` None: must be"),
+    ],
+)
+def test_a_wrong_call_names_the_parameter(call, message):
+    with pytest.raises(sim.InputError) as error:
+        call()
+    assert message in str(error.value)
 
 
 def test_every_declared_option_is_an_option_a_key_and_a_parameter(capsys):

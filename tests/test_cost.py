@@ -1,4 +1,4 @@
-"""Time: GPUs, one rank's experts, a layer; against published measurements."""
+"""Time: GPUs, one rank's experts; against published measurements."""
 
 import csv
 import dataclasses
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from sim import InputError, ModelSpec, expert_time_us, gpu_names, load_gpu, load_model
 from sim.cli import main
-from sim.cost import balancedness_sglang, balancedness_vllm, exchange_time_us, layer_time_us, predicted_against_measured
+from sim.cost import predicted_against_measured
 from sim.cost.exchange import BACKENDS, KINDS
 from sim.cost.expert import counted_rows, expert_rates, least_time_us, reached_fractions, sides_us, time_ranks
 from sim.cost.refit import expert_rows, experts_left_out, pair_rows
@@ -50,7 +50,7 @@ def test_a_user_has_a_gpu_of_his_own(tmp_path):
     gpu = load_gpu(path)
     assert (gpu.name, gpu.fp8_tflops, gpu.unverified) == ("mine", None, ())
     assert time(8, 8, gpu=path, dtype="bf16") == time(8, 8, gpu=gpu, dtype="bf16")
-    with pytest.raises(InputError, match="dtype fp8: gpu mine has no fp8 peak; it has bf16"):
+    with pytest.raises(InputError, match="`dtype` fp8: gpu mine has no fp8 peak; it has bf16"):
         time(8, 8, gpu=gpu)
 
 
@@ -86,7 +86,7 @@ def test_bad_gpu_files_are_refused(tmp_path, change, message):
 
 
 def test_unknown_gpus_are_refused(tmp_path):
-    with pytest.raises(InputError, match="gpu 'h201' is not known; did you mean h20 or h200"):
+    with pytest.raises(InputError, match="`gpu` 'h201' is not known; did you mean h20 or h200"):
         load_gpu("h201")
     with pytest.raises(InputError, match="cannot be read"):
         load_gpu(tmp_path / "absent.toml")
@@ -218,10 +218,10 @@ def test_latent_experts_are_as_wide_as_their_input():
             {"pairs": [8, 8], "distinct_experts": [8, 8, 8]},
             "shapes do not broadcast: pairs .2,., distinct_experts .3,.",
         ),
-        ({"dtype": "int4"}, "dtype int4: must be one of bf16, fp8, fp4"),
-        ({"dtype": ["fp8"]}, "dtype .*must be one of"),
-        ({"dtype": "fp4"}, "dtype fp4: gpu h200 has no fp4 peak; it has bf16, fp8"),
-        ({"gpu": "a100"}, "gpu 'a100' is not known"),
+        ({"dtype": "int4"}, "`dtype` int4: must be one of bf16, fp8, fp4"),
+        ({"dtype": ["fp8"]}, "`dtype` .*must be one of"),
+        ({"dtype": "fp4"}, "`dtype` fp4: gpu h200 has no fp4 peak; it has bf16, fp8"),
+        ({"gpu": "a100"}, "`gpu` 'a100' is not known"),
         ({"model": "deepsek-v3"}, "did you mean deepseek-v3"),
     ],
 )
@@ -370,36 +370,6 @@ def test_other_kernels_with_8_experts_or_more_lie_within_20_percent():
     for fixed_us in (20, 50):
         other = fixed_us + distinct * 44.04 / (4.8 * 0.80)
         assert np.abs(time(distinct, distinct) / other - 1).max() < 0.20
-
-
-# A layer
-
-
-EXCHANGE_US = exchange_time_us(V3, "h800", ep_size=32, tokens_per_rank=128).total_us
-
-
-def test_a_layer_takes_its_slowest_rank_and_the_exchange():
-    pairs, distinct = np.array([[8, 8, 8, 8], [32, 0, 0, 0]]), np.array([[8, 8, 8, 8], [32, 0, 0, 0]])
-    alone = layer_time_us(V3, "h200", pairs=pairs, distinct_experts=distinct, local_experts=32)
-    np.testing.assert_array_equal(alone, [time(8, 8, local=32), time(32, 32)])
-    both = layer_time_us(V3, "h200", pairs=pairs, distinct_experts=distinct, local_experts=32, exchange_us=EXCHANGE_US)
-    np.testing.assert_allclose(both, alone + EXCHANGE_US)
-    with pytest.raises(InputError, match="last axis must be the ranks"):
-        layer_time_us(V3, "h200", pairs=8, distinct_experts=8)
-    with pytest.raises(InputError, match="exchange_us -1"):
-        layer_time_us(V3, "h200", pairs=pairs, distinct_experts=distinct, exchange_us=-1)
-
-
-def test_balancedness_as_the_engines_log_it():
-    loads = [[10, 10, 10, 10], [40, 0, 0, 0]]
-    assert balancedness_vllm(loads) == pytest.approx(0.4)
-    assert balancedness_sglang(loads) == pytest.approx(0.625, abs=1e-6)
-    assert balancedness_vllm([[0, 0]]) == 0
-    assert balancedness_sglang([[0, 0]]) == 1
-    for bad in ([1, 2], [[]], [[1, -1]], [[np.nan, 1]]):
-        for balancedness in (balancedness_vllm, balancedness_sglang):
-            with pytest.raises(InputError, match="loads"):
-                balancedness(bad)
 
 
 # The rest

@@ -93,7 +93,7 @@ def test_what_is_written_is_shown_again_and_refused_when_changed(tmp_path, capsy
         (["--placement", "linear", *WORDS], "there is nothing to compare"),
         (["--exchange", "pear", *WORDS], "pear"),
         (["--placement", "eplb+X", *WORDS], "--placement eplb+X: redundant slots are a whole number"),
-        (["--trace", "gpt-oss", "absent.npz"], "--trace gpt-oss absent.npz: --model 'gpt-oss' is not known"),
+        (["--trace", "gpt-oss", "absent.npz"], "--trace gpt-oss absent.npz: model 'gpt-oss' is not known"),
         (["--placement", "round_robin", "--ep", "256", "--tokens", "64"], "--ep 256: no rank has several experts"),
     ],
 )

@@ -1,6 +1,7 @@
 """Time of the exchange: each kind by its own traffic, against published and measured times."""
 
 import dataclasses
+import re
 
 import numpy as np
 import pandas as pd
@@ -10,7 +11,7 @@ from fit_cost import fit_layers, preset_of, table
 
 from sim import Gpu, InputError, ModelSpec, load_gpu, load_model
 from sim.cost import exchange_time_us
-from sim.cost.exchange import BACKENDS, KINDS, exchange_kind
+from sim.cost.exchange import BACKENDS, KINDS, REFUSED, exchange_kind
 from sim.cost.tables import exchange_profile
 from sim.measure.layer_compare import read_layers
 
@@ -103,8 +104,10 @@ def test_backends_stand_for_kinds():
     assert exchange_kind("deepep_low_latency") == exchange_kind("pair") == "pair"
     by_name = exchange(kind="allgather_reducescatter", gpu="h200")
     assert by_name.total_us == exchange(kind="gather", gpu="h200").total_us
-    with pytest.raises(InputError, match="moonep: it balances within the step"):
-        exchange(kind="moonep")
+    assert exchange_kind("naive") == exchange_kind("pplx") == "gather"  # vLLM runs its default in their place
+    for name, why in REFUSED.items():
+        with pytest.raises(InputError, match=re.escape(f"`exchange` {name}: {why}")):
+            exchange(kind=name)
     with pytest.raises(InputError, match="'nccl' is not known"):
         exchange(kind="nccl")
 

@@ -25,7 +25,7 @@ EXPORT = ["export", "--model", "gpt-oss-20b", "--ep", "4"]
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_export(trace, tmp_path, capsys, form):
-    out = tmp_path / "out"
+    out = tmp_path / "out.json"
     assert run(*EXPORT, "--placement", "eplb+4", "--fit-on", trace, "--format", form, "--out", out) == 0
     assert "3 layers x 36 slots on 4 ranks" in capsys.readouterr().out
     with np.load(trace) as arrays:
@@ -34,6 +34,13 @@ def test_export(trace, tmp_path, capsys, form):
     ref = place_balanced("eplb+4", ModelSpec("x", 32, 4), 4, 8, np.array(loads, float))
     ref = spread_copies(ref, np.array(loads, float)) if form == "vllm-ascend" else ref
     np.testing.assert_array_equal(found.experts, ref.experts)
+
+
+@pytest.mark.parametrize("form", ["sglang", "vllm-ascend"])
+def test_a_name_that_the_engine_does_not_load_is_refused_before_anything_is_written(form, tmp_path, capsys):
+    words = [*EXPORT, "--placement", "linear", "--format", form, "--out", tmp_path / "map"]
+    fails(capsys, words, f"the name must end in .json, or {form} does not load it")
+    assert not list(tmp_path.iterdir())
 
 
 def test_export_of_static_placements_and_conversion(tmp_path):
@@ -108,7 +115,7 @@ def test_an_exported_map_scores_as_the_placement_itself_in_every_format(trace, t
     np.savez(other, topk_ids=ids[::-1], sequence_lengths=np.load(trace)["sequence_lengths"][::-1])
     names = []
     for form in FORMATS[:3]:
-        path = tmp_path / f"map.{form}"
+        path = tmp_path / f"{form}.json"
         words = ["export", "--model", "gpt-oss-20b", "--placement", "eplb+4", "--ep", "4", "--fit-on", trace]
         assert run(*words, "--format", form, "--out", path) == 0
         names.append(f"file:{path}")

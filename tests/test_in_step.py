@@ -313,7 +313,7 @@ def test_its_map_is_exported_where_layers_may_differ(tmp_path, capsys):
     assert "2 layers x 32 slots" in capsys.readouterr().out
     fails(capsys, [*by_time, "--placement", "eplb+4"], "--gpu and --tokens go with eplb_budget")
     for form in ("vllm", "sglang", "trtllm"):
-        out = tmp_path / form
+        out = tmp_path / f"{form}.json"
         fails(capsys, [*words, "--format", form, "--out", out], "one number of slots for all layers", "from 32 to 36")
         assert not out.exists()
 

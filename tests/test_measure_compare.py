@@ -1,5 +1,6 @@
 """Measured times beside the predicted ones: errors, constants, gains, figures, and the command that shows them."""
 
+import io
 import json
 import sys
 from types import SimpleNamespace
@@ -161,6 +162,14 @@ def test_the_command_measures_and_shows(tiny, tmp_path, capsys):
     text = capsys.readouterr().out
     assert "| bf16 |" in text
     assert "predicted for h20" in text
+    for table, made in (("error", errors), ("gain", lambda rows: gains(rows, "linear", "round_robin"))):
+        ref = made(with_predictions(rows))
+        assert main(["measure", "--show", str(out), "--table", table, "--csv"]) == 0
+        comp = pd.read_csv(io.StringIO(capsys.readouterr().out))
+        pd.testing.assert_frame_equal(comp, ref.reset_index(drop=True), check_dtype=False, rtol=1e-8)
+        assert main(["measure", "--show", str(out), "--table", table, "--json"]) == 0
+        assert list(json.loads(capsys.readouterr().out)[0]) == list(ref)
+    fails(capsys, ["measure", "--show", out, "--json"], "--json and --csv print the rows of one table: give --table")
 
 
 @pytest.mark.parametrize(

@@ -151,7 +151,7 @@ def test_a_link_to_the_hub_is_an_id_and_what_cannot_be_read_says_what_to_give(tm
 def test_a_spec_is_returned_as_it_is():
     model = load_model("deepseek-v3")
     assert load_model(model) is model
-    with pytest.raises(InputError, match="a name, a path or a ModelSpec, not of type int"):
+    with pytest.raises(InputError, match="`model` 3: must be a name, a path or a ModelSpec"):
         load_model(3)
 
 

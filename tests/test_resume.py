@@ -11,7 +11,7 @@ import time
 import pytest
 from conftest import run
 
-from sim import InputError
+from sim import InputError, results
 from sim.sweeps import Journal, executors, journal, make_plan, run_plan
 from sim.sweeps.chunk import stage_chunks
 from sim.sweeps.precision import first_stage
@@ -101,7 +101,7 @@ def test_the_number_of_journal_files_is_bounded(plan, tmp_path, monkeypatch):
     result = run_plan(plan, ONE_THREAD, journal=Journal(tmp_path, plan))
     assert len(most) == n_chunks > 9
     assert max(most) <= 2 * 3 + 2  # two of each of three levels, and what two chunks in flight leave behind
-    assert most[-1] == 1
+    assert len(list((tmp_path / ".partial").glob("*.npz"))) == 1
     assert result.counts.equals(whole.counts)
     again = run_plan(plan, ONE_THREAD, journal=Journal(tmp_path, plan))
     assert again.counts.equals(whole.counts)
@@ -179,3 +179,44 @@ def test_killed_at_random_moments_the_tables_are_the_same_bytes(tmp_path):
     assert sorted(path.name for path in stopped.iterdir()) == [
         "counts.parquet", "provenance.json", "summary.csv", "tail.csv",
     ]  # fmt: skip
+
+
+def _run_two(folder):
+    words = "sweep --workload uniform,chat --ep 8 --tokens 64 --trials 100 --threads 2 --bound-layers 2 --out"
+    return run(*words.split(), f"{folder}/{{workload}}")
+
+
+def _tables(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.csv")}
+
+
+def test_an_interrupt_stops_all_sweeps_of_a_command_and_it_goes_on_from_there(tmp_path, monkeypatch):
+    assert _run_two(tmp_path / "whole") == 0
+    original = executors.run_chunk
+
+    def interrupted(plan, stage, draws):
+        if plan.workload.name == "chat":  # the tables of the first are made meanwhile
+            raise KeyboardInterrupt
+        return original(plan, stage, draws)
+
+    monkeypatch.setattr(executors, "run_chunk", interrupted)
+    assert _run_two(tmp_path / "stopped") == 130
+    monkeypatch.undo()
+    assert _run_two(tmp_path / "stopped") == 0
+    assert _tables(tmp_path / "stopped") == _tables(tmp_path / "whole")
+    assert len(_tables(tmp_path / "whole")) == 4
+
+
+def test_tables_that_cannot_be_written_fail_the_command_though_others_can(tmp_path, monkeypatch, capsys):
+    original = results.write_result
+
+    def full(result, folder):
+        if folder.name == "uniform":
+            raise OSError(28, "No space left on device", str(folder))
+        original(result, folder)
+
+    monkeypatch.setattr(results, "write_result", full)
+    assert _run_two(tmp_path) == 1
+    assert "No space left on device" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert _run_two(tmp_path) == 0

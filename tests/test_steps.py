@@ -11,12 +11,10 @@ from scipy.stats import t
 import sim
 from sim import InputError, expert_time_us, load_gpu, load_model, load_workload, place, predict_gain, predict_steps
 from sim.cli import main
-from sim.cost import balancedness_sglang, balancedness_vllm
 from sim.cost.expert import crossover_tokens, expert_rates
 from sim.cost.gain import PERFECT
-from sim.cost.step_log import compare_log, read_log
-from sim.cost.steps import sample_steps
-from sim.cost.times import balanced_times
+from sim.cost.step_log import balancedness_sglang, balancedness_vllm, compare_log, read_log
+from sim.cost.steps import balanced_times, sample_steps
 from sim.router import draw_trials
 from sim.stats import clustered_quantile, ratio_interval
 
@@ -150,6 +148,25 @@ def test_gains_are_u_shaped():
     assert rows.loc[("h20", 1)].layer_saved > rows.loc[("h200", 1)].layer_saved
 
 
+@pytest.mark.parametrize(
+    ("model", "gpus", "dtype"),
+    [
+        ("deepseek-v3", "h200", "fp8"),
+        ("mixtral-8x7b", "h200", "bf16"),
+        ("gpt-oss-20b", "b200", "fp4"),
+        ("gpt-oss-20b", ["b200", "h200"], "fp8"),  # which does not compute in fp4
+    ],
+)
+def test_times_are_for_the_type_that_the_experts_are_stored_in_where_the_gpus_compute_in_it(model, gpus, dtype):
+    options = {"ep_sizes": 4, "tokens": [64], **SMALL, "layer_sets": 1, "most_steps": 1}
+    by_default, given = (predict_gain(model, "chat", gpus, **options, **more) for more in ({}, {"dtype": dtype}))
+    pd.testing.assert_frame_equal(by_default, given)
+    if isinstance(gpus, str):
+        assert predict_steps(model, "chat", gpus, placements="linear", **options)["dtype"].unique() == [dtype]
+        loads = {"pairs": 8, "distinct_experts": 8, "local_experts": 8}
+        assert expert_time_us(model, gpus, **loads) == expert_time_us(model, gpus, **loads, dtype=dtype)
+
+
 def test_equal_layouts_save_nothing():
     rows = gain(placement="linear_legacy", tokens=[8])
     assert (rows[["layer_saved", "layer_saved_low", "layer_saved_high", "experts_saved"]] == 0).all(axis=None)
@@ -223,7 +240,10 @@ def test_steps_log_the_balancedness_of_engines():
     logged = predict_steps(V3, "chat", "h200", placements=["linear"], ep_sizes=[8, 12], tokens=[8], **SMALL)
     counts, _ = draw_trials(V3, load_workload("chat"), 0, range(0, 58), 116, np.array([8]))
     loads = np.array([np.bincount(place("linear", V3, 8).rank_of_expert, weights=c[0], minlength=8) for c in counts])
-    first = {"balancedness_vllm": balancedness_vllm(loads), "balancedness_sglang": balancedness_sglang(loads)}
+    at = loads.mean(), loads.max(axis=1)
+    first = {"balancedness_vllm": balancedness_vllm(*at), "balancedness_sglang": balancedness_sglang(*at)}
+    assert balancedness_vllm(0, np.zeros(1)) == 0
+    assert balancedness_sglang(0, np.zeros(1)) == 1
     of = logged[(logged.ep_size == 8)].set_index("metric")
     for metric, value in first.items():
         assert of.loc[metric].p01 <= value <= of.loc[metric].p99

@@ -7,13 +7,15 @@ import pytest
 from conftest import ROOT, assert_same_tables
 from naive import scores as ref_scores
 
-from sim import InputError, SyntheticTraffic, load_model, load_workload, place, sweep
+from sim import InputError, SyntheticTraffic, load_model, load_workload, place, scoring, sweep
 from sim.placement import random_ranks
 from sim.results import read_result, write_result
 from sim.router import draw_trials
-from sim.sweeps import make_plan
+from sim.sweeps import bounds, make_plan, steps, tally
 from sim.sweeps.chunk import run_chunk, stage_chunks
+from sim.sweeps.executors import compile_without_sampler
 from sim.sweeps.precision import first_stage
+from sim.theory import tails
 
 ALL = ["linear", "linear_legacy", "round_robin", "random", "node_aware"]
 SMALL = {"ep_sizes": [2, 12], "tokens": [1, 16], "placements": ALL, "trials": 60, "seed": 4}
@@ -355,3 +357,15 @@ def test_tail_keeps_effective_blocks(tmp_path):
     old = dataclasses.replace(clustered, tail=clustered.tail.drop(columns="effective_blocks"))
     write_result(old, tmp_path / "old")
     assert read_result(tmp_path / "old").tail.effective_blocks.isna().all()
+
+
+def test_the_process_beside_a_first_sweep_compiles_the_kernels_that_a_sweep_needs(monkeypatch):
+    for workload in ("uniform", "chat"):
+        sweep("deepseek-v3", workload, **SMALL | {"trials": 20, "bound_layers": 2}, threads=2)
+    rooms = (scoring, bounds, tally, tails)
+    kernels = {name: of for room in rooms for name, of in vars(room).items() if hasattr(of, "signatures")}
+    before = {name: len(of.signatures) for name, of in kernels.items()}
+    for room in (bounds, steps):
+        monkeypatch.setattr(room, "draw_trials", room.draw_trials)  # put back after it
+    compile_without_sampler()
+    assert {name: len(of.signatures) for name, of in kernels.items()} == before

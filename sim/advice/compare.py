@@ -7,14 +7,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from sim.advice.engines import BACKENDS, DEFAULT_BACKEND, engine_of, exchange_of
+from sim.advice.engines import DEFAULT_BACKEND, engine_of, exchange_of
 from sim.advice.splits import Split, splits_of
 from sim.cost import Gpu, predict_gain
-from sim.cost.exchange import KINDS, REFUSED
 from sim.cost.expert import BYTES_PER_VALUE
 from sim.cost.gain import IN_STEP, PERFECT
 from sim.cost.inputs import as_numbers, expert_parameters
-from sim.errors import InputError, shown, unknown, whole_number
+from sim.errors import InputError, shown, whole_number
 from sim.model import ModelSpec, load_model
 from sim.placement import BUDGET, check_ep_size, is_load_aware, place_fixed, split_name, strategy_name
 from sim.progress import track
@@ -38,6 +37,7 @@ KNEE_ERROR = {"bf16": 0.06, "fp8": 0.15, "fp4": 0.15}
 largest difference between saved shares as measured and as predicted (results/measured; elsewhere below 0.04). In fp8 and fp4 an
 assumption: so much a time without whole tiles missed the bf16 ones.
 """
+_SET_HERE = {"exchange": "backend", "ep_sizes": "ep_size", "placement": "placements", "baseline": "placements"}
 _OF_SPLITS = ["step_saved_low", "step_saved_high", "splits"]
 
 
@@ -61,8 +61,10 @@ class Advice:
         Over all that an engine runs: 'worth a trial', 'not for this traffic' or 'not enough data'.
     best : DataFrame
         Of each number of tokens the row of `verdicts` that is named, of what an engine runs (`rule_text`).
+    why : str
+        Why that verdict is 'not enough data', and what would settle it; else empty.
     notes : list of str
-        Remarks of the fits, where load counts are scored as synthetic traffic, and what leaves all verdicts open.
+        Remarks of the fits, where load counts are scored as synthetic traffic.
     """
 
     gains: pd.DataFrame
@@ -70,6 +72,7 @@ class Advice:
     engines: dict[str, str]
     verdict: str
     best: pd.DataFrame
+    why: str
     notes: list[str]
 
     def table(self) -> pd.DataFrame:
@@ -128,7 +131,7 @@ def advise(
         default linear and those of `candidates`. Budgets of copies are compared and not judged: of engines vllm-ascend alone
         loads such a map.
     backend : str
-        All2all backend, of BACKENDS; or a kind of exchange, where the backend is not known.
+        All2all backend, or a kind of exchange, where the backend is not known (`epsim gpus`).
     data_parallel : int
         Data-parallel ranks; by default `ep_size`.
     redundant : int
@@ -163,10 +166,8 @@ def advise(
     check_ep_size(model, ep_size)
     if ep_size < 2:
         raise InputError(f"`ep_size` {ep_size}: there is nothing to place on one rank")
-    if backend in REFUSED:
-        raise InputError(f"`backend` {backend}: {REFUSED[backend]}")
-    if backend not in BACKENDS and backend not in KINDS:
-        raise unknown("`backend`", shown(backend), [*BACKENDS, *KINDS])
+    for name in _SET_HERE.keys() & options.keys():
+        raise InputError(f"`{name}`: sim.advise calls it `{_SET_HERE[name]}`")
     ranks = whole_number("`data_parallel`", ep_size if data_parallel is None else data_parallel, 1, 2**15)
     as_numbers("`least_saved`", least_saved, 1e-6, 1)
     if step_us is not None and np.size(options.get("tokens", PER_RANK["tokens"])) > 1:
@@ -196,9 +197,9 @@ def advise(
     for how in dict.fromkeys(engine.how for engine in engines.values()):
         hows[", ".join(name for name, engine in engines.items() if engine.how == how)] = how
     notes = list(dict.fromkeys(note for split in splits for note in split.notes))
-    if not _is_enough(scored):
-        notes.append(f"{scored.name} has fewer than {2 * LEAST_SEQUENCES} recorded sequences: too few for a verdict")
-    return Advice(gains, verdicts, hows, overall(run), best_of(run, least_saved), notes)
+    verdict = overall(run)
+    why = _why_open(scored, run, least_saved) if verdict == UNSURE else ""
+    return Advice(gains, verdicts, hows, verdict, best_of(run, least_saved), why, notes)
 
 
 def _names(placements: str | list[str], model: ModelSpec, ep_size: int, redundant: int | None) -> list[str]:
@@ -272,6 +273,18 @@ def _saved_by_eplb(gains: pd.DataFrame) -> float:
 
 def _is_enough(traffic: Workload | LoadCounts) -> bool:
     return not isinstance(traffic, RecordedTraffic) or len(traffic.starts) - 1 >= 2 * LEAST_SEQUENCES
+
+
+def _why_open(traffic: Workload | LoadCounts, run: pd.DataFrame, least_saved: float) -> str:
+    """What leaves the verdict over all open."""
+    if not _is_enough(traffic) and isinstance(traffic, RecordedTraffic):
+        n = len(traffic.starts) - 1
+        return f"{traffic.name.removeprefix('file:')} has {n} recorded sequences, and a verdict takes {2 * LEAST_SEQUENCES}"
+    if run.step_saved_low.isna().all():
+        return "one layer has no interval"
+    return (
+        f"the saved share of the step may lie on either side of {least_saved:.1%}; more layers or sequences narrow it"
+    )
 
 
 def _redundant_bytes(model: ModelSpec, name: str, ep_size: int, dtype: str) -> float:

@@ -2,16 +2,12 @@
 
 from typing import NamedTuple
 
-from sim.cost.exchange import BACKENDS, KINDS
+from sim.cost.exchange import BACKENDS, KINDS, SGLANG, exchange_kind
 from sim.model import ModelSpec
 from sim.placement import BUDGET, is_load_aware, split_name, why_linear
 
-__all__ = ["BACKENDS", "DEFAULT_BACKEND", "Engine", "engine_of", "exchange_of"]
-
 DEFAULT_BACKEND = "allgather_reducescatter"
 """vLLM's own default."""
-STALL_S = 1.70
-"""Longest stall of the engine by one synchronous rebalance that was reported for vLLM (issue #50647: 0.65 to 1.70 s)."""
 
 
 def exchange_of(backend: str, data_parallel: int) -> str:
@@ -20,9 +16,8 @@ def exchange_of(backend: str, data_parallel: int) -> str:
     With one data-parallel rank attention is tensor parallel, all ranks have all tokens and no all2all backend is used
     (`FusedMoEParallelConfig.use_all2all_kernels`).
     """
-    if backend in KINDS:
-        return backend
-    return BACKENDS[backend] if data_parallel > 1 else "reduce"
+    kind = exchange_kind(backend, "backend")
+    return "reduce" if backend in BACKENDS and data_parallel == 1 else kind
 
 
 class Engine(NamedTuple):
@@ -64,6 +59,8 @@ def engine_of(placement: str, model: ModelSpec, ep_size: int, backend: str, data
             "steps at every rebalance. SGLang: --enable-eplb --ep-num-redundant-experts N, or a fixed map that epsim export "
             "writes: --init-expert-location FILE",
         )
+    if backend in SGLANG:
+        return Engine(placement, "SGLang: epsim export writes it as a map, --init-expert-location FILE")
     reason = why_linear(model, ep_size, "" if backend in KINDS else backend, data_parallel)
     if reason:
         return Engine("linear", f"vLLM falls back to linear: {reason}")

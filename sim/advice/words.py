@@ -3,7 +3,6 @@
 import pandas as pd
 
 from sim.advice.compare import WORTH, Advice, judged_ends, perfect_is_best
-from sim.advice.engines import STALL_S
 from sim.cost.gain import PERFECT
 from sim.placement import is_load_aware, split_name
 from sim.verdicts.verdict import percent
@@ -13,7 +12,8 @@ def verdict_text(advice: Advice) -> str:
     """The verdict over all, and a line for each number of tokens per step, with the saved share of the step."""
     rows = advice.best.sort_values("tokens")
     wide = len(str(rows.tokens.max())) if len(rows) else 0
-    lines = [advice.verdict if len(rows) else f"{advice.verdict}: no engine runs any of these placements"]
+    why = advice.why if len(rows) else "no engine runs any of these placements"
+    lines = [advice.verdict + (f": {why}" if why else "")]
     for row in rows.itertuples():
         name = row.placement if row.verdict == WORTH else f"best: {row.placement}"
         lines.append(f"{row.tokens:>{wide}}: {row.verdict} ({name}, {_ends(row.step_saved_low, row.step_saved_high)})")
@@ -113,12 +113,15 @@ def _by_copies(advice: Advice) -> str:
 
 
 def _by_stall(advice: Advice) -> str:
-    """How long a rebalance takes to pay for itself."""
+    """What a rebalance takes. vLLM's default: `EPLBConfig.use_async` (vllm/config/parallel.py at 00193b8). SGLang's: all layers
+    between two steps (`eplb_rebalance_layers_per_chunk` None, srt/eplb/eplb_manager.py at 53e29da).
+    """
     worth = [row for row in advice.best.itertuples() if row.verdict == WORTH and is_load_aware(row.placement)]
     if not worth:
         return ""
-    listed = ", ".join(f"{STALL_S / row.step_saved_low:.0f} s at {row.tokens}" for row in worth)
+    listed = ", ".join(f"{1 / row.step_saved_low:.0f} s at {row.tokens}" for row in worth)
     return (
-        f"The rebalances: one that stalls the engine for {STALL_S:g} s (the longest that was reported, vLLM #50647) is paid back "
-        f"in {listed} tokens, at the lower ends."
+        "The rebalances: vLLM's are asynchronous by default and taken to stall nothing. SGLang's, and vLLM's with use_async "
+        "false, stall the engine, DeepSeek-R1 on 32 GB200 for 0.65 to 1.70 s (vLLM #43219), Kimi K3 for some 40 s (#50647): "
+        f"each second is paid back in {listed} tokens, at the lower ends."
     )

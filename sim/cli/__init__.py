@@ -25,7 +25,7 @@ _SUBJECTS = {
     "How uneven, and how often": {
         "sweep": ("sweep", "sample routed tokens, score placements by EP size and tokens per step"),
         "show": ("finished", "print the answer of a sweep again, or its worst cases"),
-        "plot": ("finished", "draw the figures of a sweep"),
+        "plot": ("finished", "draw the figures of sweeps"),
         "report": ("finished", "write a page to explore sweeps and advice in a browser"),
         "combine": ("finished", "add sweeps of different seeds or machines"),
     },

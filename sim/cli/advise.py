@@ -84,8 +84,7 @@ def run_advise(arguments: Namespace) -> None:
 
     if arguments.tokens is None and arguments.tokens_per_rank is None:
         arguments.tokens_per_rank = [1, 8, 64, 512]
-    options = step_options(arguments)
-    sizes = options.pop("ep_sizes")
+    sizes = arguments.ep_sizes
     if len(sizes) > 1:
         raise InputError(f"`ep_sizes` {','.join(map(str, sizes))}: advice is for one EP size")
     if arguments.demo and arguments.workload is not None:
@@ -96,6 +95,8 @@ def run_advise(arguments: Namespace) -> None:
     chosen = {name: getattr(arguments, name) for name in names}
     chosen |= given(arguments, RestOptions)
     model, gpu = load_model(_DEMO if arguments.demo else arguments.model), load_gpu(arguments.gpu)
+    options = step_options(arguments, model, [gpu])
+    del options["ep_sizes"]
     traffic = _demo_trace(model, arguments.seed) if arguments.demo else _read(arguments, model)
     other = None if arguments.fit_on is None else read_file(arguments.fit_on, model, arguments.phase)
     say_about_maps(arguments.placements, model, sizes, arguments.ranks_per_node)
@@ -105,6 +106,8 @@ def run_advise(arguments: Namespace) -> None:
     with shown_progress():
         advice = advise(model, traffic, gpu, ep_size=sizes[0], fit_on=other, **chosen, **options)
     note(*advice.notes)
+    if arguments.markdown or arguments.json or arguments.csv:  # without the words
+        note(*([f"{advice.verdict}: {advice.why}"] if advice.why else []))
     if not print_rows(advice.table(), arguments):
         _print(advice, arguments)
     chosen |= {"ep_size": sizes[0], "fit_on": None if other is None else other.digest}

@@ -105,10 +105,12 @@ def _print_quantity(rows: Any, text: str, n_layers: int, risk: float, model: Any
     heads += ["worst case", *(f"{_TITLE_EXCHANGE[exchange]} {unit}" for exchange in exchanges), f"worst {unit}"]
     row = rows.iloc[0]
     title = (
-        f"{row.model}, {row.workload} traffic, {n_layers} MoE layers: {text}, capacity exceeded with a probability of at most "
-        f"{risk:g}\n(its factor of the balanced load); bytes of the last scope"
+        f"{row.model}, {row.workload} traffic, {n_layers} MoE layers: {text}: the capacity that is exceeded with a probability "
+        f"of at most {risk:g}, and its factor over the balanced load; bytes of the last scope"
     )
-    print_table(title, heads, [line + of for line, of in zip(lines, in_unit, strict=True)], markdown, align=">><")
+    print_table(
+        title, heads, [line + of for line, of in zip(lines, in_unit, strict=True)], markdown, align=">><", keys=3
+    )
 
 
 def _in_bytes(sizes: list[list[float]]) -> tuple[str, list[list[str]]]:

@@ -42,7 +42,9 @@ def add_depends(parser: ArgumentParser) -> None:
     only = [name for name in StepOptions.__dataclass_fields__ if name != "tokens_per_rank"]
     sizes = {"ep_sizes": _EP_SIZES, "tokens": _TOKENS}
     add_options(parser, StepOptions, only=only, most_steps="64", layer_sets="16", **sizes)
-    add_options(parser, TimeOptions, exchange="pair,token")
+    add_options(parser, TimeOptions, only=("exchange", "network_gb_per_s"), exchange="pair,token")
+    add = section_of(parser, TimeOptions.title).add_argument
+    add("--dtype", default="fp8", help="type of weights and inputs, of all models: fp8, bf16 or fp4 (default: fp8)")
     add_output(parser, "depends.csv and the figure", figures=True)
     add = section_of(parser, "output").add_argument
     add(
@@ -87,9 +89,9 @@ def _compute(arguments: Namespace) -> tuple[Any, dict[str, Any]]:
     from sim.router import model_for
     from sim.traffic import load_workload, workload_names
 
-    options = step_options(arguments)
-    options["exchange"] = options["exchange"].split(",")
     gpu, asked = load_gpu(arguments.gpu), load_model(arguments.model)
+    options = step_options(arguments, asked, [gpu])
+    options["exchange"] = options["exchange"].split(",")
     workloads = [load_workload(name) for name in arguments.workload or workload_names()]
     subjects = [Subject(model_for(workload, asked), workload) for workload in workloads]
     subjects += [subject for words in arguments.traces if (subject := _of_trace(words)) is not None]
@@ -177,18 +179,19 @@ def _print_conclusions(table: Any, least: float, markdown: bool) -> None:
     for one in conclusions(table, least):
         does = _words(one.measure)
         what = "the mean imbalance" if one.measure == "imbalance" else f"layer time ({one.measure})"
-        if one.effect == "level":
-            what += f" by less than {100 * least:g} %"
         n = len(one.holds)
-        verdict = f"holds for {'all ' if n == one.n_traffic > 1 else f'{n} of '}{one.n_traffic}"
-        span = f"{one.range[0]:+z.1%} to {one.range[1]:+z.1%}" if n else "-"
+        if one.effect == "level" and n:
+            what += f" by less than {100 * least:g} %"
+        said = f"{one.placement} {does[one.effect]} {what}" if n else f"{one.placement}, {what}"
+        verdict = (
+            f"holds for {'all ' if n == one.n_traffic > 1 else f'{n} of '}{one.n_traffic}" if n else "no conclusion"
+        )
+        span = " to ".join(dict.fromkeys(f"{end:+z.1%}" for end in one.range)) if n else "-"
         elsewhere = [
             f"{does[instead]}{f' less than {100 * least:g} %' if instead == 'level' else ''}: {_traffic(found)}"
             for instead, found in one.others.items()
         ]
-        cells.append(
-            [str(one.tokens), f"{one.placement} {does[one.effect]} {what}", verdict, span, "; ".join(elsewhere)]
-        )
+        cells.append([str(one.tokens), said, verdict, span, "; ".join(elsewhere)])
     if markdown:
         print_table("", ["tokens", "conclusion", "verdict", "saved there", "elsewhere"], cells, markdown, align="><<<<")
         return

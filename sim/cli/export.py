@@ -52,6 +52,8 @@ def run_export(arguments: Namespace) -> None:
     form, path = arguments.format, Path(arguments.out)
     if form not in FORMATS:
         raise unknown("--format", form, FORMATS)
+    if form in ("sglang", "vllm-ascend") and path.suffix != ".json":
+        raise InputError(f"--out {path}: the name must end in .json, or {form} does not load it")
     if arguments.first_layer is not None and form == "vllm":
         raise InputError("--first-layer: vllm does not name layers; its rows are the MoE layers in order")
     model = load_model(arguments.model)

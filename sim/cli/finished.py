@@ -260,8 +260,8 @@ def run_combine(arguments: Namespace) -> None:
 
 
 def add_plot(parser: ArgumentParser) -> None:
-    """Draw the figures of a sweep. A plot never samples: it reads what epsim sweep wrote."""
-    parser.add_argument("folder", type=Path, metavar="DIR", help="folder that epsim sweep wrote")
+    """Draw the figures of sweeps. A plot never samples: it reads what epsim sweep wrote."""
+    parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="folders that epsim sweep wrote")
     parser.add_argument("--figures", type=NAMES, metavar="LIST", help="some of the figures by name (default: all)")
     add_options(parser, PlotOptions)
 
@@ -277,22 +277,21 @@ def run_plot(arguments: Namespace) -> None:
     for name in chosen:
         if name not in FIGURES:
             raise unknown("figure", name, FIGURES)
-    result = read_result(arguments.folder)
-    if result.counts.empty:
-        raise InputError(
-            f"{arguments.folder} lacks counts.parquet, which the figures are drawn from; run the sweep again"
-        )
-    if options.tokens is not None and options.tokens not in set(result.summary.tokens):
-        have = ", ".join(map(str, sorted(result.summary.tokens.unique())))
-        raise InputError(f"`tokens` {options.tokens}: the sweep has {have}")
     worst_case = {"deepest": options.deepest} | ({} if options.tokens is None else {"tokens": options.tokens})
-    for name in chosen:
-        figure = draw(name, result, **(worst_case if name in ("exceedance", "worst_case_by_ep") else {}))
-        if figure is None:
-            print(f"{name}: not drawn, as the placements do not differ in it")
-            continue
-        for path in save_as(figure, arguments.folder / name, options.formats):
-            print(path)
+    for folder in arguments.folders:
+        result = read_result(folder)
+        if result.counts.empty:
+            raise InputError(f"{folder} lacks counts.parquet, which the figures are drawn from; run the sweep again")
+        if options.tokens is not None and options.tokens not in set(result.summary.tokens):
+            have = ", ".join(map(str, sorted(result.summary.tokens.unique())))
+            raise InputError(f"`tokens` {options.tokens}: the sweep has {have}")
+        for name in chosen:
+            figure = draw(name, result, **(worst_case if name in ("exceedance", "worst_case_by_ep") else {}))
+            if figure is None:
+                print(f"{name}: not drawn, as the placements do not differ in it")
+                continue
+            for path in save_as(figure, folder / name, options.formats):
+                print(path)
 
 
 def add_report(parser: ArgumentParser) -> None:

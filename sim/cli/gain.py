@@ -39,8 +39,8 @@ def add_gain(parser: ArgumentParser) -> None:
         type=NAMES,
         default="round_robin",
         metavar="LIST",
-        help="placements that are compared with it (default: round_robin); also 'perfect balance', which none can beat, and "
-        "in_step: the best split of each step's pairs over the copies of the one that has the most (--balancer-us)",
+        help="placements that are compared with it (default: round_robin); also 'perfect balance', whose experts none can beat, "
+        "and in_step: the best split of each step's pairs over the copies of the one that has the most (--balancer-us)",
     )
     add_options(parser, TrafficOptions)
     add_options(parser, StepOptions, ep_sizes="8,16", tokens="1..16384")
@@ -60,7 +60,7 @@ def run_gain(arguments: Namespace) -> None:
         )
     model, workload = read_inputs(arguments)
     gpus: list[Any] = [load_gpu(name) for name in dict.fromkeys(arguments.gpus)]
-    options = step_options(arguments)
+    options = step_options(arguments, model, gpus)
     options["exchange"] = options["exchange"].split(",")
     chosen = {"baseline": arguments.baseline, "placement": arguments.placement, **given(arguments, RestOptions)}
     names = [arguments.baseline, *arguments.placement]
@@ -104,10 +104,10 @@ def _print(gains: Any, markdown: bool) -> None:
         "EP": "ep_size",
         "tokens": "tokens",
         "layer us": "baseline_layer_us:.0f",
-        "p99": "baseline_layer_us_p99:.0f",
-        "of it exch.": lambda row: f"{row.baseline_exchange_us:.0f}" + ("*" if row.extrapolated else ""),
+        "p99 us": "baseline_layer_us_p99:.0f",
+        "exchange us": lambda row: f"{row.baseline_exchange_us:.0f}" + ("*" if row.extrapolated else ""),
         "layer us new": "layer_us:.0f",
-        "p99 new": "layer_us_p99:.0f",
+        "p99 us new": "layer_us_p99:.0f",
         "saved (95 %)": layer_saved,
         "experts saved": "experts_saved:+z.1%",
         "MoE ms/step": "baseline_step_ms:.1f",

@@ -47,9 +47,12 @@ def rows_of(rows: Any, wanted: dict[str, list[Any] | None]) -> Any:
     return rows
 
 
-def step_options(arguments: Namespace) -> dict[str, Any]:
+def step_options(arguments: Namespace, model: Any, gpus: list[Any]) -> dict[str, Any]:
     """Keyword arguments that stand for the options of steps, their sampling and their times."""
-    return given(arguments, StepOptions) | given(arguments, TimeOptions)
+    from sim.cost.inputs import dtype_of
+
+    options = given(arguments, StepOptions) | given(arguments, TimeOptions)
+    return options | {"dtype": dtype_of(model, gpus, arguments.dtype)}
 
 
 def identity_of(model: Any, workload: Any, options: dict[str, Any], gpus: list[Any], **more: Any) -> dict[str, Any]:
@@ -100,15 +103,14 @@ def say_about_layers(layer_correlation: float | None) -> None:
 
 def say_about_times(model: Any, workload: Any, gpus: list[Any], options: dict[str, Any]) -> None:
     """Notes on numbers that were not verified, or that are assumed."""
-    from sim.cost.times import NETWORK_GB_PER_S
+    from sim.cost.inputs import NETWORK_GB_PER_S
 
     note_compiling()
     say_about_inputs(model, workload)
-    stored = next((dtype for dtype in ("bf16", "fp8", "fp4") if dtype in model.routed_dtype), model.routed_dtype)
-    if stored != options["dtype"]:
-        note(
-            f"{model.name}: its experts are stored as {model.routed_dtype}, times and memory are for {options['dtype']} (--dtype)"
-        )
+    if options["dtype"] not in model.routed_dtype:
+        stored = f"its experts are stored as {model.routed_dtype}"
+        stored = "how its experts are stored is not known" if model.routed_dtype == "unknown" else stored
+        note(f"{model.name}: {stored}, times and memory are for {options['dtype']} (--dtype)")
     has_network = options["exchange"] not in ("none", ["none"]) and not options["network_gb_per_s"]
     for gpu in gpus:
         if gpu.unverified:

@@ -162,7 +162,7 @@ def add_gpus(parser: ArgumentParser) -> None:
 def run_gpus(arguments: Namespace) -> None:
     """Run `epsim gpus`."""
     from sim.cost import gpu_names, load_gpu
-    from sim.cost.exchange import BACKENDS, KINDS
+    from sim.cost.exchange import BACKENDS, KINDS, REFUSED
     from sim.cost.gpu import DTYPES
     from sim.cost.tables import grouped_gemm_profile
 
@@ -187,6 +187,7 @@ def run_gpus(arguments: Namespace) -> None:
     for kind, about in KINDS.items():
         backends = ", ".join(backend for backend, of in BACKENDS.items() if of == kind)
         print(filled(f"{kind}: {about}" + (f" ({backends})" if backends else ""), "  ", "    "))
+    print(filled(f"Not among them: {'; '.join(f'{name}: {why}' for name, why in REFUSED.items())}."))
     print(filled(
         "Your own GPU: a .toml file with hbm_tb_per_s, bf16_tflops, scale_up_gb_per_s, and fp8_tflops, fp4_tflops, "
         "scale_out_gb_per_s where it has them."

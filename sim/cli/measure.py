@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sim.cli.inputs import check_there, rows_of
-from sim.cli.terminal import cells, note, note_compiling, print_table, save_as, say_notes
+from sim.cli.terminal import add_output, cells, note, note_compiling, print_rows, print_table, save_as, say_notes
 from sim.errors import InputError, unknown
-from sim.options import FigureOptions, MeasureOptions, TrafficOptions, add_options, section_of
+from sim.options import MeasureOptions, TrafficOptions, add_options, section_of
 
 _PLACEMENTS, _WORKLOADS = ["linear", "round_robin"], ["chat", "gpqa-tilted"]
 _EP_SIZES, _TOKENS, _DTYPES = [8, 16, 32, 64], [2**i for i in range(3, 15)], ["bf16", "fp8"]
@@ -43,9 +43,8 @@ def add_measure(parser: ArgumentParser) -> None:
     add = section_of(parser, "what was measured").add_argument
     add("--show", type=Path, metavar="FILE.csv", help="measure nothing; print the tables of a file that was written")
     add("--table", metavar="NAME", help=f"one of them: {', '.join(_OF_RANKS)}; of layers: {', '.join(_OF_LAYERS)}")
-    add("--markdown", action="store_true", help="as Markdown")
     add("--plot", action="store_true", help="draw the figures beside the file")
-    add_options(parser, FigureOptions)
+    add_output(parser, figures=True)
 
 
 def run_measure(arguments: Namespace) -> None:
@@ -56,7 +55,7 @@ def run_measure(arguments: Namespace) -> None:
                 raise InputError(f"--{option} goes without --show: what was measured is only read")
         _show(arguments)
         return
-    for option in ("plot", "markdown", "table"):
+    for option in ("plot", "markdown", "json", "csv", "table"):
         if getattr(arguments, option):
             raise InputError(f"--{option} goes with --show FILE.csv")
     if arguments.exchange is not None and not arguments.layer:
@@ -182,25 +181,27 @@ def _show(arguments: Namespace) -> None:
     known = _OF_LAYERS if of_layers else _OF_RANKS
     if arguments.table is not None and arguments.table not in known:
         raise unknown("--table", arguments.table, known)
+    if arguments.table is None and (arguments.json or arguments.csv):
+        raise InputError(f"--json and --csv print the rows of one table: give --table, of {', '.join(known)}")
     about, tables, figures = (_layers if of_layers else _ranks)(arguments)
     if arguments.table is None:
         print(about)
     for name, one in tables.items():
         if arguments.table not in (None, name):
             continue
-        heads, lines = cells(one.compute().itertuples(), one.columns)
+        rows = one.compute()
+        if print_rows(rows, arguments):
+            continue
         if arguments.table is None:
-            print()
-        if arguments.markdown and arguments.table is None:
-            print(f"{one.title}\n")
-        print_table(one.title, heads, lines, arguments.markdown, keys=one.keys)
-    if "predicted" in tables and arguments.table in (None, "predicted") and not arguments.markdown:
-        _say_errors(tables["predicted"].compute())
+            print(f"\n{one.title}\n" if arguments.markdown else "")
+        print_table(one.title, *cells(rows.itertuples(), one.columns), arguments.markdown, keys=one.keys)
+        if name == "predicted" and not arguments.markdown:
+            _say_errors(rows)
     if arguments.plot:
         for name, figure in figures().items():
             stem = arguments.show.with_name(f"{arguments.show.name.partition('.csv')[0]}-{name}")
             for path in save_as(figure, stem, arguments):
-                print(path)
+                print(path, file=sys.stderr if arguments.json or arguments.csv else sys.stdout)
 
 
 def _chosen(rows: Any, arguments: Namespace) -> Any:
@@ -293,8 +294,8 @@ def _layers(arguments: Namespace) -> tuple[str, dict[str, _Table], Callable[[], 
         ),
         "gain": _Table(
             f"Gain over {baseline} in the time of a layer", lambda: layer_gains(layers, baseline, others), of_placement | {
-                "experts alone": "experts_gain:+z.1%", "exchange alone": "exchange_gain:+z.1%", "from us": "baseline_us:.0f",
-                "to us": "other_us:.0f",
+                "experts alone": "experts_gain:+z.1%", "exchange alone": "exchange_gain:+z.1%",
+                f"{baseline} us": "baseline_us:.0f", "new us": "other_us:.0f",
             }, 4,
         ),
     }  # fmt: skip
@@ -302,8 +303,8 @@ def _layers(arguments: Namespace) -> tuple[str, dict[str, _Table], Callable[[], 
         tables["predicted"] = _Table(
             f"Gain over {baseline} as measured and as predicted for {gpu.name}, and the predicted time of {baseline}'s layers",
             lambda: predicted_gains(layers, baseline, others), of_placement | {
-                "predicted": "predicted:+z.1%", "difference": "difference:+z.1%", "from us": "baseline_us:.0f",
-                "predicted us": "predicted_us:.0f",
+                "predicted": "predicted:+z.1%", "difference": "difference:+z.1%",
+                f"{baseline} measured us": "baseline_us:.0f", f"{baseline} predicted us": "predicted_us:.0f",
             }, 4,
         )  # fmt: skip
 

@@ -70,7 +70,7 @@ def run_step(arguments: Namespace) -> None:
     if "," in arguments.gpu:
         raise InputError(f"--gpu {arguments.gpu}: one GPU at a time")
     gpu, placements, correlation = load_gpu(arguments.gpu), arguments.placements, arguments.layer_correlation
-    options = step_options(arguments)
+    options = step_options(arguments, model, [gpu])
     say_about_maps(placements, model, options["ep_sizes"], options["ranks_per_node"])
     say_about_times(model, workload, [gpu], options)
     say_about_layers(correlation)
@@ -109,9 +109,9 @@ def _in_digits(name: str) -> Any:
 def _print_steps(steps: Any, markdown: bool) -> None:
     row = steps.iloc[0]
     title = (
-        f"{row.model} in {row['dtype']} on {row.gpu}, {row.workload} traffic: what a step through all layers would log\n"
-        "mean with its 95 % interval over layer sets (none with one), quantiles over steps; sd between layer sets "
-        "(deployments), and of one set's steps"
+        f"{row.model} in {row['dtype']} on {row.gpu}, {row.workload} traffic, exchange {row.exchange}: what a step through all "
+        "layers would log\nmean with its 95 % interval over layer sets (none with one), quantiles over steps; sd between layer "
+        "sets (deployments), and of one set's steps"
     )
     columns = _CELL | {
         "logged": lambda row: _SHORT[row.metric],

@@ -3,20 +3,27 @@
 import re
 import time
 from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from threading import Event
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from sim.cli.finished import print_result
 from sim.cli.inputs import say_about_file, say_about_inputs
 from sim.cli.terminal import add_output, note, note_compiling, print_rows, say_notes, say_written, shown_progress
 from sim.errors import InputError
 from sim.options import Folder, LinkOptions, RunOptions, SweepOptions, TrafficOptions, add_options, given, section_of
-from sim.progress import phase
+from sim.progress import phase, watching
 
 if TYPE_CHECKING:
     from sim.results import SweepResult
-    from sim.sweeps import Plan
+    from sim.sweeps import Journal, Plan
+    from sim.sweeps.run import Sampled
 
+T = TypeVar("T")
 _NOT_MET = {
     "max_trials": "--max-trials is reached",
     "time_limit": "--time-limit is reached, and the same command goes on",
@@ -47,7 +54,6 @@ def run_sweep(arguments: Namespace) -> None:
     """Run `epsim sweep`."""
     run_options = RunOptions(**given(arguments, RunOptions))
     _check_run(run_options, arguments)
-    from sim.cost.links import traffic_of_plan, write_traffic
     from sim.kernels import usable_processors
     from sim.sweeps import make_plan, work_of
     from sim.traffic import load_workload
@@ -71,14 +77,26 @@ def run_sweep(arguments: Namespace) -> None:
         part: 0.0 if result else sum(work_of(plan).values())
         for part, plan, result in zip(parts, plans, results, strict=True)
     }
-    computed = [result is None for result in results]
-    with shown_progress():
-        for i, (part, plan) in enumerate(zip(parts, plans, strict=True)):
-            with phase(part, sizes):
-                results[i] = results[i] or _run_into(folders[i], plan, run_options)
-                if sources is not None:
-                    found = traffic_of_plan(plan, sources, run_options.threads or usable_processors())
-                    write_traffic(found, folders[i] / "rank_traffic")
+    computed = [i for i, result in enumerate(results) if result is None]
+    n_threads = run_options.threads or usable_processors()
+    with shown_progress(), _beside() as submit:
+        pending: dict[int, Future[SweepResult]] = {}
+        for i in computed:
+            with phase(parts[i], sizes):
+                finish = _sample_into(folders[i], plans[i], run_options, n_threads)
+                for future in pending.values():
+                    future.result()  # one is finished beside the next at most, and an error ends the run
+                if i == computed[-1] or n_threads == 1:
+                    results[i] = finish()
+                else:
+                    pending[i] = submit(finish)
+        for i, future in pending.items():
+            results[i] = future.result()
+        if sources is not None:
+            from sim.cost.links import traffic_of_plan, write_traffic
+
+            for folder, plan in zip(folders, plans, strict=True):
+                write_traffic(traffic_of_plan(plan, sources, n_threads), folder / "rank_traffic")
     import pandas as pd
 
     if print_rows(pd.concat([result.summary for result in results if result], ignore_index=True), arguments):
@@ -91,7 +109,7 @@ def run_sweep(arguments: Namespace) -> None:
     for i, (folder, result) in enumerate(zip(folders, results, strict=True)):
         if i and not arguments.markdown:
             print()
-        if not computed[i]:
+        if i not in computed:
             print(f"{folder} holds this sweep already; nothing was computed.\n")
         print_result(result, arguments.markdown)
         if not arguments.markdown:
@@ -128,17 +146,37 @@ def _check_run(options: RunOptions, arguments: Namespace) -> None:
         raise InputError("`time_limit` goes with `precision` or `precision_tail`")
 
 
-def _run_into(folder: Path, plan: "Plan", options: RunOptions) -> "SweepResult":
-    """Sample, and write the result; finished chunks stay in the folder until it is whole."""
+@contextmanager
+def _beside() -> Iterator[Callable[[Callable[[], T]], Future[T]]]:
+    """Run what is submitted on one thread beside this one. An error in the block, an interrupt say, ends it at its next
+    announcement of progress.
+    """
+    failed = Event()
+
+    def stop_if_failed(share: float, name: str) -> None:
+        if failed.is_set():
+            raise KeyboardInterrupt
+
+    def watched(work: Callable[[], T]) -> T:
+        with watching(stop_if_failed):
+            return work()
+
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            yield lambda work: pool.submit(watched, work)
+        except BaseException:
+            failed.set()
+            raise
+
+
+def _sample_into(folder: Path, plan: "Plan", options: RunOptions, n_threads: int) -> Callable[[], "SweepResult"]:
+    """Sample a plan; finished chunks stay in the folder. What is returned makes the tables, and writes them in their place."""
     from sim.files import writable_folder
-    from sim.kernels import usable_processors
-    from sim.results import read_identity, write_result
-    from sim.sweeps import Journal, run_plan
+    from sim.sweeps import Journal, sample_plan
     from sim.sweeps.executors import executor_of
 
     note_compiling()
-    started = time.monotonic()
-    n_threads = usable_processors() if options.threads is None else options.threads
+    started_s = time.monotonic()
     with (
         executor_of(options.executor, n_threads, plan, options.scheduler) as executor,
         writable_folder(folder),
@@ -146,19 +184,23 @@ def _run_into(folder: Path, plan: "Plan", options: RunOptions) -> "SweepResult":
     ):
         note(*journal.notes)
         say_notes()
-        result = run_plan(
-            plan,
-            executor,
-            n_threads=n_threads,
-            journal=journal,
-            time_limit_s=options.time_limit,
-        )
-        _check_same(folder, read_identity(folder), plan.identity)
-        write_result(result, folder)
-        if not (result.summary.stopped == "time_limit").any():
-            journal.clear()
+        sampled = sample_plan(plan, executor, journal, options.time_limit)
+    return partial(_finish_into, folder, plan, sampled, journal, n_threads, started_s)
+
+
+def _finish_into(
+    folder: Path, plan: "Plan", sampled: "Sampled", journal: "Journal", n_threads: int, started_s: float
+) -> "SweepResult":
+    from sim.results import read_identity, write_result
+    from sim.sweeps import finish_plan
+
+    result = finish_plan(plan, sampled, n_threads)
+    _check_same(folder, read_identity(folder), plan.identity)
+    write_result(result, folder)
+    if not (result.summary.stopped == "time_limit").any():
+        journal.clear()
     note(*result.notes)
-    note(_outcome(result, time.monotonic() - started))
+    note(_outcome(result, time.monotonic() - started_s))
     return result
 
 

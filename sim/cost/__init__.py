@@ -5,7 +5,6 @@ from sim.cost.exchange import ExchangeTime, exchange_time_us
 from sim.cost.expert import expert_time_us
 from sim.cost.gain import predict_gain
 from sim.cost.gpu import Gpu, gpu_names, load_gpu
-from sim.cost.layer import balancedness_sglang, balancedness_vllm, layer_time_us
 from sim.cost.links import rank_traffic
 from sim.cost.refit import predicted_against_measured
 from sim.cost.step_log import predict_steps
@@ -13,13 +12,10 @@ from sim.cost.step_log import predict_steps
 __all__ = [
     "ExchangeTime",
     "Gpu",
-    "balancedness_sglang",
-    "balancedness_vllm",
     "capacity",
     "exchange_time_us",
     "expert_time_us",
     "gpu_names",
-    "layer_time_us",
     "load_gpu",
     "predict_gain",
     "predict_steps",

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from sim.cost.gpu import Gpu, load_gpu
-from sim.cost.inputs import as_gpu, as_numbers, as_whole_numbers, expert_width, together
+from sim.cost.inputs import as_numbers, as_whole_numbers, expert_width, together
 from sim.cost.tables import FP8_WITH_SCALES, Exchange, exchange_profile
 from sim.errors import InputError, shown, unknown
 from sim.model import ModelSpec, load_model
@@ -20,9 +20,12 @@ KINDS = {
     "reduce": "all ranks have all tokens; one all-reduce of the results",
     "none": "no exchange, or one that is hidden",
 }
+SGLANG = {"mooncake": "pair", "nixl": "pair", "mori": "token"}
+"""Backends that SGLang alone has by these names."""
 BACKENDS = {
     "allgather_reducescatter": "gather",
     "naive": "gather",
+    "pplx": "gather",
     "deepep_high_throughput": "token",
     "deepep_low_latency": "pair",
     "deepep_v2": "token",
@@ -33,14 +36,16 @@ BACKENDS = {
     "flashinfer_nvlink_one_sided": "token",
     "flashinfer_nvlink_two_sided": "token",
     "hybridep": "token",
-}
+} | SGLANG
 """Backends of engines, and the kind of exchange that each is.
 
-vLLM (00193b8): the names are those of `All2AllBackend` in vllm/config/parallel.py, and `naive` runs AgRsAll2AllManager
-(vllm/distributed/device_communicators). Its default is allgather_reducescatter. mori_low_latency is token, not pair, whatever
+vLLM (00193b8): the names are those of `All2AllBackend` in vllm/config/parallel.py, which puts its default,
+allgather_reducescatter, in the place of `naive` and `pplx`: they were removed. mori_low_latency is token, not pair, whatever
 its name says: vLLM runs MoRI's InterNodeV1LL across nodes and IntraNode on one, and all of MoRI's kernels leave out what a rank
 already gets ("Deduplicate" in src/ops/dispatch_combine/low_latency_async.cpp, internode_v1.cpp at 013c13b; "PE dedup" in
-intranode_ll.hpp at 47d469d). hybridep: Megatron's flex dispatcher (`moe_flex_dispatcher_backend`) and DeepEP PR #420.
+intranode_ll.hpp at 47d469d), so SGLang's `mori` and that of older versions of vLLM are token too. mooncake and nixl are SGLang's:
+they have low-latency kernels alone (srt/layers/moe/token_dispatcher at 0202c26 and 007baab; its other names are in REFUSED).
+hybridep: Megatron's flex dispatcher (`moe_flex_dispatcher_backend`) and DeepEP PR #420.
 """
 DEFAULT_EXCHANGE = "pair"
 """Where nobody says, the kind that was measured: DeepEP's low-latency kernels, with which round_robin runs in vLLM."""
@@ -50,17 +55,29 @@ are quantised in blocks (`is_block_quantized`, as DeepSeek-V3's), and sends BF16
 BF16 always (vllm/model_executor/layers/fused_moe/deepep_ht_prepare_finalize.py, `prepare_async` and `_finalize`). Other backends
 of the kind are taken to do the same. `gather` is counted in BF16, whatever an engine quantises before it: not checked.
 """
-REFUSED = {"moonep": "it balances within the step, by copies of experts that the step itself asks for: not modelled"}
+_NPU = "of Ascend NPUs, not modelled"
+REFUSED = {
+    "moonep": "it balances within the step, by copies of experts that the step itself asks for: not modelled",
+    "deepep": "its kernels are deepep_low_latency (pair; SGLang's decode) and deepep_high_throughput (token; prefill): name one",
+    "flashinfer": "SGLang sends a token once to each rank in decode (token) and gathers all tokens in prefill (gather): name one",
+    "megamoe": "one kernel overlaps exchange and experts: not modelled",
+    "ascend_fuseep": _NPU,
+    "ascend_tp": _NPU,
+}
+"""Names of engines that stand for no kind, and why: those of SGLang's `MoeA2ABackend` (srt/layers/moe/utils.py at 004813e;
+`flashinfer`: token_dispatcher/flashinfer.py at 008b79d), and MoonEP, of both engines. SGLang's `none` is reduce, or gather with
+data-parallel attention.
+"""
 
 
-def exchange_kind(name: str) -> str:
+def exchange_kind(name: str, parameter: str = "exchange") -> str:
     """The kind of exchange that a kind or a backend stands for; InputError where it is neither."""
-    if name in REFUSED:
-        raise InputError(f"`exchange` {name}: {REFUSED[name]}")
-    kind = BACKENDS.get(name, name)
-    if kind not in KINDS:
-        raise unknown("`exchange`", shown(name), [*KINDS, *BACKENDS])
-    return kind
+    if isinstance(name, str) and name in REFUSED:
+        raise InputError(f"`{parameter}` {name}: {REFUSED[name]}")
+    if isinstance(name, str) and name in (*KINDS, *BACKENDS):
+        return BACKENDS.get(name, name)
+    kinds = f" (kinds: {', '.join(KINDS)}; `epsim gpus` lists backends)"
+    raise unknown(f"`{parameter}`", shown(name), [*KINDS, *BACKENDS, *REFUSED], kinds)
 
 
 class ExchangeTime(NamedTuple):
@@ -151,7 +168,7 @@ def exchange_time_us(
     >>> [total_us(kind) for kind in ("token", "pair", "gather", "reduce")]
     [660.0, 1360.0, 940.0, 800.0]
     """
-    model, gpu, kind = load_model(model), as_gpu(gpu), exchange_kind(kind)
+    model, gpu, kind = load_model(model), load_gpu(gpu), exchange_kind(kind)
     width = expert_width(model)
     ep, tokens = together(
         ep_size=as_whole_numbers("ep_size", ep_size, 1, 1e6),

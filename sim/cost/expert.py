@@ -7,8 +7,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.special import lambertw
 
-from sim.cost.gpu import Gpu
-from sim.cost.inputs import as_gpu, as_numbers, expert_parameters, expert_width, together
+from sim.cost.gpu import Gpu, load_gpu
+from sim.cost.inputs import as_numbers, dtype_of, expert_parameters, expert_width, together
 from sim.cost.tables import grouped_gemm_profile
 from sim.errors import InputError
 from sim.kernels import kernel
@@ -39,10 +39,12 @@ class ExpertRates(NamedTuple):
 
 
 def expert_rates(
-    model: ModelSpec | str | Path, gpu: Gpu | str | Path, dtype: str = "fp8", kernel: str = ""
+    model: ModelSpec | str | Path, gpu: Gpu | str | Path, dtype: str | None = None, kernel: str = ""
 ) -> ExpertRates:
     """Constants of `expert_time_us`, or of another `kernel` of that type in kernels.toml; same errors."""
-    model, gpu, kernel = load_model(model), as_gpu(gpu), kernel or dtype
+    model, gpu = load_model(model), load_gpu(gpu)
+    dtype = dtype_of(model, [gpu], dtype)
+    kernel = kernel or dtype
     peak_tflops = gpu.peak_tflops(dtype)
     profile = grouped_gemm_profile(kernel)
     weights, width, value = expert_parameters(model), expert_width(model), BYTES_PER_VALUE[dtype]
@@ -82,7 +84,7 @@ def expert_time_us(
     *,
     pairs: ArrayLike,
     distinct_experts: ArrayLike,
-    dtype: str = "fp8",
+    dtype: str | None = None,
     local_experts: ArrayLike | None = None,
 ) -> np.ndarray:
     """Time of one rank's routed experts in one layer, in microseconds.
@@ -109,7 +111,8 @@ def expert_time_us(
     distinct_experts : float array
         Experts of the rank with at least one token; broadcasts with `pairs`.
     dtype : str
-        Type of weights and inputs, 'bf16', 'fp8' or 'fp4' (NVFP4), each with the kernel that was measured in it.
+        Type of weights and inputs, 'bf16', 'fp8' or 'fp4' (NVFP4), each with the kernel that was measured in it; by default as
+        the model's experts are stored (`dtype_of`).
     local_experts : float array
         Slots of the rank, with and without tokens. Where nobody says: the number whose chance of `distinct_experts` under
         `pairs` random picks is best. With a pair for each distinct expert there is no best number; then, and at most,

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -11,17 +11,19 @@ import pandas as pd
 from sim.cost.exchange import DEFAULT_EXCHANGE, exchange_kind
 from sim.cost.expert import crossover_tokens, expert_rates
 from sim.cost.gpu import Gpu
-from sim.cost.inputs import as_numbers
-from sim.cost.steps import StepSample, sample_steps
-from sim.cost.times import CellTimes, balanced_times, cell_times, with_network
+from sim.cost.inputs import as_numbers, dtype_of, with_network
+from sim.cost.steps import CellTimes, StepSample, balanced_times, cell_times, sample_steps
 from sim.errors import InputError
 from sim.model import ModelSpec, load_model
+from sim.options import StepOptions, takes
 from sim.placement import strategy_name
 from sim.stats import bounded_mean_interval, clustered_quantile, moments_of_draws, ratio_interval
 from sim.traffic import Workload
 
 PERFECT = "perfect balance"
-"""Pairs and distinct experts spread evenly over ranks: the least time that any placement could take."""
+"""Pairs and distinct experts spread evenly over ranks: the least time that a placement's experts could take, and a layer but for
+exchange `token`, which goes by received tokens (`balanced_times`).
+"""
 
 IN_STEP = "in_step"
 """The pairs of each step split over the copies of a placement so that the busiest rank has the fewest (`sim.copies`): the upper
@@ -41,13 +43,7 @@ steps at tiles of 512 rows between these numbers, and DeepGEMM, which is predict
 """
 
 
-class Rest(NamedTuple):
-    """What a step does besides routed experts and their exchange: one of the two, or nothing known."""
-
-    moe_share: float | None = None  # share of the baseline's step that experts and exchange take
-    step_us: float | None = None  # time of the baseline's whole step
-
-
+@takes(StepOptions, "fit_tokens", "fit_on", "budget_tokens")
 def predict_gain(
     model: ModelSpec | str | Path,
     workload: Workload | str | Path,
@@ -55,14 +51,14 @@ def predict_gain(
     *,
     placement: str | list[str] = "round_robin",
     baseline: str = "linear",
-    dtype: str = "fp8",
+    dtype: str | None = None,
     exchange: str | list[str] = DEFAULT_EXCHANGE,
     network_gb_per_s: float | None = None,
     moe_share: float | None = None,
     step_us: float | None = None,
     balancer_us: float | None = None,
     paired_imbalance: bool = False,
-    **sampling: Any,
+    **options: Any,
 ) -> pd.DataFrame:
     """Time that a placement saves over another, per layer and per step, for every GPU, EP size and number of tokens.
 
@@ -73,11 +69,12 @@ def predict_gain(
     gpus : GPU or list of GPUs
         Names, files or Gpu.
     placement : str or list of str
-        Placements that are compared with `baseline`. PERFECT is perfect balance, which none can beat; IN_STEP the best split of
-        each step's pairs over the copies of that placement which has the most slots.
+        Placements that are compared with `baseline`. PERFECT is perfect balance, whose experts none can beat; IN_STEP the best
+        split of each step's pairs over the copies of that placement which has the most slots.
     baseline : str
     dtype : str
-        Type of weights and inputs, see `expert_time_us`.
+        Type of weights and inputs, see `expert_time_us`; by default what the model's experts are stored in, where every GPU
+        computes in it, else fp8 (`dtype_of`).
     exchange : str or list of str
         Kinds of exchange, or backends that stand for one (`sim.cost.exchange.KINDS`, `BACKENDS`).
     network_gb_per_s : float
@@ -91,8 +88,9 @@ def predict_gain(
         Time of a layer that a balancer within the step takes; by default BALANCER_US. Times of IN_STEP are without it.
     paired_imbalance : bool
         Whether there are columns `imbalance_saved`, 1 - imbalance / baseline's, with its ends, paired like `layer_saved`.
-    **sampling
-        ep_sizes, tokens and more, as in `sample_steps`.
+    **options
+    fit_tokens, fit_on, budget_tokens
+        As in `sim.sweep`, and the routed tokens that are sampled of each number of tokens.
 
     Returns
     -------
@@ -126,17 +124,23 @@ def predict_gain(
     names, baseline = list(dict.fromkeys(names)), own
     exchanges = list(dict.fromkeys(exchange if isinstance(exchange, list) else [exchange]))
     kinds = {name: exchange_kind(name) for name in exchanges}
-    rest = _check_rest(moe_share, step_us)
+    if moe_share is not None and step_us is not None:
+        raise InputError("`moe_share` and `step_us` say the same: give one of them")
+    if moe_share is not None:
+        as_numbers("`moe_share`", moe_share, 1e-6, 1)
+    if step_us is not None:
+        as_numbers("`step_us`", step_us, 1e-3, 1e9)
     if balancer_us is not None:
         as_numbers("`balancer_us`", balancer_us, 0, 1e6)
         if IN_STEP not in names:
             raise InputError(f"`balancer_us` goes with `placement` {IN_STEP}, on copies of another placement")
     chips = [with_network(gpu, network_gb_per_s) for gpu in (gpus if isinstance(gpus, list) else [gpus])]
+    dtype = dtype_of(model, chips, dtype)
     rates = [expert_rates(model, gpu, dtype) for gpu in chips]
     sampled = [baseline, *(name for name in names if name not in (PERFECT, IN_STEP))]
     sample = sample_steps(
         model, workload, rates, placements=sampled, counts_received="token" in kinds.values(), in_step=IN_STEP in names,
-        **sampling,
+        **options,
     )  # fmt: skip
     grid, rows = sample.plan.grid, []
     for (exchange, kind), (rate, gpu), name in product(kinds.items(), enumerate(chips), names):
@@ -152,7 +156,7 @@ def predict_gain(
             row: dict[str, object] = {"model": model.name, "workload": grid.workload, "gpu": gpu.name, "dtype": dtype}
             row |= {"exchange": exchange, "baseline": baseline, "placement": name}
             row |= {"ep_size": int(grid.ep_size_of_cell[base]), "tokens": int(grid.tokens_of_cell[base])}
-            row |= _times_row(sample, base, old, new, rest) | _loads_row(sample, base, "baseline_")
+            row |= _times_row(sample, base, old, new, moe_share, step_us) | _loads_row(sample, base, "baseline_")
             row |= _loads_row(of, cell, "") | {"load_bound": float(sample.load_bound[base][..., rate].mean())}
             if paired_imbalance:
                 row |= _with_ends("imbalance_saved", _evened_out(sample, base, of, cell))
@@ -206,17 +210,9 @@ def break_even_tokens(tokens: np.ndarray, net_us: np.ndarray) -> float:
     return float(2**log2)
 
 
-def _check_rest(moe_share: float | None, step_us: float | None) -> Rest:
-    if moe_share is not None and step_us is not None:
-        raise InputError("`moe_share` and `step_us` say the same: give one of them")
-    if moe_share is not None:
-        as_numbers("`moe_share`", moe_share, 1e-6, 1)
-    if step_us is not None:
-        as_numbers("`step_us`", step_us, 1e-3, 1e9)
-    return Rest(moe_share, step_us)
-
-
-def _times_row(sample: StepSample, base: int, old: CellTimes, new: CellTimes, rest: Rest) -> dict[str, object]:
+def _times_row(
+    sample: StepSample, base: int, old: CellTimes, new: CellTimes, moe_share: float | None, step_us: float | None
+) -> dict[str, object]:
     """Times of the baseline's cell `base` and of another placement on the same steps, and what is saved."""
     sets, draw = sample.set_of_step(base), _draws(sample, len(old.experts_us))
     row: dict[str, object] = {"steps": len(sets), "layer_draws": len(np.unique(draw))}
@@ -230,13 +226,13 @@ def _times_row(sample: StepSample, base: int, old: CellTimes, new: CellTimes, re
     saved = saved_share(new.layer_us, old.layer_us, draw)
     row |= _with_ends("layer_saved", saved)
     row |= _with_ends("experts_saved", saved_share(new.experts_us, old.experts_us, draw))
-    share = rest.moe_share
-    if rest.step_us is not None:
-        share = float(old.layer_us.sum(axis=1).mean()) / rest.step_us
+    share = moe_share
+    if step_us is not None:
+        share = float(old.layer_us.sum(axis=1).mean()) / step_us
         if share > 1:
             grid = sample.plan.grid
             raise InputError(
-                f"`step_us`: {rest.step_us / 1e3:g} ms is below the {share * rest.step_us / 1e3:.3g} ms that routed experts and "
+                f"`step_us`: {step_us / 1e3:g} ms is below the {share * step_us / 1e3:.3g} ms that routed experts and "
                 f"exchange take alone at EP {grid.ep_size_of_cell[base]} and {grid.tokens_of_cell[base]} tokens"
             )
     share = np.nan if share is None else share

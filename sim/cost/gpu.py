@@ -74,10 +74,10 @@ class Gpu:
         """Dense peak in one of the DTYPES; InputError where the chip has none."""
         peaks = {known: getattr(self, f"{known}_tflops") for known in DTYPES}
         if dtype not in DTYPES:
-            raise InputError(f"dtype {shown(dtype)}: must be one of {', '.join(DTYPES)}")
+            raise InputError(f"`dtype` {shown(dtype)}: must be one of {', '.join(DTYPES)}")
         if peaks[dtype] is None:
             has = ", ".join(known for known in DTYPES if peaks[known])
-            raise InputError(f"dtype {dtype}: gpu {self.name} has no {dtype} peak; it has {has}")
+            raise InputError(f"`dtype` {dtype}: gpu {self.name} has no {dtype} peak; it has {has}")
         return float(peaks[dtype])
 
 
@@ -106,13 +106,15 @@ def load_gpu(name_or_path: str | Path | Gpu) -> Gpu:
     """
     if isinstance(name_or_path, Gpu):
         return name_or_path
+    if not isinstance(name_or_path, str | Path):
+        raise InputError(f"`gpu` {shown(name_or_path)}: must be a name, the path of a .toml file or a Gpu")
     name = str(name_or_path)
     if name.endswith(".toml"):
         fields = {"name": Path(name).stem, **read_toml(Path(name), f"gpu file {name}")}
     elif name.lower() in _presets():
         fields = {"name": name.lower(), **_presets()[name.lower()]}
     else:
-        raise unknown("--gpu", name, _presets(), " (or the path of a .toml file; `epsim gpus` lists the presets)")
+        raise unknown("`gpu`", name, _presets(), " (or the path of a .toml file; `epsim gpus` lists the presets)")
     known = [field.name for field in dataclasses.fields(Gpu)]
     for key in fields:
         if key not in known:

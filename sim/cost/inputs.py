@@ -1,18 +1,48 @@
 """Arguments of the cost functions: models and GPUs by name, numbers as float arrays."""
 
+import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from sim.cost.gpu import Gpu, load_gpu
+from sim.cost.gpu import DTYPES, Gpu, load_gpu
 from sim.errors import InputError, shown
 from sim.model import ModelSpec
 
+NETWORK_GB_PER_S = 50.0
+"""Taken for a GPU whose network differs by cluster: 400 Gb/s for each GPU, as in DeepEP's measurements."""
 
-def as_gpu(gpu: Gpu | str | Path) -> Gpu:
-    """The GPU itself, or the one of that name."""
-    return gpu if isinstance(gpu, Gpu) else load_gpu(gpu)
+
+def with_network(gpu: Gpu | str | Path, network_gb_per_s: float | None) -> Gpu:
+    """The GPU with a network: the one given, its own, or NETWORK_GB_PER_S where it has none."""
+    gpu = load_gpu(gpu)
+    wanted = network_gb_per_s or gpu.scale_out_gb_per_s or NETWORK_GB_PER_S
+    return dataclasses.replace(gpu, scale_out_gb_per_s=wanted)
+
+
+def dtype_of(model: ModelSpec, gpus: Sequence[Gpu], dtype: str | None = None) -> str:
+    """The type that times are for: the one given, else the one that the model's experts are stored in; where that is none of
+    DTYPES, or a GPU does not compute in it, fp8, or bf16 if need be.
+
+    Raises
+    ------
+    InputError
+        A GPU does not compute in the one given.
+
+    Examples
+    --------
+    >>> from sim.model import load_model
+    >>> [dtype_of(load_model("gpt-oss-20b"), [load_gpu(gpu)]) for gpu in ("b200", "h200")]
+    ['fp4', 'fp8']
+    """
+    if dtype is not None:
+        for gpu in gpus:
+            gpu.peak_tflops(dtype)
+        return dtype
+    stored = next((known for known in DTYPES if known in model.routed_dtype), "fp8")
+    return next(known for known in (stored, "fp8", "bf16") if all(getattr(gpu, f"{known}_tflops") for gpu in gpus))
 
 
 def as_numbers(option: str, values: ArrayLike, least: float, most: float = 1e15) -> np.ndarray:

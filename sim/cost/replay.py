@@ -14,9 +14,9 @@ from sim.cost.deployments import of_step
 from sim.cost.exchange import DEFAULT_EXCHANGE, exchange_kind
 from sim.cost.expert import expert_rates
 from sim.cost.gpu import Gpu
+from sim.cost.inputs import dtype_of, with_network
 from sim.cost.step_log import metrics_of_steps
 from sim.cost.steps import StepSample, sample_steps
-from sim.cost.times import with_network
 from sim.errors import InputError
 from sim.model import ModelSpec, load_model
 from sim.stats import student_quantile
@@ -42,7 +42,7 @@ def replay_steps(
     gpu: Gpu | str | Path,
     *,
     placements: str | list[str],
-    dtype: str = "fp8",
+    dtype: str | None = None,
     exchange: str = DEFAULT_EXCHANGE,
     network_gb_per_s: float | None = None,
     **sampling: Any,
@@ -72,6 +72,7 @@ def replay_steps(
     if not isinstance(record, RecordedTraffic):
         raise InputError("whole steps need the experts of single tokens: recorded routing, not synthetic traffic")
     model, chip, kind = load_model(model), with_network(gpu, network_gb_per_s), exchange_kind(exchange)
+    dtype = dtype_of(model, [chip], dtype)
     samples = {
         phase: sample_steps(
             model, record.in_phase(phase), [expert_rates(model, chip, dtype)], placements=placements,

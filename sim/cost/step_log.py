@@ -11,13 +11,12 @@ from scipy.special import stdtrit
 from sim.cost.exchange import DEFAULT_EXCHANGE, exchange_kind
 from sim.cost.expert import expert_rates
 from sim.cost.gpu import Gpu
-from sim.cost.layer import sglang_over_layers, vllm_over_layers
-from sim.cost.steps import StepSample, sample_steps
-from sim.cost.times import cell_times, with_network
+from sim.cost.inputs import dtype_of, with_network
+from sim.cost.steps import StepSample, cell_times, sample_steps
 from sim.errors import InputError, shown
 from sim.files import open_stream, reading
 from sim.model import ModelSpec, load_model
-from sim.options import LayerOptions
+from sim.options import LayerOptions, StepOptions, takes
 from sim.stats import ratio_interval
 from sim.traffic import Workload
 
@@ -38,26 +37,32 @@ _MOST_STEPS = 10**8
 QUANTILES = (0.01, 0.05, 0.5, 0.95, 0.99)
 
 
+@takes(StepOptions, "fit_tokens", "fit_on", "budget_tokens")
 def predict_steps(
     model: ModelSpec | str | Path,
     workload: Workload | str | Path,
     gpu: Gpu | str | Path,
     *,
     placements: str | list[str],
-    dtype: str = "fp8",
+    dtype: str | None = None,
     exchange: str = DEFAULT_EXCHANGE,
     network_gb_per_s: float | None = None,
     layer_correlation: float | None = None,
-    **sampling: Any,
+    **options: Any,
 ) -> pd.DataFrame:
     """Distribution over steps of what engines log (METRICS), for every placement, EP size and number of tokens.
 
-    Parameters are those of `predict_gain`, and
-
+    Parameters
+    ----------
+    model, workload, gpu, placements, dtype, exchange, network_gb_per_s
+        As in `predict_gain`.
     layer_correlation : float, optional
         Variance of a step's mean over its layers relative to layers that are independent, from 1 on, as `epsim step --traffic`
         measures it: the steps of a layer set are spread about their mean accordingly. Worst layers are left as they are:
         gpt-oss-20b's recorded steps have them 0 to 4 % lower, and their variance is 0.9 to 1.1 times that of independent layers.
+    **options
+    fit_tokens, fit_on, budget_tokens
+        As in `predict_gain`.
 
     Returns
     -------
@@ -68,14 +73,14 @@ def predict_steps(
     """
     layers = LayerOptions(layer_correlation=layer_correlation)
     model, chip = load_model(model), with_network(gpu, network_gb_per_s)
-    kind = exchange_kind(exchange)
+    kind, dtype = exchange_kind(exchange), dtype_of(model, [chip], dtype)
     sample = sample_steps(
         model,
         workload,
         [expert_rates(model, chip, dtype)],
         placements=placements,
         counts_received=kind == "token",
-        **sampling,
+        **options,
     )
     layers.check_layers(sample.max_load[0].shape[1])
     grid, rows = sample.plan.grid, []
@@ -110,12 +115,36 @@ def _spread(values: np.ndarray, layer_set: np.ndarray, ratio: float) -> np.ndarr
     return mean + np.sqrt((ratio * n - 1) / (n - 1)) * (values - mean)
 
 
+def balancedness_vllm(mean_load: float, max_load: np.ndarray) -> np.ndarray:
+    """Balancedness of steps as vLLM logs it, from largest loads [..., layers]: the sum over layers of mean loads over that of the
+    largest; 0 without load.
+
+    Examples
+    --------
+    >>> float(balancedness_vllm(10, np.array([10, 40])))
+    0.4
+    """
+    largest = max_load.sum(axis=-1)
+    return np.divide(max_load.shape[-1] * mean_load, largest, out=np.zeros(np.shape(largest)), where=largest > 0)
+
+
+def balancedness_sglang(mean_load: float, max_load: np.ndarray) -> np.ndarray:
+    """The same as SGLang logs it: the mean over layers of (mean load + 1e-5) / (largest load + 1e-5).
+
+    Examples
+    --------
+    >>> round(float(balancedness_sglang(10, np.array([10, 40]))), 3)
+    0.625
+    """
+    return np.mean((mean_load + 1e-5) / (max_load + 1e-5), axis=-1)
+
+
 def metrics_of_steps(sample: StepSample, cell: int, gpu: Gpu, dtype: str, kind: str) -> dict[str, np.ndarray]:
     """Each of METRICS of a cell's steps, float64 [steps]."""
     times, mean_load = cell_times(sample, cell, 0, gpu, dtype, kind), float(sample.plan.grid.mean_load(cell))
     return {
-        "balancedness_vllm": vllm_over_layers(mean_load, sample.max_load[cell]),
-        "balancedness_sglang": sglang_over_layers(mean_load, sample.max_load[cell]),
+        "balancedness_vllm": balancedness_vllm(mean_load, sample.max_load[cell]),
+        "balancedness_sglang": balancedness_sglang(mean_load, sample.max_load[cell]),
         "slowest_rank_ms": times.experts_us.sum(axis=1) / 1e3,
         "moe_ms": times.layer_us.sum(axis=1) / 1e3,
         "mean_imbalance": sample.max_load[cell].mean(axis=1) / mean_load,

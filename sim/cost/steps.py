@@ -1,4 +1,6 @@
-"""Steps through all layers of a model: routed tokens, and in each layer the slowest rank of every placement and EP size."""
+"""Steps through all layers of a model: routed tokens, in each layer the slowest rank of every placement and EP size, and the
+time of the layer with its exchange.
+"""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +12,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sim.cost.expert import ExpertRates, rank_time_us, tile_of, time_ranks
+from sim.cost.exchange import exchange_time_us
+from sim.cost.expert import ExpertRates, expert_rates, least_time_us, rank_time_us, tile_of, time_ranks
+from sim.cost.gpu import Gpu
 from sim.errors import InputError
 from sim.kernels import kernel, usable_processors
 from sim.model import ModelSpec, load_model
@@ -313,3 +317,60 @@ def time_slowest_ranks(
                     if time_us > slowest_us[t, c, g]:
                         slowest_us[t, c, g] = time_us
                         load_bound[t, c, g] = grows
+
+
+class CellTimes(NamedTuple):
+    """Times of a cell's layers, float64 [steps, layers]."""
+
+    experts_us: np.ndarray  # of the slowest rank
+    exchange_us: np.ndarray
+    is_extrapolated: bool  # the exchange, beyond what was measured
+
+    @property
+    def layer_us(self) -> np.ndarray:
+        """Experts and exchange, one after the other."""
+        return self.experts_us + self.exchange_us
+
+
+def cell_times(sample: StepSample, cell: int, rate: int, gpu: Gpu, dtype: str, kind: str) -> CellTimes:
+    """Times of the layers of a cell on a GPU whose rates are number `rate` of the sample's, under a kind of exchange."""
+    return CellTimes(
+        sample.slowest_us[cell][..., rate],
+        *_exchange_us(sample, cell, gpu, dtype, kind, sample.max_load[cell].astype(float), sample.received[cell]),
+    )
+
+
+def balanced_times(sample: StepSample, cell: int, gpu: Gpu, dtype: str, kind: str) -> CellTimes:
+    """Times of the layers of a cell if pairs, and the experts that have any, were spread evenly over the ranks.
+
+    No placement, with replicas or without, has faster experts: the time of a rank is convex in both but for `spread_us`, and
+    grows with them. Received tokens are left as they are in the cell: where the exchange goes by them (`token`), a placement
+    whose busiest rank receives fewer may still have a faster layer.
+    """
+    grid, model = sample.plan.grid, sample.plan.model
+    active, ep_size = sample.active_experts[grid.cells[cell][1]], int(grid.ep_size_of_cell[cell])
+    pairs = np.full(active.shape, float(grid.mean_load(cell)))
+    local = np.full(active.shape, model.n_experts / ep_size)
+    experts_us = least_time_us(expert_rates(model, gpu, dtype), pairs, active / ep_size, local)
+    return CellTimes(experts_us, *_exchange_us(sample, cell, gpu, dtype, kind, pairs, sample.received[cell]))
+
+
+def _exchange_us(
+    sample: StepSample, cell: int, gpu: Gpu, dtype: str, kind: str, pairs: np.ndarray, received: np.ndarray
+) -> tuple[np.ndarray, bool]:
+    """Times of the exchange, of the pairs' shape, and whether they lie beyond what was measured.
+
+    Dummy tokens are received like the others.
+    """
+    grid = sample.plan.grid
+    ep_size, tokens = int(grid.ep_size_of_cell[cell]), int(grid.tokens_of_cell[cell])
+    per_rank = (tokens + grid.dummy_tokens) / ep_size
+    traffic: dict[str, Any] = {"pairs": pairs}
+    if kind == "token":
+        nodes = float(sample.reached[int(grid.pair_of_cell[cell])][..., 1].mean())
+        traffic = {"received_tokens": received * (1 + grid.dummy_tokens / tokens), "nodes_per_token": nodes}
+    times = exchange_time_us(
+        sample.plan.model, gpu, kind=kind, ep_size=ep_size, tokens_per_rank=per_rank,
+        ranks_per_node=sample.plan.ranks_per_node, dtype=dtype, **traffic,
+    )  # fmt: skip
+    return np.broadcast_to(times.total_us, pairs.shape), bool(np.any(times.extrapolated))

@@ -8,7 +8,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from sim.errors import InputError, unknown
+from sim.errors import InputError, shown, unknown
 from sim.files import is_folder, is_there
 from sim.model.config import caveat_of, read_config
 from sim.model.keys import KEYS, LAYER_FIELDS
@@ -68,7 +68,7 @@ def load_model(name_or_path: str | Path | ModelSpec) -> ModelSpec:
     if isinstance(name_or_path, ModelSpec):
         return name_or_path
     if not isinstance(name_or_path, str | Path):
-        raise InputError(f"--model must be a name, a path or a ModelSpec, not of type {type(name_or_path).__name__}")
+        raise InputError(f"`model` {shown(name_or_path)}: must be a name, a path or a ModelSpec")
     name = _OF_THE_HUB.sub("", str(name_or_path))
     exact = next((key for key, row in _presets().items() if name.lower() in (key, row["hf_id"].lower())), None)
     if exact:
@@ -80,10 +80,10 @@ def load_model(name_or_path: str | Path | ModelSpec) -> ModelSpec:
             break
     if path.suffix == ".gguf":
         raise InputError(
-            f"--model {name}: GGUF files are not read; give the config.json of the original model, or its name"
+            f"`model` {name}: GGUF files are not read; give the config.json of the original model, or its name"
         )
     if name and is_folder(path):
-        raise InputError(f"--model {name} is a folder without a config.json or params.json")
+        raise InputError(f"`model` {name} is a folder without a config.json or params.json")
     if name and (path.suffix == ".json" or is_there(path) or name.count("/") > 1 or name.startswith((".", "/", "~"))):
         return read_config(path)
     preset, assumed = _by_name(name)
@@ -93,7 +93,7 @@ def load_model(name_or_path: str | Path | ModelSpec) -> ModelSpec:
     more = " (or the path of a config.json; `epsim models` lists the presets)"
     if name.count("/") == 1:
         more = f" (another model: `hf download {name} config.json --local-dir DIR`, then --model DIR)"
-    raise unknown("--model", name.rpartition("/")[2], _presets(), more)
+    raise unknown("`model`", name.rpartition("/")[2], _presets(), more)
 
 
 def _by_name(name: str) -> tuple[str, str]:

@@ -1,5 +1,6 @@
 """What an option declares, and what derives from a class of options: command line, TOML keys, checks, signatures."""
 
+import functools
 import inspect
 import textwrap
 from argparse import ArgumentParser, Namespace
@@ -93,7 +94,9 @@ def add_options(
     for name, (declared, default) in chosen.items():
         value = lines.get(name, None if default is MISSING or isinstance(declared.kind, PerRank) else default)
         typed = ",".join(f"{item:g}" for item in value) if isinstance(value, tuple) else value
-        text = declared.help if typed is None or "default:" in declared.help else f"{declared.help} (default: {typed})"
+        text = declared.help
+        if typed is not None and "default:" not in text:
+            text = f"{text[:-1]}; default: {typed})" if text.endswith(")") else f"{text} (default: {typed})"
         if isinstance(declared.kind, Flag):
             section.add_argument(flags[name], dest=name, action="store_true", help=named(declared.help, flags))
             continue
@@ -150,8 +153,9 @@ def config_words(path: str, parser: ArgumentParser) -> list[str]:
     return words
 
 
-def takes(group: type[Options]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Give a function that passes `**options` on the signature and the parameters' texts of a class of options.
+def takes(group: type[Options], *more: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Give a function that passes `**options` on the signature and the parameters' texts of a class of options, and `more`
+    parameters that its docstring has; what it does not take, or lacks, is an InputError that names the parameter.
 
     The texts stand in the docstring where it says `**options`.
     """
@@ -167,12 +171,27 @@ def takes(group: type[Options]) -> Callable[[Callable[..., Any]], Callable[..., 
             )
             for name, (_, default) in declarations(group).items()
         ]
-        function.__signature__ = own.replace(parameters=[*before, *declared])  # type: ignore[attr-defined]
+        declared += [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in more]
+        signature = own.replace(parameters=[*before, *declared])
         texts = []
         for name, (found, default) in declarations(group).items():
             texts.append(f"    {name} : {found.kind.python}{', optional' if default is None else ''}")
             texts.append(textwrap.indent(textwrap.fill(f"{found.help[0].upper()}{found.help[1:]}.", 112), " " * 8))
-        function.__doc__ = (function.__doc__ or "").replace("    **options", "\n".join(texts))
-        return function
+
+        @functools.wraps(function)
+        def checked(*values: Any, **named: Any) -> Any:
+            for name in named:
+                if name not in signature.parameters:
+                    more = f"; see help(sim.{function.__name__})"
+                    raise unknown(f"sim.{function.__name__}: parameter", name, signature.parameters, more)
+            try:
+                signature.bind(*values, **named)
+            except TypeError as error:
+                raise InputError(f"sim.{function.__name__}: {str(error).replace(chr(39), '`')}") from None
+            return function(*values, **named)
+
+        checked.__signature__ = signature  # type: ignore[attr-defined]
+        checked.__doc__ = (function.__doc__ or "").replace("    **options", "\n".join(texts))
+        return checked
 
     return decorate

@@ -297,7 +297,12 @@ class TimeOptions(Options):
         "dispatch and combine: pair, token, gather, reduce or none, or a backend that is one of them (epsim gpus)",
         default="pair",
     )
-    dtype: str = option(NAME, "type of weights and inputs: fp8, bf16 or fp4", default="fp8")
+    dtype: str | None = option(
+        NAME,
+        "type of weights and inputs: fp8, bf16 or fp4 (default: what the model's experts are stored in; fp8 where that is none "
+        "of them, or a GPU does not compute in it)",
+        default=None,
+    )
     network_gb_per_s: float | None = option(
         Positive(metavar="GB/S"),
         "network bandwidth of a GPU per direction (default: the GPU's; 50 if it has none)",

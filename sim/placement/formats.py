@@ -156,10 +156,9 @@ def placement_text(placement: Placement, form: str, n_layers: int = 0) -> str:
 
 def how_to_load(form: str, path: Path, redundant: int) -> str:
     """What makes an engine load a file of a format with so many redundant slots, and when it does not."""
-    name = "" if path.suffix == ".json" else "; the file's name must end in .json"
     if form == "sglang":
         return (
-            f"SGLang: --init-expert-location {path} --ep-num-redundant-experts {redundant}{name}. It is replaced at the first "
+            f"SGLang: --init-expert-location {path} --ep-num-redundant-experts {redundant}. It is replaced at the first "
             "rebalance where --enable-eplb is on, and of no use where the model's class does not tell SGLang its experts."
         )
     if form == "trtllm":
@@ -171,7 +170,7 @@ def how_to_load(form: str, path: Path, redundant: int) -> str:
     if form == "vllm-ascend":
         return (
             f'vllm-ascend: --additional-config \'{{"eplb_config": {{"expert_map_path": "{path}"}}}}\' with '
-            f"--enable-expert-parallel{name}. It takes MoE layers by their place in layer_list and ignores the file at EP 1. For "
+            "--enable-expert-parallel. It takes MoE layers by their place in layer_list and ignores the file at EP 1. For "
             "balanced experts its guide (0.23) lists W8A8 and W4A8 weights (A2, A3), MXFP4 and MXFP8 (Ascend 950)."
         )
     return (

@@ -144,9 +144,8 @@ def _tail_of(result: SweepResult) -> dict[str, Any]:
     if result.counts.empty:
         sampled = tail[tail.method == "sampled"]
     else:
-        keys = result.summary[_KEYS].itertuples(index=False, name=None)
-        curves = pd.concat({key: _fewer(result.exceedance("imbalance", *key)) for key in keys}, names=_KEYS)
-        sampled = curves.reset_index(_KEYS).rename(columns={"value": "threshold"}).assign(method="sampled")
+        curves = result.exceedances("imbalance", _POINTS)
+        sampled = curves.rename(columns={"value": "threshold"}).assign(method="sampled")
     rows = pd.concat([sampled[[*_KEYS, *_TAIL]], beyond[[*_KEYS, *_TAIL]]])
     methods, placements = ["sampled", "bound", "exact", "rare"], list(dict.fromkeys(result.summary.placement))
     given = sorted(set(beyond.given) - {""})
@@ -159,15 +158,6 @@ def _tail_of(result: SweepResult) -> dict[str, Any]:
         "tokens": rows.tokens.tolist(),
         **{name: [float(f"{value:.6g}") for value in rows[name]] for name in _TAIL[:-1]},
     }
-
-
-def _fewer(curve: pd.DataFrame) -> pd.DataFrame:
-    """Points of a sampled curve, evenly spread over its probabilities on a log scale."""
-    if len(curve) <= _POINTS:
-        return curve
-    p = curve.probability.to_numpy()
-    levels = np.geomspace(p[0], p[-1], _POINTS)
-    return curve.iloc[np.unique(len(p) - 1 - np.searchsorted(p[::-1], levels * (1 - 1e-9)))]
 
 
 def answer_of_sweep(result: SweepResult) -> str:

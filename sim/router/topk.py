@@ -2,16 +2,18 @@
 transformers 5.23 `DeepseekV3TopkRouter`).
 """
 
+from pathlib import Path
+
 import numpy as np
 from numpy.typing import ArrayLike
 
 from sim.errors import InputError
 from sim.kernels import kernel
-from sim.model import ModelSpec
+from sim.model import ModelSpec, load_model
 from sim.model.spec import ROUTED_SCORINGS
 
 
-def route(logits: ArrayLike, model: ModelSpec, bias: ArrayLike | None = None) -> np.ndarray:
+def route(logits: ArrayLike, model: ModelSpec | str | Path, bias: ArrayLike | None = None) -> np.ndarray:
     """Experts that the model's router picks for each token.
 
     score = softmax or sigmoid of the logits; choice = score + bias; a group scores its largest choice ('max') or the sum
@@ -21,7 +23,7 @@ def route(logits: ArrayLike, model: ModelSpec, bias: ArrayLike | None = None) ->
     Parameters
     ----------
     logits : float32 [tokens, n_experts]
-    model : ModelSpec
+    model : ModelSpec, str or Path
     bias : float32 [n_experts], optional
         Correction bias; it moves the choice only. None is no bias (all zeros).
 
@@ -35,6 +37,7 @@ def route(logits: ArrayLike, model: ModelSpec, bias: ArrayLike | None = None) ->
         A scoring other than softmax and sigmoid, wrong shapes, NaN or +inf. (A router that upstream gets silently wrong,
         such as top_k beyond the kept groups, cannot be described: ModelSpec refuses it.)
     """
+    model = load_model(model)
     if model.scoring not in ROUTED_SCORINGS:
         raise InputError(
             f"route does not know the scoring '{model.scoring}' of {model.name}; it knows softmax, sigmoid"

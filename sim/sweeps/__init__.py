@@ -4,16 +4,18 @@ from sim.sweeps.bounds import no_bounds_because, replicas_have_no_bounds
 from sim.sweeps.combine import combine
 from sim.sweeps.journal import Journal
 from sim.sweeps.plan import Plan, make_plan
-from sim.sweeps.run import run_plan, sweep, work_of
+from sim.sweeps.run import finish_plan, run_plan, sample_plan, sweep, work_of
 
 __all__ = [
     "Journal",
     "Plan",
     "combine",
+    "finish_plan",
     "make_plan",
     "no_bounds_because",
     "replicas_have_no_bounds",
     "run_plan",
+    "sample_plan",
     "sweep",
     "work_of",
 ]

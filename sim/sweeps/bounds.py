@@ -99,13 +99,15 @@ def build_bounds(plan: Plan, tally: Tally, n_threads: int) -> tuple[pd.DataFrame
         sources = _sources(plan, list(first.values()), n_layers, n_threads)
     except Exception as error:
         return pd.DataFrame(), [f"no bounds past sampling: {_reason(error)}"]
+    largest_first = sorted(sources, key=lambda p: -grid.pairs[p][1])  # no thread is left with a large one at the end
+    sizes = [grid.pairs[p][1] * len(grid.steps) for p in largest_first]
     with ThreadPoolExecutor(n_threads) as pool:
-        largest_first = sorted(
-            sources, key=lambda p: -grid.pairs[p][1]
-        )  # no thread is left with a large one at the end
         rows_of = pool.map(lambda p: _try_rows(plan, p, sources[p]), largest_first)
-        sizes = [grid.pairs[p][1] * len(grid.steps) for p in largest_first]
-        found = dict(zip(largest_first, track(rows_of, sizes), strict=True))
+        try:
+            found = dict(zip(largest_first, track(rows_of, sizes), strict=True))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
     keys, rows_out = cell_keys(grid, tally), []
     all_layers = plan.workload.popularity == "none" or plan.workload.n_layers == n_layers
     for cell, (pair, step) in enumerate(grid.cells):

@@ -13,6 +13,7 @@ from sim.sweeps.steps import Blocks, Group, StepScorer, place_pairs
 from sim.sweeps.tally import Tally, add_by_draw, add_events, histogram, merge_counts
 
 _LEAST_CHUNKS = 16
+_PART_NUMBERS = 2**21  # that are held at a time
 
 
 class ChunkSize(NamedTuple):
@@ -20,7 +21,7 @@ class ChunkSize(NamedTuple):
 
     tokens: int = 2**20
     draws: int = 1024
-    numbers: int = 2**21  # bounds its memory
+    numbers: int = 2**23
 
 
 CPU_CHUNKS = ChunkSize()
@@ -57,7 +58,7 @@ class Stage(NamedTuple):
 
 
 def stage_chunks(plan: Plan, stage: Stage, most: ChunkSize = CPU_CHUNKS) -> list[range]:
-    """The draws of each chunk: by default about a million tokens; bounded memory, and enough chunks to share out."""
+    """The draws of each chunk: by default about a million tokens, and enough chunks to share out."""
     steps = np.unique(plan.grid.tokens_of_cell[list(stage.cells)])
     first = stage.trials.start if stage.draws > stage.trials.start else 0
     draws = range(first, min(stage.draws, stage.trials.stop))
@@ -98,7 +99,16 @@ class _LargestSteps:
 
 
 def run_chunk(plan: Plan, stage: Stage, draws: range) -> Tally:
-    """Sample and score the stage's trials of some consecutive draws."""
+    """Sample and score the stage's trials of some consecutive draws, in parts of bounded memory."""
+    most_draws = max(1, _PART_NUMBERS // (_numbers_of_trial(plan, stage) + plan.slots_of_draw))
+    total = Tally.zero(plan.grid)
+    for start in range(draws.start, draws.stop, most_draws):
+        total.add(_run_part(plan, stage, range(start, min(start + most_draws, draws.stop))))
+    total.compact()
+    return total
+
+
+def _run_part(plan: Plan, stage: Stage, draws: range) -> Tally:
     grid, cells = plan.grid, np.array(stage.cells)
     groups = place_pairs(plan, draws, np.unique(grid.pair_of_cell[cells]).tolist())
     scorer = StepScorer(plan, cells, groups, stage.draws)
@@ -109,7 +119,7 @@ def run_chunk(plan: Plan, stage: Stage, draws: range) -> Tally:
     n_of |= {"received": (len(cells), 2 if grid.received else 0), "load": (len(largest.ranks),)}
     sums = {what: np.zeros((len(draws), *n), np.int64) for what, n in n_of.items()}
     n_trials = np.zeros((len(draws), 1), np.int64)
-    most_trials = min(CPU_CHUNKS.numbers // _numbers_of_trial(plan, stage), CPU_CHUNKS.tokens // int(scorer.tokens[-1]))
+    most_trials = min(_PART_NUMBERS // _numbers_of_trial(plan, stage), CPU_CHUNKS.tokens // int(scorer.tokens[-1]))
     keys, counts = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
     for trials in stage.batches(draws, most_trials):
         loads = np.zeros((len(trials), len(largest.ranks)), np.int64)

@@ -4,6 +4,9 @@ order.
 
 import asyncio
 import logging
+import os
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
@@ -12,10 +15,15 @@ from contextlib import contextmanager, suppress
 from multiprocessing import get_context
 from typing import Any, NamedTuple
 
+import numba
+import numpy as np
+
 from sim.errors import InputError, unknown
-from sim.kernels import source_digest
+from sim.kernels import is_cold, source_digest
+from sim.sweeps import bounds, steps
 from sim.sweeps.chunk import CPU_CHUNKS, ChunkSize, Stage, run_chunk
-from sim.sweeps.plan import Plan
+from sim.sweeps.plan import Plan, make_plan
+from sim.sweeps.precision import first_stage
 from sim.sweeps.tally import Tally
 
 Compute = Callable[[Plan, Stage, range], Tally]
@@ -53,11 +61,47 @@ def threads(n_threads: int) -> Executor:
         if chunks and n_threads > 1:  # one trial alone, so that kernels are compiled once; its sums are not taken
             draw = chunks[0].start
             first = stage.trials_of(draw)[0]
-            run_chunk(plan, stage._replace(trials=range(first, first + 1)), range(draw, draw + 1))
+            with _compiling_beside():
+                run_chunk(plan, stage._replace(trials=range(first, first + 1)), range(draw, draw + 1))
         with ThreadPoolExecutor(n_threads) as pool:
             yield from _on_pool(pool, n_threads, run_chunk, plan, stage, chunks)
 
     return Executor(compute)
+
+
+@contextmanager
+def _compiling_beside() -> Iterator[None]:
+    """Where no kernel is compiled yet, another process compiles those of scores and bounds while this one compiles the
+    sampler's. It fills the cache and nothing else: what it has not done when it is wanted is compiled here.
+    """
+    if not (is_cold() and sys.executable):
+        yield
+        return
+    words = [sys.executable, "-c", f"from {__name__} import compile_without_sampler as run; run()"]
+    cache = {"NUMBA_CACHE_DIR": str(vars(numba.config)["CACHE_DIR"])}
+    quiet = subprocess.DEVNULL
+    with subprocess.Popen(words, stdin=quiet, stdout=quiet, stderr=quiet, env=os.environ | cache) as process:
+        try:
+            yield
+        finally:
+            process.terminate()
+
+
+def compile_without_sampler() -> None:
+    """Compile the kernels that score steps and bound their tails: a small sweep of tokens that nobody samples."""
+
+    def same_tokens(model: Any, _: Any, __: Any, trials: Any, ___: Any, tokens: Any, n_ids: int = 0) -> Any:
+        counts = np.zeros((len(trials), len(tokens), model.n_experts), np.int32)
+        counts[:, :, : model.top_k] = tokens[:, None]
+        ids = np.arange(model.top_k, dtype=np.int16)
+        return counts, np.broadcast_to(ids, (len(trials), n_ids, model.top_k)).copy()
+
+    for room in (steps, bounds):
+        vars(room)["draw_trials"] = same_tokens
+    for workload in ("uniform", "chat"):
+        plan = make_plan("deepseek-v3", workload, ep_sizes=[4], tokens=[8, 256], placements=["linear"], bound_layers=1)
+        tally = run_chunk(plan, first_stage(plan), range(2))
+        bounds.build_bounds(plan, tally, 1)
 
 
 def _on_pool(

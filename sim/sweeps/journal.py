@@ -21,7 +21,7 @@ from sim.sweeps.tally import Tally
 
 _HEAD = "sweep.json"
 _TRIES = 3
-_FOLD = 64
+_FOLD = 128
 """So many files of consecutive chunks become one, and so many of these again: the number of files grows with the logarithm of
 the number of chunks.
 """
@@ -129,7 +129,7 @@ class Journal:
         runs = [_joined(chunks[start : min(start + part, stop)]) for start in range(first, stop, part)]
         if len(runs) == 1:
             return True  # the last one, which has no neighbours: its file has the name of the sum
-        if not all(self._path(stage, run).exists() for run in runs):
+        if len(runs) < _FOLD or not all(self._path(stage, run).exists() for run in runs):
             return False
         total: Tally | None = None
         for run in runs:
@@ -145,6 +145,16 @@ class Journal:
         for run in runs:
             self._path(stage, run).unlink(missing_ok=True)
         return True
+
+    def finish(self, stage: Stage, total: Tally) -> None:
+        """Keep the sums of a whole stage, in one file in the place of those of its chunks. Raises OSError."""
+        draws = _joined(self._chunks_of(stage))
+        whole = self._path(stage, draws)
+        if not whole.exists():
+            self._write(stage, draws, total)
+            for path in self._folder.glob(f"trials-{stage.trials.start}-{stage.trials.stop}-draws-*.npz"):
+                if path != whole:
+                    path.unlink(missing_ok=True)
 
     def _write(self, stage: Stage, draws: range, tally: Tally) -> None:
         for _ in range(_TRIES):

@@ -5,7 +5,7 @@ import json
 import math
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -75,22 +75,31 @@ def sweep(
         return run_plan(plan, chosen, n_threads=n_threads)
 
 
-def run_plan(
-    plan: Plan,
-    executor: executors.Executor,
-    *,
-    n_threads: int = 1,
-    journal: Journal | None = None,
-    time_limit_s: float | None = None,
-) -> SweepResult:
-    """Run a checked plan.
+class Sampled(NamedTuple):
+    """What the sampling of a plan saw."""
 
-    Chunks run on `executor`, the bounds past sampling on `n_threads` threads; chunks that the journal holds are not computed.
-    Progress is announced in the phases of `work_of`.
-    """
-    work = work_of(plan)
-    with phase("sampling", work):
-        tally, stopped = _run_stages(plan, executor, journal, time_limit_s)
+    tally: Tally
+    stopped: np.ndarray  # why each cell stopped, str [cells]
+
+
+def run_plan(
+    plan: Plan, executor: executors.Executor, *, n_threads: int = 1, journal: Journal | None = None
+) -> SweepResult:
+    """Run a checked plan: `sample_plan`, then `finish_plan`. Progress is announced in the phases of `work_of`."""
+    return finish_plan(plan, sample_plan(plan, executor, journal), n_threads)
+
+
+def sample_plan(
+    plan: Plan, executor: executors.Executor, journal: Journal | None = None, time_limit_s: float | None = None
+) -> Sampled:
+    """Sample and score the chunks of a plan on `executor`, but for those that the journal holds."""
+    with phase("sampling", work_of(plan)):
+        return _run_stages(plan, executor, journal, time_limit_s)
+
+
+def finish_plan(plan: Plan, sampled: Sampled, n_threads: int) -> SweepResult:
+    """The tables of what was sampled, with the bounds past it."""
+    work, (tally, stopped) = work_of(plan), sampled
     with phase("bounds", work):
         bounds, notes = build_bounds(plan, tally, n_threads)
         rare, about_rare = build_rare(plan, tally, n_threads)
@@ -142,8 +151,8 @@ def _run_stages(
     executor: executors.Executor,
     journal: Journal | None,
     time_limit_s: float | None,
-) -> tuple[Tally, np.ndarray]:
-    """Sums over all stages, and why each cell stopped, str [cells]."""
+) -> Sampled:
+    """Sums over all stages, and why each cell stopped."""
     stopped = np.full(len(plan.grid.cells), "", dtype=object)
     stage: Stage | None = first_stage(plan)
     total: Tally | None = None
@@ -160,7 +169,7 @@ def _run_stages(
         stage = next_stage(plan, stage, total, before, stopped)
     assert total is not None
     total.compact()
-    return total, stopped
+    return Sampled(total, stopped)
 
 
 def _run_stage(
@@ -198,6 +207,8 @@ def _run_stage(
         if n_computed < len(missing) and time.monotonic() > end_s:
             raise _OutOfTime
     total.compact()
+    if journal:
+        journal.finish(stage, total)
     return total
 
 

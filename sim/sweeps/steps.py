@@ -88,7 +88,7 @@ class Group(NamedTuple):
     def slots_of_first(self, ids: np.ndarray, trials: np.ndarray) -> np.ndarray:
         """Slots (without replicas: experts) that the first token of each trial goes to, int [trials, top_k]."""
         if self.copies is None:
-            return ids[:, 0]
+            return ids[:, 0].copy()  # contiguous whatever the number of trials: kernels are compiled once
         slot = np.empty((len(ids), ids.shape[2]), np.int32)
         pick_slots(ids[:, 0], trials, self.rows[:, 0], self.copies, slot)
         return slot

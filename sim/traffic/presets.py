@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sim.errors import InputError, unknown, whole_number
+from sim.errors import InputError, shown, unknown, whole_number
 from sim.files import read_toml
 from sim.model import ModelSpec
 from sim.traffic.fitted import TABLE_NAMES, FittedLayers
@@ -109,9 +109,7 @@ def load_workload(
     elif isinstance(name_or_path, str | Path):
         workload = _load(str(name_or_path), model, overrides, in_runs=run not in (None, 1))
     else:
-        raise InputError(
-            f"workload of type {type(name_or_path).__name__}: must be a name, a path or a workload; {FROM_ARRAYS}"
-        )
+        raise InputError(f"`workload` {shown(name_or_path)}: must be a name, a path or a workload; {FROM_ARRAYS}")
     return workload if run is None else _in_runs(workload, run)
 
 
@@ -137,7 +135,7 @@ def _load(
     elif name in _presets():
         fields = {"name": name, **_preset(name)}
     else:
-        raise unknown("--workload", name, _presets(), " (or file:TRACE, or a .toml file; `epsim workloads` lists them)")
+        raise unknown("`workload`", name, _presets(), " (or file:TRACE, or a .toml file; `epsim workloads` lists them)")
     fields = _of_phase(name, fields, "prefill" if in_runs and "prefill" in fields else phase) | overrides
     known = _known_fields()
     for key in fields:

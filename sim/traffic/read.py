@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from sim.errors import InputError
+from sim.errors import InputError, shown
 from sim.files import check_regular, is_folder
 from sim.model import ModelSpec, load_model
 from sim.traffic.answers import (
@@ -95,9 +95,10 @@ def read_traffic(
     >>> loads.expert_counts.tolist(), loads.layer_ids.tolist()
     ([[7, 0, 1], [0, 5, 0]], [3, 4])
     """
-    paths = [Path(path)] if isinstance(path, str | Path) else [Path(part) for part in path]
-    if not paths:
-        raise InputError("no file of recorded traffic is given")
+    several: Sequence[Any] = path if isinstance(path, list | tuple) else [path]
+    if not several or not all(isinstance(part, str | Path) for part in several):
+        raise InputError(f"`path` {shown(path)}: must be the name of a file or folder, or a list of them")
+    paths = [Path(part) for part in several]
     if phase not in PHASES:
         raise InputError(f"`phase` must be one of {', '.join(PHASES)}, not '{phase}'")
     if model is not None and not isinstance(model, ModelSpec):

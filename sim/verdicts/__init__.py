@@ -16,7 +16,7 @@ from sim.traffic import SyntheticTraffic, Workload, load_workload
 from sim.verdicts import gains, loads
 from sim.verdicts.verdict import PLAUSIBLE_SHARE, Conditions, Finding
 
-__all__ = ["CLAIMS", "Conditions", "Finding", "claim_ids", "claims"]
+__all__ = ["CLAIMS", "Conditions", "Finding", "claims"]
 
 CLAIMS: dict[str, Callable[..., Finding]] = {
     "groups-unused": loads.groups_unused,
@@ -48,11 +48,6 @@ _SECONDS = {
 def _entries() -> dict[str, dict[str, Any]]:
     """The table of claims by id."""
     return tomllib.loads(resources.files("sim.verdicts").joinpath("claims.toml").read_text(encoding="utf-8"))
-
-
-def claim_ids() -> list[str]:
-    """Ids of the claims."""
-    return list(CLAIMS)
 
 
 def claims(
