@@ -243,7 +243,7 @@ def test_received_tokens_under_replicas_go_to_the_copies_of_vllms_hash(case):
 
 
 def test_a_token_received_by_every_rank_many_times_is_counted_exactly():
-    """100,000 tokens, all to expert 0: carries through 17 levels of the counters."""
+    """100,000 tokens, all to expert 0: many blocks of words, and steps that end inside a word and with one."""
     ids = np.zeros((1, 100_000, 1), np.int16)
     layouts = lay_out(np.array([[0, 1]], np.int32), np.array([2]))
     steps = np.array([1, 65_535, 65_536, 99_999, 100_000])
