@@ -185,7 +185,7 @@ def _shift(start, end, limit, rank, load, giver, taker, assigned):
 @kernel
 def pick_slots(ids, trials, layout_of_trial, copies, slot):
     """Slots of one token of each trial, ids int16 [trials, top_k], whose index in its step is as good as random: trials int64,
-    their numbers; slot int64 [trials, top_k].
+    their numbers; slot int16 [trials, top_k].
     """
     for t in range(ids.shape[0]):
         slots, first = copies.slots[layout_of_trial[t]], copies.first[layout_of_trial[t]]
@@ -198,7 +198,7 @@ def pick_slots(ids, trials, layout_of_trial, copies, slot):
 
 @kernel
 def slots_by_hash(ids, layout_of_trial, copies, slot):
-    """Slots that the tokens of steps go to under vLLM's choice: ids int16 [trials, tokens, top_k]; slot int32 of that shape."""
+    """Slots that the tokens of steps go to under vLLM's choice: ids int16 [trials, tokens, top_k]; slot int16 of that shape."""
     for t in range(ids.shape[0]):
         slots, first = copies.slots[layout_of_trial[t]], copies.first[layout_of_trial[t]]
         for i in range(ids.shape[1]):

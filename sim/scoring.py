@@ -27,6 +27,8 @@ Where experts have replicas, what copies a step's pairs go to is told in `sim.co
 from typing import Any, NamedTuple
 
 import numpy as np
+from numba import types
+from numba.extending import intrinsic
 
 from sim.copies import assign_evenly, assign_in_step, find_copies, hashed, slot_by_hash
 from sim.errors import InputError, shown, unknown, whole_number
@@ -73,33 +75,59 @@ def _fill_layouts(ranks, is_there, ep_sizes, experts, bounds):
                 free[rank[e]] += 1
 
 
+# Rows of numbers, one of each step: the METRICS in their order, then load and distinct experts of the rank at hand; after them
+# the tokens of each expert. All lie in one array, at constant places: so loops over steps become vectors.
+_STEPS = 64
+_BUSIEST, _IDLE, _DISTINCT_BUSIEST, _DISTINCT_MAX, _LOAD, _DISTINCT, _COUNTS = (row * _STEPS for row in range(7))
+
+
 @kernel
 def score_blocks(counts, cells, step_of_cell, pair_of_cell, layout_of_pair, layouts, scores):
     """Score each block under some cells: pairs (placement, EP size) at one number of tokens per step.
 
-    counts int32 [trials, steps, n_experts]; cells int64, those to score; step_of_cell, pair_of_cell int64 [all cells];
-    layout_of_pair int64 [trials, pairs]; scores int32 [trials, all cells, 4], the METRICS.
+    counts int32 [trials, steps, n_experts]; cells int64, those to score, quickest with those of a pair in a row; step_of_cell,
+    pair_of_cell int64 [all cells]; layout_of_pair int64 [trials, pairs]; scores int32 [trials, all cells, 4], the METRICS.
     """
-    all_experts, all_bounds = layouts.experts, layouts.bounds
-    for t in range(counts.shape[0]):
-        for c in cells:
-            layout = layout_of_pair[t, pair_of_cell[c]]
-            count, experts, begin = counts[t, step_of_cell[c]], all_experts[layout], all_bounds[layout]
-            busiest, idle, distinct_busiest, distinct_max = 0, 0, 0, 0
-            for r in range(begin[0]):
-                load, distinct = 0, 0
-                for slot in range(begin[1 + r], begin[2 + r]):
-                    pairs = count[np.uint16(experts[slot])]
-                    load += pairs
-                    distinct += pairs > 0
-                idle += load == 0
-                distinct_max = max(distinct_max, distinct)
-                distinct_busiest = distinct if load > busiest else distinct_busiest
-                busiest = max(busiest, load)
-            scores[t, c, 0] = busiest
-            scores[t, c, 1] = idle
-            scores[t, c, 2] = distinct_busiest
-            scores[t, c, 3] = distinct_max
+    n_trials, n_steps, n_experts = counts.shape
+    for first in range(0, n_steps, _STEPS):
+        n = min(_STEPS, n_steps - first)
+        width = (n + 15) // 16 * 16  # whole vectors
+        rows = np.zeros(_COUNTS + n_experts * width, np.int32)
+        for t in range(n_trials):
+            for step in range(n):
+                for e in range(n_experts):
+                    rows[_COUNTS + e * width + step] = counts[t, first + step, e]
+            scored = -1
+            for c in cells:
+                pair, step = pair_of_cell[c], step_of_cell[c] - first
+                if 0 <= step < n:
+                    if pair != scored:
+                        layout, scored = layout_of_pair[t, pair], pair
+                        _score_steps(layouts.experts[layout], layouts.bounds[layout], width, rows)
+                    for metric in range(4):
+                        scores[t, c, metric] = rows[metric * _STEPS + step]
+
+
+@kernel
+def _score_steps(experts, begin, width, rows):
+    """Score the steps of a trial under one layout: experts int16 [n_experts], begin int32, as in `Layouts`."""
+    for i in range(width):
+        rows[_BUSIEST + i] = rows[_IDLE + i] = rows[_DISTINCT_BUSIEST + i] = rows[_DISTINCT_MAX + i] = 0
+    for r in range(begin[0]):
+        for i in range(width):
+            rows[_LOAD + i] = rows[_DISTINCT + i] = 0
+        for slot in range(begin[1 + r], begin[2 + r]):
+            at = _COUNTS + np.uint16(experts[slot]) * width
+            for i in range(width):
+                pairs = rows[np.uint64(at + i)]  # unsigned, which spares the test for a negative index
+                rows[_LOAD + i] += pairs
+                rows[_DISTINCT + i] += pairs > 0
+        for i in range(width):
+            load, distinct = rows[_LOAD + i], rows[_DISTINCT + i]
+            rows[_IDLE + i] += load == 0
+            rows[_DISTINCT_MAX + i] = max(rows[_DISTINCT_MAX + i], distinct)
+            rows[_DISTINCT_BUSIEST + i] = distinct if load > rows[_BUSIEST + i] else rows[_DISTINCT_BUSIEST + i]
+            rows[_BUSIEST + i] = max(rows[_BUSIEST + i], load)
 
 
 @kernel
@@ -116,7 +144,7 @@ def rank_loads(counts, step_of_pair, layout_of_pair, layouts, first_rank, loads)
 
 @kernel
 def fan_out(ids, pairs, layout_of_pair, layouts, ranks_per_node, reached):
-    """Ranks and nodes that one token per trial is sent to: ids int [trials, top_k]; pairs int64, their places in reached
+    """Ranks and nodes that one token per trial is sent to: ids int16 [trials, top_k]; pairs int64, their places in reached
     int64 [trials, all pairs, 2].
     """
     for t in range(ids.shape[0]):
@@ -125,9 +153,9 @@ def fan_out(ids, pairs, layout_of_pair, layouts, ranks_per_node, reached):
             n_ranks, n_nodes = 0, 0
             for k in range(ids.shape[1]):
                 new_rank, new_node = 1, 1
-                mine = rank[ids[t, k]]
+                mine = rank[np.uint16(ids[t, k])]
                 for j in range(k):
-                    theirs = rank[ids[t, j]]
+                    theirs = rank[np.uint16(ids[t, j])]
                     if theirs == mine:
                         new_rank = 0
                     if theirs // ranks_per_node == mine // ranks_per_node:
@@ -139,7 +167,7 @@ def fan_out(ids, pairs, layout_of_pair, layouts, ranks_per_node, reached):
 
 
 class Receivers(NamedTuple):
-    """Ranks, then nodes, of all pairs (placement, EP size), each a bit of a token's mask."""
+    """Ranks and nodes of all pairs (placement, EP size)."""
 
     first_rank: np.ndarray  # int64 [pairs + 1], where a pair's ranks begin, and the end of all
     first_node: np.ndarray  # int64 [pairs + 1], where a pair's nodes begin among the nodes, and the end of all
@@ -157,16 +185,17 @@ def count_received(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Tokens that each rank, and each node, of all pairs receives in each step, int32 [trials, steps, ranks or nodes].
 
-    ids int [trials, tokens, top_k], experts or slots of the tokens of the largest step, of which smaller ones are the first;
+    ids int16 [trials, tokens, top_k], experts or slots of the tokens of the largest step, of which smaller ones are the first;
     steps int64, ascending; layout_of_pair int64 [trials, pairs].
 
-    A token's receivers are the bits of a mask over the ranks and nodes of all pairs, the union of its experts' masks; masks
-    are added up 64 bits at a time, in carry-save counters. So the cost is that of the union, not of each pair.
+    An expert has a row of bits, one for each token, on where the token takes it. The union of a rank's rows are the tokens that
+    it receives, that of its ranks' those of a node; bits are joined, and counted, by words of 64 tokens. The tokens that a step
+    has more than the one before begin a new word, so no word is split between steps.
     """
-    n_ranks, n_nodes = int(to.first_rank[-1]), int(to.first_node[-1])
-    received = np.empty((len(ids), len(steps), n_ranks), np.int32)
-    by_nodes = np.empty((len(ids), len(steps), n_nodes), np.int32)
-    _count_received(ids, steps, layout_of_pair, layouts.ranks, to, received, by_nodes)
+    received = np.zeros((len(ids), len(steps), int(to.first_rank[-1])), np.int32)
+    by_nodes = np.zeros((len(ids), len(steps), int(to.first_node[-1])), np.int32)
+    first_word = np.concatenate([[0], np.cumsum(-(-np.diff(steps, prepend=0) // 64))])
+    _count_received(ids, steps, first_word, layout_of_pair, layouts, to, received, by_nodes)
     return received, by_nodes
 
 
@@ -179,136 +208,94 @@ def score_received(tokens, first, cells, step_of_cell, pair_of_cell, i, scores, 
     """
     for t in range(tokens.shape[0]):
         for c in cells:
+            of_cell = tokens[t, step_of_cell[c], first[pair_of_cell[c]] : first[pair_of_cell[c] + 1]]
             most, total = np.int32(0), 0
-            for r in range(first[pair_of_cell[c]], first[pair_of_cell[c] + 1]):
-                n = tokens[t, step_of_cell[c], r]
-                most = max(most, n)
-                total += n
+            for r in range(of_cell.size):
+                most = max(most, of_cell[r])
+                total += of_cell[r]
             scores[t, c, len(METRICS) + i] = most
             received[t, c, i] = total
 
 
-# Rows of the counters: a word of each holds 64 of them, and its bits are of one digit. First the masks of eight tokens, which
-# are added at a time; then the digits of 1, 2 and 4, the carry out of them, and of each higher digit two rows. The second,
-# `waiting`, holds every second carry out of the digit below, and the next one is added with it, so that few are added twice.
-_WORDS, _TOGETHER = 64, 8
-_ONES, _TWOS, _FOURS, _CARRY, _HIGHER = (row * _WORDS for row in range(_TOGETHER, _TOGETHER + 5))
+# Rows of words, at constant places of one array: the tokens of the rank and of the node at hand, then those of each expert.
+_WORDS = 72  # all of steps that are powers of two, up to 4096
+_RANK, _NODE, _EXPERTS = (row * _WORDS for row in range(3))
+
+
+@intrinsic
+def _count_ones(typing_context, word):
+    """Bits of a uint64 that are on."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.ctpop(*arguments)
+
+    return types.uint64(types.uint64), generate
 
 
 @kernel
-def _flip_bits(ranks, first_rank, first_node, ranks_per_node, masks):
-    """Turn the bits of each expert's rank and node on, or off again: masks uint64 [blocks, n_experts + 1, words]."""
-    for e in range(ranks.size):
-        for bit in (first_rank + ranks[e], first_node + ranks[e] // ranks_per_node):
-            masks[bit // (64 * _WORDS), e, bit // 64 % _WORDS] ^= np.uint64(1) << np.uint64(bit % 64)
-
-
-@kernel
-def _count_received(ids, steps, layout_of_pair, ranks, to, received, by_nodes):
-    n_ranks, n_bits = to.first_rank[-1], to.first_rank[-1] + to.first_node[-1]
-    words = (n_bits + 255) // 256 * 4
-    masks = np.zeros(((words + _WORDS - 1) // _WORDS, ranks.shape[1] + 1, _WORDS), np.uint64)  # the last is of nobody
-    digits = 1
-    while (1 << digits) <= ids.shape[1] // _TOGETHER + steps.size:
-        digits += 1
-    rows, counts = np.empty(_HIGHER + 2 * (digits + 1) * _WORDS, np.uint64), np.empty(64 * _WORDS, np.int32)
+def _count_received(ids, steps, first_word, layout_of_pair, layouts, to, received, by_nodes):
+    """first_word int64 [steps + 1], where the words of each step begin; to what is counted in received and by_nodes is added."""
+    rows = np.empty(_EXPERTS + layouts.ranks.shape[1] * _WORDS, np.uint64)
+    end = np.empty(steps.size, np.int64)  # of the words of each step, among those at hand
     for t in range(ids.shape[0]):
-        for p in range(layout_of_pair.shape[1]):
-            row, before = layout_of_pair[t, p], layout_of_pair[t - 1, p] if t else -1
-            if row != before:
-                first_node = n_ranks + to.first_node[p]
-                if t:
-                    _flip_bits(ranks[before], to.first_rank[p], first_node, to.ranks_per_node, masks)
-                _flip_bits(ranks[row], to.first_rank[p], first_node, to.ranks_per_node, masks)
-        for block in range(masks.shape[0]):
-            mask, n, first_bit = masks[block], min(_WORDS, words - block * _WORDS), 64 * _WORDS * block
+        last = 0
+        for start in range(0, first_word[-1], _WORDS):
+            n, first = min(_WORDS, first_word[-1] - start), last
             rows[:] = 0
-            start, n_added = 0, 0
-            for step in range(steps.size):
-                while start < steps[step]:
-                    together = min(_TOGETHER, steps[step] - start)
-                    rows[:_ONES] = 0
-                    for i in range(together):
-                        _join_masks(ids[t, start + i], mask, n, rows[i * _WORDS : (i + 1) * _WORDS])
-                    _add_together(n, rows)
-                    _add_carry(n, n_added, rows)
-                    n_added += 1
-                    start += together
-                _read_counters(n, n_added, rows, counts)
-                for bit in range(first_bit, min(first_bit + 64 * n, n_bits)):
-                    if bit < n_ranks:
-                        received[t, step, bit] = counts[bit - first_bit]
-                    else:
-                        by_nodes[t, step, bit - n_ranks] = counts[bit - first_bit]
+            for w in range(n):
+                last += first_word[last + 1] <= start + w
+                end[last] = w + 1
+                token = 64 * (start + w - first_word[last]) + (steps[last - 1] if last else 0)
+                for bit in range(min(64, steps[last] - token)):
+                    for k in range(ids.shape[2]):
+                        rows[_row_of(ids[t, token + bit, k]) + np.uint64(w)] |= np.uint64(1) << np.uint64(bit)
+            for p in range(layout_of_pair.shape[1]):
+                experts, begin = layouts.experts[layout_of_pair[t, p]], layouts.bounds[layout_of_pair[t, p]]
+                for node in range(to.first_node[p + 1] - to.first_node[p]):
+                    for w in range(n):
+                        rows[_NODE + w] = 0
+                    for r in range(node * to.ranks_per_node, min((node + 1) * to.ranks_per_node, begin[0])):
+                        row = _join_rows(experts, begin[1 + r], begin[2 + r], n, rows)
+                        for w in range(n):
+                            rows[_NODE + w] |= rows[row + np.uint64(w)]
+                        _add_ones(rows, row, first, last, end, to.first_rank[p] + r, received[t])
+                    _add_ones(rows, np.uint64(_NODE), first, last, end, to.first_node[p] + node, by_nodes[t])
+        for tokens in (received[t], by_nodes[t]):
+            for step in range(1, steps.size):
+                for r in range(tokens.shape[1]):
+                    tokens[step, r] += tokens[step - 1, r]
 
 
 @kernel(forceinline=True)
-def _join_masks(experts, mask, n, out):
-    """Add to a union the masks of a token's experts, four at a time: mask uint64 [n_experts + 1, words]; out uint64 [words]."""
-    top_k, nobody = experts.size, mask.shape[0] - 1
-    for k in range(0, top_k, 4):
-        a = mask[experts[k]]
-        b = mask[experts[k + 1] if k + 1 < top_k else nobody]
-        c = mask[experts[k + 2] if k + 2 < top_k else nobody]
-        d = mask[experts[k + 3] if k + 3 < top_k else nobody]
-        for w in range(n):
-            out[w] |= a[w] | b[w] | c[w] | d[w]
+def _row_of(expert):
+    """Place of the row of an expert or slot, int16; unsigned, too."""
+    return np.uint64(_EXPERTS) + np.uint64(_WORDS) * np.uint64(np.uint16(expert))
 
 
 @kernel(forceinline=True)
-def _add_bits(a, b, c):
-    """Sum of three bits, of 64 counters at once, and the carry."""
-    odd = a ^ b
-    return odd ^ c, (a & b) | (odd & c)
-
-
-@kernel
-def _add_together(n, rows):
-    """Add the masks of eight tokens to the digits of 1, 2 and 4, with what is carried beyond these."""
+def _join_rows(experts, begin, end, n, rows):
+    """Place of the union of the rows of some experts; of one it is its own."""
+    if begin + 1 == end:
+        return _row_of(experts[begin])
     for w in range(n):
-        ones, two_a = _add_bits(rows[_ONES + w], rows[w], rows[_WORDS + w])
-        ones, two_b = _add_bits(ones, rows[2 * _WORDS + w], rows[3 * _WORDS + w])
-        twos, four_a = _add_bits(rows[_TWOS + w], two_a, two_b)
-        ones, two_a = _add_bits(ones, rows[4 * _WORDS + w], rows[5 * _WORDS + w])
-        ones, two_b = _add_bits(ones, rows[6 * _WORDS + w], rows[7 * _WORDS + w])
-        twos, four_b = _add_bits(twos, two_a, two_b)
-        fours, carry = _add_bits(rows[_FOURS + w], four_a, four_b)
-        rows[_ONES + w], rows[_TWOS + w], rows[_FOURS + w], rows[_CARRY + w] = ones, twos, fours, carry
-
-
-@kernel
-def _add_carry(n, n_added, rows):
-    """Add the carry to the higher digits, of which some wait for it after `n_added` carries."""
-    at = _HIGHER
-    while n_added & 1:
+        rows[_RANK + w] = 0
+    for i in range(begin, end, 2):
+        a, b = _row_of(experts[i]), _row_of(experts[min(i + 1, end - 1)])
         for w in range(n):
-            rows[at + w], rows[_CARRY + w] = _add_bits(rows[at + w], rows[at + _WORDS + w], rows[_CARRY + w])
-        at += 2 * _WORDS
-        n_added >>= 1
-    rows[at + _WORDS : at + 2 * _WORDS] = rows[_CARRY : _CARRY + _WORDS]
+            rows[_RANK + w] |= rows[a + np.uint64(w)] | rows[b + np.uint64(w)]
+    return np.uint64(_RANK)
 
 
-@kernel
-def _read_counters(n, n_added, rows, counts):
-    """Counts int32 [64 * words] after so many carries: at a digit one waits where that bit of their number is set."""
-    counts[: 64 * n] = 0
-    digit = 0
-    while digit < 3 or n_added >> (digit - 3):
-        at = _ONES + digit * _WORDS if digit < 3 else _HIGHER + 2 * (digit - 3) * _WORDS
-        for w in range(n):
-            waiting = rows[at + _WORDS + w] if digit >= 3 and n_added >> (digit - 3) & 1 else np.uint64(0)
-            _read_word(rows[at + w], waiting, digit, counts[64 * w : 64 * (w + 1)])
-        digit += 1
-
-
-@kernel
-def _read_word(a, b, digit, counts):
-    """Add two words of bits of one digit to their counts, int32 [64]."""
-    if a | b:
-        for bit in range(64):
-            shift = np.uint64(bit)
-            ones = ((a >> shift) & np.uint64(1)) + ((b >> shift) & np.uint64(1))
-            counts[bit] += np.int32(ones << np.uint64(digit))
+@kernel(forceinline=True)
+def _add_ones(rows, row, first, last, end, i, tokens):
+    """Add the ones of each step's words to column i of its tokens, int32 [steps, ranks or nodes]."""
+    begin = 0
+    for step in range(first, last + 1):
+        ones = np.uint64(0)
+        for w in range(begin, end[step]):
+            ones += _count_ones(rows[row + np.uint64(w)])
+        tokens[step, i] += np.int32(ones)
+        begin = end[step]
 
 
 class Score(NamedTuple):

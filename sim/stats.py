@@ -4,6 +4,7 @@ The unit of replication is an independent layer draw. A draw d gives n_d blocks 
 layer); its sum of a quantity is Y_d. Sums over draws of Y_d, Y_d**2 and n_d * Y_d are all that intervals need.
 """
 
+import math
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -20,7 +21,8 @@ _MANY_HITS = 100  # beyond them a count is near enough to a normal one
 
 def student_quantile(degrees: Any) -> Any:
     """Half-width of a 95 % Student interval in standard errors, for the degrees of freedom given, at least 1."""
-    return -stdtrit(np.maximum(degrees, 1), _TAIL)
+    distinct, place = np.unique(np.maximum(degrees, 1), return_inverse=True)  # few, and a quantile is dear
+    return np.take(-stdtrit(distinct, _TAIL), place)
 
 
 class Moments(NamedTuple):
@@ -194,10 +196,17 @@ def quantile_interval(histogram: Histogram, q: float, blocks: float) -> tuple[fl
     Returns (value, low, high); a bound is nan where so few blocks cannot give one: an upper bound of the 99th
     percentile needs 368 of them.
     """
-    shares = np.array([q, *quantile_shares(q, blocks)])
-    known = shares == shares
-    value, low, high = np.where(known, histogram.quantile(np.where(known, shares, q)), np.nan).tolist()
-    return value, low, high
+    cumulated = histogram.counts.cumsum()
+    n, last = int(cumulated[-1]), len(cumulated) - 1
+
+    def at(share: float) -> float:
+        if math.isnan(share):
+            return share
+        place = int(cumulated.searchsorted(max(math.ceil(share * n - 1e-9), 1)))
+        return float(histogram.values[min(place, last)])
+
+    low, high = quantile_shares(q, blocks)
+    return at(q), at(low), at(high)
 
 
 @lru_cache(maxsize=1024)  # cells often have the same number of blocks

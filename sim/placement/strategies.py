@@ -243,18 +243,16 @@ def place_fixed(name: str, model: ModelSpec, ep_size: int, ranks_per_node: int) 
 
 
 @lru_cache(maxsize=16)  # the EP sizes of a chunk ask for the same
-def _random_order(n_experts: int, seed: int, first_draw: int, n_draws: int) -> np.ndarray:
-    """One random permutation of the experts per layer draw, int64 [n_draws, n_experts]."""
+@lru_cache(maxsize=4)  # all EP sizes of a chunk ask for the same
+def _random_places(n_experts: int, seed: int, first_draw: int, n_draws: int) -> np.ndarray:
+    """Place of each expert in one random permutation per layer draw, int64 [n_draws, n_experts]."""
     drawn = words(stream_key(seed, "placement"), PERMUTATION, 0, (n_draws, n_experts), first_draw)
-    return np.argsort(drawn, axis=1, kind="stable")
+    return np.argsort(np.argsort(drawn, axis=1, kind="stable"), axis=1)
 
 
 def random_ranks(n_experts: int, ep_size: int, seed: int, first_draw: int, n_draws: int) -> np.ndarray:
     """Rank of each expert under random placement, int32 [n_draws, n_experts]: one permutation per draw, in blocks like linear."""
-    ranks = np.empty((n_draws, n_experts), np.int32)
-    order = _random_order(n_experts, seed, first_draw, n_draws)
-    np.put_along_axis(ranks, order, linear(n_experts, ep_size)[None], axis=1)
-    return ranks
+    return linear(n_experts, ep_size)[_random_places(n_experts, seed, first_draw, n_draws)]
 
 
 def linear(n_experts: int, ep_size: int) -> np.ndarray:

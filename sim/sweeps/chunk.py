@@ -10,7 +10,7 @@ from sim.scoring import rank_loads
 from sim.sweeps.grid import events_of
 from sim.sweeps.plan import Plan
 from sim.sweeps.steps import Blocks, Group, StepScorer, place_pairs
-from sim.sweeps.tally import Tally, add_by_draw, add_events, histogram, merge_counts
+from sim.sweeps.tally import Tally, add_by_draw, add_events, add_moments, histogram, merge_counts
 
 _LEAST_CHUNKS = 16
 _PART_NUMBERS = 2**21  # that are held at a time
@@ -152,7 +152,9 @@ def _run_part(plan: Plan, stage: Stage, draws: range) -> Tally:
 
 def _fill_sums(tally: Tally, what: str, where: np.ndarray, of_draw: np.ndarray, n_trials: np.ndarray) -> None:
     """Sums over draws of Y, Y**2 and n * Y; of_draw int64 [draws, ...], n_trials int64 [draws]."""
-    if what != "event":
-        getattr(tally, what)[where] = of_draw.sum(axis=0)
-    getattr(tally, f"{what}_square")[where] = np.einsum("d...,d...->...", of_draw, of_draw)
-    getattr(tally, f"{what}_weighted")[where] = np.einsum("d...,d->...", of_draw, n_trials)
+    values = of_draw.reshape(len(of_draw), -1)
+    total, square, weighted = np.zeros((3, values.shape[1]), np.int64)
+    add_moments(values, n_trials, total, square, weighted)
+    for part, sums in (("", total), ("_square", square), ("_weighted", weighted)):
+        if part or what != "event":  # of events the histograms tell it
+            getattr(tally, f"{what}{part}")[where] = sums.reshape(of_draw.shape[1:])

@@ -81,7 +81,7 @@ class Group(NamedTuple):
         """Slots (without replicas: experts) that the tokens of each trial go to, by vLLM's hash, int [trials, tokens, top_k]."""
         if self.copies is None:
             return ids
-        slot = np.empty(ids.shape, np.int32)
+        slot = np.empty(ids.shape, np.int16)
         slots_by_hash(ids, self.rows[:, 0], self.copies, slot)
         return slot
 
@@ -89,7 +89,7 @@ class Group(NamedTuple):
         """Slots (without replicas: experts) that the first token of each trial goes to, int [trials, top_k]."""
         if self.copies is None:
             return ids[:, 0].copy()  # contiguous whatever the number of trials: kernels are compiled once
-        slot = np.empty((len(ids), ids.shape[2]), np.int32)
+        slot = np.empty((len(ids), ids.shape[2]), np.int16)
         pick_slots(ids[:, 0], trials, self.rows[:, 0], self.copies, slot)
         return slot
 

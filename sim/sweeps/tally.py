@@ -123,6 +123,17 @@ def add_by_draw(values, draw, sums):
 
 
 @kernel
+def add_moments(values, n_trials, total, square, weighted):
+    """Add up over draws Y, Y**2 and n * Y: values int64 [draws, n], Y; n_trials int64 [draws]; sums int64 [n]."""
+    for d in range(values.shape[0]):
+        for i in range(values.shape[1]):
+            y = values[d, i]
+            total[i] += y
+            square[i] += y * y
+            weighted[i] += n_trials[d] * y
+
+
+@kernel
 def add_events(scores, draw, cell, metric, least, sums):
     """Count the trials of each draw in which events happened: scores int32 [trials, cells, metrics]; draw int64 [trials]; cell,
     metric, least int64 [events]; sums int64 [draws, events].
