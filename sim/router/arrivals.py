@@ -119,7 +119,7 @@ def draw_distinct(n, start, trial, key, word, layer, work, k):
         _draw_marks(n, rows, kind, word, mine, layer.alias.size // layer.gap.size, layer.alias)
     else:
         for i in range(n):
-            put_whole(rows, mine, i, draw_mark(whole(rows, word, i), 0, layer.alias.size, layer.alias))
+            put_whole(rows, mine, i, draw_mark(whole(rows, word, i), np.uint32(0), layer.alias.size, layer.alias))
     for i in range(n):
         put_whole(rows, now + row.TAKES, i, 0)
     for j in range(k):

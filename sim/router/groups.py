@@ -34,7 +34,9 @@ def _fill_marks(rows, at, n, g, size, alias, gap_without):
     Two loops: where an address waits for a select, the compiler makes it a branch, mispredicted half of the time.
     """
     for i in range(n):
-        put_whole(rows, at + row.FIRST_MARK, i, draw_mark(whole(rows, at + row.MARK_WORD, i), g, size, alias))
+        put_whole(
+            rows, at + row.FIRST_MARK, i, draw_mark(whole(rows, at + row.MARK_WORD, i), np.uint32(g), size, alias)
+        )
     for i in range(n):
         put_real(rows, at + row.GAP_WITHOUT, i, gap_without[np.uint64(whole(rows, at + row.FIRST_MARK, i))])
 

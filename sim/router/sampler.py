@@ -51,7 +51,7 @@ from sim.router.arrivals import (
     sort_experts,
 )
 from sim.router.groups import keep_groups, score_groups
-from sim.router.tables import Layer, fill_layer, new_tables
+from sim.router.tables import fill_layer, layer_of, new_tables
 from sim.router.workspace import BATCH, GROUP_SIZE, new_workspace, whole
 from sim.streams import TOKEN, fill_block
 from sim.traffic.synthetic import CONTEXTS
@@ -164,7 +164,7 @@ def _sample_trial(
         stop = min(tokens[step if n_contexts > 1 else -1], (request + 1) * tokens_per_request, start + _SPAN)
         _sort_contexts(contexts, start, stop, first, order)
         for c in range(n_contexts):
-            layer = Layer(tables.weight[c], tables.gap[c], tables.gap_without[c], tables.alias[c], tables.scratch[c])
+            layer = layer_of(tables, c)
             if n_seen[c] == 0 and first[c] < first[c + 1]:
                 fill_layer(mu[request * n_contexts + c], layer)
             for at in range(first[c], first[c + 1], BATCH):
