@@ -48,8 +48,8 @@ kernel: Any = partial(numba.njit, cache=True, nogil=True, error_model="numpy", n
 """Decorator of a compiled kernel: arrays in, preallocated output last, no validation."""
 
 part: Any = register_jitable(error_model="numpy", no_cfunc_wrapper=True)
-"""Decorator of a part of one kernel, which compiles in half the time of a kernel, since Python has no way in (to Python it is a
-plain function). What several commands' kernels share is better a kernel, which the cache keeps.
+"""Decorator of a part of one kernel: it compiles faster than a kernel, since Python has no way in (to Python it is a plain
+function). What several kernels call is better a kernel: the cache keeps it, and a part compiles once for kernels, once for parts.
 """
 
 small_part: Any = register_jitable(error_model="numpy", no_cfunc_wrapper=True, forceinline=True)
