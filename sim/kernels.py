@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numba
+from numba.extending import register_jitable
 
 
 def source_digest() -> str:
@@ -43,8 +44,16 @@ def is_cold() -> bool:
     return not any(Path(vars(numba.config)["CACHE_DIR"]).rglob("*.nbi"))
 
 
-kernel: Any = partial(numba.njit, cache=True, nogil=True, error_model="numpy")
+kernel: Any = partial(numba.njit, cache=True, nogil=True, error_model="numpy", no_cfunc_wrapper=True)
 """Decorator of a compiled kernel: arrays in, preallocated output last, no validation."""
+
+part: Any = register_jitable(error_model="numpy", no_cfunc_wrapper=True)
+"""Decorator of a part of one kernel: it compiles faster than a kernel, since Python has no way in (to Python it is a plain
+function). What several kernels call is better a kernel: the cache keeps it, and a part compiles once for kernels, once for parts.
+"""
+
+small_part: Any = register_jitable(error_model="numpy", no_cfunc_wrapper=True, forceinline=True)
+"""Decorator of a part so small that it is always put in the place of its call."""
 
 
 def usable_processors() -> int:

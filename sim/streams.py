@@ -234,7 +234,8 @@ def fill_normals(words, out):
         for i in range(n):
             pair[0, i], pair[1, i] = normal_pair(words[j, i], words[j + 1, i])
         for k in range(min(2, n_out - j)):
-            out[:, j + k] = pair[k]
+            for i in range(n):
+                out[i, j + k] = pair[k, i]
 
 
 def normals(

@@ -15,7 +15,7 @@ from sim import ModelSpec, load_model, route
 from sim.router.draw import draw_trials, score_law
 from sim.router.one_token import new_token, route_token, sort_token
 from sim.router.sampler import sample_trials
-from sim.router.tables import fill_layer, new_layer
+from sim.router.tables import fill_layer, layer_of, new_tables
 from sim.streams import stream_key
 from sim.theory import spread_over_groups
 from sim.traffic import SyntheticTraffic
@@ -81,7 +81,7 @@ MODELS = {
 
 def one_by_one(mu, model, group_sigma, n_tokens, first=0):
     """Expert ids of tokens, each alone, by the words of the rows from `first` on: int16 [n_tokens, top_k]."""
-    layer, (k0, k1) = new_layer(model.n_experts, model.n_group), stream_key(0, "test")
+    layer, (k0, k1) = layer_of(new_tables(1, model.n_experts, model.n_group), 0), stream_key(0, "test")
     fill_layer(mu, layer)
     own = new_token(model.n_group, model.topk_group, model.top_k)
     expert, size = int(own.expert), int(own.size)
@@ -112,7 +112,7 @@ def test_tokens_are_those_of_the_one_by_one_form_bit_for_bit(name, sigma, group_
 def test_alias_tables_hold_the_shares_of_their_weights():
     mu = np.random.default_rng(5).normal(0, 2, 60)
     for n_group in (1, 4, 60):
-        layer = new_layer(60, n_group)
+        layer = layer_of(new_tables(1, 60, n_group), 0)
         fill_layer(mu, layer)
         size = 60 // n_group
         keep, other = (layer.alias >> np.uint64(32)) / 2.0**32, (layer.alias & np.uint64(2**32 - 1)).astype(int)

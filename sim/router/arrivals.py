@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from sim.kernels import kernel
+from sim.kernels import part, small_part
 from sim.router import workspace as row
 from sim.router.tables import draw_mark
 from sim.router.workspace import put_real, put_whole, real, whole
@@ -15,18 +15,18 @@ TRIES = 16
 REDRAWS, SCAN = 2**20, 2**24  # words from here on: of marks drawn again, and of scans
 
 
-@kernel(forceinline=True)
+@small_part
 def expert_row(places, k):
     """Row of the k-th expert."""
     return places + (k // 2) * row.PLACE_SIZE + row.EXPERT + (k % 2) * row.BATCH
 
 
-@kernel(forceinline=True)
+@small_part
 def _time_row(places, k):
     return expert_row(places, k) + (row.TIME - row.EXPERT)
 
 
-@kernel
+@part
 def _is_among(e, rows, places, first, k, i):
     """Whether e is one of the experts first .. k - 1 of token i."""
     found = False
@@ -35,7 +35,7 @@ def _is_among(e, rows, places, first, k, i):
     return found
 
 
-@kernel
+@part
 def _scan_others(word, group, size, weight, rows, places, first, k, i):
     """Expert of a group drawn among those that are not the experts first .. k - 1 of token i, by cumulated weights."""
     lo = np.int64(group) * size
@@ -54,7 +54,7 @@ def _scan_others(word, group, size, weight, rows, places, first, k, i):
     return last
 
 
-@kernel
+@part
 def _redraw(i, token, trial, key, group, layer, rows, places, first, k):
     """Draw the k-th expert of token i once more until it is none of the experts first .. k - 1; the second try is made."""
     size = layer.alias.size // layer.gap.size
@@ -69,7 +69,7 @@ def _redraw(i, token, trial, key, group, layer, rows, places, first, k):
     put_whole(rows, expert_row(places, k), i, e)
 
 
-@kernel
+@part
 def _redraw_listed(n_listed, start, trial, key, layer, work, first, k):
     """Draw the k-th experts of the listed tokens again; the words of the first try together."""
     rows, list_at, word_at_ = work.rows, work.round + row.LISTED, work.round + row.LIST_WORD
@@ -88,7 +88,7 @@ def _redraw_listed(n_listed, start, trial, key, layer, work, first, k):
             _redraw(i, start + i, trial, key, group, layer, rows, work.places, first, k)
 
 
-@kernel
+@part
 def draw_kinds(n, word, chances, work):
     """Kinds of n tokens, from the words in the row `word`: chances uint64 [kinds], cumulated, in units of 2**-32."""
     rows = work.rows
@@ -100,7 +100,7 @@ def draw_kinds(n, word, chances, work):
             put_whole(rows, work.places + place * row.PLACE_SIZE + row.GROUP, i, kind)
 
 
-@kernel
+@part
 def drop_kinds(n, top_k, size, work):
     """Make experts of the marks of n tokens, kind * size + expert."""
     rows = work.rows
@@ -110,7 +110,7 @@ def drop_kinds(n, top_k, size, work):
             put_whole(rows, mine, i, whole(rows, mine, i) - whole(rows, kind, i) * np.uint32(size))
 
 
-@kernel
+@part
 def draw_distinct(n, start, trial, key, word, layer, work, k):
     """The k-th experts of n tokens of an ungrouped router: other than all before. Kinds of tokens stand for groups."""
     rows, mine, now = work.rows, expert_row(work.places, k), work.round
@@ -119,7 +119,7 @@ def draw_distinct(n, start, trial, key, word, layer, work, k):
         _draw_marks(n, rows, kind, word, mine, layer.alias.size // layer.gap.size, layer.alias)
     else:
         for i in range(n):
-            put_whole(rows, mine, i, draw_mark(whole(rows, word, i), 0, layer.alias.size, layer.alias))
+            put_whole(rows, mine, i, draw_mark(whole(rows, word, i), np.uint32(0), layer.alias.size, layer.alias))
     for i in range(n):
         put_whole(rows, now + row.TAKES, i, 0)
     for j in range(k):
@@ -134,14 +134,14 @@ def draw_distinct(n, start, trial, key, word, layer, work, k):
     _redraw_listed(n_listed, start, trial, key, layer, work, 0, k)
 
 
-@kernel
+@part
 def _draw_marks(n, rows, group, word, mark, size, alias):
     """Marks of the groups in the row `group`."""
     for i in range(n):
         put_whole(rows, mark, i, draw_mark(whole(rows, word, i), whole(rows, group, i), size, alias))
 
 
-@kernel
+@part
 def _draw_second(n, start, trial, key, word, size, layer, work, j):
     """The second expert of place j of n tokens: other than the first of its group."""
     rows, listed = work.rows, work.round + row.LISTED
@@ -154,7 +154,7 @@ def _draw_second(n, start, trial, key, word, size, layer, work, j):
     _redraw_listed(n_listed, start, trial, key, layer, work, 2 * j, 2 * j + 1)
 
 
-@kernel
+@part
 def _fill_next(n, rows, place, word):
     """The first arrival of a kept group after its second, with replacement."""
     for i in range(n):
@@ -164,7 +164,7 @@ def _fill_next(n, rows, place, word):
         put_real(rows, place + row.NEXT, i, min(fma(exponential(whole(rows, word, i)), gap, since), row.LATE))
 
 
-@kernel
+@part
 def begin_places(n, start, trial, key, topk_group, words, size, layer, work):
     """Second experts and next arrivals of the kept groups; places that no group has stay open."""
     rows, places, infinite = work.rows, work.places, np.float32(np.inf)
@@ -189,7 +189,7 @@ def begin_places(n, start, trial, key, topk_group, words, size, layer, work):
                 put_real(rows, place + row.NEXT, i, infinite)
 
 
-@kernel
+@part
 def _look_at_first(n, rows, now, place):
     for i in range(n):
         put_real(rows, now + row.NOW, i, real(rows, place + row.NEXT, i))
@@ -201,7 +201,7 @@ def _look_at_first(n, rows, now, place):
         )
 
 
-@kernel
+@part
 def _look_at(n, rows, now, place, j):
     for i in range(n):
         time, soonest = real(rows, place + row.NEXT, i), real(rows, now + row.NOW, i)
@@ -217,7 +217,7 @@ def _look_at(n, rows, now, place, j):
         put_real(rows, now + row.LATEST, i, max(latest, real(rows, now + row.LATEST, i)))
 
 
-@kernel
+@part
 def look(n, work):
     """The earliest of the next arrivals, and the latest expert, of n tokens."""
     rows = work.rows
@@ -226,13 +226,13 @@ def look(n, work):
         _look_at(n, rows, work.round, work.places + j * row.PLACE_SIZE, j)
 
 
-@kernel
+@part
 def _begin_takes(n, rows, now):
     for i in range(n):
         put_whole(rows, now + row.TAKES, i, np.uint32(real(rows, now + row.NOW, i) < real(rows, now + row.LATEST, i)))
 
 
-@kernel
+@part
 def _refuse_repeated(n, rows, now, place):
     for i in range(n):
         mark = whole(rows, now + row.NOW_MARK, i)
@@ -240,7 +240,7 @@ def _refuse_repeated(n, rows, now, place):
         put_whole(rows, now + row.TAKES, i, whole(rows, now + row.TAKES, i) & np.uint32(other))
 
 
-@kernel
+@part
 def _replace_latest(n, rows, now, place):
     """Where the token takes the arrival and its latest expert is here, put it there (once)."""
     for i in range(n):
@@ -257,7 +257,7 @@ def _replace_latest(n, rows, now, place):
         put_whole(rows, now + row.TAKES, i, np.uint32(takes & (not first) & (not second)))
 
 
-@kernel
+@part
 def _fill_gaps(n, rows, now, word):
     """The arrival after the one that is looked at."""
     for i in range(n):
@@ -265,7 +265,7 @@ def _fill_gaps(n, rows, now, word):
         put_real(rows, now + row.NOW_GAP, i, min(time, row.LATE))
 
 
-@kernel
+@part
 def _advance(n, rows, now, place, j):
     for i in range(n):
         here = (whole(rows, now + row.NOW_PLACE, i) == np.uint32(j)) & (
@@ -275,7 +275,7 @@ def _advance(n, rows, now, place, j):
         put_real(rows, place + row.NEXT, i, later if here else same)
 
 
-@kernel
+@part
 def run_round(n, word, topk_group, size, alias, work):
     """Take n tokens through their next arrivals: words of the marks at `word`, of the gaps after them one row further."""
     rows, now = work.rows, work.round
@@ -291,7 +291,7 @@ def run_round(n, word, topk_group, size, alias, work):
         _advance(n, rows, now, work.places + j * row.PLACE_SIZE, j)
 
 
-@kernel
+@part
 def _find_latest(rows, work, i):
     """Number of the latest expert of token i, and its time."""
     where, latest = 0, real(rows, work.places + row.TIME, i)
@@ -301,7 +301,7 @@ def _find_latest(rows, work, i):
     return where, latest
 
 
-@kernel
+@part
 def _scan_rest(i, token, trial, key, time, topk_group, layer, work):
     """Draw what is left of the arrivals of token i after `time`, one of each expert that it has not taken."""
     rows, places = work.rows, work.places
@@ -322,7 +322,7 @@ def _scan_rest(i, token, trial, key, time, topk_group, layer, work):
                     put_whole(rows, expert_row(places, where), i, e)
 
 
-@kernel
+@part
 def _finish_token(i, token, trial, key, block, topk_group, layer, work):
     """Take token i through its arrivals until the next is later than its latest expert."""
     rows, places, alias = work.rows, work.places, layer.alias
@@ -355,7 +355,7 @@ def _finish_token(i, token, trial, key, block, topk_group, layer, work):
     _scan_rest(i, token, trial, key, last, topk_group, layer, work)
 
 
-@kernel
+@part
 def finish(n, start, trial, key, block, topk_group, layer, work):
     """Take the tokens through the rest of their arrivals, one by one; words from Philox block `block` on."""
     rows, now = work.rows, work.round
@@ -369,7 +369,7 @@ def finish(n, start, trial, key, block, topk_group, layer, work):
         _finish_token(i, start + i, trial, key, block, topk_group, layer, work)
 
 
-@kernel
+@part
 def _exchange(n, rows, time, later):
     """Put the earlier of two experts of each token first: rows of their times, rows of the experts from there."""
     for i in range(n):
@@ -382,7 +382,7 @@ def _exchange(n, rows, time, later):
         put_whole(rows, later + (row.EXPERT - row.TIME), i, mark_a if swap else mark_b)
 
 
-@kernel
+@part
 def sort_experts(n, work):
     """Sort the experts of n tokens by their times: exchanges of neighbours, odd and even in turn."""
     rows, places = work.rows, work.places

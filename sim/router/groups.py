@@ -4,14 +4,14 @@ then does the compiler vectorise them.
 
 import numpy as np
 
-from sim.kernels import kernel
+from sim.kernels import part
 from sim.router import workspace as row
 from sim.router.tables import draw_mark
 from sim.router.workspace import put_real, put_whole, real, whole
 from sim.streams import exp32, exponential, fma, normal_pair
 
 
-@kernel
+@part
 def _fill_effects(rows, at, n, sigma):
     """exp(-sigma * normal) of two groups, by which their gaps are the longer."""
     if sigma == 0:
@@ -27,19 +27,21 @@ def _fill_effects(rows, at, n, sigma):
         put_real(rows, at + row.GROUP_SIZE + row.GAP, i, exp32(-sigma * z_1))
 
 
-@kernel
+@part
 def _fill_marks(rows, at, n, g, size, alias, gap_without):
     """First expert of a group to arrive; apart from arithmetic, since a table keeps the compiler from vectorising.
 
     Two loops: where an address waits for a select, the compiler makes it a branch, mispredicted half of the time.
     """
     for i in range(n):
-        put_whole(rows, at + row.FIRST_MARK, i, draw_mark(whole(rows, at + row.MARK_WORD, i), g, size, alias))
+        put_whole(
+            rows, at + row.FIRST_MARK, i, draw_mark(whole(rows, at + row.MARK_WORD, i), np.uint32(g), size, alias)
+        )
     for i in range(n):
         put_real(rows, at + row.GAP_WITHOUT, i, gap_without[np.uint64(whole(rows, at + row.FIRST_MARK, i))])
 
 
-@kernel
+@part
 def _fill_times(rows, at, n, gap, last):
     """First two distinct arrivals of one group, and its gap."""
     for i in range(n):
@@ -52,7 +54,7 @@ def _fill_times(rows, at, n, gap, last):
         put_real(rows, at + row.SECOND_TIME, i, min(fma(between, effect, first), last))
 
 
-@kernel
+@part
 def _fill_scores(rows, at, n, score_law):
     """Group scores: an arrival at t scores 1 / (b + a t); `score_law` (b, a, both) sums the first, or the first two."""
     b, a, one = np.float32(score_law[0]), np.float32(score_law[1]), np.float32(1)
@@ -65,7 +67,7 @@ def _fill_scores(rows, at, n, score_law):
             put_real(rows, at + row.SCORE, i, one / fma(a, real(rows, at + row.FIRST_TIME, i), b))
 
 
-@kernel
+@part
 def score_groups(n, layer, group_sigma, score_law, work):
     """Group effects, first two arrivals and group scores of n tokens."""
     rows, n_group = work.rows, layer.gap.size
@@ -80,7 +82,7 @@ def score_groups(n, layer, group_sigma, score_law, work):
         _fill_scores(rows, at, n, score_law)
 
 
-@kernel
+@part
 def _compare(rows, at, later, n):
     """Of two groups the one with the lower score falls back a rank; the later one if they are equal."""
     for i in range(n):
@@ -89,7 +91,7 @@ def _compare(rows, at, later, n):
         put_whole(rows, later + row.RANK, i, whole(rows, later + row.RANK, i) + np.uint32(not wins))
 
 
-@kernel
+@part
 def _find_kept(rows, at, place, n, rank, g):
     """Where one of the groups g and g + 1 has this rank, it is the group of a place."""
     rank, group, group_1 = np.uint32(rank), np.uint32(g), np.uint32(g + 1)
@@ -99,7 +101,7 @@ def _find_kept(rows, at, place, n, rank, g):
         put_whole(rows, place + row.GROUP, i, group if first else (group_1 if second else kept))
 
 
-@kernel
+@part
 def _take_kept(rows, groups, place, n):
     """Copy the group of a place into it."""
     for i in range(n):
@@ -110,7 +112,7 @@ def _take_kept(rows, groups, place, n):
         put_whole(rows, place + row.EXPERT, i, whole(rows, at + np.uint64(row.FIRST_MARK), i))
 
 
-@kernel
+@part
 def keep_groups(n, topk_group, n_group, work):
     """Copy the topk_group best groups of n tokens, ties to the lowest, into places, best first."""
     rows = work.rows

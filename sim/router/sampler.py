@@ -38,7 +38,7 @@ the batches that tokens are worked in. Every operation rounds alike on every mac
 
 import numpy as np
 
-from sim.kernels import kernel
+from sim.kernels import kernel, part
 from sim.router.arrivals import (
     ROUNDS,
     begin_places,
@@ -51,30 +51,28 @@ from sim.router.arrivals import (
     sort_experts,
 )
 from sim.router.groups import keep_groups, score_groups
-from sim.router.tables import Layer, fill_layer, new_layer, new_tables
+from sim.router.tables import fill_layer, layer_of, new_tables
 from sim.router.workspace import BATCH, GROUP_SIZE, new_workspace, whole
 from sim.streams import TOKEN, fill_block
 from sim.traffic.synthetic import CONTEXTS
 
-_SPAN = 4096  # tokens that are sorted by context at a time
+_SPAN = 16 * BATCH  # tokens that are sorted by context at a time
 _ROOM = 2**24  # rows of words that each context of a request has, at most: a step has no more tokens
 
 
-@kernel
+@part
 def _fill_words(key, trial, start, n, n_group, rows, groups, words):
     """Words of n tokens: a Philox block for each group, the others one after another; returns the number of blocks."""
-    block = 0
-    if n_group > 1:
-        for g in range(n_group + n_group % 2):
-            fill_block(key, TOKEN, trial, block, start, n, rows, groups + g * GROUP_SIZE, BATCH)
-            block += 1
-    for at in range(words, rows.size, 4 * BATCH):
-        fill_block(key, TOKEN, trial, block, start, n, rows, at, BATCH)
-        block += 1
-    return block
+    of_groups = n_group + n_group % 2 if n_group > 1 else 0
+    for g in range(of_groups):
+        fill_block(key, TOKEN, trial, g, start, n, rows, groups + g * GROUP_SIZE, BATCH)
+    others = (rows.size - words) // (4 * BATCH)
+    for j in range(others):
+        fill_block(key, TOKEN, trial, of_groups + j, start, n, rows, words + 4 * j * BATCH, BATCH)
+    return of_groups + others
 
 
-@kernel
+@kernel(inline="always")
 def _route_batch(n, start, trial, key, topk_group, top_k, n_sorted, group_sigma, score_law, chances, layer, work):
     """Experts of the n tokens from `start` on, the first n_sorted of them best first."""
     n_group = layer.gap.size // chances.size
@@ -98,7 +96,7 @@ def _route_batch(n, start, trial, key, topk_group, top_k, n_sorted, group_sigma,
     sort_experts(n if 2 * work.n_places > top_k else n_sorted, work)
 
 
-@kernel
+@part
 def _count_experts(rows, places, top_k, start, stop, counts):
     """Add the experts of tokens start .. stop - 1 of a batch to counts [n_experts]."""
     for k in range(top_k):
@@ -107,41 +105,17 @@ def _count_experts(rows, places, top_k, start, stop, counts):
             counts[np.uint64(whole(rows, row, i))] += 1
 
 
-@kernel
-def _sample_trial(
-    trial, key, mu, tokens_per_request, tokens, topk_group, group_sigma, score_law, chances, layer, work, counts, ids
-):
-    """One trial: mu [requests, kinds * n_experts]; counts int32 [len(tokens), n_experts]; ids int16 [n, top_k]."""
-    rows, places, top_k = work.rows, work.places, ids.shape[1]
-    running = np.zeros(counts.shape[1], np.int32)
-    start, snapshot = np.int64(0), 0  # typed: a literal would compile everything below twice
-    while start < tokens[-1]:
-        request = start // tokens_per_request
-        if start == request * tokens_per_request:
-            fill_layer(mu[request], layer)
-        n = min(BATCH, tokens[-1] - start, (request + 1) * tokens_per_request - start)
-        n_ids = max(min(n, ids.shape[0] - start), 0)
-        _route_batch(n, start, trial, key, topk_group, top_k, n_ids, group_sigma, score_law, chances, layer, work)
-        done = 0
-        while snapshot < tokens.size and tokens[snapshot] <= start + n:
-            _count_experts(rows, places, top_k, done, tokens[snapshot] - start, running)
-            done = tokens[snapshot] - start
-            counts[snapshot] = running
-            snapshot += 1
-        _count_experts(rows, places, top_k, done, n, running)
-        for k in range(top_k):
-            row = expert_row(places, k)
-            for i in range(n_ids):
-                ids[start + i, k] = whole(rows, row, i)
-        start += n
-
-
-@kernel
+@part
 def _sort_contexts(contexts, start, stop, first, order):
     """Tokens start .. stop - 1 by context, those of one as they lie: order int64, of context c from first[c] to
-    first[c + 1]; contexts uint8 [tokens].
+    first[c + 1]; contexts uint8 [tokens], or [0] where there is but one.
     """
     first[:] = 0
+    if contexts.size == 0:
+        first[1] = stop - start
+        for i in range(stop - start):
+            order[i] = start + i
+        return
     for i in range(start, stop):
         first[contexts[i] + 1] += 1
     for c in range(first.size - 1):
@@ -155,8 +129,8 @@ def _sort_contexts(contexts, start, stop, first, order):
     first[-1] = stop - start
 
 
-@kernel
-def _sample_contexts(
+@kernel(inline="always")
+def _sample_trial(
     trial,
     key,
     mu,
@@ -172,45 +146,49 @@ def _sample_contexts(
     counts,
     ids,
 ):
-    """One trial of requests whose effect decays: as `_sample_trial`, mu [requests * contexts, kinds * n_experts], contexts
-    uint8 [tokens]. The tokens of a context are worked together; the m-th token that a context of a request has takes the
-    words of row (request * contexts + context) * room + m, whatever follows it.
+    """One trial: mu [requests * contexts, kinds * n_experts]; contexts uint8 [tokens], or [0] where a request has but one;
+    counts int32 [len(tokens), n_experts]; ids int16 [n, top_k].
+
+    The tokens of a context are worked together; the m-th token that a context of a request has takes the words of row
+    (request * contexts + context) * room + m, whatever follows it.
     """
     rows, places, top_k, n_contexts = work.rows, work.places, ids.shape[1], tables.weight.shape[0]
-    running, room = np.zeros(counts.shape[1], np.int32), min(tokens_per_request, _ROOM)
-    n_seen, is_filled = np.zeros(n_contexts, np.int64), np.zeros(n_contexts, np.bool_)
+    n_seen, room = np.zeros(n_contexts, np.int64), min(tokens_per_request, _ROOM)
     first, order = np.empty(n_contexts + 1, np.int64), np.empty(_SPAN, np.int64)
-    start, snapshot = np.int64(0), 0
+    counts[:] = 0
+    start, step = np.int64(0), 0  # typed: a literal would compile what it is given to twice
     while start < tokens[-1]:
         request = start // tokens_per_request
         if start == request * tokens_per_request:
             n_seen[:] = 0
-            is_filled[:] = False
-        stop = min(tokens[snapshot], (request + 1) * tokens_per_request, start + _SPAN)
+        stop = min(tokens[step if n_contexts > 1 else -1], (request + 1) * tokens_per_request, start + _SPAN)
         _sort_contexts(contexts, start, stop, first, order)
         for c in range(n_contexts):
-            layer = Layer(tables.weight[c], tables.gap[c], tables.gap_without[c], tables.alias[c], tables.scratch[c])
-            at = first[c]
-            if at < first[c + 1] and not is_filled[c]:
+            layer = layer_of(tables, c)
+            if n_seen[c] == 0 and first[c] < first[c + 1]:
                 fill_layer(mu[request * n_contexts + c], layer)
-                is_filled[c] = True
-            while at < first[c + 1]:
-                n = min(BATCH, first[c + 1] - at)
+            for at in range(first[c], first[c + 1], BATCH):
+                n, n_ids = min(BATCH, first[c + 1] - at), 0
+                while n_ids < n and order[at + n_ids] < ids.shape[0]:
+                    n_ids += 1
                 row = (request * n_contexts + c) * room + n_seen[c]
-                n_ids = n if order[at] < ids.shape[0] else 0
                 _route_batch(n, row, trial, key, topk_group, top_k, n_ids, group_sigma, score_law, chances, layer, work)
-                _count_experts(rows, places, top_k, 0, n, running)
-                for k in range(top_k if n_ids else 0):
+                done = 0
+                while start + at + n > tokens[step]:  # tokens of one context lie in order
+                    _count_experts(rows, places, top_k, done, tokens[step] - start - at, counts[step])
+                    done = tokens[step] - start - at
+                    step += 1
+                _count_experts(rows, places, top_k, done, n, counts[step])
+                for k in range(top_k):
                     expert = expert_row(places, k)
-                    for i in range(n):
-                        if order[at + i] < ids.shape[0]:
-                            ids[order[at + i], k] = whole(rows, expert, i)
+                    for i in range(n_ids):
+                        ids[order[at + i], k] = whole(rows, expert, i)
                 n_seen[c] += n
-                at += n
         start = stop
-        if start == tokens[snapshot]:
-            counts[snapshot] = running
-            snapshot += 1
+        step += start == tokens[step]
+    for step in range(1, tokens.size):  # so far each has what the one before it lacks
+        for e in range(counts.shape[1]):
+            counts[step, e] += counts[step - 1, e]
 
 
 @kernel
@@ -237,40 +215,22 @@ def sample_trials(
     each trial; ids int16 [trials, n, top_k], of its first n tokens, best first.
     """
     top_k, n_kinds = ids.shape[2], chances.shape[1]
-    layer = new_layer(mu.shape[2], n_group * n_kinds)
-    tables = new_tables(CONTEXTS if contexts.shape[1] else 0, mu.shape[2], n_group * n_kinds)
+    tables = new_tables(CONTEXTS if contexts.shape[1] else 1, mu.shape[2], n_group * n_kinds)
     n_words = 2 * topk_group + 2 * ROUNDS if n_group > 1 else top_k + (n_kinds > 1)
     work = new_workspace(n_group, topk_group, top_k, n_words)
     for t in range(mu.shape[0]):
-        if contexts.shape[1]:
-            _sample_contexts(
-                trials[t],
-                key,
-                mu[t],
-                contexts[t],
-                tokens_per_request,
-                tokens,
-                topk_group,
-                group_sigma,
-                score_law,
-                chances[t],
-                tables,
-                work,
-                counts[t],
-                ids[t],
-            )
-            continue
         _sample_trial(
             trials[t],
             key,
             mu[t],
+            contexts[t],
             tokens_per_request,
             tokens,
             topk_group,
             group_sigma,
             score_law,
             chances[t],
-            layer,
+            tables,
             work,
             counts[t],
             ids[t],

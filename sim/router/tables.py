@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sim.kernels import kernel
+from sim.kernels import kernel, part
 
 TINY = 1e-38
 """Least weight of what is left of a group, should all of it be 0: it arrives after all others, but it does arrive."""
@@ -22,19 +22,7 @@ class Layer(NamedTuple):
     scratch: np.ndarray  # float64 [2, n_experts]
 
 
-@kernel
-def new_layer(n_experts, n_group):
-    """Unfilled tables."""
-    return Layer(
-        np.empty(n_experts, np.float64),
-        np.empty(n_group, np.float32),
-        np.empty(n_experts, np.float32),
-        np.empty(n_experts, np.uint64),
-        np.empty((2, n_experts), np.float64),
-    )
-
-
-@kernel
+@part
 def new_tables(n, n_experts, n_group):
     """Unfilled tables of n layers, along a leading axis."""
     return Layer(
@@ -44,6 +32,12 @@ def new_tables(n, n_experts, n_group):
         np.empty((n, n_experts), np.uint64),
         np.empty((n, 2, n_experts), np.float64),
     )
+
+
+@part
+def layer_of(tables, i):
+    """Tables of layer i."""
+    return Layer(tables.weight[i], tables.gap[i], tables.gap_without[i], tables.alias[i], tables.scratch[i])
 
 
 @kernel

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sim.kernels import kernel
+from sim.kernels import part, small_part
 
 BATCH = 272
 """Tokens that are worked together: the rows then stay in the second cache; no power of two, so that they spread over it."""
@@ -49,7 +49,7 @@ class Workspace(NamedTuple):
     n_places: int
 
 
-@kernel
+@part
 def new_workspace(n_group, topk_group, top_k, n_words):
     """Unfilled rows. Places are enough for two experts of each kept group and for all that a token takes."""
     n_places = max((top_k + 1) // 2, topk_group if n_group > 1 else 0)
@@ -61,25 +61,25 @@ def new_workspace(n_group, topk_group, top_k, n_words):
     return Workspace(rows, groups, places, rounds, words, n_places)
 
 
-@kernel(forceinline=True)
+@small_part
 def whole(rows, at, i):
     """Number i of the row at `at`, uint32. Indices are unsigned, which spares the test for negative ones."""
     return rows[np.uint64(at) + np.uint64(i)]
 
 
-@kernel(forceinline=True)
+@small_part
 def put_whole(rows, at, i, value):
     """Set number i of the row at `at`."""
     rows[np.uint64(at) + np.uint64(i)] = np.uint32(value)
 
 
-@kernel(forceinline=True)
+@small_part
 def real(rows, at, i):
     """Number i of the row at `at`, float32."""
     return np.uint32(rows[np.uint64(at) + np.uint64(i)]).view(np.float32)
 
 
-@kernel(forceinline=True)
+@small_part
 def put_real(rows, at, i, value):
     """Set number i of the row at `at`."""
     rows[np.uint64(at) + np.uint64(i)] = np.float32(value).view(np.uint32)

@@ -6,7 +6,7 @@ union over ranks lies between bounds from its events one by one and two by two.
 
 import numpy as np
 
-from sim.kernels import kernel
+from sim.kernels import kernel, part
 
 _DIGITS = 30.0  # -log of the share of the answer that may be lost: e**-30 = 1e-13
 _NEGLIGIBLE = 0.02  # of a sum, that a term's own bound may replace the term
@@ -19,7 +19,7 @@ TINY = 1e-300
 """What a possible event has at least: smaller answers are below what floats tell from 0."""
 
 
-@kernel
+@part
 def tilt(law, per_token):
     """theta > 0 with mean `per_token` under the law tilted by exp(theta * j); it lies above the mean, below the largest."""
     low, high, theta = 0.0, 1e4, 1.0
@@ -50,7 +50,7 @@ def tilted_moments(law, theta):
     return np.log(total) + theta * top, mean, max(second / total - mean * mean, 0.0)
 
 
-@kernel
+@part
 def _invert(law, n_tokens, least, theta):
     """P(sum >= least) by inverting the transform of the tilted law on the line through theta.
 
@@ -92,7 +92,7 @@ def _invert(law, n_tokens, least, theta):
     return np.exp(n_tokens * cumulant - theta * least) * total / period
 
 
-@kernel
+@part
 def _tail(law, n_tokens, least):
     """P(sum >= least) for a law without zeros at its ends, and least above the mean of the sum."""
     variance = tilted_moments(law, 0.0)[2]
@@ -254,7 +254,7 @@ class TailsOfSums:
         return self._powers[n]
 
 
-@kernel
+@part
 def at_least_one(single, pairs):
     """Lower bound of P(any of some events), from the sum of their probabilities and a number that is not below the sum
     over all pairs of events (Dawson and Sankoff 1967): at least Bonferroni's single - pairs, and never negative.
@@ -279,7 +279,7 @@ def _hottest(laws):
     return hottest, largest_mean
 
 
-@kernel
+@part
 def _sum_of_tails(laws, n_tokens, least, floor, up):
     """Sum of the tails of some laws, not above 1: laws float64 [n, largest + 1].
 
@@ -295,7 +295,9 @@ def _sum_of_tails(laws, n_tokens, least, floor, up):
     if total > 0.0 and n_tokens * largest_mean < least < n_tokens * (laws.shape[1] - 1):
         theta = min(tilt(laws[hottest], least / n_tokens), 50.0)
     top = laws.shape[1] - 1
-    weights = np.exp(theta * (np.arange(top + 1) - top))
+    weights = np.empty(top + 1)
+    for j in range(top + 1):
+        weights[j] = np.exp(theta * (j - top))
     for i in range(laws.shape[0]):
         if i != hottest and total < 1.0:
             bound = 1.0
