@@ -86,7 +86,8 @@ def test_a_header_of_numbers_is_a_header_and_a_row_of_counts_is_none(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("layer,expert_0,total\n0,1,2\n", "'total' is not known"),
+        ("layer,expert_0,rest\n0,1,2\n", "'rest' is not known"),
+        ("expert_0,expert_1,total\n1,2,3\n", "'total' is not known"),
         ("layer_id,expert_id,count_all_topk,count_top1\n0,1,2,3\n", "'count_all_topk' is not known"),
         ("layer,slot,count\n0,1,2\n", "'slot' is not known"),
         ("layer,expert\n0,1\n", "a column 'expert' needs a column 'count'"),

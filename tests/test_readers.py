@@ -184,7 +184,7 @@ def bad_arrays():
     yield "zeros", np.zeros((3, 4, 16)), "every count is 0"
     yield "object", np.array([{"a": 1}, Trap()], dtype=object), "whole numbers"
     yield "text", np.array([["a", "b"]]), "must be of numbers, not <U1"
-    yield "complex", COUNTS * 1j, "whole numbers"
+    yield "complex", COUNTS * 1j, "must be of numbers, not complex128"
     yield "one axis", np.arange(5), "shape"
     yield "four axes", np.zeros((2, 2, 2, 2), int), "shape"
     yield "empty", np.zeros((0, 4, 4)), "must be numbers"

@@ -31,6 +31,7 @@ import numpy as np
 from sim.errors import InputError, shown
 from sim.files import parse_json, read_text
 from sim.model import ModelSpec
+from sim.model.spec import MOST_DRAFTS
 from sim.placement.placement import Placement, decoder_layers
 
 FORMATS = ("vllm", "sglang", "trtllm", "vllm-ascend")
@@ -214,13 +215,14 @@ class _File(NamedTuple):
         return {layer: rows[layer] for layer in moe}, moe, self.left_out(list(range(n_layers, len(rows))))
 
     def left_out(self, layers: list[int]) -> tuple[str, ...]:
-        """A note on layers past the decoder, if there are any."""
+        """A note on layers past the decoder, if there are any; more than draft layers are refused."""
         if not layers:
             return ()
         which = f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]} to {layers[-1]}"
-        return (
-            f"{which} left out: past the {decoder_layers(self.model)} decoder layers of {self.model.name} (a draft model's?)",
-        )
+        past = f"past the {decoder_layers(self.model)} decoder layers of {self.model.name}"
+        if len(layers) > MOST_DRAFTS:
+            raise InputError(f"{self.where} has {which}, {past}: another model's map?")
+        return (f"{which} left out: {past} (a draft model's?)",)
 
     def of_slots(
         self, rows: Rows, layer_ids: tuple[int, ...] | None, notes: tuple[str, ...], may_differ: bool = False
@@ -327,6 +329,10 @@ def _from_ascend(content: dict[str, Any], file: _File) -> Placement:
     known = tuple(slots) if len(rows) > 1 and set(slots) <= set(moe) else None
     if len(rows) > 1 and len(rows) >= len(moe) > 0:
         left = len(rows) - len(moe)
+        if left > MOST_DRAFTS:
+            raise InputError(
+                f"{where} has {len(rows)} layers, {model.name} has {len(moe)} MoE layers: another model's map?"
+            )
         if left:
             notes = (
                 f"the last {left} of its layers left out: {model.name} has {len(moe)} MoE layers (a draft model's?)",

@@ -57,12 +57,12 @@ class Archive:
         return ids
 
     def head(self, name: str, rows: int) -> np.ndarray:
-        """The first rows of an array of whole numbers."""
-        shape, dtype, in_rows = self._check(name, "iu", None)
+        """The first rows of an array of numbers."""
+        shape, dtype, in_rows = self._check(name, "iuf", None)
         if math.prod(shape[1:]) > _PIECE:
             raise InputError(f"{self.where}: {name or 'its array'} has rows of {math.prod(shape[1:])} numbers")
         if not in_rows or shape[0] <= rows:
-            return self.read(name)[:rows]
+            return self.read(name, "iuf")[:rows]
         shape = (rows, *shape[1:])
         with self._open(name) as member:
             _header(member)
@@ -98,6 +98,35 @@ class Archive:
 
     def _held_bytes(self, name: str) -> int:
         return self.path.stat().st_size if self.archive is None else self.archive.getinfo(f"{name}.npy").file_size
+
+
+class Tensors(Archive):
+    """The tensors of a torch file by name, each made an array when it is asked for."""
+
+    def __init__(self, where: str, tensors: dict[str, Any]) -> None:
+        self.where, self.names, self.tensors = where, list(tensors), tensors
+
+    def read(self, name: str, kinds: str = "iu", most: int | None = None) -> np.ndarray:
+        """As of any archive."""
+        array = as_array(self.tensors.get(name), self.where)
+        if array is None or array.dtype.kind not in kinds or (most is not None and array.size > most):
+            found = "missing" if array is None else f"of {array.dtype}, {list(array.shape)}"
+            bound = "" if most is None else f", at most {most}"
+            raise InputError(f"{self.where}: {name or 'its tensor'} must be of numbers{bound}; it is {found}")
+        return array
+
+    def read_ids(self, name: str) -> np.ndarray:
+        """Expert ids as int16."""
+        return narrow_ids(self.read(name), self.where)
+
+    def head(self, name: str, rows: int) -> np.ndarray:
+        """The first rows."""
+        return self.read(name, "iufb")[:rows]
+
+    def shape(self, name: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
+        """Shape and dtype."""
+        array = self.read(name, "iufb")
+        return array.shape, array.dtype
 
 
 def narrow_ids(ids: np.ndarray, where: str) -> np.ndarray:
@@ -183,7 +212,10 @@ def as_array(value: Any, where: str) -> np.ndarray | None:
     if not callable(getattr(value, "numpy", None)):
         return None
     with reading(where, ".pt"):
-        return np.asarray(value.numpy())
+        try:
+            return np.asarray(value.numpy())
+        except (TypeError, RuntimeError):  # bfloat16, which numpy lacks; or part of a graph
+            return np.asarray(value.detach().float().numpy())
 
 
 def read_safetensors(path: Path, where: str) -> dict[str, np.ndarray]:

@@ -13,6 +13,7 @@ import numpy as np
 from sim.errors import InputError
 from sim.files import check_regular, is_folder
 from sim.model import ModelSpec, load_model
+from sim.model.spec import MOST_DRAFTS
 from sim.traffic.answers import (
     Requests,
     add_answer,
@@ -21,10 +22,18 @@ from sim.traffic.answers import (
     json_values,
 )
 from sim.traffic.arrays import open_archive
-from sim.traffic.counts import LoadCounts, build_counts, doubts_about
+from sim.traffic.counts import (
+    COUNT_NAMES,
+    PHYSICAL_NAMES,
+    CountTable,
+    LoadCounts,
+    add_tables,
+    build_counts,
+    doubts_about,
+)
 from sim.traffic.dumps import SAMPLE, are_counts, read_archive, read_recorder, read_statistics
 from sim.traffic.recorded import PHASES, RecordedTraffic, build_record
-from sim.traffic.tables import COUNT_NAMES, CountTable, add_tables, depth_of, is_row, read_csv, table_of_json
+from sim.traffic.tables import depth_of, is_row, read_csv, table_of_json, without_descriptions
 
 _KINDS = {
     ".npz": "archive", ".npy": "archive", ".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".tsv": "csv",
@@ -129,6 +138,8 @@ def read_traffic(
     if len(found.arrays) == 1 and found.layer_ids is None:
         _check_layer_axis(ids.shape, model, where, "tokens, layers, top_k")
     layer_ids = None if found.layer_ids is None else np.array(found.layer_ids)
+    ids, layer_ids, drafts = _without_drafts(ids, layer_ids, model)
+    more += drafts
     if model is not None and ids.shape[1:] == (model.n_layers, 1) and model.n_moe_layers < model.n_layers:
         moe = np.array(model.moe_layer_ids)  # with one expert per token zeros do not tell dense layers
         if not np.delete(ids, moe, axis=1).any():
@@ -198,15 +209,13 @@ def _read_files(paths: list[Path], where: str, model: ModelSpec | None, phase: s
     kind = kinds.pop()
     if kind == "pt":
         return read_recorder(paths, wheres, model)
-    of_layers = not is_one and all(re.search(r"layers?[-_. ]?\d+", path.name.lower()) for path in paths)
+    of_layers = not is_one and all(re.search(r"(^|[^a-z])l(ayers?)?[-_. ]?\d+", path.name.lower()) for path in paths)
     if kind == "csv":
         tables = [read_csv(path, here) for path, here in zip(paths, wheres, strict=True)]
         if of_layers and tables[0].layer_ids is None:
             raise _a_file_each(paths, where)
         table = add_tables(tables, where)
         return table, table.form
-    if kind == "archive" and of_layers:
-        raise _a_file_each(paths, where)
     requests, tables = Requests(where, model), []
     forms: dict[str, str] = {}
     n_other = 0
@@ -222,6 +231,8 @@ def _read_files(paths: list[Path], where: str, model: ModelSpec | None, phase: s
             tables.append(found)
         if tables and (requests.arrays or requests.n_without):
             raise InputError(f"{where} holds both: {'; '.join(f'{text} ({file})' for text, file in forms.items())}")
+    if of_layers and (tables[0] if tables else requests).layer_ids is None:
+        raise _a_file_each(paths, where)
     if tables:
         table = add_tables(tables, where)
         return table, table.form
@@ -259,7 +270,8 @@ def _read_json(path: Path, where: str, requests: Requests, phase: str) -> tuple[
     table = None if is_trace(first) else table_of_json(first, here) or _counts_of_list(first, here)
     if table is not None:
         more = [held for held, _ in itertools.islice(values, _MOST_ROWS)]
-        table = table_of_json([first, *more], where) if more else table  # a step, or a layer, on each line
+        if more:  # a step, or a layer, on each line
+            table = table_of_json([first, *more], where) or _counts_of_list([first, *more], where)
         if table is None:
             raise InputError(f"{where}: its lines are no rows of one table of loads")
         return table, table.form, 0
@@ -280,7 +292,8 @@ def _read_json(path: Path, where: str, requests: Requests, phase: str) -> tuple[
 
 def _is_flat(held: Any) -> bool:
     """Whether a value of JSON may be a row of a table: names with numbers, or with one list of them, one for the layer."""
-    if not isinstance(held, dict) or not set(map(type, held.values())) <= {int, float, list} or not is_row(held):
+    held = without_descriptions(held) if isinstance(held, dict) else {}
+    if not set(map(type, held.values())) <= {int, float, list} or not is_row(held):
         return False
     return not any(isinstance(value, list) and value and isinstance(value[0], dict) for value in held.values())
 
@@ -290,12 +303,16 @@ def _refuse_known(held: Any, here: str) -> None:
     if not isinstance(held, dict):
         return
     for key, what in (
-        ("physical_to_logical_map", "SGLang's map of physical experts"),
+        ("physical_to_logical_map", "a map of physical experts"),
         ("physical_expert_map", "an expert map"),
         ("layer_list", "vllm-ascend's expert map"),
         ("num_hidden_layers", "a model's config.json"),
     ):
-        if key in held and "routed_experts" not in held and not any(name in held for name in COUNT_NAMES):
+        if (
+            key in held
+            and "routed_experts" not in held
+            and not any(name in held for name in (*COUNT_NAMES, *PHYSICAL_NAMES))
+        ):
             raise InputError(f"{here}: {what}, and no traffic")
     if held and is_trace([held]) and not all(value is None for value in held.values()):
         raise InputError(f"{here}: one step {{layer: [[expert ids] of each token]}}; a request is a list of such steps")
@@ -316,8 +333,9 @@ def _counts_of_list(held: Any, here: str) -> CountTable | None:
 
 def _loads(table: CountTable, where: str, name: str, model: ModelSpec | None) -> LoadCounts:
     """Checked counts of a table, of the model where it is known."""
-    counts, notes = table.counts, [f"read as {table.form}", *table.notes]
-    if counts.ndim == 3 and table.layer_ids is None:
+    counts, layer_ids, drafts = _without_drafts(table.counts, table.layer_ids, model)
+    notes = [f"read as {table.form}", *table.notes, *drafts]
+    if counts.ndim == 3 and layer_ids is None:
         _check_layer_axis(counts.shape, model, where, "steps, layers, experts")
     if model is not None and counts.shape[-1] == model.n_experts + 1 and not counts[..., 0].any():
         counts = counts[..., 1:]
@@ -331,11 +349,29 @@ def _loads(table: CountTable, where: str, name: str, model: ModelSpec | None) ->
         if used.any() and not used.all():
             notes.append(f"{(~used).sum()} of {len(used)} steps have no load (unfilled, or idle) and are left out")
             counts = counts[used]
-    data, n_dense = build_counts(where, name, counts, table.layer_ids)
+    data, n_dense = build_counts(where, name, counts, layer_ids)
     notes += [f"{n_dense} layers without any load are left out"] if n_dense else []
     notes += doubts_about(data)
-    is_told = table.layer_ids is not None
-    return _of_model(replace(data, notes=tuple(notes)), is_told, model, counts.shape[-2])
+    return _of_model(replace(data, notes=tuple(notes)), layer_ids is not None, model, counts.shape[-2])
+
+
+def _without_drafts(
+    table: np.ndarray, layer_ids: np.ndarray | None, model: ModelSpec | None
+) -> tuple[np.ndarray, np.ndarray | None, list[str]]:
+    """Counts or ids [..., layers, numbers] without the draft layers that engines number behind the decoder's, their layers,
+    and a note. A few at most, where all MoE layers of the model are there too, by numbers of the file or of rows that dense
+    layers have too: else it is another model.
+    """
+    numbers = np.arange(table.shape[-2] if table.ndim > 1 else 0) if layer_ids is None else layer_ids
+    if model is None or not np.isin(model.moe_layer_ids, numbers).all():
+        return table, layer_ids, []
+    if not model.n_layers or (layer_ids is None and model.n_moe_layers == model.n_layers):
+        return table, layer_ids, []
+    drafts = numbers[numbers >= model.n_layers]
+    if not 0 < len(drafts) <= MOST_DRAFTS:
+        return table, layer_ids, []
+    note = f"layers past the {model.n_layers} decoder layers of {model.name} are left out (a draft model's?): {drafts.tolist()}"
+    return table[..., numbers < model.n_layers, :], numbers[numbers < model.n_layers], [note]
 
 
 def _odd_experts(data: RecordedTraffic | LoadCounts, model: ModelSpec | None) -> tuple[str, ...]:
