@@ -70,7 +70,7 @@ def read_csv(path: Path, where: str) -> CountTable:
                 notes.append("its first column, which has no name, is taken for the layer")
             beside = [cell for cell, name in zip(cells, names, strict=True) if not name]
             notes += [f"columns that are not read: {shown(', '.join(beside))}"] if beside else []
-        wanted = [place for place in range(len(cells)) if names is None or names[place]]
+        wanted = {place: names[place] if names else "" for place in range(len(cells)) if names is None or names[place]}
         names = names and [name for name in names if name]
         n_numbers = 0
         try:
@@ -79,10 +79,10 @@ def read_csv(path: Path, where: str) -> CountTable:
                     raise InputError(
                         f"{where}: its first line ends with '{separator}', other lines have a value behind it"
                     )
-                chunk = whole[wanted].copy() if len(wanted) < width else whole
-                for place, name in zip(wanted, names or (), strict=False):
-                    if len(chunk) and name in ("layer", "expert") and chunk[place].dtype.kind not in "iufb":
-                        chunk[place] = _numbers_of_names(chunk[place], name)
+                chunk = whole[list(wanted)].copy() if len(wanted) < width else whole
+                for place, role in wanted.items():
+                    if len(chunk) and role in ("layer", "expert") and chunk[place].dtype.kind not in "iufb":
+                        chunk[place] = chunk[place].map({name: _value(name, role) for name in chunk[place].unique()})
                 if len(chunk) and any(kind.kind not in "iuf" for kind in chunk.dtypes):  # text, or booleans
                     raise ValueError("a column is not of numbers")
                 rows.append(chunk.to_numpy(float))
@@ -126,18 +126,18 @@ def _chunks(file: IO[bytes], width: int, separator: str) -> Iterable[pd.DataFram
         yield from chunks
 
 
-def _numbers_of_names(cells: "pd.Series[Any]", role: str) -> np.ndarray:
-    """Numbers of layers or experts that a column has by name: layer_3, model.layers.3.mlp, expert_5."""
-    codes, names = pd.factorize(cells)
-    numbers = [layer_of_key(name) if role == "layer" else _expert_of_key(name) for name in names]
-    if None in numbers or (codes < 0).any():
-        raise ValueError("a column is not of numbers")
-    return np.array(numbers, float)[codes]
+def _value(cell: str, role: str) -> float | None:
+    """The number of a cell, or of the layer or expert that it names: layer_3, model.layers.3.mlp, expert_5."""
+    number = _number(cell)
+    named = {"layer": layer_of_key, "expert": _expert_of_key}.get(role)
+    return named(cell) if number is None and named else number
 
 
-def _name_fault(path: Path, where: str, sound: tuple[int, int], width: int, wanted: list[int], separator: str) -> None:
-    """Raise the error that names the line which is not a row of `width` numbers, in the columns that are wanted; none where
-    each is. `sound`: the first line, and how many rows after it are known to be sound.
+def _name_fault(
+    path: Path, where: str, sound: tuple[int, int], width: int, wanted: dict[int, str], separator: str
+) -> None:
+    """Raise the error that names the line which is not a row of `width` numbers; none where each is. `sound`: the first line,
+    and how many rows after it are known to be sound; `wanted`: the columns that are read, and their roles.
     """
     n_rows = 0
     with open_stream(path, where) as file:
@@ -151,9 +151,9 @@ def _name_fault(path: Path, where: str, sound: tuple[int, int], width: int, want
                 continue
             text = line.decode("utf-8-sig", "replace").strip("\r\n")
             cells = re.split(separator, text.strip() if separator == r"\s+" else text)
-            read = [cells[place].strip().strip('"') for place in wanted if place < len(cells)]
-            bad = [cell for cell in read if _number(cell) is None]
-            if bad and (len(cells) == width or layer_of_key(bad[0]) is None):
+            read = [(cells[place].strip().strip('"'), role) for place, role in wanted.items() if place < len(cells)]
+            bad = [cell for cell, role in read if _value(cell, role) is None]
+            if bad:
                 raise InputError(f"{where}, line {number}: '{shown(bad[0])}' is not a number")
             if len(cells) != width:
                 raise InputError(f"{where}, line {number}: {len(cells)} columns where the first line has {width}")
