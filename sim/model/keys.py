@@ -81,8 +81,8 @@ _SPELLINGS = {
     # so many leading layers are dense
     "dense_first": (
         "first_k_dense_replace num_dense_layers n_dense_layers moe_layer_num_skipped dense_mlp_idx "
-        "num_first_dense_layers first_num_dense_layers n_first_dense_layers num_leading_dense_layers "
-        "leading_dense_block_count first_k_dense_layers moe_first_k_dense_replace num_skip_moe_layers"
+        "num_first_dense_layers first_num_dense_layers n_first_dense_layers num_leading_dense_layers first_k_dense "
+        "leading_dense_block_count first_k_dense_layers moe_first_k_dense_replace num_skip_moe_layers moe_first_dense"
     ),
     # layer % n == 0 (DeepSeek, Megatron), or a 0 or 1 for each layer
     "every": "moe_layer_freq route_every_n moe_every_n_layer",

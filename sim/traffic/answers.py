@@ -23,12 +23,19 @@ from sim.traffic.arrays import Archive, array_of_bytes, narrow_ids
 from sim.traffic.tables import depth_of, layer_of_key
 
 TOKEN_NAMES = (
-    "routed_experts", "topk_ids", "topk_ids_of_layer", "rollout_routed_experts", "selected_experts", "expert_ids", "topk_indices",
+    "routed_experts",
+    "topk_ids",
+    "rollout_routed_experts",
+    "selected_experts",
+    "expert_ids",
+    "topk_indices",
     "topk_idx",
-)  # fmt: skip
-"""Names that arrays of expert ids go by."""
+)
+"""Names that arrays of expert ids [tokens, layers, top_k] go by."""
+BY_LAYER = "topk_ids_of_layer"
+"""The same as SGLang's recorder has it, [layers, tokens, top_k]."""
 PROMPT = "prompt_routed_experts"
-_WHOLE = ("routed_experts", "completion_routed_experts", "rollout_routed_experts")
+_WHOLE = ("routed_experts", "completion_routed_experts")
 _IDENTITIES = ("id", "request_id", "rid")
 _DTYPES = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64")
 _MAX_LINE = 256 << 20
@@ -195,7 +202,7 @@ def add_answer(requests: Requests, held: Any, here: str) -> bool:
     n_found = 0
     for key, parts in _parts(held, None, _DEEPEST):
         n_found += 1
-        ids = [_ids(value, beside, here, requests) for value, beside in parts if value is not None]
+        ids = [_ids(value, beside, here, requests) for value, beside in parts if value not in (None, "")]
         ids = [part for part in ids if part.size]
         if not ids:
             requests.without(key)
@@ -217,7 +224,7 @@ def _parts(held: Any, identity: Any, depth: int) -> Iterator[tuple[Any, list[Par
         own_id = next((held[name] for name in _IDENTITIES if isinstance(held.get(name), str)), None)
         identity = own_id or identity
         prompt: list[Part] = [(held[PROMPT], held)] if held.get(PROMPT) is not None else []
-        own = [name for name in _WHOLE if name in held]
+        own = [name for name in _WHOLE if name in held] or [name for name in TOKEN_NAMES if name in held][:1]
         if own:
             key = None if identity is None else (identity, str(held.get("index", 0)))
             yield key, [*prompt, *((held[name], held) for name in own)]

@@ -246,10 +246,12 @@ def add_tables(tables: list[CountTable], where: str, what: str = "files") -> Cou
     first = tables[0]
     if len(tables) == 1:
         return first
+    used = [set(np.flatnonzero(t.counts.any(axis=tuple(range(t.counts.ndim - 1)))).tolist()) for t in tables]
+    apart = len(set().union(*used)) == sum(map(len, used))  # each rank has counts of its own experts alone
     for table in tables[1:]:
         if (table.counts.ndim, table.layer_ids is None) != (first.counts.ndim, first.layer_ids is None):
             raise InputError(f"{where}: its files are tables of different forms: {first.form}, and {table.form}")
-        if table.counts.shape[-1] != first.counts.shape[-1] and not (table.is_open and first.is_open):
+        if table.counts.shape[-1] != first.counts.shape[-1] and not (apart or (table.is_open and first.is_open)):
             raise InputError(
                 f"{where}: its files have counts of {first.counts.shape[-1]} and of {table.counts.shape[-1]} experts: "
                 "mixed models in one folder?"

@@ -14,7 +14,7 @@ import numpy as np
 from sim.errors import InputError, shown
 from sim.files import read_json
 from sim.model import ModelSpec
-from sim.traffic.answers import PROMPT, TOKEN_NAMES, Requests, add_arrays
+from sim.traffic.answers import BY_LAYER, PROMPT, TOKEN_NAMES, Requests, add_arrays
 from sim.traffic.arrays import MAX_ARRAYS, Archive, Tensors, as_array, narrow_ids, read_pt, read_safetensors
 from sim.traffic.counts import (
     COUNT_NAMES,
@@ -104,7 +104,7 @@ def _tensors(held: Any, where: str) -> Tensors:
     tensors = {str(key): value for key, value in parts.items() if callable(getattr(value, "numpy", None))}
     if not tensors and not isinstance(held, dict):
         raise InputError(f"{where} holds no tensor, but a {type(held).__name__}")
-    names = (*COUNT_NAMES, *PHYSICAL_NAMES, *TOKEN_NAMES)
+    names = (*COUNT_NAMES, *PHYSICAL_NAMES, *TOKEN_NAMES, BY_LAYER)
     if not tensors or not (
         any(name in tensors for name in names) or _are_layers(tensors) or not isinstance(held, dict)
     ):
@@ -233,8 +233,7 @@ def read_archive(archive: Archive, requests: Requests, is_one: bool) -> tuple[Co
     names, where = archive.names, archive.where
     if not names:
         raise InputError(f"{where} holds no arrays")
-    shape, _ = archive.shape(names[0])
-    tokens = [name for name in TOKEN_NAMES if name in names]
+    tokens = [name for name in (*TOKEN_NAMES, BY_LAYER) if name in names]
     counted = [name for name in (*COUNT_NAMES, *PHYSICAL_NAMES) if name in names]
     if "sequence_lengths" in names:
         ids, lengths = archive.read_ids("topk_ids"), archive.read("sequence_lengths", most=MOST_COUNTS)
@@ -243,7 +242,7 @@ def read_archive(archive: Archive, requests: Requests, is_one: bool) -> tuple[Co
         requests.add(ids, where, lengths=lengths)
         return None, "arrays topk_ids [tokens, layers, top_k] and sequence_lengths"
     if tokens:
-        parts, by_layer = [name for name in (PROMPT, tokens[0]) if name in names], tokens[0] == "topk_ids_of_layer"
+        parts, by_layer = [name for name in (PROMPT, tokens[0]) if name in names], tokens[0] == BY_LAYER
         if by_layer:
             requests.add(archive.read_ids(tokens[0]).transpose(1, 0, 2), where)
         elif len(parts) == 2:
@@ -261,6 +260,7 @@ def read_archive(archive: Archive, requests: Requests, is_one: bool) -> tuple[Co
         table.counts = logical_counts(counted[0], table.counts, slots, where)
         table.form += _not_read(names, {counted[0], own, *MAP_NAMES})
         return table, table.form
+    shape, _ = archive.shape(names[0])
     if _are_layers(names) and len(shape) in (1, 2):
         return _of_layers(archive, requests)
     if (
@@ -292,6 +292,8 @@ def _of_layers(archive: Archive, requests: Requests) -> tuple[CountTable | None,
         return CountTable(stacked, form, layers), form
     if stacked.dtype.kind not in "iu":
         raise InputError(f"{archive.where}: ids must be of whole numbers, not {stacked.dtype}")
+    if requests.layer_ids not in (None, layers.tolist()):
+        raise InputError(f"{archive.where} has other layers than the files before it: mixed models in one folder?")
     requests.layer_ids = layers.tolist()
     requests.add(narrow_ids(stacked, archive.where), archive.where)
     return None, "an array of expert ids [tokens, top_k] for each layer"

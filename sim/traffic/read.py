@@ -62,16 +62,18 @@ def read_traffic(
     What the file is, is recognised before its numbers are read, and said in `notes` with all that is left out.
 
     * Experts of tokens, to `RecordedTraffic`: answers of vLLM and SGLang with `routed_experts` (JSON, JSON lines, a stream of
-      events; nested lists, base64, {data, shape, dtype}); arrays [tokens, layers, top_k] in .npy and .npz, one request each,
-      or `topk_ids` with `sequence_lengths`; SGLang's recorder in mode per_token (.pt); a folder of JSON files, one for each
-      request, a list of steps {layer: [[expert ids] of each token]}, of which step 0 is the prefill.
-    * Loads of experts, to `LoadCounts`: arrays [layers, experts] or [steps, layers, experts] in .npy and .npz; tables in CSV
-      and JSON, with a row per layer or per layer and expert; SGLang's recorder in modes stat and per_pass (.pt); the folder
-      of TensorRT-LLM's EXPERT_STATISTIC_PATH.
+      events; nested lists, base64, {data, shape, dtype}); arrays [tokens, layers, top_k] in .npy, .npz and .pt, one request
+      each, a batch [requests, tokens, layers, top_k], [tokens, top_k] for each layer, or `topk_ids` with `sequence_lengths`;
+      SGLang's recorder in mode per_token (.pt); a folder of JSON files, one for each request, a list of steps
+      {layer: [[expert ids] of each token]}, of which step 0 is the prefill.
+    * Loads of experts, to `LoadCounts`: arrays [layers, experts] or [steps, layers, experts] in .npy, .npz and .pt; tables in
+      CSV and JSON, with a row per layer or per layer and expert; SGLang's recorder in modes stat and per_pass (.pt); vLLM's
+      `expert_load_window` beside its map; the folder of TensorRT-LLM's EXPERT_STATISTIC_PATH.
 
     Text may be packed as .gz. Of a folder (or a list of paths) all files are read: ranks are added up, requests put together.
     An unnamed array [a, b, c] is taken for ids unless it has what only counts have: fractions, a value twice in a row, values
-    above 32767, or the same sum in every layer of a step.
+    above 32767, more than 32 columns, or the same sum in every layer of a step. Maps of experts, probabilities of a router and
+    axes that are exchanged are refused where they show.
 
     Parameters
     ----------

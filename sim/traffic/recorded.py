@@ -238,17 +238,20 @@ def build_record(
         empty &= ids[..., 0] <= 0
     alone = empty.all(axis=1)
     kinds = np.where((ids[..., 0] == -1).any(axis=1), -1, ids[..., 0].max(axis=1))
-    routed = ids[~alone]
-    if not len(routed):
+    if alone.all():
         zeros = ": every layer is all zeros" if (kinds == 0).all() else ""
         raise InputError(f"{where} holds no tokens with routing{zeros}")
-    dense = empty[~alone].all(axis=0) & (routed == routed[:1, :, :1]).all(axis=(0, 2))
-    padding = (routed[:, ~dense] == -1).any(axis=(1, 2))
-    n_padding = int(padding.sum() + (alone & (kinds == -1)).sum())
+    routed = ids[~alone] if alone.any() else ids
+    dense = empty[~alone].all(axis=0)
+    dense[dense] = (routed[:, dense] == routed[:1, dense, :1]).all(axis=(0, 2))
+    fillers = sorted(set(routed[0, dense, 0].tolist()))
+    routed = routed[:, ~dense] if dense.any() else routed
+    padding = (routed == -1).any(axis=(1, 2)) if routed.min(initial=0) < 0 else np.zeros(len(routed), bool)
     if alone.any() or padding.any():
         kept = ~alone
         kept[kept] = ~padding
         lengths = np.add.reduceat(kept, np.concatenate([[0], np.cumsum(lengths)[:-1]]), dtype=np.int64)
+        n_padding = int(padding.sum() + (alone & (kinds == -1)).sum())
         n_zero, other = int((alone & (kinds == 0)).sum()), kinds[alone & (kinds > 0)]
         n_empty, lengths, routed = int((lengths == 0).sum()), lengths[lengths > 0], routed[~padding]
         notes += [f"{n_padding} padding tokens (-1) are left out"] if n_padding else []
@@ -257,10 +260,9 @@ def build_record(
         notes += [f"{n_empty} sequences of such tokens alone are left out"] if n_empty else []
         if not len(routed):
             raise InputError(f"{where} holds no tokens with routing in all layers")
-    by_layer = np.ascontiguousarray(routed[:, ~dense].transpose(1, 0, 2).astype(np.int16, copy=False))
+    by_layer = np.ascontiguousarray(routed.transpose(1, 0, 2).astype(np.int16, copy=False))
     numbers = (np.arange(ids.shape[1]) if layer_ids is None else np.asarray(layer_ids))[~dense]
     if dense.any():
-        fillers = sorted(set(routed[0, dense, 0].tolist()))
         what = "all zero" if fillers == [0] else f"all {' or '.join(map(str, fillers))}"
         notes.append(f"{dense.sum()} dense layers ({what}) are left out")
     for layer, number in zip(by_layer, numbers, strict=True):

@@ -332,7 +332,7 @@ def table_of_json(held: Any, where: str) -> CountTable | None:
         if "layer" not in [_role(key) for key in keys] or any(list(row) != keys for row in held):
             return None
         listed = [key for key in keys if isinstance(held[0][key], list)]
-        if len(listed) == 1 and _role(listed[0]) in ("count", "expert"):  # a row per layer, its counts in a list
+        if len(listed) == 1 and _role(listed[0]) == "count":  # a row per layer, its counts in a list
             others = [key for key in keys if key != listed[0]]
             rows = [
                 [row[key] for key in others] + (row[listed[0]] if isinstance(row[listed[0]], list) else [])
