@@ -185,6 +185,13 @@ def test_csv_files_of_ranks_are_added_up(tmp_path):
     found = read_traffic(folder, SMALL)
     np.testing.assert_array_equal(found.expert_counts, COUNTS)
     assert "2 files are added up" in found.notes
+    own = tmp_path / "own"  # each rank names its own experts
+    own.mkdir()
+    for rank in range(2):
+        experts = range(4 * rank, 4 * rank + 4)
+        rows = [f"{i},{','.join(str(COUNTS[i, e]) for e in experts)}" for i in range(3)]
+        (own / f"{rank}.csv").write_text(f"layer,{','.join(f'e{e}' for e in experts)}\n" + "\n".join(rows))
+    np.testing.assert_array_equal(read_traffic(own, SMALL).expert_counts, COUNTS)
     (folder / "other.csv").write_text("layer,e0,e1,e2\n0,1,2,3\n")
     with pytest.raises(InputError, match="mixed models in one folder"):
         read_traffic(folder)

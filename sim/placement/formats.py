@@ -203,8 +203,7 @@ class _File(NamedTuple):
         if len(rows) == 1 or not moe:
             return dict(enumerate(rows)), None, ()
         if len(rows) < len(moe):
-            note = f"{len(rows)} layers for the {len(moe)} MoE layers of {self.model.name}: taken in turn"
-            return dict(enumerate(rows)), None, (note,)
+            return dict(enumerate(rows)), None, self.too_few(len(rows))
         if len(rows) == len(moe):
             return dict(enumerate(rows)), moe, ()
         if len(rows) < n_layers:
@@ -213,6 +212,13 @@ class _File(NamedTuple):
                 "experts"
             )
         return {layer: rows[layer] for layer in moe}, moe, self.left_out(list(range(n_layers, len(rows))))
+
+    def too_few(self, n_rows: int) -> tuple[str, ...]:
+        """A note on fewer layers than the model has."""
+        n_moe = len(self.model.moe_layer_ids)
+        return (f"{n_rows} layers for the {n_moe} MoE layers of {self.model.name}: taken in turn",) * (
+            1 < n_rows < n_moe
+        )
 
     def left_out(self, layers: list[int]) -> tuple[str, ...]:
         """A note on layers past the decoder, if there are any; more than draft layers are refused."""
@@ -307,6 +313,9 @@ def _from_trtllm(n_slots: int, of_layer: Rows | None, file: _File) -> Placement:
                 f"{where} has {len(ids)} layers, {ids[0]} to {ids[-1]}; the {len(moe)} MoE layers of {model.name} are "
                 f"{moe[0]} to {moe[-1]}, and {min(set(moe) - set(ids))} is not there"
             )
+        else:  # KeyError in get_layer_initial_global_assignments
+            missing = min(set(moe) - set(ids))
+            notes = (f"{file.too_few(len(ids))[0]}; TensorRT-LLM stops at layer {missing}, which is not there",)
     rows = {layer: of_layer[layer] for layer in ids}
     known = moe if len(rows) == len(moe) else ids if set(ids) <= set(moe) else None
     return file.of_slots(rows, known if len(rows) > 1 else None, notes)
@@ -325,7 +334,7 @@ def _from_ascend(content: dict[str, Any], file: _File) -> Placement:
             raise InputError(f"{where}: each layer of layer_list needs a layer_id of its own, a whole number")
         seen.add(layer)
     slots = {row["layer_id"]: _device_experts(row, file.ep_size, f"{where}, layer {row['layer_id']}") for row in rows}
-    moe, notes = model.moe_layer_ids, tuple[str, ...]()
+    moe, notes = model.moe_layer_ids, file.too_few(len(rows))
     known = tuple(slots) if len(rows) > 1 and set(slots) <= set(moe) else None
     if len(rows) > 1 and len(rows) >= len(moe) > 0:
         left = len(rows) - len(moe)
