@@ -496,6 +496,7 @@ def test_ids_in_odd_forms_are_the_same_tokens(tmp_path, small):
     for arrays in (
         {"topk_ids": IDS, "topk_weights": IDS / 7},
         {"selected_experts": IDS, "layer": np.arange(3)},
+        {"expert_ids": IDS, "cu_seqlens": np.array([0, 20])},
         {"ids": padded},
         {"routed_experts": batch},
         {f"layer_{i}": IDS[:, i] for i in range(3)},

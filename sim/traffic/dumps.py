@@ -31,6 +31,7 @@ from sim.traffic.tables import layer_of_key
 _MAP = "last_physical_to_logical_map"
 SAMPLE = 4096
 """First rows of an array that tell what it is."""
+_LENGTHS = ("sequence_lengths", "seq_lens", "seqlens", "extend_seq_lens")
 _MOST_TOP_K = 32  # columns: no router takes more experts
 _NO_LOADS = re.compile(r"map$|log2phy|phy2log|logcnt|replica|logit|prob|weight|score")
 _DECODE = 2  # SGLang's ForwardMode of a step with one token of each request
@@ -235,12 +236,14 @@ def read_archive(archive: Archive, requests: Requests, is_one: bool) -> tuple[Co
         raise InputError(f"{where} holds no arrays")
     tokens = [name for name in (*TOKEN_NAMES, BY_LAYER) if name in names]
     counted = [name for name in (*COUNT_NAMES, *PHYSICAL_NAMES) if name in names]
-    if "sequence_lengths" in names:
-        ids, lengths = archive.read_ids("topk_ids"), archive.read("sequence_lengths", most=MOST_COUNTS)
+    ends = next((name for name in (*_LENGTHS, "cu_seqlens") if name in names), None)
+    if ends:
+        name, lengths = tokens[0] if tokens else "topk_ids", archive.read(ends, most=MOST_COUNTS)
+        ids, lengths = archive.read_ids(name), np.diff(lengths) if ends == "cu_seqlens" else lengths
         check_shapes(where, ids, lengths)
         requests.most_ids = 2**62 if is_one else requests.most_ids
         requests.add(ids, where, lengths=lengths)
-        return None, "arrays topk_ids [tokens, layers, top_k] and sequence_lengths"
+        return None, f"arrays {name} [tokens, layers, top_k] and {ends}{_not_read(names, {name, ends})}"
     if tokens:
         parts, by_layer = [name for name in (PROMPT, tokens[0]) if name in names], tokens[0] == BY_LAYER
         if by_layer:

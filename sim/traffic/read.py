@@ -211,7 +211,8 @@ def _read_files(paths: list[Path], where: str, model: ModelSpec | None, phase: s
     kind = kinds.pop()
     if kind == "pt":
         return read_recorder(paths, wheres, model)
-    of_layers = not is_one and all(re.search(r"(^|[^a-z])l(ayers?)?[-_. ]?\d+", path.name.lower()) for path in paths)
+    named = [re.search(r"(?:^|[^a-z])l(?:ayers?)?[-_. ]?(\d+)", path.name.lower()) for path in paths]
+    of_layers = all(named) and len({found and found[1] for found in named}) > 1  # and not of an L40S
     if kind == "csv":
         tables = [read_csv(path, here) for path, here in zip(paths, wheres, strict=True)]
         if of_layers and tables[0].layer_ids is None:

@@ -251,10 +251,11 @@ def build_record(
         kept = ~alone
         kept[kept] = ~padding
         lengths = np.add.reduceat(kept, np.concatenate([[0], np.cumsum(lengths)[:-1]]), dtype=np.int64)
-        n_padding = int(padding.sum() + (alone & (kinds == -1)).sum())
+        n_padding, n_lacking = int((alone & (kinds == -1)).sum()), int(padding.sum())
         n_zero, other = int((alone & (kinds == 0)).sum()), kinds[alone & (kinds > 0)]
         n_empty, lengths, routed = int((lengths == 0).sum()), lengths[lengths > 0], routed[~padding]
         notes += [f"{n_padding} padding tokens (-1) are left out"] if n_padding else []
+        notes += [f"{n_lacking} tokens that lack an expert in a layer (-1) are left out"] if n_lacking else []
         notes += [f"{n_zero} tokens without routing (all zero) are left out"] if n_zero else []
         notes += [f"{other.size} tokens whose only id is {other.max()} (padding) are left out"] if other.size else []
         notes += [f"{n_empty} sequences of such tokens alone are left out"] if n_empty else []

@@ -31,7 +31,9 @@ _ROLES = {
 }
 """What a column holds, by its name in lower case: `layer_id`, `iteration`, `ep_rank`, `expert_idx`, `count` ..."""
 _EXPERT_COLUMN = r"((logical_)?(experts?|exp|e)_?((id|idx)_)?)?(\d{1,6})"  # 3, e3, expert_3
-_LAYER_KEY = r"((model\.)?(moe_|decoder_)?layers?[_ .-]?)?(\d{1,6})(\.[a-z_.]+)?"  # 3, layer_3, model.layers.3.mlp
+_LAYER_KEY = (
+    r"(([a-z_]+\.)*(moe_|decoder_)?(layers?|blk|l)[_ .-]?)?(\d{1,6})(\.[a-z_.]+)?"  # 3, layer_3, model.layers.3.mlp
+)
 _BESIDE = re.compile(
     r"(.+_)?(total|sum|mean|average|avg|max|min|std|cv|share|percent(age)?|pct|ratio|(im)?balance(d|dness)?|entropy|time(stamp)?"
     r"|date)(_.+)?"
@@ -375,7 +377,7 @@ def _is_beside(key: str) -> bool:
 def layer_of_key(key: str) -> int | None:
     """Number of the layer that a key of a JSON object names: '3', 'layer_3', 'model.layers.3.mlp'; None where it does not."""
     found = re.fullmatch(_LAYER_KEY, str(key).lower())
-    return int(found[4]) if found else None
+    return int(found[5]) if found else None
 
 
 def _expert_of_key(key: str) -> int | None:
