@@ -273,6 +273,7 @@ def test_another_model_is_said_with_both_numbers_only_where_it_is_one(tmp_path, 
         ({"routed_experts": 3}, "whole numbers"),
         ({"physical_to_logical_map": [[0, 1]]}, "map of physical experts, and no traffic"),
         ({"num_hidden_layers": 3}, "config.json, and no traffic"),
+        ({"iter": 1, "block": "decoder", "layer": 3, "tpe": [[1, 2], [3, 4]]}, "experts that one rank has, and no traffic"),
         ({"hello": "world"}, "no key 'routed_experts'"),
     ],
 )  # fmt: skip

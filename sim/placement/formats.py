@@ -167,7 +167,9 @@ def how_to_load(form: str, path: Path, redundant: int) -> str:
         return (
             f"TensorRT-LLM: in the LLM API options 'moe_config: {{load_balancer: {path}}}' and 'enable_attention_dp: true'. It "
             "ignores the file in silence unless the architecture is on its list (DeepSeek-V3, Qwen2 and Qwen3 MoE, Mixtral, "
-            "Llama 4; newer versions also DeepSeek-V4 and gpt-oss), EP is above 1 and attention data parallelism is on."
+            "Llama 4; newer versions also DeepSeek-V4, GLM-5, gpt-oss, Kimi K2.5, Nemotron-H and Qwen3.5), EP is above 1 and "
+            "attention data parallelism is on. With MTP it stops at the draft layer, which has no key there (its pull request "
+            "13974): add a line for it."
         )
     if form == "vllm-ascend":
         return (

@@ -310,6 +310,7 @@ def _refuse_known(held: Any, here: str) -> None:
         ("physical_expert_map", "an expert map"),
         ("layer_list", "vllm-ascend's expert map"),
         ("num_hidden_layers", "a model's config.json"),
+        ("tpe", "Megatron's tokens per expert of the experts that one rank has"),
     ):
         if (
             key in held
