@@ -507,6 +507,16 @@ def test_ids_in_odd_forms_are_the_same_tokens(tmp_path, small):
         assert read_traffic(write(tmp_path / "x.jsonl", lines=lines), small).digest == wanted
 
 
+def test_shared_experts_that_an_engine_fused_in_are_left_out_with_a_note(tmp_path, small):
+    """SGLang numbers them behind the routed experts, as one more of each token's."""
+    fused = np.concatenate([IDS, np.full((20, 3, 1), 8)], axis=2)
+    wanted = read_traffic(write(tmp_path / "x.npz", request=IDS), small)
+    for array in (fused, np.column_stack([wanted.expert_counts, [20] * 3])):
+        found = read_traffic(write(tmp_path / "x.npy", x=array), small)
+        np.testing.assert_array_equal(found.expert_counts, wanted.expert_counts)
+        assert any("fused in" in note for note in found.notes)
+
+
 def test_lines_of_json_are_steps_of_counts_and_never_tokens_taken_for_them(tmp_path, capsys, small):
     for step in ({"step": 0, "counts": LOADS.tolist()}, {"layers": dict(enumerate(LOADS.tolist()))}, LOADS.tolist()):
         found = read_traffic(write(tmp_path / "x.jsonl", lines=[step, step]), small)

@@ -79,6 +79,8 @@ class Requests:
 
     def add(self, ids: np.ndarray, here: str, key: Any = None, lengths: np.ndarray | None = None) -> None:
         """Take a request's ids; those of a streamed answer (one key, and the earlier ids are its first) replace the earlier."""
+        if ids.ndim != 3:
+            raise InputError(f"{here}: ids must have the shape [tokens, layers, top_k], not {list(ids.shape)}")
         if self.arrays and ids.shape[1:] != self.arrays[0].shape[1:]:
             found, first = "x".join(map(str, ids.shape[1:])), "x".join(map(str, self.arrays[0].shape[1:]))
             raise InputError(

@@ -166,6 +166,26 @@ def logical_counts(name: str, counts: np.ndarray, table: np.ndarray | None, wher
     return found
 
 
+def of_experts(counts: np.ndarray, n_experts: int, top_k: int, is_open: bool) -> tuple[np.ndarray, list[str]]:
+    """Counts [..., experts] with a column for each of a model's experts, where that is what they mean; and notes.
+
+    Experts may be numbered from 1; shared experts that an engine fused in stand behind the others, with each token's load;
+    of an open table the last experts may have no load.
+    """
+    if counts.ndim < 2 or counts.dtype.kind not in "iuf":
+        return counts, []
+    n_more = counts.shape[-1] - n_experts
+    if n_more == 1 and not counts[..., 0].any():
+        return counts[..., 1:], [f"expert 0 has no load: its experts are numbered from 1, to {n_experts}"]
+    if n_more > 0:
+        routed, shared = np.split(counts, [n_experts], axis=-1)
+        if shared.any() and (shared * top_k == routed.sum(axis=-1, keepdims=True)).all():
+            return routed, [f"experts from {n_experts} on, which each token takes, are left out: shared, and fused in"]
+    if n_more < 0 and is_open:
+        counts = np.concatenate([counts, np.zeros((*counts.shape[:-1], -n_more), counts.dtype)], axis=-1)
+    return counts, []
+
+
 def _check_axes(total: np.ndarray, where: str) -> None:
     """Refuse loads [layers, experts] that are [experts, layers], or a map: a run's layers all have the same sum."""
     n_layers, width = total.shape

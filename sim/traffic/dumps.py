@@ -247,7 +247,7 @@ def read_archive(archive: Archive, requests: Requests, is_one: bool) -> tuple[Co
     if tokens:
         parts, by_layer = [name for name in (PROMPT, tokens[0]) if name in names], tokens[0] == BY_LAYER
         if by_layer:
-            requests.add(archive.read_ids(tokens[0]).transpose(1, 0, 2), where)
+            requests.add(archive.read_ids(tokens[0]).swapaxes(0, 1), where)
         elif len(parts) == 2:
             requests.add(np.concatenate([archive.read_ids(name) for name in parts]), where)
         else:

@@ -30,6 +30,7 @@ from sim.traffic.counts import (
     add_tables,
     build_counts,
     doubts_about,
+    of_experts,
 )
 from sim.traffic.dumps import SAMPLE, are_counts, read_archive, read_recorder, read_statistics
 from sim.traffic.recorded import PHASES, RecordedTraffic, build_record
@@ -341,13 +342,9 @@ def _loads(table: CountTable, where: str, name: str, model: ModelSpec | None) ->
     notes = [f"read as {table.form}", *table.notes, *drafts]
     if counts.ndim == 3 and layer_ids is None:
         _check_layer_axis(counts.shape, model, where, "steps, layers, experts")
-    if model is not None and counts.shape[-1] == model.n_experts + 1 and not counts[..., 0].any():
-        counts = counts[..., 1:]
-        notes.append(f"expert 0 has no load: its experts are numbered from 1, to {model.n_experts}")
-    if model is not None and table.is_open and counts.shape[-1] < model.n_experts:
-        counts = np.concatenate(
-            [counts, np.zeros((*counts.shape[:-1], model.n_experts - counts.shape[-1]), counts.dtype)], axis=-1
-        )
+    if model is not None:
+        counts, told = of_experts(counts, model.n_experts, model.top_k, table.is_open)
+        notes += told
     if counts.ndim == 3 and counts.size and counts.dtype.kind in "iuf":
         used = np.asarray(counts.any(axis=(1, 2)))
         if used.any() and not used.all():
@@ -402,6 +399,7 @@ def _of_model(data: T, is_told: bool, model: ModelSpec | None, n_rows: int) -> T
     if model is None:
         return data
     if isinstance(data, RecordedTraffic):
+        data = data.without_shared(model.n_experts, model.top_k)
         data.check_model(model.n_experts, model.top_k, model.name)
     elif data.n_experts != model.n_experts:
         raise InputError(

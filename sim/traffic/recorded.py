@@ -126,6 +126,17 @@ class RecordedTraffic:
         left_out = f"{n_short} sequences of fewer than {tokens_per_request} tokens are left out"
         return replace(mine, tokens_per_request=tokens_per_request, notes=self.notes + ((left_out,) if n_short else ()))
 
+    def without_shared(self, n_experts: int, top_k: int) -> "RecordedTraffic":
+        """The record without shared experts that an engine fused in: ids above the routed ones, as many for each token."""
+        n_more, shared = self.topk_ids.shape[2] - top_k, self.topk_ids >= n_experts
+        if n_more < 1 or not (shared.sum(axis=2) == n_more).all():
+            return self
+        ids = self.topk_ids[~shared].reshape(*self.topk_ids.shape[:2], top_k)
+        note = (
+            f"{n_more} of each token's experts, from id {n_experts} on, are left out: shared experts that were fused in"
+        )
+        return replace(self, topk_ids=ids, digest=_digest(ids, self.starts), n_experts=0, notes=(*self.notes, note))
+
     def check_model(self, n_experts: int, top_k: int, model_name: str) -> None:
         """Refuse a model that cannot have made this record."""
         if self.topk_ids.shape[2] != top_k:
