@@ -540,7 +540,14 @@ def test_layers_are_those_of_the_file_or_of_the_model(tmp_path):
     assert read_traffic(tmp_path / "x.npy").layer_ids.tolist() == [1, 3, 5]
     assert read_traffic(tmp_path / "x.npy", model).layer_ids.tolist() == [1, 3, 5]
     header = "layer," + ",".join(f"e{e}" for e in range(8)) + "\n"
-    for ids, wanted in (([1, 3, 5], [1, 3, 5]), ([0, 1, 2], [1, 3, 5]), ([3], [3]), ([0, 2], [1, 5])):
+    for ids, wanted in (
+        ([1, 3, 5], [1, 3, 5]),
+        ([0, 1, 2], [1, 3, 5]),
+        ([2, 4, 6], [1, 3, 5]),
+        ([1, 2, 3], [1, 3, 5]),
+        ([3], [3]),
+        ([0, 2], [1, 5]),
+    ):
         path.write_text(
             header + "".join(f"{i},{','.join(map(str, row))}\n" for i, row in zip(ids, COUNTS, strict=False))
         )

@@ -402,9 +402,11 @@ def _of_model(data: T, is_told: bool, model: ModelSpec | None, n_rows: int) -> T
         data = data.without_shared(model.n_experts, model.top_k)
         data.check_model(model.n_experts, model.top_k, model.name)
     elif data.n_experts != model.n_experts:
+        or_else = ", or physical experts without a map" if data.n_experts > model.n_experts else ""
+        or_else = or_else or ", or loads of ranks, or of one rank" * (model.n_experts % data.n_experts == 0)
         raise InputError(
             f"workload {data.name} has counts of {data.n_experts} experts, model {model.name} has {model.n_experts}: "
-            "another model?"
+            f"another model{or_else}?"
         )
     if model.n_moe_layers and data.n_layers > model.n_moe_layers:
         raise InputError(
@@ -431,6 +433,8 @@ def _decoder_layers(
         return ids, [f"which of the {len(moe)} MoE layers of {model.name} its {len(ids)} layers are, is not told"]
     if np.isin(ids, moe).all():
         return ids, []
+    if np.array_equal(ids, moe + 1) or np.array_equal(ids, np.arange(1, len(moe) + 1)):
+        return moe, [f"its layers are numbered from 1: layer {ids[0]} is decoder layer {moe[0]}"]
     if ids.max() < len(moe):
         return moe[ids], [
             f"its layers are numbered among the MoE layers: layer {ids[0]} is decoder layer {moe[ids[0]]}"
