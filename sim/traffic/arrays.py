@@ -100,35 +100,6 @@ class Archive:
         return self.path.stat().st_size if self.archive is None else self.archive.getinfo(f"{name}.npy").file_size
 
 
-class Tensors(Archive):
-    """The tensors of a torch file by name, each made an array when it is asked for."""
-
-    def __init__(self, where: str, tensors: dict[str, Any]) -> None:
-        self.where, self.names, self.tensors = where, list(tensors), tensors
-
-    def read(self, name: str, kinds: str = "iu", most: int | None = None) -> np.ndarray:
-        """As of any archive."""
-        array = as_array(self.tensors.get(name), self.where)
-        if array is None or array.dtype.kind not in kinds or (most is not None and array.size > most):
-            found = "missing" if array is None else f"of {array.dtype}, {list(array.shape)}"
-            bound = "" if most is None else f", at most {most}"
-            raise InputError(f"{self.where}: {name or 'its tensor'} must be of numbers{bound}; it is {found}")
-        return array
-
-    def read_ids(self, name: str) -> np.ndarray:
-        """Expert ids as int16."""
-        return narrow_ids(self.read(name), self.where)
-
-    def head(self, name: str, rows: int) -> np.ndarray:
-        """The first rows."""
-        return self.read(name, "iufb")[:rows]
-
-    def shape(self, name: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
-        """Shape and dtype."""
-        array = self.read(name, "iufb")
-        return array.shape, array.dtype
-
-
 def narrow_ids(ids: np.ndarray, where: str) -> np.ndarray:
     """Expert ids as int16; 65535, which is -1 in uint16, is padding."""
     if ids.size and ids.max() > 2**15 - 1:

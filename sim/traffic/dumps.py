@@ -4,7 +4,9 @@ Formats as of SGLang 0.5.23 (srt/eplb/expert_distribution.py: `_StatAccumulator`
 (tensorrt_llm/_torch/expert_statistic.py, examples/wide_ep/ep_load_balancer/utils.py).
 """
 
+import io
 import re
+import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +17,7 @@ from sim.errors import InputError, shown
 from sim.files import read_json
 from sim.model import ModelSpec
 from sim.traffic.answers import BY_LAYER, PROMPT, TOKEN_NAMES, Requests, add_arrays
-from sim.traffic.arrays import MAX_ARRAYS, Archive, Tensors, as_array, narrow_ids, read_pt, read_safetensors
+from sim.traffic.arrays import MAX_ARRAYS, Archive, as_array, narrow_ids, read_pt, read_safetensors
 from sim.traffic.counts import (
     COUNT_NAMES,
     MAP_NAMES,
@@ -68,7 +70,7 @@ def read_recorder(paths: list[Path], wheres: list[str], model: ModelSpec | None)
             if not held["records"]:
                 raise InputError(f"{where}: SGLang's recorder, but it holds no record")
             continue
-        archive = _tensors(held, where)
+        archive = _tensors(held, path, where)
         found, form = read_archive(archive, requests, len(paths) == 1)
         form = "SGLang's recorder in mode stat" if "logical_count" in archive.names else f"a torch file: {form}"
         if found is not None:
@@ -99,21 +101,22 @@ def read_recorder(paths: list[Path], wheres: list[str], model: ModelSpec | None)
     )
 
 
-def _tensors(held: Any, where: str) -> Tensors:
+def _tensors(held: Any, path: Path, where: str) -> Archive:
     """The tensors of a torch file without records: one, a list of them, or those of a dict with a key that is known."""
-    parts = dict(enumerate(held)) if isinstance(held, list | tuple) else held if isinstance(held, dict) else {"": held}
-    tensors = {str(key): value for key, value in parts.items() if callable(getattr(value, "numpy", None))}
-    if not tensors and not isinstance(held, dict):
+    several = dict(enumerate(held)) if isinstance(held, list | tuple) else {"tensor": held}
+    parts = held if isinstance(held, dict) else several
+    arrays = {str(key): array for key, part in parts.items() if (array := as_array(part, where)) is not None}
+    if not arrays and not isinstance(held, dict):
         raise InputError(f"{where} holds no tensor, but a {type(held).__name__}")
     names = (*COUNT_NAMES, *PHYSICAL_NAMES, *TOKEN_NAMES, BY_LAYER)
-    if not tensors or not (
-        any(name in tensors for name in names) or _are_layers(tensors) or not isinstance(held, dict)
-    ):
+    if isinstance(held, dict) and not (arrays and (_are_layers(arrays) or any(name in arrays for name in names))):
         keys = shown(", ".join(map(str, held)))
         raise InputError(
             f"{where} holds no tensor that is known ({', '.join(names)}; or SGLang's records): it has {keys}"
         )
-    return Tensors(where, tensors)
+    file = io.BytesIO()
+    np.savez(file, allow_pickle=False, **arrays)
+    return Archive(path, where, zipfile.ZipFile(file))
 
 
 def _are_layers(names: Iterable[str]) -> bool:
@@ -264,7 +267,7 @@ def read_archive(archive: Archive, requests: Requests, is_one: bool) -> tuple[Co
         table.form += _not_read(names, {counted[0], own, *MAP_NAMES})
         return table, table.form
     shape, _ = archive.shape(names[0])
-    if _are_layers(names) and len(shape) in (1, 2):
+    if len(names) > 1 and _are_layers(names) and len(shape) in (1, 2):
         return _of_layers(archive, requests)
     if (
         len(names) > 1
