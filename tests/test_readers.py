@@ -418,6 +418,7 @@ def test_loads_in_odd_forms_are_read_right_and_said(tmp_path, small, name, conte
         (LOADS.astype(np.uint8), "would have wrapped around"),
         (LOADS * [[1], [2], [1]], "its layers' loads add up to 1600 to 3200"),
         ((LOADS * 1e9).astype(np.float32), "where a counter stands still"),
+        (np.column_stack([LOADS[:, :7], LOADS[:, :7].sum(axis=1)]), "a shared expert?"),
         (np.pad(LOADS[:, :4], ((0, 0), (0, 4))), "no layer uses experts 4 to 7"),
     ],
 )

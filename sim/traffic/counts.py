@@ -210,6 +210,12 @@ def _check_axes(total: np.ndarray, where: str) -> None:
 def doubts_about(data: LoadCounts) -> list[str]:
     """What of loads is seldom meant, as notes: layers with different sums, shares, counters that only rise."""
     found, counts, of_layer = [], data.counts, data.total.sum(axis=1)
+    last = data.total[:, -1]
+    of_each = of_layer / last if last.all() else np.full(len(last), np.inf)  # a shared expert has one of a token's few
+    if len(last) > 1 and 2 * of_each[0] <= data.n_experts and of_each[0] % 1 == 0 == np.ptp(of_each):
+        found.append(
+            f"expert {data.n_experts - 1} has one in {of_each[0]:g} of the loads of every layer: a shared expert?"
+        )
     if np.ptp(of_layer) > 1e-3 * of_layer.max() or (counts.dtype.kind == "i" and np.ptp(of_layer)):
         found.append(
             f"its layers' loads add up to {of_layer.min():.10g} to {of_layer.max():.10g}, where a router gives each as many: "
