@@ -90,7 +90,8 @@ def test_a_header_of_numbers_is_a_header_and_a_row_of_counts_is_none(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("layer,expert_0,total\n0,1,2\n", "'total' is not known"),
+        ("layer,expert_0,rest\n0,1,2\n", "'rest' is not known"),
+        ("expert_0,expert_1,total\n1,2,3\n", "'total' is not known"),
         ("layer_id,expert_id,count_all_topk,count_top1\n0,1,2,3\n", "'count_all_topk' is not known"),
         ("layer,slot,count\n0,1,2\n", "'slot' is not known"),
         ("layer,expert\n0,1\n", "a column 'expert' needs a column 'count'"),
@@ -188,6 +189,13 @@ def test_csv_files_of_ranks_are_added_up(tmp_path):
     found = read_traffic(folder, SMALL)
     np.testing.assert_array_equal(found.expert_counts, COUNTS)
     assert "2 files are added up" in found.notes
+    own = tmp_path / "own"  # each rank names its own experts
+    own.mkdir()
+    for rank in range(2):
+        experts = range(4 * rank, 4 * rank + 4)
+        rows = [f"{i},{','.join(str(COUNTS[i, e]) for e in experts)}" for i in range(3)]
+        (own / f"{rank}.csv").write_text(f"layer,{','.join(f'e{e}' for e in experts)}\n" + "\n".join(rows))
+    np.testing.assert_array_equal(read_traffic(own, SMALL).expert_counts, COUNTS)
     (folder / "other.csv").write_text("layer,e0,e1,e2\n0,1,2,3\n")
     with pytest.raises(InputError, match="mixed models in one folder"):
         read_traffic(folder)

@@ -272,6 +272,28 @@ def test_the_language_model_is_found_at_any_depth(tmp_path):
     assert load_config(tmp_path, outer).moe_layer_ids == tuple(range(2, 12))
 
 
+def test_keys_inside_an_object_of_experts_are_understood_as_such(tmp_path):
+    """Moondream 3: config.text.moe; and what is not understood there is told."""
+    moe = {"num_experts": 64, "start_layer": 4, "experts_per_token": 8, "expert_inner_dim": 1024, "every_other": 2}
+    config = {
+        "config": {"text": {"dim": 2048, "ff_dim": 8192, "n_layers": 24, "moe": moe}, "vision": {"enc_dim": 1152}}
+    }
+    model = load_config(tmp_path, {"model_type": "moondream3"} | config)
+    assert (model.n_experts, model.top_k, model.moe_layer_ids) == (64, 8, tuple(range(4, 24)))
+    assert (model.hidden_size, model.moe_intermediate_size) == (2048, 1024)
+    assert any("moe_every_other" in note for note in model.unverified)
+    assert not any("mistral" in note for note in model.unverified)
+
+
+def test_groups_that_are_half_said_are_those_of_the_type_or_refused(tmp_path):
+    v3 = BASE | {"model_type": "deepseek_v3", "num_local_experts": 64, "first_k_dense_replace": 0}
+    assert load_config(tmp_path, v3 | {"n_group": 8}).topk_group == 4
+    assert load_config(tmp_path, v3 | {"n_group": 4}).topk_group == 1
+    assert load_config(tmp_path, v3 | {"n_group": 0, "topk_group": 0}).n_group == 1
+    with pytest.raises(InputError, match="topk_group must be a whole number of at least 1, not 0"):
+        load_config(tmp_path, v3 | {"n_group": 8, "topk_group": 0})
+
+
 def test_deepseeks_own_config(tmp_path):
     ref = load_model("deepseek-v3")
     config = {
@@ -312,6 +334,7 @@ def test_layers_with_different_numbers_are_refused_by_name(tmp_path, keys):
 
 def test_zero_experts_and_hash_layers_are_caveats(tmp_path):
     assert "2 zero-compute experts" in load_config(tmp_path, BASE | {"num_zero_experts": 2}).caveat
+    assert "attention is routed" in load_config(tmp_path, BASE | {"model_type": "jetmoe"}).caveat
     assert "first 3 MoE layers route by a hash" in load_config(tmp_path, BASE | {"num_hash_layers": 3}).caveat
     types = {"model_type": "deepseek_v4", "mlp_layer_types": ["hash_moe"] * 2 + ["moe"] * 10}
     model = load_config(tmp_path, BASE | types)

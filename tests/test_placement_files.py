@@ -1,6 +1,7 @@
 """Files of serving engines: written, read back, refused when damaged."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -211,6 +212,29 @@ def test_rows_of_a_file_become_the_layers_that_the_engine_takes_them_for(tmp_pat
     assert note in " ".join(found.notes)
     assert bool(note) == bool(found.notes)
     assert notes_on(found) == [f"file:{path}: {text}" for text in found.notes]
+
+
+@pytest.mark.parametrize(
+    ("form", "n_rows", "message"),
+    [
+        ("sglang", 13, "has layers 8 to 12, past the 8 decoder layers of layered: another model's map?"),
+        ("ranks", 13, "has layers 8 to 12, past the 8 decoder layers of layered: another model's map?"),
+        ("trtllm", 13, "has layers 8 to 12, past the 8 decoder layers of layered: another model's map?"),
+        ("vllm-ascend", 13, "has 13 layers, layered has 8 MoE layers: another model's map?"),
+        ("sglang", 3, "3 layers for the 8 MoE layers of layered: taken in turn"),
+        ("trtllm", 3, "taken in turn; TensorRT-LLM stops at layer 3, which is not there"),
+        ("vllm-ascend", 3, "3 layers for the 8 MoE layers of layered: taken in turn"),
+    ],
+)
+def test_a_map_of_other_layers_than_the_models_is_not_taken_in_silence(tmp_path, form, n_rows, message):
+    model = layered(4, tuple(range(8)), 8)
+    path = tmp_path / "map"
+    path.write_text(MAPS[form](list(range(n_rows)), ROWS[:1] * n_rows))
+    if n_rows > 8:
+        with pytest.raises(InputError, match=re.escape(message)):
+            read_placement(path, model, 2)
+    else:
+        assert message in " ".join(read_placement(path, model, 2).notes)
 
 
 def test_tensorrt_llms_start_without_assignments(tmp_path):

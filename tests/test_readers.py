@@ -95,7 +95,7 @@ def bad_arrays():
     yield "zeros", np.zeros((3, 4, 16)), "every count is 0"
     yield "object", np.array([{"a": 1}, Trap()], dtype=object), "whole numbers"
     yield "text", np.array([["a", "b"]]), "must be of numbers, not <U1"
-    yield "complex", COUNTS * 1j, "whole numbers"
+    yield "complex", COUNTS * 1j, "must be of numbers, not complex128"
     yield "one axis", np.arange(5), "shape"
     yield "four axes", np.zeros((2, 2, 2, 2), int), "shape"
     yield "empty", np.zeros((0, 4, 4)), "must be numbers"
@@ -257,6 +257,16 @@ def csv_of(table, head=""):
         ("x.json", {"counts": LOADS[:, ::-1].tolist(), "phy2log": REVERSED.tolist()}, "'counts'"),
         ("x.json", {"layers": [{"layer_id": i, "counts": row} for i, row in enumerate(LOADS.tolist())]}, "per layer"),
         ("x.npz", {"counts": LOADS, "load": LOADS * 2}, "not read: load"),
+        ("x.npz", {f"layer_{i}": row for i, row in enumerate(LOADS)}, "for each layer"),
+        ("x.json", {"physical_count": LOADS[:, ::-1].tolist(), "physical_to_logical_map": REVERSED.tolist()}, "physical_count"),
+        ("x.json", {f"layer_{i}": {"expert_counts": row, "total": 1600} for i, row in enumerate(LOADS.tolist())}, "{layer:"),
+        ("x.json", {"tokens_per_expert": LOADS.tolist()}, "tokens_per_expert"),
+        ("x.csv", csv_of(np.column_stack([range(3), LOADS, LOADS.sum(axis=1)]), "layer,0,1,2,3,4,5,6,7,total\n"), "total"),
+        ("x.csv", "".join(",".join(map(str, row)) + ",\n" for row in LOADS), "without names"),
+        ("x.csv", "layer,expert,count\n" + "".join(f"model.layers.{i}.mlp,expert_{e},{LOADS[i, e]}\n" for i in range(3)
+         for e in range(8)), "per layer and expert"),
+        ("x.csv", "rank,layer,expert,count\n" + "".join(f"{e // 4},{i},{e},{LOADS[i, e]}\n" for i in range(3)
+         for e in range(8)), "2 ranks are added up"),
     ],
 )  # fmt: skip
 def test_loads_in_odd_forms_are_read_right_and_said(tmp_path, small, name, content, note):
@@ -279,6 +289,8 @@ def test_loads_in_odd_forms_are_read_right_and_said(tmp_path, small, name, conte
         (np.stack([LOADS, 2 * LOADS]), "no count falls from one step to the next"),
         (LOADS.astype(np.uint8), "would have wrapped around"),
         (LOADS * [[1], [2], [1]], "its layers' loads add up to 1600 to 3200"),
+        ((LOADS * 1e9).astype(np.float32), "where a counter stands still"),
+        (np.column_stack([LOADS[:, :7], LOADS[:, :7].sum(axis=1)]), "a shared expert?"),
         (np.pad(LOADS[:, :4], ((0, 0), (0, 4))), "no layer uses experts 4 to 7"),
     ],
 )
@@ -297,6 +309,15 @@ def test_loads_that_may_mean_something_else_are_noted(tmp_path, small, array, no
         ("x.npy", LOADS.T, "are the axes exchanged"),
         ("x.npy", IDS.transpose(1, 0, 2), "are the axes exchanged"),
         ("x.npy", REVERSED, "a map of experts, and no loads"),
+        ("x.npy", np.column_stack([REVERSED, [[3, 5]] * 3]), "a map of experts, and no loads"),
+        ("x.npz", {"logical_replica_count": LOADS}, "'logical_replica_count' holds no loads by its name"),
+        ("x.npz", {"expert_load_view": LOADS}, "counts physical experts, and no map"),
+        ("x.npy", np.full((4, 3, 8), 1 / 8), "adds up to 1: probabilities"),
+        ("x.npy", np.tile(LOADS, (100, 1)), "300 layers"),
+        ("x.npy", np.tile(IDS.transpose(1, 0, 2), (1, 20, 1)), "are the axes exchanged"),
+        ("x.npy", IDS.astype(np.float32), "must be of whole numbers, not float32"),
+        ("x.csv", "5,6,\n7,8,9\n", "other lines have a value behind it"),
+        ("x.csv", "layer,expert,count\nlayer_0,0,5\nfoo,1,7\n", "line 3: 'foo' is not a number"),
         ("x.npz", {"physical_count": LOADS}, "counts physical experts, and no map"),
         ("x.npz", {"counts": LOADS, "phy2log": REVERSED[:2]}, "it must be [layers, slots]"),
         ("x.csv", "layer,token,expert\n0,0,1\n", "'token' is not known"),
@@ -334,7 +355,49 @@ def test_base64_of_any_width_is_read_in_every_verb(tmp_path, small):
         assert load_workload(write(tmp_path / "x.jsonl", lines=[line])).digest == wanted
 
 
-def test_a_file_for_each_layer_is_not_taken_for_requests(tmp_path, capsys):
+@pytest.mark.parametrize("name", ["layer_{}.npy", "L{}.npy", "layer{}.jsonl"])
+def test_a_file_for_each_layer_is_not_taken_for_requests(tmp_path, capsys, name):
     for layer in range(3):
-        np.save(tmp_path / f"layer_{layer}.npy", IDS[:, layer : layer + 1])
+        ids = IDS[:, layer : layer + 1]
+        write(tmp_path / name.format(layer), **({"lines": [ids.tolist()]} if name.endswith("l") else {"ids": ids}))
     fails(capsys, ["traffic", "show", tmp_path], "has a file for each layer")
+
+
+def test_ids_in_odd_forms_are_the_same_tokens(tmp_path, small):
+    wanted = read_traffic(write(tmp_path / "x.npz", request=IDS), small).digest
+    padded = np.concatenate([IDS, np.full((20, 3, 6), -1)], axis=2)
+    batch = np.pad(IDS[None], ((0, 0), (0, 5), (0, 0), (0, 0)))
+    for arrays in (
+        {"topk_ids": IDS, "topk_weights": IDS / 7},
+        {"selected_experts": IDS, "layer": np.arange(3)},
+        {"expert_ids": IDS, "cu_seqlens": np.array([0, 20])},
+        {"ids": padded},
+        {"routed_experts": batch},
+        {f"layer_{i}": IDS[:, i] for i in range(3)},
+    ):
+        assert read_traffic(write(tmp_path / "x.npz", **arrays), small).digest == wanted
+    for key in ("topk_ids", "rollout_routed_experts"):
+        lines = [{key: IDS.tolist()}, {key: ""}]
+        assert read_traffic(write(tmp_path / "x.jsonl", lines=lines), small).digest == wanted
+
+
+def test_shared_experts_that_an_engine_fused_in_are_left_out_with_a_note(tmp_path, small):
+    """SGLang numbers them behind the routed experts, as one more of each token's."""
+    fused = np.concatenate([IDS, np.full((20, 3, 1), 8)], axis=2)
+    wanted = read_traffic(write(tmp_path / "x.npz", request=IDS), small)
+    for array in (fused, np.column_stack([wanted.expert_counts, [20] * 3])):
+        found = read_traffic(write(tmp_path / "x.npy", x=array), small)
+        np.testing.assert_array_equal(found.expert_counts, wanted.expert_counts)
+        assert any("fused in" in note for note in found.notes)
+
+
+def test_lines_of_json_are_steps_of_counts_and_never_tokens_taken_for_them(tmp_path, capsys, small):
+    for step in ({"step": 0, "counts": LOADS.tolist()}, {"layers": dict(enumerate(LOADS.tolist()))}, LOADS.tolist()):
+        found = read_traffic(write(tmp_path / "x.jsonl", lines=[step, step]), small)
+        np.testing.assert_array_equal(found.counts, [LOADS, LOADS])
+    rows = [
+        {"step": s, "layer": i, "tokens_per_expert": LOADS[i].tolist(), "time": 0.5} for s in (0, 1) for i in range(3)
+    ]
+    np.testing.assert_array_equal(read_traffic(write(tmp_path / "x.jsonl", lines=rows), small).counts, [LOADS, LOADS])
+    for lines in (IDS.tolist(), [{"step": t, "layer": 0, "experts": row[0]} for t, row in enumerate(IDS.tolist())]):
+        fails(capsys, ["traffic", "show", write(tmp_path / "x.jsonl", lines=lines)], "error: workload file")

@@ -218,12 +218,13 @@ def test_requests_and_tokens_without_routing_are_left_out_and_counted(tmp_path):
     "dense",
     [[], [0], [0, 1, 2, 3, 4, 5], [layer for layer in range(33) if layer not in (1, 7, 31)], list(range(3, 40))],
 )
-def test_any_number_of_dense_layers_is_found_by_their_zeros(tmp_path, dense):
+@pytest.mark.parametrize("filler", [0, -1])
+def test_any_number_of_dense_layers_is_found_by_what_fills_them(tmp_path, dense, filler):
     n_layers = 3 + len(dense)
     moe = [layer for layer in range(n_layers) if layer not in dense]
     wide = []
     for ids in REQUESTS:
-        whole = np.zeros((len(ids), n_layers, 2), int)
+        whole = np.full((len(ids), n_layers, 2), filler)
         whole[:, moe] = ids
         wide.append(whole)
     flat = write(tmp_path / "flat.jsonl", lines=[{"sgl_ext": {"routed_experts": raw(ids)}} for ids in wide])
@@ -282,6 +283,7 @@ def test_another_model_is_said_with_both_numbers_only_where_it_is_one(tmp_path, 
         ({"routed_experts": 3}, "whole numbers"),
         ({"physical_to_logical_map": [[0, 1]]}, "map of physical experts, and no traffic"),
         ({"num_hidden_layers": 3}, "config.json, and no traffic"),
+        ({"iter": 1, "block": "decoder", "layer": 3, "tpe": [[1, 2], [3, 4]]}, "experts that one rank has, and no traffic"),
         ({"hello": "world"}, "no key 'routed_experts'"),
     ],
 )  # fmt: skip
@@ -430,6 +432,7 @@ def test_per_pass_counts_are_mapped_and_ranks_added_up(torch_files):
 
 
 def test_per_token_ids_are_mapped_and_unused_columns_cut(torch_files):
+    """SGLang's records of this mode hold physical counts, too (`_DetailSinglePassGatherer.collect`)."""
     logical = np.array([[1, 0, 3, 2, 5, 4, 7, 6]] * 4)  # decoder layer 0 is dense
     slot_of = np.argsort(logical, axis=1)
     records = []
@@ -438,7 +441,8 @@ def test_per_token_ids_are_mapped_and_unused_columns_cut(torch_files):
         for layer in range(3):
             wide[layer + 1, :, :2] = slot_of[layer + 1][ids[:, layer]]
         record = {"forward_pass_id": number, "rank": 0, "extend_seq_lens": [len(ids)], "forward_mode": 1}
-        records.append({**record, "topk_ids_of_layer": Tensor(wide)})
+        counts = Tensor(np.zeros((4, 8), int))
+        records.append({**record, "topk_ids_of_layer": Tensor(wide), "global_physical_count": counts})
     path = torch_files("t/a.pt", {"records": records, "last_physical_to_logical_map": Tensor(logical)})
     traffic = read_traffic(path)
     np.testing.assert_array_equal(traffic.expert_counts, counts_of(REQUESTS))
@@ -496,7 +500,44 @@ def test_other_torch_files_are_refused_by_name(torch_files, held, message):
         read_traffic(torch_files("x.pt", held))
 
 
+def test_tensors_of_a_torch_file_are_read_as_arrays_are(torch_files):
+    table = RNG.multinomial(1600, np.full(8, 1 / 8), size=3)
+    for held, wanted in (
+        (Tensor(REQUESTS[0]), counts_of(REQUESTS[:1])),
+        ([Tensor(ids) for ids in REQUESTS], counts_of(REQUESTS)),
+        ({"topk_ids": Tensor(REQUESTS[0]), "topk_weights": Tensor(REQUESTS[0] / 7)}, counts_of(REQUESTS[:1])),
+        ({f"model.layers.{i}.mlp.gate": Tensor(REQUESTS[0][:, i]) for i in range(3)}, counts_of(REQUESTS[:1])),
+        ({i: Tensor(row) for i, row in enumerate(table)}, table),
+        ({"counts": Tensor(table), "balancedness": Tensor([0.5] * 3), "step": 3}, table),  # lmdeploy
+    ):
+        np.testing.assert_array_equal(read_traffic(torch_files("x.pt", held), SMALL).expert_counts, wanted)
+    window = np.zeros((2, 3, 10), int)  # vLLM's EPLB state: the last slots are copies
+    window[1, :, 2:] = table
+    slots = np.tile([7, 6, 0, 1, 2, 3, 4, 5, 6, 7], (3, 1))
+    state = {"expert_load_pass": Tensor(window[1]), "expert_load_window": Tensor(window)}
+    path = torch_files("y.pt", {**state, "physical_to_logical_map": Tensor(slots)})
+    np.testing.assert_array_equal(read_traffic(path, SMALL).expert_counts, table)
+    with pytest.raises(InputError, match="expert_load_window counts physical experts, and no map"):
+        read_traffic(torch_files("z.pt", state), SMALL)
+
+
 # Layers
+
+
+def test_draft_layers_behind_the_decoder_are_left_out_and_other_models_are_not(tmp_path):
+    model = ModelSpec("m", 8, 2, n_layers=4, moe_layer_ids=(1, 2, 3))
+    table = RNG.integers(1, 900, (9, 8))
+    for n_drafts in (1, 4, 5):
+        rows = np.concatenate([np.zeros((1, 8), int), table[: 3 + n_drafts]])
+        np.save(tmp_path / "x.npy", rows)
+        if n_drafts == 5:
+            with pytest.raises(InputError, match="has 8 MoE layers, model m has 3: another model"):
+                read_traffic(tmp_path / "x.npy", model)
+            return
+        found = read_traffic(tmp_path / "x.npy", model)
+        np.testing.assert_array_equal(found.expert_counts, table[:3])
+        assert found.layer_ids.tolist() == [1, 2, 3]
+        assert any(str([*range(4, 4 + n_drafts)]) in note for note in found.notes)
 
 
 def test_layers_are_those_of_the_file_or_of_the_model(tmp_path):
@@ -512,7 +553,14 @@ def test_layers_are_those_of_the_file_or_of_the_model(tmp_path):
     assert read_traffic(tmp_path / "x.npy").layer_ids.tolist() == [1, 3, 5]
     assert read_traffic(tmp_path / "x.npy", model).layer_ids.tolist() == [1, 3, 5]
     header = "layer," + ",".join(f"e{e}" for e in range(8)) + "\n"
-    for ids, wanted in (([1, 3, 5], [1, 3, 5]), ([0, 1, 2], [1, 3, 5]), ([3], [3]), ([0, 2], [1, 5])):
+    for ids, wanted in (
+        ([1, 3, 5], [1, 3, 5]),
+        ([0, 1, 2], [1, 3, 5]),
+        ([2, 4, 6], [1, 3, 5]),
+        ([1, 2, 3], [1, 3, 5]),
+        ([3], [3]),
+        ([0, 2], [1, 5]),
+    ):
         path.write_text(
             header + "".join(f"{i},{','.join(map(str, row))}\n" for i, row in zip(ids, COUNTS, strict=False))
         )

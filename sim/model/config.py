@@ -31,6 +31,7 @@ _OWN = (
     "activation",
     "layers",
 )  # sizes of a parent are not those of its parts
+_KNOWN = {key for spellings in KEYS.values() for key in spellings}
 _INHERITED = {key for field in KEYS if field not in _OWN for key in KEYS[field]} | {"model_type", "architectures"}
 _UNGATED = ("relu2", "relu_squared", "squared_relu", "relu^2")
 _GATED = ("silu", "swish", "swiglu", "swigluoai", "situ", "geglu", "reglu", "glu", "quick_geglu")
@@ -101,7 +102,7 @@ def read_config(path: Path) -> ModelSpec:
         routed_dtype=routed_dtype(read, path.with_name("hf_quant_config.json")),
         unverified=tuple(dict.fromkeys(read.notes)),
         source=(str(path),),
-        caveat=caveat_of(n_zero, n_hash, top_k),
+        caveat="; ".join(filter(None, (caveat_of(n_zero, n_hash, top_k), known.caveat))),
     )
 
 
@@ -128,8 +129,13 @@ def _language_model(content: dict[str, Any], where: str) -> dict[str, Any]:
         for key, part in config.items():
             if _EXPERT_PARTS.match(key) and isinstance(part, dict):
                 del flat[key]
-                flat = {k: v for k, v in part.items() if k not in ("model_type", *KEYS["hidden"])} | flat
-                if key == "moe" and "dim" in config:  # Mistral's params.json
+                own = {
+                    k if k in _KNOWN or speaks(k, v) else f"moe_{k}": v for k, v in part.items()
+                }  # "start_layer", of moe
+                flat = {
+                    k: v for k, v in own.items() if k not in ("moe_model_type", "model_type", *KEYS["hidden"])
+                } | flat
+                if key == "moe" and "dim" in config and not flat.get("model_type"):  # Mistral's params.json
                     flat["model_type"] = "mistral"
         if any(flat.get(key) is not None for key in KEYS["n_experts"]):
             return flat
@@ -224,8 +230,11 @@ def _groups(read: Reader, known: Type, name: str, n_experts: int) -> tuple[int, 
             f"n_group, topk_group (not in config.json; {n_group} and {topk_group} as {name} has by default)"
         )
     elif n_group and n_group > 1 and topk_group is None:
-        read.notes.append("topk_group (not in config.json; 1 assumed)")
-    return n_group or 1, topk_group or 1
+        topk_group, why = (
+            (known.groups[1], f"as {name} has by default") if n_group == known.groups[0] else (1, "assumed")
+        )
+        read.notes.append(f"topk_group (not in config.json; {topk_group} {why})")
+    return n_group or 1, topk_group if n_group and n_group > 1 and topk_group is not None else topk_group or 1
 
 
 def _width(read: Reader, is_unknown: bool) -> Any:

@@ -14,7 +14,7 @@ _SPELLINGS = {
     "top_k": (
         "num_experts_per_tok num_experts_per_token moe_topk moe_top_k moe_k top_k_experts moe_router_topk "
         "n_activated_experts num_activated_experts experts_per_token experts_per_tok num_selected_experts "
-        "moe_num_active_experts router_topk num_experts_topk"
+        "moe_num_active_experts router_topk num_experts_topk moe_experts_per_token"
     ),
     "n_group": "n_group num_expert_group num_expert_groups n_expert_groups moe_router_num_groups n_groups_moe",
     "topk_group": (
@@ -54,7 +54,7 @@ _SPELLINGS = {
     "width": (
         "moe_intermediate_size expert_ffn_hidden_size moe_ffn_hidden_size expert_hidden_dim moe_inter_dim "
         "expert_intermediate_size moe_intermediate_dim expert_intermediate_dim expert_hidden_size "
-        "moe_hidden_dim expert_dim expert_ffn_dim"
+        "moe_hidden_dim expert_dim expert_ffn_dim expert_inner_dim moe_expert_inner_dim"
     ),
     # of an expert where there is no other
     "any_width": "ffn_hidden_size intermediate_size hidden_dim inter_dim n_inner",
@@ -81,8 +81,8 @@ _SPELLINGS = {
     # so many leading layers are dense
     "dense_first": (
         "first_k_dense_replace num_dense_layers n_dense_layers moe_layer_num_skipped dense_mlp_idx "
-        "num_first_dense_layers first_num_dense_layers n_first_dense_layers num_leading_dense_layers "
-        "leading_dense_block_count first_k_dense_layers moe_first_k_dense_replace num_skip_moe_layers"
+        "num_first_dense_layers first_num_dense_layers n_first_dense_layers num_leading_dense_layers first_k_dense "
+        "leading_dense_block_count first_k_dense_layers moe_first_k_dense_replace num_skip_moe_layers moe_first_dense"
     ),
     # layer % n == 0 (DeepSeek, Megatron), or a 0 or 1 for each layer
     "every": "moe_layer_freq route_every_n moe_every_n_layer",
@@ -95,7 +95,7 @@ _SPELLINGS = {
     "period": "expert_layer_period moe_layer_period",
     "offset": "expert_layer_offset moe_layer_offset",
     # first and last MoE layer (ERNIE)
-    "start": "moe_layer_start_index moe_start_layer_index moe_layer_start",
+    "start": "moe_layer_start_index moe_start_layer_index moe_layer_start moe_start_layer",
     # -1: the last layer of all
     "end": "moe_layer_end_index moe_end_layer_index moe_layer_end",
     # layer numbers, as a list or as text
@@ -150,6 +150,7 @@ class Type(NamedTuple):
     n_zero: int = 0
     n_shared: int = 0
     of_each_group: bool = False
+    caveat: str = ""
 
 
 # transformers 5.24.0 (configuration_*.py and modeling_*.py of each type); vLLM 0.33.0 for alice_ai, arctic, bailing_moe,
@@ -188,10 +189,11 @@ _RULES = (
     (Type(layers={"first_k_dense_replace": 1}), "mistral_large4 unlimited_ocr"),
     (Type(matrices=2), "nllb_moe switch_transformers"),
     (Type(of_each_group=True), "pangupromoe"),
+    (Type(caveat="its attention is routed to experts of its own, which is not modelled"), "jetmoe"),
     (
         Type(),
         "aria bailing_moe cohere2_moe dbrx deepseek deepseek_v2 deepseek_ocr2 diffusion_gemma doge flex_olmo gemma4 gpt_oss "
-        "granitemoe granitemoe_swa granitemoehybrid granitemoeshared grok_1 hunyuan hunyuan_v1_moe jetmoe lara_mini mellum "
+        "granitemoe granitemoe_swa granitemoehybrid granitemoeshared grok_1 hunyuan hunyuan_v1_moe lara_mini mellum "
         "minimax minimax_text_01 mistral mistral4 mixtral olmoe openai_privacy_filter qwen2_moe qwen3_moe qwen3_next qwen3_5_moe "
         "qwen3_omni_moe qwen3_vl_moe qwen4_exp interns1_pro iquest_q1 sdar_moe",
     ),

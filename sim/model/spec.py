@@ -11,6 +11,8 @@ ROUTED_SCORINGS = ("softmax", "sigmoid")
 
 MAX_LAYERS = 10_000
 """More layers than this are refused as an error of the file."""
+MOST_DRAFTS = 4
+"""Draft layers (multi-token prediction) that engines number behind a decoder's."""
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ import numpy as np
 from sim.errors import InputError, shown
 from sim.files import parse_json, read_text
 from sim.model import ModelSpec
+from sim.model.spec import MOST_DRAFTS
 from sim.placement.placement import Placement, decoder_layers
 
 FORMATS = ("vllm", "sglang", "trtllm", "vllm-ascend")
@@ -165,7 +166,9 @@ def how_to_load(form: str, path: Path, redundant: int) -> str:
         return (
             f"TensorRT-LLM: in the LLM API options 'moe_config: {{load_balancer: {path}}}' and 'enable_attention_dp: true'. It "
             "ignores the file in silence unless the architecture is on its list (DeepSeek-V3, Qwen2 and Qwen3 MoE, Mixtral, "
-            "Llama 4; newer versions also DeepSeek-V4 and gpt-oss), EP is above 1 and attention data parallelism is on."
+            "Llama 4; newer versions also DeepSeek-V4, GLM-5, gpt-oss, Kimi K2.5, Nemotron-H and Qwen3.5), EP is above 1 and "
+            "attention data parallelism is on. With MTP it stops at the draft layer, which has no key there (its pull request "
+            "13974): add a line for it."
         )
     if form == "vllm-ascend":
         return (
@@ -201,8 +204,7 @@ class _File(NamedTuple):
         if len(rows) == 1 or not moe:
             return dict(enumerate(rows)), None, ()
         if len(rows) < len(moe):
-            note = f"{len(rows)} layers for the {len(moe)} MoE layers of {self.model.name}: taken in turn"
-            return dict(enumerate(rows)), None, (note,)
+            return dict(enumerate(rows)), None, self.too_few(len(rows))
         if len(rows) == len(moe):
             return dict(enumerate(rows)), moe, ()
         if len(rows) < n_layers:
@@ -212,14 +214,22 @@ class _File(NamedTuple):
             )
         return {layer: rows[layer] for layer in moe}, moe, self.left_out(list(range(n_layers, len(rows))))
 
+    def too_few(self, n_rows: int) -> tuple[str, ...]:
+        """A note on fewer layers than the model has."""
+        n_moe = len(self.model.moe_layer_ids)
+        return (f"{n_rows} layers for the {n_moe} MoE layers of {self.model.name}: taken in turn",) * (
+            1 < n_rows < n_moe
+        )
+
     def left_out(self, layers: list[int]) -> tuple[str, ...]:
-        """A note on layers past the decoder, if there are any."""
+        """A note on layers past the decoder, if there are any; more than draft layers are refused."""
         if not layers:
             return ()
         which = f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]} to {layers[-1]}"
-        return (
-            f"{which} left out: past the {decoder_layers(self.model)} decoder layers of {self.model.name} (a draft model's?)",
-        )
+        past = f"past the {decoder_layers(self.model)} decoder layers of {self.model.name}"
+        if len(layers) > MOST_DRAFTS:
+            raise InputError(f"{self.where} has {which}, {past}: another model's map?")
+        return (f"{which} left out: {past} (a draft model's?)",)
 
     def of_slots(
         self, rows: Rows, layer_ids: tuple[int, ...] | None, notes: tuple[str, ...], may_differ: bool = False
@@ -304,6 +314,9 @@ def _from_trtllm(n_slots: int, of_layer: Rows | None, file: _File) -> Placement:
                 f"{where} has {len(ids)} layers, {ids[0]} to {ids[-1]}; the {len(moe)} MoE layers of {model.name} are "
                 f"{moe[0]} to {moe[-1]}, and {min(set(moe) - set(ids))} is not there"
             )
+        else:  # KeyError in get_layer_initial_global_assignments
+            missing = min(set(moe) - set(ids))
+            notes = (f"{file.too_few(len(ids))[0]}; TensorRT-LLM stops at layer {missing}, which is not there",)
     rows = {layer: of_layer[layer] for layer in ids}
     known = moe if len(rows) == len(moe) else ids if set(ids) <= set(moe) else None
     return file.of_slots(rows, known if len(rows) > 1 else None, notes)
@@ -322,10 +335,14 @@ def _from_ascend(content: dict[str, Any], file: _File) -> Placement:
             raise InputError(f"{where}: each layer of layer_list needs a layer_id of its own, a whole number")
         seen.add(layer)
     slots = {row["layer_id"]: _device_experts(row, file.ep_size, f"{where}, layer {row['layer_id']}") for row in rows}
-    moe, notes = model.moe_layer_ids, tuple[str, ...]()
+    moe, notes = model.moe_layer_ids, file.too_few(len(rows))
     known = tuple(slots) if len(rows) > 1 and set(slots) <= set(moe) else None
     if len(rows) > 1 and len(rows) >= len(moe) > 0:
         left = len(rows) - len(moe)
+        if left > MOST_DRAFTS:
+            raise InputError(
+                f"{where} has {len(rows)} layers, {model.name} has {len(moe)} MoE layers: another model's map?"
+            )
         if left:
             notes = (
                 f"the last {left} of its layers left out: {model.name} has {len(moe)} MoE layers (a draft model's?)",

@@ -22,9 +22,20 @@ from sim.model import ModelSpec
 from sim.traffic.arrays import Archive, array_of_bytes, narrow_ids
 from sim.traffic.tables import depth_of, layer_of_key
 
-TOKEN_NAMES = ("topk_ids", "routed_experts", "topk_ids_of_layer")
-"""Names that arrays of expert ids go by."""
-_WHOLE, _PROMPT = ("routed_experts", "completion_routed_experts"), "prompt_routed_experts"
+TOKEN_NAMES = (
+    "routed_experts",
+    "topk_ids",
+    "rollout_routed_experts",
+    "selected_experts",
+    "expert_ids",
+    "topk_indices",
+    "topk_idx",
+)
+"""Names that arrays of expert ids [tokens, layers, top_k] go by."""
+BY_LAYER = "topk_ids_of_layer"
+"""The same as SGLang's recorder has it, [layers, tokens, top_k]."""
+PROMPT = "prompt_routed_experts"
+_WHOLE = ("routed_experts", "completion_routed_experts")
 _IDENTITIES = ("id", "request_id", "rid")
 _DTYPES = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64")
 _MAX_LINE = 256 << 20
@@ -68,6 +79,8 @@ class Requests:
 
     def add(self, ids: np.ndarray, here: str, key: Any = None, lengths: np.ndarray | None = None) -> None:
         """Take a request's ids; those of a streamed answer (one key, and the earlier ids are its first) replace the earlier."""
+        if ids.ndim != 3:
+            raise InputError(f"{here}: ids must have the shape [tokens, layers, top_k], not {list(ids.shape)}")
         if self.arrays and ids.shape[1:] != self.arrays[0].shape[1:]:
             found, first = "x".join(map(str, ids.shape[1:])), "x".join(map(str, self.arrays[0].shape[1:]))
             raise InputError(
@@ -118,19 +131,22 @@ class Requests:
 
 
 def add_arrays(requests: Requests, archive: Archive, names: list[str]) -> None:
-    """Arrays of an archive, one request each: whole numbers [tokens, layers, top_k]."""
+    """Arrays of an archive, one request each: whole numbers [tokens, layers, top_k]; or a batch [requests, tokens, ...]."""
     requests.most_ids = 2 * _MOST_IDS
     for name in names:
         shape, dtype = archive.shape(name)
         if dtype.kind not in "iu":
             raise InputError(f"{archive.where}: {name or 'its array'} must be of whole numbers, not {dtype}")
-        if len(shape) != 3:
+        if len(shape) not in ((3, 4) if name in TOKEN_NAMES else (3,)) or 0 in shape:
             raise InputError(
                 f"{archive.where}: {name or 'its array'} must have shape [tokens, layers, top_k], not {list(shape)}"
             )
         if requests.n_ids + np.prod(shape, dtype=float) > requests.most_ids:
             raise InputError(f"{archive.where} holds more than {requests.most_ids} expert ids; keep a part of it")
-        requests.add(archive.read_ids(name), archive.where)
+        ids, lengths = archive.read_ids(name), None
+        if len(shape) == 4:  # requests of a batch, padded to one length
+            ids, lengths = ids.reshape(-1, *shape[2:]), np.full(shape[0], shape[1])
+        requests.add(ids, archive.where, lengths=lengths)
 
 
 def json_values(path: Path, where: str) -> Iterator[tuple[Any, str]]:
@@ -188,7 +204,7 @@ def add_answer(requests: Requests, held: Any, here: str) -> bool:
     n_found = 0
     for key, parts in _parts(held, None, _DEEPEST):
         n_found += 1
-        ids = [_ids(value, beside, here, requests) for value, beside in parts if value is not None]
+        ids = [_ids(value, beside, here, requests) for value, beside in parts if value not in (None, "")]
         ids = [part for part in ids if part.size]
         if not ids:
             requests.without(key)
@@ -209,8 +225,8 @@ def _parts(held: Any, identity: Any, depth: int) -> Iterator[tuple[Any, list[Par
     if isinstance(held, dict):
         own_id = next((held[name] for name in _IDENTITIES if isinstance(held.get(name), str)), None)
         identity = own_id or identity
-        prompt: list[Part] = [(held[_PROMPT], held)] if held.get(_PROMPT) is not None else []
-        own = [name for name in _WHOLE if name in held]
+        prompt: list[Part] = [(held[PROMPT], held)] if held.get(PROMPT) is not None else []
+        own = [name for name in _WHOLE if name in held] or [name for name in TOKEN_NAMES if name in held][:1]
         if own:
             key = None if identity is None else (identity, str(held.get("index", 0)))
             yield key, [*prompt, *((held[name], held) for name in own)]
@@ -342,7 +358,7 @@ def _shaped(flat: np.ndarray, here: str, model: ModelSpec) -> np.ndarray:
             if n_layers == n_moe:
                 return ids
             continue
-        zero = ~np.asarray(ids.any(axis=2))
+        zero = (ids == ids[..., :1]).all(axis=2)  # or -1: no routing
         routed = ~zero.all(axis=1)
         if routed.any() and zero[routed][0].sum() == n_layers - n_moe and (zero[routed] == zero[routed][0]).all():
             n_without = int((~routed).sum())

@@ -57,12 +57,12 @@ class Archive:
         return ids
 
     def head(self, name: str, rows: int) -> np.ndarray:
-        """The first rows of an array of whole numbers."""
-        shape, dtype, in_rows = self._check(name, "iu", None)
+        """The first rows of an array of numbers."""
+        shape, dtype, in_rows = self._check(name, "iuf", None)
         if math.prod(shape[1:]) > _PIECE:
             raise InputError(f"{self.where}: {name or 'its array'} has rows of {math.prod(shape[1:])} numbers")
         if not in_rows or shape[0] <= rows:
-            return self.read(name)[:rows]
+            return self.read(name, "iuf")[:rows]
         shape = (rows, *shape[1:])
         with self._open(name) as member:
             _header(member)
@@ -183,7 +183,10 @@ def as_array(value: Any, where: str) -> np.ndarray | None:
     if not callable(getattr(value, "numpy", None)):
         return None
     with reading(where, ".pt"):
-        return np.asarray(value.numpy())
+        try:
+            return np.asarray(value.numpy())
+        except (TypeError, RuntimeError):  # bfloat16, which numpy lacks; or part of a graph
+            return np.asarray(value.detach().float().numpy())
 
 
 def read_safetensors(path: Path, where: str) -> dict[str, np.ndarray]:

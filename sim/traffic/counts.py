@@ -8,9 +8,18 @@ from typing import Any
 import numpy as np
 
 from sim.errors import InputError, shown
+from sim.traffic.recorded import MOST_LAYERS
 
 MOST_COUNTS = 2**27
-PHYSICAL_NAMES = ("physical_count", "global_physical_count")
+COUNT_NAMES = (
+    "logical_count", "counts", "count", "load", "loads", "expert_load", "expert_loads", "expert_counts", "token_counts",
+    "tokens_per_expert", "num_tokens_per_expert", "logical_load", "expert_usage", "activation_counts",
+)  # fmt: skip
+"""Names that arrays of counts go by; `logical_count` is that of SGLang's expert distribution recorder."""
+PHYSICAL_NAMES = (
+    "physical_count", "global_physical_count", "physical_load", "expert_load_window", "expert_load_view", "expert_load_pass"
+)  # fmt: skip
+"""The same of physical experts; the last three are of vLLM's EPLB state."""
 MAP_NAMES = ("physical_to_logical_map", "last_physical_to_logical_map", "phy2log")
 
 
@@ -110,6 +119,17 @@ def build_counts(
         )
     if counts.max() > 2**53:
         raise InputError(f"{where}: counts above 2**53, found {shown(counts.max().item())}")
+    if counts.shape[1] > MOST_LAYERS:
+        raise InputError(
+            f"{where} has {counts.shape[1]} layers (rows, or the second axis of three): are the axes exchanged, or is each row "
+            "of a token? Loads are [layers, experts] or [steps, layers, experts]"
+        )
+    sums = counts.sum(axis=2)
+    if len(counts) > 1 and counts.dtype.kind == "f" and sums.any() and (np.abs(sums[sums != 0] - 1) < 0.01).all():
+        raise InputError(
+            f"{where}: each of its {counts.shape[0]} x {counts.shape[1]} rows adds up to 1: probabilities or weights of tokens, "
+            "or shares, and no loads; of shares give one table [layers, experts]"
+        )
     numbers = np.arange(counts.shape[1]) if layer_ids is None else layer_ids
     used = counts.any(axis=(0, 2))
     if not used.any():
@@ -146,6 +166,26 @@ def logical_counts(name: str, counts: np.ndarray, table: np.ndarray | None, wher
     return found
 
 
+def of_experts(counts: np.ndarray, n_experts: int, top_k: int, is_open: bool) -> tuple[np.ndarray, list[str]]:
+    """Counts [..., experts] with a column for each of a model's experts, where that is what they mean; and notes.
+
+    Experts may be numbered from 1; shared experts that an engine fused in stand behind the others, with each token's load;
+    of an open table the last experts may have no load.
+    """
+    if counts.ndim < 2 or counts.dtype.kind not in "iuf":
+        return counts, []
+    n_more = counts.shape[-1] - n_experts
+    if n_more == 1 and not counts[..., 0].any():
+        return counts[..., 1:], [f"expert 0 has no load: its experts are numbered from 1, to {n_experts}"]
+    if n_more > 0:
+        routed, shared = np.split(counts, [n_experts], axis=-1)
+        if shared.any() and (shared * top_k == routed.sum(axis=-1, keepdims=True)).all():
+            return routed, [f"experts from {n_experts} on, which each token takes, are left out: shared, and fused in"]
+    if n_more < 0 and is_open:
+        counts = np.concatenate([counts, np.zeros((*counts.shape[:-1], -n_more), counts.dtype)], axis=-1)
+    return counts, []
+
+
 def _check_axes(total: np.ndarray, where: str) -> None:
     """Refuse loads [layers, experts] that are [experts, layers], or a map: a run's layers all have the same sum."""
     n_layers, width = total.shape
@@ -155,15 +195,27 @@ def _check_axes(total: np.ndarray, where: str) -> None:
             f"{where}: its columns all add up to {of_expert[0]:g}, its rows do not: are the axes exchanged? Loads are "
             "[layers, experts]: a row for each layer"
         )
-    if width > 3 and (np.sort(total, axis=1) == np.arange(width)).all():
-        raise InputError(
-            f"{where}: each row has the numbers 0 to {width - 1}, each once: a map of experts, and no loads"
-        )
+    ordered = np.sort(total, axis=1)  # of a map: each expert has a slot, and a few have several
+    steps = np.diff(ordered, axis=1)
+    last = ordered[0, -1]
+    if (
+        2 * last > width > 3
+        and not ordered[:, 0].any()
+        and (ordered[:, -1] == last).all()
+        and set(np.unique(steps)) <= {0, 1}
+    ):
+        raise InputError(f"{where}: each row has all numbers from 0 to {last:g}: a map of experts, and no loads")
 
 
 def doubts_about(data: LoadCounts) -> list[str]:
     """What of loads is seldom meant, as notes: layers with different sums, shares, counters that only rise."""
     found, counts, of_layer = [], data.counts, data.total.sum(axis=1)
+    last = data.total[:, -1]
+    of_each = of_layer / last if last.all() else np.full(len(last), np.inf)  # a shared expert has one of a token's few
+    if len(last) > 1 and 2 * of_each[0] <= data.n_experts and of_each[0] % 1 == 0 == np.ptp(of_each):
+        found.append(
+            f"expert {data.n_experts - 1} has one in {of_each[0]:g} of the loads of every layer: a shared expert?"
+        )
     if np.ptp(of_layer) > 1e-3 * of_layer.max() or (counts.dtype.kind == "i" and np.ptp(of_layer)):
         found.append(
             f"its layers' loads add up to {of_layer.min():.10g} to {of_layer.max():.10g}, where a router gives each as many: "
@@ -180,3 +232,110 @@ def doubts_about(data: LoadCounts) -> list[str]:
 def never_falls(series: list[np.ndarray] | np.ndarray) -> bool:
     """Whether no count is below the one before it, as in counters that add up."""
     return all((late >= early).all() for early, late in pairwise(series))
+
+
+@dataclass
+class CountTable:
+    """Counts as a file holds them, before they are checked.
+
+    Attributes
+    ----------
+    counts : array [layers, experts] or [steps, layers, experts]
+    form : str
+        What it was recognised as.
+    layer_ids : int64 [layers], optional
+        The file's own, where it has any.
+    steps : array [steps], optional
+        The file's own numbers of steps: what files of several ranks are added up by.
+    is_open : bool
+        Whether the largest expert that occurs tells the number of experts: there may be more.
+    notes : list of str
+        What was left out.
+    """
+
+    counts: np.ndarray
+    form: str
+    layer_ids: np.ndarray | None = None
+    steps: np.ndarray | None = None
+    is_open: bool = False
+    notes: list[str] = field(default_factory=list)
+
+
+def add_tables(tables: list[CountTable], where: str, what: str = "files") -> CountTable:
+    """The sum of the tables of several files (one for each rank), or of the ranks of one, by step, layer and expert.
+
+    Raises
+    ------
+    InputError
+        They differ in their experts, or in their layers where they do not number them.
+    """
+    first = tables[0]
+    if len(tables) == 1:
+        return first
+    used = [set(np.flatnonzero(t.counts.any(axis=tuple(range(t.counts.ndim - 1)))).tolist()) for t in tables]
+    apart = len(set().union(*used)) == sum(map(len, used))  # each rank has counts of its own experts alone
+    for table in tables[1:]:
+        if (table.counts.ndim, table.layer_ids is None) != (first.counts.ndim, first.layer_ids is None):
+            raise InputError(f"{where}: its files are tables of different forms: {first.form}, and {table.form}")
+        if table.counts.shape[-1] != first.counts.shape[-1] and not (apart or (table.is_open and first.is_open)):
+            raise InputError(
+                f"{where}: its files have counts of {first.counts.shape[-1]} and of {table.counts.shape[-1]} experts: "
+                "mixed models in one folder?"
+            )
+        if table.layer_ids is None and table.counts.shape[:-1] != first.counts.shape[:-1]:
+            raise InputError(
+                f"{where}: its files have {' x '.join(map(str, first.counts.shape[:-1]))} and "
+                f"{' x '.join(map(str, table.counts.shape[:-1]))} (steps and) layers, which they do not number"
+            )
+    n_experts = max(table.counts.shape[-1] for table in tables)
+    ids = [table.layer_ids for table in tables if table.layer_ids is not None]
+    layers = np.unique(np.concatenate(ids)) if ids else None
+    n_layers = first.counts.shape[-2] if layers is None else len(layers)
+    numbers = [np.arange(len(t.counts)) if t.steps is None else t.steps for t in tables if t.counts.ndim == 3]
+    steps = np.unique(np.concatenate(numbers)) if numbers else None
+    total = np.zeros(
+        (1 if steps is None else len(steps), n_layers, n_experts), np.result_type(*(t.counts for t in tables))
+    )
+    if total.size > MOST_COUNTS:
+        raise InputError(f"{where} has more than {MOST_COUNTS} counts; add up steps first")
+    for i, table in enumerate(tables):
+        at_layer = np.arange(n_layers) if layers is None else np.searchsorted(layers, ids[i])
+        at_step = np.zeros(1, int) if steps is None else np.searchsorted(steps, numbers[i])
+        total[np.ix_(at_step, at_layer, np.arange(table.counts.shape[-1]))] += np.atleast_3d(
+            table.counts if table.counts.ndim == 3 else table.counts[None]
+        )
+    notes = [*dict.fromkeys(note for table in tables for note in table.notes), f"{len(tables)} {what} are added up"]
+    notes += _own_numbers([table.counts.reshape(-1, *table.counts.shape[-2:]).sum(axis=0) for table in tables], what)
+    n_equal = len(tables) - len({table.counts.tobytes() for table in tables})
+    if n_equal:
+        notes.append(
+            f"{n_equal} of them have the same counts as another: of ranks that see the same tokens give one file"
+        )
+    elif (
+        what == "files"
+        and len({t.counts.shape for t in tables}) == 1
+        and first.counts.size >= 20
+        and never_falls([t.counts for t in tables])
+    ):
+        notes.append("no count falls from one file to the next: of counters that add up give the last file alone")
+    return CountTable(
+        total if steps is not None else total[0], first.form, layers, steps, any(t.is_open for t in tables), notes
+    )
+
+
+def _own_numbers(parts: list[np.ndarray], what: str) -> list[str]:
+    """A note on loads [layers, experts] of ranks that seem to number their own experts from 0: added up, different experts mix.
+
+    Ranks that have all experts, of their own tokens, have as many loads in each layer; ranks with their own experts have that
+    only together.
+    """
+    if len({part.shape for part in parts}) > 1 or any(part.dtype.kind not in "iu" for part in parts):
+        return []
+    used = [part.any(axis=0) for part in parts]
+    alike = all((mine == used[0]).all() for mine in used)
+    if not alike or not all(np.ptp(part.sum(axis=1)) for part in parts) or np.ptp(np.sum(parts, axis=(0, 2))):
+        return []
+    return [
+        f"only its {what} together have as many loads in each layer: if each numbers its own experts from 0, put them side by "
+        "side, a column for each expert"
+    ]

@@ -4,7 +4,10 @@ Formats as of SGLang 0.5.23 (srt/eplb/expert_distribution.py: `_StatAccumulator`
 (tensorrt_llm/_torch/expert_statistic.py, examples/wide_ep/ep_load_balancer/utils.py).
 """
 
+import io
 import re
+import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,15 +16,26 @@ import numpy as np
 from sim.errors import InputError, shown
 from sim.files import read_json
 from sim.model import ModelSpec
-from sim.traffic.answers import TOKEN_NAMES, Requests, add_arrays
-from sim.traffic.arrays import MAX_ARRAYS, Archive, as_array, read_pt, read_safetensors
-from sim.traffic.counts import MAP_NAMES, MOST_COUNTS, PHYSICAL_NAMES, logical_counts
+from sim.traffic.answers import BY_LAYER, PROMPT, TOKEN_NAMES, Requests, add_arrays
+from sim.traffic.arrays import MAX_ARRAYS, Archive, as_array, narrow_ids, read_pt, read_safetensors
+from sim.traffic.counts import (
+    COUNT_NAMES,
+    MAP_NAMES,
+    MOST_COUNTS,
+    PHYSICAL_NAMES,
+    CountTable,
+    add_tables,
+    logical_counts,
+)
 from sim.traffic.recorded import check_shapes
-from sim.traffic.tables import COUNT_NAMES, CountTable, add_tables
+from sim.traffic.tables import layer_of_key
 
 _MAP = "last_physical_to_logical_map"
 SAMPLE = 4096
 """First rows of an array that tell what it is."""
+_LENGTHS = ("sequence_lengths", "seq_lens", "seqlens", "extend_seq_lens")
+_MOST_TOP_K = 32  # columns: no router takes more experts
+_NO_LOADS = re.compile(r"map$|log2phy|phy2log|logcnt|replica|logit|prob|weight|score")
 _DECODE = 2  # SGLang's ForwardMode of a step with one token of each request
 
 
@@ -37,7 +51,9 @@ def read_recorder(paths: list[Path], wheres: list[str], model: ModelSpec | None)
         A file without a known key, of another mode than the first, or of another map.
     """
     tables: list[CountTable] = []
+    requests = Requests(wheres[0], model)
     records: list[tuple[dict[str, Any], np.ndarray, str]] = []
+    form = ""
     for path, where in zip(paths, wheres, strict=True):
         held = read_pt(path, where)
         if isinstance(held, dict) and isinstance(held.get("records"), list):
@@ -53,27 +69,31 @@ def read_recorder(paths: list[Path], wheres: list[str], model: ModelSpec | None)
             records += [(record, table, where) for record in held["records"]]
             if not held["records"]:
                 raise InputError(f"{where}: SGLang's recorder, but it holds no record")
-        else:
-            found = _tensor(held, where)
-            if isinstance(found, Requests):
-                if len(paths) > 1:
-                    raise InputError(f"{where}: expert ids under a key of a .pt file are read one file at a time")
-                return found, "a torch file of expert ids"
+            continue
+        archive = _tensors(held, path, where)
+        found, form = read_archive(archive, requests, len(paths) == 1)
+        form = "SGLang's recorder in mode stat" if "logical_count" in archive.names else f"a torch file: {form}"
+        if found is not None:
+            found.form = form
             tables.append(found)
-    if records and tables:
-        raise InputError(f"{wheres[0]} and others: dumps of several recorder modes in one folder")
+    if sum(map(bool, (records, tables, requests.arrays))) > 1:
+        raise InputError(
+            f"{wheres[0]} and others: dumps of several recorder modes, or of loads and tokens, in one folder"
+        )
     if tables:
         return _add_dumps(tables, wheres)
+    if requests.arrays:
+        return requests, form
     maps = [table for _, table, _ in records]
     if any(not np.array_equal(table, maps[0]) for table in maps):
         raise InputError(
             f"{wheres[0]} and others were recorded under different {_MAP}: mixed models, or a rebalance between"
         )
+    if all("topk_ids_of_layer" in record for record, _, _ in records):  # has global_physical_count, too
+        return _per_token(records, maps[0], wheres[0], model)
     if all("global_physical_count" in record for record, _, _ in records):
         summed = _per_pass(records, maps[0])
         return summed, summed.form
-    if all("topk_ids_of_layer" in record for record, _, _ in records):
-        return _per_token(records, maps[0], wheres[0], model)
     known = shown(", ".join(sorted(map(str, records[0][0]))))
     raise InputError(
         f"{records[0][2]}: its records have neither global_physical_count (mode per_pass) nor topk_ids_of_layer (per_token), "
@@ -81,36 +101,27 @@ def read_recorder(paths: list[Path], wheres: list[str], model: ModelSpec | None)
     )
 
 
-def _tensor(held: Any, where: str) -> CountTable | Requests:
-    """The one known tensor of a torch file without records."""
-    arrays = {str(key): as_array(value, where) for key, value in held.items()} if isinstance(held, dict) else {}
-    known = [key for key in (*COUNT_NAMES, *PHYSICAL_NAMES, *TOKEN_NAMES) if arrays.get(key) is not None]
-    if not isinstance(held, dict):
-        array = as_array(held, where)
-        if array is None:
-            raise InputError(f"{where} holds no tensor, but a {type(held).__name__}")
-        return CountTable(array, "a torch file with one tensor of loads")
-    if not known:
+def _tensors(held: Any, path: Path, where: str) -> Archive:
+    """The tensors of a torch file without records: one, a list of them, or those of a dict with a key that is known."""
+    several = dict(enumerate(held)) if isinstance(held, list | tuple) else {"tensor": held}
+    parts = held if isinstance(held, dict) else several
+    arrays = {str(key): array for key, part in parts.items() if (array := as_array(part, where)) is not None}
+    if not arrays and not isinstance(held, dict):
+        raise InputError(f"{where} holds no tensor, but a {type(held).__name__}")
+    names = (*COUNT_NAMES, *PHYSICAL_NAMES, *TOKEN_NAMES, BY_LAYER)
+    if isinstance(held, dict) and not (arrays and (_are_layers(arrays) or any(name in arrays for name in names))):
         keys = shown(", ".join(map(str, held)))
         raise InputError(
-            f"{where} holds no tensor that is known ({', '.join((*COUNT_NAMES, *TOKEN_NAMES))}; or SGLang's records): it has "
-            f"{keys}"
+            f"{where} holds no tensor that is known ({', '.join(names)}; or SGLang's records): it has {keys}"
         )
-    array = arrays[known[0]]
-    assert array is not None
-    if known[0] in TOKEN_NAMES:
-        if array.ndim != 3 or array.dtype.kind not in "iu":
-            raise InputError(
-                f"{where}: {known[0]} must be whole numbers with 3 axes, not {array.dtype} {list(array.shape)}"
-            )
-        requests = Requests(where)
-        requests.add(array.transpose(1, 0, 2) if known[0] == "topk_ids_of_layer" else array, where)
-        return requests
-    form = (
-        "SGLang's recorder in mode stat" if known[0] == "logical_count" else f"a torch file with loads named {known[0]}"
-    )
-    slots = next((arrays[key] for key in MAP_NAMES if arrays.get(key) is not None), None)
-    return CountTable(logical_counts(known[0], array, slots, where), form)
+    file = io.BytesIO()
+    np.savez(file, allow_pickle=False, **arrays)
+    return Archive(path, where, zipfile.ZipFile(file))
+
+
+def _are_layers(names: Iterable[str]) -> bool:
+    """Whether each name is a layer's."""
+    return all(layer_of_key(name) is not None for name in names)
 
 
 def _add_dumps(tables: list[CountTable], wheres: list[str]) -> tuple[CountTable, str]:
@@ -119,18 +130,22 @@ def _add_dumps(tables: list[CountTable], wheres: list[str]) -> tuple[CountTable,
     for table in tables:
         distinct.setdefault(table.counts.tobytes(), table)
     found = list(distinct.values())
-    first = found[0]
-    if len(found) > 1:
-        shapes = {table.counts.shape[-2:] for table in found}
-        if len(shapes) > 1 or {table.counts.ndim for table in found} != {3}:
+    where = f"{wheres[0]} and others"
+    if {table.counts.ndim for table in found} != {3}:
+        first = add_tables(found, where)
+    else:
+        first = found[0]
+        shapes = sorted({table.counts.shape[-2:] for table in found})
+        if len(shapes) > 1:
             raise InputError(
-                f"{wheres[0]} and others have counts of {' and '.join(' x '.join(map(str, s)) for s in sorted(shapes))} "
-                "layers x experts: mixed models in one folder?"
+                f"{where} have counts of {' and '.join(' x '.join(map(str, shape)) for shape in shapes)} layers x experts: mixed "
+                "models in one folder?"
             )
         if sum(table.counts.size for table in found) > MOST_COUNTS:
-            raise InputError(f"{wheres[0]} and others have more than {MOST_COUNTS} counts; keep a part of them")
-        first.counts = np.concatenate([table.counts for table in found])
-        first.notes.append(f"the steps of {len(found)} dumps follow each other")
+            raise InputError(f"{where} have more than {MOST_COUNTS} counts; keep a part of them")
+        if len(found) > 1:
+            first.counts = np.concatenate([table.counts for table in found])
+            first.notes.append(f"the steps of {len(found)} dumps follow each other")
     if len(found) < len(tables):
         first.notes.append(f"{len(tables) - len(found)} dumps that equal another are counted once")
     return first, first.form
@@ -172,8 +187,7 @@ def _per_token(
 ) -> tuple[Requests, str]:
     """Logical experts of the tokens of all forward passes: a sequence for each prompt, and for each token of a decode step."""
     requests, passes, seen, n_twice = Requests(where, model), set(), set(), 0
-    taken: list[tuple[np.ndarray, np.ndarray, str]] = []
-    layers, columns = np.ones(len(logical), bool), None
+    rows = np.arange(len(logical))[:, None, None]
     for record, _, here in records:
         ids = as_array(record["topk_ids_of_layer"], here)
         if ids is None or ids.dtype.kind not in "iu" or ids.ndim != 3 or len(ids) != len(logical):
@@ -197,27 +211,11 @@ def _per_token(
             n_twice += 1
             continue
         seen.add((number, hash(content)))
-        layers &= ~(ids == -1).all(axis=(1, 2))
-        columns = np.ones(ids.shape[2], bool) if columns is None else columns
-        if len(columns) != ids.shape[2]:
-            raise InputError(f"{here}: topk_ids_of_layer has {ids.shape[2]} columns, the first record {len(columns)}")
-        if layers.any():
-            columns &= ~(ids[layers] == -1).all(axis=(0, 1))
-        taken.append((ids, _lengths(record, ids.shape[1], here), here))
-    if columns is None or not layers.any() or not columns.any():
-        raise InputError(f"{where} holds no tokens")
-    if model is not None and columns.sum() > model.top_k:  # what was never written is 0 in the first pass
-        columns[model.top_k :] = False
-    rows = np.arange(len(logical))[:, None, None]
-    for ids, lengths, here in taken:
-        ids = ids[:, :, columns].astype(np.int64)
+        ids = ids[:, :, : None if model is None else model.top_k].astype(np.int64)  # columns behind are never written
         ids = np.where(ids < 0, -1, logical[rows, np.maximum(ids, 0)])
-        ids[~layers] = 0
-        requests.add(ids.transpose(1, 0, 2).astype(np.int16), here, lengths=lengths)
+        requests.add(ids.transpose(1, 0, 2).astype(np.int16), here, lengths=_lengths(record, ids.shape[1], here))
     requests.n_steps = len(passes)
     form = "SGLang's recorder in mode per_token, physical experts by their map"
-    if not columns.all():
-        form += f", {(~columns).sum()} unused columns cut"
     if n_twice:
         form += f"; {n_twice} records that other ranks have too are counted once"
     return requests, form
@@ -239,13 +237,26 @@ def read_archive(archive: Archive, requests: Requests, is_one: bool) -> tuple[Co
     names, where = archive.names, archive.where
     if not names:
         raise InputError(f"{where} holds no arrays")
-    if "topk_ids" in names or "sequence_lengths" in names:
-        ids, lengths = archive.read_ids("topk_ids"), archive.read("sequence_lengths", most=MOST_COUNTS)
+    tokens = [name for name in (*TOKEN_NAMES, BY_LAYER) if name in names]
+    counted = [name for name in (*COUNT_NAMES, *PHYSICAL_NAMES) if name in names]
+    ends = next((name for name in (*_LENGTHS, "cu_seqlens") if name in names), None)
+    if ends:
+        name, lengths = tokens[0] if tokens else "topk_ids", archive.read(ends, most=MOST_COUNTS)
+        ids, lengths = archive.read_ids(name), np.diff(lengths) if ends == "cu_seqlens" else lengths
         check_shapes(where, ids, lengths)
         requests.most_ids = 2**62 if is_one else requests.most_ids
         requests.add(ids, where, lengths=lengths)
-        return None, "arrays topk_ids [tokens, layers, top_k] and sequence_lengths"
-    counted = [key for key in (*COUNT_NAMES, *PHYSICAL_NAMES) if key in names]
+        return None, f"arrays {name} [tokens, layers, top_k] and {ends}{_not_read(names, {name, ends})}"
+    if tokens:
+        parts, by_layer = [name for name in (PROMPT, tokens[0]) if name in names], tokens[0] == BY_LAYER
+        if by_layer:
+            requests.add(archive.read_ids(tokens[0]).swapaxes(0, 1), where)
+        elif len(parts) == 2:
+            requests.add(np.concatenate([archive.read_ids(name) for name in parts]), where)
+        else:
+            add_arrays(requests, archive, parts)
+        axes = "layers, tokens" if by_layer else "tokens, layers"
+        return None, f"arrays of expert ids [{axes}, top_k] named {tokens[0]}{_not_read(names, {*parts})}"
     if counted:
         table = _array_counts(archive, counted[0])
         own = next((key for key in ("layer_ids", "layers") if key in names), None)
@@ -255,22 +266,43 @@ def read_archive(archive: Archive, requests: Requests, is_one: bool) -> tuple[Co
         table.counts = logical_counts(counted[0], table.counts, slots, where)
         table.form += _not_read(names, {counted[0], own, *MAP_NAMES})
         return table, table.form
-    shape, dtype = archive.shape(names[0])
-    if "topk_ids_of_layer" in names:
-        requests.add(archive.read_ids("topk_ids_of_layer").transpose(1, 0, 2), where)
-        return None, "SGLang's topk_ids_of_layer [layers, tokens, top_k]"
-    if "routed_experts" not in names and len(names) == 1:
-        of_ids = dtype.kind != "f" and len(shape) != 2
-        if not of_ids or (dtype.kind in "iu" and len(shape) == 3 and are_counts(archive.head(names[0], SAMPLE))):
-            table = _array_counts(archive, names[0])
-            return table, table.form
-    parts: list[str] = [key for key in ("prompt_routed_experts", "routed_experts") if key in names]
-    if len(parts) == 2:
-        requests.add(np.concatenate([archive.read_ids(key) for key in parts]), where)
-    else:
-        add_arrays(requests, archive, parts or names)
-    form = "arrays of expert ids [tokens, layers, top_k], one for each request"
-    return None, form + (_not_read(names, set(parts)) if parts else "")
+    shape, _ = archive.shape(names[0])
+    if len(names) > 1 and _are_layers(names) and len(shape) in (1, 2):
+        return _of_layers(archive, requests)
+    if (
+        len(names) > 1
+        or (len(shape) == 3 and not are_counts(archive.head(names[0], SAMPLE)))
+        or len(shape) not in (2, 3)
+    ):
+        add_arrays(requests, archive, names)
+        return None, "arrays of expert ids [tokens, layers, top_k], one for each request"
+    if _NO_LOADS.search(names[0]):
+        raise InputError(
+            f"{where}: its array '{names[0]}' holds no loads by its name; loads go by {', '.join(COUNT_NAMES)}"
+        )
+    table = _array_counts(archive, names[0])
+    return table, table.form
+
+
+def _of_layers(archive: Archive, requests: Requests) -> tuple[CountTable | None, str]:
+    """An array for each layer, named by it: of loads [experts] or [steps, experts], or of ids [tokens, top_k]."""
+    layers = np.array([layer_of_key(name) for name in archive.names])
+    arrays = [archive.read(archive.names[i], "iuf", MOST_COUNTS) for i in np.argsort(layers)]
+    if len({array.shape for array in arrays}) > 1 or len(set(layers.tolist())) < len(layers):
+        raise InputError(
+            f"{archive.where}: its arrays, one for each layer, differ in their shapes or name a layer twice"
+        )
+    stacked, layers = np.stack(arrays, axis=-2), np.sort(layers)
+    if stacked.ndim == 2 or are_counts(stacked[:SAMPLE]):
+        form = "an array of loads for each layer"
+        return CountTable(stacked, form, layers), form
+    if stacked.dtype.kind not in "iu":
+        raise InputError(f"{archive.where}: ids must be of whole numbers, not {stacked.dtype}")
+    if requests.layer_ids not in (None, layers.tolist()):
+        raise InputError(f"{archive.where} has other layers than the files before it: mixed models in one folder?")
+    requests.layer_ids = layers.tolist()
+    requests.add(narrow_ids(stacked, archive.where), archive.where)
+    return None, "an array of expert ids [tokens, top_k] for each layer"
 
 
 def _not_read(names: list[str], read: set[str | None]) -> str:
@@ -283,19 +315,24 @@ def _array_counts(archive: Archive, name: str) -> CountTable:
     counts = archive.read(name, "iuf", MOST_COUNTS)
     axes = "[steps, layers, experts]" if counts.ndim == 3 else "[layers, experts]"
     table = CountTable(counts, f"an array of loads {axes}" + (f" named {name}" if name else ""))
-    if (
-        counts.dtype.kind in "iu"
-        and counts.dtype.itemsize < 4
-        and counts.max(initial=0) > 0.75 * np.iinfo(counts.dtype).max
-    ):
-        table.notes.append(f"its loads are {counts.dtype} up to {counts.max()}: larger ones would have wrapped around")
+    whole, largest = counts.dtype.kind in "iu", counts.max(initial=0)
+    if whole and counts.dtype.itemsize < 4 and largest > 0.75 * np.iinfo(counts.dtype).max:
+        table.notes.append(f"its loads are {counts.dtype} up to {largest}: larger ones would have wrapped around")
+    elif not whole and counts.dtype.itemsize < 8 and largest > 2 / np.finfo(counts.dtype).eps:
+        table.notes.append(
+            f"its loads are {counts.dtype} up to {largest:g}, where a counter stands still: 1 more is rounded off"
+        )
     return table
 
 
 def are_counts(sample: np.ndarray) -> bool:
     """Whether the first rows of an array are counts [steps, layers, experts], and not ids [tokens, layers, top_k]."""
+    if sample.dtype.kind == "f" and not (sample.any() and (np.isfinite(sample) & (np.floor(sample) == sample)).all()):
+        return True
     if sample.size == 0 or sample.shape[2] == 1:
         return False
+    if sample.shape[2] > _MOST_TOP_K:
+        return True
     alike = (sample == sample[..., :1]).all(axis=2)  # padding, of ids
     ordered = np.sort(sample, axis=2)
     repeated = (ordered[..., 1:] == ordered[..., :-1]).any(axis=2) & (sample >= 0).all(axis=2)

@@ -13,6 +13,7 @@ import numpy as np
 from sim.errors import InputError, shown
 from sim.files import check_regular, is_folder
 from sim.model import ModelSpec, load_model
+from sim.model.spec import MOST_DRAFTS
 from sim.traffic.answers import (
     Requests,
     add_answer,
@@ -21,10 +22,19 @@ from sim.traffic.answers import (
     json_values,
 )
 from sim.traffic.arrays import open_archive
-from sim.traffic.counts import LoadCounts, build_counts, doubts_about
+from sim.traffic.counts import (
+    COUNT_NAMES,
+    PHYSICAL_NAMES,
+    CountTable,
+    LoadCounts,
+    add_tables,
+    build_counts,
+    doubts_about,
+    of_experts,
+)
 from sim.traffic.dumps import SAMPLE, are_counts, read_archive, read_recorder, read_statistics
 from sim.traffic.recorded import PHASES, RecordedTraffic, build_record
-from sim.traffic.tables import COUNT_NAMES, CountTable, add_tables, depth_of, is_row, read_csv, table_of_json
+from sim.traffic.tables import depth_of, is_row, read_csv, table_of_json, without_descriptions
 
 _KINDS = {
     ".npz": "archive", ".npy": "archive", ".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".tsv": "csv",
@@ -53,16 +63,18 @@ def read_traffic(
     What the file is, is recognised before its numbers are read, and said in `notes` with all that is left out.
 
     * Experts of tokens, to `RecordedTraffic`: answers of vLLM and SGLang with `routed_experts` (JSON, JSON lines, a stream of
-      events; nested lists, base64, {data, shape, dtype}); arrays [tokens, layers, top_k] in .npy and .npz, one request each,
-      or `topk_ids` with `sequence_lengths`; SGLang's recorder in mode per_token (.pt); a folder of JSON files, one for each
-      request, a list of steps {layer: [[expert ids] of each token]}, of which step 0 is the prefill.
-    * Loads of experts, to `LoadCounts`: arrays [layers, experts] or [steps, layers, experts] in .npy and .npz; tables in CSV
-      and JSON, with a row per layer or per layer and expert; SGLang's recorder in modes stat and per_pass (.pt); the folder
-      of TensorRT-LLM's EXPERT_STATISTIC_PATH.
+      events; nested lists, base64, {data, shape, dtype}); arrays [tokens, layers, top_k] in .npy, .npz and .pt, one request
+      each, a batch [requests, tokens, layers, top_k], [tokens, top_k] for each layer, or `topk_ids` with `sequence_lengths`;
+      SGLang's recorder in mode per_token (.pt); a folder of JSON files, one for each request, a list of steps
+      {layer: [[expert ids] of each token]}, of which step 0 is the prefill.
+    * Loads of experts, to `LoadCounts`: arrays [layers, experts] or [steps, layers, experts] in .npy, .npz and .pt; tables in
+      CSV and JSON, with a row per layer or per layer and expert; SGLang's recorder in modes stat and per_pass (.pt); vLLM's
+      `expert_load_window` beside its map; the folder of TensorRT-LLM's EXPERT_STATISTIC_PATH.
 
     Text may be packed as .gz. Of a folder (or a list of paths) all files are read: ranks are added up, requests put together.
     An unnamed array [a, b, c] is taken for ids unless it has what only counts have: fractions, a value twice in a row, values
-    above 32767, or the same sum in every layer of a step.
+    above 32767, more than 32 columns, or the same sum in every layer of a step. Maps of experts, probabilities of a router and
+    axes that are exchanged are refused where they show.
 
     Parameters
     ----------
@@ -130,6 +142,8 @@ def read_traffic(
     if len(found.arrays) == 1 and found.layer_ids is None:
         _check_layer_axis(ids.shape, model, where, "tokens, layers, top_k")
     layer_ids = None if found.layer_ids is None else np.array(found.layer_ids)
+    ids, layer_ids, drafts = _without_drafts(ids, layer_ids, model)
+    more += drafts
     if model is not None and ids.shape[1:] == (model.n_layers, 1) and model.n_moe_layers < model.n_layers:
         moe = np.array(model.moe_layer_ids)  # with one expert per token zeros do not tell dense layers
         if not np.delete(ids, moe, axis=1).any():
@@ -199,15 +213,14 @@ def _read_files(paths: list[Path], where: str, model: ModelSpec | None, phase: s
     kind = kinds.pop()
     if kind == "pt":
         return read_recorder(paths, wheres, model)
-    of_layers = not is_one and all(re.search(r"layers?[-_. ]?\d+", path.name.lower()) for path in paths)
+    named = [re.search(r"(?:^|[^a-z])l(?:ayers?)?[-_. ]?(\d+)", path.name.lower()) for path in paths]
+    of_layers = all(named) and len({found and found[1] for found in named}) > 1  # and not of an L40S
     if kind == "csv":
         tables = [read_csv(path, here) for path, here in zip(paths, wheres, strict=True)]
         if of_layers and tables[0].layer_ids is None:
             raise _a_file_each(paths, where)
         table = add_tables(tables, where)
         return table, table.form
-    if kind == "archive" and of_layers:
-        raise _a_file_each(paths, where)
     requests, tables = Requests(where, model), []
     forms: dict[str, str] = {}
     n_other = 0
@@ -223,6 +236,8 @@ def _read_files(paths: list[Path], where: str, model: ModelSpec | None, phase: s
             tables.append(found)
         if tables and (requests.arrays or requests.n_without):
             raise InputError(f"{where} holds both: {'; '.join(f'{text} ({file})' for text, file in forms.items())}")
+    if of_layers and (tables[0] if tables else requests).layer_ids is None:
+        raise _a_file_each(paths, where)
     if tables:
         table = add_tables(tables, where)
         return table, table.form
@@ -260,7 +275,8 @@ def _read_json(path: Path, where: str, requests: Requests, phase: str) -> tuple[
     table = None if is_trace(first) else table_of_json(first, here) or _counts_of_list(first, here)
     if table is not None:
         more = [held for held, _ in itertools.islice(values, _MOST_ROWS)]
-        table = table_of_json([first, *more], where) if more else table  # a step, or a layer, on each line
+        if more:  # a step, or a layer, on each line
+            table = table_of_json([first, *more], where) or _counts_of_list([first, *more], where)
         if table is None:
             raise InputError(f"{where}: its lines are no rows of one table of loads")
         return table, table.form, 0
@@ -281,7 +297,8 @@ def _read_json(path: Path, where: str, requests: Requests, phase: str) -> tuple[
 
 def _is_flat(held: Any) -> bool:
     """Whether a value of JSON may be a row of a table: names with numbers, or with one list of them, one for the layer."""
-    if not isinstance(held, dict) or not set(map(type, held.values())) <= {int, float, list} or not is_row(held):
+    held = without_descriptions(held) if isinstance(held, dict) else {}
+    if not set(map(type, held.values())) <= {int, float, list} or not is_row(held):
         return False
     return not any(isinstance(value, list) and value and isinstance(value[0], dict) for value in held.values())
 
@@ -291,12 +308,17 @@ def _refuse_known(held: Any, here: str) -> None:
     if not isinstance(held, dict):
         return
     for key, what in (
-        ("physical_to_logical_map", "SGLang's map of physical experts"),
+        ("physical_to_logical_map", "a map of physical experts"),
         ("physical_expert_map", "an expert map"),
         ("layer_list", "vllm-ascend's expert map"),
         ("num_hidden_layers", "a model's config.json"),
+        ("tpe", "Megatron's tokens per expert of the experts that one rank has"),
     ):
-        if key in held and "routed_experts" not in held and not any(name in held for name in COUNT_NAMES):
+        if (
+            key in held
+            and "routed_experts" not in held
+            and not any(name in held for name in (*COUNT_NAMES, *PHYSICAL_NAMES))
+        ):
             raise InputError(f"{here}: {what}, and no traffic")
     if held and is_trace([held]) and not all(value is None for value in held.values()):
         raise InputError(f"{here}: one step {{layer: [[expert ids] of each token]}}; a request is a list of such steps")
@@ -317,26 +339,41 @@ def _counts_of_list(held: Any, here: str) -> CountTable | None:
 
 def _loads(table: CountTable, where: str, name: str, model: ModelSpec | None) -> LoadCounts:
     """Checked counts of a table, of the model where it is known."""
-    counts, notes = table.counts, [f"read as {table.form}", *table.notes]
-    if counts.ndim == 3 and table.layer_ids is None:
+    counts, layer_ids, drafts = _without_drafts(table.counts, table.layer_ids, model)
+    notes = [f"read as {table.form}", *table.notes, *drafts]
+    if counts.ndim == 3 and layer_ids is None:
         _check_layer_axis(counts.shape, model, where, "steps, layers, experts")
-    if model is not None and counts.shape[-1] == model.n_experts + 1 and not counts[..., 0].any():
-        counts = counts[..., 1:]
-        notes.append(f"expert 0 has no load: its experts are numbered from 1, to {model.n_experts}")
-    if model is not None and table.is_open and counts.shape[-1] < model.n_experts:
-        counts = np.concatenate(
-            [counts, np.zeros((*counts.shape[:-1], model.n_experts - counts.shape[-1]), counts.dtype)], axis=-1
-        )
+    if model is not None:
+        counts, told = of_experts(counts, model.n_experts, model.top_k, table.is_open)
+        notes += told
     if counts.ndim == 3 and counts.size and counts.dtype.kind in "iuf":
         used = np.asarray(counts.any(axis=(1, 2)))
         if used.any() and not used.all():
             notes.append(f"{(~used).sum()} of {len(used)} steps have no load (unfilled, or idle) and are left out")
             counts = counts[used]
-    data, n_dense = build_counts(where, name, counts, table.layer_ids)
+    data, n_dense = build_counts(where, name, counts, layer_ids)
     notes += [f"{n_dense} layers without any load are left out"] if n_dense else []
     notes += doubts_about(data)
-    is_told = table.layer_ids is not None
-    return _of_model(replace(data, notes=tuple(notes)), is_told, model, counts.shape[-2])
+    return _of_model(replace(data, notes=tuple(notes)), layer_ids is not None, model, counts.shape[-2])
+
+
+def _without_drafts(
+    table: np.ndarray, layer_ids: np.ndarray | None, model: ModelSpec | None
+) -> tuple[np.ndarray, np.ndarray | None, list[str]]:
+    """Counts or ids [..., layers, numbers] without the draft layers that engines number behind the decoder's, their layers,
+    and a note. A few at most, where all MoE layers of the model are there too, by numbers of the file or of rows that dense
+    layers have too: else it is another model.
+    """
+    numbers = np.arange(table.shape[-2] if table.ndim > 1 else 0) if layer_ids is None else layer_ids
+    if model is None or not np.isin(model.moe_layer_ids, numbers).all():
+        return table, layer_ids, []
+    if not model.n_layers or (layer_ids is None and model.n_moe_layers == model.n_layers):
+        return table, layer_ids, []
+    drafts = numbers[numbers >= model.n_layers]
+    if not 0 < len(drafts) <= MOST_DRAFTS:
+        return table, layer_ids, []
+    note = f"layers past the {model.n_layers} decoder layers of {model.name} are left out (a draft model's?): {drafts.tolist()}"
+    return table[..., numbers < model.n_layers, :], numbers[numbers < model.n_layers], [note]
 
 
 def _odd_experts(data: RecordedTraffic | LoadCounts, model: ModelSpec | None) -> tuple[str, ...]:
@@ -363,11 +400,14 @@ def _of_model(data: T, is_told: bool, model: ModelSpec | None, n_rows: int) -> T
     if model is None:
         return data
     if isinstance(data, RecordedTraffic):
+        data = data.without_shared(model.n_experts, model.top_k)
         data.check_model(model.n_experts, model.top_k, model.name)
     elif data.n_experts != model.n_experts:
+        or_else = ", or physical experts without a map" if data.n_experts > model.n_experts else ""
+        or_else = or_else or ", or loads of ranks, or of one rank" * (model.n_experts % data.n_experts == 0)
         raise InputError(
             f"workload {data.name} has counts of {data.n_experts} experts, model {model.name} has {model.n_experts}: "
-            "another model?"
+            f"another model{or_else}?"
         )
     if model.n_moe_layers and data.n_layers > model.n_moe_layers:
         raise InputError(
@@ -394,6 +434,8 @@ def _decoder_layers(
         return ids, [f"which of the {len(moe)} MoE layers of {model.name} its {len(ids)} layers are, is not told"]
     if np.isin(ids, moe).all():
         return ids, []
+    if np.array_equal(ids, moe + 1) or np.array_equal(ids, np.arange(1, len(moe) + 1)):
+        return moe, [f"its layers are numbered from 1: layer {ids[0]} is decoder layer {moe[0]}"]
     if ids.max() < len(moe):
         return moe[ids], [
             f"its layers are numbered among the MoE layers: layer {ids[0]} is decoder layer {moe[ids[0]]}"

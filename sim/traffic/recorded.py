@@ -10,6 +10,8 @@ from sim.kernels import kernel
 from sim.streams import REPLAY, word_at
 
 PHASES = ("decode", "prefill")
+MOST_LAYERS = 256
+"""No decoder has more layers: what has is tokens, on an axis that is exchanged."""
 STEP_PHASES = ("continuous", "together", "independent")
 """Phases of whole steps, in which trial t is layer t % n_layers of step t // n_layers: see `RecordedTraffic`."""
 
@@ -124,6 +126,17 @@ class RecordedTraffic:
         left_out = f"{n_short} sequences of fewer than {tokens_per_request} tokens are left out"
         return replace(mine, tokens_per_request=tokens_per_request, notes=self.notes + ((left_out,) if n_short else ()))
 
+    def without_shared(self, n_experts: int, top_k: int) -> "RecordedTraffic":
+        """The record without shared experts that an engine fused in: ids above the routed ones, as many for each token."""
+        n_more, shared = self.topk_ids.shape[2] - top_k, self.topk_ids >= n_experts
+        if n_more < 1 or not (shared.sum(axis=2) == n_more).all():
+            return self
+        ids = self.topk_ids[~shared].reshape(*self.topk_ids.shape[:2], top_k)
+        note = (
+            f"{n_more} of each token's experts, from id {n_experts} on, are left out: shared experts that were fused in"
+        )
+        return replace(self, topk_ids=ids, digest=_digest(ids, self.starts), n_experts=0, notes=(*self.notes, note))
+
     def check_model(self, n_experts: int, top_k: int, model_name: str) -> None:
         """Refuse a model that cannot have made this record."""
         if self.topk_ids.shape[2] != top_k:
@@ -205,10 +218,10 @@ def build_record(
 ) -> RecordedTraffic:
     """A record of checked ids [tokens, layers, top_k] and lengths [sequences].
 
-    Left out, with a note: padding tokens (-1, or another id alone in all of several layers); tokens without routing, whose
-    ids are all 0 in all layers (of a prefix that was cached, or the last of a request, which is not fed to the model); layers
-    whose ids are all 0, which are dense (vLLM and SGLang write them so). With one expert per token, any id is an expert, and
-    only -1 is padding.
+    A router takes a token's experts once each, so that ids of which several are one (or a lone -1) are none. Left out, with
+    a note: columns that are -1 throughout; tokens without routing in any layer (padding; a prefix that was cached, or the last
+    token of a request, which is not fed to the model: engines write zeros); layers that have none for any token, which are
+    dense (zeros, -1, or what -1 is in unsigned bytes); tokens that lack a layer.
 
     Raises
     ------
@@ -220,30 +233,50 @@ def build_record(
     check_shapes(where, ids, lengths)
     if ids.min() < -1 or ids.max() > 2**15 - 1:
         raise InputError(f"{where}: expert ids must lie from 0 to 32767, found {ids.min()} to {ids.max()}")
+    if ids.shape[1] > MOST_LAYERS:
+        raise InputError(
+            f"{where} has the shape {list(ids.shape)}, that is {ids.shape[1]} layers: are the axes exchanged? They must be "
+            "[tokens, layers, top_k]"
+        )
     notes = []
-    padding = (ids == -1).any(axis=(1, 2)) if ids.min() < 0 else np.zeros(len(ids), bool)
-    alone = ids.shape[2] > 1 and ~padding & (ids == ids[:, :1, :1]).all(axis=(1, 2))
-    unrouted, filled = alone & (ids[:, 0, 0] == 0), alone & (ids[:, 0, 0] > 0) & (ids.shape[1] > 1)
-    if unrouted.all():
-        raise InputError(f"{where}: every layer is all zeros")
-    if padding.any() or np.any(unrouted | filled):
-        kept = ~(padding | unrouted | filled)
+    unused = (ids == -1).all(axis=(0, 1)) if ids.min() < 0 else np.zeros(ids.shape[2], bool)
+    if unused.any() and not unused.all():
+        ids = ids[..., ~unused]
+        notes.append(f"{unused.sum()} columns of ids that are unused (-1) are left out")
+    top_k = ids.shape[2]
+    empty = (ids == ids[..., :1]).all(axis=2) if top_k > 1 else ids[..., 0] == -1
+    if ids.shape[1] == 1:  # one id alone, several times, is a slip; of several layers it is what fills them
+        empty &= ids[..., 0] <= 0
+    alone = empty.all(axis=1)
+    kinds = np.where((ids[..., 0] == -1).any(axis=1), -1, ids[..., 0].max(axis=1))
+    if alone.all():
+        zeros = ": every layer is all zeros" if (kinds == 0).all() else ""
+        raise InputError(f"{where} holds no tokens with routing{zeros}")
+    routed = ids[~alone] if alone.any() else ids
+    dense = empty[~alone].all(axis=0)
+    dense[dense] = (routed[:, dense] == routed[:1, dense, :1]).all(axis=(0, 2))
+    fillers = sorted(set(routed[0, dense, 0].tolist()))
+    routed = routed[:, ~dense] if dense.any() else routed
+    padding = (routed == -1).any(axis=(1, 2)) if routed.min(initial=0) < 0 else np.zeros(len(routed), bool)
+    if alone.any() or padding.any():
+        kept = ~alone
+        kept[kept] = ~padding
         lengths = np.add.reduceat(kept, np.concatenate([[0], np.cumsum(lengths)[:-1]]), dtype=np.int64)
-        other = ids[filled, 0, 0]
-        n_empty, lengths, ids = int((lengths == 0).sum()), lengths[lengths > 0], ids[kept]
-        notes += [f"{padding.sum()} padding tokens (-1) are left out"] if padding.any() else []
-        notes += [f"{unrouted.sum()} tokens without routing (all zero) are left out"] if unrouted.any() else []
+        n_padding, n_lacking = int((alone & (kinds == -1)).sum()), int(padding.sum())
+        n_zero, other = int((alone & (kinds == 0)).sum()), kinds[alone & (kinds > 0)]
+        n_empty, lengths, routed = int((lengths == 0).sum()), lengths[lengths > 0], routed[~padding]
+        notes += [f"{n_padding} padding tokens (-1) are left out"] if n_padding else []
+        notes += [f"{n_lacking} tokens that lack an expert in a layer (-1) are left out"] if n_lacking else []
+        notes += [f"{n_zero} tokens without routing (all zero) are left out"] if n_zero else []
         notes += [f"{other.size} tokens whose only id is {other.max()} (padding) are left out"] if other.size else []
         notes += [f"{n_empty} sequences of such tokens alone are left out"] if n_empty else []
-        if not len(ids):
-            raise InputError(f"{where} holds no tokens with routing")
-    by_layer = np.ascontiguousarray(ids.transpose(1, 0, 2).astype(np.int16, copy=False))
-    numbers = np.arange(len(by_layer)) if layer_ids is None else np.asarray(layer_ids)
-    if ids.shape[2] > 1:
-        used = np.array([bool(layer.any()) for layer in by_layer])
-        if not used.all():
-            by_layer, numbers = by_layer[used], numbers[used]
-            notes.append(f"{(~used).sum()} dense layers (all zero) are left out")
+        if not len(routed):
+            raise InputError(f"{where} holds no tokens with routing in all layers")
+    by_layer = np.ascontiguousarray(routed.transpose(1, 0, 2).astype(np.int16, copy=False))
+    numbers = (np.arange(ids.shape[1]) if layer_ids is None else np.asarray(layer_ids))[~dense]
+    if dense.any():
+        what = "all zero" if fillers == [0] else f"all {' or '.join(map(str, fillers))}"
+        notes.append(f"{dense.sum()} dense layers ({what}) are left out")
     for layer, number in zip(by_layer, numbers, strict=True):
         ordered = np.sort(layer, axis=1)
         repeated = (ordered[:, 1:] == ordered[:, :-1]).any(axis=1)

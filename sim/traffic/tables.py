@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -11,107 +10,37 @@ import pandas as pd
 
 from sim.errors import InputError, shown
 from sim.files import open_stream, reading
-from sim.traffic.counts import MAP_NAMES, MOST_COUNTS, PHYSICAL_NAMES, logical_counts, never_falls
+from sim.traffic.counts import (
+    COUNT_NAMES,
+    MAP_NAMES,
+    MOST_COUNTS,
+    PHYSICAL_NAMES,
+    CountTable,
+    add_tables,
+    logical_counts,
+)
 
-COUNT_NAMES = ("logical_count", "counts", "count", "load", "loads", "expert_load", "expert_loads", "expert_counts")
-"""Names that arrays of counts go by; `logical_count` is that of SGLang's expert distribution recorder."""
 _MAX_LINE = 1 << 20
 _ROLES = {
     "layer": r"(moe_|decoder_)?layers?(_?(id|idx|index|num|number|no))?",
     "step": r"(step|iter|iteration|pass|forward_pass|window|time_?step)(_?(id|idx|index|num|number|no))?",
     "rank": r"((ep|dp|tp|world|gpu)_)?(rank|gpu|device)(_?(id|idx|index))?",
     "expert": r"(logical_)?experts?(_?(id|idx|index|num|number|no))?",
-    "count": r"((token|expert|n|num|logical)_)?(counts?|loads?|tokens|hits?|frequency|value)",
+    "count": r"((token|expert|n|num|logical|activation)_)?(counts?|loads?|tokens|hits?|usage|frequency|value)"
+    r"|(num_)?tokens_per_expert",
 }
 """What a column holds, by its name in lower case: `layer_id`, `iteration`, `ep_rank`, `expert_idx`, `count` ..."""
 _EXPERT_COLUMN = r"((logical_)?(experts?|exp|e)_?((id|idx)_)?)?(\d{1,6})"  # 3, e3, expert_3
-_LAYER_KEY = r"((model\.)?(moe_|decoder_)?layers?[_ .-]?)?(\d{1,6})(\.[a-z_.]+)?"  # 3, layer_3, model.layers.3.mlp
+_LAYER_KEY = (
+    r"(([a-z_]+\.)*(moe_|decoder_)?(layers?|blk|l)[_ .-]?)?(\d{1,6})(\.[a-z_.]+)?"  # 3, layer_3, model.layers.3.mlp
+)
+_BESIDE = re.compile(
+    r"(.+_)?(total|sum|mean|average|avg|max|min|std|cv|share|percent(age)?|pct|ratio|(im)?balance(d|dness)?|entropy|time(stamp)?"
+    r"|date)(_.+)?"
+)
+"""Columns that only describe the others: they are not read."""
+_MOST_RANKS = 4096
 _COLUMNS = "'layer', 'step', 'rank', and 'expert_0', 'expert_1', ... or 'expert' and 'count'"
-
-
-@dataclass
-class CountTable:
-    """Counts as a file holds them, before they are checked.
-
-    Attributes
-    ----------
-    counts : array [layers, experts] or [steps, layers, experts]
-    form : str
-        What it was recognised as.
-    layer_ids : int64 [layers], optional
-        The file's own, where it has any.
-    steps : array [steps], optional
-        The file's own numbers of steps: what files of several ranks are added up by.
-    is_open : bool
-        Whether the largest expert that occurs tells the number of experts: there may be more.
-    notes : list of str
-        What was left out.
-    """
-
-    counts: np.ndarray
-    form: str
-    layer_ids: np.ndarray | None = None
-    steps: np.ndarray | None = None
-    is_open: bool = False
-    notes: list[str] = field(default_factory=list)
-
-
-def add_tables(tables: list[CountTable], where: str) -> CountTable:
-    """The sum of the tables of several files (one for each rank), by step, layer and expert.
-
-    Raises
-    ------
-    InputError
-        They differ in their experts, or in their layers where they do not number them.
-    """
-    first = tables[0]
-    if len(tables) == 1:
-        return first
-    for table in tables[1:]:
-        if (table.counts.ndim, table.layer_ids is None) != (first.counts.ndim, first.layer_ids is None):
-            raise InputError(f"{where}: its files are tables of different forms: {first.form}, and {table.form}")
-        if table.counts.shape[-1] != first.counts.shape[-1] and not (table.is_open and first.is_open):
-            raise InputError(
-                f"{where}: its files have counts of {first.counts.shape[-1]} and of {table.counts.shape[-1]} experts: "
-                "mixed models in one folder?"
-            )
-        if table.layer_ids is None and table.counts.shape[:-1] != first.counts.shape[:-1]:
-            raise InputError(
-                f"{where}: its files have {' x '.join(map(str, first.counts.shape[:-1]))} and "
-                f"{' x '.join(map(str, table.counts.shape[:-1]))} (steps and) layers, which they do not number"
-            )
-    n_experts = max(table.counts.shape[-1] for table in tables)
-    ids = [table.layer_ids for table in tables if table.layer_ids is not None]
-    layers = np.unique(np.concatenate(ids)) if ids else None
-    n_layers = first.counts.shape[-2] if layers is None else len(layers)
-    numbers = [np.arange(len(t.counts)) if t.steps is None else t.steps for t in tables if t.counts.ndim == 3]
-    steps = np.unique(np.concatenate(numbers)) if numbers else None
-    total = np.zeros(
-        (1 if steps is None else len(steps), n_layers, n_experts), np.result_type(*(t.counts for t in tables))
-    )
-    if total.size > MOST_COUNTS:
-        raise InputError(f"{where} has more than {MOST_COUNTS} counts; add up steps first")
-    for i, table in enumerate(tables):
-        at_layer = np.arange(n_layers) if layers is None else np.searchsorted(layers, ids[i])
-        at_step = np.zeros(1, int) if steps is None else np.searchsorted(steps, numbers[i])
-        total[np.ix_(at_step, at_layer, np.arange(table.counts.shape[-1]))] += np.atleast_3d(
-            table.counts if table.counts.ndim == 3 else table.counts[None]
-        )
-    notes = [*dict.fromkeys(note for table in tables for note in table.notes), f"{len(tables)} files are added up"]
-    n_equal = len(tables) - len({table.counts.tobytes() for table in tables})
-    if n_equal:
-        notes.append(
-            f"{n_equal} of them have the same counts as another: of ranks that see the same tokens give one file"
-        )
-    elif (
-        len({t.counts.shape for t in tables}) == 1
-        and first.counts.size >= 20
-        and never_falls([t.counts for t in tables])
-    ):
-        notes.append("no count falls from one file to the next: of counters that add up give the last file alone")
-    return CountTable(
-        total if steps is not None else total[0], first.form, layers, steps, any(t.is_open for t in tables), notes
-    )
 
 
 def read_csv(path: Path, where: str) -> CountTable:
@@ -124,6 +53,8 @@ def read_csv(path: Path, where: str) -> CountTable:
         number, line = _first_line(file, where)
         separator = next((mark for mark in ",;\t" if mark in line), r"\s+" if re.search(r"\S\s+\S", line) else ",")
         cells = [cell.strip().strip('"') for cell in re.split(separator, line.strip() if separator == r"\s+" else line)]
+        width = len(cells)
+        cells = cells[: -1 if width > 1 and not cells[-1] else width]  # each line ends with a separator
         numbers = [_number(cell) for cell in cells]
         rows: list[np.ndarray] = []
         names: list[str] | None = None
@@ -139,9 +70,21 @@ def read_csv(path: Path, where: str) -> CountTable:
             names = _names(cells, f"{where}, line {number}")
             if names[0] == "layer" and _role(cells[0]) is None:
                 notes.append("its first column, which has no name, is taken for the layer")
+            beside = [cell for cell, name in zip(cells, names, strict=True) if not name]
+            notes += [f"columns that are not read: {shown(', '.join(beside))}"] if beside else []
+        wanted = {place: names[place] if names else "" for place in range(len(cells)) if names is None or names[place]}
+        names = names and [name for name in names if name]
         n_numbers = 0
         try:
-            for chunk in _chunks(file, len(cells), separator):
+            for whole in _chunks(file, width, separator):
+                if len(cells) < width and whole[width - 1].notna().any():
+                    raise InputError(
+                        f"{where}: its first line ends with '{separator}', other lines have a value behind it"
+                    )
+                chunk = whole[list(wanted)].copy() if len(wanted) < width else whole
+                for place, role in wanted.items():
+                    if len(chunk) and role in ("layer", "expert") and chunk[place].dtype.kind not in "iufb":
+                        chunk[place] = chunk[place].map({name: _value(name, role) for name in chunk[place].unique()})
                 if len(chunk) and any(kind.kind not in "iuf" for kind in chunk.dtypes):  # text, or booleans
                     raise ValueError("a column is not of numbers")
                 rows.append(chunk.to_numpy(float))
@@ -153,14 +96,14 @@ def read_csv(path: Path, where: str) -> CountTable:
         except InputError:
             raise
         except (ValueError, pd.errors.ParserWarning):
-            _name_fault(path, where, (number, sum(map(len, rows[int(is_data) :]))), len(cells), separator)
+            _name_fault(path, where, (number, sum(map(len, rows[int(is_data) :]))), width, wanted, separator)
             raise
     if not rows or not sum(map(len, rows)):
         raise InputError(f"{where} has no rows of counts")
     table = np.concatenate(rows)
     if np.isnan(table).any():
         first_nan = int(np.isnan(table).any(axis=1).argmax())
-        _name_fault(path, where, (number, max(0, first_nan - is_data)), len(cells), separator)
+        _name_fault(path, where, (number, max(0, first_nan - is_data)), width, wanted, separator)
     found = _table_of_columns(table, names, where, "CSV")
     found.notes += notes
     return found
@@ -185,9 +128,18 @@ def _chunks(file: IO[bytes], width: int, separator: str) -> Iterable[pd.DataFram
         yield from chunks
 
 
-def _name_fault(path: Path, where: str, sound: tuple[int, int], width: int, separator: str) -> None:
+def _value(cell: str, role: str) -> float | None:
+    """The number of a cell, or of the layer or expert that it names: layer_3, model.layers.3.mlp, expert_5."""
+    number = _number(cell)
+    named = {"layer": layer_of_key, "expert": _expert_of_key}.get(role)
+    return named(cell) if number is None and named else number
+
+
+def _name_fault(
+    path: Path, where: str, sound: tuple[int, int], width: int, wanted: dict[int, str], separator: str
+) -> None:
     """Raise the error that names the line which is not a row of `width` numbers; none where each is. `sound`: the first line,
-    and how many rows after it are known to be sound.
+    and how many rows after it are known to be sound; `wanted`: the columns that are read, and their roles.
     """
     n_rows = 0
     with open_stream(path, where) as file:
@@ -201,28 +153,31 @@ def _name_fault(path: Path, where: str, sound: tuple[int, int], width: int, sepa
                 continue
             text = line.decode("utf-8-sig", "replace").strip("\r\n")
             cells = re.split(separator, text.strip() if separator == r"\s+" else text)
-            bad = [cell for cell in cells if _number(cell.strip().strip('"')) is None]
+            read = [(cells[place].strip().strip('"'), role) for place, role in wanted.items() if place < len(cells)]
+            bad = [cell for cell, role in read if _value(cell, role) is None]
             if bad:
-                raise InputError(f"{where}, line {number}: '{shown(bad[0].strip())}' is not a number")
+                raise InputError(f"{where}, line {number}: '{shown(bad[0])}' is not a number")
             if len(cells) != width:
                 raise InputError(f"{where}, line {number}: {len(cells)} columns where the first line has {width}")
 
 
 def _names(cells: list[str], here: str) -> list[str]:
     """The columns by their roles; an expert's column by its number. A name that is not known is refused."""
-    names, unknown = [], []
+    names: list[str] = []
+    unknown: list[str] = []
+    beside: list[str] = []
     for place, cell in enumerate(cells):
         name = re.sub(r"[ .\-]+", "_", cell.lower())
         role = next((role for role, pattern in _ROLES.items() if re.fullmatch(pattern, name)), None)
-        expert = re.fullmatch(_EXPERT_COLUMN, name)
+        expert = _expert_of_key(name)
         if place == 0 and name in ("", "unnamed:_0", "index"):
             role = "index"
         if role is None and expert is None:
-            unknown.append(cell)
-        names.append(role or (expert[6] if expert else ""))
-    if unknown:
+            (beside if _BESIDE.fullmatch(name) else unknown).append(cell)
+        names.append(role or ("" if expert is None else str(expert)))
+    if unknown or (beside and "layer" not in names):
         raise InputError(
-            f"{here}: neither counts nor a name for each column ({_COLUMNS}): '{shown(unknown[0])}' is not known"
+            f"{here}: neither counts nor a name for each column ({_COLUMNS}): '{shown((unknown + beside)[0])}' is not known"
         )
     if "layer" not in names and names[0] == "index":
         names[0] = "layer"
@@ -253,6 +208,13 @@ def _table_of_columns(table: np.ndarray, names: list[str] | None, where: str, ki
             note = f"its first column, {index[0]:g} to {index[-1]:g}, is taken for the layer: the others add up to the same"
             return CountTable(_whole(table[:, 1:]), form, _ids(index, "layers", where), notes=[note])
         return CountTable(_whole(table), form)
+    if "rank" in names:
+        place = names.index("rank")
+        ranks, others = np.unique(table[:, place]), names[:place] + names[place + 1 :]
+        if len(ranks) > _MOST_RANKS:
+            raise InputError(f"{where} has {len(ranks)} ranks, more than {_MOST_RANKS}")
+        parts = [np.delete(table[table[:, place] == rank], place, axis=1) for rank in ranks]
+        return add_tables([_table_of_columns(part, others, where, kind) for part in parts], where, "ranks")
     keys = {name: table[:, place] for place, name in enumerate(names) if not name.isdigit()}
     columns = [place for place, name in enumerate(names) if name.isdigit()]
     layer = _ids(keys["layer"], "layers", where) if "layer" in keys else None
@@ -278,14 +240,12 @@ def _table_of_columns(table: np.ndarray, names: list[str] | None, where: str, ki
     layers, at_layer = np.unique(layer, return_inverse=True)
     cells = np.unique(at_step * len(layers) + at_layer)
     n_wanted = len(steps) * len(layers)
-    if len(cells) != n_wanted or ("rank" not in keys and len(table) != n_wanted):
+    if len(cells) != n_wanted or len(table) != n_wanted:
         raise InputError(
             f"{where}: {len(table)} rows are not one for each of {len(layers)} layers in {len(steps)} steps"
         )
     counts = np.zeros((len(steps), len(layers), wide.shape[1]))
     np.add.at(counts, (at_step, at_layer), wide)
-    if "rank" in keys:
-        notes.append(f"{len(np.unique(keys['rank']))} ranks are added up")
     return _by_step(counts, steps if "step" in keys else None, CountTable(counts, form, layers, notes=notes))
 
 
@@ -305,9 +265,7 @@ def _long(table: np.ndarray, keys: dict[str, np.ndarray], where: str, kind: str)
     np.add.at(counts, (at_step, at_layer, expert), keys["count"])
     place = (at_step * len(layers) + at_layer) * shape[2] + expert
     n_repeated, notes = len(place) - len(np.unique(place)), []
-    if "rank" in keys:
-        notes.append(f"{len(np.unique(keys['rank']))} ranks are added up")
-    elif n_repeated:
+    if n_repeated:
         notes.append(f"{n_repeated} rows repeat a layer and expert: they are added up")
     form = f"a {kind} table of loads: a row per layer and expert{' of a step' if 'step' in keys else ''}"
     found = CountTable(counts, form, layers, is_open=True, notes=notes)
@@ -367,14 +325,16 @@ def table_of_json(held: Any, where: str) -> CountTable | None:
     if not isinstance(held, list) or not held:
         return None
     if all(isinstance(row, dict) and row for row in held):
-        by_step = _steps_of_layers(held, where)
+        by_step = _steps(held, where)
         if by_step is not None:
             return by_step
+        beside = [str(key) for key in held[0] if _is_beside(key)]
+        held = [without_descriptions(row) for row in held]
         keys = list(held[0])
         if "layer" not in [_role(key) for key in keys] or any(list(row) != keys for row in held):
             return None
         listed = [key for key in keys if isinstance(held[0][key], list)]
-        if len(listed) == 1 and _role(listed[0]) in ("count", "expert"):  # a row per layer, its counts in a list
+        if len(listed) == 1 and _role(listed[0]) == "count":  # a row per layer, its counts in a list
             others = [key for key in keys if key != listed[0]]
             rows = [
                 [row[key] for key in others] + (row[listed[0]] if isinstance(row[listed[0]], list) else [])
@@ -386,10 +346,12 @@ def table_of_json(held: Any, where: str) -> CountTable | None:
                     f"{where}: beside '{listed[0]}', keys must be layer, step or rank: {shown(', '.join(others))}"
                 )
             names = [_role(key) or "" for key in others] + [str(e) for e in range(table.shape[1] - len(others))]
-            return _table_of_columns(table.astype(float), names, where, "JSON")
-        names = _names(keys, where)
-        cells = [list(row.values()) for row in held]
-        return _table_of_columns(_regular(cells, where).astype(float), names, where, "JSON")
+        else:
+            names = _names(keys, where)
+            table = _regular([list(row.values()) for row in held], where)
+        found = _table_of_columns(table.astype(float), names, where, "JSON")
+        found.notes += [f"keys that are not read: {shown(', '.join(beside))}"] if beside else []
+        return found
     if depth_of(held) == 2:
         return CountTable(_regular(held, where), "a JSON list of loads [layers][experts]")
     return None
@@ -399,14 +361,29 @@ def is_row(held: dict[str, Any]) -> bool:
     """Whether the keys of an object of JSON are those of a row of a table: one is a layer's, and all are known."""
     roles = [_role(key) for key in held]
     return "layer" in roles and all(
-        role or re.fullmatch(_EXPERT_COLUMN, str(key).lower()) for key, role in zip(held, roles, strict=True)
+        role or _expert_of_key(key) is not None for key, role in zip(held, roles, strict=True)
     )
+
+
+def without_descriptions(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of a table without what only describes it, such as a total or a time."""
+    return {key: value for key, value in row.items() if not _is_beside(key)}
+
+
+def _is_beside(key: str) -> bool:
+    return _role(key) is None and bool(_BESIDE.fullmatch(str(key).lower()))
 
 
 def layer_of_key(key: str) -> int | None:
     """Number of the layer that a key of a JSON object names: '3', 'layer_3', 'model.layers.3.mlp'; None where it does not."""
     found = re.fullmatch(_LAYER_KEY, str(key).lower())
-    return int(found[4]) if found else None
+    return int(found[5]) if found else None
+
+
+def _expert_of_key(key: str) -> int | None:
+    """Number of the expert that a name is of: '5', 'e5', 'expert_5'; None where it is of none."""
+    found = re.fullmatch(_EXPERT_COLUMN, str(key).lower())
+    return int(found[6]) if found else None
 
 
 def depth_of(held: Any) -> int:
@@ -424,16 +401,18 @@ def _role(key: str) -> str | None:
 def _table_of_layers(held: dict[str, Any], where: str) -> CountTable | None:
     layers = [layer_of_key(key) for key in held]
     rows = [row for row in held.values() if row is not None]
+    if all(isinstance(row, dict) for row in rows):  # {layer: {expert_counts: ..., and what describes them}}
+        rows = [next((row[name] for name in COUNT_NAMES if name in row), row) for row in rows]
     if not rows or None in layers or not all(isinstance(row, list | dict) and row for row in rows):
         return None
     if len(set(layers)) != len(layers):
         raise InputError(f"{where}: a layer stands there twice")
     ids = np.array([layer for layer, row in zip(layers, held.values(), strict=True) if row is not None], np.int64)
     if all(isinstance(row, dict) for row in rows):
-        experts = [[re.fullmatch(_EXPERT_COLUMN, str(key).lower()) for key in row] for row in rows]
-        if not all(all(row) for row in experts):
+        experts = [[_expert_of_key(key) for key in row] for row in rows]
+        numbers = [[number for number in row if number is not None] for row in experts]
+        if numbers != experts:
             return None
-        numbers = [[int(found[6]) for found in row if found] for row in experts]
         width = max(map(max, numbers)) + 1
         if width > 2**15 - 1:
             raise InputError(f"{where}: expert {width - 1} is above 32767")
@@ -449,21 +428,20 @@ def _table_of_layers(held: dict[str, Any], where: str) -> CountTable | None:
     return CountTable(counts[order], form, ids[order], is_open=is_open)
 
 
-def _steps_of_layers(held: list[Any], where: str) -> CountTable | None:
-    """Counts of a list of steps {layer: [count of each expert]}; None where it is none."""
-    first = _table_of_layers(held[0], where)
-    if first is None or first.layer_ids is None:
+def _steps(held: list[Any], where: str) -> CountTable | None:
+    """Counts of a list of steps, each a table of its own, as {layer: [count of each expert]}; None where it is none."""
+    first = table_of_json(held[0], where)
+    if first is None:
         return None
-    tables = [table for table in (_table_of_layers(step, where) for step in held) if table is not None]
+    tables = [table for table in (table_of_json(step, where) for step in held) if table is not None]
     if len(tables) < len(held):
         raise InputError(f"{where}: of its {len(held)} steps {len(held) - len(tables)} have no counts")
     width = max(table.counts.shape[1] for table in tables)
     rows = []
     for table in tables:
-        assert table.layer_ids is not None
-        if table.layer_ids.tolist() != first.layer_ids.tolist() or (
-            table.counts.shape[1] < width and not table.is_open
-        ):
+        ids, wanted = (np.arange(len(t.counts)) if t.layer_ids is None else t.layer_ids for t in (table, first))
+        same = np.array_equal(ids, wanted)
+        if table.counts.ndim != 2 or not same or (table.counts.shape[1] < width and not table.is_open):
             raise InputError(f"{where}: its steps differ in their layers or experts")
         rows.append(np.pad(table.counts, ((0, 0), (0, width - table.counts.shape[1]))))
     form = f"a JSON list of steps, each {first.form.removeprefix('JSON ')}"
