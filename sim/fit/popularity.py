@@ -27,15 +27,15 @@ from sim.streams import GROUP, REQUEST, TOKEN, stream_key, uniforms
 from sim.traffic.fitted import MOST_LOGIT
 from sim.traffic.synthetic import of_one_strength
 
-_NUMBERS = 2**22  # experts times requests
-_MOST_REQUESTS, _LEAST_REQUESTS = 2**15, 2**12
+_NUMBERS = 2**20  # experts times requests
+_MOST_REQUESTS, _LEAST_REQUESTS = 2**13, 2**12
 _OF_A_KIND = 4096  # requests that the experts of one kind of tokens are fitted on
 _FEW = 1024  # requests that the first rounds take, until
 _NEAR = 0.03  # this rms
 _MOST_ROUNDS = 60
 _TOLERANCE = 1e-3  # rms of p fitted / p measured - 1
-_MOST_PAIRS = 2**15  # of tokens, for a correlation
-_MOST_STEP = 2.0
+_MOST_PAIRS = 2**13  # of tokens, for a correlation
+_MOST_STEP, _MOST_RATE = 2.0, 10.0
 _MOST_STRENGTH = 10.0
 _MOST = 700.0  # beyond it an expert is picked, and exp(-x) is hardly a number
 _LOG2E = 1 / np.log(2)
@@ -181,10 +181,24 @@ def fit_popularity(
             strength = min(strength, _MOST_STRENGTH)
         share = np.clip(share, 1e-12, 1 - 1e-9)
         hazard = -np.log1p(-share)
-        rate = np.clip(slope / ((1 - share) * hazard), 0.05, 1.0)
+        rate = np.clip(_without_others(slope, noise.model.top_k) / ((1 - share) * hazard), 0.05, _MOST_RATE)
         mu = mu + np.clip((target - np.log(hazard)) / rate, -_MOST_STEP, _MOST_STEP)
         mu = np.clip(mu - mu.mean(), -MOST_LOGIT, MOST_LOGIT)
     return best
+
+
+def _without_others(slope: np.ndarray, top_k: int) -> np.ndarray:
+    """How the picks of experts rise with mu, float64 [experts], were the loss of all others to them made good.
+
+    All picks sum to top_k, whatever mu: so their derivatives are taken as diag(a) - a a' / sum(a), of which `slope` is the
+    diagonal, as it is for top-1 without effects, where a is the share. A step of (wanted - found) / a then is Newton's. One by
+    the slope alone overshoots where few experts have most of the load.
+    """
+    a, total = slope, float(top_k)
+    for _ in range(20):
+        a = total / 2 * (1 - np.sqrt(np.maximum(1 - 4 * slope / total, 0)))
+        total = float(a.sum())
+    return np.maximum(a, slope)
 
 
 def fit_layer(
