@@ -283,7 +283,7 @@ def test_a_fit_is_the_same_on_any_number_of_threads_and_another_with_another_see
 @pytest.mark.slow
 def test_a_fit_that_does_not_converge_gives_its_best():
     """Shares that ask for more than the largest strength still end."""
-    taste = RequestEffect(np.ones(16), np.zeros((0, 16)), 0.9999, 0.9999)
+    taste = RequestEffect(np.ones(16), np.zeros((0, 16)), 0.9999, 0.9999, 0.9999)
     found = fit_popularity(Noise(SMALL, 0.0, 0, 0), np.full(16, 0.25), taste)
     assert isinstance(found, Popularity)
     assert found.strength <= 10

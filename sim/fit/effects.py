@@ -27,6 +27,7 @@ class RequestEffect(NamedTuple):
     sd: np.ndarray  # float64 [experts]
     loadings: np.ndarray  # float64 [factors, experts]
     correlation: float  # of two tokens' picks, that the strength is to give: covariance / variance, summed over experts
+    passage: float  # the same of two tokens that share a passage and no context
     far: float  # the same of two tokens that share the topic alone
 
     @property

@@ -36,7 +36,7 @@ _LEAST_BLOCKS = 64
 _SEQUENCE = 64  # lag of two tokens of a sequence whose correlation is that of its shares
 _OF_REQUESTS = (
     *("about", "request_sigma", "tokens_per_request"),
-    *("local_share", "context_tokens", "context_shares"),
+    *("local_share", "context_tokens", "context_shares", "passage_share", "passage_tokens"),
 )
 _MOST_SEQUENCES = 20_000
 _LEAST_CORRELATION = 1e-3
@@ -56,7 +56,8 @@ class FittedTraffic:
     prefill : SyntheticTraffic or None
         The tokens of a request share its effect; None where sequences do not show one.
     rms : float64 [phases, layers]
-        Root mean square over experts of fitted / measured share - 1, on other random numbers than those of the fit.
+        Root mean square of fitted / measured share of experts - 1, weighted by their shares, on other random numbers than
+        those of the fit.
     seconds : float64 [layers]
         Time of each layer's fit and check on its thread.
     notes : list of str
@@ -82,7 +83,7 @@ def fit_traffic(
     Popularity is such that the router picks each expert as often as measured (see `fit_layer`). Of the request effect the
     covariance between experts is that for which the picks of two tokens of a sequence covary as measured
     (`match_covariance`); its strength, its local share and the lengths of contexts are such that the correlation within
-    blocks of 8 to 256 tokens is the measured one (`fit_decay`). Tokens are of several kinds where these predict which experts
+    blocks of 2 to 256 tokens is the measured one (`fit_decay`). Tokens are of several kinds where these predict which experts
     other sequences take together (`fit_kinds`); routers with groups have none.
 
     Parameters
@@ -148,7 +149,8 @@ def fit_traffic(
             name, about="prefill: the tokens of a request share its effect", **common,  # type: ignore[arg-type]
             request_sigma=round(request_sigma, 4), tokens_per_request=round(float(np.diff(data.starts).mean())),
             local_share=tuple(max(round(layer.local_share, 4), _LEAST_LOCAL) for layer in found), context_tokens=decay.tokens,
-            context_shares=decay.shares, layers=layers,
+            context_shares=decay.shares, passage_share=tuple(round(layer.passage_share, 4) for layer in found),
+            passage_tokens=decay.passage_tokens, layers=layers,
         )  # fmt: skip
     return FittedTraffic(of_decode, of_prefill, rms, np.array([layer.seconds for layer in found]), notes)
 
@@ -194,7 +196,7 @@ def _request_effects(
             f"fewer than {LEAST_SEQUENCES} sequences, or too short ones, show no request effect: no prefill phase"
         )
         return None, None
-    near, far = (np.maximum(x, _LEAST_CORRELATION) for x in (decay.near, decay.far))
+    correlations = np.maximum([decay.near, decay.passage, decay.far], _LEAST_CORRELATION)
     of_sequence = np.maximum(decay.at([_SEQUENCE])[:, 0], _LEAST_CORRELATION)
     chosen = np.unique(np.linspace(0, len(lengths) - 1, min(len(lengths), _MOST_SEQUENCES)).astype(np.int64))
     counts = sequence_counts(data, model.n_experts)[:, chosen]
@@ -206,7 +208,7 @@ def _request_effects(
         if len(first) >= _LEAST_BLOCKS:
             measured = pick_covariance(data, layer, block, model.n_experts)
             covariance = match_covariance(model, group_sigma, p[layer], *measured, covariance)
-        return _factors(covariance, float(near[layer]), float(far[layer]))
+        return _factors(covariance, *map(float, correlations[:, layer]))
 
     return effect, decay
 
@@ -227,7 +229,7 @@ def _logit_covariance(counts: np.ndarray, lengths: np.ndarray, correlation: floa
     return covariance / max(float(np.trace(covariance)) / len(p), 1e-12)
 
 
-def _factors(covariance: np.ndarray, near: float, far: float) -> RequestEffect:
+def _factors(covariance: np.ndarray, near: float, passage: float, far: float) -> RequestEffect:
     """Request effect by principal factors: those with the largest variances are kept, and what they leave of each expert's
     variance is its own.
     """
@@ -235,7 +237,7 @@ def _factors(covariance: np.ndarray, near: float, far: float) -> RequestEffect:
     loadings = (factor[:, -FACTORS:] * np.sqrt(np.maximum(variance[-FACTORS:], 0))).T
     loadings *= np.where(loadings.sum(axis=1, keepdims=True) < 0, -1.0, 1.0)  # the sign is free: the same everywhere
     own = np.sqrt(np.maximum(np.diag(covariance) - (loadings**2).sum(axis=0), 0))
-    return RequestEffect(own, loadings, near, far)
+    return RequestEffect(own, loadings, near, passage, far)
 
 
 def fit_text(fit: FittedTraffic) -> str:

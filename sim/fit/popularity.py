@@ -51,6 +51,7 @@ class Popularity(NamedTuple):
 
     mu: np.ndarray  # float64 [experts], centred
     strength: float  # of the request effect
+    correlation: float  # of two tokens' picks, that this gives
     rms: float  # of picks / wanted - 1 (or what the strength is off by, if more), on the random numbers of the fit
     rounds: int
 
@@ -63,7 +64,8 @@ class LayerFit(NamedTuple):
     kind_effects: np.ndarray | None  # float64 [kinds, experts], to 3 digits
     effect: RequestEffect | None
     local_share: float  # of its variance
-    rms: list[float]  # of fitted / measured share - 1, of decode, and of prefill if there is one
+    passage_share: float  # of that
+    rms: list[float]  # of fitted / measured share - 1, weighted by shares, of decode, and of prefill if there is one
     seconds: float
 
 
@@ -165,14 +167,16 @@ def fit_popularity(
     mu = target - target.mean()
     drawn, strength = noise.draw(effect), 1.0
     n = _FEW
-    best = Popularity(mu, strength, np.inf, 0)
+    best = Popularity(mu, strength, 0.0, np.inf, 0)
     for rounds in range(1, _MOST_ROUNDS + 1):
         share, slope, both = noise.picks(mu, drawn, strength, n)
         rms = float(np.sqrt(np.mean((share / p - 1) ** 2)))
         found = float((both - share**2).sum() / (share * (1 - share)).sum())
-        off = max(rms, 0.0 if effect is None else abs(found / effect.correlation - 1))
+        off = rms
+        if effect is not None and not (strength == _MOST_STRENGTH and found < effect.correlation):
+            off = max(rms, abs(found / effect.correlation - 1))
         if n == most and off < best.rms:
-            best = Popularity(mu, strength, off, rounds)
+            best = Popularity(mu, strength, found, off, rounds)
         if n == most and off < _TOLERANCE:
             break
         n = most if off < _NEAR or rounds >= _MOST_ROUNDS // 2 else n
@@ -219,17 +223,18 @@ def fit_layer(
     for of_phase in phases:
         popularity = fit_popularity(noise, p, of_phase)
         share = check.picks(np.round(popularity.mu, 4), check.draw(of_phase), popularity.strength)[0]
-        rms.append(float(np.sqrt(np.mean((share / p - 1) ** 2))))
+        rms.append(float(np.sqrt(p @ (share / p - 1) ** 2 / p.sum())))
         found.append(popularity)
-    local_share = 0.0
-    if effect is not None and effect.far < effect.correlation:
+    local_share = passage_share = 0.0
+    if effect is not None and effect.far < found[1].correlation:
         # c(r) of effects that correlate by r is a power series: taken as c(1) (a r + (1 - a) r**2), with the measured c(1/2).
         a = float(np.clip(4 * check.half_shared(found[1].mu, effect, found[1].strength) - 1, 0.0, 1.0))
-        ratio = effect.far / effect.correlation
-        local_share = 1 - 2 * ratio / (a + np.sqrt(a * a + 4 * (1 - a) * ratio)) if ratio > 0 else 1.0
+        ratio = np.minimum(np.array([effect.passage, effect.far]) / found[1].correlation, 1.0)
+        in_passage, in_request = 2 * ratio / (a + np.sqrt(a * a + 4 * (1 - a) * ratio) + 1e-300)
+        local_share, passage_share = 1 - in_request, (in_passage - in_request) / (1 - in_request)
     seconds = time.perf_counter() - started
     prefill = found[1] if len(found) > 1 else None
-    return LayerFit(found[0], prefill, kind_effects, effect, float(local_share), rms, seconds)
+    return LayerFit(found[0], prefill, kind_effects, effect, float(local_share), float(passage_share), rms, seconds)
 
 
 @kernel(forceinline=True)
