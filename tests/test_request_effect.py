@@ -19,6 +19,7 @@ from sim.fit.correlation import (
     pick_covariance,
 )
 from sim.fit.effects import match_covariance
+from sim.fit.fitting import without_shared_prefix
 from sim.fit.made import make_traffic
 from sim.model import ModelSpec
 from sim.router import draw_trials
@@ -265,3 +266,21 @@ def test_the_covariance_of_experts_is_that_of_the_picks(decaying):
     off = ~np.eye(16, dtype=bool)
     wanted = measured[off] / np.outer(p * (1 - p), p * (1 - p))[off]
     assert np.corrcoef(wanted, covariance[off])[0, 1] > 0.7
+
+
+def test_tokens_that_all_sequences_begin_with_are_left_out(decaying):
+    """30 tokens before each sequence, a tenth of whose experts the batch has changed."""
+    rng = np.random.default_rng(5)
+    lengths = np.diff(decaying.starts)
+    ids = np.insert(decaying.topk_ids, np.repeat(decaying.starts[:-1], 30), 0, axis=1)
+    shared = np.arange(ids.shape[1]) % 230 < 30
+    prefix = np.stack([rng.permutation(16)[:2] for _ in range(60)]).reshape(2, 30, 2)
+    ids[:, shared] = np.tile(prefix, (1, len(lengths), 1))
+    ids[:, shared, 0] = np.where(
+        rng.random((2, shared.sum())) < 0.1, rng.integers(16, size=(2, shared.sum())), ids[:, shared, 0]
+    )
+    rest, n = without_shared_prefix(replace(decaying, topk_ids=ids, starts=230 * np.arange(301)))
+    assert n == 30
+    np.testing.assert_array_equal(rest.topk_ids, decaying.topk_ids)
+    np.testing.assert_array_equal(rest.starts, decaying.starts)
+    assert without_shared_prefix(decaying)[1] == 0

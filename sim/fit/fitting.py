@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ _LEAST_CORRELATION = 1e-3
 _LEAST_LOCAL = 0.001  # so that effects are of one strength, as they are fitted, also where nothing decays
 _MOST_SIGMA = 5.0
 _WANTED_RMS = 0.01
+_ALIKE = 0.9  # of the experts of a token, where all sequences have it: batches differ in the last digits
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,8 +103,15 @@ def fit_traffic(
     InputError
         Loads that no router of this model gives.
     """
+    n_shared = 0
+    if isinstance(data, RecordedTraffic):
+        data, n_shared = without_shared_prefix(data)
     load = load_of(data, model.n_experts)
     wanted, notes = wanted_shares(load, model, data.name)
+    if n_shared:
+        notes.append(
+            f"all sequences begin with the same {n_shared} tokens, which are left out: prefix caching computes them once"
+        )
     group_sigma = group_sigma if model.is_grouped else 0.0
     effect_of, decay = _request_effects(model, data, wanted, group_sigma, notes)
     kinds: list[Kinds] | None = None
@@ -153,6 +161,25 @@ def fit_traffic(
             passage_tokens=decay.passage_tokens, layers=layers,
         )  # fmt: skip
     return FittedTraffic(of_decode, of_prefill, rms, np.array([layer.seconds for layer in found]), notes)
+
+
+def without_shared_prefix(data: RecordedTraffic) -> tuple[RecordedTraffic, int]:
+    """A record without the tokens that all its sequences begin with, such as a common prompt, and how many these are.
+
+    They are the same tokens over and over, which an engine with prefix caching computes once; as experts that sequences
+    favour they would be taken for an effect of requests, which differ.
+    """
+    lengths, n = np.diff(data.starts), 0
+    while n < lengths.min() - 1:
+        ids = np.sort(data.topk_ids[:, data.starts[:-1] + n], axis=2)
+        if data.n_sequences < 2 or (ids == np.median(ids, axis=1, keepdims=True)).mean() < _ALIKE:
+            break
+        n += 1
+    if n == 0:
+        return data, 0
+    kept = np.arange(data.n_tokens) - np.repeat(data.starts[:-1], lengths) >= n
+    starts = np.concatenate([[0], np.cumsum(lengths - n)])
+    return replace(data, topk_ids=np.ascontiguousarray(data.topk_ids[:, kept]), starts=starts), n
 
 
 def wanted_shares(load: np.ndarray, model: ModelSpec, name: str) -> tuple[np.ndarray, list[str]]:

@@ -22,7 +22,7 @@ import numpy as np
 from scipy.special import expit, logit
 
 from sim.fit.correlation import BLOCKS, LEAST_SEQUENCES
-from sim.fit.fitting import GROUP_SIGMA, FittedTraffic, fit_traffic
+from sim.fit.fitting import GROUP_SIGMA, FittedTraffic, fit_traffic, without_shared_prefix
 from sim.fit.staleness import imbalances
 from sim.kernels import kernel, usable_processors
 from sim.model import ModelSpec
@@ -94,6 +94,7 @@ def hold_out(
     fit_half = partial(fit_traffic, model, seed=seed, group_sigma=group_sigma, threads=threads)
     if isinstance(data, LoadCounts):
         return _hold_out_steps(model, data, sizes, seed, fit_half)
+    data, _ = without_shared_prefix(data)
     n = data.n_sequences
     if n < 2 * LEAST_SEQUENCES:
         return None
