@@ -269,7 +269,7 @@ def test_the_covariance_of_experts_is_that_of_the_picks(decaying):
 
 
 def test_tokens_that_all_sequences_begin_with_are_left_out(decaying):
-    """30 tokens before each sequence, a tenth of whose experts the batch has changed."""
+    """30 tokens before each sequence, a few of whose experts the batch has changed."""
     rng = np.random.default_rng(5)
     lengths = np.diff(decaying.starts)
     ids = np.insert(decaying.topk_ids, np.repeat(decaying.starts[:-1], 30), 0, axis=1)
@@ -277,7 +277,7 @@ def test_tokens_that_all_sequences_begin_with_are_left_out(decaying):
     prefix = np.stack([rng.permutation(16)[:2] for _ in range(60)]).reshape(2, 30, 2)
     ids[:, shared] = np.tile(prefix, (1, len(lengths), 1))
     ids[:, shared, 0] = np.where(
-        rng.random((2, shared.sum())) < 0.1, rng.integers(16, size=(2, shared.sum())), ids[:, shared, 0]
+        rng.random((2, shared.sum())) < 0.04, rng.integers(16, size=(2, shared.sum())), ids[:, shared, 0]
     )
     rest, n = without_shared_prefix(replace(decaying, topk_ids=ids, starts=230 * np.arange(301)))
     assert n == 30
