@@ -1,7 +1,7 @@
 """`epsim traffic`: statistics of recorded routing or measured loads, and workloads fitted to them."""
 
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -278,18 +278,26 @@ def _print_held(rows: list[Any]) -> None:
     verdict: dict[str, Any] = {
         "blocks": lambda part: part[0].phase,
         "of": lambda part: f"{part[0].figure.replace('_', ' ')}, {part[0].statistic}",
-        "error within": lambda part: _most(row.error.value for row in part),
+        "largest error": lambda part: _most(row.error.value for row in part),
         "both ways": lambda part: _most(row.both_ways.value for row in part),
         "halves differ by": lambda part: _most(row.halves for row in part),
         "beyond chance": lambda part: f"{sum(map(_is_missed, part))} of {len(part)}",
     }
+    parts = [part for (_, figure, statistic), part in by_part.items() if (figure, statistic) == ("imbalance", "mean")]
+
+    def within(of: Callable[[Any], float]) -> str:
+        """The largest of an error of mean imbalance, phase by phase."""
+        return " and ".join(f"{max(abs(of(row)) for row in part):.1%} in {part[0].phase}" for part in parts)
+
+    print(filled(
+        f"mean imbalance is predicted within {within(lambda row: row.error.value)}; by chance, the halves themselves differ by up "
+        f"to {within(lambda row: row.halves)}; what is left of the error when each half predicts the other, the model's own, "
+        f"is at most {within(lambda row: row.both_ways.value)}"
+    ))  # fmt: skip
     print()
-    print_table(
-        "the largest of all sizes of blocks and EP groups:",
-        *cells(by_part.values(), verdict),
-        markdown=False,
-        align="<<",
-    )
+    tokens, sizes = ([getattr(row, name) for row in rows] for name in ("tokens", "ep_size"))
+    title = f"the largest of blocks of {min(tokens)} to {max(tokens)} tokens and EP {min(sizes)} to {max(sizes)}:"
+    print_table(title, *cells(by_part.values(), verdict), markdown=False, align="<<")
     missed = [row for row in rows if _is_missed(row)]
     print()
     print(filled(
