@@ -290,8 +290,8 @@ def _print_held(rows: list[Any]) -> None:
         return " and ".join(f"{max(abs(of(row)) for row in part):.1%} in {part[0].phase}" for part in parts)
 
     print(filled(
-        f"mean imbalance is predicted within {within(lambda row: row.error.value)}; by chance, the halves themselves differ by up "
-        f"to {within(lambda row: row.halves)}; what is left of the error when each half predicts the other, the model's own, "
+        f"mean imbalance is predicted within {within(lambda row: row.error.value)}; by chance, the halves themselves differ by "
+        f"up to {within(lambda row: row.halves)}; what is left of the error when each half predicts the other, the model's own, "
         f"is at most {within(lambda row: row.both_ways.value)}"
     ))  # fmt: skip
     print()
