@@ -1,4 +1,5 @@
 """Coverage of the 95 % intervals where it is not plain: `python tests/interval_coverage.py [CASE ...] [--seeds N]`. Not a test.
+In few minutes: `hold-out-40 --seeds 40`.
 
 Each case runs many seeds of a tiny model and counts how often the interval holds the truth, which is the mean over a run far
 longer than any of them. Prints one row per case, look and quantity: runs, share that holds the truth, and the standard error
@@ -12,6 +13,8 @@ from collections import defaultdict
 import numpy as np
 
 from sim.cost import predict_steps
+from sim.fit import hold_out
+from sim.fit.made import make_traffic
 from sim.model import ModelSpec
 from sim.sweeps import executors, make_plan, run_plan
 from sim.traffic import RecordedTraffic, SyntheticTraffic
@@ -20,6 +23,10 @@ TINY = ModelSpec(
     "tiny", 16, 2, n_moe_layers=4, hidden_size=512, moe_intermediate_size=256, unverified=(), routed_dtype="bf16"
 )
 CHAT = SyntheticTraffic("chat", popularity="lognormal", sigma=0.65)
+DECAYING = SyntheticTraffic(
+    "decaying", popularity="lognormal", sigma=0.65, request_sigma=1.0, local_share=0.6, context_tokens=(2.0, 8.0),
+    context_shares=(0.5, 0.5), passage_share=0.4, passage_tokens=64.0,
+)  # fmt: skip
 THRESHOLDS = [1.5, 2.0, 2.5, 3.0, 3.5]
 CELL = {"ep_sizes": 4, "tokens": 8, "placements": "linear", "thresholds": THRESHOLDS, "bound_layers": 0}
 ONE_THREAD = executors.threads(1)
@@ -36,6 +43,7 @@ STOPPING = {
 }  # fmt: skip
 RECORDED_LAYERS = (2, 3, 4, 8, 24)
 LAYER_SETS = (2, 4, 8, 32)
+HELD_SEQUENCES = (40, 200)
 
 
 def sweep(workload, seed, **options):
@@ -121,16 +129,37 @@ def steps(layer_sets, seeds):
     counts.print()
 
 
+def held_out(n_sequences, seeds):
+    """Errors of traffic that is as the fit supposes: the interval shall hold 0. 2000 blocks of sequences of 256 tokens, so that
+    a seed takes about 5 s.
+    """
+    counts = Counts(f"hold-out-{n_sequences}")
+    sys.modules["sim.fit.hold_out"]._ALL_BLOCKS = 2000
+    for seed in range(seeds):
+        found = hold_out(TINY, make_traffic(DECAYING, TINY, 256 * n_sequences, n_sequences, seed), seed=seed, threads=1)
+        for row in found[1]:
+            if row.figure == "imbalance":
+                name = f"{row.phase}, EP {row.ep_size}, {row.statistic}"
+                counts.add(f"{row.tokens} tokens", {name: row.error}, {name: 0.0})
+    counts.print()
+
+
 def main():
     cases = [*STOPPING, *(f"recorded-{n}" for n in RECORDED_LAYERS), *(f"step-{n}" for n in LAYER_SETS)]
+    cases += [f"hold-out-{n}" for n in HELD_SEQUENCES]
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("cases", nargs="*", default=cases, metavar="CASE", help=", ".join(cases))
     parser.add_argument("--seeds", type=int, default=500)
     given = parser.parse_args()
-    expected = truth()
-    print({name: float(f"{value:.5g}") for name, value in expected.items()})
+    if all(case.startswith("hold-out-") for case in given.cases):
+        expected = {}
+    else:
+        expected = truth()
+        print({name: float(f"{value:.5g}") for name, value in expected.items()})
     for case in given.cases:
-        if case in STOPPING:
+        if case.startswith("hold-out-"):
+            held_out(int(case.rpartition("-")[2]), given.seeds)
+        elif case in STOPPING:
             stopping(case, given.seeds, expected)
         elif case.startswith("recorded-"):
             recorded(int(case.partition("-")[2]), given.seeds, expected)

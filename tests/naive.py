@@ -71,18 +71,23 @@ def draw_logits(rng, mu, n_tokens, n_group, group_sigma):
     return mu + effect + rng.gumbel(size=(n_tokens, len(mu)))
 
 
-def contexts_of(words, tokens_per_request, tokens, shares, n_contexts):
+def contexts_of(words, tokens_per_request, tokens, shares, n_contexts, of_passage=None, passage_tokens=None):
     """Context of each token, from the words of each: the first two say whether and of which kind a stretch begins, the third
-    its context.
+    its context, the fourth whether a passage of so many contexts begins.
     """
     found, kind, context = [], None, None
     of_segment = np.array(shares) / np.array(tokens)
-    for i, (leave, which, where, _) in enumerate(words):
+    for i, (leave, which, where, move) in enumerate(words):
         first = i % tokens_per_request == 0
-        if first or leave < round(2**32 / tokens[kind]):
+        leaves = first or leave < round(2**32 / tokens[kind])
+        if leaves:
             law = np.cumsum(np.array(shares) / sum(shares) if first else of_segment / of_segment.sum())
             kind = min(k for k in range(len(tokens)) if k == len(tokens) - 1 or which < round(law[k] * 2**32))
+        if first or (of_passage and move < round(2**32 / passage_tokens)):
             context = where * n_contexts >> 32
+        elif leaves:
+            size = of_passage or n_contexts
+            context = context // size * size + (where * size >> 32)
         found.append(context)
     return found
 

@@ -1,6 +1,7 @@
 """`epsim traffic`: statistics of recorded routing or measured loads, and workloads fitted to them."""
 
 from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -243,7 +244,8 @@ def _run_fit(arguments: Namespace) -> None:
         lengths = " and ".join(f"{tokens:g}" for tokens in of.context_tokens)
         print(filled(
             f"prefill: request_sigma {of.request_sigma:.2f}, {of.tokens_per_request} tokens per request, "
-            f"{np.mean(of.local_share):.0%} of its variance local, in contexts of {lengths} tokens; shares to {_rms(fit, 1)}"
+            f"{np.mean(of.local_share):.0%} of its variance local, in contexts of {lengths} tokens and passages of "
+            f"{of.passage_tokens:g}; shares to {_rms(fit, 1)}"
         ))  # fmt: skip
     phases = "" if fit.prefill is None else " (--phase decode or prefill)"
     print(filled(f"written to {out}; use it as --workload {out}{phases}"))
@@ -255,7 +257,7 @@ def _rms(fit: Any, phase: int) -> str:
 
 _HELD = {
     "imbalance": "max / mean rank load",
-    "received": "tokens that the busiest rank receives / tokens of the block",
+    "received": "tokens received by the busiest rank / tokens of the block",
     "ranks_per_token": "ranks that a token is sent to",
 }
 
@@ -270,6 +272,38 @@ def _print_held(rows: list[Any]) -> None:
         "both ways": lambda row: estimate(row.both_ways.value, row.both_ways.high, "+z.1%"),
     }  # fmt: skip
     print(f"held-out {halves}, linear placement: {which}")
+    by_part: dict[tuple[str, str, str], list[Any]] = {}
+    for row in rows:
+        by_part.setdefault((row.phase, row.figure, row.statistic), []).append(row)
+    verdict: dict[str, Any] = {
+        "blocks": lambda part: part[0].phase,
+        "of": lambda part: f"{part[0].figure.replace('_', ' ')}, {part[0].statistic}",
+        "largest error": lambda part: _most(row.error.value for row in part),
+        "both ways": lambda part: _most(row.both_ways.value for row in part),
+        "halves differ by": lambda part: _most(row.halves for row in part),
+        "beyond chance": lambda part: f"{sum(map(_is_missed, part))} of {len(part)}",
+    }
+    parts = [part for (_, figure, statistic), part in by_part.items() if (figure, statistic) == ("imbalance", "mean")]
+
+    def within(of: Callable[[Any], float]) -> str:
+        """The largest of an error of mean imbalance, phase by phase."""
+        return " and ".join(f"{max(abs(of(row)) for row in part):.1%} in {part[0].phase}" for part in parts)
+
+    print(filled(
+        f"mean imbalance is predicted within {within(lambda row: row.error.value)}; by chance, the halves themselves differ by "
+        f"up to {within(lambda row: row.halves)}; what is left of the error when each half predicts the other, the model's own, "
+        f"is at most {within(lambda row: row.both_ways.value)}"
+    ))  # fmt: skip
+    print()
+    tokens, sizes = ([getattr(row, name) for row in rows] for name in ("tokens", "ep_size"))
+    title = f"the largest of blocks of {min(tokens)} to {max(tokens)} tokens and EP {min(sizes)} to {max(sizes)}:"
+    print_table(title, *cells(by_part.values(), verdict), markdown=False, align="<<")
+    missed = [row for row in rows if _is_missed(row)]
+    print()
+    print(filled(
+        f"{len(missed)} of {len(rows)} errors are beyond chance (their 95 % interval leaves out 0; of right predictions, "
+        f"about {len(rows) / 20:.0f} are)" + (f"; the largest is {_where(max(missed, key=_size))}" if missed else "")
+    ))  # fmt: skip
     for figure, statistic in dict.fromkeys((row.figure, row.statistic) for row in rows):
         # The ranks of a token do not depend on the block that it lies in.
         shown = [row for row in rows if (row.figure, row.statistic) == (figure, statistic)]
@@ -278,13 +312,6 @@ def _print_held(rows: list[Any]) -> None:
         of = "mean over blocks and layers" if statistic == "mean" else f"{statistic} of blocks of all layers"
         print()
         print_table(f"{_HELD[figure]}, {of}:", *cells(shown, columns), markdown=False, align="<", keys=3)
-        missed = [row for row in shown if row.error.low > 0 or row.error.high < 0]
-        worst = max(shown, key=lambda row: abs(row.error.value))
-        print()
-        print(filled(
-            f"{len(missed)} of {len(shown)} errors are beyond chance (their interval leaves out 0); the largest is "
-            f"{worst.error.value:+.1%}: {worst.phase}, {worst.tokens} tokens, EP {worst.ep_size}"
-        ))  # fmt: skip
     print()
     for head, text in (
         ("measured", f"the held-out half, with its 95 % interval over {halves} (- : too few for a bound)"),
@@ -296,6 +323,25 @@ def _print_held(rows: list[Any]) -> None:
     ):  # fmt: skip
         print(filled(text, f"{head:<11}", " " * 11))
     print()
+
+
+def _is_missed(row: Any) -> bool:
+    """Whether an error is beyond chance."""
+    return bool(row.error.low > 0 or row.error.high < 0)
+
+
+def _size(row: Any) -> float:
+    return abs(float(row.error.value))
+
+
+def _most(errors: Iterable[float]) -> str:
+    """The largest of some errors, with its sign."""
+    return f"{max(errors, key=abs):+z.1%}"
+
+
+def _where(row: Any) -> str:
+    what = f"{row.figure.replace('_', ' ')} ({row.statistic})"
+    return f"{row.error.value:+.1%}: {what}, {row.phase}, {row.tokens} tokens, EP {row.ep_size}"
 
 
 def _range(of: Any, form: str) -> str:

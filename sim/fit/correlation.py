@@ -12,22 +12,21 @@ from sim.kernels import kernel
 from sim.streams import TOKEN, stream_key, uniforms
 from sim.traffic import RecordedTraffic
 from sim.traffic.split import load_of
-from sim.traffic.synthetic import same_context
+from sim.traffic.synthetic import same_passage
 
 BLOCKS = (16, 64, 256)
 """Numbers of tokens that variances are taken at."""
 LAGS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 """Distances in tokens that correlations are taken at."""
-SIZES = (8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
-"""Tokens of the blocks whose correlation a decay is fitted to: in smaller ones neighbours count that have more in common than
-any two tokens further apart. A fit to them, with contexts from 2 tokens on, has the correlation of neighbours right (gpt-oss: 1 %
-off at lag 1, not 17 %) but overstates p99 of 256 tokens by 11 % where this one does by 8 %, held out.
-"""
-LENGTHS = (8, 16, 32, 64, 128, 256)
+SIZES = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+"""Tokens of the blocks whose correlation a decay is fitted to."""
+LENGTHS = (2, 4, 8, 16, 32)
 """Mean lengths of contexts, in tokens, that a fitted decay is mixed of."""
+PASSAGE_LENGTHS = (16, 32, 64, 128, 256)
+"""Mean lengths of passages, of which a fit takes one."""
 _LEAST_BLOCKS = 8
 LEAST_SEQUENCES = 16
-_LEAST_SIZES = 3  # up to 16 tokens
+_LEAST_SIZES = 7  # up to 16 tokens
 _MOST_PLACES = 2**17
 _LEAST_CORRELATION = 1e-3
 _MIXED_BLOCKS = 2000
@@ -202,19 +201,22 @@ def pick_covariance(record: RecordedTraffic, layer: int, n_tokens: int, n_expert
 
 
 class Decay(NamedTuple):
-    """How correlation falls with the lag: c(lag) = near * same + far * (1 - same), `same` as
-    `SyntheticTraffic.same_context(lag)`.
+    """How correlation falls with the lag: that of two tokens in one context, in one passage and in two, each as often as
+    `same_passage(lag)` says.
     """
 
     near: np.ndarray  # float64 [layers], of two tokens in one context of a request
-    far: np.ndarray  # float64 [layers], in two
+    passage: np.ndarray  # float64 [layers], in two contexts of one passage
+    far: np.ndarray  # float64 [layers], in two passages
     tokens: tuple[float, ...]  # mean lengths of the contexts' stretches
     shares: tuple[float, ...]  # of the tokens in them
+    passage_tokens: float
 
     def at(self, lag: Any) -> np.ndarray:
         """The correlation, float64 [layers, lags]."""
-        same = same_context(lag, self.tokens, self.shares)
-        return np.outer(self.near, same) + np.outer(self.far, 1 - same)
+        passage, context = same_passage(lag, self.tokens, self.shares, self.passage_tokens)
+        rows = np.outer(self.near - self.passage, context), np.outer(self.passage - self.far, passage)
+        return rows[0] + rows[1] + self.far[:, None]
 
 
 def block_correlation(record: RecordedTraffic, n_experts: int) -> dict[int, np.ndarray]:
@@ -242,9 +244,12 @@ def pairs_of_blocks(sizes: Sequence[int]) -> np.ndarray:
     return np.array([2 * np.maximum(n - lag, 0) / (n * (n - 1)) for n in sizes])
 
 
-def fit_decay(pairs: np.ndarray, correlation: np.ndarray, lengths: Sequence[int] = LENGTHS) -> Decay:
-    """Decay by least squares of relative errors, none of its parts negative: the mix of `lengths` from the mean over layers,
-    and of each layer what two tokens have in one context and in two.
+def fit_decay(
+    pairs: np.ndarray, correlation: np.ndarray, lengths: Sequence[int] = LENGTHS,
+    passages: Sequence[int] = PASSAGE_LENGTHS,
+) -> Decay:  # fmt: skip
+    """Decay by least squares of relative errors, none of its parts negative: the length of passages and the mix of `lengths`
+    from the mean over layers, and of each layer what two tokens have in one context, one passage and two.
 
     Parameters
     ----------
@@ -253,19 +258,22 @@ def fit_decay(pairs: np.ndarray, correlation: np.ndarray, lengths: Sequence[int]
     correlation : float64 [layers, points]
     """
     mean = np.maximum(correlation.mean(axis=0), _LEAST_CORRELATION)
-    lags = np.arange(1, pairs.shape[1] + 1)
-    of_length = [pairs @ same_context(lags, (length,), (1.0,)) for length in lengths]
-    weights, _ = nnls(np.stack([*of_length, np.ones(len(mean))], axis=1) / mean[:, None], np.ones(len(mean)))
-    weights = weights[:-1]
-    if weights.max() < 1e-6:
-        weights[-1] = 1.0  # nothing decays
-    kept = weights > 1e-3 * weights.max()
+    lags, one, best = np.arange(1, pairs.shape[1] + 1), np.ones(len(mean)), np.inf
+    for passage in passages:
+        of_length = [pairs @ same_passage(lags, (length,), (1.0,), passage)[1] for length in lengths]
+        of_passage = pairs @ same_passage(lags, (1.0,), (1.0,), passage)[0]
+        weights, off = nnls(np.stack([*of_length, of_passage, one], axis=1) / mean[:, None], one)
+        if off < best:
+            best, passage_tokens, found = off, float(passage), weights[: len(lengths)]
+    if found.max() < 1e-6:
+        found[-1] = 1.0  # nothing decays within a passage
+    kept = found > 1e-3 * found.max()
     tokens = tuple(float(length) for length in np.array(lengths)[kept])
-    shares = tuple(np.round(weights[kept] / weights[kept].sum(), 4).tolist())
-    same = pairs @ same_context(lags, tokens, shares)
-    table = np.stack([same, 1 - same], axis=1) / mean[:, None]
-    near, far = np.array([nnls(table, row / mean)[0] for row in correlation]).T
-    return Decay(np.maximum(near, far), far, tokens, shares)
+    shares = tuple(np.round(found[kept] / found[kept].sum(), 4).tolist())
+    in_passage, in_context = (pairs @ same for same in same_passage(lags, tokens, shares, passage_tokens))
+    table = np.stack([in_context, in_passage, one], axis=1) / mean[:, None]
+    near, passage, far = np.array([nnls(table, row / mean)[0] for row in correlation]).T
+    return Decay(near + passage + far, passage + far, far, tokens, shares, passage_tokens)
 
 
 def decay_of(record: RecordedTraffic, n_experts: int) -> Decay | None:

@@ -14,7 +14,7 @@ from sim.streams import REQUEST, fill_words, stream_key, uniforms
 from sim.traffic import SyntheticTraffic
 from sim.traffic.synthetic import of_one_strength
 
-_REQUESTS, _TOKENS = 4096, 8  # drawn in a turn, and half of the tokens of each
+_REQUESTS, _TOKENS = 2048, 8  # drawn in a turn, and half of the tokens of each
 _SCALINGS, _MATCHINGS = 6, 14  # turns
 _FIRST_VARIANCE = 2.0
 _DAMPING, _MOST_STEP, _POPULARITY_STEP = 0.5, 1.0, 0.9
@@ -27,6 +27,7 @@ class RequestEffect(NamedTuple):
     sd: np.ndarray  # float64 [experts]
     loadings: np.ndarray  # float64 [factors, experts]
     correlation: float  # of two tokens' picks, that the strength is to give: covariance / variance, summed over experts
+    passage: float  # the same of two tokens that share a passage and no context
     far: float  # the same of two tokens that share the topic alone
 
     @property
@@ -162,6 +163,7 @@ def draw_effects(effect: RequestEffect, key: np.ndarray, layer: int, n: int) -> 
     own = np.empty((n, 1 + _OWN, n_experts), np.float32)
     fill_own(ranks[: 2 * n_experts], quantiles, effect.sd, own)
     shared = quantiles[ranks[2 * n_experts :], 0].T @ effect.loadings
-    scale = (of_one_strength(whole := shared + own[:, 0], effect.variance)[:, 0] / whole[:, 0])[:, None]
+    square = ((shared + own[:, 0]) ** 2).mean(axis=1, keepdims=True)
+    scale = np.sqrt(effect.variance / np.maximum(square, 1e-30))
     own *= scale[:, None].astype(np.float32)
     return DrawnEffects(shared * scale, own)

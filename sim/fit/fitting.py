@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +36,14 @@ _LEAST_BLOCKS = 64
 _SEQUENCE = 64  # lag of two tokens of a sequence whose correlation is that of its shares
 _OF_REQUESTS = (
     *("about", "request_sigma", "tokens_per_request"),
-    *("local_share", "context_tokens", "context_shares"),
+    *("local_share", "context_tokens", "context_shares", "passage_share", "passage_tokens"),
 )
 _MOST_SEQUENCES = 20_000
 _LEAST_CORRELATION = 1e-3
 _LEAST_LOCAL = 0.001  # so that effects are of one strength, as they are fitted, also where nothing decays
 _MOST_SIGMA = 5.0
 _WANTED_RMS = 0.01
+_ALIKE = 0.9  # of the experts of a token, where all sequences have it: batches differ in the last digits
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +57,8 @@ class FittedTraffic:
     prefill : SyntheticTraffic or None
         The tokens of a request share its effect; None where sequences do not show one.
     rms : float64 [phases, layers]
-        Root mean square over experts of fitted / measured share - 1, on other random numbers than those of the fit.
+        Root mean square of fitted / measured share of experts - 1, weighted by their shares, on other random numbers than
+        those of the fit.
     seconds : float64 [layers]
         Time of each layer's fit and check on its thread.
     notes : list of str
@@ -82,7 +84,7 @@ def fit_traffic(
     Popularity is such that the router picks each expert as often as measured (see `fit_layer`). Of the request effect the
     covariance between experts is that for which the picks of two tokens of a sequence covary as measured
     (`match_covariance`); its strength, its local share and the lengths of contexts are such that the correlation within
-    blocks of 8 to 256 tokens is the measured one (`fit_decay`). Tokens are of several kinds where these predict which experts
+    blocks of 2 to 256 tokens is the measured one (`fit_decay`). Tokens are of several kinds where these predict which experts
     other sequences take together (`fit_kinds`); routers with groups have none.
 
     Parameters
@@ -101,8 +103,15 @@ def fit_traffic(
     InputError
         Loads that no router of this model gives.
     """
+    n_shared = 0
+    if isinstance(data, RecordedTraffic):
+        data, n_shared = without_shared_prefix(data)
     load = load_of(data, model.n_experts)
     wanted, notes = wanted_shares(load, model, data.name)
+    if n_shared:
+        notes.append(
+            f"all sequences begin with the same {n_shared} tokens, which are left out: prefix caching computes them once"
+        )
     group_sigma = group_sigma if model.is_grouped else 0.0
     effect_of, decay = _request_effects(model, data, wanted, group_sigma, notes)
     kinds: list[Kinds] | None = None
@@ -148,9 +157,29 @@ def fit_traffic(
             name, about="prefill: the tokens of a request share its effect", **common,  # type: ignore[arg-type]
             request_sigma=round(request_sigma, 4), tokens_per_request=round(float(np.diff(data.starts).mean())),
             local_share=tuple(max(round(layer.local_share, 4), _LEAST_LOCAL) for layer in found), context_tokens=decay.tokens,
-            context_shares=decay.shares, layers=layers,
+            context_shares=decay.shares, passage_share=tuple(round(layer.passage_share, 4) for layer in found),
+            passage_tokens=decay.passage_tokens, layers=layers,
         )  # fmt: skip
     return FittedTraffic(of_decode, of_prefill, rms, np.array([layer.seconds for layer in found]), notes)
+
+
+def without_shared_prefix(data: RecordedTraffic) -> tuple[RecordedTraffic, int]:
+    """A record without the tokens that all its sequences begin with, such as a common prompt, and how many these are.
+
+    They are the same tokens over and over, which an engine with prefix caching computes once; as experts that sequences
+    favour they would be taken for an effect of requests, which differ.
+    """
+    lengths, n = np.diff(data.starts), 0
+    while n < lengths.min() - 1:
+        ids = np.sort(data.topk_ids[:, data.starts[:-1] + n], axis=2)
+        if data.n_sequences < 2 or (ids == np.median(ids, axis=1, keepdims=True)).mean() < _ALIKE:
+            break
+        n += 1
+    if n == 0:
+        return data, 0
+    kept = np.arange(data.n_tokens) - np.repeat(data.starts[:-1], lengths) >= n
+    starts = np.concatenate([[0], np.cumsum(lengths - n)])
+    return replace(data, topk_ids=np.ascontiguousarray(data.topk_ids[:, kept]), starts=starts), n
 
 
 def wanted_shares(load: np.ndarray, model: ModelSpec, name: str) -> tuple[np.ndarray, list[str]]:
@@ -194,7 +223,7 @@ def _request_effects(
             f"fewer than {LEAST_SEQUENCES} sequences, or too short ones, show no request effect: no prefill phase"
         )
         return None, None
-    near, far = (np.maximum(x, _LEAST_CORRELATION) for x in (decay.near, decay.far))
+    correlations = np.maximum([decay.near, decay.passage, decay.far], _LEAST_CORRELATION)
     of_sequence = np.maximum(decay.at([_SEQUENCE])[:, 0], _LEAST_CORRELATION)
     chosen = np.unique(np.linspace(0, len(lengths) - 1, min(len(lengths), _MOST_SEQUENCES)).astype(np.int64))
     counts = sequence_counts(data, model.n_experts)[:, chosen]
@@ -206,7 +235,7 @@ def _request_effects(
         if len(first) >= _LEAST_BLOCKS:
             measured = pick_covariance(data, layer, block, model.n_experts)
             covariance = match_covariance(model, group_sigma, p[layer], *measured, covariance)
-        return _factors(covariance, float(near[layer]), float(far[layer]))
+        return _factors(covariance, *map(float, correlations[:, layer]))
 
     return effect, decay
 
@@ -227,7 +256,7 @@ def _logit_covariance(counts: np.ndarray, lengths: np.ndarray, correlation: floa
     return covariance / max(float(np.trace(covariance)) / len(p), 1e-12)
 
 
-def _factors(covariance: np.ndarray, near: float, far: float) -> RequestEffect:
+def _factors(covariance: np.ndarray, near: float, passage: float, far: float) -> RequestEffect:
     """Request effect by principal factors: those with the largest variances are kept, and what they leave of each expert's
     variance is its own.
     """
@@ -235,7 +264,7 @@ def _factors(covariance: np.ndarray, near: float, far: float) -> RequestEffect:
     loadings = (factor[:, -FACTORS:] * np.sqrt(np.maximum(variance[-FACTORS:], 0))).T
     loadings *= np.where(loadings.sum(axis=1, keepdims=True) < 0, -1.0, 1.0)  # the sign is free: the same everywhere
     own = np.sqrt(np.maximum(np.diag(covariance) - (loadings**2).sum(axis=0), 0))
-    return RequestEffect(own, loadings, near, far)
+    return RequestEffect(own, loadings, near, passage, far)
 
 
 def fit_text(fit: FittedTraffic) -> str:

@@ -14,6 +14,7 @@ In the mean of both errors the difference of the halves cancels: what is left is
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ import numpy as np
 from scipy.special import expit, logit
 
 from sim.fit.correlation import BLOCKS, LEAST_SEQUENCES
-from sim.fit.fitting import GROUP_SIGMA, FittedTraffic, fit_traffic
+from sim.fit.fitting import GROUP_SIGMA, FittedTraffic, fit_traffic, without_shared_prefix
 from sim.fit.staleness import imbalances
 from sim.kernels import kernel, usable_processors
 from sim.model import ModelSpec
@@ -93,6 +94,7 @@ def hold_out(
     fit_half = partial(fit_traffic, model, seed=seed, group_sigma=group_sigma, threads=threads)
     if isinstance(data, LoadCounts):
         return _hold_out_steps(model, data, sizes, seed, fit_half)
+    data, _ = without_shared_prefix(data)
     n = data.n_sequences
     if n < 2 * LEAST_SEQUENCES:
         return None
@@ -296,6 +298,9 @@ def _simulated(model: ModelSpec, workload: SyntheticTraffic, n_tokens: int, seed
     n_layers = workload.n_layers
     assert n_layers is not None
     n = n_layers * _n_blocks(n_layers)  # trials take the fitted layers in turn
+    workload = replace(
+        workload, tokens_per_request=max(workload.tokens_per_request, n_tokens)
+    )  # sequences may be shorter
     ids = draw_trials(model, workload, seed, range(n), n_layers, np.array([n_tokens]), n_tokens)[1]
     return ids.reshape(-1, n_layers, n_tokens, model.top_k).transpose(1, 0, 2, 3)
 

@@ -27,15 +27,15 @@ from sim.streams import GROUP, REQUEST, TOKEN, stream_key, uniforms
 from sim.traffic.fitted import MOST_LOGIT
 from sim.traffic.synthetic import of_one_strength
 
-_NUMBERS = 2**22  # experts times requests
-_MOST_REQUESTS, _LEAST_REQUESTS = 2**15, 2**12
+_NUMBERS = 2**20  # experts times requests
+_MOST_REQUESTS, _LEAST_REQUESTS = 2**13, 2**12
 _OF_A_KIND = 4096  # requests that the experts of one kind of tokens are fitted on
 _FEW = 1024  # requests that the first rounds take, until
 _NEAR = 0.03  # this rms
 _MOST_ROUNDS = 60
 _TOLERANCE = 1e-3  # rms of p fitted / p measured - 1
-_MOST_PAIRS = 2**15  # of tokens, for a correlation
-_MOST_STEP = 2.0
+_MOST_PAIRS = 2**13  # of tokens, for a correlation
+_MOST_STEP, _MOST_RATE = 2.0, 10.0
 _MOST_STRENGTH = 10.0
 _MOST = 700.0  # beyond it an expert is picked, and exp(-x) is hardly a number
 _LOG2E = 1 / np.log(2)
@@ -51,6 +51,7 @@ class Popularity(NamedTuple):
 
     mu: np.ndarray  # float64 [experts], centred
     strength: float  # of the request effect
+    correlation: float  # of two tokens' picks, that this gives
     rms: float  # of picks / wanted - 1 (or what the strength is off by, if more), on the random numbers of the fit
     rounds: int
 
@@ -63,7 +64,8 @@ class LayerFit(NamedTuple):
     kind_effects: np.ndarray | None  # float64 [kinds, experts], to 3 digits
     effect: RequestEffect | None
     local_share: float  # of its variance
-    rms: list[float]  # of fitted / measured share - 1, of decode, and of prefill if there is one
+    passage_share: float  # of that
+    rms: list[float]  # of fitted / measured share - 1, weighted by shares, of decode, and of prefill if there is one
     seconds: float
 
 
@@ -165,14 +167,16 @@ def fit_popularity(
     mu = target - target.mean()
     drawn, strength = noise.draw(effect), 1.0
     n = _FEW
-    best = Popularity(mu, strength, np.inf, 0)
+    best = Popularity(mu, strength, 0.0, np.inf, 0)
     for rounds in range(1, _MOST_ROUNDS + 1):
         share, slope, both = noise.picks(mu, drawn, strength, n)
         rms = float(np.sqrt(np.mean((share / p - 1) ** 2)))
         found = float((both - share**2).sum() / (share * (1 - share)).sum())
-        off = max(rms, 0.0 if effect is None else abs(found / effect.correlation - 1))
+        off = rms
+        if effect is not None and not (strength == _MOST_STRENGTH and found < effect.correlation):
+            off = max(rms, abs(found / effect.correlation - 1))
         if n == most and off < best.rms:
-            best = Popularity(mu, strength, off, rounds)
+            best = Popularity(mu, strength, found, off, rounds)
         if n == most and off < _TOLERANCE:
             break
         n = most if off < _NEAR or rounds >= _MOST_ROUNDS // 2 else n
@@ -181,10 +185,24 @@ def fit_popularity(
             strength = min(strength, _MOST_STRENGTH)
         share = np.clip(share, 1e-12, 1 - 1e-9)
         hazard = -np.log1p(-share)
-        rate = np.clip(slope / ((1 - share) * hazard), 0.05, 1.0)
+        rate = np.clip(_without_others(slope, noise.model.top_k) / ((1 - share) * hazard), 0.05, _MOST_RATE)
         mu = mu + np.clip((target - np.log(hazard)) / rate, -_MOST_STEP, _MOST_STEP)
         mu = np.clip(mu - mu.mean(), -MOST_LOGIT, MOST_LOGIT)
     return best
+
+
+def _without_others(slope: np.ndarray, top_k: int) -> np.ndarray:
+    """How the picks of experts rise with mu, float64 [experts], were the loss of all others to them made good.
+
+    All picks sum to top_k, whatever mu: so their derivatives are taken as diag(a) - a a' / sum(a), of which `slope` is the
+    diagonal, as it is for top-1 without effects, where a is the share. A step of (wanted - found) / a then is Newton's. One by
+    the slope alone overshoots where few experts have most of the load.
+    """
+    a, total = slope, float(top_k)
+    for _ in range(20):
+        a = total / 2 * (1 - np.sqrt(np.maximum(1 - 4 * slope / total, 0)))
+        total = float(a.sum())
+    return np.maximum(a, slope)
 
 
 def fit_layer(
@@ -205,17 +223,18 @@ def fit_layer(
     for of_phase in phases:
         popularity = fit_popularity(noise, p, of_phase)
         share = check.picks(np.round(popularity.mu, 4), check.draw(of_phase), popularity.strength)[0]
-        rms.append(float(np.sqrt(np.mean((share / p - 1) ** 2))))
+        rms.append(float(np.sqrt(p @ (share / p - 1) ** 2 / p.sum())))
         found.append(popularity)
-    local_share = 0.0
-    if effect is not None and effect.far < effect.correlation:
+    local_share = passage_share = 0.0
+    if effect is not None and effect.far < found[1].correlation:
         # c(r) of effects that correlate by r is a power series: taken as c(1) (a r + (1 - a) r**2), with the measured c(1/2).
         a = float(np.clip(4 * check.half_shared(found[1].mu, effect, found[1].strength) - 1, 0.0, 1.0))
-        ratio = effect.far / effect.correlation
-        local_share = 1 - 2 * ratio / (a + np.sqrt(a * a + 4 * (1 - a) * ratio)) if ratio > 0 else 1.0
+        ratio = np.minimum(np.array([effect.passage, effect.far]) / found[1].correlation, 1.0)
+        in_passage, in_request = 2 * ratio / (a + np.sqrt(a * a + 4 * (1 - a) * ratio) + 1e-300)
+        local_share, passage_share = 1 - in_request, (in_passage - in_request) / (1 - in_request)
     seconds = time.perf_counter() - started
     prefill = found[1] if len(found) > 1 else None
-    return LayerFit(found[0], prefill, kind_effects, effect, float(local_share), rms, seconds)
+    return LayerFit(found[0], prefill, kind_effects, effect, float(local_share), float(passage_share), rms, seconds)
 
 
 @kernel(forceinline=True)

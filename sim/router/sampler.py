@@ -54,7 +54,6 @@ from sim.router.groups import keep_groups, score_groups
 from sim.router.tables import fill_layer, layer_of, new_tables
 from sim.router.workspace import BATCH, GROUP_SIZE, new_workspace, whole
 from sim.streams import TOKEN, fill_block
-from sim.traffic.synthetic import CONTEXTS
 
 _SPAN = 16 * BATCH  # tokens that are sorted by context at a time
 _ROOM = 2**24  # rows of words that each context of a request has, at most: a step has no more tokens
@@ -215,7 +214,9 @@ def sample_trials(
     each trial; ids int16 [trials, n, top_k], of its first n tokens, best first.
     """
     top_k, n_kinds = ids.shape[2], chances.shape[1]
-    tables = new_tables(CONTEXTS if contexts.shape[1] else 1, mu.shape[2], n_group * n_kinds)
+    n_requests = (tokens[-1] - 1) // tokens_per_request + 1
+    n_contexts = mu.shape[1] // n_requests if contexts.shape[1] else 1
+    tables = new_tables(n_contexts, mu.shape[2], n_group * n_kinds)
     n_words = 2 * topk_group + 2 * ROUNDS if n_group > 1 else top_k + (n_kinds > 1)
     work = new_workspace(n_group, topk_group, top_k, n_words)
     for t in range(mu.shape[0]):

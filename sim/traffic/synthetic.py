@@ -18,7 +18,9 @@ X0 = -4.0
 POPULARITIES = ("none", "lognormal", "tilted", "fitted")
 
 CONTEXTS = 8
-"""Contexts of a request, each with a local effect of its own, where there is one."""
+"""Contexts of a request, each with a local effect of its own, where there is one and it has no passages."""
+PASSAGES, OF_PASSAGE = 4, 4
+"""Passages of a request, where it has any, and contexts of each."""
 MOST_KINDS = 8
 """Lengths of contexts that traffic may mix."""
 
@@ -45,6 +47,11 @@ class SyntheticTraffic:
     kind the stretch before is, and then takes a context at random, so two tokens of a request that are `lag` apart have the
     same context with probability `same_context(lag)`, wherever they lie: a mixture of geometric decays.
 
+    The local effect may have two scales: local = sqrt(1 - passage_share) * own + sqrt(passage_share) * passage. A request then
+    has PASSAGES with OF_PASSAGE contexts each. A token begins a passage at random with probability 1 / passage_tokens, and its
+    context is one of the passage. What all tokens have of the long scale then lies beside what they have of the short one,
+    where a mixture of long and short stretches has either.
+
     Attributes
     ----------
     name, about, source, fitted_to : str
@@ -62,6 +69,10 @@ class SyntheticTraffic:
         Mean length of the stretches of a context, one number for each kind of stretch, at least 1.
     context_shares : tuple of float
         Share of the tokens that lie in stretches of each kind; sums to 1.
+    passage_share : float or tuple of float [layers]
+        Share of the local variance that a passage's contexts have in common, 0 (no passages) to 1.
+    passage_tokens : float
+        Mean length of a passage, at least 1.
     dummy_tokens : int
         Padding tokens per step, as run by idle data-parallel ranks: all take the experts of one token, which is drawn once
         for each layer draw.
@@ -83,6 +94,8 @@ class SyntheticTraffic:
     local_share: float | tuple[float, ...] = 0.0
     context_tokens: tuple[float, ...] = (2.5, 40.0)
     context_shares: tuple[float, ...] = (0.5, 0.5)
+    passage_share: float | tuple[float, ...] = 0.0
+    passage_tokens: float = 64.0
     dummy_tokens: int = 0
     layers: FittedLayers | None = field(default=None, repr=False)
     whole_requests: bool = field(default=False, repr=False)
@@ -111,14 +124,19 @@ class SyntheticTraffic:
 
     def _check_local(self, where: str) -> None:
         """Check what says how a request effect decays, and make tuples of lists."""
-        shares: Sequence[Any] = self.local_share if isinstance(self.local_share, list | tuple) else [self.local_share]
-        for value in shares:
-            if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) <= 1:
-                raise InputError(f"{where}local_share must be a number from 0 to 1, not {shown(value)}")
-        if isinstance(self.local_share, list | tuple):
-            if self.layers is None or len(shares) != len(self.layers.mu):
-                raise InputError(f"{where}local_share must be one number, or one for each layer of mu")
-            object.__setattr__(self, "local_share", tuple(map(float, shares)))
+        for name in ("local_share", "passage_share"):
+            of_name = getattr(self, name)
+            shares: Sequence[Any] = of_name if isinstance(of_name, list | tuple) else [of_name]
+            for value in shares:
+                if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) <= 1:
+                    raise InputError(f"{where}{name} must be a number from 0 to 1, not {shown(value)}")
+            if isinstance(of_name, list | tuple):
+                if self.layers is None or len(shares) != len(self.layers.mu):
+                    raise InputError(f"{where}{name} must be one number, or one for each layer of mu")
+                object.__setattr__(self, name, tuple(map(float, shares)))
+        tokens: Any = self.passage_tokens
+        if isinstance(tokens, bool) or not isinstance(tokens, Real) or not 1 <= float(tokens) <= 2**20:
+            raise InputError(f"{where}passage_tokens must be a number from 1 to {2**20}, not {shown(tokens)}")
         for name, least, most in (("context_tokens", 1, 2**20), ("context_shares", 0, 1)):
             values: Any = getattr(self, name)
             if not isinstance(values, list | tuple) or not 1 <= len(values) <= MOST_KINDS:
@@ -133,10 +151,19 @@ class SyntheticTraffic:
     @property
     def n_contexts(self) -> int:
         """Contexts of a request that differ in their effect: 1 where its effect does not decay."""
-        return CONTEXTS if self.request_sigma > 0 and np.any(self.local_share) else 1
+        if self.request_sigma == 0 or not np.any(self.local_share):
+            return 1
+        return self.n_passages * OF_PASSAGE if self.n_passages else CONTEXTS
+
+    @property
+    def n_passages(self) -> int:
+        """Passages of a request that differ in their effect; 0 without."""
+        return PASSAGES if self.request_sigma > 0 and np.any(self.local_share) and np.any(self.passage_share) else 0
 
     def same_context(self, lag: Any) -> np.ndarray:
         """Probability that two tokens of a request, `lag` tokens apart, have the same context; float64, of lag's shape."""
+        if self.n_passages:
+            return same_passage(lag, self.context_tokens, self.context_shares, self.passage_tokens)[1]
         return same_context(lag, self.context_tokens, self.context_shares)
 
     @property
@@ -156,8 +183,14 @@ class SyntheticTraffic:
         if self.request_sigma > 0:
             law |= {"request_sigma": self.request_sigma, "tokens_per_request": self.tokens_per_request}
         if self.n_contexts > 1:
-            law |= {"local_share": self.local_share, "contexts": CONTEXTS}
+            law |= {"local_share": self.local_share, "contexts": self.n_contexts}
             law |= {"context_tokens": self.context_tokens, "context_shares": self.context_shares}
+        if self.n_passages:
+            law |= {
+                "passages": self.n_passages,
+                "passage_share": self.passage_share,
+                "passage_tokens": self.passage_tokens,
+            }
         if self.dummy_tokens:
             law["dummy_tokens"] = self.dummy_tokens
         return law
@@ -196,17 +229,24 @@ class SyntheticTraffic:
         self, key: np.ndarray, mu: np.ndarray, trials: np.ndarray, draws: np.ndarray, topics: list[np.ndarray]
     ) -> np.ndarray:
         """`draw_logits` where each context of a request has a local effect beside the topic, float64 [trials, normals]."""
-        share = np.resize(self.local_share, self.n_layers or 1)  # of each layer
-        share = share[draws % len(share), None]
-        of_topic, of_local = np.sqrt(1 - share), np.sqrt(share).astype(np.float32)
+        of_layers = np.resize(self.local_share, self.n_layers or 1), np.resize(self.passage_share, self.n_layers or 1)
+        share, in_passage = (x[draws % len(x), None] for x in of_layers)
+        n_contexts, n_passages = self.n_contexts, self.n_passages
+        if not n_passages:
+            in_passage = np.zeros_like(in_passage)
+        of_topic, of_local = np.sqrt(1 - share), np.sqrt(share * (1 - in_passage)).astype(np.float32)
+        of_passage = np.sqrt(share * in_passage).astype(np.float32)
         variance = 1.0 if self.layers is None else self.layers.request_variance[draws % len(self.layers.mu)]
-        logits = np.empty((len(mu), len(topics), CONTEXTS, mu.shape[1]))
+        logits = np.empty((len(mu), len(topics), n_contexts, mu.shape[1]))
         for request, topic in enumerate(topics):
-            effects: np.ndarray = np.empty((CONTEXTS, *topic.shape), np.float32)
-            for context, effect in enumerate(effects):
-                effect[:] = normals(key, LOCAL, request * CONTEXTS + context, topic.shape, trials)
+            drawn: np.ndarray = np.empty((n_contexts + n_passages, *topic.shape), np.float32)
+            for i, effect in enumerate(drawn):
+                effect[:] = normals(key, LOCAL, request * len(drawn) + i, topic.shape, trials)
+            effects = drawn[:n_contexts]
             effects *= of_local
             effects += (of_topic * topic).astype(np.float32)
+            if n_passages:
+                effects += of_passage * np.repeat(drawn[n_contexts:], OF_PASSAGE, axis=0)
             if self.layers is not None:
                 effects = self.layers.request_effect(effects, draws)
             effects = of_one_strength(effects, variance)
@@ -223,7 +263,10 @@ class SyntheticTraffic:
         chances = np.array([shares, shares * leave])  # of kinds, at a token and at the begin of a stretch
         chances = np.cumsum(chances / chances.sum(axis=1, keepdims=True), axis=1)
         chances[:, -1] = 1.0
-        fill_contexts(key, trials, self.tokens_per_request, _in_words(leave), _in_words(chances), contexts)
+        move = _in_words(np.array([1 / self.passage_tokens if self.n_passages else 0.0, 1.0]))[0]
+        of_passage = OF_PASSAGE if self.n_passages else CONTEXTS
+        sizes = np.array([self.n_contexts, of_passage], np.uint64)
+        fill_contexts(key, trials, self.tokens_per_request, _in_words(leave), _in_words(chances), move, sizes, contexts)
         return contexts
 
     def kinds(self, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
@@ -244,6 +287,19 @@ def same_context(lag: Any, context_tokens: Sequence[float], context_shares: Sequ
     return same_stretch + (1 - same_stretch) / CONTEXTS
 
 
+def same_passage(
+    lag: Any, context_tokens: Sequence[float], context_shares: Sequence[float], passage_tokens: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Probabilities that two tokens of a request, `lag` tokens apart, are of one passage, and of one context, where there are
+    passages; float64, of lag's shape.
+    """
+    lag = np.asarray(lag, float)
+    stayed = (1 - 1 / passage_tokens) ** lag
+    same_stretch = ((1 - 1 / np.array(context_tokens)) ** lag[..., None]) @ np.array(context_shares)
+    in_one = same_stretch + (1 - same_stretch) / OF_PASSAGE
+    return stayed + (1 - stayed) / PASSAGES, stayed * in_one + (1 - stayed) / (PASSAGES * OF_PASSAGE)
+
+
 def of_one_strength(effects: np.ndarray, variance: Any) -> np.ndarray:
     """Effects [..., n_experts], each scaled so that its mean square over experts is `variance` [...]."""
     square = np.einsum("...e,...e->...", effects, effects) / effects.shape[-1]
@@ -256,11 +312,12 @@ def _in_words(probabilities: np.ndarray) -> np.ndarray:
 
 
 @kernel
-def fill_contexts(key, trials, tokens_per_request, leave, chances, contexts):
+def fill_contexts(key, trials, tokens_per_request, leave, chances, move, sizes, contexts):
     """Contexts of the tokens of trials int64 [trials]: contexts uint8 [trials, tokens].
 
     leave uint64 [kinds] is the chance that a token begins a new stretch, by the kind of the one before; chances uint64
-    [2, kinds] are cumulated over kinds, of the stretch that a request begins in and of a later one; in units of 2**-32.
+    [2, kinds] are cumulated over kinds, of the stretch that a request begins in and of a later one; `move` is the chance that
+    a token begins a new passage; all in units of 2**-32. sizes uint64 [2]: contexts of a request, and of a passage of it.
     """
     words = np.empty((4, 512), np.uint32)
     for t in range(contexts.shape[0]):
@@ -269,12 +326,16 @@ def fill_contexts(key, trials, tokens_per_request, leave, chances, contexts):
             n = min(512, contexts.shape[1] - start)
             fill_words(key, CONTEXT, trials[t], np.arange(start, start + n), words)
             for i in range(n):
-                if place == 0 or np.uint64(words[0, i]) < leave[kind]:
+                leaves = np.uint64(words[0, i]) < leave[kind]
+                if place == 0 or leaves:
                     law = chances[0 if place == 0 else 1]
                     kind = 0
                     while np.uint64(words[1, i]) >= law[kind]:
                         kind += 1
-                    context = (np.uint64(words[2, i]) * np.uint64(CONTEXTS)) >> np.uint64(32)
+                if place == 0 or np.uint64(words[3, i]) < move:
+                    context = (np.uint64(words[2, i]) * sizes[0]) >> np.uint64(32)
+                elif leaves:
+                    context += ((np.uint64(words[2, i]) * sizes[1]) >> np.uint64(32)) - context % sizes[1]
                 contexts[t, start + i] = context
                 place = place + 1 if place + 1 < tokens_per_request else 0
 
