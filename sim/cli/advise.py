@@ -17,18 +17,9 @@ from sim.cli.terminal import (
     write_answer,
 )
 from sim.errors import InputError
-from sim.options import (
-    NAMES,
-    GpuOptions,
-    RestOptions,
-    StepOptions,
-    TimeOptions,
-    TrafficOptions,
-    Whole,
-    add_options,
-    given,
-    section_of,
-)
+from sim.options import GpuOptions, RestOptions, StepOptions, TimeOptions, TrafficOptions
+from sim.options.declare import add_options, given, section_of
+from sim.options.kinds import NAMES, Whole
 
 _DEMO = "gpt-oss-20b"
 _DEMO_TOKENS, _DEMO_SEQUENCES = 32_768, 256

@@ -4,7 +4,7 @@ from argparse import ArgumentParser, Namespace
 from typing import Any
 
 from sim.cli.terminal import add_output, filled, note_compiling, print_rows, print_table, shown_progress, write_answer
-from sim.options import NAMES, SEED, THREADS, Number, Share
+from sim.options.kinds import NAMES, SEED, THREADS, Number, Share
 
 
 def add_claims(parser: ArgumentParser) -> None:

@@ -7,17 +7,9 @@ from typing import Any
 from sim.cli.inputs import check_there, law_of, rows_of, say_about_times, step_options
 from sim.cli.terminal import add_output, estimate, filled, note, print_rows, print_table, shown_progress, write_answer
 from sim.errors import InputError
-from sim.options import (
-    NAMES,
-    WHOLE_NUMBERS,
-    Choice,
-    GpuOptions,
-    StepOptions,
-    TimeOptions,
-    TrafficOptions,
-    add_options,
-    section_of,
-)
+from sim.options import GpuOptions, StepOptions, TimeOptions, TrafficOptions
+from sim.options.declare import add_options, section_of
+from sim.options.kinds import NAMES, WHOLE_NUMBERS, Choice
 
 _EP_SIZES, _TOKENS = "8,16,32,64", "64,16384"
 

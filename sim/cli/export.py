@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 from sim.cli.terminal import note
 from sim.errors import InputError, unknown
 from sim.errors import whole_number as check_whole_number
-from sim.options import TrafficOptions, Whole, add_options
+from sim.options import TrafficOptions
+from sim.options.declare import add_options
+from sim.options.kinds import Whole
 
 if TYPE_CHECKING:
     from sim.model import ModelSpec

@@ -7,17 +7,9 @@ from typing import Any
 from sim.cli.inputs import identity_of, read_inputs, say_about_maps, say_about_times, step_options
 from sim.cli.terminal import add_output, cells, estimate, filled, print_rows, print_table, shown_progress, write_answer
 from sim.errors import InputError
-from sim.options import (
-    NAMES,
-    GpuOptions,
-    RestOptions,
-    StepOptions,
-    TimeOptions,
-    TrafficOptions,
-    add_options,
-    given,
-    section_of,
-)
+from sim.options import GpuOptions, RestOptions, StepOptions, TimeOptions, TrafficOptions
+from sim.options.declare import add_options, given, section_of
+from sim.options.kinds import NAMES
 
 EXTRAPOLATED_TEXT = (
     "* exchange computed, not measured: measured are pair without imbalance, on one node of H100, H200, B200 and GB200 up to "

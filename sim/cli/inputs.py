@@ -5,7 +5,8 @@ from typing import Any
 
 from sim.cli.terminal import note, note_compiling
 from sim.errors import InputError
-from sim.options import LAYER_CORRELATION, StepOptions, TimeOptions, given
+from sim.options import LAYER_CORRELATION, StepOptions, TimeOptions
+from sim.options.declare import given
 
 
 def read_inputs(arguments: Namespace) -> tuple[Any, Any]:

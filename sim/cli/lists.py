@@ -7,7 +7,9 @@ from typing import Any
 
 from sim.cli.terminal import add_output, cells, filled, note_compiling, print_rows, print_table, shown_progress
 from sim.errors import InputError
-from sim.options import WHOLE_NUMBERS, TrafficOptions, add_options
+from sim.options import TrafficOptions
+from sim.options.declare import add_options
+from sim.options.kinds import WHOLE_NUMBERS
 
 
 def add_models(parser: ArgumentParser) -> None:

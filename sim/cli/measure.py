@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 from sim.cli.inputs import check_there, rows_of
 from sim.cli.terminal import add_output, cells, note, note_compiling, print_rows, print_table, save_as, say_notes
 from sim.errors import InputError, unknown
-from sim.options import MeasureOptions, TrafficOptions, add_options, section_of
+from sim.options import MeasureOptions, TrafficOptions
+from sim.options.declare import add_options, section_of
 
 _PLACEMENTS, _WORKLOADS = ["linear", "round_robin"], ["chat", "gpqa-tilted"]
 _EP_SIZES, _TOKENS, _DTYPES = [8, 16, 32, 64], [2**i for i in range(3, 15)], ["bf16", "fp8"]

@@ -7,17 +7,9 @@ from typing import Any
 from sim.cli.inputs import identity_of, read_inputs, say_about_layers, say_about_maps, say_about_times, step_options
 from sim.cli.terminal import add_output, cells, note, print_rows, print_table, shown_progress, write_answer
 from sim.errors import InputError
-from sim.options import (
-    Choice,
-    GpuOptions,
-    LayerOptions,
-    StepOptions,
-    SweepOptions,
-    TimeOptions,
-    TrafficOptions,
-    add_options,
-    section_of,
-)
+from sim.options import GpuOptions, LayerOptions, StepOptions, SweepOptions, TimeOptions, TrafficOptions
+from sim.options.declare import add_options, section_of
+from sim.options.kinds import Choice
 
 _SHORT = {
     "balancedness_vllm": "balancedness, vLLM",

@@ -15,7 +15,9 @@ from sim.cli.finished import print_result
 from sim.cli.inputs import say_about_file, say_about_inputs
 from sim.cli.terminal import add_output, note, note_compiling, print_rows, say_notes, say_written, shown_progress
 from sim.errors import InputError
-from sim.options import Folder, LinkOptions, RunOptions, SweepOptions, TrafficOptions, add_options, given, section_of
+from sim.options import LinkOptions, RunOptions, SweepOptions, TrafficOptions
+from sim.options.declare import add_options, given, section_of
+from sim.options.kinds import Folder
 from sim.progress import phase, watching
 
 if TYPE_CHECKING:

@@ -11,7 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sim.options import FigureOptions, Folder, add_options, section_of
+from sim.options import FigureOptions
+from sim.options.declare import add_options, section_of
+from sim.options.kinds import Folder
 
 _held: list[str] = []  # remarks that are not printed yet
 

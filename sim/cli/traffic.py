@@ -22,7 +22,9 @@ from sim.cli.terminal import (
 from sim.cli.traffic_decay import add_decay, run_decay
 from sim.cli.traffic_make import add_make, add_match, run_make, run_match
 from sim.errors import InputError
-from sim.options import FILE, FigureOptions, FileOptions, add_options
+from sim.options import FigureOptions, FileOptions
+from sim.options.declare import add_options
+from sim.options.kinds import FILE
 
 _LAYERS_SHOWN = 12
 _COLUMNS = {

@@ -7,7 +7,9 @@ from typing import Any
 from sim.cli.inputs import read_file
 from sim.cli.terminal import add_output, cells, estimate, filled, print_rows, print_table, shown_progress, write_answer
 from sim.errors import InputError
-from sim.options import NAMES, WHOLE_NUMBERS, FigureOptions, FileOptions, Whole, add_options
+from sim.options import FigureOptions, FileOptions
+from sim.options.declare import add_options
+from sim.options.kinds import NAMES, WHOLE_NUMBERS, Whole
 
 
 def add_decay(parser: ArgumentParser) -> None:

@@ -7,7 +7,9 @@ from typing import Any
 from sim.cli.inputs import read_inputs, say_about_inputs
 from sim.cli.terminal import add_output, cells, filled, note, note_compiling, print_rows, print_table, shown_progress
 from sim.errors import InputError
-from sim.options import FILE, MadeOptions, MatchOptions, TrafficOptions, add_options
+from sim.options import MadeOptions, MatchOptions, TrafficOptions
+from sim.options.declare import add_options
+from sim.options.kinds import FILE
 
 _NEAR = 0.02  # of what is asked for: a scale reaches it
 

@@ -14,7 +14,8 @@ from sim.cost.inputs import expert_width
 from sim.errors import InputError
 from sim.kernels import usable_processors
 from sim.model import ModelSpec, load_model
-from sim.options import CapacityOptions, takes
+from sim.options import CapacityOptions
+from sim.options.declare import takes
 from sim.placement import BUDGET, check_slots, is_load_aware, split_name, strategy_name
 from sim.stats import Histogram, mean_interval, moments_of_draws, quantile_interval, student_quantile
 from sim.sweeps import make_plan, sweep

@@ -16,7 +16,8 @@ from sim.cost.steps import StepSample, cell_times, sample_steps
 from sim.errors import InputError, shown
 from sim.files import open_stream, reading
 from sim.model import ModelSpec, load_model
-from sim.options import LayerOptions, StepOptions, takes
+from sim.options import LayerOptions, StepOptions
+from sim.options.declare import takes
 from sim.stats import ratio_interval
 from sim.traffic import Workload
 

@@ -18,7 +18,8 @@ from sim.cost.gpu import Gpu
 from sim.errors import InputError
 from sim.kernels import kernel, usable_processors
 from sim.model import ModelSpec, load_model
-from sim.options import LAYER_SETS, MOST_STEPS, StepOptions, check
+from sim.options import LAYER_SETS, MOST_STEPS, StepOptions
+from sim.options.declare import check
 from sim.placement import LayerCost, is_load_aware, split_name
 from sim.progress import track
 from sim.scoring import METRICS, score_blocks
