@@ -249,7 +249,9 @@ class SweepResult:
 
 
 def write_result(result: SweepResult, folder: Path) -> None:
-    """Write the tables and their provenance, all or nothing. Raises OSError."""
+    """Write the tables and their provenance, all or nothing. Raises InputError for what is no result, and OSError."""
+    if not isinstance(result, SweepResult):
+        raise InputError(f"`result` {shown(result)}: must be what sim.sweep gives")
     buffer = io.BytesIO()
     result.counts.to_parquet(buffer, index=False, compression="zstd")
     tables = {

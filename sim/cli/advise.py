@@ -105,7 +105,7 @@ def run_advise(arguments: Namespace) -> None:
     identity = identity_of(model, traffic, options, [gpu], **chosen)
 
     def figures() -> dict[str, Any]:
-        from sim.advice import not_run
+        from sim.advice.words import not_run
         from sim.cost.gain import PERFECT
         from sim.figures.gain import advice_by_tokens
 
@@ -166,7 +166,8 @@ def _say_about_steps(traffic: Any, parts: int, ep_size: int, options: dict[str, 
 
 
 def _print(advice: Any, arguments: Namespace) -> None:
-    from sim.advice import changes, not_run, rule_text, verdict_text
+    from sim.advice.compare import rule_text
+    from sim.advice.words import changes, not_run, verdict_text
 
     least, row = arguments.least_saved, advice.gains.iloc[0]
     if arguments.markdown:

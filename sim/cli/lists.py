@@ -80,8 +80,8 @@ def run_workloads(arguments: Namespace) -> None:
         "  (epsim traffic show TRACE).\n"
         "Fitted to a record or to load counts: the .toml file of epsim traffic fit.\n"
         "Your own law: a .toml file with the keys popularity, sigma, group_sigma,\n"
-        "  request_sigma, tokens_per_request; local_share, context_tokens and context_shares where\n"
-        "  the effect of a request decays.\n"
+        "  request_sigma, tokens_per_request; local_share, context_tokens, context_shares,\n"
+        "  passage_share and passage_tokens where the effect of a request decays.\n"
         "Which is nearest to a number in your log: epsim traffic match."
     )
 
@@ -197,7 +197,7 @@ def run_gpus(arguments: Namespace) -> None:
 
 
 def _check(arguments: Namespace) -> None:
-    from sim.cost import predicted_against_measured
+    from sim.cost.refit import predicted_against_measured
     from sim.cost.tables import measured
 
     if arguments.plot is not None and arguments.plot.suffix not in (".png", ".svg"):

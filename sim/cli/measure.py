@@ -69,8 +69,9 @@ def run_measure(arguments: Namespace) -> None:
 def _measure_ranks(arguments: Namespace, out: Path, started: float) -> None:
     from sim.cost import load_gpu
     from sim.files import whole_files
-    from sim.measure import Shape, measure, plan_measurement
-    from sim.measure.experts import DTYPES
+    from sim.measure.experts import DTYPES, Shape
+    from sim.measure.run import measure
+    from sim.measure.steps import plan_measurement
     from sim.model import load_model
 
     dtypes = list(dict.fromkeys(arguments.dtype or _DTYPES))
@@ -165,7 +166,7 @@ def _no_preset(device: str) -> InputError:
 
 def _backend(device: str, shape: Any, seed: int) -> Any:
     if device == "cpu":
-        from sim.measure import NumpyExperts
+        from sim.measure.experts import NumpyExperts
 
         note("times on a CPU test the path, and say nothing about a GPU")
         return NumpyExperts(shape, seed)
@@ -216,8 +217,8 @@ def _chosen(rows: Any, arguments: Namespace) -> Any:
 def _ranks(arguments: Namespace) -> tuple[str, dict[str, _Table], Callable[[], dict[str, Any]]]:
     """What a file of ranks holds, its tables, and its figures."""
     from sim.cost import load_gpu
-    from sim.measure import constants, errors, gains, read_measured, with_predictions
-    from sim.measure.compare import missed
+    from sim.measure.compare import constants, errors, gains, missed, with_predictions
+    from sim.measure.table import read_measured
     from sim.placement import ALIASES
 
     pair = arguments.placement or _PLACEMENTS

@@ -70,7 +70,7 @@ def run_step(arguments: Namespace) -> None:
     with shown_progress():
         steps = predict_steps(model, workload, gpu, placements=placements, layer_correlation=correlation, **options)
         if arguments.traffic is not None:
-            from sim.cost.replay import replay_steps
+            from sim.cost.step_log import replay_steps
 
             replayed = replay_steps(model, workload, gpu, placements=placements, **options)
     compared = None if log is None else compare_log(steps, arguments.log_metric, log.values)
@@ -137,7 +137,7 @@ _KEYS = ["ep_size", "tokens", "placement"]
 
 def _print_replay(replayed: Any, arguments: Namespace) -> None:
     """Times of whole steps, their worst layers, and what to pass on."""
-    from sim.cost.replay import OPENING, measured_correlation
+    from sim.cost.step_log import OPENING, measured_correlation
 
     steps = replayed.steps.sort_values(["ep_size", "tokens"], kind="stable")
     title = (

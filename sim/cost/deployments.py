@@ -7,7 +7,7 @@ rank receives is a sum of independent tokens, whose tail is known far below what
 
 Layers of a step are taken as independent given the deployment, and so are steps. Recorded layers share their tokens: the same
 steps are bad in several layers, and steps follow on similar ones, which leaves the probability that some layer of some step
-exceeds a capacity below this, not above. On gpt-oss-20b's recorded steps (`sim.cost.replay`, 4,096 steps, 18 cells) the product
+exceeds a capacity below this, not above. On gpt-oss-20b's recorded steps (`sim.cost.step_log`, 4,096 steps, 18 cells) the product
 over layers is 6 % above what is replayed (-1 to 16) where that is about 0.5, 3 % (-1 to 11) near 0.1 and 1 % (0 to 7) near
 0.01: far out, layers exceed one at a time. `layer_correlation` takes off a third of that. With steps taken as independent,
 windows of 32 steps exceed 11 % (-4 to 36) more often than replayed ones.

@@ -149,7 +149,7 @@ def _title(figure: Figure, gains: pd.DataFrame, exchanges: str) -> None:
 def advice_by_tokens(gains: pd.DataFrame, reference: str) -> Figure:
     """Share of the layer's time saved (left), and mean imbalance (right), against tokens per step, in the main split.
 
-    `reference` is the row of what no placement can beat; it has no line at the right.
+    `reference` is the row of perfect balance, whose experts' time no placement can beat; it has no line at the right.
     """
     rows = gains[gains.split == gains.split.iloc[0]]
     names = list(dict.fromkeys(rows.placement))

@@ -36,7 +36,7 @@ def predicted_against_measured(predicted: pd.DataFrame) -> Figure:
     Parameters
     ----------
     predicted : DataFrame
-        From `sim.measure.with_predictions`.
+        From `sim.measure.compare.with_predictions`.
     """
     dtypes, sizes = sorted(predicted.dtype.unique()), sorted(predicted.ep_size.unique())
     figure, axes = panels(len(dtypes), 2, 3.6)
@@ -71,9 +71,9 @@ def measured_gain(
     Parameters
     ----------
     predicted : DataFrame
-        From `sim.measure.with_predictions`.
+        From `sim.measure.compare.with_predictions`.
     gains : DataFrame
-        From `sim.measure.gains` of these two placements.
+        From `sim.measure.compare.gains` of these two placements.
     """
     dtypes, sizes = sorted(gains.dtype.unique()), sorted(gains.ep_size.unique())[:6]
     workloads = list(dict.fromkeys(predicted.workload))
