@@ -3,7 +3,7 @@
 from argparse import ArgumentParser, Namespace
 from typing import Any
 
-from sim.cli.terminal import add_output, filled, note_compiling, print_rows, print_table, shown_progress, write_answer
+from sim.cli.terminal import add_output, note_compiling, print_rows, print_table, say, shown_progress, write_answer
 from sim.options.kinds import NAMES, SEED, THREADS, Number, Share
 
 
@@ -59,11 +59,11 @@ def _print_blocks(table: Any) -> None:
             lines.insert(2, ("needs", f"{_needs(row)} of the step's time for routed experts and exchange"))
         for name, text in [*lines, ("assumed", row.assumed)]:
             first = f"  {name:<9} "
-            print(filled(text, first, " " * len(first)))
+            say(text, first, " " * len(first))
         print()
     kinds = table.verdict.str.replace(r" when.*", "", regex=True).value_counts()
     listed = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
-    print(filled(f"{table.workload.iloc[0]} traffic, {len(table)} claims: {listed}; intervals are 95 %"))
+    say(f"{table.workload.iloc[0]} traffic, {len(table)} claims: {listed}; intervals are 95 %")
 
 
 def _print_markdown(table: Any) -> None:

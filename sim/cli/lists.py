@@ -5,7 +5,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
-from sim.cli.terminal import add_output, cells, filled, note_compiling, print_rows, print_table, shown_progress
+from sim.cli.terminal import add_output, cells, note_compiling, print_rows, print_table, say, shown_progress
 from sim.errors import InputError
 from sim.options import TrafficOptions
 from sim.options.declare import add_options
@@ -73,7 +73,7 @@ def run_workloads(arguments: Namespace) -> None:
         texts = [("", workload.about), ("law: ", law), ("source: ", workload.source)]
         texts += [("published, and here: ", text) for text in fits[workload.name]]
         for name, text in texts:
-            print(filled(f"{name}{text}", "    ", "    " + " " * (8 if name else 0)))
+            say(f"{name}{text}", "    ", "    " + " " * (8 if name else 0))
     print(
         "\nOn another model than the one that it is fitted to, a preset is an assumption.\n"
         "Recorded routing: file:TRACE, expert ids of tokens in .npz, .npy or JSON lines\n"
@@ -136,7 +136,7 @@ def run_placements(arguments: Namespace) -> None:
     from sim.placement import LINEAR_BACKENDS, ROUND_ROBIN_BACKENDS, STRATEGIES
 
     for name, text in STRATEGIES.items():
-        print(filled(text, f"{name:<15}", " " * 15))
+        say(text, f"{name:<15}", " " * 15)
     print()
     for text in (
         "With N redundant slots, copies of experts: eplb+N and eplb_refined+N copy the hot ones; linear+N is vLLM's layout "
@@ -145,12 +145,13 @@ def run_placements(arguments: Namespace) -> None:
         "eplb_budget+N spends N x layers copies where they pay: by the load of the busiest rank; in gain, step, advise and with "
         "export --gpu by the predicted time of the largest step. Only vllm-ascend loads a map whose layers differ in slots.",
         "More ranks than experts need redundant slots that fill them: --ep 320 --placement eplb+64 on 256 experts.",
-        "\nvLLM 0.33 falls back to linear where round_robin is asked for, with a warning in its log, when the EP size is 1; the "
+        "",
+        "vLLM 0.33 falls back to linear where round_robin is asked for, with a warning in its log, when the EP size is 1; the "
         "router has no expert groups (n_group <= 1); there are redundant experts; EPLB is on; or data, prefill context or "
         f"sequence parallelism runs on an all2all backend other than {' or '.join(ROUND_ROBIN_BACKENDS)}, so also on the "
         f"default. These are linear: {', '.join(LINEAR_BACKENDS)}. moonep refuses to start with round_robin.",
     ):
-        print(("\n" if text.startswith("\n") else "") + filled(text.strip()))
+        say(text)
 
 
 def add_gpus(parser: ArgumentParser) -> None:
@@ -183,17 +184,18 @@ def run_gpus(arguments: Namespace) -> None:
     print_table(title, *cells(gpus, columns), markdown=False, align="<>>>>>><")
     print("\nSources:")
     for gpu in gpus:
-        print(filled(f"{gpu.name}: {gpu.source}", "  ", "    "))
+        say(f"{gpu.name}: {gpu.source}", "  ", "    ")
     kernels = "; ".join(f"{dtype}, {grouped_gemm_profile(dtype).name}" for dtype in DTYPES)
-    print(filled(f"Expert times: {kernels}.") + "\nExchanges (--exchange), by kind or backend:")
+    say(f"Expert times: {kernels}.")
+    print("Exchanges (--exchange), by kind or backend:")
     for kind, about in KINDS.items():
         backends = ", ".join(backend for backend, of in BACKENDS.items() if of == kind)
-        print(filled(f"{kind}: {about}" + (f" ({backends})" if backends else ""), "  ", "    "))
-    print(filled(f"Not among them: {'; '.join(f'{name}: {why}' for name, why in REFUSED.items())}."))
-    print(filled(
+        say(f"{kind}: {about}" + (f" ({backends})" if backends else ""), "  ", "    ")
+    say(f"Not among them: {'; '.join(f'{name}: {why}' for name, why in REFUSED.items())}.")
+    say(
         "Your own GPU: a .toml file with hbm_tb_per_s, bf16_tflops, scale_up_gb_per_s, and fp8_tflops, fp4_tflops, "
         "scale_out_gb_per_s where it has them."
-    ))  # fmt: skip
+    )
 
 
 def _check(arguments: Namespace) -> None:
@@ -222,10 +224,10 @@ def _check(arguments: Namespace) -> None:
             )
         print("\nPublished tables:")
         for source in check.source.unique():
-            print(filled(f"{source}: {measured()[source]['source']}", "  ", "    "))
-        print(filled(
+            say(f"{source}: {measured()[source]['source']}", "  ", "    ")
+        say(
             "Not in them, so not verified: h20. In bf16, and token, gather and reduce: epsim measure --show, results/measured"
-        ))  # fmt: skip
+        )
     if arguments.plot is not None:
         from sim.figures import save
         from sim.figures.measured import published_kernels

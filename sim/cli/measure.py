@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sim.cli.inputs import check_there, rows_of
-from sim.cli.terminal import add_output, cells, note, note_compiling, print_rows, print_table, save_as, say_notes
+from sim.cli.terminal import add_output, cells, note, note_compiling, print_rows, print_table, say_notes
 from sim.errors import InputError, unknown
 from sim.options import MeasureOptions, TrafficOptions
 from sim.options.declare import add_options, section_of
@@ -200,9 +200,11 @@ def _show(arguments: Namespace) -> None:
         if name == "predicted" and not arguments.markdown:
             _say_errors(rows)
     if arguments.plot:
+        from sim.figures import save_as
+
         for name, figure in figures().items():
             stem = arguments.show.with_name(f"{arguments.show.name.partition('.csv')[0]}-{name}")
-            for path in save_as(figure, stem, arguments):
+            for path in save_as(figure, stem, arguments.formats):
                 print(path, file=sys.stderr if arguments.json or arguments.csv else sys.stdout)
 
 
