@@ -9,7 +9,7 @@ from sim.cli.terminal import add_output, cells, note_compiling, print_rows, prin
 from sim.errors import InputError
 from sim.options import TrafficOptions
 from sim.options.declare import add_options
-from sim.options.kinds import WHOLE_NUMBERS
+from sim.options.kinds import Listed, Whole
 
 
 def add_models(parser: ArgumentParser) -> None:
@@ -39,7 +39,11 @@ def add_workloads(parser: ArgumentParser) -> None:
     """List the traffic presets: how uneven each is, what it stands for, its source, and how near it is to published figures."""
     add_options(parser, TrafficOptions, only=("model",))
     parser.add_argument(
-        "--ep", type=WHOLE_NUMBERS, default="8,16,32,64", metavar="LIST", help="EP sizes (default: 8,16,32,64)"
+        "--ep",
+        type=Listed(of=Whole(1, 2**15)),
+        default="8,16,32,64",
+        metavar="LIST",
+        help="EP sizes (default: 8,16,32,64)",
     )
     add_output(parser)
 
@@ -90,7 +94,6 @@ def _imbalances(name: str, ep_sizes: list[int]) -> tuple[list[dict[str, Any]], d
     """Imbalance of each preset at each EP size, on the model if it goes with that, else on the one that it is fitted to; and
     in words its published figures with what it has there.
     """
-    from sim.errors import whole_number
     from sim.fit.made import mean_imbalances, misfits
     from sim.model import load_model
     from sim.progress import track
@@ -98,8 +101,6 @@ def _imbalances(name: str, ep_sizes: list[int]) -> tuple[list[dict[str, Any]], d
     from sim.traffic import load_workload, workload_names
 
     asked, names = load_model(name), workload_names()
-    for size in ep_sizes:
-        whole_number("`ep`", size, 1, 2**15)
     rows, fits = [], {}
     with shown_progress():
         for preset in track(names, [1.0] * len(names), names):

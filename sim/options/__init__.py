@@ -336,6 +336,22 @@ class RestOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ClaimOptions(Options):
+    """What published claims are tried with. Attention, shared experts, norms and the sampler take a part of every step too."""
+
+    seed: int = option(SEED, "same seed, same table", default=0)
+    effort: float = option(
+        Number(0.01, 100), "scales the number of trials; 0.1 is quick, with wide intervals", default=1.0
+    )
+    plausible_share: float = option(
+        Share(1e-6, allowed="a share above 0%, at most 100%"),
+        "the most of a step that routed experts and exchange may take for a gain to be put down to them",
+        default=0.8,
+    )
+    threads: int | None = option(THREADS, _THREADS, default=None)
+
+
+@dataclass(frozen=True, kw_only=True)
 class FigureOptions(Options):
     """How figures are written."""
 
