@@ -182,7 +182,7 @@ class SweepResult:
 
         drawn = draw(figure, self, **options)
         if drawn is None:
-            raise InputError(f"figure '{figure}' would show nothing: the placements do not differ in it")
+            raise InputError(f"figure '{figure}' would show nothing of this sweep")
         return drawn
 
     def save(self, folder: Path | str) -> None:

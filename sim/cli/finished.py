@@ -290,7 +290,7 @@ def run_plot(arguments: Namespace) -> None:
         for name in chosen:
             figure = draw(name, result, **(worst_case if name in ("exceedance", "worst_case_by_ep") else {}))
             if figure is None:
-                print(f"{name}: not drawn, as the placements do not differ in it")
+                print(f"{name}: not drawn, as it would show nothing of this sweep")
                 continue
             for path in save_as(figure, folder / name, options.formats):
                 print(path)

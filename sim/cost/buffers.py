@@ -37,7 +37,7 @@ class Capacities(NamedTuple):
     table: pd.DataFrame
     curves: (
         pd.DataFrame
-    )  # of the largest step: placement, ep_size, tokens, quantity, scope, deployments, factor, probability
+    )  # the largest step: placement, ep_size, tokens, quantity, scope, deployments, factor, probability
     n_layers: int
     notes: list[str]  # cells that were left out, and why
 

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from sim.cost.gpu import Gpu, load_gpu
-from sim.cost.inputs import as_numbers, as_whole_numbers, expert_width, together
+from sim.cost.inputs import as_numbers, expert_width, together
 from sim.cost.tables import FP8_WITH_SCALES, Exchange, exchange_profile
 from sim.errors import InputError, shown, unknown
 from sim.model import ModelSpec, load_model
@@ -171,7 +171,7 @@ def exchange_time_us(
     model, gpu, kind = load_model(model), load_gpu(gpu), exchange_kind(kind)
     width = expert_width(model)
     ep, tokens = together(
-        ep_size=as_whole_numbers("ep_size", ep_size, 1, 1e6),
+        ep_size=as_numbers("ep_size", ep_size, 1, 1e6, whole=True),
         tokens_per_rank=as_numbers("tokens_per_rank", tokens_per_rank, 0),
     )
     even = ep * tokens * (1 - (1 - 1 / ep) ** model.top_k)
@@ -182,7 +182,7 @@ def exchange_time_us(
         pairs=as_numbers("pairs", tokens * model.top_k if pairs is None else pairs, 0),
         nodes_per_token=as_numbers("nodes_per_token", 0 if nodes_per_token is None else nodes_per_token, 0),
     )
-    node_size = as_whole_numbers("ranks_per_node", ranks_per_node, 1, 1e6)
+    node_size = as_numbers("ranks_per_node", ranks_per_node, 1, 1e6, whole=True)
     on_node = np.minimum(ep, node_size)
     if nodes_per_token is None:
         share = np.divide(received, ep * tokens, out=np.zeros(ep.shape), where=tokens > 0).clip(0, 1)

@@ -69,7 +69,7 @@ def capacity_curves(curves: pd.DataFrame, risk: float, of: str) -> Figure:
         f"over each panel: the factor at which the solid line falls to the risk that was asked for, {risk:g} (grey line)",
     )
     handles = [Line2D([], [], color=look(name)["color"], label=label(name)) for name in placements]
-    handles += [Line2D([], [], color="#000000", linestyle=dashes, label=text) for dashes, text in shown.values()]
+    handles += [Line2D([], [], color="#777777", linestyle=dashes, label=text) for dashes, text in shown.values()]
     legend_below(figure, handles, 2)
     return figure
 

@@ -184,8 +184,12 @@ def _against_linear(
     return [_saved_of(row) for row in gains.itertuples()]
 
 
-def _of_setup(conditions: Conditions, claimed: float, saved: Estimate, by: str) -> Finding:
-    """Finding of a claim of one set-up: the step must save `claimed`, and the experts save `saved` by something."""
+def _of_setup(
+    conditions: Conditions, published: dict[str, float], model: str, placement: str, by: str, **setup: Any
+) -> Finding:
+    """Finding of a claim of one set-up, prefill: what the step must save, and what a placement saves of the experts' time."""
+    (saved,) = _against_linear(conditions, model, conditions.prefill, [placement], **setup)
+    claimed = time_saved(published["throughput_gain"])
     share = needed_share(claimed, saved)
     verdict, remark = _verdict(conditions, np.array([share]), np.array([saved]), lambda fits: "this set-up")
     return Finding(
@@ -200,16 +204,7 @@ def _of_setup(conditions: Conditions, claimed: float, saved: Estimate, by: str) 
 
 def balanced_18(conditions: Conditions, published: dict[str, float]) -> Finding:
     """Perfect balance against linear in prefill at EP 32."""
-    saved = _against_linear(
-        conditions,
-        "deepseek-v3",
-        conditions.prefill,
-        [PERFECT],
-        gpus="h100",
-        ep_sizes=32,
-        tokens=16384,
-    )
-    return _of_setup(conditions, time_saved(published["throughput_gain"]), saved[0], PERFECT)
+    return _of_setup(conditions, published, "deepseek-v3", PERFECT, PERFECT, gpus="h100", ep_sizes=32, tokens=16384)
 
 
 def eplb_gains(conditions: Conditions, published: dict[str, float]) -> Finding:
@@ -247,7 +242,5 @@ def eplb_gains(conditions: Conditions, published: dict[str, float]) -> Finding:
 
 def rearrange_16_7(conditions: Conditions, published: dict[str, float]) -> Finding:
     """EPLB without redundant slots against linear, prefill at EP 8, DeepSeek-V4-Pro."""
-    saved = _against_linear(
-        conditions, "deepseek-v4-pro", conditions.prefill, ["eplb"], gpus="b200", dtype="fp4", ep_sizes=8, tokens=8192
-    )
-    return _of_setup(conditions, time_saved(published["throughput_gain"]), saved[0], "EPLB")
+    setup = {"gpus": "b200", "dtype": "fp4", "ep_sizes": 8, "tokens": 8192}
+    return _of_setup(conditions, published, "deepseek-v4-pro", "eplb", "EPLB", **setup)
