@@ -14,7 +14,7 @@ def add_claims(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add("ids", nargs="*", type=NAMES, metavar="ID", help="some of the claims (default: all)")
     add("--workload", default="chat", metavar="WORKLOAD", help="decode traffic, a preset or .toml file (default: chat)")
-    add_options(parser, ClaimOptions)
+    add_options(parser, ClaimOptions, plausible_share="80%")
     add_output(parser, "claims.csv")
 
 

@@ -106,7 +106,7 @@ class PlacedOptions(CellOptions):
     """Placements in each cell, some of which may be fitted."""
 
     placements: Any = option(
-        Placements(), "placements (epsim placements); changes are given against the first", flag="--placement"
+        Placements(), "placements (epsim placements); changes, where shown, are against the first", flag="--placement"
     )
     fit_tokens: int | None = option(
         Whole(1, MAX_TOKENS),
