@@ -216,5 +216,5 @@ def measured_exchange(layers: pd.DataFrame) -> Figure:
 
 def _layer_title(figure: Figure, layers: pd.DataFrame, text: str) -> None:
     first = layers.iloc[0]
-    about = f"{first.model}, EP {first.ep_size} on {first.ep_size} x {first.gpu}, bf16, {layers.step.nunique()} steps"
+    about = f"{first.model}, EP {first.ep_size} on {first.ep_size} x {first.gpu}, {first['dtype']}, {layers.step.nunique()} steps"
     title_figure(figure, f"{text}\n{about}")
