@@ -168,7 +168,7 @@ def advice_by_tokens(gains: pd.DataFrame, reference: str) -> Figure:
     crossover, bands = rows.crossover_tokens.iloc[0], "bands: 95 % over layers"
     if rows.tokens.min() <= crossover <= rows.tokens.max():
         saved.axvline(crossover, color="#999999", linewidth=0.8)
-        bands += f"; upright line: {_CROSSOVER}"
+        bands += f"\nupright line: {_CROSSOVER}"
     imbalance_axis(balance, "y")
     for ax, title, text in (
         (saved, f"time saved over {label(current)}", "layer time saved (%)"),
