@@ -182,7 +182,7 @@ class SweepResult:
 
         drawn = draw(figure, self, **options)
         if drawn is None:
-            raise InputError(f"figure '{figure}' would show nothing: the placements do not differ in it")
+            raise InputError(f"figure '{figure}' would show nothing of this sweep")
         return drawn
 
     def save(self, folder: Path | str) -> None:
@@ -249,7 +249,9 @@ class SweepResult:
 
 
 def write_result(result: SweepResult, folder: Path) -> None:
-    """Write the tables and their provenance, all or nothing. Raises OSError."""
+    """Write the tables and their provenance, all or nothing. Raises InputError for what is no result, and OSError."""
+    if not isinstance(result, SweepResult):
+        raise InputError(f"`result` {shown(result)}: must be what sim.sweep gives")
     buffer = io.BytesIO()
     result.counts.to_parquet(buffer, index=False, compression="zstd")
     tables = {

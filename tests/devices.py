@@ -7,7 +7,9 @@ import numpy as np
 from sim.cost import load_gpu
 from sim.cost.expert import counted_rows, expert_rates, reached_fractions, sides_us
 from sim.cost.tables import grouped_gemm_profile
-from sim.measure import BackendError, Timing, measure, plan_measurement
+from sim.measure.experts import BackendError, Timing
+from sim.measure.run import measure
+from sim.measure.steps import plan_measurement
 from sim.measure.table import TILE_ROWS
 from sim.model import load_model
 from sim.traffic import load_workload

@@ -10,14 +10,15 @@ import pytest
 from conftest import ROOT, fails, run
 
 from sim import InputError, advise, load_model, predict_gain
-from sim.advice import candidates, changes, not_run, rule_text, verdict_text
-from sim.advice.compare import KNEE_ERROR, NOT, UNSURE, WORTH, best_of, judge, judged_ends
+from sim.advice.compare import KNEE_ERROR, NOT, UNSURE, WORTH, best_of, candidates, judge, judged_ends, rule_text
 from sim.advice.engines import BACKENDS, SGLANG, engine_of
 from sim.advice.splits import splits_of
+from sim.advice.words import changes, not_run, verdict_text
 from sim.cost.expert import crossover_tokens, expert_rates
 from sim.cost.gain import IN_STEP, KNEE, PERFECT
 from sim.figures.gain import advice_by_tokens
-from sim.measure import gains, read_measured, with_predictions
+from sim.measure.compare import gains, with_predictions
+from sim.measure.table import read_measured
 from sim.traffic.recorded import build_record
 
 V3, OSS = load_model("deepseek-v3"), load_model("gpt-oss-20b")

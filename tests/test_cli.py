@@ -16,7 +16,8 @@ import sim
 from sim.cli import VERBS, main
 from sim.cli.terminal import note, time_left_s
 from sim.figures import FIGURES
-from sim.options import SweepOptions, declarations, flag_of
+from sim.options import SweepOptions
+from sim.options.declare import declarations, flag_of
 from sim.progress import advance, phase, track, watching
 
 RUN = ["sweep", "--ep", "2,12", "--tokens", "1,16", "--trials", "40", "--placement", "linear,linear_legacy,group_aware"]

@@ -12,10 +12,9 @@ from hypothesis import strategies as st
 
 from sim import InputError, ModelSpec, expert_time_us, gpu_names, load_gpu, load_model
 from sim.cli import main
-from sim.cost import predicted_against_measured
 from sim.cost.exchange import BACKENDS, KINDS
 from sim.cost.expert import counted_rows, expert_rates, least_time_us, reached_fractions, sides_us, time_ranks
-from sim.cost.refit import expert_rows, experts_left_out, pair_rows
+from sim.cost.refit import expert_rows, experts_left_out, pair_rows, predicted_against_measured
 from sim.cost.tables import MEASURED_KERNELS, exchange_profile, grouped_gemm_profile, measured
 from sim.model import model_names
 
@@ -389,7 +388,7 @@ def test_the_command_lists_gpus_with_their_sources(capsys, monkeypatch):
 
 
 def test_the_command_checks_every_gpu_fitted_and_held_out_apart(check, monkeypatch, capsys):
-    monkeypatch.setattr("sim.cost.predicted_against_measured", lambda: check)
+    monkeypatch.setattr("sim.cost.refit.predicted_against_measured", lambda: check)
     assert main(["gpus", "--check", "--markdown"]) == 0
     out = capsys.readouterr().out
     assert "fitted: median" in out

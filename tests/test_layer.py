@@ -18,6 +18,7 @@ from conftest import ROOT, fails
 from sim.cli import main
 from sim.cost import load_gpu
 from sim.errors import InputError, RunError
+from sim.figures.measured import measured_exchange
 from sim.measure.layer import LAYER_COLUMNS, running_ranks, saying_why
 from sim.measure.layer_compare import layer_gains, predicted_gains, read_layers, sums
 from sim.measure.layer_plan import EXCHANGES, plan_rank, sample_layers
@@ -283,6 +284,11 @@ def test_a_table_of_layers_that_is_wrong_is_refused_in_one_line(tmp_path, change
         path = made_up(tmp_path, change)
     with pytest.raises(InputError, match=message):
         read_layers(path)
+
+
+def test_a_figure_of_layers_names_the_type_that_was_measured(tmp_path):
+    layers = read_layers(made_up(tmp_path, lambda rows: [row.update(dtype="fp8") for row in rows]))
+    assert ", fp8, 12 steps" in measured_exchange(layers)._suptitle.get_text()
 
 
 @pytest.mark.slow

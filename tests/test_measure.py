@@ -8,9 +8,9 @@ from devices import H100, MadeUp, measured, steps_of, usual_steps
 
 from sim.cost import expert_time_us
 from sim.errors import InputError
-from sim.measure import Shape, read_measured
+from sim.measure.experts import Shape
 from sim.measure.steps import busiest_ranks
-from sim.measure.table import COLUMNS, partial_path
+from sim.measure.table import COLUMNS, partial_path, read_measured
 from sim.model import ModelSpec
 from sim.scoring import score
 

@@ -15,8 +15,8 @@ from sim.cli import main
 from sim.cost.tables import grouped_gemm_profile
 from sim.errors import InputError
 from sim.figures.measured import measured_gain, predicted_against_measured
-from sim.measure import constants, errors, gains, read_measured, with_predictions
-from sim.measure.compare import missed
+from sim.measure.compare import constants, errors, gains, missed, with_predictions
+from sim.measure.table import read_measured
 from sim.stats import half_width, ratio_parts
 
 # The model beside it

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from sim.measure import BackendError, Shape
-from sim.measure.experts import reference_layer, round_bf16, round_fp8
+from sim.measure.experts import BackendError, Shape, reference_layer, round_bf16, round_fp8
 from sim.measure.timers import GraphTimer
 
 # Arithmetic

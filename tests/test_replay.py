@@ -11,7 +11,7 @@ import sim
 from sim import InputError, load_model, load_workload, place
 from sim.cli import main
 from sim.cost.deployments import of_step
-from sim.cost.replay import MODES, OPENING, measured_correlation, replay_steps
+from sim.cost.step_log import MODES, OPENING, measured_correlation, replay_steps
 from sim.router import draw_trials
 from sim.traffic import STEP_PHASES
 

@@ -644,6 +644,11 @@ def test_logs_of_engines_give_the_balancedness_of_each_step(tmp_path, metric):
         ("EngineCore_DP0 balancedness=0.8000, x\nEngineCore_DP1 balancedness=0.7000, x\n", [0.8, 0.7], "2 engines"),
         ("balancedness=0.8000, x\nbalancedness=0.", [0.8], "cut off"),
         ("balancedness=0,8000\n", None, "'0,8000' is no balancedness"),
+        (
+            "starting\n[Expert Statistics] step=8 | avg_balancedness=0.8000 | x\n",
+            None,
+            "no line has balancedness",
+        ),  # lmdeploy
         ("balancedness=0.8\ncurrent_pass_balancedness=0.8\n", None, "of SGLang and of vLLM"),
     ],
 )

@@ -125,7 +125,7 @@ def main(arguments: list[str] | None = None) -> int:
         if words[0] not in VERBS:
             raise unknown("verb", words[0], VERBS)
         from sim.cli.terminal import drop_notes, say_notes
-        from sim.options import config_words, flags_of
+        from sim.options.declare import config_words, flags_of
 
         prog = f"epsim {words[0]}"
         module = import_module(f"sim.cli.{VERBS[words[0]][0]}")
@@ -142,7 +142,7 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout.flush()
         say_notes()
     except InputError as error:
-        from sim.options import named
+        from sim.options.declare import named
 
         return _fail(prog, named(str(error), flags), 2)
     except RunError as error:
@@ -174,7 +174,7 @@ def _parse(parser: ArgumentParser, words: list[str]) -> Namespace:
         message = error.message.replace("not allowed with argument", "does not go with")
         raise InputError(f"{error.argument_name} {message.replace('expected one argument', 'needs a value')}") from None
     if rest:
-        from sim.options import flags_of
+        from sim.options.declare import flags_of
 
         parser = getattr(parsed, "parser", parser)
         near = difflib.get_close_matches(rest[0], flags_of(parser).values(), n=1, cutoff=0.75)

@@ -3,32 +3,23 @@
 from argparse import ArgumentParser, Namespace
 from typing import Any
 
-from sim.cli.gain import EXTRAPOLATED_TEXT, break_even_lines, knee_text, layer_saved
+from sim.cli.gain import EXTRAPOLATED_TEXT, knee_text, layer_saved, say_break_even
 from sim.cli.inputs import identity_of, read_file, say_about_maps, say_about_times, step_options
 from sim.cli.terminal import (
     add_output,
     estimate,
-    filled,
     note,
     note_compiling,
     print_rows,
     print_table,
+    say,
     shown_progress,
     write_answer,
 )
 from sim.errors import InputError
-from sim.options import (
-    NAMES,
-    GpuOptions,
-    RestOptions,
-    StepOptions,
-    TimeOptions,
-    TrafficOptions,
-    Whole,
-    add_options,
-    given,
-    section_of,
-)
+from sim.options import GpuOptions, RestOptions, StepOptions, TimeOptions, TrafficOptions
+from sim.options.declare import add_options, given, section_of
+from sim.options.kinds import NAMES, Whole
 
 _DEMO = "gpt-oss-20b"
 _DEMO_TOKENS, _DEMO_SEQUENCES = 32_768, 256
@@ -114,7 +105,7 @@ def run_advise(arguments: Namespace) -> None:
     identity = identity_of(model, traffic, options, [gpu], **chosen)
 
     def figures() -> dict[str, Any]:
-        from sim.advice import not_run
+        from sim.advice.words import not_run
         from sim.cost.gain import PERFECT
         from sim.figures.gain import advice_by_tokens
 
@@ -175,35 +166,32 @@ def _say_about_steps(traffic: Any, parts: int, ep_size: int, options: dict[str, 
 
 
 def _print(advice: Any, arguments: Namespace) -> None:
-    from sim.advice import changes, not_run, rule_text, verdict_text
+    from sim.advice.compare import rule_text
+    from sim.advice.words import changes, not_run, verdict_text
 
     least, row = arguments.least_saved, advice.gains.iloc[0]
     if arguments.markdown:
         _print_table(advice, markdown=True)
         return
-    print(
-        filled(f"{row.model} in {row['dtype']}, EP {row.ep_size} on {row.gpu}, {row.workload}, against {row.baseline}")
-    )
+    say(f"{row.model} in {row['dtype']}, EP {row.ep_size} on {row.gpu}, {row.workload}, against {row.baseline}")
     first, *lines = verdict_text(advice).splitlines()
-    print(filled(f"Verdict: {first}"))
+    say(f"Verdict: {first}")
     is_assumed = arguments.moe_share is None and arguments.step_us is None
     assumed = " (assumed: give --moe-share, or --step-ms as you measured it)" if is_assumed else ""
     take = "take" if row.exchange == "none" else "and exchange take"
-    print(
-        filled(
-            f"Saved share of the step by tokens per step; experts {take} {row.moe_share:.0%} of a step"
-            f"{assumed}, and from {least:.1%} on a placement is worth a trial:"
-        )
+    say(
+        f"Saved share of the step by tokens per step; experts {take} {row.moe_share:.0%} of a step"
+        f"{assumed}, and from {least:.1%} on a placement is worth a trial:"
     )
     for line in lines:
-        print(filled(line, "  ", "      "))
+        say(line, "  ", "      ")
     print()
     _print_table(advice, markdown=False)
     refused = not_run(advice)
     if refused:
         print("\nNot run, so without a gain:")
         for name, text in refused.items():
-            print(filled(f"{name}: {text}", "  ", "    "))
+            say(f"{name}: {text}", "  ", "    ")
     print()
     held = advice.gains[(advice.gains.redundant_bytes > 0) & (advice.gains.copies_of == "")].drop_duplicates(
         "placement"
@@ -213,23 +201,22 @@ def _print(advice: Any, arguments: Namespace) -> None:
             f"{row.redundant_bytes / 1e9:.2f} GB ({row.placement}{', at most' if 'budget' in row.placement else ''})"
             for row in held.itertuples()
         ]
-        print(filled(f"Memory of redundant slots on each GPU: {', '.join(listed)}."))
-    for line in break_even_lines(advice.gains[advice.gains.split == advice.gains.split.iloc[0]]):
-        print(line)
+        say(f"Memory of redundant slots on each GPU: {', '.join(listed)}.")
+    say_break_even(advice.gains[advice.gains.split == advice.gains.split.iloc[0]])
     if advice.gains.extrapolated.any():
-        print(filled(EXTRAPOLATED_TEXT))
+        say(EXTRAPOLATED_TEXT)
     if advice.gains.knee.any():
         first = advice.gains.iloc[0]
-        print(filled(f"{knee_text(first['dtype'])}; the crossover lies at {first.crossover_tokens:.0f} tokens"))
-    print(filled(f"Rule: {rule_text(least)}"))
-    print(filled(f"Splits: {'; '.join(dict.fromkeys(advice.gains.split))}."))
+        say(f"{knee_text(first['dtype'])}; the crossover lies at {first.crossover_tokens:.0f} tokens")
+    say(f"Rule: {rule_text(least)}")
+    say(f"Splits: {'; '.join(dict.fromkeys(advice.gains.split))}.")
     print("\nWhat the engine does:")
     for names, text in advice.engines.items():
         if not set(names.split(", ")) <= set(refused):
-            print(filled(f"{names}: {text}", "  ", "    "))
+            say(f"{names}: {text}", "  ", "    ")
     print("\nWhat would change the verdict:")
     for text in changes(advice, least):
-        print(filled(text, "  - ", "    "))
+        say(text, "  - ", "    ")
 
 
 def _print_table(advice: Any, markdown: bool) -> None:

@@ -6,7 +6,9 @@ from typing import Any
 from sim.cli.inputs import read_inputs, say_about_inputs, say_about_layers
 from sim.cli.terminal import add_output, note, note_compiling, print_rows, print_table, say_notes, write_answer
 from sim.errors import InputError
-from sim.options import CapacityOptions, Number, Seconds, TrafficOptions, add_options, given, section_of
+from sim.options import CapacityOptions, TrafficOptions
+from sim.options.declare import add_options, given, section_of
+from sim.options.kinds import Number, Seconds
 
 _PER_SECOND, _MOST_PER_SECOND = 20.0, 1e6
 _SHORT = {"received": "received tokens", "pairs": "rows of a rank", "expert_rows": "rows of an expert"}

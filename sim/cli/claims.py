@@ -3,8 +3,10 @@
 from argparse import ArgumentParser, Namespace
 from typing import Any
 
-from sim.cli.terminal import add_output, filled, note_compiling, print_rows, print_table, shown_progress, write_answer
-from sim.options import NAMES, SEED, THREADS, Number, Share
+from sim.cli.terminal import add_output, note_compiling, print_rows, print_table, say, shown_progress, write_answer
+from sim.options import ClaimOptions
+from sim.options.declare import add_options, given
+from sim.options.kinds import NAMES
 
 
 def add_claims(parser: ArgumentParser) -> None:
@@ -12,12 +14,7 @@ def add_claims(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add("ids", nargs="*", type=NAMES, metavar="ID", help="some of the claims (default: all)")
     add("--workload", default="chat", metavar="WORKLOAD", help="decode traffic, a preset or .toml file (default: chat)")
-    add("--seed", type=SEED, default=0, metavar="N", help="same seed, same table (default: 0)")
-    add("--effort", type=Number(0.01, 100), default=1.0, metavar="X", help="scales the number of trials; 0.1 is quick, with "
-        "wide intervals (default: 1)")  # fmt: skip
-    add("--plausible-share", type=Share(), default="80%", metavar="SHARE", help="the most of a step that routed experts and "
-        "exchange may take for a gain to be put down to them (default: 80%%)")  # fmt: skip
-    add("--threads", type=THREADS, metavar="N", help="threads (default: all processors of this process)")
+    add_options(parser, ClaimOptions, plausible_share="80%")
     add_output(parser, "claims.csv")
 
 
@@ -26,20 +23,16 @@ def run_claims(arguments: Namespace) -> None:
     from sim.traffic import load_workload
     from sim.verdicts import claims
 
-    options: dict[str, Any] = {
-        "only": [name for names in arguments.ids for name in names] or None,
-        "seed": arguments.seed,
-        "effort": arguments.effort,
-        "plausible_share": arguments.plausible_share,
-    }
+    options = {"only": [name for names in arguments.ids for name in names] or None, **given(arguments, ClaimOptions)}
     workload = load_workload(arguments.workload)
     note_compiling()
     with shown_progress():
-        table = claims(workload, threads=arguments.threads, **options)
+        table = claims(workload, **options)
     if not print_rows(table, arguments):
         (_print_markdown if arguments.markdown else _print_blocks)(table)
+    identity = {name: value for name, value in options.items() if name != "threads"}
     write_answer(
-        arguments.out, arguments, {"claims": table}, {"workload": workload.name, "law": workload.law, **options}
+        arguments.out, arguments, {"claims": table}, {"workload": workload.name, "law": workload.law, **identity}
     )
 
 
@@ -59,11 +52,11 @@ def _print_blocks(table: Any) -> None:
             lines.insert(2, ("needs", f"{_needs(row)} of the step's time for routed experts and exchange"))
         for name, text in [*lines, ("assumed", row.assumed)]:
             first = f"  {name:<9} "
-            print(filled(text, first, " " * len(first)))
+            say(text, first, " " * len(first))
         print()
     kinds = table.verdict.str.replace(r" when.*", "", regex=True).value_counts()
     listed = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
-    print(filled(f"{table.workload.iloc[0]} traffic, {len(table)} claims: {listed}; intervals are 95 %"))
+    say(f"{table.workload.iloc[0]} traffic, {len(table)} claims: {listed}; intervals are 95 %")
 
 
 def _print_markdown(table: Any) -> None:

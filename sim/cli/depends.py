@@ -5,19 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from sim.cli.inputs import check_there, law_of, rows_of, say_about_times, step_options
-from sim.cli.terminal import add_output, estimate, filled, note, print_rows, print_table, shown_progress, write_answer
+from sim.cli.terminal import add_output, estimate, note, print_rows, print_table, say, shown_progress, write_answer
 from sim.errors import InputError
-from sim.options import (
-    NAMES,
-    WHOLE_NUMBERS,
-    Choice,
-    GpuOptions,
-    StepOptions,
-    TimeOptions,
-    TrafficOptions,
-    add_options,
-    section_of,
-)
+from sim.options import GpuOptions, StepOptions, TimeOptions, TrafficOptions
+from sim.options.declare import add_options, section_of
+from sim.options.kinds import NAMES, WHOLE_NUMBERS, Choice
 
 _EP_SIZES, _TOKENS = "8,16,32,64", "64,16384"
 
@@ -199,16 +191,16 @@ def _print_conclusions(table: Any, least: float, markdown: bool) -> None:
         print_table("", ["tokens", "conclusion", "verdict", "saved there", "elsewhere"], cells, markdown, align="><<<<")
         return
     row, sizes = table.iloc[0], ", ".join(map(str, sorted(table.ep_size.unique())))
-    print(filled(
+    say(
         f"Against {row.baseline}, {_kinds(table.workload.nunique())} of traffic, EP {sizes}, times on {row.gpu} in "
         f"{row['dtype']}. A conclusion holds for traffic where at every EP size the whole 95 % interval is beyond "
         f"{100 * least:g} %, or within it where it says so; elsewhere: what is shown there instead, undecided where an interval "
         "crosses that line."
-    ))  # fmt: skip
+    )
     for tokens, conclusion, verdict, span, others in cells:
         saved = "" if span == "-" else f", {span} saved"
         elsewhere_text = f". Elsewhere {others}" if others else ""
-        print(filled(f"{tokens} tokens: {conclusion}: {verdict}{saved}{elsewhere_text}", "  ", "    "))
+        say(f"{tokens} tokens: {conclusion}: {verdict}{saved}{elsewhere_text}", "  ", "    ")
     print("\nThe numbers: --table saved")
 
 

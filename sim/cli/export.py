@@ -6,14 +6,13 @@ from typing import TYPE_CHECKING
 
 from sim.cli.terminal import note
 from sim.errors import InputError, unknown
-from sim.errors import whole_number as check_whole_number
-from sim.options import TrafficOptions, Whole, add_options
+from sim.options import TrafficOptions
+from sim.options.declare import add_options
+from sim.options.kinds import MAX_TOKENS, Whole
 
 if TYPE_CHECKING:
     from sim.model import ModelSpec
     from sim.placement import LayerCost, Placement
-
-_MOST_LAYERS = 1024
 
 
 def add_export(parser: ArgumentParser) -> None:
@@ -34,12 +33,17 @@ def add_export(parser: ArgumentParser) -> None:
         "does (default: by the busiest rank's load)")  # fmt: skip
     add(
         "--tokens",
-        type=Whole(),
+        type=Whole(1, MAX_TOKENS),
         metavar="N",
         help="with --gpu: tokens per step over the EP group (default: 512 on each rank)",
     )
     add("--ranks-per-node", type=Whole(1, 2**15), default=8, metavar="N", help="for node_aware and eplb (default: 8)")
-    add("--layers", type=Whole(), metavar="N", help="layers of other placements (default: the model's MoE layers)")
+    add(
+        "--layers",
+        type=Whole(1, 1024),
+        metavar="N",
+        help="layers of other placements (default: the model's MoE layers)",
+    )
     add("--first-layer", type=Whole(0, 2**20), metavar="N", help="decoder layer of the first MoE layer, for a model that does "
         "not say which of its layers are MoE layers; those of the map follow one another from there")  # fmt: skip
 
@@ -99,10 +103,9 @@ def _placement(arguments: Namespace, model: "ModelSpec", ep_size: int) -> "Place
     if n_layers > 1 and arguments.layers is not None:
         raise InputError(f"--layers goes with placements of one layer: {name} has {n_layers}")
     if n_layers == 1 and not is_load_aware(name):
-        wanted = model.n_moe_layers if arguments.layers is None else arguments.layers
-        if arguments.layers is None and not wanted:
+        n_layers = arguments.layers or model.n_moe_layers or 0
+        if not n_layers:
             raise InputError(f"--layers is needed: {model.name} does not say how many MoE layers it has")
-        n_layers = check_whole_number("--layers", wanted, 1, _MOST_LAYERS)
     first = arguments.first_layer
     if first is not None:
         return placement.for_layers(tuple(range(first, first + n_layers)))
@@ -148,8 +151,7 @@ def _layer_cost(arguments: Namespace, model: "ModelSpec", ep_size: int) -> "Laye
     from sim.cost.expert import expert_rates
     from sim.cost.steps import time_cost
 
-    tokens = check_whole_number("--tokens", 512 * ep_size if arguments.tokens is None else arguments.tokens, 1, 2**24)
-    return time_cost(expert_rates(model, arguments.gpu), model, tokens)
+    return time_cost(expert_rates(model, arguments.gpu), model, arguments.tokens or 512 * ep_size)
 
 
 def _listed(layers: tuple[int, ...]) -> str:

@@ -9,7 +9,9 @@ from typing import Any
 from sim.cli.inputs import check_there, rows_of
 from sim.cli.terminal import add_output, print_rows, print_table
 from sim.errors import InputError
-from sim.options import NAMES, WHOLE_NUMBERS, Folder, PlotOptions, add_options, given
+from sim.options import PlotOptions
+from sim.options.declare import add_options, given
+from sim.options.kinds import NAMES, WHOLE_NUMBERS, Folder
 
 _MAX_ROWS, _MAX_LINES = 28, 40
 _FEW = 3  # placements that are all shown where nobody chooses
@@ -288,7 +290,7 @@ def run_plot(arguments: Namespace) -> None:
         for name in chosen:
             figure = draw(name, result, **(worst_case if name in ("exceedance", "worst_case_by_ep") else {}))
             if figure is None:
-                print(f"{name}: not drawn, as the placements do not differ in it")
+                print(f"{name}: not drawn, as it would show nothing of this sweep")
                 continue
             for path in save_as(figure, folder / name, options.formats):
                 print(path)

@@ -5,19 +5,20 @@ from argparse import ArgumentParser, Namespace
 from typing import Any
 
 from sim.cli.inputs import identity_of, read_inputs, say_about_maps, say_about_times, step_options
-from sim.cli.terminal import add_output, cells, estimate, filled, print_rows, print_table, shown_progress, write_answer
-from sim.errors import InputError
-from sim.options import (
-    NAMES,
-    GpuOptions,
-    RestOptions,
-    StepOptions,
-    TimeOptions,
-    TrafficOptions,
-    add_options,
-    given,
-    section_of,
+from sim.cli.terminal import (
+    add_output,
+    cells,
+    estimate,
+    print_rows,
+    print_table,
+    say,
+    shown_progress,
+    write_answer,
 )
+from sim.errors import InputError
+from sim.options import GpuOptions, RestOptions, StepOptions, TimeOptions, TrafficOptions
+from sim.options.declare import add_options, given, section_of
+from sim.options.kinds import NAMES
 
 EXTRAPOLATED_TEXT = (
     "* exchange computed, not measured: measured are pair without imbalance, on one node of H100, H200, B200 and GB200 up to "
@@ -120,17 +121,16 @@ def _print(gains: Any, markdown: bool) -> None:
     if markdown:
         return
     if gains.extrapolated.any():
-        print(filled(EXTRAPOLATED_TEXT))
-    for line in break_even_lines(gains):
-        print(line)
+        say(EXTRAPOLATED_TEXT)
+    say_break_even(gains)
     points = "; ".join(f"{row.gpu} {row.crossover_tokens:.0f}" for row in gains.drop_duplicates("gpu").itertuples())
     print()
-    print(filled(
+    say(
         "Crossover, the tokens per step from which, under even load, a rank's time grows with its tokens and not with its "
         f"distinct experts alone: {points}"
-    ))  # fmt: skip
+    )
     if gains.knee.any():
-        print(filled(knee_text(gains["dtype"].iloc[0])))
+        say(knee_text(gains["dtype"].iloc[0]))
 
 
 def layer_saved(row: Any) -> str:
@@ -149,20 +149,19 @@ def knee_text(dtype: str) -> str:
     )
 
 
-def break_even_lines(gains: Any) -> list[str]:
-    """Of placement in_step: what it is, and from how many tokens per step it pays for its balancer. Empty without it."""
+def say_break_even(gains: Any) -> None:
+    """Of placement in_step, where there is one: what it is, and from how many tokens per step it pays for its balancer."""
     rows = gains[gains.placement == "in_step"]
     if not len(rows):
-        return []
+        return
     keys = [column for column in ("exchange", "gpu", "ep_size") if rows[column].nunique() > 1] or ["ep_size"]
     copies = rows.copies_of.iloc[0]
-    lines = [
-        filled(_IN_STEP_TEXT.format(copies), "", "    "),
-        filled(
-            f"Break-even, the tokens per step from which it buys more of a layer, over {copies} with an even split, than the "
-            "balancer takes (--balancer-us; its default is LPLB's own figure, not verified):", "", "    ",
-        ),
-    ]  # fmt: skip
+    say(_IN_STEP_TEXT.format(copies), indent="    ")
+    say(
+        f"Break-even, the tokens per step from which it buys more of a layer, over {copies} with an even split, than the "
+        "balancer takes (--balancer-us; its default is LPLB's own figure, not verified):",
+        indent="    ",
+    )
     for _, of in rows.groupby(["exchange", "gpu", "ep_size"], sort=False):
         most = of.loc[of.tokens.idxmax()]
         where = ", ".join(f"EP {most[key]}" if key == "ep_size" else str(most[key]) for key in keys)
@@ -174,5 +173,4 @@ def break_even_lines(gains: Any) -> list[str]:
             text = f"at all of them; {bought}"
         else:
             text = f"{ends[0]} ({ends[1]} to {ends[2].replace('inf', 'beyond')}); {bought}"
-        lines.append(filled(f"{where}: {text}", "  ", "    "))
-    return lines
+        say(f"{where}: {text}", "  ", "    ")

@@ -5,7 +5,8 @@ from typing import Any
 
 from sim.cli.terminal import note, note_compiling
 from sim.errors import InputError
-from sim.options import LAYER_CORRELATION, StepOptions, TimeOptions, given
+from sim.options import LAYER_CORRELATION, StepOptions, TimeOptions
+from sim.options.declare import given
 
 
 def read_inputs(arguments: Namespace) -> tuple[Any, Any]:
@@ -16,7 +17,7 @@ def read_inputs(arguments: Namespace) -> tuple[Any, Any]:
     names = [name for name in ("phase", "tokens_per_request", "dummy_tokens") if hasattr(arguments, name)]
     model = load_model(arguments.model)
     workload = load_workload(arguments.workload, model, **{name: getattr(arguments, name) for name in names})
-    say_about_file(workload)
+    note(*getattr(workload, "notes", ()))
     return model, workload
 
 
@@ -27,7 +28,7 @@ def read_file(path: Any, model: Any, phase: str | None) -> Any:
     from sim.traffic import read_traffic
 
     traffic = read_traffic(Path(str(path).removeprefix("file:")), model, "decode" if phase is None else phase)
-    say_about_file(traffic)
+    note(*traffic.notes)
     return traffic
 
 
@@ -67,11 +68,6 @@ def identity_of(model: Any, workload: Any, options: dict[str, Any], gpus: list[A
 def law_of(traffic: Any) -> dict[str, Any]:
     """What tells traffic apart: its law, or the digest of load counts."""
     return traffic.law if hasattr(traffic, "law") else {"counts": traffic.digest}
-
-
-def say_about_file(traffic: Any) -> None:
-    """Notes on what was made of a file of traffic."""
-    note(*getattr(traffic, "notes", ()))
 
 
 def say_about_inputs(model: Any, workload: Any) -> None:

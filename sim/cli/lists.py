@@ -5,9 +5,11 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
-from sim.cli.terminal import add_output, cells, filled, note_compiling, print_rows, print_table, shown_progress
+from sim.cli.terminal import add_output, cells, note_compiling, print_rows, print_table, say, shown_progress
 from sim.errors import InputError
-from sim.options import WHOLE_NUMBERS, TrafficOptions, add_options
+from sim.options import TrafficOptions
+from sim.options.declare import add_options
+from sim.options.kinds import Listed, Whole
 
 
 def add_models(parser: ArgumentParser) -> None:
@@ -37,7 +39,11 @@ def add_workloads(parser: ArgumentParser) -> None:
     """List the traffic presets: how uneven each is, what it stands for, its source, and how near it is to published figures."""
     add_options(parser, TrafficOptions, only=("model",))
     parser.add_argument(
-        "--ep", type=WHOLE_NUMBERS, default="8,16,32,64", metavar="LIST", help="EP sizes (default: 8,16,32,64)"
+        "--ep",
+        type=Listed(of=Whole(1, 2**15)),
+        default="8,16,32,64",
+        metavar="LIST",
+        help="EP sizes (default: 8,16,32,64)",
     )
     add_output(parser)
 
@@ -71,15 +77,15 @@ def run_workloads(arguments: Namespace) -> None:
         texts = [("", workload.about), ("law: ", law), ("source: ", workload.source)]
         texts += [("published, and here: ", text) for text in fits[workload.name]]
         for name, text in texts:
-            print(filled(f"{name}{text}", "    ", "    " + " " * (8 if name else 0)))
+            say(f"{name}{text}", "    ", "    " + " " * (8 if name else 0))
     print(
         "\nOn another model than the one that it is fitted to, a preset is an assumption.\n"
         "Recorded routing: file:TRACE, expert ids of tokens in .npz, .npy or JSON lines\n"
         "  (epsim traffic show TRACE).\n"
         "Fitted to a record or to load counts: the .toml file of epsim traffic fit.\n"
         "Your own law: a .toml file with the keys popularity, sigma, group_sigma,\n"
-        "  request_sigma, tokens_per_request; local_share, context_tokens and context_shares where\n"
-        "  the effect of a request decays.\n"
+        "  request_sigma, tokens_per_request; local_share, context_tokens, context_shares,\n"
+        "  passage_share and passage_tokens where the effect of a request decays.\n"
         "Which is nearest to a number in your log: epsim traffic match."
     )
 
@@ -88,7 +94,6 @@ def _imbalances(name: str, ep_sizes: list[int]) -> tuple[list[dict[str, Any]], d
     """Imbalance of each preset at each EP size, on the model if it goes with that, else on the one that it is fitted to; and
     in words its published figures with what it has there.
     """
-    from sim.errors import whole_number
     from sim.fit.made import mean_imbalances, misfits
     from sim.model import load_model
     from sim.progress import track
@@ -96,8 +101,6 @@ def _imbalances(name: str, ep_sizes: list[int]) -> tuple[list[dict[str, Any]], d
     from sim.traffic import load_workload, workload_names
 
     asked, names = load_model(name), workload_names()
-    for size in ep_sizes:
-        whole_number("`ep`", size, 1, 2**15)
     rows, fits = [], {}
     with shown_progress():
         for preset in track(names, [1.0] * len(names), names):
@@ -134,7 +137,7 @@ def run_placements(arguments: Namespace) -> None:
     from sim.placement import LINEAR_BACKENDS, ROUND_ROBIN_BACKENDS, STRATEGIES
 
     for name, text in STRATEGIES.items():
-        print(filled(text, f"{name:<15}", " " * 15))
+        say(text, f"{name:<15}", " " * 15)
     print()
     for text in (
         "With N redundant slots, copies of experts: eplb+N and eplb_refined+N copy the hot ones; linear+N is vLLM's layout "
@@ -143,12 +146,13 @@ def run_placements(arguments: Namespace) -> None:
         "eplb_budget+N spends N x layers copies where they pay: by the load of the busiest rank; in gain, step, advise and with "
         "export --gpu by the predicted time of the largest step. Only vllm-ascend loads a map whose layers differ in slots.",
         "More ranks than experts need redundant slots that fill them: --ep 320 --placement eplb+64 on 256 experts.",
-        "\nvLLM 0.33 falls back to linear where round_robin is asked for, with a warning in its log, when the EP size is 1; the "
+        "",
+        "vLLM 0.33 falls back to linear where round_robin is asked for, with a warning in its log, when the EP size is 1; the "
         "router has no expert groups (n_group <= 1); there are redundant experts; EPLB is on; or data, prefill context or "
         f"sequence parallelism runs on an all2all backend other than {' or '.join(ROUND_ROBIN_BACKENDS)}, so also on the "
         f"default. These are linear: {', '.join(LINEAR_BACKENDS)}. moonep refuses to start with round_robin.",
     ):
-        print(("\n" if text.startswith("\n") else "") + filled(text.strip()))
+        say(text)
 
 
 def add_gpus(parser: ArgumentParser) -> None:
@@ -181,21 +185,22 @@ def run_gpus(arguments: Namespace) -> None:
     print_table(title, *cells(gpus, columns), markdown=False, align="<>>>>>><")
     print("\nSources:")
     for gpu in gpus:
-        print(filled(f"{gpu.name}: {gpu.source}", "  ", "    "))
+        say(f"{gpu.name}: {gpu.source}", "  ", "    ")
     kernels = "; ".join(f"{dtype}, {grouped_gemm_profile(dtype).name}" for dtype in DTYPES)
-    print(filled(f"Expert times: {kernels}.") + "\nExchanges (--exchange), by kind or backend:")
+    say(f"Expert times: {kernels}.")
+    print("Exchanges (--exchange), by kind or backend:")
     for kind, about in KINDS.items():
         backends = ", ".join(backend for backend, of in BACKENDS.items() if of == kind)
-        print(filled(f"{kind}: {about}" + (f" ({backends})" if backends else ""), "  ", "    "))
-    print(filled(f"Not among them: {'; '.join(f'{name}: {why}' for name, why in REFUSED.items())}."))
-    print(filled(
+        say(f"{kind}: {about}" + (f" ({backends})" if backends else ""), "  ", "    ")
+    say(f"Not among them: {'; '.join(f'{name}: {why}' for name, why in REFUSED.items())}.")
+    say(
         "Your own GPU: a .toml file with hbm_tb_per_s, bf16_tflops, scale_up_gb_per_s, and fp8_tflops, fp4_tflops, "
         "scale_out_gb_per_s where it has them."
-    ))  # fmt: skip
+    )
 
 
 def _check(arguments: Namespace) -> None:
-    from sim.cost import predicted_against_measured
+    from sim.cost.refit import predicted_against_measured
     from sim.cost.tables import measured
 
     if arguments.plot is not None and arguments.plot.suffix not in (".png", ".svg"):
@@ -220,10 +225,10 @@ def _check(arguments: Namespace) -> None:
             )
         print("\nPublished tables:")
         for source in check.source.unique():
-            print(filled(f"{source}: {measured()[source]['source']}", "  ", "    "))
-        print(filled(
+            say(f"{source}: {measured()[source]['source']}", "  ", "    ")
+        say(
             "Not in them, so not verified: h20. In bf16, and token, gather and reduce: epsim measure --show, results/measured"
-        ))  # fmt: skip
+        )
     if arguments.plot is not None:
         from sim.figures import save
         from sim.figures.measured import published_kernels

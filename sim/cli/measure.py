@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sim.cli.inputs import check_there, rows_of
-from sim.cli.terminal import add_output, cells, note, note_compiling, print_rows, print_table, save_as, say_notes
+from sim.cli.terminal import add_output, cells, note, note_compiling, print_rows, print_table, say_notes
 from sim.errors import InputError, unknown
-from sim.options import MeasureOptions, TrafficOptions, add_options, section_of
+from sim.options import MeasureOptions, TrafficOptions
+from sim.options.declare import add_options, section_of
 
 _PLACEMENTS, _WORKLOADS = ["linear", "round_robin"], ["chat", "gpqa-tilted"]
 _EP_SIZES, _TOKENS, _DTYPES = [8, 16, 32, 64], [2**i for i in range(3, 15)], ["bf16", "fp8"]
@@ -68,8 +69,9 @@ def run_measure(arguments: Namespace) -> None:
 def _measure_ranks(arguments: Namespace, out: Path, started: float) -> None:
     from sim.cost import load_gpu
     from sim.files import whole_files
-    from sim.measure import Shape, measure, plan_measurement
-    from sim.measure.experts import DTYPES
+    from sim.measure.experts import DTYPES, Shape
+    from sim.measure.run import measure
+    from sim.measure.steps import plan_measurement
     from sim.model import load_model
 
     dtypes = list(dict.fromkeys(arguments.dtype or _DTYPES))
@@ -164,7 +166,7 @@ def _no_preset(device: str) -> InputError:
 
 def _backend(device: str, shape: Any, seed: int) -> Any:
     if device == "cpu":
-        from sim.measure import NumpyExperts
+        from sim.measure.experts import NumpyExperts
 
         note("times on a CPU test the path, and say nothing about a GPU")
         return NumpyExperts(shape, seed)
@@ -202,9 +204,11 @@ def _show(arguments: Namespace) -> None:
         if name == "predicted" and not arguments.markdown:
             _say_errors(rows)
     if arguments.plot:
+        from sim.figures import save_as
+
         for name, figure in figures().items():
             stem = arguments.show.with_name(f"{arguments.show.name.partition('.csv')[0]}-{name}")
-            for path in save_as(figure, stem, arguments):
+            for path in save_as(figure, stem, arguments.formats):
                 print(path, file=sys.stderr if arguments.json or arguments.csv else sys.stdout)
 
 
@@ -219,8 +223,8 @@ def _chosen(rows: Any, arguments: Namespace) -> Any:
 def _ranks(arguments: Namespace) -> tuple[str, dict[str, _Table], Callable[[], dict[str, Any]]]:
     """What a file of ranks holds, its tables, and its figures."""
     from sim.cost import load_gpu
-    from sim.measure import constants, errors, gains, read_measured, with_predictions
-    from sim.measure.compare import missed
+    from sim.measure.compare import constants, errors, gains, missed, with_predictions
+    from sim.measure.table import read_measured
     from sim.placement import ALIASES
 
     pair = arguments.placement or _PLACEMENTS

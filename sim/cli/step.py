@@ -7,17 +7,9 @@ from typing import Any
 from sim.cli.inputs import identity_of, read_inputs, say_about_layers, say_about_maps, say_about_times, step_options
 from sim.cli.terminal import add_output, cells, note, print_rows, print_table, shown_progress, write_answer
 from sim.errors import InputError
-from sim.options import (
-    Choice,
-    GpuOptions,
-    LayerOptions,
-    StepOptions,
-    SweepOptions,
-    TimeOptions,
-    TrafficOptions,
-    add_options,
-    section_of,
-)
+from sim.options import GpuOptions, LayerOptions, StepOptions, SweepOptions, TimeOptions, TrafficOptions
+from sim.options.declare import add_options, section_of
+from sim.options.kinds import Choice
 
 _SHORT = {
     "balancedness_vllm": "balancedness, vLLM",
@@ -78,7 +70,7 @@ def run_step(arguments: Namespace) -> None:
     with shown_progress():
         steps = predict_steps(model, workload, gpu, placements=placements, layer_correlation=correlation, **options)
         if arguments.traffic is not None:
-            from sim.cost.replay import replay_steps
+            from sim.cost.step_log import replay_steps
 
             replayed = replay_steps(model, workload, gpu, placements=placements, **options)
     compared = None if log is None else compare_log(steps, arguments.log_metric, log.values)
@@ -145,7 +137,7 @@ _KEYS = ["ep_size", "tokens", "placement"]
 
 def _print_replay(replayed: Any, arguments: Namespace) -> None:
     """Times of whole steps, their worst layers, and what to pass on."""
-    from sim.cost.replay import OPENING, measured_correlation
+    from sim.cost.step_log import OPENING, measured_correlation
 
     steps = replayed.steps.sort_values(["ep_size", "tokens"], kind="stable")
     title = (
@@ -154,26 +146,14 @@ def _print_replay(replayed: Any, arguments: Namespace) -> None:
         "that are independent.\nvariance of time, and of mean imbalance, over that of independent layers; correlation of "
         "consecutive steps' times"
     )
-    heads = [
-        "EP",
-        "tokens",
-        "placement",
-        "steps are",
-        "steps",
-        "mean ms",
-        "sd ms",
-        "p50 ms",
-        "p99 ms",
-        "auto- correlation",
-    ]
-    heads += ["variance of time (95 %)", "variance of imbalance (95 %)"]
-    lines = []
-    for keys, cell in steps.groupby([*_KEYS, "mode"], sort=False):
-        time, imbalance = (cell[cell.metric == metric].iloc[0] for metric in ("moe_ms", "mean_imbalance"))
-        line = [*map(str, keys), str(time.steps), *(_digits(time[name]) for name in ("mean", "sd", "p50", "p99"))]
-        line += ["-" if time.autocorrelation != time.autocorrelation else f"{time.autocorrelation:.2f}"]
-        lines.append([*line, *("-" if keys[3] == "independent" else _ratio(row) for row in (time, imbalance))])
-    print_table(title, heads, lines, arguments.markdown, align=">><<", keys=4)
+    of_imbalance = list(steps[steps.metric == "mean_imbalance"].itertuples())
+    columns = _CELL | {
+        "steps are": "mode", "steps": "steps", **{f"{name} ms": _in_digits(name) for name in ("mean", "sd", "p50", "p99")},
+        "auto- correlation": "autocorrelation:.2f", "variance of time (95 %)": _ratio,
+        "variance of imbalance (95 %)": lambda row: _ratio(row.imbalance),
+    }  # fmt: skip
+    rows = steps[steps.metric == "moe_ms"].assign(imbalance=of_imbalance).itertuples()
+    print_table(title, *cells(rows, columns), arguments.markdown, align=">><<", keys=4)
     title = (
         "\nThe worst layer of a step, continuous batching | independent layers: imbalance, mean and p99 over steps;\n"
         "P(some layer exceeds x), replayed | product over layers of each one's own, as capacities take it"
@@ -201,7 +181,7 @@ def _print_replay(replayed: Any, arguments: Namespace) -> None:
 
 def _ratio(row: Any) -> str:
     """A ratio of variances with its interval, where it has one."""
-    if row.variance_ratio != row.variance_ratio:
+    if row.mode == "independent" or row.variance_ratio != row.variance_ratio:
         return "-"
     interval = f" ({row.variance_ratio_low:.2f} to {row.variance_ratio_high:.2f})"
     return f"{row.variance_ratio:.2f}" + (interval if row.variance_ratio_low == row.variance_ratio_low else "")

@@ -12,10 +12,12 @@ from threading import Event
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from sim.cli.finished import print_result
-from sim.cli.inputs import say_about_file, say_about_inputs
+from sim.cli.inputs import say_about_inputs
 from sim.cli.terminal import add_output, note, note_compiling, print_rows, say_notes, say_written, shown_progress
 from sim.errors import InputError
-from sim.options import Folder, LinkOptions, RunOptions, SweepOptions, TrafficOptions, add_options, given, section_of
+from sim.options import LinkOptions, RunOptions, SweepOptions, TrafficOptions
+from sim.options.declare import add_options, given, section_of
+from sim.options.kinds import Folder
 from sim.progress import phase, watching
 
 if TYPE_CHECKING:
@@ -70,7 +72,7 @@ def run_sweep(arguments: Namespace) -> None:
     folders = [_folder(arguments.out, plan) for plan in plans]
     results = [_held(folder, plan) for folder, plan in zip(folders, plans, strict=True)]
     for workload, plan in zip(workloads, plans, strict=True):
-        say_about_file(workload)
+        note(*getattr(workload, "notes", ()))
         _say_notes(plan)
     parts = [f"{plan.workload.name} ({i} of {len(plans)})" if len(plans) > 1 else "" for i, plan in enumerate(plans, 1)]
     sizes = {

@@ -11,7 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sim.options import FigureOptions, Folder, add_options, section_of
+from sim.options import FigureOptions
+from sim.options.declare import add_options, section_of
+from sim.options.kinds import Folder
 
 _held: list[str] = []  # remarks that are not printed yet
 
@@ -27,6 +29,11 @@ def filled(text: str, first: str = "", indent: str = "") -> str:
         text, min(width(), 100), initial_indent=first, subsequent_indent=indent, break_long_words=False,
         break_on_hyphens=False,
     )  # fmt: skip
+
+
+def say(text: str, first: str = "", indent: str = "") -> None:
+    """Print a text in such lines."""
+    print(filled(text, first, indent))
 
 
 # Tables
@@ -72,7 +79,7 @@ def print_table(
         print("\n".join("| " + " | ".join(row) + " |" for row in cells))
         return
     for line in title.splitlines():
-        print(filled(line))
+        say(line)
     first, second = ([head.partition(" ")[part] for head in heads] for part in (0, 2))
     widths = [max(len(row[i]) for row in [first, second, *cells]) for i in range(len(heads))]
     for columns in _bands(widths, keys):
@@ -134,19 +141,16 @@ def write_answer(
     from sim.files import writable_folder
     from sim.results import write_table
 
+    files = []
     with writable_folder(folder):
         for name, rows in tables.items():
             write_table(rows, folder, name, identity)
-        files = [path.name for stem, figure in figures().items() for path in save_as(figure, folder / stem, arguments)]
+        for stem, figure in figures().items():
+            from sim.figures import save_as
+
+            files += [path.name for path in save_as(figure, folder / stem, arguments.formats)]
     names = [f"{name}.csv" for name in tables] + [f"{next(reversed(tables))}.json (what made it)"]
     say_written(f"written to {folder}: {', '.join(names + files)}", arguments)
-
-
-def save_as(figure: Any, stem: Path, arguments: Namespace) -> list[Path]:
-    """Write a figure in the forms of --format; the files."""
-    from sim.figures import save_as as save
-
-    return save(figure, stem, arguments.formats)
 
 
 def say_written(text: str, arguments: Namespace) -> None:

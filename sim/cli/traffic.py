@@ -11,18 +11,19 @@ from sim.cli.terminal import (
     add_output,
     cells,
     estimate,
-    filled,
     note,
     print_rows,
     print_table,
-    save_as,
+    say,
     say_written,
     shown_progress,
 )
 from sim.cli.traffic_decay import add_decay, run_decay
 from sim.cli.traffic_make import add_make, add_match, run_make, run_match
 from sim.errors import InputError
-from sim.options import FILE, FigureOptions, FileOptions, add_options
+from sim.options import FigureOptions, FileOptions
+from sim.options.declare import add_options
+from sim.options.kinds import FILE
 
 _LAYERS_SHOWN = 12
 _COLUMNS = {
@@ -86,11 +87,11 @@ def _run_show(arguments: Namespace) -> None:
     if len(chosen) < len(about.layers):
         print("(some of the layers; --all-layers shows each)")
     print()
-    print(filled(
+    say(
         "CV: sd / mean of an expert's load; top 12.5 %: share of the load that the most used eighth of the experts takes; tilt: "
         "slope of load / mean on the expert index from 0 to 1"
         + ("; same group: pairs of a token's experts in one group, over chance" if "same group" in columns else "")
-    ))  # fmt: skip
+    )
     if about.group_shares is not None:
         shares = " ".join(f"{x:.2f}" for x in about.group_shares.mean(axis=0))
         print(f"\ngroup shares over uniform, mean of layers: {shares}")
@@ -107,7 +108,7 @@ def _print_correlation(about: Any) -> None:
         print("\nvariance of expert counts over multinomial (1: independent tokens), mean of layers (least, most):")
         for name, found in (("one sequence", about.within), ("different sequences", about.across)):
             values = [f"{n} tokens {x.mean():.2f} ({x.min():.2f}, {x.max():.2f})" for n, x in found.items()]
-            print(filled(f"{name}: {'; '.join(values) or 'too few, or too short, sequences'}", "  ", "    "))
+            say(f"{name}: {'; '.join(values) or 'too few, or too short, sequences'}", "  ", "    ")
     if about.by_lag:
         lags = [lag for lag in about.by_lag if lag & (lag - 1) == 0]
         rows = [["measured", *(f"{about.by_lag[lag].mean():.3f}" for lag in lags)]]
@@ -119,21 +120,21 @@ def _print_correlation(about: Any) -> None:
     if about.decay is not None:
         decay = about.decay
         parts = [f"{t:g} ({s:.0%})" for t, s in zip(decay.tokens, decay.shares, strict=True)]
-        print(filled(
+        say(
             f"fitted: {decay.near.mean():.3f} in one context of a sequence, {decay.passage.mean():.3f} in two of one passage "
             f"({decay.passage_tokens:g} tokens in the mean), {decay.far.mean():.3f} in two passages; mean tokens of a context "
             f"(share of tokens): {', '.join(parts)}"
-        ))  # fmt: skip
+        )
 
 
 def _print_drift(drift: Any) -> None:
     alike = drift.alike[drift.alike == drift.alike]  # level loads have none
     print()
-    print(filled(
+    say(
         f"drift, {drift.names[0]} against {drift.names[1]}: {drift.distance.mean():.1%} of the load moves (least "
         f"{drift.distance.min():.1%}, most {drift.distance.max():.1%}); correlation of shares "
         + (f"{alike.mean():.3f} (least {alike.min():.3f})" if len(alike) else "-: the loads are level"), "", "  ",
-    ))  # fmt: skip
+    )  # fmt: skip
 
 
 def _mean(values: Any) -> float:
@@ -172,25 +173,26 @@ def _print_together(found: Any) -> None:
     )
     if of_all["pair_lift"] == of_all["pair_lift"]:
         few = of_all["excess_in_few"]
-        print(filled(
+        say(
             f"two experts of a token, over popularity and groups: {lift('pair_lift')}; {of_all['excess']:z.1%} of the pairs are "
             "above chance" + (f", {few:.0%} of these in 5 % of the pairs of experts" if of_all["excess"] >= 0.0005 else ""),
             "  ", "    ",
-        ))  # fmt: skip
+        )  # fmt: skip
     if of_all["next_lift"] == of_all["next_lift"]:
-        print(filled(
+        say(
             f"an expert and one of the layer before: {lift('next_lift')}; with the tokens of each sequence shuffled: "
             f"{of_all['next_lift_shuffled']:.2f}", "  ", "    ",
-        ))  # fmt: skip
+        )  # fmt: skip
 
 
 def _plot(arguments: Namespace, name: str, about: Any) -> None:
+    from sim.figures import save_as
     from sim.figures.traffic import load_map, traffic_page
     from sim.files import writable_folder
 
     with writable_folder(arguments.plot):
         for stem, figure in (("load_map", load_map(name, about)), ("traffic", traffic_page(name, about))):
-            for path in save_as(figure, arguments.plot / stem, arguments):
+            for path in save_as(figure, arguments.plot / stem, arguments.formats):
                 say_written(str(path), arguments)
 
 
@@ -233,10 +235,10 @@ def _run_fit(arguments: Namespace) -> None:
     with whole_files(out) as (temporary,):
         temporary.write_text(fit_text(fit), encoding="utf-8")
     what = "all of the file" if whole else "the first half (--half)"
-    print(filled(
+    say(
         f"fitted to {what}: {fit.decode.n_layers} layers, shares to {_rms(fit, 0)} on fresh random numbers, "
         f"{fit.seconds.mean():.1f} s per layer of a thread"
-    ))  # fmt: skip
+    )
     layers = fit.decode.layers
     if layers is not None and layers.kind_shares is not None:
         n_kinds = layers.kind_shares.shape[1]
@@ -244,13 +246,13 @@ def _run_fit(arguments: Namespace) -> None:
     if fit.prefill is not None:
         of = fit.prefill
         lengths = " and ".join(f"{tokens:g}" for tokens in of.context_tokens)
-        print(filled(
+        say(
             f"prefill: request_sigma {of.request_sigma:.2f}, {of.tokens_per_request} tokens per request, "
             f"{np.mean(of.local_share):.0%} of its variance local, in contexts of {lengths} tokens and passages of "
             f"{of.passage_tokens:g}; shares to {_rms(fit, 1)}"
-        ))  # fmt: skip
+        )
     phases = "" if fit.prefill is None else " (--phase decode or prefill)"
-    print(filled(f"written to {out}; use it as --workload {out}{phases}"))
+    say(f"written to {out}; use it as --workload {out}{phases}")
 
 
 def _rms(fit: Any, phase: int) -> str:
@@ -291,21 +293,21 @@ def _print_held(rows: list[Any]) -> None:
         """The largest of an error of mean imbalance, phase by phase."""
         return " and ".join(f"{max(abs(of(row)) for row in part):.1%} in {part[0].phase}" for part in parts)
 
-    print(filled(
+    say(
         f"mean imbalance is predicted within {within(lambda row: row.error.value)}; by chance, the halves themselves differ by "
         f"up to {within(lambda row: row.halves)}; what is left of the error when each half predicts the other, the model's own, "
         f"is at most {within(lambda row: row.both_ways.value)}"
-    ))  # fmt: skip
+    )
     print()
     tokens, sizes = ([getattr(row, name) for row in rows] for name in ("tokens", "ep_size"))
     title = f"the largest of blocks of {min(tokens)} to {max(tokens)} tokens and EP {min(sizes)} to {max(sizes)}:"
     print_table(title, *cells(by_part.values(), verdict), markdown=False, align="<<")
     missed = [row for row in rows if _is_missed(row)]
     print()
-    print(filled(
+    say(
         f"{len(missed)} of {len(rows)} errors are beyond chance (their 95 % interval leaves out 0; of right predictions, "
         f"about {len(rows) / 20:.0f} are)" + (f"; the largest is {_where(max(missed, key=_size))}" if missed else "")
-    ))  # fmt: skip
+    )
     for figure, statistic in dict.fromkeys((row.figure, row.statistic) for row in rows):
         # The ranks of a token do not depend on the block that it lies in.
         shown = [row for row in rows if (row.figure, row.statistic) == (figure, statistic)]
@@ -323,7 +325,7 @@ def _print_held(rows: list[Any]) -> None:
         ("both ways", "mean error with each half predicted from the other, ± over layers: the halves' difference is out of it, "
          "what is left is the model's own"),
     ):  # fmt: skip
-        print(filled(text, f"{head:<11}", " " * 11))
+        say(text, f"{head:<11}", " " * 11)
     print()
 
 

@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from sim.cli.inputs import read_file
-from sim.cli.terminal import add_output, cells, estimate, filled, print_rows, print_table, shown_progress, write_answer
+from sim.cli.terminal import add_output, cells, estimate, print_rows, print_table, say, shown_progress, write_answer
 from sim.errors import InputError
-from sim.options import NAMES, WHOLE_NUMBERS, FigureOptions, FileOptions, Whole, add_options
+from sim.options import FigureOptions, FileOptions
+from sim.options.declare import add_options
+from sim.options.kinds import NAMES, WHOLE_NUMBERS, Whole
 
 
 def add_decay(parser: ArgumentParser) -> None:
@@ -132,10 +134,10 @@ def _explain(part: str, n_layers: int) -> None:
             "where that is 0"
         )
     print()
-    print(filled(
+    say(
         f"fresh, linear: on the same scored halves, fresh being fitted on the other half of the scored {part}; excess: linear's "
         f"imbalance - 1; gain lost: of fresh's gain over linear, above 100 % it is worse than linear; 95 %: {over}"
-    ))  # fmt: skip
+    )
     print()
 
 
@@ -145,27 +147,27 @@ def _say_ages(name: str, rows: Any, unit: str) -> None:
         of_age = rows[rows.age_windows == age]
         distance, pairs = of_age[f"age_{unit}"].iloc[0], of_age.pairs.iloc[0]
         lost = ", ".join(f"{_known(row.lost_mean, row.lost_high)} at EP {row.ep_size}" for row in of_age.itertuples())
-        print(filled(
+        say(
             f"{name} at age {age} ({distance:,.0f} {unit}; {pairs} pair{'s' if pairs > 1 else ''} of windows): of the gain of a "
             f"fresh fit it has lost {lost}."
-        ))  # fmt: skip
+        )
     if rows.change_high.isna().any():
         return
     first = []
     for ep_size, of_size in rows.groupby("ep_size", sort=False):
         reached = of_size[of_size.change_high >= 0].age_windows
         first.append(f"EP {ep_size} {f'age {reached.min()}' if len(reached) else 'never'}")
-    print(filled(f"{name} is first no better than linear (the paired interval reaches 0) at: {', '.join(first)}."))
+    say(f"{name} is first no better than linear (the paired interval reaches 0) at: {', '.join(first)}.")
 
 
 def _say_files(name: str, rows: Any) -> None:
     """How much of the gain survives on the other file."""
     for (fitted, scored), of in rows[rows.fitted != rows.scored].groupby(["fitted", "scored"], sort=False):
         kept = [f"{_known(1 - row.lost_mean, 1 - row.lost_low)} at EP {row.ep_size}" for row in of.itertuples()]
-        print(filled(
+        say(
             f"{name} fitted on {fitted}, scored on {scored}: of the gain that a fit to {scored} has, it keeps {', '.join(kept)} "
             "(below 0: worse than linear)."
-        ))  # fmt: skip
+        )
 
 
 def _known(mean: float, high: float) -> str:

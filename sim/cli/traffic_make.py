@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from sim.cli.inputs import read_inputs, say_about_inputs
-from sim.cli.terminal import add_output, cells, filled, note, note_compiling, print_rows, print_table, shown_progress
+from sim.cli.terminal import add_output, cells, note, note_compiling, print_rows, print_table, say, shown_progress
 from sim.errors import InputError
-from sim.options import FILE, MadeOptions, MatchOptions, TrafficOptions, add_options
+from sim.options import MadeOptions, MatchOptions, TrafficOptions
+from sim.options.declare import add_options
+from sim.options.kinds import FILE
 
 _NEAR = 0.02  # of what is asked for: a scale reaches it
 
@@ -49,21 +51,21 @@ def run_make(arguments: Namespace) -> None:
             trace = make_traffic(workload, model, arguments.tokens, arguments.sequences, arguments.seed, scale)
     write_trace(trace, out)
     n_layers, n_tokens, top_k = trace.topk_ids.shape
-    print(filled(
+    say(
         f"{n_tokens} tokens in {len(trace.starts) - 1} sequences, {n_layers} layers, top-{top_k} of {model.n_experts} experts, "
         f"of {workload.name} traffic"
         + ("" if arguments.imbalance is None else f" with its popularity scaled by {scale:.4g}")
         + f", seed {arguments.seed}"
-    ))  # fmt: skip
+    )
     if arguments.imbalance is not None:
         reached = trace_imbalance(trace, model, arguments.ep_sizes)
-        print(filled(
+        say(
             f"max / mean rank load of all its tokens, linear placement at EP {arguments.ep_sizes}, mean of layers: {reached:.3f} "
             f"(asked for: {arguments.imbalance:g})"
-        ))  # fmt: skip
+        )
         if abs(reached / arguments.imbalance - 1) > _NEAR:
             note(f"the nearest that this workload and this number of tokens reach is {reached:.3f}")
-    print(filled(f"written to {out}; use it as --workload file:{out} --model {arguments.model}"))
+    say(f"written to {out}; use it as --workload file:{out} --model {arguments.model}")
 
 
 def write_trace(trace: Any, path: Path) -> None:
@@ -141,17 +143,17 @@ def run_match(arguments: Namespace) -> None:
         near = [one.name for one in found if abs(one.unscaled - x) <= one.unscaled_half]
         reaching = [one for one in found if abs(one.reached / x - 1) < _NEAR]
         print()
-        print(filled(
+        say(
             f"Nearest as it is: {found[0].name}. "
             + (f"Within the interval of {', '.join(near)}." if near else f"{x:g} lies in no preset's interval.")
-        ))  # fmt: skip
+        )
         if not reaching:
             print(f"No scale of any preset reaches {x:g}.")
             return
         best = min(reaching, key=lambda one: abs(one.scale - 1))
         sigma = next(workload.sigma for workload in fitting if workload.name == best.name)
         as_sigma = f", which is sigma {best.scale * sigma:.3g} in a .toml file" if sigma else ""
-        print(filled(
+        say(
             f"Nearest scale: {best.name} with its popularity scaled by {best.scale:.3g}{as_sigma}. A trace of it: epsim traffic "
             f"make --model {arguments.model} --workload {best.name} --imbalance {x:g} --ep {ep_size} --out TRACE.npz"
-        ))  # fmt: skip
+        )

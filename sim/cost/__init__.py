@@ -1,16 +1,14 @@
 """Loads -> time: GPUs, expert computation, exchange, and what engines log over layers; and loads -> buffers."""
 
 from sim.cost.buffers import capacity
-from sim.cost.exchange import ExchangeTime, exchange_time_us
+from sim.cost.exchange import exchange_time_us
 from sim.cost.expert import expert_time_us
 from sim.cost.gain import predict_gain
 from sim.cost.gpu import Gpu, gpu_names, load_gpu
 from sim.cost.links import rank_traffic
-from sim.cost.refit import predicted_against_measured
 from sim.cost.step_log import predict_steps
 
 __all__ = [
-    "ExchangeTime",
     "Gpu",
     "capacity",
     "exchange_time_us",
@@ -19,6 +17,5 @@ __all__ = [
     "load_gpu",
     "predict_gain",
     "predict_steps",
-    "predicted_against_measured",
     "rank_traffic",
 ]

@@ -14,7 +14,8 @@ from sim.cost.inputs import expert_width
 from sim.errors import InputError
 from sim.kernels import usable_processors
 from sim.model import ModelSpec, load_model
-from sim.options import CapacityOptions, takes
+from sim.options import CapacityOptions
+from sim.options.declare import takes
 from sim.placement import BUDGET, check_slots, is_load_aware, split_name, strategy_name
 from sim.stats import Histogram, mean_interval, moments_of_draws, quantile_interval, student_quantile
 from sim.sweeps import make_plan, sweep
@@ -36,7 +37,7 @@ class Capacities(NamedTuple):
     table: pd.DataFrame
     curves: (
         pd.DataFrame
-    )  # of the largest step: placement, ep_size, tokens, quantity, scope, deployments, factor, probability
+    )  # the largest step: placement, ep_size, tokens, quantity, scope, deployments, factor, probability
     n_layers: int
     notes: list[str]  # cells that were left out, and why
 

@@ -7,7 +7,7 @@ rank receives is a sum of independent tokens, whose tail is known far below what
 
 Layers of a step are taken as independent given the deployment, and so are steps. Recorded layers share their tokens: the same
 steps are bad in several layers, and steps follow on similar ones, which leaves the probability that some layer of some step
-exceeds a capacity below this, not above. On gpt-oss-20b's recorded steps (`sim.cost.replay`, 4,096 steps, 18 cells) the product
+exceeds a capacity below this, not above. On gpt-oss-20b's recorded steps (`sim.cost.step_log`, 4,096 steps, 18 cells) the product
 over layers is 6 % above what is replayed (-1 to 16) where that is about 0.5, 3 % (-1 to 11) near 0.1 and 1 % (0 to 7) near
 0.01: far out, layers exceed one at a time. `layer_correlation` takes off a third of that. With steps taken as independent,
 windows of 32 steps exceed 11 % (-4 to 36) more often than replayed ones.
@@ -38,9 +38,8 @@ FITTED_DEPLOYMENTS = 80
 LAYER_TOKENS, KNOWN_LAYER_TOKENS = 2**11, 2**17
 _LAW_LAYERS, _LAW_TOKENS = 128, 2**13  # behind the laws of single tokens
 _BASES = 16
-_HOTTEST = (
-    4  # receivers of a layer that are looked at alone; the others in groups that double, each as high as its first
-)
+_HOTTEST = 4
+"""Receivers of a layer that are looked at alone; the others are in groups that double, each as high as its first."""
 _CHUNK_TOKENS = 2**19
 
 
@@ -143,9 +142,7 @@ def sample_deployments(plan: Plan, n_layers: int, n_deployments: int, n_threads:
     if n_fitted < n_deployments:
         stages.append((range(n_fitted * n_layers, n_deployments * n_layers), [p for p in pairs if p not in fitted]))
     with ThreadPoolExecutor(n_threads) as pool:
-        laws_of = _token_laws(
-            plan, list(pairs), n_layers if known else min(_LAW_LAYERS, n_layers * n_deployments), pool
-        )
+        laws_of = _token_laws(plan, n_layers if known else min(_LAW_LAYERS, n_layers * n_deployments), pool)
         rates: list[_Rates] = [_Rates([], [], []) for _ in pairs]
         for draws, some in stages:
             if not some:
@@ -177,9 +174,10 @@ def _count_rates(plan: Plan, draws: range, pairs: list[int], n_tokens: int) -> l
     return [found[p] for p in pairs]
 
 
-def _token_laws(plan: Plan, pairs: list[int], n_layers: int, pool: ThreadPoolExecutor) -> list[np.ndarray]:
+def _token_laws(plan: Plan, n_layers: int, pool: ThreadPoolExecutor) -> list[np.ndarray]:
     """Of each pair P(a token has j experts on a rank), of ranks of some layers, float64 [layers * ranks, top_k + 1]."""
-    [*groups] = place_pairs(plan, range(n_layers), pairs)
+    pairs = range(len(plan.grid.pairs))
+    groups = list(place_pairs(plan, range(n_layers), pairs))
     width = plan.grid.top_k + 1
 
     def count(layer: int) -> dict[int, np.ndarray]:
@@ -347,15 +345,7 @@ def _mean_over(laws, base, tilted, n_tokens, capacity):
             z = (capacity - n_tokens * mean) / max(sd, 1e-12)
             if z > 2.0:  # beyond it the tail falls by a factor with each token more
                 above = tail_of_tilted(
-                    n_tokens,
-                    least,
-                    at_theta[b],
-                    at_cumulant[b],
-                    at_variance[b],
-                    theta,
-                    cumulant,
-                    mean,
-                    variance,
+                    n_tokens, least, at_theta[b], at_cumulant[b], at_variance[b], theta, cumulant, mean, variance
                 )
                 total += above / -np.expm1(-(at_theta[b] - theta))
             else:

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from sim.cost.gpu import Gpu, load_gpu
-from sim.cost.inputs import as_numbers, as_whole_numbers, expert_width, together
+from sim.cost.inputs import as_numbers, expert_width, together
 from sim.cost.tables import FP8_WITH_SCALES, Exchange, exchange_profile
 from sim.errors import InputError, shown, unknown
 from sim.model import ModelSpec, load_model
@@ -171,30 +171,22 @@ def exchange_time_us(
     model, gpu, kind = load_model(model), load_gpu(gpu), exchange_kind(kind)
     width = expert_width(model)
     ep, tokens = together(
-        ep_size=as_whole_numbers("ep_size", ep_size, 1, 1e6),
+        ep_size=as_numbers("ep_size", ep_size, 1, 1e6, whole=True),
         tokens_per_rank=as_numbers("tokens_per_rank", tokens_per_rank, 0),
     )
-    reach = 1 - (1 - 1 / ep) ** model.top_k
-    ep, tokens, received, load = together(
+    even = ep * tokens * (1 - (1 - 1 / ep) ** model.top_k)
+    ep, tokens, received, load, nodes = together(
         ep_size=ep,
         tokens_per_rank=tokens,
-        received_tokens=as_numbers(
-            "received_tokens", ep * tokens * reach if received_tokens is None else received_tokens, 0
-        ),
+        received_tokens=as_numbers("received_tokens", even if received_tokens is None else received_tokens, 0),
         pairs=as_numbers("pairs", tokens * model.top_k if pairs is None else pairs, 0),
+        nodes_per_token=as_numbers("nodes_per_token", 0 if nodes_per_token is None else nodes_per_token, 0),
     )
-    node_size = as_whole_numbers("ranks_per_node", ranks_per_node, 1, 1e6)
+    node_size = as_numbers("ranks_per_node", ranks_per_node, 1, 1e6, whole=True)
     on_node = np.minimum(ep, node_size)
-    n_nodes = ep / on_node
     if nodes_per_token is None:
         share = np.divide(received, ep * tokens, out=np.zeros(ep.shape), where=tokens > 0).clip(0, 1)
-        nodes = n_nodes * (1 - (1 - share) ** on_node)
-    else:
-        nodes = as_numbers("nodes_per_token", nodes_per_token, 0)
-        ep, tokens, received, load, on_node, n_nodes, nodes = together(
-            ep_size=ep, tokens_per_rank=tokens, received_tokens=received, pairs=load, a=on_node, b=n_nodes,
-            nodes_per_token=nodes,
-        )  # fmt: skip
+        nodes = ep / on_node * (1 - (1 - share) ** on_node)
     _check_traffic(model, ep, tokens, received, load)
     off_node = 1 - on_node / ep
     if kind != "none" and gpu.scale_out_gb_per_s is None and (off_node > 0).any():

@@ -15,7 +15,8 @@ from sim.cost.inputs import as_numbers, dtype_of, with_network
 from sim.cost.steps import CellTimes, StepSample, balanced_times, cell_times, sample_steps
 from sim.errors import InputError
 from sim.model import ModelSpec, load_model
-from sim.options import StepOptions, takes
+from sim.options import StepOptions
+from sim.options.declare import takes
 from sim.placement import strategy_name
 from sim.stats import bounded_mean_interval, clustered_quantile, moments_of_draws, ratio_interval
 from sim.traffic import Workload

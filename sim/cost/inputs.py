@@ -45,8 +45,8 @@ def dtype_of(model: ModelSpec, gpus: Sequence[Gpu], dtype: str | None = None) ->
     return next(known for known in (stored, "fp8", "bf16") if all(getattr(gpu, f"{known}_tflops") for gpu in gpus))
 
 
-def as_numbers(option: str, values: ArrayLike, least: float, most: float = 1e15) -> np.ndarray:
-    """Values as a float array, or an error that names the first one out of range."""
+def as_numbers(option: str, values: ArrayLike, least: float, most: float = 1e15, *, whole: bool = False) -> np.ndarray:
+    """Values as a float array, or an error that names the first one out of range, or that is not `whole`."""
     try:
         numbers = np.asarray(values, dtype=float)
     except (TypeError, ValueError, OverflowError):
@@ -54,13 +54,7 @@ def as_numbers(option: str, values: ArrayLike, least: float, most: float = 1e15)
     wrong = ~((numbers >= least) & (numbers <= most))  # so that NaN is wrong
     if wrong.any():
         raise InputError(f"{option} {numbers[wrong].flat[0]:g}: must be from {least:g} to {most:g}")
-    return numbers
-
-
-def as_whole_numbers(option: str, values: ArrayLike, least: float, most: float) -> np.ndarray:
-    """Like `as_numbers`, for counts of things."""
-    numbers = as_numbers(option, values, least, most)
-    wrong = numbers % 1 != 0
+    wrong = whole & (numbers % 1 != 0)
     if wrong.any():
         raise InputError(f"{option} {numbers[wrong].flat[0]:g}: must be a whole number")
     return numbers

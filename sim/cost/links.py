@@ -21,7 +21,8 @@ from sim.errors import InputError
 from sim.files import whole_files
 from sim.kernels import kernel, usable_processors
 from sim.model import ModelSpec
-from sim.options import LinkOptions, takes
+from sim.options import LinkOptions
+from sim.options.declare import takes
 from sim.progress import track
 from sim.router import draw_trials
 from sim.stats import Design, Moments, mean_interval, quantile_shares

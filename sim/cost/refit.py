@@ -15,9 +15,8 @@ from sim.cost.tables import PAIR_SHARPNESS, grouped_gemm_profile, measured
 from sim.model import load_model
 
 _RANDOM = "wideep_nvfp4"  # its experts are picked at random, the other tables' evenly
-_NEVER_ALONE = (
-    0.1  # weight that holds a GPU's shares to the mean of its generation, where its own rows do not tell them
-)
+_NEVER_ALONE = 0.1
+"""Weight that holds a GPU's shares to the mean of its generation, where its own rows do not tell them."""
 
 
 class ExpertFit(NamedTuple):
@@ -213,14 +212,8 @@ FITTED = {"wideep_experts": "fp8", "wideep_nvfp4": "fp4"}
 """Published tables of expert times that constants are fitted to, and their types."""
 
 
-def predicted_against_measured(*, left_out: bool = True) -> pd.DataFrame:
-    """Published times of DeepSeek-V3's experts and of its pair exchange, and the model's.
-
-    Parameters
-    ----------
-    left_out : bool
-        Whether each fitted row is also predicted by a fit without its EP size (experts) or number of tokens (exchange): some
-        seconds.
+def predicted_against_measured() -> pd.DataFrame:
+    """Published times of DeepSeek-V3's experts and of its pair exchange, and the model's; takes some seconds.
 
     Returns
     -------
@@ -228,7 +221,8 @@ def predicted_against_measured(*, left_out: bool = True) -> pd.DataFrame:
         One row per measurement: part ('experts', 'dispatch', 'combine'), gpu, dtype, source (a table of measured.toml),
         ep_size, tokens (experts: of the whole EP group; exchange: per rank), pairs and distinct_experts (of a rank),
         measured_us, predicted_us, error (predicted / measured - 1), fitted (whether the constants saw the row) and
-        held_out_error: that of the fit without it, and for rows that no fit saw the error itself.
+        held_out_error: that of a fit without its EP size (experts) or number of tokens (exchange), and for rows that no fit
+        saw the error itself.
     """
     model = load_model("deepseek-v3")
     tables = [_experts(expert_rows(name), name, dtype) for name, dtype in FITTED.items()]
@@ -238,11 +232,10 @@ def predicted_against_measured(*, left_out: bool = True) -> pd.DataFrame:
     rows["error"] = rows.predicted_us / rows.measured_us - 1
     rows["fitted"] = rows.source != "moe_decode"
     rows["held_out_error"] = rows.error.where(~rows.fitted)
-    if left_out:
-        times_left_out = {name: experts_left_out(expert_rows(name), dtype) for name, dtype in FITTED.items()}
-        for source, times in (times_left_out | {"low_latency_one_node": pairs_left_out(pair_rows())}).items():
-            mine = rows.source == source
-            rows.loc[mine, "held_out_error"] = times / rows.measured_us[mine] - 1
+    left_out = {name: experts_left_out(expert_rows(name), dtype) for name, dtype in FITTED.items()}
+    for source, times in (left_out | {"low_latency_one_node": pairs_left_out(pair_rows())}).items():
+        mine = rows.source == source
+        rows.loc[mine, "held_out_error"] = times / rows.measured_us[mine] - 1
     is_expert = rows.part == "experts"
     rows["pairs"] = rows.pairs.where(is_expert, rows.tokens * model.top_k)
     return rows

@@ -18,7 +18,8 @@ from sim.cost.gpu import Gpu
 from sim.errors import InputError
 from sim.kernels import kernel, usable_processors
 from sim.model import ModelSpec, load_model
-from sim.options import LAYER_SETS, MOST_STEPS, StepOptions, check
+from sim.options import LAYER_SETS, MOST_STEPS, StepOptions
+from sim.options.declare import check
 from sim.placement import LayerCost, is_load_aware, split_name
 from sim.progress import track
 from sim.scoring import METRICS, score_blocks
@@ -142,19 +143,15 @@ def sample_steps(
     of_size = np.clip(budget_tokens // (grid.steps * n_layers), 1, most_steps)
     blocks = of_size * n_layers
     of_cell = [int(blocks[step]) for _, step in grid.cells]
-    cells = _Cells.of(of_cell, len(rates))
     sample = StepSample(
-        plan,
-        n_layers,
-        n_sets,
-        cells.slowest_us,
-        cells.load_bound,
-        cells.max_load,
-        cells.idle_ranks,
-        [np.empty(n, np.int32) for n in blocks],
-        [np.empty((int(blocks.max()), 2), np.int32) for _ in grid.pairs],
-        [np.zeros(n, np.int32) for n in of_cell],
-        _most_copied(plan),
+        plan=plan,
+        n_layers=n_layers,
+        n_sets=n_sets,
+        **_empty_cells(of_cell, len(rates)),
+        active_experts=[np.empty(n, np.int32) for n in blocks],
+        reached=[np.empty((int(blocks.max()), 2), np.int32) for _ in grid.pairs],
+        received=[np.zeros(n, np.int32) for n in of_cell],
+        copied=_most_copied(plan),
     )
     if in_step:
         if not sample.copied:
@@ -162,10 +159,8 @@ def sample_steps(
                 f"`placement` in_step splits the pairs of a step over copies, and {', '.join(grid.placements)} have none; take "
                 "it with one that has, as in eplb+32"
             )
-        cells = _Cells.of(
-            [n if grid.keys(cell)[2] == sample.copied else 0 for cell, n in enumerate(of_cell)], len(rates)
-        )
-        sample = replace(sample, in_step=replace(sample, **cells._asdict()))
+        split = [n if grid.keys(cell)[2] == sample.copied else 0 for cell, n in enumerate(of_cell)]
+        sample = replace(sample, in_step=replace(sample, **_empty_cells(split, len(rates))))
     chunks = _chunks(blocks, grid.steps, n_layers * n_sets)
     groups_of = cache(partial(place_pairs, plan, pairs=range(len(grid.pairs))))  # a draw comes again every n_sets steps
     constants = np.array(rates, float).reshape(len(rates), -1)
@@ -194,23 +189,14 @@ def time_cost(rates: ExpertRates, model: ModelSpec, tokens: Any, per_rank: bool 
     return slowest_us
 
 
-class _Cells(NamedTuple):
-    """Arrays of the cells of a StepSample, as there."""
-
-    slowest_us: list[np.ndarray]
-    load_bound: list[np.ndarray]
-    max_load: list[np.ndarray]
-    idle_ranks: list[np.ndarray]
-
-    @classmethod
-    def of(cls, blocks: list[int], n_rates: int) -> "_Cells":
-        """Of so many blocks of each cell, not filled in."""
-        return cls(
-            [np.empty((n, n_rates)) for n in blocks],
-            [np.empty((n, n_rates), np.bool_) for n in blocks],
-            [np.empty(n, np.int32) for n in blocks],
-            [np.empty(n, np.int32) for n in blocks],
-        )
+def _empty_cells(blocks: list[int], n_rates: int) -> dict[str, Any]:
+    """Arrays of a StepSample for so many blocks of each cell, not filled in."""
+    return {
+        "slowest_us": [np.empty((n, n_rates)) for n in blocks],
+        "load_bound": [np.empty((n, n_rates), np.bool_) for n in blocks],
+        "max_load": [np.empty(n, np.int32) for n in blocks],
+        "idle_ranks": [np.empty(n, np.int32) for n in blocks],
+    }
 
 
 def _most_copied(plan: Plan) -> str:

@@ -45,31 +45,17 @@ def against_baseline(result: Sweep) -> Figure | None:
     """What another placement buys: mean (above) and p99 (below) of the busiest rank's load relative to the baseline,
     against EP size, for small, middle and large steps. None where the sweep has one placement.
     """
-    ratios, names = _ratios(result), placements_of(result)
+    ratios, names, sizes = _ratios(result), placements_of(result), ep_sizes_of(result)
     if len(names) < 2:
         return None
     steps = list(dict.fromkeys(nearest(sorted(result.summary.tokens.unique()), wanted) for wanted in _STEPS.values()))
-    near = [tokens_near(result, step) for step in steps]
-    figure, axes = panels(2 * len(steps), len(steps), 2.4, sharey="row")
-    sizes = ep_sizes_of(result)
-    beyond = False
-    for i, ax in enumerate(axes):
-        what, of_size = ("mean", "p99")[i // len(steps)], near[i % len(steps)]
+    columns = []
+    for i, of_size in enumerate(tokens_near(result, step) for step in steps):
+        text = tokens_text({size: of_size[size] for size in sizes}).replace(" per step", "")
+        title = f"{list(_STEPS)[i].capitalize()} steps: {text}" if len(steps) == len(_STEPS) else text
         rows = ratios[(ratios.tokens == ratios.ep_size.map(of_size)) & ratios.ep_size.isin(sizes)]
-        for j, name in enumerate(names):
-            beyond |= _draw_ratio(ax, rows[rows.placement == name].sort_values("ep_size"), what, name, (j, len(names)))
-        log2_ticks(ax, sizes)
-        if i < len(steps):
-            text = tokens_text({size: of_size[size] for size in sizes}).replace(" per step", "")
-            title_panel(ax, f"{list(_STEPS)[i].capitalize()} steps: {text}" if len(steps) == len(_STEPS) else text)
-    label_outer(axes, "EP size (ranks)", "")
-    for row, what in enumerate(("mean", "p99")):
-        _ratio_axes(axes[row * len(steps) : (row + 1) * len(steps)])
-        axes[row * len(steps)].set_ylabel(f"busiest rank, {what}:\nchange over {names[0]}")
-    text = f"What another placement buys: load of the busiest rank relative to {names[0]} (below 0 is better)"
-    set_title(figure, result, text, *_notes(ratios, beyond))
-    add_legend(figure, result, names)
-    return figure
+        columns.append((title, rows, names))
+    return _draw_ratios(result, ratios, "What another placement buys", columns, "ep_size", "EP size (ranks)", 2.4)
 
 
 def _ratios(result: Sweep) -> pd.DataFrame:
@@ -82,13 +68,40 @@ def _ratios(result: Sweep) -> pd.DataFrame:
     return ratios
 
 
-def _notes(ratios: pd.DataFrame, beyond: bool) -> list[str]:
-    """What is not drawn of ratios."""
+def _draw_ratios(
+    result: Sweep,
+    ratios: pd.DataFrame,
+    head: str,
+    columns: list[tuple[str, pd.DataFrame, list[str]]],
+    x: str,
+    x_label: str,
+    height: float,
+    *notes: str,
+) -> Figure:
+    """Mean (above) and p99 (below) of ratios against `x`; `columns` are those of panels: title, rows of `ratios`, placements."""
+    n, baseline, beyond = len(columns), placements_of(result)[0], False
+    figure, axes = panels(2 * n, n, height, sharey="row")
+    for i, ax in enumerate(axes):
+        what, (title, rows, names) = ("mean", "p99")[i // n], columns[i % n]
+        for j, name in enumerate(names):
+            of_name = rows[rows.placement == name].sort_values(x)
+            beyond |= _draw_ratio(ax, of_name, what, name, (j, len(names)), x)
+        log2_ticks(ax, sorted(rows[x].unique()))
+        if i < n:
+            title_panel(ax, title)
+    label_outer(axes, x_label, "")
+    for row, what in enumerate(("mean", "p99")):
+        _ratio_axes(axes[row * n : (row + 1) * n])
+        axes[row * n].set_ylabel(f"busiest rank, {what}:\nchange over {baseline}")
     few = f"a p99 of fewer than {_FEW_PAIRS} pairs jumps, and is not drawn" if ratios.p99.isna().any() else ""
-    return [few, f"triangle at the top: more than +{100 * _MOST_CHANGE:g} %" if beyond else ""]
+    far = f"triangle at the top: more than +{100 * _MOST_CHANGE:g} %" if beyond else ""
+    text = f"{head}: load of the busiest rank relative to {baseline} (below 0 is better)"
+    set_title(figure, result, text, few, far, *notes)
+    add_legend(figure, result, [name for _, _, names in columns for name in names])
+    return figure
 
 
-def _draw_ratio(ax: Axes, rows: pd.DataFrame, what: str, name: str, place: tuple[int, int], x: str = "ep_size") -> bool:
+def _draw_ratio(ax: Axes, rows: pd.DataFrame, what: str, name: str, place: tuple[int, int], x: str) -> bool:
     """A line of ratios with its band; whether some of it is beyond the axis."""
     style = look(name)
     change = rows[what] - 1
@@ -125,31 +138,14 @@ def imbalance_by_tokens(result: Sweep) -> Figure | None:
     """Mean (above) and p99 (below) of the busiest rank's load relative to the baseline, against tokens per step, a column
     per EP size. None where the sweep has one placement.
     """
-    ratios, placements = _ratios(result), placements_of(result)
+    ratios, columns = _ratios(result), []
     sizes = differing_sizes(result, (8, 16, 32, 64), 4)
-    if len(placements) < 2 or not sizes:
+    if len(placements_of(result)) < 2 or not sizes:
         return None
-    figure, axes = panels(2 * len(sizes), len(sizes), 2.2, sharey="row")
-    drawn: list[str] = []
-    beyond = False
-    for i, ax in enumerate(axes):
-        what, ep_size = ("mean", "p99")[i // len(sizes)], sizes[i % len(sizes)]
-        names = distinct_placements(result, ep_size)[0]
-        drawn += names
-        for j, name in enumerate(names):
-            rows = ratios[(ratios.placement == name) & (ratios.ep_size == ep_size)].sort_values("tokens")
-            beyond |= _draw_ratio(ax, rows, what, name, (j, len(names)), "tokens")
-        log2_ticks(ax, sorted(rows.tokens))
-        if i < len(sizes):
-            title_panel(ax, f"EP {ep_size}")
-    label_outer(axes, "tokens per step", "")
-    for row, what in enumerate(("mean", "p99")):
-        _ratio_axes(axes[row * len(sizes) : (row + 1) * len(sizes)])
-        axes[row * len(sizes)].set_ylabel(f"busiest rank, {what}:\nchange over {placements[0]}")
-    text = f"By tokens per step: load of the busiest rank relative to {placements[0]} (below 0 is better)"
-    set_title(figure, result, text, *_notes(ratios, beyond), twins_text(result, sizes), chosen_sizes(result, sizes))
-    add_legend(figure, result, drawn)
-    return figure
+    for size in sizes:
+        columns.append((f"EP {size}", ratios[ratios.ep_size == size], distinct_placements(result, size)[0]))
+    notes = twins_text(result, sizes), chosen_sizes(result, sizes)
+    return _draw_ratios(result, ratios, "By tokens per step", columns, "tokens", "tokens per step", 2.2, *notes)
 
 
 @styled

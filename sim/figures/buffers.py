@@ -4,7 +4,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
@@ -59,7 +58,9 @@ def capacity_curves(curves: pd.DataFrame, risk: float, of: str) -> Figure:
                         safe.append(f"{placement} {_factor_at(line, risk):.2f}")
             title_panel(ax, f"EP {size}: {what}\n")
             ax.text(0, 1.02, ", ".join(safe), transform=ax.transAxes, fontsize=7.5, va="bottom")
-            _draw_risk(ax, risk)
+            ax.axhline(risk, color="#888888", linewidth=1.0, zorder=0)
+            probability_axis(ax, min(_LEAST, risk / 10))
+            ax.set_xlim(left=min(1.0, ax.get_xlim()[0]))
     label_outer(axes, "capacity / balanced load", "P(exceeded)")
     number = sorted({int(n) for n in tokens})
     text = f"{number[0]}" if len(number) == 1 else f"{number[0]} to {number[-1]}"
@@ -69,7 +70,7 @@ def capacity_curves(curves: pd.DataFrame, risk: float, of: str) -> Figure:
         f"over each panel: the factor at which the solid line falls to the risk that was asked for, {risk:g} (grey line)",
     )
     handles = [Line2D([], [], color=look(name)["color"], label=label(name)) for name in placements]
-    handles += [Line2D([], [], color="#000000", linestyle=dashes, label=text) for dashes, text in shown.values()]
+    handles += [Line2D([], [], color="#777777", linestyle=dashes, label=text) for dashes, text in shown.values()]
     legend_below(figure, handles, 2)
     return figure
 
@@ -81,10 +82,3 @@ def _factor_at(line: pd.DataFrame, risk: float) -> float:
         return np.nan
     ends = line.iloc[[max(at[0] - 1, 0), at[0]]]
     return float(np.interp(-np.log(risk), -np.log(ends.probability), ends.factor))
-
-
-def _draw_risk(ax: Axes, risk: float) -> None:
-    """The risk as a line, and the axis of probabilities."""
-    ax.axhline(risk, color="#888888", linewidth=1.0, zorder=0)
-    probability_axis(ax, min(_LEAST, risk / 10))
-    ax.set_xlim(left=min(1.0, ax.get_xlim()[0]))

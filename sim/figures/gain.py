@@ -1,6 +1,6 @@
 """What placements save, in time: by tokens per step, GPU and EP size, by kind of traffic, and on your own traffic."""
 
-from itertools import product
+from itertools import cycle, product
 from pathlib import Path
 from typing import Any
 
@@ -24,29 +24,29 @@ from sim.figures.style import (
     title_panel,
 )
 
-_GPU_LOOKS: list[Any] = [
-    ("#0072B2", "-", "o"),
-    ("#D55E00", "--", "s"),
-    ("#009E73", "-.", "^"),
-    ("#CC79A7", ":", "D"),
-    ("#000000", "-", "v"),
-    ("#E69F00", "--", "P"),
-]
+_GPU_LOOKS: list[dict[str, Any]] = [
+    {"color": color, "linestyle": dashes, "marker": marker, "markersize": 3}
+    for color, dashes, marker in (
+        ("#0072B2", "-", "o"), ("#D55E00", "--", "s"), ("#009E73", "-.", "^"), ("#CC79A7", ":", "D"), ("#000000", "-", "v"),
+        ("#E69F00", "--", "P"),
+    )
+]  # fmt: skip
+
+
+_CROSSOVER = "crossover, from where a rank's time grows with its tokens, not with its distinct experts alone"
 
 
 @styled
 def gain_by_tokens(gains: pd.DataFrame) -> Figure:
     """Share of a layer's time that is saved against tokens per step, a panel per exchange and EP size, GPUs as lines."""
     sizes = list(dict.fromkeys(zip(gains.exchange, gains.ep_size, strict=True)))
-    gpus = list(dict.fromkeys(gains.gpu))
+    looks = dict(zip(dict.fromkeys(gains.gpu), cycle(_GPU_LOOKS), strict=False))
     figure, axes = panels(len(sizes), min(len(sizes), 4), 3.0)
     for ax, (exchange, ep_size) in zip(axes, sizes, strict=True):
-        for gpu, (color, dashes, marker) in zip(gpus, _GPU_LOOKS * len(gpus), strict=False):
-            rows = gains[(gains.exchange == exchange) & (gains.ep_size == ep_size) & (gains.gpu == gpu)].sort_values(
-                "tokens"
-            )
-            look: dict[str, Any] = {"color": color, "linestyle": dashes, "marker": marker, "markersize": 3}
-            ax.plot(rows.tokens, 100 * rows.layer_saved, **look)
+        of_panel = gains[(gains.exchange == exchange) & (gains.ep_size == ep_size)].sort_values("tokens")
+        for gpu, style in looks.items():
+            rows, color = of_panel[of_panel.gpu == gpu], style["color"]
+            ax.plot(rows.tokens, 100 * rows.layer_saved, **style)
             low, high = 100 * rows.layer_saved_low, 100 * rows.layer_saved_high
             band(ax, rows.tokens, low, high, color)
             if "balancer_us" in rows and rows.balancer_us.notna().all():
@@ -55,17 +55,13 @@ def gain_by_tokens(gains: pd.DataFrame) -> Figure:
                 if rows.tokens.min() < rows.break_even_tokens.iloc[0] <= rows.tokens.max():
                     ax.axvline(rows.break_even_tokens.iloc[0], color=color, linestyle=":", linewidth=1.2)
             if rows.tokens.min() <= rows.crossover_tokens.iloc[0] <= rows.tokens.max():
-                ax.axvline(rows.crossover_tokens.iloc[0], color=color, linestyle=dashes, linewidth=0.8)
+                ax.axvline(rows.crossover_tokens.iloc[0], color=color, linestyle=style["linestyle"], linewidth=0.8)
         ax.axhline(0, color="#555555", linewidth=0.8)
         log2_ticks(ax, list(gains.tokens))
         title_panel(ax, f"EP {ep_size}, {exchange}" if gains.exchange.nunique() > 1 else f"EP {ep_size}")
     label_outer(axes, "tokens per step (whole EP group)", "layer time saved (%)")
     _title(figure, gains, ", ".join(dict.fromkeys(gains.exchange)))
-    handles = [
-        Line2D([], [], color=color, linestyle=dashes, marker=marker, markersize=3, label=gpu)
-        for gpu, (color, dashes, marker) in zip(gpus, _GPU_LOOKS * len(gpus), strict=False)
-    ]
-    legend_below(figure, handles)
+    legend_below(figure, [Line2D([], [], label=gpu, **style) for gpu, style in looks.items()])
     return figure
 
 
@@ -128,28 +124,26 @@ def _two_lines(name: str) -> str:
 
 def _title(figure: Figure, gains: pd.DataFrame, exchanges: str) -> None:
     row = gains.iloc[0]
-    name, of_balancer = row.placement, ""
+    name, ends = row.placement, (gains.tokens.min(), gains.tokens.max())
+    lines = [f"{row.model} in {row['dtype']}, {row.workload} traffic; bands: 95 %, paired"]
+    if gains.crossover_tokens.between(*ends).any():
+        lines.insert(0, f"upright lines: {_CROSSOVER}")
     if name == "in_step":
         name = f"in_step (best split over the copies of {row.copies_of})"
         takes = " to ".join(f"{us:.0f}" for us in sorted(set(gains.balancer_us)))
-        of_balancer = (
-            f"thin lines: with the {takes} us that a balancer takes; dotted upright lines: from where it pays over "
-            f"{row.copies_of} with an even split\n"
-        )
-    title_figure(
-        figure,
-        f"Predicted: time of a MoE layer that {name} saves over {row.baseline} (exchange: {exchanges})\n"
-        f"{of_balancer}upright lines: crossover, from where a rank's time grows with its tokens, not with its distinct experts "
-        "alone\n"
-        f"{row.model} in {row['dtype']}, {row.workload} traffic; bands: 95 %, paired",
-    )
+        text = f"thin lines: with the {takes} us that a balancer takes"
+        if gains.break_even_tokens.between(*ends, inclusive="right").any():
+            text += f"; dotted upright lines: from where it pays over {row.copies_of} with an even split"
+        lines.insert(0, text)
+    text = f"Predicted: time of a MoE layer that {name} saves over {row.baseline} (exchange: {exchanges})"
+    title_figure(figure, "\n".join([text, *lines]))
 
 
 @styled
 def advice_by_tokens(gains: pd.DataFrame, reference: str) -> Figure:
     """Share of the layer's time saved (left), and mean imbalance (right), against tokens per step, in the main split.
 
-    `reference` is the row of what no placement can beat; it has no line at the right.
+    `reference` is the row of perfect balance, whose experts' time no placement can beat; it has no line at the right.
     """
     rows = gains[gains.split == gains.split.iloc[0]]
     names = list(dict.fromkeys(rows.placement))
@@ -171,9 +165,10 @@ def advice_by_tokens(gains: pd.DataFrame, reference: str) -> Figure:
             balance.plot(mine.tokens, mine.imbalance, **style)
             band(balance, mine.tokens, mine.imbalance_low, mine.imbalance_high, style["color"])
     saved.axhline(0, **looks[current] | {"marker": "", "linewidth": 0.8})
-    crossover = rows.crossover_tokens.iloc[0]
+    crossover, bands = rows.crossover_tokens.iloc[0], "bands: 95 % over layers"
     if rows.tokens.min() <= crossover <= rows.tokens.max():
         saved.axvline(crossover, color="#999999", linewidth=0.8)
+        bands += f"\nupright line: {_CROSSOVER}"
     imbalance_axis(balance, "y")
     for ax, title, text in (
         (saved, f"time saved over {label(current)}", "layer time saved (%)"),
@@ -187,8 +182,7 @@ def advice_by_tokens(gains: pd.DataFrame, reference: str) -> Figure:
     title_figure(
         figure,
         f"{Path(row.model).name} in {row['dtype']}, EP {row.ep_size} on {row.gpu}, exchange: {row.exchange}\n"
-        f"{row.workload[-90:]}; eplb is {row.split[-90:]}\n"
-        "bands: 95 % over layers; upright line: the crossover, from where time grows with tokens, not distinct experts alone",
+        f"{row.workload[-90:]}; eplb is {row.split[-90:]}\n{bands}",
     )
     copied = "".join(rows.copies_of[rows.placement == "in_step"].head(1))
     labels = {name: label(name) for name in {current: 0} | looks} | {"in_step": f"in_step (copies of {copied})"}

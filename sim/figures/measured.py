@@ -10,7 +10,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
 from sim.figures.style import (
-    label,
+    handle,
     label_outer,
     legend_below,
     log2_ticks,
@@ -36,7 +36,7 @@ def predicted_against_measured(predicted: pd.DataFrame) -> Figure:
     Parameters
     ----------
     predicted : DataFrame
-        From `sim.measure.with_predictions`.
+        From `sim.measure.compare.with_predictions`.
     """
     dtypes, sizes = sorted(predicted.dtype.unique()), sorted(predicted.ep_size.unique())
     figure, axes = panels(len(dtypes), 2, 3.6)
@@ -71,9 +71,9 @@ def measured_gain(
     Parameters
     ----------
     predicted : DataFrame
-        From `sim.measure.with_predictions`.
+        From `sim.measure.compare.with_predictions`.
     gains : DataFrame
-        From `sim.measure.gains` of these two placements.
+        From `sim.measure.compare.gains` of these two placements.
     """
     dtypes, sizes = sorted(gains.dtype.unique()), sorted(gains.ep_size.unique())[:6]
     workloads = list(dict.fromkeys(predicted.workload))
@@ -189,7 +189,7 @@ def measured_layer_gain(layers: pd.DataFrame, gains: pd.DataFrame, baseline: str
     _layer_title(
         figure, layers, f"Gain over {baseline} in the measured time of a layer's experts and exchange (bars: 95 %)"
     )
-    _placement_legend(figure, placements)
+    legend_below(figure, [handle(name) for name in placements])
     return figure
 
 
@@ -210,17 +210,11 @@ def measured_exchange(layers: pd.DataFrame) -> Figure:
         title_panel(ax, exchange)
     axes[0].set_ylabel("exchange alone (us)")
     _layer_title(figure, layers, "Measured time of dispatch and combine, each layer's slowest rank")
-    _placement_legend(figure, placements, lines=False)
+    legend_below(figure, [handle(name, linestyle="") for name in placements])
     return figure
 
 
 def _layer_title(figure: Figure, layers: pd.DataFrame, text: str) -> None:
     first = layers.iloc[0]
-    about = f"{first.model}, EP {first.ep_size} on {first.ep_size} x {first.gpu}, bf16, {layers.step.nunique()} steps"
+    about = f"{first.model}, EP {first.ep_size} on {first.ep_size} x {first.gpu}, {first['dtype']}, {layers.step.nunique()} steps"
     title_figure(figure, f"{text}\n{about}")
-
-
-def _placement_legend(figure: Figure, placements: list[str], lines: bool = True) -> None:
-    plain = {} if lines else {"linestyle": ""}
-    handles = [Line2D([], [], label=label(name), **look(name) | plain) for name in placements]
-    legend_below(figure, handles)

@@ -98,6 +98,11 @@ def label(placement: str) -> str:
     return _LABELS.get(placement, placement)
 
 
+def handle(placement: str, **changes: Any) -> Line2D:
+    """A placement's entry of a legend."""
+    return Line2D([], [], label=label(placement), **look(placement) | changes)
+
+
 def placements_of(result: Sweep) -> list[str]:
     """Placements in the order of the sweep."""
     return list(dict.fromkeys(result.summary.placement))
@@ -204,12 +209,8 @@ def add_legend(
     """One legend below all panels, off the data, of the placements that are drawn, in the order of the sweep; `hollow` for
     points without lines.
     """
-    placements = [name for name in placements_of(result) if name in drawn]
-    handles = []
-    for placement in placements:
-        style = look(placement) | (HOLLOW if hollow else {}) | ({} if markers else {"marker": ""})
-        handles.append(Line2D([], [], label=label(placement), **style))
-    legend_below(figure, handles)
+    changes = (HOLLOW if hollow else {}) | ({} if markers else {"marker": ""})
+    legend_below(figure, [handle(name, **changes) for name in placements_of(result) if name in drawn])
 
 
 def legend_below(figure: Figure, handles: Sequence[Any], most: int = 6) -> None:

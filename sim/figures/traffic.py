@@ -11,7 +11,7 @@ from matplotlib.ticker import MaxNLocator
 
 from sim.figures.style import (
     band,
-    label,
+    handle,
     label_outer,
     legend_below,
     log2_ticks,
@@ -239,7 +239,7 @@ def decay_by_age(table: pd.DataFrame, traffic: str, model: str, unit: str) -> Fi
         f"Placements that go stale: fitted on one window, scored on a later one (windows in the order of the file)\n"
         f"{model}, {traffic}; mean of layers and of all pairs of windows of an age; bands: 95 % over layers",
     )
-    handles = [Line2D([], [], label=label(name), **look(name)) for name in ("linear", *names)]
+    handles = [handle(name) for name in ("linear", *names)]
     handles.append(
         Line2D([], [], label="fitted on the scored window itself (its other half)", color="#555555", **_FRESH)
     )

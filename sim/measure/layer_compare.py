@@ -56,10 +56,7 @@ def read_layers(path: Path, gpu: Gpu | None = None) -> pd.DataFrame:
         The file is missing, too large, or holds anything but measured layers of one model, GPU and EP size.
     """
     where = f"measured layers {path}"
-    rows = read_typed(path, where, LAYER_COLUMNS)
-    for name in ("model", "gpu", "dtype", "ep_size"):
-        if rows[name].nunique() > 1:
-            raise InputError(f"{where}: column {name} must be the same in all rows")
+    rows = read_typed(path, where, LAYER_COLUMNS, same=("model", "gpu", "dtype", "ep_size"))
     key = [*_SETTING, "step", "placement"]
     times = rows[_TIMES]
     check_rows(

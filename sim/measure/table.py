@@ -110,10 +110,7 @@ def read_measured(path: Path) -> pd.DataFrame:
     where = f"measured times {path}"
     there = read_header(path, where)
     columns = {name: kind for name, kind in COLUMNS.items() if "tiles_128" in there or not name.startswith("tiles_")}
-    rows = read_typed(path, where, columns)
-    for name in ("model", "gpu", "device"):
-        if rows[name].nunique() > 1:
-            raise InputError(f"{where}: column {name} must be the same in all rows")
+    rows = read_typed(path, where, columns, same=("model", "gpu", "device"))
     wrongs = (
         (~((rows.time_us > 0) & (rows.time_us < 1e9)), "time_us must be above 0 and below 1e9"),
         (~((rows.spread_us >= 0) & (rows.spread_us < 1e9)), "spread_us must be from 0 to 1e9"),
@@ -138,8 +135,10 @@ def read_header(path: Path, where: str) -> list[str]:
     return read_text(path, where).partition("\n")[0].rstrip("\r").split(",")
 
 
-def read_typed(path: Path, where: str, columns: dict[str, type]) -> pd.DataFrame:
-    """Rows of a bounded file whose first line names these columns, by their types; `where` begins an error's message."""
+def read_typed(path: Path, where: str, columns: dict[str, type], *, same: Iterable[str]) -> pd.DataFrame:
+    """Rows of a bounded file whose first line names these columns, by their types; those of `same` have one value each; `where`
+    begins an error's message.
+    """
     text = read_text(path, where)
     if text.count("\n") > _MOST_ROWS:
         raise InputError(f"{where} has more than {_MOST_ROWS} lines")
@@ -157,6 +156,9 @@ def read_typed(path: Path, where: str, columns: dict[str, type]) -> pd.DataFrame
                 f"{where}, line {number}: expected {len(columns)} fields of at most {_MOST_LETTERS} printable letters"
             )
     values = dict(zip(columns, zip(*lines[1:], strict=True), strict=True))
+    for name in same:
+        if len(set(values[name])) > 1:
+            raise InputError(f"{where}: column {name} must be the same in all rows")
     return pd.DataFrame({name: _typed(values[name], kind, name, where) for name, kind in columns.items()})
 
 

@@ -94,6 +94,7 @@ def add_options(
     for name, (declared, default) in chosen.items():
         value = lines.get(name, None if default is MISSING or isinstance(declared.kind, PerRank) else default)
         typed = ",".join(f"{item:g}" for item in value) if isinstance(value, tuple) else value
+        typed = f"{value:g}" if isinstance(value, float) else typed
         text = declared.help
         if typed is not None and "default:" not in text:
             text = f"{text[:-1]}; default: {typed})" if text.endswith(")") else f"{text} (default: {typed})"

@@ -3,6 +3,7 @@
 Called with a text, a kind reads it, as argparse's `type=` wants it; `check` is for values from Python.
 """
 
+import math
 from argparse import ArgumentTypeError
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ MAX_TOKENS = 2**24
 _MAX_VALUES = 10_000
 _UNITS_S = {"s": 1, "m": 60, "h": 3600}
 _LONGEST_METAVAR = 30
+_ABOVE_0, _BELOW_1 = math.nextafter(0.0, 1.0), math.nextafter(1.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,6 @@ class Whole(Kind):
     python = "int"
 
     def read(self, text: str) -> int:
-        """See `Kind`."""
         try:
             return int(text)
         except ValueError:
@@ -69,7 +70,6 @@ class Whole(Kind):
         return int(super().check(name, value)) if self.least is not None else value
 
     def problem(self, value: Any) -> str | None:
-        """See `Kind`."""
         if self.least is None or self.most is None:
             return None
         fits = not isinstance(value, bool) and isinstance(value, Integral) and self.least <= int(value) <= self.most
@@ -84,23 +84,24 @@ class Number(Kind):
     most: float = 1e15
     metavar: str = field(default="X", kw_only=True)
     scale: float = 1.0
+    allowed: str = field(default="", kw_only=True)  # in words, where the range is not said as least and most
     python = "float"
 
     def __call__(self, text: str) -> float:
-        """See `Kind`."""
         return self.scale * float(super().__call__(text))
 
     def read(self, text: str) -> float:
-        """See `Kind`."""
         try:
             return float(text)
         except ValueError:
             raise ArgumentTypeError(f"{text}: {self.problem(None)}") from None
 
+    def check(self, name: str, value: Any) -> float:
+        return float(super().check(name, value))
+
     def problem(self, value: Any) -> str | None:
-        """See `Kind`."""
         fits = not isinstance(value, bool) and isinstance(value, Real) and self.least <= float(value) <= self.most
-        return None if fits else f"must be a number from {self.least:g} to {self.most:g}"
+        return None if fits else f"must be {self.allowed or f'a number from {self.least:g} to {self.most:g}'}"
 
 
 @dataclass(frozen=True)
@@ -114,63 +115,43 @@ class Measured(Number):
 class Positive(Number):
     """A number above 0, and at most 1e6."""
 
-    def problem(self, value: Any) -> str | None:
-        """See `Kind`."""
-        return (
-            None if isinstance(value, Real) and 0 < float(value) <= 1e6 else "must be a number above 0, and at most 1e6"
-        )
+    least: float = _ABOVE_0
+    most: float = 1e6
+    allowed: str = "a number above 0, and at most 1e6"
 
 
 @dataclass(frozen=True)
-class Share(Kind):
+class Share(Number):
     """A share, as in 1% or 0.01."""
 
+    most: float = 1.0
     metavar: str = field(default="SHARE", kw_only=True)
-    python = "float"
+    allowed: str = "a share from 0% to 100%, as in 1% or 0.01"
 
     def read(self, text: str) -> float:
-        """See `Kind`."""
         try:
             return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
         except ValueError:
             raise ArgumentTypeError(f"'{text}': expected a share as in 1% or 0.01") from None
-
-    def check(self, name: str, value: Any) -> float:
-        """See `Kind`."""
-        return float(super().check(name, value))
-
-    def problem(self, value: Any) -> str | None:
-        """See `Kind`."""
-        return None if self.fits(value) else f"must be {self.allowed}"
-
-    allowed = "a share from 0% to 100%, as in 1% or 0.01"
-
-    def fits(self, value: Any) -> bool:
-        """Whether it may be this share."""
-        return not isinstance(value, bool) and isinstance(value, Real) and 0 <= float(value) <= 1
 
 
 @dataclass(frozen=True)
 class Precision(Share):
     """A relative half-width that can be reached."""
 
-    allowed = "a share from 0.0001% to below 100%, as in 1% or 0.01"
-
-    def fits(self, value: Any) -> bool:
-        """See `Share`."""
-        return super().fits(value) and 1e-6 <= float(value) < 1
+    least: float = 1e-6
+    most: float = _BELOW_1
+    allowed: str = "a share from 0.0001% to below 100%, as in 1% or 0.01"
 
 
 @dataclass(frozen=True)
 class Risk(Share):
     """A probability between 0 and 1, neither of them."""
 
+    least: float = _ABOVE_0
+    most: float = _BELOW_1
     metavar: str = field(default="P", kw_only=True)
-    allowed = "a probability above 0 and below 1, as in 1e-3"
-
-    def fits(self, value: Any) -> bool:
-        """See `Share`."""
-        return super().fits(value) and 0 < float(value) < 1
+    allowed: str = "a probability above 0 and below 1, as in 1e-3"
 
 
 @dataclass(frozen=True)
@@ -181,7 +162,6 @@ class Seconds(Kind):
     python = "float"
 
     def read(self, text: str) -> float:
-        """See `Kind`."""
         number, unit = (text[:-1], text[-1]) if text[-1:] in _UNITS_S else (text, "s")
         try:
             value = float(number) * _UNITS_S[unit]
@@ -204,11 +184,9 @@ class Choice(Kind):
             object.__setattr__(self, "metavar", text)
 
     def __call__(self, text: str) -> str:
-        """See `Kind`."""
         return str(self.check("", text))
 
     def check(self, name: str, value: Any) -> str:
-        """See `Kind`."""
         if value in self.names:
             return str(value)
         error = unknown(f"`{name}`" if name else "", shown(value), self.names)
@@ -222,7 +200,6 @@ class Folder(Kind):
     metavar: str = field(default="DIR", kw_only=True)
 
     def read(self, text: str) -> Path:
-        """See `Kind`."""
         if not text.strip() or "\0" in text:
             raise ArgumentTypeError("must be the name of a folder")
         if is_there(Path(text)) and not Path(text).is_dir():
@@ -232,11 +209,11 @@ class Folder(Kind):
 
 @dataclass(frozen=True)
 class Listed(Kind):
-    """One value or several of a kind, without repetitions."""
+    """One value or several of a kind."""
 
-    may_repeat = False
     metavar: str = field(default="LIST", kw_only=True)
     of: Kind = Kind()
+    may_repeat: bool = False
 
     @property
     def python(self) -> str:  # type: ignore[override]
@@ -268,24 +245,11 @@ class Listed(Kind):
         return [self.of(part) for part in parts] if isinstance(self.of, Choice) else parts
 
     def check(self, name: str, value: Any) -> list[Any]:
-        """See `Kind`."""
         several = isinstance(value, Iterable) and not isinstance(value, str) and getattr(value, "ndim", 1) > 0
         listed = list(value) if several else [value]
         if not listed:
             raise InputError(f"`{name}` needs at least one value")
         return [self.of.check(name, item) for item in (listed if self.may_repeat else dict.fromkeys(listed))]
-
-
-@dataclass(frozen=True)
-class Numbers(Listed):
-    """One number or several, which may repeat."""
-
-    may_repeat = True
-    of: Kind = Number()
-
-    def check(self, name: str, value: Any) -> list[float]:
-        """See `Kind`."""
-        return [float(number) for number in super().check(name, value)]
 
 
 def _range(part: str) -> list[int]:
@@ -321,7 +285,6 @@ class Placements(Listed):
     python = "str, Placement, int array (rank of each expert), or list of these"
 
     def check(self, name: str, value: Any) -> Any:
-        """See `Kind`."""
         return value
 
 
@@ -333,7 +296,6 @@ class PerRank(Listed):
     python = "bool"
 
     def check(self, name: str, value: Any) -> bool:  # type: ignore[override]
-        """See `Kind`."""
         return bool(value)
 
 

@@ -172,23 +172,18 @@ def answer_of_sweep(result: SweepResult) -> str:
     rows = ratios[ratios.placement == best]
     most = rows.loc[rows["mean"].idxmin()]
     largest = rows[rows.tokens == rows.groupby("ep_size").tokens.transform("max")].sort_values("ep_size")
-    text = f"{best} instead of {baseline} changes the busiest rank's mean load by {_change(most, 'mean')} at best "
-    text += f"(95 %: {_interval(most, 'mean')}; EP {most.ep_size}, {_tokens(most.tokens)}). In the largest steps: "
+    text = f"{best} instead of {baseline} changes the busiest rank's mean load by {_change(most['mean'])} at best "
+    text += (
+        f"(95 %: {_change(most.mean_low)} to {_change(most.mean_high)}; EP {most.ep_size}, {_tokens(most.tokens)}). "
+    )
+    text += "In the largest steps: "
     few = largest.iloc[np.unique(np.linspace(0, len(largest) - 1, min(4, len(largest))).round().astype(int))]
-    return text + ", ".join(f"{_change(row, 'mean')} at EP {row.ep_size}" for _, row in few.iterrows()) + "."
+    return text + ", ".join(f"{_change(row['mean'])} at EP {row.ep_size}" for _, row in few.iterrows()) + "."
 
 
-def _change(row: Any, what: str) -> str:
-    return _percent(row[what] - 1)
-
-
-def _interval(row: Any, what: str) -> str:
-    return f"{_percent(row[f'{what}_low'] - 1)} to {_percent(row[f'{what}_high'] - 1)}"
-
-
-def _percent(share: float) -> str:
-    text = f"{100 * share:+.1f} %".replace("-", "\N{MINUS SIGN}")
-    return "0 %" if float(f"{100 * share:.1f}") == 0 else text
+def _change(ratio: float) -> str:
+    text = f"{100 * (ratio - 1):.1f}"
+    return "0 %" if float(text) == 0 else f"{float(text):+.1f} %".replace("-", "\N{MINUS SIGN}")
 
 
 def _tokens(tokens: int) -> str:

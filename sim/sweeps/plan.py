@@ -9,7 +9,8 @@ import numpy as np
 
 from sim.errors import InputError, shown, whole_number
 from sim.model import ModelSpec, load_model
-from sim.options import DEFAULT_MAX_TRIALS, DEFAULT_TRIALS, SweepOptions, identity
+from sim.options import DEFAULT_MAX_TRIALS, DEFAULT_TRIALS, SweepOptions
+from sim.options.declare import identity
 from sim.placement import BUDGET, LayerCost, Placement, check_ep_size, is_load_aware, most_slots, split_name
 from sim.results import SCHEMA
 from sim.router import check_pair, routing_law

@@ -12,7 +12,9 @@ import pandas as pd
 
 from sim.kernels import usable_processors
 from sim.model import ModelSpec
-from sim.options import THREADS, SweepOptions, takes
+from sim.options import SweepOptions
+from sim.options.declare import takes
+from sim.options.kinds import THREADS
 from sim.progress import advance, phase
 from sim.results import SweepResult
 from sim.router import routing_law

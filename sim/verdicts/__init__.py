@@ -9,12 +9,13 @@ from typing import Any
 
 import pandas as pd
 
-from sim.cost.inputs import as_numbers
-from sim.errors import InputError, shown, unknown, whole_number
+from sim.errors import InputError, shown, unknown
+from sim.options import ClaimOptions
+from sim.options.declare import takes
 from sim.progress import track
 from sim.traffic import SyntheticTraffic, Workload, load_workload
 from sim.verdicts import gains, loads
-from sim.verdicts.verdict import PLAUSIBLE_SHARE, Conditions, Finding
+from sim.verdicts.verdict import Conditions, Finding
 
 __all__ = ["CLAIMS", "Conditions", "Finding", "claims"]
 
@@ -50,14 +51,9 @@ def _entries() -> dict[str, dict[str, Any]]:
     return tomllib.loads(resources.files("sim.verdicts").joinpath("claims.toml").read_text(encoding="utf-8"))
 
 
+@takes(ClaimOptions)
 def claims(
-    workload: Workload | str | Path = "chat",
-    *,
-    only: str | list[str] | None = None,
-    seed: int = 0,
-    effort: float = 1.0,
-    plausible_share: float = PLAUSIBLE_SHARE,
-    threads: int | None = None,
+    workload: Workload | str | Path = "chat", *, only: str | list[str] | None = None, **options: Any
 ) -> pd.DataFrame:
     """Examine published claims under some traffic.
 
@@ -67,12 +63,7 @@ def claims(
         Synthetic decode traffic; prefill claims add the request effect of the preset 'prefill' to it.
     only : str or list of str
         Ids of those to examine (default: all; see CLAIMS).
-    seed : int
-    effort : float
-        Scales the number of trials; 1 is the published table.
-    plausible_share : float
-        Largest share of a step that routed experts and exchange may have, for a gain to be put down to them.
-    threads : int
+    **options
 
     Returns
     -------
@@ -100,11 +91,7 @@ def claims(
     for name in names:
         if name not in CLAIMS:
             raise unknown("claim", shown(name), CLAIMS)
-    as_numbers("`effort`", effort, 0.01, 100)
-    as_numbers("`plausible_share`", plausible_share, 1e-6, 1)
-    if threads is not None:
-        whole_number("`threads`", threads, 1, 4096)
-    conditions = Conditions(traffic, whole_number("`seed`", seed, 0, 2**63 - 1), effort, plausible_share, threads)
+    conditions = Conditions(traffic, **vars(ClaimOptions(**options)))
     sizes = [_SECONDS.get(name, 0.1) for name in names]
     return pd.DataFrame([_row(name, conditions) for name in track(names, sizes, names)])
 

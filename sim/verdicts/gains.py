@@ -2,7 +2,8 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -183,8 +184,12 @@ def _against_linear(
     return [_saved_of(row) for row in gains.itertuples()]
 
 
-def _of_setup(conditions: Conditions, claimed: float, saved: Estimate, by: str) -> Finding:
-    """Finding of a claim of one set-up: the step must save `claimed`, and the experts save `saved` by something."""
+def _of_setup(
+    conditions: Conditions, published: dict[str, float], model: str, placement: str, by: str, **setup: Any
+) -> Finding:
+    """Finding of a claim of one set-up, prefill: what the step must save, and what a placement saves of the experts' time."""
+    (saved,) = _against_linear(conditions, model, conditions.prefill, [placement], **setup)
+    claimed = time_saved(published["throughput_gain"])
     share = needed_share(claimed, saved)
     verdict, remark = _verdict(conditions, np.array([share]), np.array([saved]), lambda fits: "this set-up")
     return Finding(
@@ -199,59 +204,43 @@ def _of_setup(conditions: Conditions, claimed: float, saved: Estimate, by: str) 
 
 def balanced_18(conditions: Conditions, published: dict[str, float]) -> Finding:
     """Perfect balance against linear in prefill at EP 32."""
-    saved = _against_linear(
-        conditions,
-        "deepseek-v3",
-        conditions.prefill,
-        [PERFECT],
-        gpus="h100",
-        ep_sizes=32,
-        tokens=16384,
-    )
-    return _of_setup(conditions, time_saved(published["throughput_gain"]), saved[0], PERFECT)
+    return _of_setup(conditions, published, "deepseek-v3", PERFECT, PERFECT, gpus="h100", ep_sizes=32, tokens=16384)
 
 
 def eplb_gains(conditions: Conditions, published: dict[str, float]) -> Finding:
     """EPLB with 32 redundant slots against linear, prefill at EP 32 and decode at EP 72."""
-    names: list[str] = []
-    saved: list[Estimate] = []
-    best: list[Estimate] = []
-    share: list[Estimate] = []
+    names, saved, best, share = [], [], [], []
     for phase, workload, ep_size, of_rank in (
         ("prefill", conditions.prefill, 32, 16384),
         ("decode", conditions.workload, 72, 256),
     ):
-        names.append(f"{phase} at EP {ep_size}")
         of_eplb, of_perfect = _against_linear(
             conditions, "deepseek-v3", workload, ["eplb+32", PERFECT], gpus="h100", ep_sizes=ep_size, tokens=of_rank
         )
+        names.append(f"{phase} at EP {ep_size}")
         saved.append(of_eplb)
         best.append(of_perfect)
-        share.append(needed_share(time_saved(published[f"{phase}_throughput_gain"]), saved[-1]))
+        share.append(needed_share(time_saved(published[f"{phase}_throughput_gain"]), of_eplb))
 
-    def cases(chosen: list[bool]) -> str:
-        return f"it is {' or '.join(name for name, is_chosen in zip(names, chosen, strict=True) if is_chosen)}"
+    def listed(texts: Iterable[str]) -> str:
+        return ", ".join(f"{text} in {name}" for text, name in zip(texts, names, strict=True))
 
-    verdict, remark = _verdict(conditions, np.array(share), np.array(saved), cases)
+    verdict, remark = _verdict(
+        conditions, np.array(share), np.array(saved), lambda fits: f"it is {' or '.join(compress(names, fits))}"
+    )
     least = int(np.argmax([row[0] for row in share]))
+    needed = listed(f"{share_text(of[0])} of the step" for of in share)
     return Finding(
-        "experts' time saved by EPLB with 32 redundant slots: "
-        + ", ".join(f"{saved_text(of)} in {name}" for name, of in zip(names, saved, strict=True)),
+        f"experts' time saved by EPLB with 32 redundant slots: {listed(map(saved_text, saved))}",
         saved[least],
         f"share of the experts' time that is saved, {names[least]}",
         verdict,
-        "Routed experts would need "
-        + ", ".join(f"{share_text(of[0])} of the step in {name}" for name, of in zip(names, share, strict=True))
-        + "; perfect balance would save "
-        + ", ".join(f"{saved_text(of)} in {name}" for name, of in zip(names, best, strict=True))
-        + f".{remark}",
+        f"Routed experts would need {needed}; perfect balance would save {listed(map(saved_text, best))}.{remark}",
         share[least],
     )
 
 
 def rearrange_16_7(conditions: Conditions, published: dict[str, float]) -> Finding:
     """EPLB without redundant slots against linear, prefill at EP 8, DeepSeek-V4-Pro."""
-    saved = _against_linear(
-        conditions, "deepseek-v4-pro", conditions.prefill, ["eplb"], gpus="b200", dtype="fp4", ep_sizes=8, tokens=8192
-    )
-    return _of_setup(conditions, time_saved(published["throughput_gain"]), saved[0], "EPLB")
+    setup = {"gpus": "b200", "dtype": "fp4", "ep_sizes": 8, "tokens": 8192}
+    return _of_setup(conditions, published, "deepseek-v4-pro", "eplb", "EPLB", **setup)

@@ -10,9 +10,6 @@ from sim.traffic import SyntheticTraffic, load_workload
 
 HOLDS, DOES_NOT_FOLLOW, NOT_BY_LOAD = "holds", "does not follow", "not explained by load alone"
 HOLDS_ONLY = "holds only when"
-PLAUSIBLE_SHARE = 0.8
-"""Largest share of a step that routed experts and their exchange are taken to have: attention, shared experts, norms and
-the sampler take the rest."""
 Estimate = tuple[float, float, float]
 """A value with the ends of its 95 % interval, both equal to it where the answer is exact."""
 
