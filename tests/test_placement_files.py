@@ -190,7 +190,7 @@ ROWS = [[3, 2, 1, 0], [0, 1, 2, 3], [1, 0, 3, 2], [0, 2, 1, 3], [2, 0, 1, 3]]
         ("trtllm", [0, 1, 2], None, "the 2 MoE layers of layered are 1 to 3, and 3 is not there"),
         ("vllm-ascend", [1, 3], [0, 1], ""),
         ("vllm-ascend", [0, 1], [0, 1], ""),
-        ("vllm-ascend", [0, 1, 2], [0, 1], "the last 1 of its layers left out"),
+        ("vllm-ascend", [0, 1, 2], [0, 1], "layer 4 left out"),
     ],
 )
 def test_rows_of_a_file_become_the_layers_that_the_engine_takes_them_for(tmp_path, form, ids, wanted, note):
@@ -220,7 +220,7 @@ def test_rows_of_a_file_become_the_layers_that_the_engine_takes_them_for(tmp_pat
         ("sglang", 13, "has layers 8 to 12, past the 8 decoder layers of layered: another model's map?"),
         ("ranks", 13, "has layers 8 to 12, past the 8 decoder layers of layered: another model's map?"),
         ("trtllm", 13, "has layers 8 to 12, past the 8 decoder layers of layered: another model's map?"),
-        ("vllm-ascend", 13, "has 13 layers, layered has 8 MoE layers: another model's map?"),
+        ("vllm-ascend", 13, "has layers 8 to 12, past the 8 decoder layers of layered: another model's map?"),
         ("sglang", 3, "3 layers for the 8 MoE layers of layered: taken in turn"),
         ("trtllm", 3, "taken in turn; TensorRT-LLM stops at layer 3, which is not there"),
         ("vllm-ascend", 3, "3 layers for the 8 MoE layers of layered: taken in turn"),
@@ -315,7 +315,7 @@ ASCEND = (
         ('{"physical_to_logical_map": [[0, 1, 2, 0]], "physical_to_logical_map": []}', "stands twice in one object"),
         ('{"num_slots": 4, "initial_global_assignments": {"3": [0, 1, 2]}}', "num_slots = 4 slots; layer 3 has 3"),
         ("moe_config:\n  num_slots: 4\n", "num_slots at the beginning of a line"),
-        (YAML.replace("num_slots: 4 ", "num_slots: 5 "), "num_slots = 5 slots; layer 11 has 4"),
+        (YAML.replace("num_slots: 4 ", "num_slots: 5 "), "num_slots = 5 slots; layer 3 has 4"),
         (YAML.replace("num_slots: 4 ", "slots: 4 "), "has no num_slots"),
         (YAML.replace("  - 2", "  - 1"), "layer 11: expert 2 of the model's 3 has no slot"),
         (YAML.replace("  - 2", "  - x"), "line 6: expected a whole number, not x"),
@@ -325,7 +325,7 @@ ASCEND = (
         (YAML.replace("'3'", "11"), "layer 11 is out of place, there twice"),
         (YAML.replace("'3': [", "'3': !!python/object ["), "expected a list of experts"),
         (MAP % f"[{[0, 1, 2, 0] * 9000}]", "its 36000 slots must be from the model's 3 experts to 32771"),
-        ("num_slots: 4\ninitial_global_assignments:\n", "there is none"),
+        ("num_slots: 4\ninitial_global_assignments:\n", "must be {layer: [expert of each slot]}, not {}"),
         ("initial_global_assignments: {3: [0, 1, 2, 0]}\n", "expected a line 'layer: [experts]'"),
     ],
 )  # fmt: skip
