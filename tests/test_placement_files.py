@@ -180,17 +180,32 @@ ROWS = [[3, 2, 1, 0], [0, 1, 2, 3], [1, 0, 3, 2], [0, 2, 1, 3], [2, 0, 1, 3]]
     [
         ("sglang", range(4), [1, 3], ""),  # decoder layers of a model whose layers 1 and 3 have experts
         ("sglang", range(2), [0, 1], ""),  # as many as MoE layers
-        ("sglang", range(5), [1, 3], "layer 4 left out"),
+        (
+            "sglang",
+            range(5),
+            [1, 3],
+            "layers past the 4 decoder layers of layered are left out (a draft model's?): [4]",
+        ),
         ("sglang", range(3), None, "has 3 layers; layered has 4 decoder layers, 2 of them with experts"),
         ("ranks", range(4), [1, 3], ""),
         ("trtllm", [1, 3], [0, 1], ""),
         ("trtllm", [0, 1, 2, 3], [1, 3], ""),
-        ("trtllm", [1, 3, 4], [0, 1], "layer 4 left out"),
+        (
+            "trtllm",
+            [1, 3, 4],
+            [0, 1],
+            "layers past the 4 decoder layers of layered are left out (a draft model's?): [4]",
+        ),
         ("trtllm", [0, 1], [0, 1], "layers 0 to 1 taken for the MoE layers in order; TensorRT-LLM looks for 1 to 3"),
         ("trtllm", [0, 1, 2], None, "the 2 MoE layers of layered are 1 to 3, and 3 is not there"),
         ("vllm-ascend", [1, 3], [0, 1], ""),
         ("vllm-ascend", [0, 1], [0, 1], ""),
-        ("vllm-ascend", [0, 1, 2], [0, 1], "layer 4 left out"),
+        (
+            "vllm-ascend",
+            [0, 1, 2],
+            [0, 1],
+            "layers past the 4 decoder layers of layered are left out (a draft model's?): [4]",
+        ),
     ],
 )
 def test_rows_of_a_file_become_the_layers_that_the_engine_takes_them_for(tmp_path, form, ids, wanted, note):
@@ -217,10 +232,14 @@ def test_rows_of_a_file_become_the_layers_that_the_engine_takes_them_for(tmp_pat
 @pytest.mark.parametrize(
     ("form", "n_rows", "message"),
     [
-        ("sglang", 13, "has layers 8 to 12, past the 8 decoder layers of layered: another model's map?"),
-        ("ranks", 13, "has layers 8 to 12, past the 8 decoder layers of layered: another model's map?"),
-        ("trtllm", 13, "has layers 8 to 12, past the 8 decoder layers of layered: another model's map?"),
-        ("vllm-ascend", 13, "has layers 8 to 12, past the 8 decoder layers of layered: another model's map?"),
+        ("sglang", 13, "has layers past the 8 decoder layers of layered: [8, 9, 10, 11, 12]; another model's map?"),
+        ("ranks", 13, "has layers past the 8 decoder layers of layered: [8, 9, 10, 11, 12]; another model's map?"),
+        ("trtllm", 13, "has layers past the 8 decoder layers of layered: [8, 9, 10, 11, 12]; another model's map?"),
+        (
+            "vllm-ascend",
+            13,
+            "has layers past the 8 decoder layers of layered: [8, 9, 10, 11, 12]; another model's map?",
+        ),
         ("sglang", 3, "3 layers for the 8 MoE layers of layered: taken in turn"),
         ("trtllm", 3, "taken in turn; TensorRT-LLM stops at layer 3, which is not there"),
         ("vllm-ascend", 3, "3 layers for the 8 MoE layers of layered: taken in turn"),

@@ -207,11 +207,11 @@ def test_requests_and_tokens_without_routing_are_left_out_and_counted(tmp_path):
         notes=(
             "2 requests without routing (null, or aborted) are left out",
             "1 tokens without routing (null) are left out",
-            "6 tokens without routing (all zero) are left out",
+            "6 tokens without routing (all 0) are left out",
         ),
     )
     np.save(tmp_path / "x.npy", np.concatenate([zeros, REQUESTS[0]]))
-    same(read_traffic(tmp_path / "x.npy"), REQUESTS[:1], ("5 tokens without routing (all zero) are left out",))
+    same(read_traffic(tmp_path / "x.npy"), REQUESTS[:1], ("5 tokens without routing (all 0) are left out",))
 
 
 @pytest.mark.parametrize(

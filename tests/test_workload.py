@@ -181,7 +181,7 @@ GOOD = np.tile([0, 1], (6, 1, 1))
         (GOOD, [[6]], "at least 1"),
         (GOOD, [], "whole numbers"),
         (GOOD, [2**62, 2**62, 2**62, 2**62, 6], "add up"),
-        (np.zeros((6, 1, 2), int), [6], "all zeros"),
+        (np.zeros((6, 1, 2), int), [6], "no tokens with routing: all 0"),
     ],
 )
 def test_bad_records_are_refused(tmp_path, ids, lengths, message):

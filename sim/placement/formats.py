@@ -218,11 +218,10 @@ class _File(NamedTuple):
             note = f"{len(ids)} layers for the {len(moe)} MoE layers of {self.model.name}: taken in turn"
             return rows, ids if set(ids) <= set(moe) else None, (note,)
         past = sorted(layer for layer in ids if layer >= n_layers)
-        which = f"layer{'s' * (len(past) > 1)} {' to '.join(map(str, dict.fromkeys(past[:1] + past[-1:])))}"
-        which_past = f"past the {n_layers} decoder layers of {self.model.name}"
+        told = f"layers past the {n_layers} decoder layers of {self.model.name}"
         if len(past) > MOST_DRAFTS:
-            raise InputError(f"{self.where} has {which}, {which_past}: another model's map?")
-        notes = (f"{which} left out: {which_past} (a draft model's?)",) if past else ()
+            raise InputError(f"{self.where} has {told}: {shown(past)}; another model's map?")
+        notes = (f"{told} are left out (a draft model's?): {past}",) if past else ()
         return {layer: rows[layer] for layer in moe}, moe, notes
 
     def of_slots(
