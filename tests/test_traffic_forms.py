@@ -426,7 +426,7 @@ def test_per_pass_counts_are_mapped_and_ranks_added_up(torch_files):
                 wanted[rank, layer, expert] += physical[rank, :, layer, slot].sum()
     found = read_traffic(path.parent, SMALL)
     np.testing.assert_array_equal(found.expert_counts, wanted.sum(axis=0))
-    assert (found.n_steps, found.notes[1]) == (4, "2 files are added up")
+    assert (found.n_steps, found.notes[1]) == (4, "2 ranks are added up")
     np.testing.assert_array_equal(read_traffic(path).expert_counts, wanted[1])
     np.testing.assert_array_equal(read_traffic([path, path.parent / "x_0.pt"]).expert_counts, wanted.sum(axis=0))
 

@@ -242,7 +242,6 @@ def place_fixed(name: str, model: ModelSpec, ep_size: int, ranks_per_node: int) 
     return Placement.of_ranks(name, ep_size, ranks[None])
 
 
-@lru_cache(maxsize=16)  # the EP sizes of a chunk ask for the same
 @lru_cache(maxsize=4)  # all EP sizes of a chunk ask for the same
 def _random_places(n_experts: int, seed: int, first_draw: int, n_draws: int) -> np.ndarray:
     """Place of each expert in one random permutation per layer draw, int64 [n_draws, n_experts]."""

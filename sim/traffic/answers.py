@@ -371,34 +371,42 @@ def _shaped(flat: np.ndarray, here: str, model: ModelSpec) -> np.ndarray:
 
 
 def is_trace(held: Any) -> bool:
-    """Whether this is a request of a trace set: a list of steps {layer: [[expert ids] of each token]}, null for dense layers."""
-    if not isinstance(held, list) or not held or not all(isinstance(step, dict) and step for step in held):
-        return False
-    return all(layer_of_key(key) is not None for key in held[0]) and all(
-        value is None or (isinstance(value, list) and depth_of(value) == 2) for value in held[0].values()
+    """Whether this is a request of a trace set: a list of objects, of which the first is a step."""
+    return isinstance(held, list) and bool(held) and all(isinstance(step, dict) for step in held) and is_step(held[0])
+
+
+def is_step(held: Any) -> bool:
+    """Whether this is a step of a trace set: {layer: [[expert ids] of each token]}, null for dense layers."""
+    return (
+        isinstance(held, dict)
+        and bool(held)
+        and all(
+            layer_of_key(key) is not None and (value in (None, []) or depth_of(value) == 2)
+            for key, value in held.items()
+        )
     )
 
 
 def add_trace(requests: Requests, steps: list[Any], here: str, phase: str) -> None:
     """Take a request of a trace set: its step 0, the prefill, or the steps after it, the decode."""
     layers: list[int] | None = None
-    chosen = []
+    chosen: list[list[list[Any]]] = []
     for number, step in enumerate(steps):
-        if not isinstance(step, dict) or any(layer_of_key(key) is None for key in step):
+        if not is_step(step):
             raise InputError(f"{here}: step {number} is no object {{layer: [[expert ids] of each token]}}")
-        routed = sorted((layer_of_key(key) or 0, key) for key, value in step.items() if value is not None)
-        if not routed:
+        of_layer = {layer_of_key(key) or 0: rows for key, rows in step.items() if rows is not None}
+        if not of_layer:
             continue
+        routed = sorted(of_layer.items())
         layers = layers or [layer for layer, _ in routed]
         if [layer for layer, _ in routed] != layers:
             raise InputError(
                 f"{here}: step {number} has routing in {len(routed)} layers, the first one in {len(layers)}, or others"
             )
-        by_layer = [step[key] for _, key in routed]
         if (phase == "prefill") == (number == 0):
-            chosen.append(by_layer)
+            chosen.append([rows for _, rows in routed])
         else:
-            requests.n_other_phase += len(by_layer[0]) if isinstance(by_layer[0], list) else 0
+            requests.n_other_phase += len(routed[0][1])
     if layers is None:
         requests.without()
         return
@@ -409,11 +417,5 @@ def add_trace(requests: Requests, steps: list[Any], here: str, phase: str) -> No
         )
     requests.layer_ids = layers
     if chosen:
-        joined = (
-            [list(chain.from_iterable(parts)) for parts in zip(*chosen, strict=True)] if _are_lists(chosen) else chosen
-        )
+        joined = [list(chain.from_iterable(parts)) for parts in zip(*chosen, strict=True)]
         requests.add(_nested(joined, here, requests).transpose(1, 0, 2), here)
-
-
-def _are_lists(chosen: list[Any]) -> bool:
-    return all(isinstance(layer, list) for by_layer in chosen for layer in by_layer)

@@ -342,7 +342,7 @@ def add_tables(tables: list[CountTable], where: str, what: str = "files") -> Cou
     follow = first.counts.ndim == 3 and n_steps == len(steps)
     notes = [*dict.fromkeys(note for table in tables for note in table.notes)]
     notes.append(
-        f"the steps of {len(tables)} {what} follow each other" if follow else f"{len(tables)} {what} are added up"
+        f"the steps of {len(tables)} tables follow each other" if follow else f"{len(tables)} {what} are added up"
     )
     return CountTable(
         total if first.counts.ndim == 3 else total[0],

@@ -14,7 +14,7 @@ from sim.errors import InputError, shown
 from sim.files import check_regular, is_folder
 from sim.model import ModelSpec, load_model
 from sim.model.spec import MOST_DRAFTS
-from sim.traffic.answers import Requests, add_answer, add_trace, is_trace, json_values
+from sim.traffic.answers import Requests, add_answer, add_trace, is_step, is_trace, json_values
 from sim.traffic.arrays import open_archive
 from sim.traffic.counts import (
     COUNT_NAMES,
@@ -120,25 +120,8 @@ def read_traffic(
         raise InputError(f"{where}: of TensorRT-LLM's expert statistics give the folder, with meta_info.json in it")
     found = _read_files(paths, Requests(where, model), phase)
     if isinstance(found, CountTable):
-        found.notes += more
-        return _loads(found, where, name, model)
-    ids, lengths = found.joined()
-    form = f"read as {found.form}"
-    if len(found.arrays) == 1 and found.layer_ids is None:
-        form += _check_axes(ids.shape, model, where, ("tokens", "layers", "top_k"), found.is_by_shape)
-    layer_ids = None if found.layer_ids is None else np.array(found.layer_ids)
-    ids, layer_ids, drafts = _without_drafts(ids, layer_ids, model)
-    more += drafts
-    if model is not None and ids.shape[1:] == (model.n_layers, 1) and model.n_moe_layers < model.n_layers:
-        moe = np.array(model.moe_layer_ids)  # with one expert per token zeros do not tell dense layers
-        if not np.delete(ids, moe, axis=1).any():
-            ids, layer_ids = ids[:, moe], moe
-            more.append(f"{model.n_layers - len(moe)} layers that are dense in {model.name} are left out")
-    record = build_record(where, name, ids, lengths, phase, source, layer_ids)
-    n_equal = len(found.arrays) - len({hash(array.tobytes()) for array in found.arrays}) if len(found.arrays) > 1 else 0
-    more += [f"{n_equal} requests have the same routing as another: each is counted"] if n_equal else []
-    notes, n_steps = (form, *found.notes, *record.notes, *more), len(found.passes) or None
-    return _of_model(replace(record, notes=notes, n_steps=n_steps), layer_ids is not None, model, ids.shape[1])
+        return _loads(found, where, name, model, more)
+    return _tokens(found, where, name, phase, source, more)
 
 
 def _check_axes(
@@ -181,7 +164,7 @@ def _listed(folder: Path, where: str) -> tuple[list[Path], int]:
     if not chosen:
         raise InputError(f"{where} has no file that is known: their endings are {', '.join(SUFFIXES)}")
     chosen.sort(key=lambda name: [part.zfill(20) for part in re.split(r"(\d+)", name)])
-    return [folder / name for name in chosen], len(names) - len(chosen)
+    return [folder / name for name in chosen], len(set(names) - {*chosen, "meta_info.json"})
 
 
 def _kind(path: Path, where: str) -> str:
@@ -221,7 +204,8 @@ def _read_files(paths: list[Path], requests: Requests, phase: str) -> CountTable
             "requests: stack the layers in one array [tokens, layers, top_k] or [layers, experts]"
         )
     if tables:
-        return add_tables(successive(tables) if tables[0].form == STAT else tables, where)
+        what = "ranks" if kind in ("pt", "statistics") else "files"
+        return add_tables(successive(tables) if tables[0].form == STAT else tables, where, what)
     requests.form = "; ".join(forms) + ("" if len(paths) == 1 else f", {len(paths)} files")
     if requests.n_other_phase:
         other = "prefill" if phase == "decode" else "decode"
@@ -294,14 +278,34 @@ def _refuse_known(held: Any, here: str) -> None:
             and not any(name in held for name in (*COUNT_NAMES, *PHYSICAL_NAMES))
         ):
             raise InputError(f"{here}: {what}, and no traffic")
-    if held and is_trace([held]) and not all(value is None for value in held.values()):
+    if is_step(held) and any(held.values()):
         raise InputError(f"{here}: one step {{layer: [[expert ids] of each token]}}; a request is a list of such steps")
 
 
-def _loads(table: CountTable, where: str, name: str, model: ModelSpec | None) -> LoadCounts:
+def _tokens(found: Requests, where: str, name: str, phase: str, source: str, more: list[str]) -> RecordedTraffic:
+    """Checked ids of requests, of the model where it is known."""
+    model, form, (ids, lengths) = found.model, f"read as {found.form}", found.joined()
+    if len(found.arrays) == 1 and found.layer_ids is None:
+        form += _check_axes(ids.shape, model, where, ("tokens", "layers", "top_k"), found.is_by_shape)
+    layer_ids = None if found.layer_ids is None else np.array(found.layer_ids)
+    ids, layer_ids, drafts = _without_drafts(ids, layer_ids, model)
+    if model is not None and ids.shape[1:] == (model.n_layers, 1) and model.n_moe_layers < model.n_layers:
+        moe = np.array(model.moe_layer_ids)  # with one expert per token zeros do not tell dense layers
+        if not np.delete(ids, moe, axis=1).any():
+            ids, layer_ids = ids[:, moe], moe
+            drafts.append(f"{model.n_layers - len(moe)} layers that are dense in {model.name} are left out")
+    record = build_record(where, name, ids, lengths, phase, source, layer_ids)
+    n_equal = len(found.arrays) - len({hash(array.tobytes()) for array in found.arrays}) if len(found.arrays) > 1 else 0
+    equal = [f"{n_equal} requests have the same routing as another: each is counted"] if n_equal else []
+    notes = (form, *found.notes, *record.notes, *more, *drafts, *equal)
+    record = replace(record, notes=notes, n_steps=len(found.passes) or None)
+    return _of_model(record, layer_ids is not None, model, ids.shape[1])
+
+
+def _loads(table: CountTable, where: str, name: str, model: ModelSpec | None, more: list[str]) -> LoadCounts:
     """Checked counts of a table, of the model where it is known."""
     counts, layer_ids, drafts = _without_drafts(table.counts, table.layer_ids, model)
-    notes = [f"read as {table.form}", *table.notes, *drafts]
+    notes = [f"read as {table.form}", *table.notes, *more, *drafts]
     if counts.ndim in (2, 3) and layer_ids is None:
         axes = ("steps", "layers", "experts")[-counts.ndim :]
         notes[0] += _check_axes(counts.shape, model, where, axes, table.steps is None)
