@@ -20,7 +20,7 @@ from sim.errors import InputError, shown
 from sim.files import first_line, open_stream, reading, unique
 from sim.model import ModelSpec
 from sim.traffic.arrays import array_of_bytes, narrow_ids
-from sim.traffic.tables import depth_of, layer_of_key
+from sim.traffic.tables import depth_of, layer_of_key, numbered_lines
 
 TOKEN_NAMES = (
     "routed_experts",
@@ -179,9 +179,7 @@ def json_values(path: Path, where: str) -> Iterator[tuple[Any, str]]:
 
 def _lines(file: IO[bytes], where: str) -> Iterator[tuple[int, bytes]]:
     """Lines that hold something, with their numbers; of server-sent events only the data."""
-    for number, line in enumerate(iter(lambda: file.readline(_MAX_LINE), b""), 1):
-        if len(line) >= _MAX_LINE:
-            raise InputError(f"{where}, line {number}: longer than {_MAX_LINE >> 20} MiB")
+    for number, line in numbered_lines(file, where, _MAX_LINE):
         text = line.removeprefix(b"\xef\xbb\xbf").strip().removeprefix(b"data:").strip()
         if text and text != b"[DONE]" and not text.startswith((b"event:", b"id:", b"retry:", b": ")):
             yield number, text

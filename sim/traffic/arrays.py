@@ -15,6 +15,7 @@ from sim.files import MOST_PACKED, reading
 
 MAX_BYTES = 8 << 30
 MAX_ARRAYS = 100_000
+MOST_COUNTS = 2**27  # of an array that is no list of expert ids
 _MOST_UNASKED = 1 << 30  # bytes that a small file may unpack to
 _MAX_FILE_BYTES = 4 << 30  # of a file that a library reads whole
 _PIECE = 2**20
@@ -32,7 +33,7 @@ class Archive:
         if archive is not None:
             _check_unpacked(path, where, archive)
 
-    def read(self, name: str, kinds: str = "iu", most: int | None = None) -> np.ndarray:
+    def read(self, name: str, kinds: str = "iu", most: int | None = MOST_COUNTS) -> np.ndarray:
         """One array of whole numbers (or of the dtype kinds given), of `most` numbers, after a look at its header."""
         self._check(name, kinds, most)
         with self._open(name) as member:
@@ -42,7 +43,7 @@ class Archive:
         """One array of expert ids, int16, converted piece by piece: no more memory than the ids need."""
         shape, dtype, in_rows = self._check(name, "iu", None)
         if dtype == np.int16 or not in_rows:
-            return narrow_ids(self.read(name), self.where)
+            return narrow_ids(self.read(name, most=None), self.where)
         ids = np.empty(shape, np.int16)
         flat, done = ids.reshape(-1), 0
         with self._open(name) as member:
@@ -62,7 +63,7 @@ class Archive:
         if math.prod(shape[1:]) > _PIECE:
             raise InputError(f"{self.where}: {name or 'its array'} has rows of {math.prod(shape[1:])} numbers")
         if not in_rows or shape[0] <= rows:
-            return self.read(name, "iuf")[:rows]
+            return self.read(name, "iuf", None)[:rows]
         shape = (rows, *shape[1:])
         with self._open(name) as member:
             _header(member)

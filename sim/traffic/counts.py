@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from sim.errors import InputError, shown
+from sim.traffic.arrays import MOST_COUNTS
 from sim.traffic.recorded import MOST_LAYERS
 
-MOST_COUNTS = 2**27
 _MOST_TOP_K = 32  # columns: no router takes more experts
 COUNT_NAMES = (
     "logical_count", "counts", "count", "load", "loads", "expert_load", "expert_loads", "expert_counts", "token_counts",
@@ -50,6 +50,7 @@ class LoadCounts:
     digest: str
     n_steps: int | None = None
     notes: tuple[str, ...] = ()
+    n_tokens = n_sequences = None  # counts do not tell them
 
     @property
     def total(self) -> np.ndarray:
@@ -76,14 +77,6 @@ class LoadCounts:
     def n_experts(self) -> int:
         """Experts of a layer."""
         return self.counts.shape[2]
-
-    @property
-    def n_tokens(self) -> None:
-        """Counts do not tell tokens."""
-
-    @property
-    def n_sequences(self) -> None:
-        """Counts do not tell sequences."""
 
 
 def build_counts(

@@ -21,7 +21,6 @@ from sim.traffic.arrays import MAX_ARRAYS, Archive, as_array, narrow_ids, read_p
 from sim.traffic.counts import (
     COUNT_NAMES,
     MAP_NAMES,
-    MOST_COUNTS,
     PHYSICAL_NAMES,
     CountTable,
     Entry,
@@ -175,7 +174,7 @@ def read_archive(archive: Archive, requests: Requests) -> CountTable | Requests:
     counted = [name for name in (*COUNT_NAMES, *PHYSICAL_NAMES) if name in names]
     ends = next((name for name in (*_LENGTHS, "cu_seqlens") if name in names), None)
     if ends:
-        name, lengths = tokens[0] if tokens else "topk_ids", archive.read(ends, most=MOST_COUNTS)
+        name, lengths = tokens[0] if tokens else "topk_ids", archive.read(ends)
         ids, lengths = archive.read_ids(name), np.diff(lengths) if ends == "cu_seqlens" else lengths
         check_shapes(where, ids, lengths)
         requests.add(ids, where, lengths=lengths)
@@ -187,8 +186,8 @@ def read_archive(archive: Archive, requests: Requests) -> CountTable | Requests:
         table = _array_counts(archive, counted[0])
         own = next((key for key in ("layer_ids", "layers") if key in names), None)
         if own and archive.shape(own)[0] == table.counts.shape[-2:-1]:
-            table.layer_ids = archive.read(own, most=MOST_COUNTS).astype(np.int64)
-        slots = next((archive.read(key, most=MOST_COUNTS) for key in MAP_NAMES if key in names), None)
+            table.layer_ids = archive.read(own).astype(np.int64)
+        slots = next((archive.read(key) for key in MAP_NAMES if key in names), None)
         table.counts = logical_counts(counted[0], table.counts, slots, where)
         table.form += _not_read(names, {counted[0], own, *MAP_NAMES})
         return table
@@ -237,7 +236,7 @@ def _add_ids(requests: Requests, archive: Archive, name: str) -> Requests:
 def _of_layers(archive: Archive, requests: Requests) -> CountTable | Requests:
     """An array for each layer, named by it: of loads [experts] or [steps, experts], or of ids [tokens, top_k]."""
     layers = np.array([layer_of_key(name) for name in archive.names])
-    arrays = [archive.read(archive.names[i], "iuf", MOST_COUNTS) for i in np.argsort(layers)]
+    arrays = [archive.read(archive.names[i], "iuf") for i in np.argsort(layers)]
     if len({array.shape for array in arrays}) > 1 or len(set(layers.tolist())) < len(layers):
         raise InputError(
             f"{archive.where}: its arrays, one for each layer, differ in their shapes or name a layer twice"
@@ -262,7 +261,7 @@ def _not_read(names: list[str], read: set[str | None]) -> str:
 
 
 def _array_counts(archive: Archive, name: str) -> CountTable:
-    counts = archive.read(name, "iuf", MOST_COUNTS)
+    counts = archive.read(name, "iuf")
     axes = "[steps, layers, experts]" if counts.ndim == 3 else "[layers, experts]"
     table = CountTable(counts, f"an array of loads {axes}" + (f" named {name}" if name else ""))
     whole, largest = counts.dtype.kind in "iu", counts.max(initial=0)

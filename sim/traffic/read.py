@@ -124,7 +124,7 @@ def read_traffic(
     return _tokens(found, where, name, phase, source, more)
 
 
-def _check_axes(
+def _check_shape(
     shape: tuple[int, ...], model: ModelSpec | None, where: str, axes: tuple[str, ...], is_by_shape: bool
 ) -> str:
     """Refuse an array [..., layers, ...] whose first axis has the model's layers, and the second has not. Without a model, say
@@ -286,7 +286,7 @@ def _tokens(found: Requests, where: str, name: str, phase: str, source: str, mor
     """Checked ids of requests, of the model where it is known."""
     model, form, (ids, lengths) = found.model, f"read as {found.form}", found.joined()
     if len(found.arrays) == 1 and found.layer_ids is None:
-        form += _check_axes(ids.shape, model, where, ("tokens", "layers", "top_k"), found.is_by_shape)
+        form += _check_shape(ids.shape, model, where, ("tokens", "layers", "top_k"), found.is_by_shape)
     layer_ids = None if found.layer_ids is None else np.array(found.layer_ids)
     ids, layer_ids, drafts = _without_drafts(ids, layer_ids, model)
     if model is not None and ids.shape[1:] == (model.n_layers, 1) and model.n_moe_layers < model.n_layers:
@@ -308,7 +308,7 @@ def _loads(table: CountTable, where: str, name: str, model: ModelSpec | None, mo
     notes = [f"read as {table.form}", *table.notes, *more, *drafts]
     if counts.ndim in (2, 3) and layer_ids is None:
         axes = ("steps", "layers", "experts")[-counts.ndim :]
-        notes[0] += _check_axes(counts.shape, model, where, axes, table.steps is None)
+        notes[0] += _check_shape(counts.shape, model, where, axes, table.steps is None)
     if model is not None:
         counts, told = of_experts(counts, model.n_experts, model.top_k, table.is_open)
         notes += told

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -11,10 +11,10 @@ import pandas as pd
 
 from sim.errors import InputError, shown
 from sim.files import open_stream, reading
+from sim.traffic.arrays import MOST_COUNTS
 from sim.traffic.counts import (
     COUNT_NAMES,
     MAP_NAMES,
-    MOST_COUNTS,
     PHYSICAL_NAMES,
     CountTable,
     add_tables,
@@ -53,9 +53,13 @@ def read_csv(path: Path, where: str) -> CountTable:
     names every column is an expert and every row a layer.
     """
     with reading(where, "CSV"), open_stream(path, where) as file:
-        number, line = _first_line(file, where)
+        lines = ((number, line.decode("utf-8-sig").rstrip("\r\n")) for number, line in numbered_lines(file, where))
+        filled = ((number, line) for number, line in lines if line.strip(",; \t") and not line.startswith("#"))
+        number, line = next(filled, (0, ""))
+        if not line:
+            raise InputError(f"{where} has no rows of counts")
         separator = next((mark for mark in ",;\t" if mark in line), r"\s+" if re.search(r"\S\s+\S", line) else ",")
-        cells = [cell.strip().strip('"') for cell in re.split(separator, line.strip() if separator == r"\s+" else line)]
+        cells = _cells(line, separator)
         width = len(cells)
         cells = cells[: -1 if width > 1 and not cells[-1] else width]  # each line ends with a separator
         numbers = [_number(cell) for cell in cells]
@@ -110,15 +114,16 @@ def read_csv(path: Path, where: str) -> CountTable:
     return found
 
 
-def _first_line(file: IO[bytes], where: str) -> tuple[int, str]:
-    """The first line that is neither empty nor a comment, and its number."""
-    for number, line in enumerate(iter(lambda: file.readline(_MAX_LINE), b""), 1):
-        if len(line) >= _MAX_LINE:
-            raise InputError(f"{where}, line {number}: longer than {_MAX_LINE >> 20} MiB")
-        text = line.decode("utf-8-sig").rstrip("\r\n")
-        if text.strip(",; \t") and not text.startswith("#"):
-            return number, text
-    raise InputError(f"{where} has no rows of counts")
+def numbered_lines(file: IO[bytes], where: str, most: int = _MAX_LINE) -> Iterator[tuple[int, bytes]]:
+    """The lines of a file, from 1 on; one of `most` bytes or more is refused."""
+    for number, line in enumerate(iter(lambda: file.readline(most), b""), 1):
+        if len(line) >= most:
+            raise InputError(f"{where}, line {number}: longer than {most >> 20} MiB")
+        yield number, line
+
+
+def _cells(text: str, separator: str) -> list[str]:
+    return [cell.strip().strip('"') for cell in re.split(separator, text.strip() if separator == r"\s+" else text)]
 
 
 def _chunks(file: IO[bytes], width: int, separator: str) -> Iterable[pd.DataFrame]:
@@ -141,15 +146,11 @@ def _name_fault(path: Path, where: str, first: int, width: int, wanted: dict[int
     `wanted`: the columns that are read, and their roles.
     """
     with open_stream(path, where) as file:
-        for number, line in enumerate(iter(lambda: file.readline(_MAX_LINE), b""), 1):
-            if len(line) >= _MAX_LINE:
-                raise InputError(f"{where}, line {number}: longer than {_MAX_LINE >> 20} MiB")
+        for number, line in numbered_lines(file, where):
             if number <= first or line.isspace() or line.startswith(b"#"):
                 continue
-            text = line.decode("utf-8-sig", "replace").strip("\r\n")
-            cells = re.split(separator, text.strip() if separator == r"\s+" else text)
-            read = [(cells[place].strip().strip('"'), role) for place, role in wanted.items() if place < len(cells)]
-            bad = [cell for cell, role in read if _value(cell, role) is None]
+            cells = _cells(line.decode("utf-8-sig", "replace").strip("\r\n"), separator)
+            bad = [cells[i] for i, role in wanted.items() if i < len(cells) and _value(cells[i], role) is None]
             if bad:
                 raise InputError(f"{where}, line {number}: '{shown(bad[0])}' is not a number")
             if len(cells) != width:
