@@ -78,7 +78,6 @@ class Requests:
     passes: set[Any] = field(default_factory=set)
     is_by_shape: bool = False
     n_other_phase: int = 0
-    n_without: int = 0
     n_repeated: int = 0
     n_null_tokens: int = 0
     n_ids: int = 0
@@ -119,15 +118,12 @@ class Requests:
 
     def without(self, key: Any = None) -> None:
         """Count a request that has no routing, unless more of its answer brings some."""
-        if key is None:
-            self.n_without += 1
-        else:
-            self._without.add(key)
+        self._without.add(object() if key is None else key)
 
     @property
     def notes(self) -> list[str]:
         """What was left out."""
-        n = self.n_without + len(self._without - set(self._of_key))
+        n = len(self._without - set(self._of_key))
         found = [f"{n} requests without routing (null, or aborted) are left out"] if n else []
         if self.n_repeated:
             found.append(

@@ -194,7 +194,7 @@ def _read_files(paths: list[Path], requests: Requests, phase: str) -> CountTable
         forms.setdefault(found.form, path.name)
         if isinstance(found, CountTable):
             tables.append(found)
-        if tables and (requests.arrays or requests.n_without):
+        if tables and (requests.arrays or requests.notes):
             raise InputError(f"{where} holds both: {'; '.join(f'{text} ({file})' for text, file in forms.items())}")
     named = [re.search(r"(?:^|[^a-z])l(?:ayers?)?[-_. ]?(\d+)", path.name.lower()) for path in paths]
     of_layers = all(named) and len({found and found[1] for found in named}) > 1  # and not of an L40S

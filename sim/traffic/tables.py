@@ -62,24 +62,9 @@ def read_csv(path: Path, where: str) -> CountTable:
         cells = _cells(line, separator)
         width = len(cells)
         cells = cells[: -1 if width > 1 and not cells[-1] else width]  # each line ends with a separator
-        numbers = [_number(cell) for cell in cells]
-        rows: list[np.ndarray] = []
-        names: list[str] | None = None
-        notes = []
-        first = next((n for n in (0, 1) if numbers == list(range(n, n + len(cells))) and len(cells) > 1 + n), None)
-        if first is not None:
-            names = [str(first + place) for place in range(len(cells))]
-            notes.append(f"its first line, {first} to {first + len(cells) - 1}, numbers the experts")
-        elif None in numbers:
-            names = _names(cells, f"{where}, line {number}")
-            if names[0] == "layer" and _column(cells[0]) is None:
-                notes.append("its first column, which has no name, is taken for the layer")
-            beside = [cell for cell, name in zip(cells, names, strict=True) if cell and not name]
-            notes += [f"columns that are not read: {shown(', '.join(beside))}"] if beside else []
-        else:
-            rows.append(np.array([numbers], float))
+        names, notes = _header(cells, f"{where}, line {number}")
+        rows = [] if names else [np.array([cells], float)]
         wanted = {place: names[place] if names else "" for place in range(len(cells)) if names is None or names[place]}
-        names = names and [name for name in names if name]
         n_numbers = 0
         try:
             for whole in _chunks(file, width, separator):
@@ -109,7 +94,7 @@ def read_csv(path: Path, where: str) -> CountTable:
     table = np.concatenate(rows)
     if np.isnan(table).any():
         _name_fault(path, where, number, width, wanted, separator)
-    found = _table_of_columns(table, names, where, "CSV")
+    found = _table_of_columns(table, names and list(wanted.values()), where, "CSV")
     found.notes += notes
     return found
 
@@ -164,6 +149,22 @@ def _column(name: str) -> str | None:
     if role is None and (expert := _expert_of_key(name)) is not None:
         return str(expert)
     return "" if role is None and _BESIDE.fullmatch(name) else role
+
+
+def _header(cells: list[str], here: str) -> tuple[list[str] | None, list[str]]:
+    """What each column holds by a first line, None where that is a row of numbers already; and notes."""
+    numbers = [_number(cell) for cell in cells]
+    for first in (0, 1):
+        if numbers == list(range(first, first + len(cells))) and len(cells) > 1 + first:
+            note = f"its first line, {first} to {first + len(cells) - 1}, numbers the experts"
+            return [str(first + place) for place in range(len(cells))], [note]
+    if None not in numbers:
+        return None, []
+    names, notes = _names(cells, here), []
+    if names[0] == "layer" and _column(cells[0]) is None:
+        notes.append("its first column, which has no name, is taken for the layer")
+    beside = [cell for cell, name in zip(cells, names, strict=True) if cell and not name]
+    return names, notes + ([f"columns that are not read: {shown(', '.join(beside))}"] if beside else [])
 
 
 def _names(cells: list[str], here: str) -> list[str]:
