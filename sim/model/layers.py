@@ -168,11 +168,12 @@ def _taken_away(read: Reader, n_layers: int, drafts: int) -> list[tuple[str, set
     """For each key that takes layers away: the key, and the layers that it leaves."""
     every_layer = range(n_layers or MAX_LAYERS)
     rules: list[tuple[str, set[int]]] = []
-    key, first = read.take("dense_first")
-    if isinstance(first, list):
-        rules.append((key, set(every_layer) - _ids(read, key, first, n_layers, drafts)))
-    elif first is not None:
-        rules.append((key, set(every_layer[read.checked(key, first) :])))
+    for field in ("dense_first", "dense_ids"):  # a number of leading layers, or the layers themselves
+        key, dense = read.take(field)
+        if isinstance(dense, int) and not isinstance(dense, bool):
+            rules.append((key, set(every_layer[read.checked(key, dense) :])))
+        elif dense is not None:
+            rules.append((key, set(every_layer) - _ids(read, key, dense, n_layers, drafts)))
     for field in ("every", "step"):
         key, n = read.take(field)
         if isinstance(n, str | list):
@@ -197,11 +198,6 @@ def _taken_away(read: Reader, n_layers: int, drafts: int) -> list[tuple[str, set
         ends = [read.checked(last_key, i, -1) for i in _some(read, last_key, end)]
         if -1 not in ends:
             rules.append((last_key, set(every_layer[: max(ends) + 1])))
-    key, dense = read.take("dense_ids")
-    if isinstance(dense, int) and not isinstance(dense, bool):
-        rules.append((key, set(every_layer[read.checked(key, dense) :])))
-    elif dense is not None:
-        rules.append((key, set(every_layer) - _ids(read, key, dense, n_layers, drafts)))
     return rules
 
 

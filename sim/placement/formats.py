@@ -32,7 +32,7 @@ from sim.errors import InputError, shown
 from sim.files import parse_json, read_text
 from sim.model import ModelSpec
 from sim.model.spec import MOST_DRAFTS
-from sim.placement.placement import Placement, decoder_layers
+from sim.placement.placement import LayerIds, Placement, decoder_layers
 
 FORMATS = ("vllm", "sglang", "trtllm", "vllm-ascend")
 """Formats that `placement_text` writes."""
@@ -195,7 +195,7 @@ class _File(NamedTuple):
     model: ModelSpec
     ep_size: int
 
-    def by_place(self, rows: list[Any]) -> tuple[Rows, tuple[int, ...] | None, tuple[str, ...]]:
+    def by_place(self, rows: list[Any]) -> tuple[Rows, LayerIds, tuple[str, ...]]:
         """`by_layer` of rows without numbers: as many as MoE layers are these in order, others all decoder layers."""
         moe = self.model.moe_layer_ids
         if 0 < len(moe) < len(rows) < decoder_layers(self.model):
@@ -207,7 +207,7 @@ class _File(NamedTuple):
         found, ids, notes = self.by_layer(dict(zip(numbers, rows, strict=True)))
         return found, ids if len(rows) >= len(moe) else None, notes
 
-    def by_layer(self, rows: Rows) -> tuple[Rows, tuple[int, ...] | None, tuple[str, ...]]:
+    def by_layer(self, rows: Rows) -> tuple[Rows, LayerIds, tuple[str, ...]]:
         """Rows of the MoE layers, of rows by decoder layer; the layers' ids if these are known; and notes. One row serves all
         layers, fewer than MoE layers are taken in turn, and of more only draft layers may lie past the decoder.
         """
@@ -224,9 +224,7 @@ class _File(NamedTuple):
         notes = (f"{told} are left out (a draft model's?): {past}",) if past else ()
         return {layer: rows[layer] for layer in moe}, moe, notes
 
-    def of_slots(
-        self, rows: Rows, layer_ids: tuple[int, ...] | None, notes: tuple[str, ...], may_differ: bool = False
-    ) -> Placement:
+    def of_slots(self, rows: Rows, layer_ids: LayerIds, notes: tuple[str, ...], may_differ: bool = False) -> Placement:
         """The placement of rows with the expert of each slot; whether layers may have different numbers of slots."""
         n_experts, width = self.model.n_experts, None
         for layer, row in rows.items():
@@ -249,7 +247,7 @@ class _File(NamedTuple):
             of_rank[:, : len(row) // self.ep_size] = np.reshape(row, (self.ep_size, -1))
         return Placement.of_slots(self.name, self.ep_size, n_experts, slots.reshape(len(rows), -1), layer_ids, notes)
 
-    def of_ranks(self, rows: Rows, layer_ids: tuple[int, ...] | None, notes: tuple[str, ...]) -> Placement:
+    def of_ranks(self, rows: Rows, layer_ids: LayerIds, notes: tuple[str, ...]) -> Placement:
         """The placement of rows with the rank of each expert, the form of its own."""
         n_experts, ep_size = self.model.n_experts, self.ep_size
         for layer, row in rows.items():
@@ -329,14 +327,14 @@ def _from_ascend(content: dict[str, Any], file: _File) -> Placement:
 
 def _device_experts(row: dict[str, Any], ep_size: int, at: str) -> list[Any]:
     """Experts of a layer's slots, device by device."""
-    devices = row.get("device_list")
-    devices = devices if isinstance(devices, list) and all(isinstance(device, dict) for device in devices) else []
-    held = {
-        device.get("device_id"): device.get("device_expert") for device in devices if _is_whole(device.get("device_id"))
-    }
-    count, wanted = row.get("device_count"), set(range(ep_size))
-    all_there = _is_whole(count) and count == len(devices) == ep_size and set(held) == wanted
-    if not all_there or not all(isinstance(experts, list) for experts in held.values()):
+    listed, count = row.get("device_list"), row.get("device_count")
+    devices: list[Any] = listed if isinstance(listed, list) else []
+    held: dict[int, Any] = {}
+    for device in devices:
+        if isinstance(device, dict) and _is_whole(device.get("device_id")):
+            held[device["device_id"]] = device.get("device_expert")
+    sound = _is_whole(count) and count == len(devices) == ep_size and set(held) == set(range(ep_size))
+    if not sound or not all(isinstance(experts, list) for experts in held.values()):
         raise InputError(
             f"{at}: must have the devices 0 to {ep_size - 1} of `ep_size` {ep_size}, each with its device_expert"
         )

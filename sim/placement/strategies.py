@@ -12,7 +12,7 @@ from sim.errors import InputError, shown, unknown, whole_number
 from sim.model import ModelSpec, load_model
 from sim.placement.eplb import LayerCost, balance, balance_budget, check_loads, most_copies
 from sim.placement.formats import read_placement
-from sim.placement.placement import Placement
+from sim.placement.placement import LayerIds, Placement
 from sim.streams import PERMUTATION, stream_key, words
 
 STRATEGIES = {
@@ -206,7 +206,7 @@ def place_balanced(
     ep_size: int,
     ranks_per_node: int,
     loads: np.ndarray,
-    layer_ids: tuple[int, ...] | None = None,
+    layer_ids: LayerIds = None,
     layer_cost: LayerCost | None = None,
 ) -> Placement:
     """Layers under a load-aware strategy, of checked loads float64 [layers, n_experts], and perhaps their decoder layers. Under a

@@ -23,14 +23,8 @@ from sim.traffic.arrays import array_of_bytes, narrow_ids
 from sim.traffic.tables import depth_of, layer_of_key, numbered_lines
 
 TOKEN_NAMES = (
-    "routed_experts",
-    "topk_ids",
-    "rollout_routed_experts",
-    "selected_experts",
-    "expert_ids",
-    "topk_indices",
-    "topk_idx",
-)
+    "routed_experts", "topk_ids", "rollout_routed_experts", "selected_experts", "expert_ids", "topk_indices", "topk_idx",
+)  # fmt: skip
 """Names that arrays of expert ids [tokens, layers, top_k] go by."""
 BY_LAYER = "topk_ids_of_layer"
 """The same as SGLang's recorder has it, [layers, tokens, top_k]."""

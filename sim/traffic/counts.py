@@ -348,33 +348,27 @@ def add_tables(tables: list[CountTable], where: str, what: str = "files") -> Cou
 
 
 def _doubts_about_sum(tables: list[CountTable], what: str) -> list[str]:
-    """What is seldom meant to be added up, as notes: equal parts, counters that only rise, ranks with experts of their own."""
-    parts = [table.counts for table in tables]
+    """What is seldom meant to be added up, as notes: equal parts, counters that only rise, ranks with experts of their own.
+
+    Ranks that have all experts, of their own tokens, have as many loads in each layer; ranks that number their own experts
+    from 0 have that only together, and different experts mix.
+    """
+    found, parts = [], [table.counts for table in tables]
     n_equal = len(parts) - len({part.tobytes() for part in parts})
-    alike = len({part.shape for part in parts}) == 1
-    found = _own_numbers([part.reshape(-1, *part.shape[-2:]).sum(axis=0) for part in parts], what) if alike else []
     if n_equal:
         found.append(
             f"{n_equal} of them have the same counts as another: of ranks that see the same tokens give one file"
         )
-    elif what == "files" and alike and parts[0].size >= 20 and never_falls(parts):
+    if len({part.shape for part in parts}) > 1:
+        return found
+    if not n_equal and what == "files" and parts[0].size >= 20 and never_falls(parts):
         found.append("no count falls from one file to the next: of counters that add up give the last file alone")
+    loads = np.stack([part.reshape(-1, *part.shape[-2:]).sum(axis=0) for part in parts])  # [ranks, layers, experts]
+    used, of_layer = np.asarray(loads.any(axis=1)), loads.sum(axis=2)
+    only_together = np.ptp(of_layer, axis=1).all() and not np.ptp(of_layer.sum(axis=0))
+    if loads.dtype.kind in "iu" and (used == used[:1]).all() and only_together:
+        found.append(
+            f"only its {what} together have as many loads in each layer: if each numbers its own experts from 0, put them side "
+            "by side, a column for each expert"
+        )
     return found
-
-
-def _own_numbers(parts: list[np.ndarray], what: str) -> list[str]:
-    """A note on loads [layers, experts] of ranks that seem to number their own experts from 0: added up, different experts mix.
-
-    Ranks that have all experts, of their own tokens, have as many loads in each layer; ranks with their own experts have that
-    only together.
-    """
-    if any(part.dtype.kind not in "iu" for part in parts):
-        return []
-    used = [part.any(axis=0) for part in parts]
-    alike = all((mine == used[0]).all() for mine in used)
-    if not alike or not all(np.ptp(part.sum(axis=1)) for part in parts) or np.ptp(np.sum(parts, axis=(0, 2))):
-        return []
-    return [
-        f"only its {what} together have as many loads in each layer: if each numbers its own experts from 0, put them side by "
-        "side, a column for each expert"
-    ]

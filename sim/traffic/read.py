@@ -40,6 +40,13 @@ _MOST_FILES = 50_000
 _MOST_ROWS = 1 << 22  # of a table in JSON
 _STATISTICS = r"rank\d+\.safetensors"
 _TRACE = "a trace set: a list of steps {layer: [[expert ids] of each token]} for each request"
+_NO_TRAFFIC = {
+    "physical_to_logical_map": "a map of physical experts",
+    "physical_expert_map": "an expert map",
+    "layer_list": "vllm-ascend's expert map",
+    "num_hidden_layers": "a model's config.json",
+    "tpe": "Megatron's tokens per expert of the experts that one rank has",
+}
 _ANSWERS = "answers of an engine with routed_experts"
 T = TypeVar("T", RecordedTraffic, LoadCounts)
 
@@ -263,20 +270,10 @@ def _read_json(path: Path, where: str, requests: Requests, phase: str) -> CountT
 
 def _refuse_known(held: Any, here: str) -> None:
     """Refuse by name what is no traffic."""
-    if not isinstance(held, dict):
+    if not isinstance(held, dict) or not {"routed_experts", *COUNT_NAMES, *PHYSICAL_NAMES}.isdisjoint(held):
         return
-    for key, what in (
-        ("physical_to_logical_map", "a map of physical experts"),
-        ("physical_expert_map", "an expert map"),
-        ("layer_list", "vllm-ascend's expert map"),
-        ("num_hidden_layers", "a model's config.json"),
-        ("tpe", "Megatron's tokens per expert of the experts that one rank has"),
-    ):
-        if (
-            key in held
-            and "routed_experts" not in held
-            and not any(name in held for name in (*COUNT_NAMES, *PHYSICAL_NAMES))
-        ):
+    for key, what in _NO_TRAFFIC.items():
+        if key in held:
             raise InputError(f"{here}: {what}, and no traffic")
     if is_step(held) and any(held.values()):
         raise InputError(f"{here}: one step {{layer: [[expert ids] of each token]}}; a request is a list of such steps")

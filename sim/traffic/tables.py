@@ -412,16 +412,16 @@ def _steps(held: list[Any], where: str) -> CountTable | None:
     tables = [table for table in (table_of_json(step, where) for step in held) if table is not None]
     if len(tables) < len(held):
         raise InputError(f"{where}: of its {len(held)} steps {len(held) - len(tables)} have no counts")
-    width = max(table.counts.shape[1] for table in tables)
-    rows = []
-    for table in tables:
-        ids, wanted = (np.arange(len(t.counts)) if t.layer_ids is None else t.layer_ids for t in (table, first))
-        same = np.array_equal(ids, wanted)
-        if table.counts.ndim != 2 or not same or (table.counts.shape[1] < width and not table.is_open):
-            raise InputError(f"{where}: its steps differ in their layers or experts")
-        rows.append(np.pad(table.counts, ((0, 0), (0, width - table.counts.shape[1]))))
+    layers = np.arange(len(first.counts))
+    kinds = {
+        (t.counts.shape[:-1] if t.is_open else t.counts.shape, t.layer_ids is not None and t.layer_ids.tobytes())
+        for t in tables
+    }
+    if len(kinds) > 1 or first.counts.ndim != 2:
+        raise InputError(f"{where}: its steps differ in their layers or experts")
+    entries = [(i, layers[:, None], np.arange(table.counts.shape[1]), table.counts) for i, table in enumerate(tables)]
     form = f"a JSON list of steps, each {first.form.removeprefix('JSON ')}"
-    return CountTable(np.stack(rows), form, first.layer_ids, is_open=first.is_open)
+    return CountTable(tabulate(entries, where)[0], form, first.layer_ids, is_open=first.is_open)
 
 
 def _regular(rows: list[Any], where: str) -> np.ndarray:
