@@ -303,8 +303,8 @@ def routed_dtype(read: Reader, beside: Path) -> str:
 
 def _quantized(said: dict[str, Any], plain: str) -> str:
     """Type of the routed experts by a quantization config; '' where it is not understood."""
-    left = [said.get(key) for key in ("ignore", "modules_to_not_convert", "exclude_modules", "ignored_layers")]
-    if any(_all_experts(name) for names in left if isinstance(names, list) for name in names[:_MOST_NAMES]):
+    left = ("ignore", "modules_to_not_convert", "exclude_modules", "ignored_layers")
+    if any(_all_experts(name) for key in left for name in _listed(said.get(key))):
         return plain
     block = "_e4m3_block128" if said.get("weight_block_size") == [128, 128] else ""
     layers, groups, whole = (said.get(key) for key in ("quantized_layers", "config_groups", "global_quant_config"))

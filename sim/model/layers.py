@@ -170,10 +170,10 @@ def _taken_away(read: Reader, n_layers: int, drafts: int) -> list[tuple[str, set
     rules: list[tuple[str, set[int]]] = []
     for field in ("dense_first", "dense_ids"):  # a number of leading layers, or the layers themselves
         key, dense = read.take(field)
-        if isinstance(dense, int) and not isinstance(dense, bool):
-            rules.append((key, set(every_layer[read.checked(key, dense) :])))
-        elif dense is not None:
+        if isinstance(dense, list) or (field == "dense_ids" and isinstance(dense, str)):
             rules.append((key, set(every_layer) - _ids(read, key, dense, n_layers, drafts)))
+        elif dense is not None:
+            rules.append((key, set(every_layer[read.checked(key, dense) :])))
     for field in ("every", "step"):
         key, n = read.take(field)
         if isinstance(n, str | list):

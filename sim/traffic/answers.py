@@ -249,25 +249,20 @@ def _ids(value: Any, beside: dict[str, Any], here: str, requests: Requests) -> n
 def _nested(value: Any, here: str, requests: Requests) -> np.ndarray:
     """Ids of a nested list; a token or a layer may be null."""
     what = f"{here}: routed_experts must be whole numbers [tokens][layers][top_k]"
-    if not isinstance(value, list):
+    if not isinstance(value, list) or not all(isinstance(token, list | None) for token in value):
         raise InputError(what)
     tokens = [token for token in value if token is not None]
     requests.n_null_tokens += len(value) - len(tokens)
-    if not tokens:
-        return np.empty((0, 0, 0), np.int16)
-    if not all(isinstance(token, list) for token in tokens):
-        raise InputError(what)
     rows = list(chain.from_iterable(tokens))
-    if None in rows:
-        first = next((row for row in rows if row is not None), None)
-        if not isinstance(first, list):
-            return np.empty((0, 0, 0), np.int16)
-        tokens = [[[0] * len(first) if row is None else row for row in token] for token in tokens]
-        rows = list(chain.from_iterable(tokens))
-    if not all(isinstance(row, list) for row in rows):
+    listed = [row for row in rows if isinstance(row, list)]
+    if not listed and all(row is None for row in rows):
+        return np.empty((0, 0, 0), np.int16)
+    if len(listed) < len(rows) - rows.count(None) or set(map(type, chain.from_iterable(listed))) - {
+        int
+    }:  # booleans too
         raise InputError(what)
-    if set(map(type, chain.from_iterable(rows))) - {int}:  # booleans too
-        raise InputError(what)
+    if len(listed) < len(rows):
+        tokens = [[[0] * len(listed[0]) if row is None else row for row in token] for token in tokens]
     try:
         ids = np.asarray(tokens)
     except (ValueError, OverflowError):

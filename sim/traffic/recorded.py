@@ -227,8 +227,6 @@ def build_record(
     InputError
         Shapes or ids that no router gives; `where` begins the message.
     """
-    if phase not in PHASES:
-        raise InputError(f"`phase` must be one of {', '.join(PHASES)}, not '{phase}'")
     check_shapes(where, ids, lengths)
     if ids.min() < -1 or ids.max() > 2**15 - 1:
         raise InputError(f"{where}: expert ids must lie from 0 to 32767, found {ids.min()} to {ids.max()}")
