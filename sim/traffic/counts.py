@@ -332,19 +332,18 @@ def add_tables(tables: list[CountTable], where: str, what: str = "files") -> Cou
         entries.append((steps[:, None, None], layers[:, None], np.arange(counts.shape[2]), counts))
         n_steps += len(steps)
     total, steps, layers = tabulate(entries, where)
-    follow = first.counts.ndim == 3 and n_steps == len(steps)
-    notes = [*dict.fromkeys(note for table in tables for note in table.notes)]
-    notes.append(
-        f"the steps of {len(tables)} tables follow each other" if follow else f"{len(tables)} {what} are added up"
-    )
-    return CountTable(
-        total if first.counts.ndim == 3 else total[0],
-        first.form,
-        None if first.layer_ids is None else layers,
-        None if first.counts.ndim == 2 else steps,
-        any(table.is_open for table in tables),
-        notes if follow else notes + _doubts_about_sum(tables, what),
-    )
+    found = CountTable(total, first.form, is_open=any(table.is_open for table in tables))
+    found.layer_ids = None if first.layer_ids is None else layers
+    if first.counts.ndim == 2:
+        found.counts = total[0]
+    else:
+        found.steps = steps
+    found.notes += dict.fromkeys(note for table in tables for note in table.notes)
+    if found.steps is not None and n_steps == len(steps):
+        found.notes.append(f"the steps of {len(tables)} tables follow each other")
+    else:
+        found.notes += [f"{len(tables)} {what} are added up", *_doubts_about_sum(tables, what)]
+    return found
 
 
 def _doubts_about_sum(tables: list[CountTable], what: str) -> list[str]:

@@ -75,8 +75,8 @@ def read_torch(path: Path, where: str, requests: Requests) -> CountTable | Reque
 
 def _tensors(held: Any, path: Path, where: str) -> Archive:
     """The tensors of a torch file without records: one, a list of them, or those of a dict with a key that is known."""
-    several = dict(enumerate(held)) if isinstance(held, list | tuple) else {"tensor": held}
-    parts = held if isinstance(held, dict) else several
+    parts = dict(enumerate(held if isinstance(held, list | tuple) else [held]))
+    parts = held if isinstance(held, dict) else parts
     arrays = {str(key): array for key, part in parts.items() if (array := as_array(part, where)) is not None}
     if not arrays and not isinstance(held, dict):
         raise InputError(f"{where} holds no tensor, but a {type(held).__name__}")

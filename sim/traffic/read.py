@@ -147,9 +147,8 @@ def _check_shape(
         return ""
     if not is_by_shape or (len(shape) == 3 and not 1 < shape[0] <= MOST_LAYERS):
         return ""
-    told = "loads of ranks look the same, and are not read"
-    if len(shape) == 3:
-        told = f"of [{axes[1]}, {axes[0]}, {axes[2]}] exchange the axes"
+    other = f"[{axes[1]}, {axes[0]}, {axes[-1]}]"
+    told = f"of {other} exchange the axes" if len(shape) == 3 else "loads of ranks look the same, and are not read"
     return f"; without --model its shape {list(shape)} is taken for [{', '.join(axes)}]: {told}"
 
 
@@ -175,15 +174,14 @@ def _listed(folder: Path, where: str) -> tuple[list[Path], int]:
 
 
 def _kind(path: Path, where: str) -> str:
-    """How a file is read, by its ending."""
+    """How a file is read, by its ending; what is no regular file is refused."""
     suffix = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
     if suffix in (".pkl", ".pickle"):
         raise InputError(f"{where}: a pickle may run any code and is not read; save arrays as .npy or .npz")
-    if suffix == ".safetensors":
-        return "statistics"
-    kind = _KINDS.get(suffix)
+    kind = "statistics" if suffix == ".safetensors" else _KINDS.get(suffix)
     if kind is None or (path.suffix == ".gz" and kind not in ("json", "csv")):
         raise InputError(f"{where}: the ending must be one of {', '.join(SUFFIXES)}")
+    check_regular(path, where)
     return kind
 
 
@@ -193,8 +191,6 @@ def _read_files(paths: list[Path], requests: Requests, phase: str) -> CountTable
     kinds = {_kind(path, here) for path, here in zip(paths, wheres, strict=True)}
     if len(kinds) > 1:
         raise InputError(f"{where} holds files of several kinds: {', '.join(sorted({path.suffix for path in paths}))}")
-    for path, here in zip(paths, wheres, strict=True):
-        check_regular(path, here)
     kind, tables, forms = kinds.pop(), [], dict[str, str]()
     for path, here in zip(paths, wheres, strict=True):
         found = _read_file(kind, path, here, requests, phase)
@@ -365,6 +361,7 @@ def _of_model(data: T, is_told: bool, model: ModelSpec | None, n_rows: int) -> T
     if isinstance(data, RecordedTraffic):
         data = data.without_shared(model.n_experts, model.top_k)
         data.check_model(model.n_experts, model.top_k, model.name)
+        data = replace(data, n_experts=model.n_experts)
     elif data.n_experts != model.n_experts:
         or_else = ", or physical experts without a map" if data.n_experts > model.n_experts else ""
         or_else = or_else or ", or loads of ranks, or of one rank" * (model.n_experts % data.n_experts == 0)
@@ -377,10 +374,7 @@ def _of_model(data: T, is_told: bool, model: ModelSpec | None, n_rows: int) -> T
             f"workload {data.name} has {data.n_layers} MoE layers, model {model.name} has {model.n_moe_layers}: another model?"
         )
     ids, notes = _decoder_layers(data, is_told or n_rows > data.n_layers, model)
-    told: tuple[str, ...] = data.notes + tuple(notes)
-    if isinstance(data, RecordedTraffic):
-        return replace(data, layer_ids=ids, n_experts=model.n_experts, notes=told)
-    return replace(data, layer_ids=ids, notes=told)
+    return replace(data, layer_ids=ids, notes=data.notes + tuple(notes))
 
 
 def _decoder_layers(

@@ -228,10 +228,8 @@ def _table_of_columns(table: np.ndarray, names: list[str] | None, where: str, ki
     if is_long:
         expert, values = _ids(keys["expert"], "experts", where)[:, None], keys["count"][:, None]
     else:
-        expert, values = (
-            np.array([int(name) for name in names if name.isdigit()]),
-            table[:, [n.isdigit() for n in names]],
-        )
+        columns = [place for place, name in enumerate(names) if name.isdigit()]
+        expert, values = np.array([int(names[place]) for place in columns]), table[:, columns]
     counts, steps, layers = tabulate([(step, layer, expert, values)], where)
     n_rows, _, _ = tabulate([(step, layer, expert, np.ones(values.shape))], where)
     if is_long:
@@ -247,15 +245,10 @@ def _table_of_columns(table: np.ndarray, names: list[str] | None, where: str, ki
         missing = counts.shape[2] - len(expert)
         told = f"{missing} experts below {expert.max()} have no column: they are taken to have no load"
         notes += [told] if missing else []
-    counts, has_steps = _whole(counts), "step" in keys
-    return CountTable(
-        counts if has_steps else counts[0],
-        form,
-        layers if "layer" in keys else None,
-        steps if has_steps else None,
-        is_open=is_long,
-        notes=notes,
-    )
+    found = CountTable(_whole(counts if "step" in keys else counts[0]), form, is_open=is_long, notes=notes)
+    found.layer_ids = layers if "layer" in keys else None
+    found.steps = steps if "step" in keys else None
+    return found
 
 
 def _ids(values: np.ndarray, what: str, where: str) -> np.ndarray:
