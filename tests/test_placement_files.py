@@ -335,7 +335,7 @@ ASCEND = (
         ('{"num_slots": 4, "initial_global_assignments": {"3": [0, 1, 2]}}', "num_slots = 4 slots; layer 3 has 3"),
         ("moe_config:\n  num_slots: 4\n", "num_slots at the beginning of a line"),
         (YAML.replace("num_slots: 4 ", "num_slots: 5 "), "num_slots = 5 slots; layer 3 has 4"),
-        (YAML.replace("num_slots: 4 ", "slots: 4 "), "has no num_slots"),
+        (YAML.replace("num_slots: 4 ", "slots: 4 "), "num_slots must be a whole number from 1 on, not None"),
         (YAML.replace("  - 2", "  - 1"), "layer 11: expert 2 of the model's 3 has no slot"),
         (YAML.replace("  - 2", "  - x"), "line 6: expected a whole number, not x"),
         (YAML.replace("  - 2", "  - &a 2"), "line 6: expected 'key: value'"),

@@ -387,8 +387,6 @@ def parse_assignments(text: str, where: str) -> dict[str, Any]:
             has_layers = True
             if value:
                 raise InputError(f"{at}: expected a line 'layer: [experts]' for each layer below {key}")
-    if n_slots is None:
-        raise InputError(f"{where} has no num_slots")
     return {"num_slots": n_slots, "initial_global_assignments": layers if has_layers else None}
 
 

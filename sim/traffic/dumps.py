@@ -75,16 +75,15 @@ def read_torch(path: Path, where: str, requests: Requests) -> CountTable | Reque
 
 def _tensors(held: Any, path: Path, where: str) -> Archive:
     """The tensors of a torch file without records: one, a list of them, or those of a dict with a key that is known."""
-    parts = dict(enumerate(held if isinstance(held, list | tuple) else [held]))
-    parts = held if isinstance(held, dict) else parts
+    parts = held if isinstance(held, dict) else dict(enumerate(held if isinstance(held, list | tuple) else [held]))
     arrays = {str(key): array for key, part in parts.items() if (array := as_array(part, where)) is not None}
     if not arrays and not isinstance(held, dict):
         raise InputError(f"{where} holds no tensor, but a {type(held).__name__}")
     names = (*COUNT_NAMES, *PHYSICAL_NAMES, *TOKEN_NAMES, BY_LAYER)
     if isinstance(held, dict) and not (arrays and (_are_layers(arrays) or any(name in arrays for name in names))):
-        keys = shown(", ".join(map(str, held)))
         raise InputError(
-            f"{where} holds no tensor that is known ({', '.join(names)}; or SGLang's records): it has {keys}"
+            f"{where} holds no tensor that is known ({', '.join(names)}; or SGLang's records): it has "
+            f"{shown(', '.join(map(str, held)))}"
         )
     file = io.BytesIO()
     np.savez(file, allow_pickle=False, **arrays)
