@@ -231,12 +231,11 @@ def _groups(read: Reader, known: Type, name: str, n_experts: int) -> tuple[int, 
 
 def _width(read: Reader, is_unknown: bool) -> Any:
     """Intermediate size of one expert."""
-    key, value = read.take("width")
-    if value is None:
-        key, value = read.take("any_width")
-        if value is not None and is_unknown:
+    (key, value), (other, any_width) = read.take("width"), read.take("any_width")
+    if value is None and any_width is not None:
+        key, value = other, any_width
+        if is_unknown:
             read.notes.append(f"moe_intermediate_size (not in config.json; {key} taken)")
-    read.take("any_width")
     if isinstance(value, list) and value and len(value) <= MAX_LAYERS:  # ERNIE's multimodal models: text, then vision
         if any(item != value[0] for item in value):
             read.notes.append(f"{key} {shown(value)} (the first was taken)")
@@ -250,15 +249,10 @@ def _matrices(read: Reader, known: Type) -> int:
     _, value = read.take("activation")
     if isinstance(value, dict):  # DBRX
         value = value.get("name")
-    if gated is not None:
+    act = value.lower() if isinstance(value, str) else ""
+    if gated is not None or act in _UNGATED:
         return 3 if gated else 2
-    if isinstance(value, str):
-        act = value.lower()
-        if act in _UNGATED:
-            return 2
-        if act in _GATED or act.startswith("gated"):
-            return 3
-    return known.matrices
+    return 3 if act in _GATED or act.startswith("gated") else known.matrices
 
 
 def _shared_experts(read: Reader, known: Type) -> int:

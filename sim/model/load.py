@@ -74,10 +74,7 @@ def load_model(name_or_path: str | Path | ModelSpec) -> ModelSpec:
     if exact:
         return _from_preset(exact)
     path = Path(name)
-    for file in ("config.json", "params.json"):
-        if is_there(path / file):
-            path = path / file
-            break
+    path = next((path / file for file in ("config.json", "params.json") if is_there(path / file)), path)
     if path.suffix == ".gguf":
         raise InputError(
             f"`model` {name}: GGUF files are not read; give the config.json of the original model, or its name"
