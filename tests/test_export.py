@@ -202,7 +202,10 @@ def test_first_layer_places_the_layers_of_a_model_that_does_not_know_its_own(tmp
 @pytest.mark.parametrize(
     ("form", "says"),
     [
-        ("vllm", "vLLM 0.33 has no option that reads a map file: a fixed map needs patched code"),
+        (
+            "vllm",
+            "a fixed map needs patched code. What can be turned on instead: --enable-eplb",
+        ),  # no groups: no round_robin
         ("sglang", "--init-expert-location map.json --ep-num-redundant-experts 4."),
         ("trtllm", "ignores the file in silence unless the architecture is on its list"),
         ("trtllm", "With MTP it stops at the draft layer"),

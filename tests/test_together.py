@@ -213,6 +213,7 @@ def test_show_prints_and_exports_what_goes_together(tmp_path, capsys):
     out = " ".join(capsys.readouterr().out.split())
     assert f"two experts of a token, over popularity and groups: {found.pair_lift[2]:.2f} (± " in out
     assert f"shuffled: {found.next_lift_shuffled[2]:.2f}" in out
+    assert ("of these in 5 %" in out) == (found.excess[2] >= 0.0005)  # else it is a share of noise
     assert main(["traffic", "show", str(path), "--csv"]) == 0
     table = pd.read_csv(io.StringIO(capsys.readouterr().out))
     np.testing.assert_allclose(table.pair_lift_low, found.pair_lift_low[:2])

@@ -46,7 +46,7 @@ Then: epsim advise --model MODEL --workload file:trace.jsonl --ep R --gpu GPU"""
 def add_advise(parser: ArgumentParser) -> None:
     """Should I turn it on for my traffic? Compare placements on recorded routing or measured loads, and judge them.
 
-    By default at 1, 8, 64 and 512 tokens per step on each rank.
+    For one EP size, by default at 1, 8, 64 and 512 tokens per step on each rank.
     """
     add_options(parser, TrafficOptions, only=("model", "phase", "dummy_tokens"))
     add = section_of(parser, TrafficOptions.title).add_argument
@@ -86,7 +86,7 @@ def run_advise(arguments: Namespace) -> None:
         arguments.tokens_per_rank = [1, 8, 64, 512]
     sizes = arguments.ep_sizes
     if len(sizes) > 1:
-        raise InputError(f"`ep_sizes` {','.join(map(str, sizes))}: advice is for one EP size")
+        raise InputError(f"`ep_sizes` {','.join(map(str, sizes))}: advice is for one EP size; run it for each")
     if arguments.demo and arguments.workload is not None:
         raise InputError("`demo` makes its own traffic: it does not go with `workload`")
     if not arguments.demo and arguments.workload is None:
@@ -169,8 +169,8 @@ def _say_about_steps(traffic: Any, parts: int, ep_size: int, options: dict[str, 
     n_sequences = (len(traffic.starts) - 1) // parts
     if largest > n_sequences:
         note(
-            f"what is scored of {traffic.name} has {n_sequences} sequences: larger decode steps take several tokens of each, "
-            "and are as uneven as these sequences together, not as so many requests"
+            f"{traffic.name}: {n_sequences} sequences are scored; decode steps of more tokens take several tokens of each, and "
+            "are as uneven as these sequences together, not as so many requests"
         )
 
 

@@ -23,7 +23,10 @@ _EP_SIZES, _TOKENS = "8,16,32,64", "64,16384"
 
 
 def add_depends(parser: ArgumentParser) -> None:
-    """What placements save under every kind of traffic, and which conclusions hold for all of it."""
+    """What placements save under every kind of traffic, and which conclusions hold for all of it.
+
+    One kind of traffic at one EP size takes some ten seconds, all presets several minutes.
+    """
     add_options(parser, GpuOptions, only=("gpu", "baseline", "least_saved"), least_saved="1%")
     add = section_of(parser, GpuOptions.title).add_argument
     add("--placement", dest="placements", type=NAMES, metavar="LIST", help="placements that are compared with it; +R is one "

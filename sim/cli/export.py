@@ -47,7 +47,7 @@ def add_export(parser: ArgumentParser) -> None:
 def run_export(arguments: Namespace) -> None:
     """Run `epsim export`."""
     from sim.model import load_model
-    from sim.placement import FORMATS, decoder_layers, how_to_load, notes_on, placement_text
+    from sim.placement import FORMATS, decoder_layers, how_to_load, notes_on, placement_text, why_linear
 
     form, path = arguments.format, Path(arguments.out)
     if form not in FORMATS:
@@ -69,7 +69,7 @@ def run_export(arguments: Namespace) -> None:
     fewest, most = int(placement.slots_of_row.min()), placement.n_slots
     slots = f"{most}" if fewest == most else f"{fewest} to {most}"
     print(f"{placement.n_rows} layers x {slots} slots on {placement.ep_size} ranks, {form} format, written to {path}")
-    print(how_to_load(form, path, most - model.n_experts))
+    print(how_to_load(form, path, most - model.n_experts, not why_linear(model, placement.ep_size)))
     if fewest < most:
         note(
             "layers differ in slots, which vllm-ascend's source reads from its map; not run here. Its dynamic EPLB needs one "

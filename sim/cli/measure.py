@@ -177,6 +177,10 @@ def _show(arguments: Namespace) -> None:
     """Print the tables of a file, and draw its figures."""
     from sim.measure.layer_compare import is_of_layers
 
+    if arguments.show.suffix == ".json":
+        raise InputError(
+            f"--show {arguments.show}: is what the device reaches; the times lie beside it, in a .csv or .csv.gz"
+        )
     of_layers = is_of_layers(arguments.show)
     known = _OF_LAYERS if of_layers else _OF_RANKS
     if arguments.table is not None and arguments.table not in known:

@@ -120,8 +120,9 @@ def _print_correlation(about: Any) -> None:
         decay = about.decay
         parts = [f"{t:g} ({s:.0%})" for t, s in zip(decay.tokens, decay.shares, strict=True)]
         print(filled(
-            f"fitted to blocks: {decay.near.mean():.3f} in one context of a sequence, {decay.far.mean():.3f} in two; mean tokens "
-            f"of a context (share of tokens): {', '.join(parts)}"
+            f"fitted: {decay.near.mean():.3f} in one context of a sequence, {decay.passage.mean():.3f} in two of one passage "
+            f"({decay.passage_tokens:g} tokens in the mean), {decay.far.mean():.3f} in two passages; mean tokens of a context "
+            f"(share of tokens): {', '.join(parts)}"
         ))  # fmt: skip
 
 
@@ -172,8 +173,9 @@ def _print_together(found: Any) -> None:
     if of_all["pair_lift"] == of_all["pair_lift"]:
         few = of_all["excess_in_few"]
         print(filled(
-            f"two experts of a token, over popularity and groups: {lift('pair_lift')}; {of_all['excess']:.1%} of the pairs are "
-            "above chance" + (f", {few:.0%} of these in 5 % of the pairs of experts" if few == few else ""), "  ", "    ",
+            f"two experts of a token, over popularity and groups: {lift('pair_lift')}; {of_all['excess']:z.1%} of the pairs are "
+            "above chance" + (f", {few:.0%} of these in 5 % of the pairs of experts" if of_all["excess"] >= 0.0005 else ""),
+            "  ", "    ",
         ))  # fmt: skip
     if of_all["next_lift"] == of_all["next_lift"]:
         print(filled(

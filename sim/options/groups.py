@@ -58,7 +58,12 @@ class TrafficOptions(Options):
     title = "model and traffic"
     model: str = option(NAME, _MODEL, default="deepseek-v3")
     workload: str = option(NAME, _WORKLOAD, default="chat")
-    phase: str | None = option(NAME, "decode (default) or prefill, of recorded or fitted routing", default=None)
+    phase: str | None = option(
+        NAME,
+        "of recorded or fitted routing: decode (default), each token of a step from another sequence, or prefill, consecutive "
+        "tokens of one; of an engine's answers both take all tokens, also the prompt's",
+        default=None,
+    )
     tokens_per_request: int | None = option(
         Whole(1, MAX_TOKENS),
         "consecutive tokens of each request in a decode step, as speculative decoding verifies them, usually 2 to 8: they share "

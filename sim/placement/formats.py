@@ -155,12 +155,14 @@ def placement_text(placement: Placement, form: str, n_layers: int = 0) -> str:
     return json.dumps({"moe_layer_count": len(layers), "layer_list": layer_list}, indent=1) + "\n"
 
 
-def how_to_load(form: str, path: Path, redundant: int) -> str:
-    """What makes an engine load a file of a format with so many redundant slots, and when it does not."""
+def how_to_load(form: str, path: Path, redundant: int, round_robin: bool) -> str:
+    """What makes an engine load a file of a format with so many redundant slots, and when it does not; `round_robin`: whether
+    vLLM runs that for the model.
+    """
     if form == "sglang":
         return (
             f"SGLang: --init-expert-location {path} --ep-num-redundant-experts {redundant}. It is replaced at the first "
-            "rebalance where --enable-eplb is on, and of no use where the model's class does not tell SGLang its experts."
+            "rebalance where --enable-eplb is on, and needs a model class with get_model_config_for_expert_location."
         )
     if form == "trtllm":
         return (
@@ -178,8 +180,8 @@ def how_to_load(form: str, path: Path, redundant: int) -> str:
         )
     return (
         "vLLM 0.33 has no option that reads a map file: a fixed map needs patched code. What can be turned on instead: "
-        "--expert-placement-strategy round_robin, or --enable-eplb --eplb-config "
-        f"'{{\"num_redundant_experts\": {redundant}}}', which balances on the loads that it sees."
+        + ("--expert-placement-strategy round_robin, or " if round_robin else "")
+        + f"--enable-eplb --eplb-config '{{\"num_redundant_experts\": {redundant}}}', which balances on the loads that it sees."
     )
 
 
