@@ -180,17 +180,32 @@ ROWS = [[3, 2, 1, 0], [0, 1, 2, 3], [1, 0, 3, 2], [0, 2, 1, 3], [2, 0, 1, 3]]
     [
         ("sglang", range(4), [1, 3], ""),  # decoder layers of a model whose layers 1 and 3 have experts
         ("sglang", range(2), [0, 1], ""),  # as many as MoE layers
-        ("sglang", range(5), [1, 3], "layer 4 left out"),
+        (
+            "sglang",
+            range(5),
+            [1, 3],
+            "layers past the 4 decoder layers of layered are left out (a draft model's?): [4]",
+        ),
         ("sglang", range(3), None, "has 3 layers; layered has 4 decoder layers, 2 of them with experts"),
         ("ranks", range(4), [1, 3], ""),
         ("trtllm", [1, 3], [0, 1], ""),
         ("trtllm", [0, 1, 2, 3], [1, 3], ""),
-        ("trtllm", [1, 3, 4], [0, 1], "layer 4 left out"),
+        (
+            "trtllm",
+            [1, 3, 4],
+            [0, 1],
+            "layers past the 4 decoder layers of layered are left out (a draft model's?): [4]",
+        ),
         ("trtllm", [0, 1], [0, 1], "layers 0 to 1 taken for the MoE layers in order; TensorRT-LLM looks for 1 to 3"),
         ("trtllm", [0, 1, 2], None, "the 2 MoE layers of layered are 1 to 3, and 3 is not there"),
         ("vllm-ascend", [1, 3], [0, 1], ""),
         ("vllm-ascend", [0, 1], [0, 1], ""),
-        ("vllm-ascend", [0, 1, 2], [0, 1], "the last 1 of its layers left out"),
+        (
+            "vllm-ascend",
+            [0, 1, 2],
+            [0, 1],
+            "layers past the 4 decoder layers of layered are left out (a draft model's?): [4]",
+        ),
     ],
 )
 def test_rows_of_a_file_become_the_layers_that_the_engine_takes_them_for(tmp_path, form, ids, wanted, note):
@@ -217,10 +232,14 @@ def test_rows_of_a_file_become_the_layers_that_the_engine_takes_them_for(tmp_pat
 @pytest.mark.parametrize(
     ("form", "n_rows", "message"),
     [
-        ("sglang", 13, "has layers 8 to 12, past the 8 decoder layers of layered: another model's map?"),
-        ("ranks", 13, "has layers 8 to 12, past the 8 decoder layers of layered: another model's map?"),
-        ("trtllm", 13, "has layers 8 to 12, past the 8 decoder layers of layered: another model's map?"),
-        ("vllm-ascend", 13, "has 13 layers, layered has 8 MoE layers: another model's map?"),
+        ("sglang", 13, "has layers past the 8 decoder layers of layered: [8, 9, 10, 11, 12]; another model's map?"),
+        ("ranks", 13, "has layers past the 8 decoder layers of layered: [8, 9, 10, 11, 12]; another model's map?"),
+        ("trtllm", 13, "has layers past the 8 decoder layers of layered: [8, 9, 10, 11, 12]; another model's map?"),
+        (
+            "vllm-ascend",
+            13,
+            "has layers past the 8 decoder layers of layered: [8, 9, 10, 11, 12]; another model's map?",
+        ),
         ("sglang", 3, "3 layers for the 8 MoE layers of layered: taken in turn"),
         ("trtllm", 3, "taken in turn; TensorRT-LLM stops at layer 3, which is not there"),
         ("vllm-ascend", 3, "3 layers for the 8 MoE layers of layered: taken in turn"),
@@ -315,8 +334,8 @@ ASCEND = (
         ('{"physical_to_logical_map": [[0, 1, 2, 0]], "physical_to_logical_map": []}', "stands twice in one object"),
         ('{"num_slots": 4, "initial_global_assignments": {"3": [0, 1, 2]}}', "num_slots = 4 slots; layer 3 has 3"),
         ("moe_config:\n  num_slots: 4\n", "num_slots at the beginning of a line"),
-        (YAML.replace("num_slots: 4 ", "num_slots: 5 "), "num_slots = 5 slots; layer 11 has 4"),
-        (YAML.replace("num_slots: 4 ", "slots: 4 "), "has no num_slots"),
+        (YAML.replace("num_slots: 4 ", "num_slots: 5 "), "num_slots = 5 slots; layer 3 has 4"),
+        (YAML.replace("num_slots: 4 ", "slots: 4 "), "num_slots must be a whole number from 1 on, not None"),
         (YAML.replace("  - 2", "  - 1"), "layer 11: expert 2 of the model's 3 has no slot"),
         (YAML.replace("  - 2", "  - x"), "line 6: expected a whole number, not x"),
         (YAML.replace("  - 2", "  - &a 2"), "line 6: expected 'key: value'"),
@@ -325,7 +344,7 @@ ASCEND = (
         (YAML.replace("'3'", "11"), "layer 11 is out of place, there twice"),
         (YAML.replace("'3': [", "'3': !!python/object ["), "expected a list of experts"),
         (MAP % f"[{[0, 1, 2, 0] * 9000}]", "its 36000 slots must be from the model's 3 experts to 32771"),
-        ("num_slots: 4\ninitial_global_assignments:\n", "there is none"),
+        ("num_slots: 4\ninitial_global_assignments:\n", "must be {layer: [expert of each slot]}, not {}"),
         ("initial_global_assignments: {3: [0, 1, 2, 0]}\n", "expected a line 'layer: [experts]'"),
     ],
 )  # fmt: skip

@@ -336,6 +336,27 @@ def test_exchanged_axes_and_physical_experts_are_refused(tmp_path, capsys, small
     fails(capsys, ["sweep", "--model", small, "--workload", f"file:{path}", "--ep", "2", "--tokens", "4"], str(path))
 
 
+@pytest.mark.parametrize(
+    ("array", "note"),
+    [
+        (
+            IDS.transpose(1, 0, 2),
+            "shape [3, 20, 2] is taken for [tokens, layers, top_k]: of [layers, tokens, top_k] exchange",
+        ),
+        (LOADS[:, None], "shape [3, 1, 8] is taken for [steps, layers, experts]: of [layers, steps, experts] exchange"),
+        (LOADS, "shape [3, 8] is taken for [layers, experts]: loads of ranks look the same, and are not read"),
+    ],
+)
+def test_an_array_that_only_a_model_can_tell_says_what_its_axes_were_taken_for(tmp_path, small, array, note):
+    np.save(tmp_path / "x.npy", array)
+    assert note in read_traffic(tmp_path / "x.npy").notes[0]
+    if array.ndim == 3:
+        with pytest.raises(InputError, match="are the axes exchanged"):
+            read_traffic(tmp_path / "x.npy", small)
+    else:
+        assert "without --model" not in read_traffic(tmp_path / "x.npy", small).notes[0]
+
+
 @pytest.mark.parametrize("filler", [-1, 0, 8, 65535])
 def test_padding_tokens_are_left_out_whatever_fills_them(tmp_path, small, filler):
     padded = np.concatenate([IDS, np.full((3, 3, 2), filler)])

@@ -181,7 +181,7 @@ def test_streamed_answers_are_counted_once(tmp_path):
         for r, ids in enumerate(REQUESTS)
     ]
     traffic = read_traffic(write(tmp_path / "x.jsonl", lines=chunks))
-    same(traffic, notes=("4 parts of streamed answers, which are in later ones, are counted once",))
+    same(traffic, notes=("4 parts of streamed answers, or of ranks, that others hold too are counted once",))
     flat = [{"meta_info": {"id": "a", "routed_experts": raw(REQUESTS[0][:n])}} for n in (3, 10)]
     assert read_traffic(write(tmp_path / "y.jsonl", lines=flat), SMALL).n_tokens == 10
 
@@ -207,11 +207,11 @@ def test_requests_and_tokens_without_routing_are_left_out_and_counted(tmp_path):
         notes=(
             "2 requests without routing (null, or aborted) are left out",
             "1 tokens without routing (null) are left out",
-            "6 tokens without routing (all zero) are left out",
+            "6 tokens without routing (all 0) are left out",
         ),
     )
     np.save(tmp_path / "x.npy", np.concatenate([zeros, REQUESTS[0]]))
-    same(read_traffic(tmp_path / "x.npy"), REQUESTS[:1], ("5 tokens without routing (all zero) are left out",))
+    same(read_traffic(tmp_path / "x.npy"), REQUESTS[:1], ("5 tokens without routing (all 0) are left out",))
 
 
 @pytest.mark.parametrize(
@@ -481,14 +481,14 @@ def test_unfilled_steps_of_the_ring_buffer_are_dropped(torch_files):
         ({"a": 1, "b": Tensor(COUNTS)}, "holds no tensor that is known"),
         ({"records": [{"global_physical_count": Tensor(COUNTS)}]}, "needs last_physical_to_logical_map"),
         ({"records": [], "last_physical_to_logical_map": Tensor(MAP)}, "holds no record"),
-        ({"records": [3], "last_physical_to_logical_map": Tensor(MAP)}, "no dicts"),
+        ({"records": [3], "last_physical_to_logical_map": Tensor(MAP)}, "no dict"),
         ({"records": [{"x": 1}], "last_physical_to_logical_map": Tensor(MAP)}, "neither global_physical_count"),
         ({"records": [{"global_physical_count": Tensor(COUNTS)}], "last_physical_to_logical_map": Tensor(MAP)},
          r"shape \[3, 10\]"),
         ({"records": [{"global_physical_count": Tensor(-MAP)}], "last_physical_to_logical_map": Tensor(MAP)}, "negative"),
         ({"records": [{"global_physical_count": Tensor(MAP)}], "last_physical_to_logical_map": Tensor(MAP - 1)}, "needs last"),
         ({"records": [{"topk_ids_of_layer": Tensor(np.full((3, 2, 8), 10))}], "last_physical_to_logical_map": Tensor(MAP)},
-         "has expert 10"),
+         "has physical experts 0 to 9"),
         ({"records": [{"topk_ids_of_layer": Tensor(np.full((3, 2, 8), -1))}], "last_physical_to_logical_map": Tensor(MAP)},
          "no tokens"),
         ([1, 2], "holds no tensor, but a list"),

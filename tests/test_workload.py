@@ -181,7 +181,7 @@ GOOD = np.tile([0, 1], (6, 1, 1))
         (GOOD, [[6]], "at least 1"),
         (GOOD, [], "whole numbers"),
         (GOOD, [2**62, 2**62, 2**62, 2**62, 6], "add up"),
-        (np.zeros((6, 1, 2), int), [6], "all zeros"),
+        (np.zeros((6, 1, 2), int), [6], "no tokens with routing: all 0"),
     ],
 )
 def test_bad_records_are_refused(tmp_path, ids, lengths, message):
@@ -198,15 +198,24 @@ def test_unsound_files_are_refused(tmp_path, trace):
     torn.write_bytes(trace.read_bytes()[:200])
     with pytest.raises(InputError, match=r"not a sound \.npz"):
         read_recorded(torn)
-    np.savez(torn, topk_ids=GOOD)
-    with pytest.raises(InputError, match="no array 'sequence_lengths'"):
-        read_recorded(torn)
     with zipfile.ZipFile(torn, "w") as archive, archive.open("topk_ids.npy", "w") as member:
         np.lib.format.write_array_header_1_0(member, {"descr": "<i2", "fortran_order": False, "shape": (2**40, 60, 8)})
     with pytest.raises(InputError, match="larger than 8 GiB"):
         read_recorded(torn)
     with pytest.raises(InputError, match="`phase` must be"):
         read_recorded(trace, "train")
+
+
+def test_ids_without_lengths_are_one_request_or_a_request_each(tmp_path):
+    for arrays, n_sequences, note in (
+        ({"topk_ids": GOOD}, 1, "named topk_ids: one request"),
+        ({"routed_experts": np.stack([GOOD, GOOD])}, 2, "named routed_experts: a request each"),
+        ({"a": GOOD, "b": GOOD}, 2, "arrays of expert ids [tokens, layers, top_k], a request each"),
+    ):
+        np.savez(tmp_path / "x.npz", **arrays)
+        found = read_recorded(tmp_path / "x.npz")
+        assert found.n_sequences == n_sequences
+        assert note in found.notes[0]
 
 
 def test_a_record_goes_with_its_model_only(trace):

@@ -23,14 +23,8 @@ _EXPERT_PARTS = re.compile(
 _MOST_OBJECTS, _MOST_INHERITED, _MOST_NOTES, _MOST_NAMES = 1000, 200, 20, 100_000
 _MOST_EXPERTS = 2**15 - 1  # the largest int16 expert id
 _MOST_SETS = 3  # a longer list has the experts of each layer
-_OWN = (
-    "hidden",
-    "width",
-    "any_width",
-    "latent",
-    "activation",
-    "layers",
-)  # sizes of a parent are not those of its parts
+# Sizes of a parent are not those of its parts.
+_OWN = ("hidden", "width", "any_width", "latent", "activation", "layers")
 _KNOWN = {key for spellings in KEYS.values() for key in spellings}
 _INHERITED = {key for field in KEYS if field not in _OWN for key in KEYS[field]} | {"model_type", "architectures"}
 _UNGATED = ("relu2", "relu_squared", "squared_relu", "relu^2")
@@ -75,9 +69,9 @@ def read_config(path: Path) -> ModelSpec:
     n_zero, n_hash = read.whole("n_zero") or known.n_zero, _hash_layers(read, known)
     hidden, width = read.whole("hidden") or 0, _width(read, implied is None)
     matrices, n_shared = _matrices(read, known), _shared_experts(read, known)
-    read.use(
-        *KEYS["logit_bias"], *(key for key in ("router_type",) if read.config.get(key) == "topN")
-    )  # Ling: one router
+    read.use(*KEYS["logit_bias"])
+    if read.config.get("router_type") == "topN":  # Ling: one router
+        read.use("router_type")
     n_layers, ids = moe_layers(read, None if implied is None else known.layers, name, expert_mask)
     strange = read.left_over()
     read.notes += [f"{shown(key)} {shown(read.config[key])} (not understood)" for key in strange[:_MOST_NOTES]]
@@ -180,12 +174,9 @@ def _experts(read: Reader) -> tuple[int, list[int]]:
 
 def _per_layer(read: Reader) -> list[tuple[str, Any]]:
     """Keys of the config and of the objects in it that count the experts of each layer."""
-    found = []
-    inside = [part for part in read.config.values() if isinstance(part, dict)]
-    for part in [read.config, *inside]:
-        found += [
-            (key, value) for key, value in part.items() if PER_LAYER.search(key) and isinstance(value, list | dict)
-        ]
+    parts = [read.config, *(part for part in read.config.values() if isinstance(part, dict))]
+    items = [item for part in parts for item in part.items()]
+    found = [(key, value) for key, value in items if PER_LAYER.search(key) and isinstance(value, list | dict)]
     read.use(*(key for key, _ in found))
     return found
 
@@ -230,21 +221,21 @@ def _groups(read: Reader, known: Type, name: str, n_experts: int) -> tuple[int, 
             f"n_group, topk_group (not in config.json; {n_group} and {topk_group} as {name} has by default)"
         )
     elif n_group and n_group > 1 and topk_group is None:
-        topk_group, why = (
-            (known.groups[1], f"as {name} has by default") if n_group == known.groups[0] else (1, "assumed")
-        )
+        is_default = n_group == known.groups[0]
+        topk_group, why = (known.groups[1], f"as {name} has by default") if is_default else (1, "assumed")
         read.notes.append(f"topk_group (not in config.json; {topk_group} {why})")
-    return n_group or 1, topk_group if n_group and n_group > 1 and topk_group is not None else topk_group or 1
+    if not n_group or n_group == 1:
+        return 1, topk_group or 1
+    return n_group, topk_group or 0
 
 
 def _width(read: Reader, is_unknown: bool) -> Any:
     """Intermediate size of one expert."""
-    key, value = read.take("width")
-    if value is None:
-        key, value = read.take("any_width")
-        if value is not None and is_unknown:
+    (key, value), (other, any_width) = read.take("width"), read.take("any_width")
+    if value is None and any_width is not None:
+        key, value = other, any_width
+        if is_unknown:
             read.notes.append(f"moe_intermediate_size (not in config.json; {key} taken)")
-    read.take("any_width")
     if isinstance(value, list) and value and len(value) <= MAX_LAYERS:  # ERNIE's multimodal models: text, then vision
         if any(item != value[0] for item in value):
             read.notes.append(f"{key} {shown(value)} (the first was taken)")
@@ -258,15 +249,10 @@ def _matrices(read: Reader, known: Type) -> int:
     _, value = read.take("activation")
     if isinstance(value, dict):  # DBRX
         value = value.get("name")
-    if gated is not None:
+    act = value.lower() if isinstance(value, str) else ""
+    if gated is not None or act in _UNGATED:
         return 3 if gated else 2
-    if isinstance(value, str):
-        act = value.lower()
-        if act in _UNGATED:
-            return 2
-        if act in _GATED or act.startswith("gated"):
-            return 3
-    return known.matrices
+    return 3 if act in _GATED or act.startswith("gated") else known.matrices
 
 
 def _shared_experts(read: Reader, known: Type) -> int:
@@ -279,12 +265,9 @@ def _shared_experts(read: Reader, known: Type) -> int:
 
 def _hash_layers(read: Reader, known: Type) -> int:
     """Leading MoE layers that route by a hash of the token."""
-    _, types = read.take("types")
-    if isinstance(types, list) and any(isinstance(word, str) and "hash" in word for word in types):
-        read.whole("n_hash")
-        return sum(isinstance(word, str) and "hash" in word for word in types)
-    said = read.whole("n_hash", most=MAX_LAYERS)
-    return known.layers.get("num_hash_layers", 0) if said is None else said
+    (_, types), said = read.take("types"), read.whole("n_hash", most=MAX_LAYERS)
+    hashed = sum(isinstance(word, str) and "hash" in word for word in types) if isinstance(types, list) else 0
+    return hashed or (known.layers.get("num_hash_layers", 0) if said is None else said)
 
 
 _PLAIN = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
@@ -314,8 +297,8 @@ def routed_dtype(read: Reader, beside: Path) -> str:
 
 def _quantized(said: dict[str, Any], plain: str) -> str:
     """Type of the routed experts by a quantization config; '' where it is not understood."""
-    left = [said.get(key) for key in ("ignore", "modules_to_not_convert", "exclude_modules", "ignored_layers")]
-    if any(_all_experts(name) for names in left if isinstance(names, list) for name in names[:_MOST_NAMES]):
+    left = ("ignore", "modules_to_not_convert", "exclude_modules", "ignored_layers")
+    if any(_all_experts(name) for key in left for name in _listed(said.get(key))):
         return plain
     block = "_e4m3_block128" if said.get("weight_block_size") == [128, 128] else ""
     layers, groups, whole = (said.get(key) for key in ("quantized_layers", "config_groups", "global_quant_config"))

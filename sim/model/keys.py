@@ -122,19 +122,7 @@ _SPELLINGS = {
     "logit_bias": "router_bias add_router_bias",
 }
 KEYS = {field: tuple(spellings.split()) for field, spellings in _SPELLINGS.items()}
-LAYER_FIELDS = (
-    "dense_first",
-    "every",
-    "step",
-    "period",
-    "start",
-    "end",
-    "moe_ids",
-    "dense_ids",
-    "types",
-    "pattern",
-    "blocks",
-)
+LAYER_FIELDS = tuple("dense_first every step period start end moe_ids dense_ids types pattern blocks".split())
 PER_LAYER = re.compile(r"experts?_per_layer$|^experts_in_layers?$|^layer_n?u?m?_?experts$|^moe_num_experts_list$")
 """Counts of experts that differ from layer to layer (pruned models)."""
 

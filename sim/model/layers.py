@@ -115,6 +115,13 @@ def _is_moe(word: str, mlp: bool) -> bool:
 def _named(read: Reader, n_layers: int, drafts: int, counts: list[int]) -> tuple[int, set[int] | None, str]:
     """Number of layers, the MoE layers where a list names them, and the key of that list."""
     said: list[tuple[str, set[int]]] = []
+
+    def say(key: str, flags: list[bool]) -> None:
+        """What a list with a value for each layer says; it also tells how many there are."""
+        nonlocal n_layers
+        n_layers = _fit(read, key, len(flags), n_layers, drafts)
+        said.append((key, {i for i, is_moe in enumerate(flags[:n_layers]) if is_moe}))
+
     key, ids = read.take("moe_ids")
     if isinstance(ids, int) and not isinstance(ids, bool):
         read.leave(key)  # a number of layers does not tell which
@@ -127,34 +134,26 @@ def _named(read: Reader, n_layers: int, drafts: int, counts: list[int]) -> tuple
     else:
         key, listed = words
         mlp = _is_of_mlps(key, listed)
-        n_layers = _fit(read, key, len(listed), n_layers, drafts)
         for word in sorted({word for word in listed if mlp and not _is_moe(word, mlp)}):
             if not set(re.split(r"[^a-z0-9]+", word.lower())) & _DENSE_WORDS:
                 read.notes.append(f"{key} {shown(word)} (not understood; taken as a dense layer)")
-        said.append((key, {i for i, word in enumerate(listed[:n_layers]) if _is_moe(word, mlp)}))
+        say(key, [_is_moe(word, mlp) for word in listed])
     key, pattern = read.take("pattern")
-    if (
-        isinstance(pattern, list)
-        and pattern
-        and all(isinstance(letter, str) and len(letter) == 1 for letter in pattern)
-    ):
-        pattern = "".join(pattern)
-    if isinstance(pattern, str):
-        letters = pattern.split("/")[0].replace("|", "")  # Megatron: / begins draft layers, | a pipeline stage
-        n_layers = _fit(read, key, len(letters), n_layers, drafts)
+    is_text = isinstance(pattern, list) and all(isinstance(letter, str) and len(letter) == 1 for letter in pattern)
+    if isinstance(pattern, str) or (is_text and pattern):
+        letters = "".join(pattern).split("/")[0].replace("|", "")  # Megatron: / begins draft layers, | a pipeline stage
         odd = "".join(sorted(set(letters) - set("ME*-+GDW")))
         if odd:
             read.notes.append(f"{key} {shown(odd)} (letters not understood; only E was taken as MoE)")
-        said.append((key, {i for i, letter in enumerate(letters[:n_layers]) if letter == "E"}))
+        say(key, [letter == "E" for letter in letters])
     elif isinstance(pattern, list) and "moe" in key:
         said.append((key, _mask(read, key, pattern, n_layers, drafts)))
     else:
         read.leave(key)
     key, blocks = read.take("blocks")
-    found = _of_blocks(read, key, blocks) if isinstance(blocks, list) and len(blocks) <= MAX_LAYERS else set()
-    if found:
-        n_layers = _fit(read, key, len(blocks), n_layers, drafts)
-        said.append((key, {i for i in found if i < n_layers}))
+    flags = _of_blocks(read, key, blocks) if isinstance(blocks, list) and len(blocks) <= MAX_LAYERS else []
+    if any(flags):
+        say(key, flags)
     else:
         read.leave(key)
     if len(counts) > 1 and 0 in counts and len(counts) in (n_layers, n_layers + drafts):
@@ -169,11 +168,12 @@ def _taken_away(read: Reader, n_layers: int, drafts: int) -> list[tuple[str, set
     """For each key that takes layers away: the key, and the layers that it leaves."""
     every_layer = range(n_layers or MAX_LAYERS)
     rules: list[tuple[str, set[int]]] = []
-    key, first = read.take("dense_first")
-    if isinstance(first, list):
-        rules.append((key, set(every_layer) - _ids(read, key, first, n_layers, drafts)))
-    elif first is not None:
-        rules.append((key, set(every_layer[read.checked(key, first) :])))
+    for field in ("dense_first", "dense_ids"):  # a number of leading layers, or the layers themselves
+        key, dense = read.take(field)
+        if isinstance(dense, list) or (field == "dense_ids" and isinstance(dense, str)):
+            rules.append((key, set(every_layer) - _ids(read, key, dense, n_layers, drafts)))
+        elif dense is not None:
+            rules.append((key, set(every_layer[read.checked(key, dense) :])))
     for field in ("every", "step"):
         key, n = read.take(field)
         if isinstance(n, str | list):
@@ -198,11 +198,6 @@ def _taken_away(read: Reader, n_layers: int, drafts: int) -> list[tuple[str, set
         ends = [read.checked(last_key, i, -1) for i in _some(read, last_key, end)]
         if -1 not in ends:
             rules.append((last_key, set(every_layer[: max(ends) + 1])))
-    key, dense = read.take("dense_ids")
-    if isinstance(dense, int) and not isinstance(dense, bool):
-        rules.append((key, set(every_layer[read.checked(key, dense) :])))
-    elif dense is not None:
-        rules.append((key, set(every_layer) - _ids(read, key, dense, n_layers, drafts)))
     return rules
 
 
@@ -256,18 +251,19 @@ def _ids(read: Reader, key: str, value: Any, n_layers: int, drafts: int) -> set[
     return {layer for layer in layers if not n_layers or layer < n_layers}
 
 
-def _of_blocks(read: Reader, key: str, blocks: list[Any]) -> set[int]:
-    """MoE layers of a list of block descriptions, whose experts must all be as many as the config says."""
-    found, counts = set[int](), set[int]()
-    for i, block in enumerate(block if isinstance(block, dict) else {} for block in blocks):
+def _of_blocks(read: Reader, key: str, blocks: list[Any]) -> list[bool]:
+    """Which of a list of block descriptions are MoE layers; their experts must all be as many."""
+    flags, counts = list[bool](), set[int]()
+    for block in blocks:
+        block = block if isinstance(block, dict) else {}
         ffn = block.get("ffn")
         inside = ffn.get("moe") if isinstance(ffn, dict) else block.get("moe")
-        if isinstance(inside, dict) or _is_moe(str(block.get("block_type", "")), True):
-            found.add(i)
+        flags.append(isinstance(inside, dict) or _is_moe(str(block.get("block_type", "")), True))
+        if flags[-1]:
             part = block | (inside if isinstance(inside, dict) else {})
             counts.update(part[name] for name in KEYS["n_experts"] if isinstance(part.get(name), int))
     if len(counts) > 1:
         raise read.error(
             f"{key}: layers have {min(counts)} to {max(counts)} experts; models with one number of experts are simulated"
         )
-    return found
+    return flags

@@ -74,10 +74,7 @@ def load_model(name_or_path: str | Path | ModelSpec) -> ModelSpec:
     if exact:
         return _from_preset(exact)
     path = Path(name)
-    for file in ("config.json", "params.json"):
-        if is_there(path / file):
-            path = path / file
-            break
+    path = next((path / file for file in ("config.json", "params.json") if is_there(path / file)), path)
     if path.suffix == ".gguf":
         raise InputError(
             f"`model` {name}: GGUF files are not read; give the config.json of the original model, or its name"
@@ -136,28 +133,23 @@ def _from_preset(name: str, assumed: str = "") -> ModelSpec:
     row = _presets()[name]
     layer_keys = {key for field in ("layers", *LAYER_FIELDS) for key in KEYS[field]}
     n_layers, ids = moe_layers(Reader({k: v for k, v in row.items() if k in layer_keys}, f"preset {name}"), {})
-    unverified = [*row["unverified"]]
-    if assumed:
-        unverified.append(f"that {assumed} has the router and sizes of {row['hf_id']}")
+    assumption = (f"that {assumed} has the router and sizes of {row['hf_id']}",) if assumed else ()
+    same = (
+        "n_group", "topk_group", "hidden_size", "expert_hidden_size", "moe_intermediate_size", "expert_matrices",
+        "n_shared_experts", "routed_dtype",
+    )  # fmt: skip
     return ModelSpec(
         name=name,
         n_experts=row["n_routed_experts"],
         top_k=row["num_experts_per_tok"],
-        n_group=row["n_group"],
-        topk_group=row["topk_group"],
         scoring=row["scoring_func"],
         group_score="top2_sum" if row["correction_bias"] else "max",
         has_bias=row["correction_bias"],
         n_layers=n_layers,
         n_moe_layers=row["num_moe_layers"],
         moe_layer_ids=ids,
-        hidden_size=row["hidden_size"],
-        expert_hidden_size=row["expert_hidden_size"],
-        moe_intermediate_size=row["moe_intermediate_size"],
-        expert_matrices=row["expert_matrices"],
-        n_shared_experts=row["n_shared_experts"],
-        routed_dtype=row["routed_dtype"],
-        unverified=tuple(unverified),
+        unverified=(*row["unverified"], *assumption),
         source=tuple(row["source"]),
         caveat=caveat_of(row.get("zero_expert_num", 0), row.get("num_hash_layers", 0), row["num_experts_per_tok"]),
+        **{field: row[field] for field in same},
     )

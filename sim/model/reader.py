@@ -6,13 +6,8 @@ from sim.errors import InputError, shown
 from sim.model.keys import KEYS, speaks
 from sim.model.spec import MAX_LAYERS
 
-_FREE_TO_DIFFER = (
-    "activation",
-    "any_width",
-    "has_bias",
-    "types",
-    "pattern",
-)  # keys of one field that mean several things
+# Keys of one field that mean several things.
+_FREE_TO_DIFFER = ("activation", "any_width", "has_bias", "types", "pattern")
 
 
 class Reader:

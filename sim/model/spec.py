@@ -82,13 +82,8 @@ class ModelSpec:
             value = getattr(self, field)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise InputError(f"{where}{field} must be a whole number of at least 1, not {shown(value)}")
-        for field in (
-            "hidden_size",
-            "expert_hidden_size",
-            "moe_intermediate_size",
-            "expert_matrices",
-            "n_shared_experts",
-        ):
+        sizes = ("hidden_size", "expert_hidden_size", "moe_intermediate_size", "expert_matrices", "n_shared_experts")
+        for field in sizes:
             whole_number(f"{where}{field}", getattr(self, field), 0, 2**40)
         if not isinstance(self.name, str) or not isinstance(self.scoring, str) or not isinstance(self.has_bias, bool):
             raise InputError(f"{where}name and scoring must be strings, has_bias True or False")

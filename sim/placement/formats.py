@@ -32,7 +32,7 @@ from sim.errors import InputError, shown
 from sim.files import parse_json, read_text
 from sim.model import ModelSpec
 from sim.model.spec import MOST_DRAFTS
-from sim.placement.placement import Placement, decoder_layers
+from sim.placement.placement import LayerIds, Placement, decoder_layers
 
 FORMATS = ("vllm", "sglang", "trtllm", "vllm-ascend")
 """Formats that `placement_text` writes."""
@@ -57,7 +57,7 @@ def read_placement(path: Path, model: ModelSpec, ep_size: int) -> Placement:
     file = _File(f"placement file {path}", f"file:{path}", model, ep_size)
     text = read_text(path, file.where)
     if _YAML.search(text) and not text.lstrip().startswith(("{", "[")):
-        return _from_trtllm(*read_assignments(text, file.where), file)
+        return _from_trtllm(parse_assignments(text, file.where), file)
     try:
         content = parse_json(text, file.where)
     except InputError as error:
@@ -68,12 +68,12 @@ def read_placement(path: Path, model: ModelSpec, ep_size: int) -> Placement:
     if "ep_size" in known and known["ep_size"] != ep_size:
         raise InputError(f"{file.where} says ep_size {shown(known['ep_size'])}: it is no map for `ep_size` {ep_size}")
     if "num_slots" in known:  # JSON is YAML, too
-        return _from_trtllm(*_assignments_of_json(known, file.where), file)
+        return _from_trtllm(known, file)
     if "physical_to_logical_map" in known:
         rows = known["physical_to_logical_map"]
         if not isinstance(rows, list) or not rows:
             raise InputError(f"{file.where}: physical_to_logical_map must be a list of layers, each a list of experts")
-        return file.of_slots(*file.by_row(rows))
+        return file.of_slots(*file.by_place(rows))
     if "layer_list" in known:
         return _from_ascend(known, file)
     if not isinstance(content, list) or not content:
@@ -83,7 +83,7 @@ def read_placement(path: Path, model: ModelSpec, ep_size: int) -> Placement:
             "physical_to_logical_map (vLLM, SGLang), initial_global_assignments or num_slots (TensorRT-LLM) or layer_list "
             f"(vllm-ascend){found}"
         )
-    rows, layer_ids, notes = file.by_row(content if isinstance(content[0], list) else [content])
+    rows, layer_ids, notes = file.by_place(content if isinstance(content[0], list) else [content])
     if ep_size == model.n_experts:
         notes += (
             "read as the rank of each expert; a map with the expert of each slot stands under physical_to_logical_map",
@@ -197,45 +197,36 @@ class _File(NamedTuple):
     model: ModelSpec
     ep_size: int
 
-    def by_row(self, rows: list[Any]) -> tuple[Rows, tuple[int, ...] | None, tuple[str, ...]]:
-        """Rows of the MoE layers, by their place in a file that has no layer ids; their ids if these are known; and notes.
-
-        As many rows as decoder layers, or more, are taken for those; as many as MoE layers for these, in order.
-        """
-        moe, n_layers = self.model.moe_layer_ids, decoder_layers(self.model)
-        if len(rows) == 1 or not moe:
-            return dict(enumerate(rows)), None, ()
-        if len(rows) < len(moe):
-            return dict(enumerate(rows)), None, self.too_few(len(rows))
-        if len(rows) == len(moe):
-            return dict(enumerate(rows)), moe, ()
-        if len(rows) < n_layers:
+    def by_place(self, rows: list[Any]) -> tuple[Rows, LayerIds, tuple[str, ...]]:
+        """`by_layer` of rows without numbers: as many as MoE layers are these in order, others all decoder layers."""
+        moe = self.model.moe_layer_ids
+        if 0 < len(moe) < len(rows) < decoder_layers(self.model):
             raise InputError(
-                f"{self.where} has {len(rows)} layers; {self.model.name} has {n_layers} decoder layers, {len(moe)} of them with "
-                "experts"
+                f"{self.where} has {len(rows)} layers; {self.model.name} has {decoder_layers(self.model)} decoder layers, "
+                f"{len(moe)} of them with experts"
             )
-        return {layer: rows[layer] for layer in moe}, moe, self.left_out(list(range(n_layers, len(rows))))
+        numbers = moe if len(rows) == len(moe) else range(len(rows))
+        found, ids, notes = self.by_layer(dict(zip(numbers, rows, strict=True)))
+        return found, ids if len(rows) >= len(moe) else None, notes
 
-    def too_few(self, n_rows: int) -> tuple[str, ...]:
-        """A note on fewer layers than the model has."""
-        n_moe = len(self.model.moe_layer_ids)
-        return (f"{n_rows} layers for the {n_moe} MoE layers of {self.model.name}: taken in turn",) * (
-            1 < n_rows < n_moe
-        )
+    def by_layer(self, rows: Rows) -> tuple[Rows, LayerIds, tuple[str, ...]]:
+        """Rows of the MoE layers, of rows by decoder layer; the layers' ids if these are known; and notes. One row serves all
+        layers, fewer than MoE layers are taken in turn, and of more only draft layers may lie past the decoder.
+        """
+        moe, ids, n_layers = self.model.moe_layer_ids, tuple(rows), decoder_layers(self.model)
+        if len(ids) == 1 or not moe:
+            return rows, None, ()
+        if not set(moe) <= set(ids):
+            note = f"{len(ids)} layers for the {len(moe)} MoE layers of {self.model.name}: taken in turn"
+            return rows, ids if set(ids) <= set(moe) else None, (note,)
+        past = sorted(layer for layer in ids if layer >= n_layers)
+        told = f"layers past the {n_layers} decoder layers of {self.model.name}"
+        if len(past) > MOST_DRAFTS:
+            raise InputError(f"{self.where} has {told}: {shown(past)}; another model's map?")
+        notes = (f"{told} are left out (a draft model's?): {past}",) if past else ()
+        return {layer: rows[layer] for layer in moe}, moe, notes
 
-    def left_out(self, layers: list[int]) -> tuple[str, ...]:
-        """A note on layers past the decoder, if there are any; more than draft layers are refused."""
-        if not layers:
-            return ()
-        which = f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]} to {layers[-1]}"
-        past = f"past the {decoder_layers(self.model)} decoder layers of {self.model.name}"
-        if len(layers) > MOST_DRAFTS:
-            raise InputError(f"{self.where} has {which}, {past}: another model's map?")
-        return (f"{which} left out: {past} (a draft model's?)",)
-
-    def of_slots(
-        self, rows: Rows, layer_ids: tuple[int, ...] | None, notes: tuple[str, ...], may_differ: bool = False
-    ) -> Placement:
+    def of_slots(self, rows: Rows, layer_ids: LayerIds, notes: tuple[str, ...], may_differ: bool = False) -> Placement:
         """The placement of rows with the expert of each slot; whether layers may have different numbers of slots."""
         n_experts, width = self.model.n_experts, None
         for layer, row in rows.items():
@@ -258,7 +249,7 @@ class _File(NamedTuple):
             of_rank[:, : len(row) // self.ep_size] = np.reshape(row, (self.ep_size, -1))
         return Placement.of_slots(self.name, self.ep_size, n_experts, slots.reshape(len(rows), -1), layer_ids, notes)
 
-    def of_ranks(self, rows: Rows, layer_ids: tuple[int, ...] | None, notes: tuple[str, ...]) -> Placement:
+    def of_ranks(self, rows: Rows, layer_ids: LayerIds, notes: tuple[str, ...]) -> Placement:
         """The placement of rows with the rank of each expert, the form of its own."""
         n_experts, ep_size = self.model.n_experts, self.ep_size
         for layer, row in rows.items():
@@ -277,92 +268,75 @@ class _File(NamedTuple):
         return Placement.of_ranks(self.name, ep_size, np.array(list(rows.values()), np.int32), layer_ids, notes)
 
 
-def _assignments_of_json(content: dict[str, Any], where: str) -> tuple[int, dict[int, list[Any]] | None]:
-    """As `read_assignments`, of JSON."""
-    n_slots, given = content["num_slots"], content.get("initial_global_assignments")
+def _from_trtllm(content: dict[str, Any], file: _File) -> Placement:
+    """TensorRT-LLM's map, which is keyed by decoder layer, or the start that it has without one."""
+    where, model, ep_size = file.where, file.model, file.ep_size
+    n_slots, given = content.get("num_slots"), content.get("initial_global_assignments")
     if not _is_whole(n_slots) or n_slots < 1:
         raise InputError(f"{where}: num_slots must be a whole number from 1 on, not {shown(n_slots)}")
     if given is None:
-        return n_slots, None
-    if not isinstance(given, dict) or not given or not all(re.fullmatch("[0-9]{1,9}", key) for key in given):
-        raise InputError(
-            f"{where}: initial_global_assignments must be {{layer: [expert of each slot]}}, not {shown(given)}"
-        )
-    return n_slots, _of_slots({int(key): row for key, row in given.items()}, n_slots, where)
-
-
-def _from_trtllm(n_slots: int, of_layer: Rows | None, file: _File) -> Placement:
-    """TensorRT-LLM's map, which is keyed by decoder layer, or the start that it has without one."""
-    where, model, ep_size = file.where, file.model, file.ep_size
-    if of_layer is None:
         if n_slots % ep_size:
             raise InputError(f"{where}: num_slots {n_slots} does not divide by `ep_size` {ep_size}")
         n = model.n_experts
         start = [(rank * n // ep_size + slot) % n for rank in range(ep_size) for slot in range(n_slots // ep_size)]
         note = "no initial_global_assignments: slot s of rank r has expert (r * experts // ranks + s) % experts, as at the start"
         return file.of_slots({0: start}, None, (note,))
-    moe, ids = model.moe_layer_ids, tuple(sorted(of_layer))
-    notes: tuple[str, ...] = ()
-    if len(ids) > 1 and moe:
-        if set(moe) <= set(ids):
-            notes = file.left_out([layer for layer in ids if layer >= decoder_layers(model)])
-            ids = moe
-        elif len(ids) == len(moe):
-            notes = (
-                f"layers {ids[0]} to {ids[-1]} taken for the MoE layers in order; TensorRT-LLM looks for {moe[0]} to {moe[-1]}",
-            )
-        elif len(ids) > len(moe):
+    if not isinstance(given, dict) or not given or not all(re.fullmatch("[0-9]{1,9}", key) for key in given):
+        raise InputError(
+            f"{where}: initial_global_assignments must be {{layer: [expert of each slot]}}, not {shown(given)}"
+        )
+    rows = {int(key): given[key] for key in sorted(given, key=int)}
+    for layer, row in rows.items():
+        if not isinstance(row, list) or len(row) != n_slots:
+            found = len(row) if isinstance(row, list) else shown(row)
             raise InputError(
-                f"{where} has {len(ids)} layers, {ids[0]} to {ids[-1]}; the {len(moe)} MoE layers of {model.name} are "
-                f"{moe[0]} to {moe[-1]}, and {min(set(moe) - set(ids))} is not there"
+                f"{where}: every layer of initial_global_assignments must have num_slots = {n_slots} slots; layer {layer} has "
+                f"{found}"
             )
-        else:  # KeyError in get_layer_initial_global_assignments
-            missing = min(set(moe) - set(ids))
-            notes = (f"{file.too_few(len(ids))[0]}; TensorRT-LLM stops at layer {missing}, which is not there",)
-    rows = {layer: of_layer[layer] for layer in ids}
-    known = moe if len(rows) == len(moe) else ids if set(ids) <= set(moe) else None
-    return file.of_slots(rows, known if len(rows) > 1 else None, notes)
+    moe, ids = model.moe_layer_ids, tuple(rows)
+    missing = sorted(set(moe) - set(ids))
+    if len(ids) == 1 or not missing:
+        return file.of_slots(*file.by_layer(rows))
+    if len(ids) > len(moe):
+        raise InputError(
+            f"{where} has {len(ids)} layers, {ids[0]} to {ids[-1]}; the {len(moe)} MoE layers of {model.name} are {moe[0]} to "
+            f"{moe[-1]}, and {missing[0]} is not there"
+        )
+    if len(ids) == len(moe):
+        note = f"layers {ids[0]} to {ids[-1]} taken for the MoE layers in order; TensorRT-LLM looks for {moe[0]} to {moe[-1]}"
+        return file.of_slots(dict(zip(moe, rows.values(), strict=True)), moe, (note,))
+    rows, known, notes = file.by_layer(rows)
+    stops = f"TensorRT-LLM stops at layer {missing[0]}, which is not there"  # get_layer_initial_global_assignments
+    return file.of_slots(rows, known, (f"{notes[0]}; {stops}",))
 
 
 def _from_ascend(content: dict[str, Any], file: _File) -> Placement:
-    """vllm-ascend's map: MoE layers by their place in the list."""
-    where, model = file.where, file.model
-    rows, seen = content["layer_list"], set()
-    count = content.get("moe_layer_count")
+    """vllm-ascend's map: MoE layers by their place in the list, and draft layers behind them."""
+    where, moe = file.where, file.model.moe_layer_ids
+    rows, count = content["layer_list"], content.get("moe_layer_count")
     if not isinstance(rows, list) or not rows or not _is_whole(count) or count != len(rows):
         raise InputError(f"{where}: layer_list must have as many layers as moe_layer_count says, and at least one")
-    for row in rows:
-        layer = row.get("layer_id") if isinstance(row, dict) else None
-        if not _is_whole(layer) or layer < 0 or layer in seen:
-            raise InputError(f"{where}: each layer of layer_list needs a layer_id of its own, a whole number")
-        seen.add(layer)
-    slots = {row["layer_id"]: _device_experts(row, file.ep_size, f"{where}, layer {row['layer_id']}") for row in rows}
-    moe, notes = model.moe_layer_ids, file.too_few(len(rows))
-    known = tuple(slots) if len(rows) > 1 and set(slots) <= set(moe) else None
-    if len(rows) > 1 and len(rows) >= len(moe) > 0:
-        left = len(rows) - len(moe)
-        if left > MOST_DRAFTS:
-            raise InputError(
-                f"{where} has {len(rows)} layers, {model.name} has {len(moe)} MoE layers: another model's map?"
-            )
-        if left:
-            notes = (
-                f"the last {left} of its layers left out: {model.name} has {len(moe)} MoE layers (a draft model's?)",
-            )
-        slots, known = dict(list(slots.items())[: len(moe)]), moe
-    return file.of_slots(slots, known, notes, may_differ=True)
+    ids: list[Any] = [row.get("layer_id") if isinstance(row, dict) else None for row in rows]
+    if not all(_is_whole(layer) and layer >= 0 for layer in ids) or len(set(ids)) < len(ids):
+        raise InputError(f"{where}: each layer of layer_list needs a layer_id of its own, a whole number")
+    slots = [
+        _device_experts(row, file.ep_size, f"{where}, layer {layer}") for layer, row in zip(ids, rows, strict=True)
+    ]
+    if 0 < len(moe) <= len(ids):
+        ids = [*moe, *range(decoder_layers(file.model), decoder_layers(file.model) + len(ids) - len(moe))]
+    return file.of_slots(*file.by_layer(dict(zip(ids, slots, strict=True))), may_differ=True)
 
 
 def _device_experts(row: dict[str, Any], ep_size: int, at: str) -> list[Any]:
     """Experts of a layer's slots, device by device."""
-    devices = row.get("device_list")
-    devices = devices if isinstance(devices, list) and all(isinstance(device, dict) for device in devices) else []
-    held = {
-        device.get("device_id"): device.get("device_expert") for device in devices if _is_whole(device.get("device_id"))
-    }
-    count, wanted = row.get("device_count"), set(range(ep_size))
-    all_there = _is_whole(count) and count == len(devices) == ep_size and set(held) == wanted
-    if not all_there or not all(isinstance(experts, list) for experts in held.values()):
+    listed, count = row.get("device_list"), row.get("device_count")
+    devices: list[Any] = listed if isinstance(listed, list) else []
+    held: dict[int, Any] = {}
+    for device in devices:
+        if isinstance(device, dict) and _is_whole(device.get("device_id")):
+            held[device["device_id"]] = device.get("device_expert")
+    sound = _is_whole(count) and count == len(devices) == ep_size and set(held) == set(range(ep_size))
+    if not sound or not all(isinstance(experts, list) for experts in held.values()):
         raise InputError(
             f"{at}: must have the devices 0 to {ep_size - 1} of `ep_size` {ep_size}, each with its device_expert"
         )
@@ -384,15 +358,14 @@ def _check_ids(row: Any, n: int, one: str, what: str, at: str) -> None:
             raise InputError(f"{one} {i} must have {what} from 0 to {n - 1}, not {shown(value)}")
 
 
-def read_assignments(text: str, where: str) -> tuple[int, dict[int, list[Any]] | None]:
-    """`num_slots` of a TensorRT-LLM load balancer file, and its `initial_global_assignments`: layer id to the expert of each
-    slot; None without that key.
+def parse_assignments(text: str, where: str) -> dict[str, Any]:
+    """What JSON would have of a TensorRT-LLM load balancer file: `num_slots`, and `initial_global_assignments`, the expert of
+    each slot by layer, None without that key.
 
     The one shape of YAML that these files have, read strictly: no tags, anchors or nested maps. Lists may be flow lists, over
-    several lines too, or block lists of `- expert`. Raises InputError for anything else, and where `num_slots` is not the
-    length of each list.
+    several lines too, or block lists of `- expert`. Raises InputError for anything else.
     """
-    layers: dict[int, list[Any]] = {}
+    layers: dict[str, list[Any]] = {}
     n_slots, section, row, has_layers = None, "", None, False
     for number, line in _logical_lines(text, where):
         at = f"{where}, line {number}"
@@ -404,34 +377,19 @@ def read_assignments(text: str, where: str) -> tuple[int, dict[int, list[Any]] |
             raise InputError(f"{at}: expected 'key: value' or a list of experts, not {shown(line.strip())}")
         key, value = found["key"], (found["value"] or "").strip()
         if found["indent"]:
-            layer = _whole(key, at)
+            layer = str(_whole(key, at))
             if section != "initial_global_assignments" or layer in layers or len(layers) >= _MOST_LAYERS:
                 raise InputError(f"{at}: layer {layer} is out of place, there twice, or beyond {_MOST_LAYERS} layers")
             row = layers[layer] = _flow_list(value, at) if value else []
             continue
         section, row = key, None
-        has_layers |= key == "initial_global_assignments" and value not in ("null", "~")
         if key == "num_slots":
             n_slots = _whole(value, at)
-        elif value and has_layers and key == "initial_global_assignments":
-            raise InputError(f"{at}: expected a line 'layer: [experts]' for each layer below {key}")
-    if n_slots is None:
-        raise InputError(f"{where} has no num_slots")
-    return n_slots, _of_slots(layers, n_slots, where) if has_layers else None
-
-
-def _of_slots(layers: dict[int, list[Any]], n_slots: int, where: str) -> dict[int, list[Any]]:
-    """The layers of initial_global_assignments, each a list of `num_slots`."""
-    wrong = [layer for layer, experts in layers.items() if not isinstance(experts, list) or len(experts) != n_slots]
-    if not layers or wrong:
-        row = layers[wrong[0]] if wrong else None
-        found = (
-            f"layer {wrong[0]} has {len(row) if isinstance(row, list) else shown(row)}" if wrong else "there is none"
-        )
-        raise InputError(
-            f"{where}: every layer of initial_global_assignments must have num_slots = {n_slots} slots; {found}"
-        )
-    return layers
+        elif key == "initial_global_assignments" and value not in ("null", "~"):
+            has_layers = True
+            if value:
+                raise InputError(f"{at}: expected a line 'layer: [experts]' for each layer below {key}")
+    return {"num_slots": n_slots, "initial_global_assignments": layers if has_layers else None}
 
 
 def _logical_lines(text: str, where: str) -> Iterator[tuple[int, str]]:

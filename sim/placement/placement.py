@@ -7,6 +7,9 @@ import numpy as np
 
 from sim.model import ModelSpec
 
+LayerIds = tuple[int, ...] | None
+"""Decoder layers that rows belong to; None where one row serves all layers, or where the layers are not known."""
+
 
 @dataclass(frozen=True, eq=False)
 class Placement:
@@ -25,7 +28,7 @@ class Placement:
         Logical expert in each slot; every expert is in at least one. -1: no expert, at the end of each rank's slots, in a row
         that has fewer slots than others (`eplb_budget`).
     layer_ids : tuple of int, optional
-        Decoder layers that the rows belong to; None where one row serves all layers, or where the layers are not known.
+        See `LayerIds`.
     notes : tuple of str
         What was made of the file that it was read from, such as rows that were left out.
     """
@@ -35,7 +38,7 @@ class Placement:
     n_experts: int
     ranks: np.ndarray
     experts: np.ndarray
-    layer_ids: tuple[int, ...] | None = None
+    layer_ids: LayerIds = None
     notes: tuple[str, ...] = ()
 
     @classmethod
@@ -44,7 +47,7 @@ class Placement:
         strategy: str,
         ep_size: int,
         rank_of_expert: np.ndarray,
-        layer_ids: tuple[int, ...] | None = None,
+        layer_ids: LayerIds = None,
         notes: tuple[str, ...] = (),
     ) -> "Placement":
         """Without replicas: the rank of each expert, int32 [rows, n_experts]."""
@@ -60,7 +63,7 @@ class Placement:
         ep_size: int,
         n_experts: int,
         experts: np.ndarray,
-        layer_ids: tuple[int, ...] | None = None,
+        layer_ids: LayerIds = None,
         notes: tuple[str, ...] = (),
     ) -> "Placement":
         """Equal numbers of slots on each rank: the expert of each, int16 [rows, slots], -1 where a row has fewer."""

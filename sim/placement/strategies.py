@@ -12,7 +12,7 @@ from sim.errors import InputError, shown, unknown, whole_number
 from sim.model import ModelSpec, load_model
 from sim.placement.eplb import LayerCost, balance, balance_budget, check_loads, most_copies
 from sim.placement.formats import read_placement
-from sim.placement.placement import Placement
+from sim.placement.placement import LayerIds, Placement
 from sim.streams import PERMUTATION, stream_key, words
 
 STRATEGIES = {
@@ -206,7 +206,7 @@ def place_balanced(
     ep_size: int,
     ranks_per_node: int,
     loads: np.ndarray,
-    layer_ids: tuple[int, ...] | None = None,
+    layer_ids: LayerIds = None,
     layer_cost: LayerCost | None = None,
 ) -> Placement:
     """Layers under a load-aware strategy, of checked loads float64 [layers, n_experts], and perhaps their decoder layers. Under a
@@ -242,7 +242,6 @@ def place_fixed(name: str, model: ModelSpec, ep_size: int, ranks_per_node: int) 
     return Placement.of_ranks(name, ep_size, ranks[None])
 
 
-@lru_cache(maxsize=16)  # the EP sizes of a chunk ask for the same
 @lru_cache(maxsize=4)  # all EP sizes of a chunk ask for the same
 def _random_places(n_experts: int, seed: int, first_draw: int, n_draws: int) -> np.ndarray:
     """Place of each expert in one random permutation per layer draw, int64 [n_draws, n_experts]."""

@@ -19,18 +19,12 @@ import numpy as np
 from sim.errors import InputError, shown
 from sim.files import first_line, open_stream, reading, unique
 from sim.model import ModelSpec
-from sim.traffic.arrays import Archive, array_of_bytes, narrow_ids
-from sim.traffic.tables import depth_of, layer_of_key
+from sim.traffic.arrays import array_of_bytes, narrow_ids
+from sim.traffic.tables import depth_of, layer_of_key, numbered_lines
 
 TOKEN_NAMES = (
-    "routed_experts",
-    "topk_ids",
-    "rollout_routed_experts",
-    "selected_experts",
-    "expert_ids",
-    "topk_indices",
-    "topk_idx",
-)
+    "routed_experts", "topk_ids", "rollout_routed_experts", "selected_experts", "expert_ids", "topk_indices", "topk_idx",
+)  # fmt: skip
 """Names that arrays of expert ids [tokens, layers, top_k] go by."""
 BY_LAYER = "topk_ids_of_layer"
 """The same as SGLang's recorder has it, [layers, tokens, top_k]."""
@@ -39,7 +33,7 @@ _WHOLE = ("routed_experts", "completion_routed_experts")
 _IDENTITIES = ("id", "request_id", "rid")
 _DTYPES = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64")
 _MAX_LINE = 256 << 20
-_MOST_IDS = 2**30
+_MOST_IDS = 2**31  # 4 GiB as int16
 _DEEPEST = 6  # levels of JSON that are searched for `routed_experts`
 _MOST_LAYERS = 4096
 
@@ -57,28 +51,39 @@ class Requests:
     arrays : list of int16 [tokens, layers, top_k]
     lengths : list of int64 [sequences]
         Of the sequences in each array.
-    n_steps : int, optional
-        Forward passes, where the file has them.
     layer_ids : list of int, optional
         Decoder layers, where the file names them.
+    form : str
+        What the last file was recognised as.
+    passes : set
+        Forward passes, where the file numbers them.
+    is_by_shape : bool
+        Whether nothing but their shape tells which axis of an array is tokens, and which layers.
+    n_other_phase : int
+        Tokens of the phase that is not read.
     """
 
     where: str
     model: ModelSpec | None = None
     arrays: list[np.ndarray] = field(default_factory=list)
     lengths: list[np.ndarray] = field(default_factory=list)
-    n_steps: int | None = None
     layer_ids: list[int] | None = None
-    n_without: int = 0
-    n_streamed: int = 0
+    form: str = ""
+    passes: set[Any] = field(default_factory=set)
+    is_by_shape: bool = False
+    n_other_phase: int = 0
+    n_repeated: int = 0
     n_null_tokens: int = 0
     n_ids: int = 0
-    most_ids: int = _MOST_IDS
     _of_key: dict[Any, int] = field(default_factory=dict)
     _without: set[Any] = field(default_factory=set)
 
     def add(self, ids: np.ndarray, here: str, key: Any = None, lengths: np.ndarray | None = None) -> None:
-        """Take a request's ids; those of a streamed answer (one key, and the earlier ids are its first) replace the earlier."""
+        """Take a request's ids [tokens, layers, top_k], and the lengths of its sequences if it has several.
+
+        Of parts with the same key, where one begins with the ids of another, the longer counts: of a streamed answer, or of
+        ranks with the same tokens.
+        """
         if ids.ndim != 3:
             raise InputError(f"{here}: ids must have the shape [tokens, layers, top_k], not {list(ids.shape)}")
         if self.arrays and ids.shape[1:] != self.arrays[0].shape[1:]:
@@ -87,36 +92,37 @@ class Requests:
                 f"{here}: request {len(self.arrays)} has layers x top_k {found}, the first one {first}: another model, or layers "
                 "before tokens?"
             )
-        at = None if key is None else self._of_key.get(key)
-        if at is not None and np.array_equal(ids[: len(self.arrays[at])], self.arrays[at]):
-            self.n_ids += ids.size - self.arrays[at].size
-            self.arrays[at], self.lengths[at] = ids, np.array([len(ids)])
-            self.n_streamed += 1
-        elif at is not None and np.array_equal(ids, self.arrays[at][: len(ids)]):
-            self.n_streamed += 1
-        else:
-            self.n_ids += ids.size
-            if key is not None:
-                self._of_key[key] = len(self.arrays)
-            self.arrays.append(ids)
-            self.lengths.append(np.array([len(ids)]) if lengths is None else lengths)
-        if self.n_ids > self.most_ids:
-            raise InputError(f"{self.where} holds more than {self.most_ids} expert ids; keep a part of it")
+        lengths, at = np.array([len(ids)]) if lengths is None else lengths, self._of_key.get(key)
+        if at is not None:
+            earlier = self.arrays[at]
+            n = min(len(ids), len(earlier))
+            if np.array_equal(ids[:n], earlier[:n]):
+                self.n_repeated += 1
+                if len(ids) > n:
+                    self.arrays[at], self.lengths[at] = ids, lengths
+                    self.n_ids += ids.size - earlier.size
+                return
+        if key is not None:
+            self._of_key[key] = len(self.arrays)
+        self.arrays.append(ids)
+        self.lengths.append(lengths)
+        self.n_ids += ids.size
+        if self.n_ids > _MOST_IDS:
+            raise InputError(f"{self.where} holds more than {_MOST_IDS} expert ids; keep a part of it")
 
     def without(self, key: Any = None) -> None:
         """Count a request that has no routing, unless more of its answer brings some."""
-        if key is None:
-            self.n_without += 1
-        else:
-            self._without.add(key)
+        self._without.add(object() if key is None else key)
 
     @property
     def notes(self) -> list[str]:
         """What was left out."""
-        n = self.n_without + len(self._without - set(self._of_key))
+        n = len(self._without - set(self._of_key))
         found = [f"{n} requests without routing (null, or aborted) are left out"] if n else []
-        if self.n_streamed:
-            found.append(f"{self.n_streamed} parts of streamed answers, which are in later ones, are counted once")
+        if self.n_repeated:
+            found.append(
+                f"{self.n_repeated} parts of streamed answers, or of ranks, that others hold too are counted once"
+            )
         if self.n_null_tokens:
             found.append(f"{self.n_null_tokens} tokens without routing (null) are left out")
         return found
@@ -128,25 +134,6 @@ class Requests:
         ids = self.arrays[0] if len(self.arrays) == 1 else np.concatenate(self.arrays)
         lengths = np.concatenate(self.lengths).astype(np.int64)
         return ids, lengths[lengths > 0]
-
-
-def add_arrays(requests: Requests, archive: Archive, names: list[str]) -> None:
-    """Arrays of an archive, one request each: whole numbers [tokens, layers, top_k]; or a batch [requests, tokens, ...]."""
-    requests.most_ids = 2 * _MOST_IDS
-    for name in names:
-        shape, dtype = archive.shape(name)
-        if dtype.kind not in "iu":
-            raise InputError(f"{archive.where}: {name or 'its array'} must be of whole numbers, not {dtype}")
-        if len(shape) not in ((3, 4) if name in TOKEN_NAMES else (3,)) or 0 in shape:
-            raise InputError(
-                f"{archive.where}: {name or 'its array'} must have shape [tokens, layers, top_k], not {list(shape)}"
-            )
-        if requests.n_ids + np.prod(shape, dtype=float) > requests.most_ids:
-            raise InputError(f"{archive.where} holds more than {requests.most_ids} expert ids; keep a part of it")
-        ids, lengths = archive.read_ids(name), None
-        if len(shape) == 4:  # requests of a batch, padded to one length
-            ids, lengths = ids.reshape(-1, *shape[2:]), np.full(shape[0], shape[1])
-        requests.add(ids, archive.where, lengths=lengths)
 
 
 def json_values(path: Path, where: str) -> Iterator[tuple[Any, str]]:
@@ -182,9 +169,7 @@ def json_values(path: Path, where: str) -> Iterator[tuple[Any, str]]:
 
 def _lines(file: IO[bytes], where: str) -> Iterator[tuple[int, bytes]]:
     """Lines that hold something, with their numbers; of server-sent events only the data."""
-    for number, line in enumerate(iter(lambda: file.readline(_MAX_LINE), b""), 1):
-        if len(line) >= _MAX_LINE:
-            raise InputError(f"{where}, line {number}: longer than {_MAX_LINE >> 20} MiB")
+    for number, line in numbered_lines(file, where, _MAX_LINE):
         text = line.removeprefix(b"\xef\xbb\xbf").strip().removeprefix(b"data:").strip()
         if text and text != b"[DONE]" and not text.startswith((b"event:", b"id:", b"retry:", b": ")):
             yield number, text
@@ -264,25 +249,20 @@ def _ids(value: Any, beside: dict[str, Any], here: str, requests: Requests) -> n
 def _nested(value: Any, here: str, requests: Requests) -> np.ndarray:
     """Ids of a nested list; a token or a layer may be null."""
     what = f"{here}: routed_experts must be whole numbers [tokens][layers][top_k]"
-    if not isinstance(value, list):
+    if not isinstance(value, list) or not all(isinstance(token, list | None) for token in value):
         raise InputError(what)
     tokens = [token for token in value if token is not None]
     requests.n_null_tokens += len(value) - len(tokens)
-    if not tokens:
-        return np.empty((0, 0, 0), np.int16)
-    if not all(isinstance(token, list) for token in tokens):
-        raise InputError(what)
     rows = list(chain.from_iterable(tokens))
-    if None in rows:
-        first = next((row for row in rows if row is not None), None)
-        if not isinstance(first, list):
-            return np.empty((0, 0, 0), np.int16)
-        tokens = [[[0] * len(first) if row is None else row for row in token] for token in tokens]
-        rows = list(chain.from_iterable(tokens))
-    if not all(isinstance(row, list) for row in rows):
+    listed = [row for row in rows if isinstance(row, list)]
+    if not listed and all(row is None for row in rows):
+        return np.empty((0, 0, 0), np.int16)
+    if len(listed) < len(rows) - rows.count(None) or set(map(type, chain.from_iterable(listed))) - {
+        int
+    }:  # booleans too
         raise InputError(what)
-    if set(map(type, chain.from_iterable(rows))) - {int}:  # booleans too
-        raise InputError(what)
+    if len(listed) < len(rows):
+        tokens = [[[0] * len(listed[0]) if row is None else row for row in token] for token in tokens]
     try:
         ids = np.asarray(tokens)
     except (ValueError, OverflowError):
@@ -374,37 +354,45 @@ def _shaped(flat: np.ndarray, here: str, model: ModelSpec) -> np.ndarray:
 
 
 def is_trace(held: Any) -> bool:
-    """Whether this is a request of a trace set: a list of steps {layer: [[expert ids] of each token]}, null for dense layers."""
-    if not isinstance(held, list) or not held or not all(isinstance(step, dict) and step for step in held):
-        return False
-    return all(layer_of_key(key) is not None for key in held[0]) and all(
-        value is None or (isinstance(value, list) and depth_of(value) == 2) for value in held[0].values()
+    """Whether this is a request of a trace set: a list of objects, of which the first is a step."""
+    return isinstance(held, list) and bool(held) and all(isinstance(step, dict) for step in held) and is_step(held[0])
+
+
+def is_step(held: Any) -> bool:
+    """Whether this is a step of a trace set: {layer: [[expert ids] of each token]}, null for dense layers."""
+    return (
+        isinstance(held, dict)
+        and bool(held)
+        and all(
+            layer_of_key(key) is not None and (value in (None, []) or depth_of(value) == 2)
+            for key, value in held.items()
+        )
     )
 
 
-def add_trace(requests: Requests, steps: list[Any], here: str, phase: str) -> int:
-    """Take a request of a trace set: its step 0, the prefill, or the steps after it, the decode. How many tokens are not."""
+def add_trace(requests: Requests, steps: list[Any], here: str, phase: str) -> None:
+    """Take a request of a trace set: its step 0, the prefill, or the steps after it, the decode."""
     layers: list[int] | None = None
-    chosen, n_other = [], 0
+    chosen: list[list[list[Any]]] = []
     for number, step in enumerate(steps):
-        if not isinstance(step, dict) or any(layer_of_key(key) is None for key in step):
+        if not is_step(step):
             raise InputError(f"{here}: step {number} is no object {{layer: [[expert ids] of each token]}}")
-        routed = sorted((layer_of_key(key) or 0, key) for key, value in step.items() if value is not None)
-        if not routed:
+        of_layer = {layer_of_key(key) or 0: rows for key, rows in step.items() if rows is not None}
+        if not of_layer:
             continue
+        routed = sorted(of_layer.items())
         layers = layers or [layer for layer, _ in routed]
         if [layer for layer, _ in routed] != layers:
             raise InputError(
                 f"{here}: step {number} has routing in {len(routed)} layers, the first one in {len(layers)}, or others"
             )
-        by_layer = [step[key] for _, key in routed]
         if (phase == "prefill") == (number == 0):
-            chosen.append(by_layer)
+            chosen.append([rows for _, rows in routed])
         else:
-            n_other += len(by_layer[0]) if isinstance(by_layer[0], list) else 0
+            requests.n_other_phase += len(routed[0][1])
     if layers is None:
         requests.without()
-        return 0
+        return
     if requests.layer_ids is not None and layers != requests.layer_ids:
         raise InputError(
             f"{here} has routing in {len(layers)} layers ({layers[0]} to {layers[-1]}), the files before it in "
@@ -412,12 +400,5 @@ def add_trace(requests: Requests, steps: list[Any], here: str, phase: str) -> in
         )
     requests.layer_ids = layers
     if chosen:
-        joined = (
-            [list(chain.from_iterable(parts)) for parts in zip(*chosen, strict=True)] if _are_lists(chosen) else chosen
-        )
+        joined = [list(chain.from_iterable(parts)) for parts in zip(*chosen, strict=True)]
         requests.add(_nested(joined, here, requests).transpose(1, 0, 2), here)
-    return n_other
-
-
-def _are_lists(chosen: list[Any]) -> bool:
-    return all(isinstance(layer, list) for by_layer in chosen for layer in by_layer)

@@ -1,5 +1,6 @@
 """Arrays from outside: .npy, .npz, .safetensors and torch's .pt, bounded by their headers before they are read, no code run."""
 
+import importlib
 import io
 import math
 import zipfile
@@ -15,6 +16,7 @@ from sim.files import MOST_PACKED, reading
 
 MAX_BYTES = 8 << 30
 MAX_ARRAYS = 100_000
+MOST_COUNTS = 2**27  # of an array that is no list of expert ids
 _MOST_UNASKED = 1 << 30  # bytes that a small file may unpack to
 _MAX_FILE_BYTES = 4 << 30  # of a file that a library reads whole
 _PIECE = 2**20
@@ -32,7 +34,7 @@ class Archive:
         if archive is not None:
             _check_unpacked(path, where, archive)
 
-    def read(self, name: str, kinds: str = "iu", most: int | None = None) -> np.ndarray:
+    def read(self, name: str, kinds: str = "iu", most: int | None = MOST_COUNTS) -> np.ndarray:
         """One array of whole numbers (or of the dtype kinds given), of `most` numbers, after a look at its header."""
         self._check(name, kinds, most)
         with self._open(name) as member:
@@ -42,7 +44,7 @@ class Archive:
         """One array of expert ids, int16, converted piece by piece: no more memory than the ids need."""
         shape, dtype, in_rows = self._check(name, "iu", None)
         if dtype == np.int16 or not in_rows:
-            return narrow_ids(self.read(name), self.where)
+            return narrow_ids(self.read(name, most=None), self.where)
         ids = np.empty(shape, np.int16)
         flat, done = ids.reshape(-1), 0
         with self._open(name) as member:
@@ -62,7 +64,7 @@ class Archive:
         if math.prod(shape[1:]) > _PIECE:
             raise InputError(f"{self.where}: {name or 'its array'} has rows of {math.prod(shape[1:])} numbers")
         if not in_rows or shape[0] <= rows:
-            return self.read(name, "iuf")[:rows]
+            return self.read(name, "iuf", None)[:rows]
         shape = (rows, *shape[1:])
         with self._open(name) as member:
             _header(member)
@@ -154,19 +156,11 @@ def array_of_bytes(data: bytes, here: str) -> np.ndarray:
 
 def read_pt(path: Path, where: str) -> Any:
     """What a torch file holds: tensors in dicts and lists, unpickled with no code allowed. Needs the extra epsim[torch]."""
+    torch = _library("torch", "torch", path, where)
     with reading(where, ".pt"):
-        if path.stat().st_size > _MAX_FILE_BYTES:
-            raise InputError(f"{where} is larger than {_MAX_FILE_BYTES >> 30} GiB")
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 _check_unpacked(path, where, archive)
-    try:
-        import torch
-    except ImportError:
-        raise InputError(
-            f"{where}: reading .pt files needs torch, which is not installed: pip install 'epsim[torch]' (or save the "
-            "counts as .npy)"
-        ) from None
     try:
         with reading(where, ".pt"):
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -174,6 +168,20 @@ def read_pt(path: Path, where: str) -> Any:
         if "UnpicklingError" in str(error):
             raise InputError(f"{where} is damaged, or holds more than tensors: it is not unpickled") from None
         raise
+
+
+def _library(name: str, extra: str, path: Path, where: str) -> Any:
+    """What reads a file whole, where it is installed and the file is not too large for that."""
+    with reading(where, path.suffix):
+        if path.stat().st_size > _MAX_FILE_BYTES:
+            raise InputError(f"{where} is larger than {_MAX_FILE_BYTES >> 30} GiB")
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise InputError(
+            f"{where}: reading {path.suffix} files needs {extra}, which is not installed: pip install 'epsim[{extra}]' (or save "
+            "the arrays as .npz)"
+        ) from None
 
 
 def as_array(value: Any, where: str) -> np.ndarray | None:
@@ -191,17 +199,9 @@ def as_array(value: Any, where: str) -> np.ndarray | None:
 
 def read_safetensors(path: Path, where: str) -> dict[str, np.ndarray]:
     """The arrays of a .safetensors file by name. Needs the extra epsim[safetensors]."""
-    with reading(where, ".safetensors"):
-        if path.stat().st_size > _MAX_FILE_BYTES:
-            raise InputError(f"{where} is larger than {_MAX_FILE_BYTES >> 30} GiB")
-    try:
-        from safetensors.numpy import load_file
-    except ImportError:
-        raise InputError(
-            f"{where}: reading .safetensors files needs the safetensors package: pip install 'epsim[safetensors]'"
-        ) from None
+    library = _library("safetensors.numpy", "safetensors", path, where)
     with reading(where, ".safetensors"):
         try:
-            return dict(load_file(path))
+            return dict(library.load_file(path))
         except (TypeError, KeyError) as error:  # bfloat16, float8
             raise InputError(f"{where} has arrays of a type that numpy lacks ({error}); save int64") from None

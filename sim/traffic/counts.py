@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from sim.errors import InputError, shown
+from sim.traffic.arrays import MOST_COUNTS
 from sim.traffic.recorded import MOST_LAYERS
 
-MOST_COUNTS = 2**27
+_MOST_TOP_K = 32  # columns: no router takes more experts
 COUNT_NAMES = (
     "logical_count", "counts", "count", "load", "loads", "expert_load", "expert_loads", "expert_counts", "token_counts",
     "tokens_per_expert", "num_tokens_per_expert", "logical_load", "expert_usage", "activation_counts",
@@ -49,6 +50,7 @@ class LoadCounts:
     digest: str
     n_steps: int | None = None
     notes: tuple[str, ...] = ()
+    n_tokens = n_sequences = None  # counts do not tell them
 
     @property
     def total(self) -> np.ndarray:
@@ -75,14 +77,6 @@ class LoadCounts:
     def n_experts(self) -> int:
         """Experts of a layer."""
         return self.counts.shape[2]
-
-    @property
-    def n_tokens(self) -> None:
-        """Counts do not tell tokens."""
-
-    @property
-    def n_sequences(self) -> None:
-        """Counts do not tell sequences."""
 
 
 def build_counts(
@@ -155,15 +149,58 @@ def logical_counts(name: str, counts: np.ndarray, table: np.ndarray | None, wher
             f"{where}: '{name}' has the shape {list(counts.shape)}, the map of physical experts beside it "
             f"{table.dtype} {list(table.shape)}: it must be [layers, slots] of experts from 0 on"
         )
-    if table.max(initial=0) > 2**15 - 1:
-        raise InputError(f"{where}: its map of physical experts has expert {table.max()}, above 32767")
-    shape = (*counts.shape[:-1], int(table.max(initial=0)) + 1)
+    steps = np.arange(len(counts)) if counts.ndim == 3 else np.zeros(1, int)
+    found, _, _ = tabulate([(steps[:, None, None], np.arange(len(table))[:, None], table, counts)], where)
+    return found if counts.ndim == 3 else found[0]
+
+
+Entry = tuple[Any, Any, Any, np.ndarray]
+"""Numbers of step, layer and expert, and the counts there: whole numbers that broadcast to the shape of the counts."""
+
+
+def tabulate(entries: list[Entry], where: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Counts [steps, layers, experts] of entries, and the numbers of the steps and layers that occur.
+
+    What is counted for the same step, layer and expert adds up: copies of an expert, ranks, files.
+
+    Raises
+    ------
+    InputError
+        An expert above 32767, too many counts, or a negative one, which a sum might hide.
+    """
+    steps, layers = (np.unique(np.concatenate([np.ravel(entry[axis]) for entry in entries])) for axis in (0, 1))
+    last = max(int(np.max(entry[2], initial=0)) for entry in entries)
+    if last > 2**15 - 1:
+        raise InputError(f"{where}: expert {last} is above 32767")
+    shape = (len(steps), len(layers), last + 1)
     if np.prod(shape, dtype=float) > MOST_COUNTS:
         raise InputError(f"{where} has more than {MOST_COUNTS} counts; add up steps first")
-    found = np.zeros(shape, counts.dtype)
-    at: Any = (..., np.arange(len(table))[:, None], table)
-    np.add.at(found, at, counts)
-    return found
+    total = np.zeros(shape, float if any(entry[3].dtype.kind == "f" for entry in entries) else np.int64)
+    for step, layer, expert, counts in entries:
+        if counts.min(initial=0) < 0:
+            raise InputError(f"{where}: counts must not be negative, found {shown(counts.min().item())}")
+        row = np.searchsorted(steps, step) * len(layers) + np.searchsorted(layers, layer)
+        place, counts = np.broadcast_arrays(row * (last + 1) + expert, counts)
+        np.add.at(total.reshape(-1), place.ravel(), counts.ravel())
+    return total, steps, layers
+
+
+def are_counts(sample: np.ndarray) -> bool:
+    """Whether the first rows of an array are counts [steps, layers, experts], and not ids [tokens, layers, top_k]."""
+    if sample.dtype.kind == "f" and not (sample.any() and (np.isfinite(sample) & (np.floor(sample) == sample)).all()):
+        return True
+    if sample.size == 0 or sample.shape[2] == 1:
+        return False
+    if sample.shape[2] > _MOST_TOP_K:
+        return True
+    alike = (sample == sample[..., :1]).all(axis=2)  # padding, of ids
+    ordered = np.sort(sample, axis=2)
+    repeated = (ordered[..., 1:] == ordered[..., :-1]).any(axis=2) & (sample >= 0).all(axis=2)
+    if ((repeated | (ordered[..., -1] > 2**15 - 1)) & ~alike).any():
+        return True
+    sums = sample.sum(axis=2, dtype=np.int64)
+    largest = sums.max(axis=1, keepdims=True)
+    return sample.shape[1] > 1 and bool(((sums == largest) | (sums == 0)).all() and (largest > 0).any())
 
 
 def of_experts(counts: np.ndarray, n_experts: int, top_k: int, is_open: bool) -> tuple[np.ndarray, list[str]]:
@@ -274,68 +311,63 @@ def add_tables(tables: list[CountTable], where: str, what: str = "files") -> Cou
         return first
     used = [set(np.flatnonzero(t.counts.any(axis=tuple(range(t.counts.ndim - 1)))).tolist()) for t in tables]
     apart = len(set().union(*used)) == sum(map(len, used))  # each rank has counts of its own experts alone
-    for table in tables[1:]:
+    entries, n_steps = [], 0
+    for table in tables:
+        counts = table.counts if table.counts.ndim == 3 else table.counts[None]
         if (table.counts.ndim, table.layer_ids is None) != (first.counts.ndim, first.layer_ids is None):
             raise InputError(f"{where}: its files are tables of different forms: {first.form}, and {table.form}")
-        if table.counts.shape[-1] != first.counts.shape[-1] and not (apart or (table.is_open and first.is_open)):
+        if counts.shape[2] != first.counts.shape[-1] and not (apart or (table.is_open and first.is_open)):
             raise InputError(
-                f"{where}: its files have counts of {first.counts.shape[-1]} and of {table.counts.shape[-1]} experts: "
-                "mixed models in one folder?"
+                f"{where}: its files have counts of {first.counts.shape[-1]} and of {counts.shape[2]} experts: mixed models "
+                "in one folder?"
             )
-        if table.layer_ids is None and table.counts.shape[:-1] != first.counts.shape[:-1]:
+        own = slice(int(table.steps is not None), 1 + int(table.layer_ids is None))  # axes without numbers
+        if counts.shape[own] != (1, *first.counts.shape)[-3:][own]:
             raise InputError(
-                f"{where}: its files have {' x '.join(map(str, first.counts.shape[:-1]))} and "
-                f"{' x '.join(map(str, table.counts.shape[:-1]))} (steps and) layers, which they do not number"
+                f"{where}: its files have the shapes {list(first.counts.shape)} and {list(table.counts.shape)}, and do not "
+                "number their steps or layers"
             )
-    n_experts = max(table.counts.shape[-1] for table in tables)
-    ids = [table.layer_ids for table in tables if table.layer_ids is not None]
-    layers = np.unique(np.concatenate(ids)) if ids else None
-    n_layers = first.counts.shape[-2] if layers is None else len(layers)
-    numbers = [np.arange(len(t.counts)) if t.steps is None else t.steps for t in tables if t.counts.ndim == 3]
-    steps = np.unique(np.concatenate(numbers)) if numbers else None
-    total = np.zeros(
-        (1 if steps is None else len(steps), n_layers, n_experts), np.result_type(*(t.counts for t in tables))
-    )
-    if total.size > MOST_COUNTS:
-        raise InputError(f"{where} has more than {MOST_COUNTS} counts; add up steps first")
-    for i, table in enumerate(tables):
-        at_layer = np.arange(n_layers) if layers is None else np.searchsorted(layers, ids[i])
-        at_step = np.zeros(1, int) if steps is None else np.searchsorted(steps, numbers[i])
-        total[np.ix_(at_step, at_layer, np.arange(table.counts.shape[-1]))] += np.atleast_3d(
-            table.counts if table.counts.ndim == 3 else table.counts[None]
-        )
-    notes = [*dict.fromkeys(note for table in tables for note in table.notes), f"{len(tables)} {what} are added up"]
-    notes += _own_numbers([table.counts.reshape(-1, *table.counts.shape[-2:]).sum(axis=0) for table in tables], what)
-    n_equal = len(tables) - len({table.counts.tobytes() for table in tables})
+        steps = np.arange(len(counts)) if table.steps is None else table.steps
+        layers = np.arange(counts.shape[1]) if table.layer_ids is None else table.layer_ids
+        entries.append((steps[:, None, None], layers[:, None], np.arange(counts.shape[2]), counts))
+        n_steps += len(steps)
+    total, steps, layers = tabulate(entries, where)
+    found = CountTable(total, first.form, is_open=any(table.is_open for table in tables))
+    found.layer_ids = None if first.layer_ids is None else layers
+    if first.counts.ndim == 2:
+        found.counts = total[0]
+    else:
+        found.steps = steps
+    found.notes += dict.fromkeys(note for table in tables for note in table.notes)
+    if found.steps is not None and n_steps == len(steps):
+        found.notes.append(f"the steps of {len(tables)} tables follow each other")
+    else:
+        found.notes += [f"{len(tables)} {what} are added up", *_doubts_about_sum(tables, what)]
+    return found
+
+
+def _doubts_about_sum(tables: list[CountTable], what: str) -> list[str]:
+    """What is seldom meant to be added up, as notes: equal parts, counters that only rise, ranks with experts of their own.
+
+    Ranks that have all experts, of their own tokens, have as many loads in each layer; ranks that number their own experts
+    from 0 have that only together, and different experts mix.
+    """
+    found, parts = [], [table.counts for table in tables]
+    n_equal = len(parts) - len({part.tobytes() for part in parts})
     if n_equal:
-        notes.append(
+        found.append(
             f"{n_equal} of them have the same counts as another: of ranks that see the same tokens give one file"
         )
-    elif (
-        what == "files"
-        and len({t.counts.shape for t in tables}) == 1
-        and first.counts.size >= 20
-        and never_falls([t.counts for t in tables])
-    ):
-        notes.append("no count falls from one file to the next: of counters that add up give the last file alone")
-    return CountTable(
-        total if steps is not None else total[0], first.form, layers, steps, any(t.is_open for t in tables), notes
-    )
-
-
-def _own_numbers(parts: list[np.ndarray], what: str) -> list[str]:
-    """A note on loads [layers, experts] of ranks that seem to number their own experts from 0: added up, different experts mix.
-
-    Ranks that have all experts, of their own tokens, have as many loads in each layer; ranks with their own experts have that
-    only together.
-    """
-    if len({part.shape for part in parts}) > 1 or any(part.dtype.kind not in "iu" for part in parts):
-        return []
-    used = [part.any(axis=0) for part in parts]
-    alike = all((mine == used[0]).all() for mine in used)
-    if not alike or not all(np.ptp(part.sum(axis=1)) for part in parts) or np.ptp(np.sum(parts, axis=(0, 2))):
-        return []
-    return [
-        f"only its {what} together have as many loads in each layer: if each numbers its own experts from 0, put them side by "
-        "side, a column for each expert"
-    ]
+    if len({part.shape for part in parts}) > 1:
+        return found
+    if not n_equal and what == "files" and parts[0].size >= 20 and never_falls(parts):
+        found.append("no count falls from one file to the next: of counters that add up give the last file alone")
+    loads = np.stack([part.reshape(-1, *part.shape[-2:]).sum(axis=0) for part in parts])  # [ranks, layers, experts]
+    used, of_layer = np.asarray(loads.any(axis=1)), loads.sum(axis=2)
+    only_together = np.ptp(of_layer, axis=1).all() and not np.ptp(of_layer.sum(axis=0))
+    if loads.dtype.kind in "iu" and (used == used[:1]).all() and only_together:
+        found.append(
+            f"only its {what} together have as many loads in each layer: if each numbers its own experts from 0, put them side "
+            "by side, a column for each expert"
+        )
+    return found

@@ -129,7 +129,7 @@ def _load(
         read = read_toml(Path(name), f"workload file {name}")
         if not set(read) - _SAYS_NOTHING:
             raise InputError(
-                f"workload file {name} says nothing of the traffic: it needs popularity, and has {_listed(read)}"
+                f"workload file {name} says nothing of the traffic: it needs popularity, and has {', '.join(read) or 'no key'}"
             )
         fields = {"name": Path(name).stem, **read}
     elif name in _presets():
@@ -180,17 +180,11 @@ def _known_fields() -> list[str]:
     return [field.name for field in fields if field.name not in ("layers", "whole_requests")]
 
 
-def _listed(fields: dict[str, Any]) -> str:
-    return ", ".join(fields) or "no key"
-
-
 def _changed(
     workload: SyntheticTraffic | RecordedTraffic, overrides: dict[str, Any]
 ) -> SyntheticTraffic | RecordedTraffic:
     """The workload with some fields changed."""
-    known = ["phase"]
-    if isinstance(workload, SyntheticTraffic):
-        known = _known_fields()
+    known = _known_fields() if isinstance(workload, SyntheticTraffic) else ["phase"]
     for key, value in overrides.items():
         if key not in known:
             raise unknown(f"field of workload {workload.name}", key, known)

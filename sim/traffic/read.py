@@ -14,13 +14,7 @@ from sim.errors import InputError, shown
 from sim.files import check_regular, is_folder
 from sim.model import ModelSpec, load_model
 from sim.model.spec import MOST_DRAFTS
-from sim.traffic.answers import (
-    Requests,
-    add_answer,
-    add_trace,
-    is_trace,
-    json_values,
-)
+from sim.traffic.answers import Requests, add_answer, add_trace, is_step, is_trace, json_values
 from sim.traffic.arrays import open_archive
 from sim.traffic.counts import (
     COUNT_NAMES,
@@ -32,9 +26,9 @@ from sim.traffic.counts import (
     doubts_about,
     of_experts,
 )
-from sim.traffic.dumps import SAMPLE, are_counts, read_archive, read_recorder, read_statistics
-from sim.traffic.recorded import PHASES, RecordedTraffic, build_record
-from sim.traffic.tables import depth_of, is_row, read_csv, table_of_json, without_descriptions
+from sim.traffic.dumps import STAT, read_archive, read_statistics, read_torch, successive
+from sim.traffic.recorded import MOST_LAYERS, PHASES, RecordedTraffic, build_record
+from sim.traffic.tables import read_csv, table_of_json
 
 _KINDS = {
     ".npz": "archive", ".npy": "archive", ".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".tsv": "csv",
@@ -44,9 +38,16 @@ SUFFIXES = (*_KINDS, ".jsonl.gz", ".ndjson.gz", ".json.gz", ".csv.gz", ".tsv.gz"
 """Endings of the files that `read_traffic` reads."""
 _MOST_FILES = 50_000
 _MOST_ROWS = 1 << 22  # of a table in JSON
+_STATISTICS = r"rank\d+\.safetensors"
 _TRACE = "a trace set: a list of steps {layer: [[expert ids] of each token]} for each request"
+_NO_TRAFFIC = {
+    "physical_to_logical_map": "a map of physical experts",
+    "physical_expert_map": "an expert map",
+    "layer_list": "vllm-ascend's expert map",
+    "num_hidden_layers": "a model's config.json",
+    "tpe": "Megatron's tokens per expert of the experts that one rank has",
+}
 _ANSWERS = "answers of an engine with routed_experts"
-Found = CountTable | Requests
 T = TypeVar("T", RecordedTraffic, LoadCounts)
 
 
@@ -117,174 +118,142 @@ def read_traffic(
         model = load_model(model)
     where = f"workload file {paths[0]}" if len(paths) == 1 else f"workload files {paths[0]} ..."
     name, source = f"file:{paths[0].name or paths[0].resolve().name}", ", ".join(map(str, paths))
+    more: list[str] = []
     if len(paths) == 1 and is_folder(paths[0]):
         where = f"workload folder {paths[0]}"
-        inside, ignored = _listed(paths[0], where)
-        statistics = [file for file in inside if re.fullmatch(r"rank\d+\.safetensors", file.name)]
-        if statistics:
-            meta, table = read_statistics(paths[0], statistics, where)
-            if model is not None and meta.top_k not in (None, model.top_k):
-                raise InputError(
-                    f"{where} has {meta.top_k} experts per token, model {model.name} has top_k {model.top_k}: another model?"
-                )
-            return _loads(table, where, name, model)
-        paths = [file for file in inside if file.suffix != ".safetensors"]
-        if not paths:
-            raise InputError(f"{where} has no file that is known: their endings are {', '.join(SUFFIXES)}")
-        more = [f"{ignored} other files of the folder are not read"] if ignored else []
-    else:
-        more = []
-    found, form = _read_files(paths, where, model, phase)
+        paths, n_ignored = _listed(paths[0], where)
+        more = [f"{n_ignored} other files of the folder are not read"] if n_ignored else []
+    elif any(path.suffix == ".safetensors" for path in paths):
+        raise InputError(f"{where}: of TensorRT-LLM's expert statistics give the folder, with meta_info.json in it")
+    found = _read_files(paths, Requests(where, model), phase)
     if isinstance(found, CountTable):
-        found.notes += more
-        return _loads(found, where, name, model)
-    ids, lengths = found.joined()
-    if len(found.arrays) == 1 and found.layer_ids is None:
-        _check_layer_axis(ids.shape, model, where, "tokens, layers, top_k")
-    layer_ids = None if found.layer_ids is None else np.array(found.layer_ids)
-    ids, layer_ids, drafts = _without_drafts(ids, layer_ids, model)
-    more += drafts
-    if model is not None and ids.shape[1:] == (model.n_layers, 1) and model.n_moe_layers < model.n_layers:
-        moe = np.array(model.moe_layer_ids)  # with one expert per token zeros do not tell dense layers
-        if not np.delete(ids, moe, axis=1).any():
-            ids, layer_ids = ids[:, moe], moe
-            more.append(f"{model.n_layers - len(moe)} layers that are dense in {model.name} are left out")
-    record = build_record(where, name, ids, lengths, phase, source, layer_ids)
-    n_equal = 0
-    if len(found.arrays) > 1:
-        n_equal = len(found.arrays) - len({hash(array.tobytes()) for array in found.arrays})
-    more += [f"{n_equal} requests have the same routing as another: each is counted"] if n_equal else []
-    notes = (f"read as {form}", *found.notes, *record.notes, *more)
-    return _of_model(replace(record, notes=notes, n_steps=found.n_steps), layer_ids is not None, model, ids.shape[1])
+        return _loads(found, where, name, model, more)
+    return _tokens(found, where, name, phase, source, more)
 
 
-def _check_layer_axis(shape: tuple[int, ...], model: ModelSpec | None, where: str, axes: str) -> None:
-    """Refuse an array whose first axis has the model's layers, and the second has not."""
-    wanted = () if model is None else (model.n_moe_layers, model.n_layers)
-    if model is not None and shape[0] in wanted and shape[1] not in wanted and shape[0] > 1:
-        raise InputError(
-            f"{where} has the shape {list(shape)}; it must be [{axes}], and model {model.name} has {shape[0]} layers: are the "
-            "axes exchanged?"
-        )
+def _check_shape(
+    shape: tuple[int, ...], model: ModelSpec | None, where: str, axes: tuple[str, ...], is_by_shape: bool
+) -> str:
+    """Refuse an array [..., layers, ...] whose first axis has the model's layers, and the second has not. Without a model, say
+    what its shape was taken for, and what else it may be.
+    """
+    if model is not None:
+        wanted = (model.n_moe_layers, model.n_layers)
+        if len(shape) == 3 and shape[0] in wanted and shape[1] not in wanted and shape[0] > 1:
+            raise InputError(
+                f"{where} has the shape {list(shape)}; it must be [{', '.join(axes)}], and model {model.name} has {shape[0]} "
+                "layers: are the axes exchanged?"
+            )
+        return ""
+    if not is_by_shape or (len(shape) == 3 and not 1 < shape[0] <= MOST_LAYERS):
+        return ""
+    other = f"[{axes[1]}, {axes[0]}, {axes[-1]}]"
+    told = f"of {other} exchange the axes" if len(shape) == 3 else "loads of ranks look the same, and are not read"
+    return f"; without --model its shape {list(shape)} is taken for [{', '.join(axes)}]: {told}"
 
 
 def _listed(folder: Path, where: str) -> tuple[list[Path], int]:
-    """The files of a folder that may be read, in natural order, and how many others there are."""
-    files, n_others = [], 0
+    """The files of a folder that are read, in natural order, and how many others there are: TensorRT-LLM's statistics of ranks,
+    or else all whose endings are known.
+    """
     try:
         with os.scandir(folder) as entries:
-            for entry in itertools.islice(entries, _MOST_FILES + 1):
-                known = entry.name.endswith((*SUFFIXES, ".safetensors")) and not entry.name.startswith(".")
-                if known and entry.is_file():
-                    files.append(Path(entry.path))
-                elif entry.name != "meta_info.json":
-                    n_others += 1
+            names = [entry.name for entry in itertools.islice(entries, _MOST_FILES + 1) if entry.is_file()]
     except OSError as error:
         raise InputError(f"{where} cannot be read: {error.strerror or error}") from None
-    if len(files) + n_others > _MOST_FILES:
+    if len(names) > _MOST_FILES:
         raise InputError(f"{where} has more than {_MOST_FILES} files; give a part of them")
-    if any(re.fullmatch(r"rank\d+\.safetensors", file.name) for file in files):
-        return files, n_others
-    return sorted(files, key=lambda file: [part.zfill(20) for part in re.split(r"(\d+)", file.name)]), n_others
+    statistics = [name for name in names if re.fullmatch(_STATISTICS, name)]
+    chosen = statistics or [
+        name for name in names if name.endswith(SUFFIXES) and name[0] != "." and name != "meta_info.json"
+    ]
+    if not chosen:
+        raise InputError(f"{where} has no file that is known: their endings are {', '.join(SUFFIXES)}")
+    chosen.sort(key=lambda name: [part.zfill(20) for part in re.split(r"(\d+)", name)])
+    return [folder / name for name in chosen], len(set(names) - {*chosen, "meta_info.json"})
 
 
 def _kind(path: Path, where: str) -> str:
-    """How a file is read, by its ending."""
+    """How a file is read, by its ending; what is no regular file is refused."""
     suffix = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
     if suffix in (".pkl", ".pickle"):
         raise InputError(f"{where}: a pickle may run any code and is not read; save arrays as .npy or .npz")
-    if suffix == ".safetensors":
-        raise InputError(f"{where}: of TensorRT-LLM's expert statistics give the folder, with meta_info.json in it")
-    kind = _KINDS.get(suffix)
+    kind = "statistics" if suffix == ".safetensors" else _KINDS.get(suffix)
     if kind is None or (path.suffix == ".gz" and kind not in ("json", "csv")):
         raise InputError(f"{where}: the ending must be one of {', '.join(SUFFIXES)}")
+    check_regular(path, where)
     return kind
 
 
-def _read_files(paths: list[Path], where: str, model: ModelSpec | None, phase: str) -> tuple[Found, str]:
-    """What files hold together, and what it was recognised as."""
-    is_one = len(paths) == 1
-    wheres = [f"workload file {path}" for path in paths]
+def _read_files(paths: list[Path], requests: Requests, phase: str) -> CountTable | Requests:
+    """What files hold together: loads that are added up, or `requests`, with the requests of all."""
+    where, wheres = requests.where, [f"workload file {path}" for path in paths]
     kinds = {_kind(path, here) for path, here in zip(paths, wheres, strict=True)}
     if len(kinds) > 1:
         raise InputError(f"{where} holds files of several kinds: {', '.join(sorted({path.suffix for path in paths}))}")
+    kind, tables, forms = kinds.pop(), [], dict[str, str]()
     for path, here in zip(paths, wheres, strict=True):
-        check_regular(path, here)
-    kind = kinds.pop()
-    if kind == "pt":
-        return read_recorder(paths, wheres, model)
+        found = _read_file(kind, path, here, requests, phase)
+        forms.setdefault(found.form, path.name)
+        if isinstance(found, CountTable):
+            tables.append(found)
+        if tables and (requests.arrays or requests.notes):
+            raise InputError(f"{where} holds both: {'; '.join(f'{text} ({file})' for text, file in forms.items())}")
     named = [re.search(r"(?:^|[^a-z])l(?:ayers?)?[-_. ]?(\d+)", path.name.lower()) for path in paths]
     of_layers = all(named) and len({found and found[1] for found in named}) > 1  # and not of an L40S
-    if kind == "csv":
-        tables = [read_csv(path, here) for path, here in zip(paths, wheres, strict=True)]
-        if of_layers and tables[0].layer_ids is None:
-            raise _a_file_each(paths, where)
-        table = add_tables(tables, where)
-        return table, table.form
-    requests, tables = Requests(where, model), []
-    forms: dict[str, str] = {}
-    n_other = 0
-    for path, here in zip(paths, wheres, strict=True):
-        if kind == "archive":
-            with open_archive(path, here) as archive:
-                found, form = read_archive(archive, requests, is_one)
-        else:
-            found, form, n = _read_json(path, here, requests, phase)
-            n_other += n
-        forms.setdefault(form, path.name)
-        if found is not None:
-            tables.append(found)
-        if tables and (requests.arrays or requests.n_without):
-            raise InputError(f"{where} holds both: {'; '.join(f'{text} ({file})' for text, file in forms.items())}")
     if of_layers and (tables[0] if tables else requests).layer_ids is None:
-        raise _a_file_each(paths, where)
+        raise InputError(
+            f"{where} has a file for each layer ({paths[0].name}, {paths[1].name} ...); several files are those of ranks or "
+            "requests: stack the layers in one array [tokens, layers, top_k] or [layers, experts]"
+        )
     if tables:
-        table = add_tables(tables, where)
-        return table, table.form
-    form = "; ".join(dict.fromkeys(forms)) + ("" if is_one else f", {len(paths)} files")
-    if n_other:
+        what = "ranks" if kind in ("pt", "statistics") else "files"
+        return add_tables(successive(tables) if tables[0].form == STAT else tables, where, what)
+    requests.form = "; ".join(forms) + ("" if len(paths) == 1 else f", {len(paths)} files")
+    if requests.n_other_phase:
         other = "prefill" if phase == "decode" else "decode"
-        form += f": the {phase} steps; {n_other} tokens of {other} are left out (--phase {other} reads them)"
         if not requests.arrays:
             raise InputError(f"{where} has no steps of {phase}, only {other}: read it with phase '{other}'")
-    return requests, form
+        requests.form += (
+            f": the {phase} steps; {requests.n_other_phase} tokens of {other} are left out (--phase {other} reads them)"
+        )
+    return requests
 
 
-def _a_file_each(paths: list[Path], where: str) -> InputError:
-    return InputError(
-        f"{where} has a file for each layer ({paths[0].name}, {paths[1].name} ...); several files are those of ranks or "
-        "requests: stack the layers in one array [tokens, layers, top_k] or [layers, experts]"
-    )
+def _read_file(kind: str, path: Path, here: str, requests: Requests, phase: str) -> CountTable | Requests:
+    """Loads of a file, or `requests` with its requests and its form."""
+    if kind == "csv":
+        return read_csv(path, here)
+    if kind == "pt":
+        return read_torch(path, here, requests)
+    if kind == "statistics":
+        return read_statistics(path, here, requests.model)
+    if kind == "archive":
+        with open_archive(path, here) as archive:
+            return read_archive(archive, requests)
+    return _read_json(path, here, requests, phase)
 
 
-def _read_json(path: Path, where: str, requests: Requests, phase: str) -> tuple[CountTable | None, str, int]:
-    """Loads of a JSON file, or None where its requests were taken; the form, and how many tokens of the other phase it has."""
+def _read_json(path: Path, where: str, requests: Requests, phase: str) -> CountTable | Requests:
+    """Loads of a JSON file, of one value or with a row, a layer or a step on each line; or `requests` with its requests."""
     values = json_values(path, where)
     first, here = next(values, (None, ""))
     if not here:
         raise InputError(f"{where} holds no tokens")
     _refuse_known(first, here)
-    if _is_flat(first):
-        rows = [held for held, _ in itertools.islice(itertools.chain([(first, here)], values), _MOST_ROWS + 1)]
-        table = table_of_json(rows, where)
-        if table is not None and len(rows) > _MOST_ROWS:
-            raise InputError(f"{where} has more than {_MOST_ROWS} rows")
-        if table is not None:
-            return table, table.form, 0
-        values = iter([(held, where) for held in rows[1:]])
-    table = None if is_trace(first) else table_of_json(first, here) or _counts_of_list(first, here)
+    table = None if is_trace(first) else table_of_json(first, here)
     if table is not None:
         more = [held for held, _ in itertools.islice(values, _MOST_ROWS)]
-        if more:  # a step, or a layer, on each line
-            table = table_of_json([first, *more], where) or _counts_of_list([first, *more], where)
+        if len(more) == _MOST_ROWS:
+            raise InputError(f"{where} has more than {_MOST_ROWS} rows")
+        table = table_of_json([first, *more], where) if more else table
         if table is None:
             raise InputError(f"{where}: its lines are no rows of one table of loads")
-        return table, table.form, 0
-    n_keyed = n_other = 0
-    form = _TRACE if is_trace(first) else _ANSWERS
+        return table
+    requests.form, n_keyed = _TRACE if is_trace(first) else _ANSWERS, 0
     for held, at in itertools.chain([(first, here)], values):
         if is_trace(held):
-            n_other += add_trace(requests, held, at, phase)
+            add_trace(requests, held, at, phase)
             n_keyed += 1
         else:
             n_keyed += add_answer(requests, held, at)
@@ -292,57 +261,47 @@ def _read_json(path: Path, where: str, requests: Requests, phase: str) -> tuple[
         raise InputError(
             f"{where} has no key 'routed_experts', and is no table of loads {{layer: [count of each expert]}}"
         )
-    return None, form, n_other
-
-
-def _is_flat(held: Any) -> bool:
-    """Whether a value of JSON may be a row of a table: names with numbers, or with one list of them, one for the layer."""
-    held = without_descriptions(held) if isinstance(held, dict) else {}
-    if not set(map(type, held.values())) <= {int, float, list} or not is_row(held):
-        return False
-    return not any(isinstance(value, list) and value and isinstance(value[0], dict) for value in held.values())
+    return requests
 
 
 def _refuse_known(held: Any, here: str) -> None:
     """Refuse by name what is no traffic."""
-    if not isinstance(held, dict):
+    if not isinstance(held, dict) or not {"routed_experts", *COUNT_NAMES, *PHYSICAL_NAMES}.isdisjoint(held):
         return
-    for key, what in (
-        ("physical_to_logical_map", "a map of physical experts"),
-        ("physical_expert_map", "an expert map"),
-        ("layer_list", "vllm-ascend's expert map"),
-        ("num_hidden_layers", "a model's config.json"),
-        ("tpe", "Megatron's tokens per expert of the experts that one rank has"),
-    ):
-        if (
-            key in held
-            and "routed_experts" not in held
-            and not any(name in held for name in (*COUNT_NAMES, *PHYSICAL_NAMES))
-        ):
+    for key, what in _NO_TRAFFIC.items():
+        if key in held:
             raise InputError(f"{here}: {what}, and no traffic")
-    if held and is_trace([held]) and not all(value is None for value in held.values()):
+    if is_step(held) and any(held.values()):
         raise InputError(f"{here}: one step {{layer: [[expert ids] of each token]}}; a request is a list of such steps")
 
 
-def _counts_of_list(held: Any, here: str) -> CountTable | None:
-    """Counts of a list [steps][layers][experts]; None for anything else, such as a request's ids [tokens][layers][top_k]."""
-    if depth_of(held) != 3:
-        return None
-    try:
-        array = np.asarray(held)
-    except (ValueError, OverflowError):
-        return None
-    if array.ndim != 3 or array.dtype.kind not in "iuf" or not (array.dtype.kind == "f" or are_counts(array[:SAMPLE])):
-        return None
-    return table_of_json({"counts": held}, here)
+def _tokens(found: Requests, where: str, name: str, phase: str, source: str, more: list[str]) -> RecordedTraffic:
+    """Checked ids of requests, of the model where it is known."""
+    model, form, (ids, lengths) = found.model, f"read as {found.form}", found.joined()
+    if len(found.arrays) == 1 and found.layer_ids is None:
+        form += _check_shape(ids.shape, model, where, ("tokens", "layers", "top_k"), found.is_by_shape)
+    layer_ids = None if found.layer_ids is None else np.array(found.layer_ids)
+    ids, layer_ids, drafts = _without_drafts(ids, layer_ids, model)
+    if model is not None and ids.shape[1:] == (model.n_layers, 1) and model.n_moe_layers < model.n_layers:
+        moe = np.array(model.moe_layer_ids)  # with one expert per token zeros do not tell dense layers
+        if not np.delete(ids, moe, axis=1).any():
+            ids, layer_ids = ids[:, moe], moe
+            drafts.append(f"{model.n_layers - len(moe)} layers that are dense in {model.name} are left out")
+    record = build_record(where, name, ids, lengths, phase, source, layer_ids)
+    n_equal = len(found.arrays) - len({hash(array.tobytes()) for array in found.arrays}) if len(found.arrays) > 1 else 0
+    equal = [f"{n_equal} requests have the same routing as another: each is counted"] if n_equal else []
+    notes = (form, *found.notes, *record.notes, *more, *drafts, *equal)
+    record = replace(record, notes=notes, n_steps=len(found.passes) or None)
+    return _of_model(record, layer_ids is not None, model, ids.shape[1])
 
 
-def _loads(table: CountTable, where: str, name: str, model: ModelSpec | None) -> LoadCounts:
+def _loads(table: CountTable, where: str, name: str, model: ModelSpec | None, more: list[str]) -> LoadCounts:
     """Checked counts of a table, of the model where it is known."""
     counts, layer_ids, drafts = _without_drafts(table.counts, table.layer_ids, model)
-    notes = [f"read as {table.form}", *table.notes, *drafts]
-    if counts.ndim == 3 and layer_ids is None:
-        _check_layer_axis(counts.shape, model, where, "steps, layers, experts")
+    notes = [f"read as {table.form}", *table.notes, *more, *drafts]
+    if counts.ndim in (2, 3) and layer_ids is None:
+        axes = ("steps", "layers", "experts")[-counts.ndim :]
+        notes[0] += _check_shape(counts.shape, model, where, axes, table.steps is None)
     if model is not None:
         counts, told = of_experts(counts, model.n_experts, model.top_k, table.is_open)
         notes += told
@@ -402,6 +361,7 @@ def _of_model(data: T, is_told: bool, model: ModelSpec | None, n_rows: int) -> T
     if isinstance(data, RecordedTraffic):
         data = data.without_shared(model.n_experts, model.top_k)
         data.check_model(model.n_experts, model.top_k, model.name)
+        data = replace(data, n_experts=model.n_experts)
     elif data.n_experts != model.n_experts:
         or_else = ", or physical experts without a map" if data.n_experts > model.n_experts else ""
         or_else = or_else or ", or loads of ranks, or of one rank" * (model.n_experts % data.n_experts == 0)
@@ -414,10 +374,7 @@ def _of_model(data: T, is_told: bool, model: ModelSpec | None, n_rows: int) -> T
             f"workload {data.name} has {data.n_layers} MoE layers, model {model.name} has {model.n_moe_layers}: another model?"
         )
     ids, notes = _decoder_layers(data, is_told or n_rows > data.n_layers, model)
-    told: tuple[str, ...] = data.notes + tuple(notes)
-    if isinstance(data, RecordedTraffic):
-        return replace(data, layer_ids=ids, n_experts=model.n_experts, notes=told)
-    return replace(data, layer_ids=ids, notes=told)
+    return replace(data, layer_ids=ids, notes=data.notes + tuple(notes))
 
 
 def _decoder_layers(

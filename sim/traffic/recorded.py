@@ -218,18 +218,15 @@ def build_record(
 ) -> RecordedTraffic:
     """A record of checked ids [tokens, layers, top_k] and lengths [sequences].
 
-    A router takes a token's experts once each, so that ids of which several are one (or a lone -1) are none. Left out, with
-    a note: columns that are -1 throughout; tokens without routing in any layer (padding; a prefix that was cached, or the last
-    token of a request, which is not fed to the model: engines write zeros); layers that have none for any token, which are
-    dense (zeros, -1, or what -1 is in unsigned bytes); tokens that lack a layer.
+    A router takes a token's experts once each, so a row of ids that are all one (or a lone -1) is no routing. Left out, with a
+    note: columns that are -1 throughout; tokens without routing in any layer (padding; a prefix that was cached, or the last
+    token of a request, which is not fed to the model); dense layers, which have none for any token; tokens that lack a layer.
 
     Raises
     ------
     InputError
         Shapes or ids that no router gives; `where` begins the message.
     """
-    if phase not in PHASES:
-        raise InputError(f"`phase` must be one of {', '.join(PHASES)}, not '{phase}'")
     check_shapes(where, ids, lengths)
     if ids.min() < -1 or ids.max() > 2**15 - 1:
         raise InputError(f"{where}: expert ids must lie from 0 to 32767, found {ids.min()} to {ids.max()}")
@@ -248,35 +245,32 @@ def build_record(
     if ids.shape[1] == 1:  # one id alone, several times, is a slip; of several layers it is what fills them
         empty &= ids[..., 0] <= 0
     alone = empty.all(axis=1)
-    kinds = np.where((ids[..., 0] == -1).any(axis=1), -1, ids[..., 0].max(axis=1))
     if alone.all():
-        zeros = ": every layer is all zeros" if (kinds == 0).all() else ""
-        raise InputError(f"{where} holds no tokens with routing{zeros}")
-    routed = ids[~alone] if alone.any() else ids
+        raise InputError(f"{where} holds no tokens with routing: {_fillers(ids[..., 0])}")
+    routed = ids
+    if alone.any():
+        routed = ids[~alone]
+        notes.append(f"{alone.sum()} tokens without routing ({_fillers(ids[alone, :, 0])}) are left out")
     dense = empty[~alone].all(axis=0)
     dense[dense] = (routed[:, dense] == routed[:1, dense, :1]).all(axis=(0, 2))
-    fillers = sorted(set(routed[0, dense, 0].tolist()))
-    routed = routed[:, ~dense] if dense.any() else routed
-    padding = (routed == -1).any(axis=(1, 2)) if routed.min(initial=0) < 0 else np.zeros(len(routed), bool)
-    if alone.any() or padding.any():
+    if dense.any():
+        notes.append(f"{dense.sum()} dense layers ({_fillers(routed[0, dense, 0])}) are left out")
+        routed = routed[:, ~dense]
+    lacking = (routed == -1).any(axis=(1, 2)) if routed.min(initial=0) < 0 else np.zeros(len(routed), bool)
+    if lacking.any():
+        notes.append(f"{lacking.sum()} tokens that lack an expert in a layer (-1) are left out")
+        routed = routed[~lacking]
+    if len(routed) < len(ids):
         kept = ~alone
-        kept[kept] = ~padding
-        lengths = np.add.reduceat(kept, np.concatenate([[0], np.cumsum(lengths)[:-1]]), dtype=np.int64)
-        n_padding, n_lacking = int((alone & (kinds == -1)).sum()), int(padding.sum())
-        n_zero, other = int((alone & (kinds == 0)).sum()), kinds[alone & (kinds > 0)]
-        n_empty, lengths, routed = int((lengths == 0).sum()), lengths[lengths > 0], routed[~padding]
-        notes += [f"{n_padding} padding tokens (-1) are left out"] if n_padding else []
-        notes += [f"{n_lacking} tokens that lack an expert in a layer (-1) are left out"] if n_lacking else []
-        notes += [f"{n_zero} tokens without routing (all zero) are left out"] if n_zero else []
-        notes += [f"{other.size} tokens whose only id is {other.max()} (padding) are left out"] if other.size else []
+        kept[kept] = ~lacking
+        lengths = np.add.reduceat(kept, np.cumsum(lengths) - lengths, dtype=np.int64)
+        n_empty = int((lengths == 0).sum())
         notes += [f"{n_empty} sequences of such tokens alone are left out"] if n_empty else []
-        if not len(routed):
-            raise InputError(f"{where} holds no tokens with routing in all layers")
+        lengths = lengths[lengths > 0]
+    if not len(routed):
+        raise InputError(f"{where} holds no tokens with routing in all layers")
     by_layer = np.ascontiguousarray(routed.transpose(1, 0, 2).astype(np.int16, copy=False))
     numbers = (np.arange(ids.shape[1]) if layer_ids is None else np.asarray(layer_ids))[~dense]
-    if dense.any():
-        what = "all zero" if fillers == [0] else f"all {' or '.join(map(str, fillers))}"
-        notes.append(f"{dense.sum()} dense layers ({what}) are left out")
     for layer, number in zip(by_layer, numbers, strict=True):
         ordered = np.sort(layer, axis=1)
         repeated = (ordered[:, 1:] == ordered[:, :-1]).any(axis=1)
@@ -289,6 +283,11 @@ def build_record(
     return RecordedTraffic(
         name, phase, by_layer, starts, _digest(by_layer, starts), source=source, layer_ids=numbers, notes=tuple(notes)
     )
+
+
+def _fillers(ids: np.ndarray) -> str:
+    """What rows without routing are filled with, by their first ids."""
+    return f"all {shown(' or '.join(map(str, np.unique(ids))))}"
 
 
 def _digest(by_layer: np.ndarray, starts: np.ndarray) -> str:

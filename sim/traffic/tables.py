@@ -1,7 +1,8 @@
 """Tables of load counts, before they are checked: CSV and JSON, with a row per layer, or per layer and expert."""
 
 import re
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -10,14 +11,16 @@ import pandas as pd
 
 from sim.errors import InputError, shown
 from sim.files import open_stream, reading
+from sim.traffic.arrays import MOST_COUNTS
 from sim.traffic.counts import (
     COUNT_NAMES,
     MAP_NAMES,
-    MOST_COUNTS,
     PHYSICAL_NAMES,
     CountTable,
     add_tables,
+    are_counts,
     logical_counts,
+    tabulate,
 )
 
 _MAX_LINE = 1 << 20
@@ -50,30 +53,18 @@ def read_csv(path: Path, where: str) -> CountTable:
     names every column is an expert and every row a layer.
     """
     with reading(where, "CSV"), open_stream(path, where) as file:
-        number, line = _first_line(file, where)
+        lines = ((number, line.decode("utf-8-sig").rstrip("\r\n")) for number, line in numbered_lines(file, where))
+        filled = ((number, line) for number, line in lines if line.strip(",; \t") and not line.startswith("#"))
+        number, line = next(filled, (0, ""))
+        if not line:
+            raise InputError(f"{where} has no rows of counts")
         separator = next((mark for mark in ",;\t" if mark in line), r"\s+" if re.search(r"\S\s+\S", line) else ",")
-        cells = [cell.strip().strip('"') for cell in re.split(separator, line.strip() if separator == r"\s+" else line)]
+        cells = _cells(line, separator)
         width = len(cells)
         cells = cells[: -1 if width > 1 and not cells[-1] else width]  # each line ends with a separator
-        numbers = [_number(cell) for cell in cells]
-        rows: list[np.ndarray] = []
-        names: list[str] | None = None
-        notes = []
-        is_data = None not in numbers
-        first = next((n for n in (0, 1) if numbers == list(range(n, n + len(cells))) and len(cells) > 1 + n), None)
-        if first is not None:
-            names, is_data = [str(first + place) for place in range(len(cells))], False
-            notes.append(f"its first line, {first} to {first + len(cells) - 1}, numbers the experts")
-        elif is_data:
-            rows.append(np.array([numbers], float))
-        else:
-            names = _names(cells, f"{where}, line {number}")
-            if names[0] == "layer" and _role(cells[0]) is None:
-                notes.append("its first column, which has no name, is taken for the layer")
-            beside = [cell for cell, name in zip(cells, names, strict=True) if not name]
-            notes += [f"columns that are not read: {shown(', '.join(beside))}"] if beside else []
+        names, notes = _header(cells, f"{where}, line {number}")
+        rows = [] if names else [np.array([cells], float)]
         wanted = {place: names[place] if names else "" for place in range(len(cells)) if names is None or names[place]}
-        names = names and [name for name in names if name]
         n_numbers = 0
         try:
             for whole in _chunks(file, width, separator):
@@ -96,28 +87,28 @@ def read_csv(path: Path, where: str) -> CountTable:
         except InputError:
             raise
         except (ValueError, pd.errors.ParserWarning):
-            _name_fault(path, where, (number, sum(map(len, rows[int(is_data) :]))), width, wanted, separator)
+            _name_fault(path, where, number, width, wanted, separator)
             raise
     if not rows or not sum(map(len, rows)):
         raise InputError(f"{where} has no rows of counts")
     table = np.concatenate(rows)
     if np.isnan(table).any():
-        first_nan = int(np.isnan(table).any(axis=1).argmax())
-        _name_fault(path, where, (number, max(0, first_nan - is_data)), width, wanted, separator)
-    found = _table_of_columns(table, names, where, "CSV")
+        _name_fault(path, where, number, width, wanted, separator)
+    found = _table_of_columns(table, names and list(wanted.values()), where, "CSV")
     found.notes += notes
     return found
 
 
-def _first_line(file: IO[bytes], where: str) -> tuple[int, str]:
-    """The first line that is neither empty nor a comment, and its number."""
-    for number, line in enumerate(iter(lambda: file.readline(_MAX_LINE), b""), 1):
-        if len(line) >= _MAX_LINE:
-            raise InputError(f"{where}, line {number}: longer than {_MAX_LINE >> 20} MiB")
-        text = line.decode("utf-8-sig").rstrip("\r\n")
-        if text.strip(",; \t") and not text.startswith("#"):
-            return number, text
-    raise InputError(f"{where} has no rows of counts")
+def numbered_lines(file: IO[bytes], where: str, most: int = _MAX_LINE) -> Iterator[tuple[int, bytes]]:
+    """The lines of a file, from 1 on; one of `most` bytes or more is refused."""
+    for number, line in enumerate(iter(lambda: file.readline(most), b""), 1):
+        if len(line) >= most:
+            raise InputError(f"{where}, line {number}: longer than {most >> 20} MiB")
+        yield number, line
+
+
+def _cells(text: str, separator: str) -> list[str]:
+    return [cell.strip().strip('"') for cell in re.split(separator, text.strip() if separator == r"\s+" else text)]
 
 
 def _chunks(file: IO[bytes], width: int, separator: str) -> Iterable[pd.DataFrame]:
@@ -135,68 +126,82 @@ def _value(cell: str, role: str) -> float | None:
     return named(cell) if number is None and named else number
 
 
-def _name_fault(
-    path: Path, where: str, sound: tuple[int, int], width: int, wanted: dict[int, str], separator: str
-) -> None:
-    """Raise the error that names the line which is not a row of `width` numbers; none where each is. `sound`: the first line,
-    and how many rows after it are known to be sound; `wanted`: the columns that are read, and their roles.
+def _name_fault(path: Path, where: str, first: int, width: int, wanted: dict[int, str], separator: str) -> None:
+    """Raise the error that names the first line after `first` that is not a row of `width` numbers; none where each is.
+    `wanted`: the columns that are read, and their roles.
     """
-    n_rows = 0
     with open_stream(path, where) as file:
-        for number, line in enumerate(iter(lambda: file.readline(_MAX_LINE), b""), 1):
-            if len(line) >= _MAX_LINE:
-                raise InputError(f"{where}, line {number}: longer than {_MAX_LINE >> 20} MiB")
-            if number <= sound[0] or line.isspace() or line.startswith(b"#"):
+        for number, line in numbered_lines(file, where):
+            if number <= first or line.isspace() or line.startswith(b"#"):
                 continue
-            n_rows += 1
-            if n_rows <= sound[1]:
-                continue
-            text = line.decode("utf-8-sig", "replace").strip("\r\n")
-            cells = re.split(separator, text.strip() if separator == r"\s+" else text)
-            read = [(cells[place].strip().strip('"'), role) for place, role in wanted.items() if place < len(cells)]
-            bad = [cell for cell, role in read if _value(cell, role) is None]
+            cells = _cells(line.decode("utf-8-sig", "replace").strip("\r\n"), separator)
+            bad = [cells[i] for i, role in wanted.items() if i < len(cells) and _value(cells[i], role) is None]
             if bad:
                 raise InputError(f"{where}, line {number}: '{shown(bad[0])}' is not a number")
             if len(cells) != width:
                 raise InputError(f"{where}, line {number}: {len(cells)} columns where the first line has {width}")
 
 
+def _column(name: str) -> str | None:
+    """What a column holds by its name: a role, an expert by its number, '' for what only describes the others; None: unknown."""
+    name = re.sub(r"[ .\-]+", "_", str(name).lower())
+    role = next((role for role, pattern in _ROLES.items() if re.fullmatch(pattern, name)), None)
+    if role is None and (expert := _expert_of_key(name)) is not None:
+        return str(expert)
+    return "" if role is None and _BESIDE.fullmatch(name) else role
+
+
+def _header(cells: list[str], here: str) -> tuple[list[str] | None, list[str]]:
+    """What each column holds by a first line, None where that is a row of numbers already; and notes."""
+    numbers = [_number(cell) for cell in cells]
+    for first in (0, 1):
+        if numbers == list(range(first, first + len(cells))) and len(cells) > 1 + first:
+            note = f"its first line, {first} to {first + len(cells) - 1}, numbers the experts"
+            return [str(first + place) for place in range(len(cells))], [note]
+    if None not in numbers:
+        return None, []
+    names, notes = _names(cells, here), []
+    if names[0] == "layer" and _column(cells[0]) is None:
+        notes.append("its first column, which has no name, is taken for the layer")
+    beside = [cell for cell, name in zip(cells, names, strict=True) if cell and not name]
+    return names, notes + ([f"columns that are not read: {shown(', '.join(beside))}"] if beside else [])
+
+
 def _names(cells: list[str], here: str) -> list[str]:
-    """The columns by their roles; an expert's column by its number. A name that is not known is refused."""
-    names: list[str] = []
-    unknown: list[str] = []
-    beside: list[str] = []
-    for place, cell in enumerate(cells):
-        name = re.sub(r"[ .\-]+", "_", cell.lower())
-        role = next((role for role, pattern in _ROLES.items() if re.fullmatch(pattern, name)), None)
-        expert = _expert_of_key(name)
-        if place == 0 and name in ("", "unnamed:_0", "index"):
-            role = "index"
-        if role is None and expert is None:
-            (beside if _BESIDE.fullmatch(name) else unknown).append(cell)
-        names.append(role or ("" if expert is None else str(expert)))
-    if unknown or (beside and "layer" not in names):
+    """What each column holds; what only describes the others needs a layer's column beside it."""
+    names = [_column(cell) for cell in cells]
+    if names[0] is None and cells[0].lower() in ("", "unnamed: 0", "index"):
+        names[0] = "" if "layer" in names else "layer"
+    odd = [cell for cell, name in zip(cells, names, strict=True) if name is None or (not name and "layer" not in names)]
+    if odd:
         raise InputError(
-            f"{here}: neither counts nor a name for each column ({_COLUMNS}): '{shown((unknown + beside)[0])}' is not known"
+            f"{here}: neither counts nor a name for each column ({_COLUMNS}): '{shown(odd[0])}' is not known"
         )
-    if "layer" not in names and names[0] == "index":
-        names[0] = "layer"
-    for role in (*_ROLES, "index"):
-        if names.count(role) > 1:
-            raise InputError(f"{here}: {names.count(role)} columns name a {role}: {shown(','.join(cells))}")
-    if "layer" not in names:
-        other = next((role for role in ("step", "rank", "expert") if role in names), None)
-        if other:
-            raise InputError(f"{here}: a column '{other}' needs a column 'layer' beside it")
-    if ("expert" in names) != ("count" in names):
-        there, missing = ("expert", "count") if "expert" in names else ("count", "expert")
-        raise InputError(f"{here}: a column '{there}' needs a column '{missing}' beside it")
-    experts = [name for name in names if name.isdigit()]
-    if "expert" in names and experts:
-        raise InputError(f"{here}: columns 'expert' and 'count' do not go with a column for each expert")
-    if "expert" not in names and not experts:
+    found = [name for name in names if name is not None]
+    _check_columns(found, here)
+    return found
+
+
+def _check_columns(names: list[str], here: str) -> None:
+    """Refuse columns that make no table together."""
+    for name, n in Counter(names).items():
+        if n > 1 and name:
+            told = "an expert has two columns" if name.isdigit() else f"{n} columns name a {name}"
+            raise InputError(f"{here}: {told}: {shown(','.join(names))}")
+    by_expert = any(name.isdigit() for name in names)
+    if not by_expert and "expert" not in names and "count" not in names:
         raise InputError(f"{here}: no column is an expert ({_COLUMNS})")
-    return names
+    for name, other in (
+        ("step", "layer"),
+        ("rank", "layer"),
+        ("expert", "layer"),
+        ("expert", "count"),
+        ("count", "expert"),
+    ):
+        if name in names and other not in names:
+            raise InputError(f"{here}: a column '{name}' needs a column '{other}' beside it")
+    if by_expert and "expert" in names:
+        raise InputError(f"{here}: columns 'expert' and 'count' do not go with a column for each expert")
 
 
 def _table_of_columns(table: np.ndarray, names: list[str] | None, where: str, kind: str) -> CountTable:
@@ -216,65 +221,34 @@ def _table_of_columns(table: np.ndarray, names: list[str] | None, where: str, ki
         parts = [np.delete(table[table[:, place] == rank], place, axis=1) for rank in ranks]
         return add_tables([_table_of_columns(part, others, where, kind) for part in parts], where, "ranks")
     keys = {name: table[:, place] for place, name in enumerate(names) if not name.isdigit()}
-    columns = [place for place, name in enumerate(names) if name.isdigit()]
-    layer = _ids(keys["layer"], "layers", where) if "layer" in keys else None
-    if "step" in keys and not np.isfinite(keys["step"]).all():
+    if not np.isfinite(keys.get("step", np.zeros(1))).all():
         raise InputError(f"{where}: steps must be numbers")
-    if "expert" in keys:
-        return _long(table, keys, where, kind)
-    experts = np.array([int(names[place]) for place in columns])
-    if len(set(experts.tolist())) != len(experts):
-        raise InputError(f"{where}: an expert has two columns")
-    if experts.max() > 2**15 - 1:
-        raise InputError(f"{where}: expert {experts.max()} is above 32767")
-    wide = np.zeros((len(table), int(experts.max()) + 1))
-    wide[:, experts] = table[:, columns]
-    missing = wide.shape[1] - len(experts)
-    notes = (
-        [f"{missing} experts below {experts.max()} have no column: they are taken to have no load"] if missing else []
-    )
-    form = f"a {kind} table of loads: a row per layer{' and step' if 'step' in keys else ''}, a column per expert"
-    if layer is None:
-        return CountTable(_whole(wide), form, notes=notes)
-    steps, at_step = np.unique(keys.get("step", np.zeros(len(table))), return_inverse=True)
-    layers, at_layer = np.unique(layer, return_inverse=True)
-    cells = np.unique(at_step * len(layers) + at_layer)
-    n_wanted = len(steps) * len(layers)
-    if len(cells) != n_wanted or len(table) != n_wanted:
-        raise InputError(
-            f"{where}: {len(table)} rows are not one for each of {len(layers)} layers in {len(steps)} steps"
-        )
-    counts = np.zeros((len(steps), len(layers), wide.shape[1]))
-    np.add.at(counts, (at_step, at_layer), wide)
-    return _by_step(counts, steps if "step" in keys else None, CountTable(counts, form, layers, notes=notes))
-
-
-def _long(table: np.ndarray, keys: dict[str, np.ndarray], where: str, kind: str) -> CountTable:
-    """Counts of a table with a row per layer and expert; experts without a row have no load."""
-    expert, layer = _ids(keys["expert"], "experts", where), _ids(keys["layer"], "layers", where)
-    if expert.max() > 2**15 - 1:
-        raise InputError(f"{where}: expert {expert.max()} is above 32767")
-    steps, at_step = np.unique(keys.get("step", np.zeros(len(table))), return_inverse=True)
-    layers, at_layer = np.unique(layer, return_inverse=True)
-    shape = (len(steps), len(layers), int(expert.max()) + 1)
-    if np.prod(shape, dtype=float) > MOST_COUNTS:
-        raise InputError(f"{where} has more than {MOST_COUNTS} counts; add up steps first")
-    if (keys["count"] < 0).any():  # before they are added up
-        raise InputError(f"{where}: counts must not be negative, found {shown(keys['count'].min().item())}")
-    counts = np.zeros(shape)
-    np.add.at(counts, (at_step, at_layer, expert), keys["count"])
-    place = (at_step * len(layers) + at_layer) * shape[2] + expert
-    n_repeated, notes = len(place) - len(np.unique(place)), []
-    if n_repeated:
-        notes.append(f"{n_repeated} rows repeat a layer and expert: they are added up")
-    form = f"a {kind} table of loads: a row per layer and expert{' of a step' if 'step' in keys else ''}"
-    found = CountTable(counts, form, layers, is_open=True, notes=notes)
-    return _by_step(counts, steps if "step" in keys else None, found)
-
-
-def _by_step(counts: np.ndarray, steps: np.ndarray | None, table: CountTable) -> CountTable:
-    table.counts, table.steps = _whole(counts if steps is not None else counts[0]), steps
-    return table
+    layer = _ids(keys.get("layer", np.arange(len(table))), "layers", where)[:, None]
+    step, is_long, notes = keys.get("step", np.zeros(len(table)))[:, None], "expert" in keys, []
+    if is_long:
+        expert, values = _ids(keys["expert"], "experts", where)[:, None], keys["count"][:, None]
+    else:
+        columns = [place for place, name in enumerate(names) if name.isdigit()]
+        expert, values = np.array([int(names[place]) for place in columns]), table[:, columns]
+    counts, steps, layers = tabulate([(step, layer, expert, values)], where)
+    n_rows, _, _ = tabulate([(step, layer, expert, np.ones(values.shape))], where)
+    if is_long:
+        form = f"a {kind} table of loads: a row per layer and expert{' of a step' if 'step' in keys else ''}"
+        n_repeated = int((n_rows - 1).clip(0).sum())
+        notes += [f"{n_repeated} rows repeat a layer and expert: they are added up"] if n_repeated else []
+    else:
+        form = f"a {kind} table of loads: a row per layer{' and step' if 'step' in keys else ''}, a column per expert"
+        if (n_rows[..., expert] != 1).any():
+            raise InputError(
+                f"{where}: {len(table)} rows are not one for each of {len(layers)} layers in {len(steps)} steps"
+            )
+        missing = counts.shape[2] - len(expert)
+        told = f"{missing} experts below {expert.max()} have no column: they are taken to have no load"
+        notes += [told] if missing else []
+    found = CountTable(_whole(counts if "step" in keys else counts[0]), form, is_open=is_long, notes=notes)
+    found.layer_ids = layers if "layer" in keys else None
+    found.steps = steps if "step" in keys else None
+    return found
 
 
 def _ids(values: np.ndarray, what: str, where: str) -> np.ndarray:
@@ -299,79 +273,78 @@ def _number(text: str) -> float | None:
 def table_of_json(held: Any, where: str) -> CountTable | None:
     """Counts of parsed JSON; None where it is no table of counts.
 
-    {layer: [count of each expert]} or {layer: {expert: count}}, null for a dense layer; a list [layers][experts] (or
-    [steps][layers][experts] under one of COUNT_NAMES); a list of objects whose keys name the columns of a table.
+    {layer: [count of each expert]} or {layer: {expert: count}}, null for a dense layer; a list [layers][experts] or
+    [steps][layers][experts], also under one of COUNT_NAMES; objects whose keys name the columns of a table, or a list of them;
+    a list of steps, each in one of these forms.
     """
+    if isinstance(held, dict) and _is_row(held):
+        held = [held]
     if isinstance(held, dict):
-        known = (*COUNT_NAMES, *PHYSICAL_NAMES, "layers")
-        named = next((name for name in known if isinstance(held.get(name), list | dict)), None)
-        if named == "layers" and isinstance(held[named], list) and not all(isinstance(x, dict) for x in held[named]):
-            named = None
-        if named is not None:
-            inner = held[named]
-            if isinstance(inner, list) and depth_of(inner) in (2, 3):
-                ids, table = (
-                    held.get("layer_ids", held.get("layers")),
-                    next((held[x] for x in MAP_NAMES if x in held), None),
-                )
-                slots = _regular(table, where) if isinstance(table, list) else None
-                counts, form = (
-                    logical_counts(named, _regular(inner, where), slots, where),
-                    f"JSON with counts under '{named}'",
-                )
-                return CountTable(counts, form, _given_ids(ids, inner, where))
-            return table_of_json(inner, where)
-        return _table_of_layers(held, where)
+        return _named_table(held, where) or _table_of_layers(held, where)
     if not isinstance(held, list) or not held:
         return None
     if all(isinstance(row, dict) and row for row in held):
-        by_step = _steps(held, where)
-        if by_step is not None:
-            return by_step
-        beside = [str(key) for key in held[0] if _is_beside(key)]
-        held = [without_descriptions(row) for row in held]
-        keys = list(held[0])
-        if "layer" not in [_role(key) for key in keys] or any(list(row) != keys for row in held):
-            return None
-        listed = [key for key in keys if isinstance(held[0][key], list)]
-        if len(listed) == 1 and _role(listed[0]) == "count":  # a row per layer, its counts in a list
-            others = [key for key in keys if key != listed[0]]
-            rows = [
-                [row[key] for key in others] + (row[listed[0]] if isinstance(row[listed[0]], list) else [])
-                for row in held
-            ]
-            table = _regular(rows, where)
-            if any(_role(key) not in ("layer", "step", "rank") for key in others):
-                raise InputError(
-                    f"{where}: beside '{listed[0]}', keys must be layer, step or rank: {shown(', '.join(others))}"
-                )
-            names = [_role(key) or "" for key in others] + [str(e) for e in range(table.shape[1] - len(others))]
-        else:
-            names = _names(keys, where)
-            table = _regular([list(row.values()) for row in held], where)
-        found = _table_of_columns(table.astype(float), names, where, "JSON")
-        found.notes += [f"keys that are not read: {shown(', '.join(beside))}"] if beside else []
-        return found
-    if depth_of(held) == 2:
-        return CountTable(_regular(held, where), "a JSON list of loads [layers][experts]")
+        return _table_of_rows(held, where) if all(map(_is_row, held)) else _steps(held, where)
+    if depth_of(held) == 2 or (depth_of(held) == 3 and _are_steps(held)):
+        steps = "[steps]" if depth_of(held) == 3 else ""
+        return CountTable(_regular(held, where), f"a JSON list of loads {steps}[layers][experts]")
     return None
 
 
-def is_row(held: dict[str, Any]) -> bool:
-    """Whether the keys of an object of JSON are those of a row of a table: one is a layer's, and all are known."""
-    roles = [_role(key) for key in held]
-    return "layer" in roles and all(
-        role or _expert_of_key(key) is not None for key, role in zip(held, roles, strict=True)
+def _are_steps(held: list[Any]) -> bool:
+    """Whether a list [][][] is of counts [steps][layers][experts], and not a request's ids [tokens][layers][top_k]."""
+    try:
+        array = np.asarray(held)
+    except (ValueError, OverflowError):
+        return False
+    return array.ndim == 3 and (array.dtype.kind == "f" or (array.dtype.kind in "iu" and are_counts(array)))
+
+
+def _named_table(held: dict[str, Any], where: str) -> CountTable | None:
+    """Counts under a known name of an object, and perhaps beside them the layers' ids, or a map of physical experts."""
+    name = next((name for name in (*COUNT_NAMES, *PHYSICAL_NAMES) if isinstance(held.get(name), list | dict)), None)
+    if name is None:
+        inner = held.get("layers")
+        is_table = isinstance(inner, dict) or (isinstance(inner, list) and all(isinstance(row, dict) for row in inner))
+        return table_of_json(inner, where) if is_table else None
+    inner = held[name]
+    if depth_of(inner) not in (2, 3):
+        return table_of_json(inner, where)
+    slots = next((held[key] for key in MAP_NAMES if isinstance(held.get(key), list)), None)
+    counts = logical_counts(name, _regular(inner, where), None if slots is None else _regular(slots, where), where)
+    ids = held.get("layer_ids", held.get("layers"))
+    is_told = isinstance(ids, list) and len(ids) == counts.shape[-2] and set(map(type, ids)) == {int}
+    return CountTable(
+        counts, f"JSON with counts under '{name}'", _ids(np.array(ids, float), "layers", where) if is_told else None
     )
 
 
-def without_descriptions(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of a table without what only describes it, such as a total or a time."""
-    return {key: value for key, value in row.items() if not _is_beside(key)}
+def _is_row(held: dict[str, Any]) -> bool:
+    """Whether the keys of an object of JSON name the columns of a table, with one number for the layer."""
+    of_column = {_column(key): value for key, value in held.items()}
+    return None not in of_column and type(of_column.get("layer")) in (int, float)
 
 
-def _is_beside(key: str) -> bool:
-    return _role(key) is None and bool(_BESIDE.fullmatch(str(key).lower()))
+def _table_of_rows(held: list[Any], where: str) -> CountTable | None:
+    """Counts of objects whose keys name the columns of a table; a list stands for a column of each expert."""
+    keys = [key for key in held[0] if _column(key)]
+    if any([key for key in row if _column(key)] != keys for row in held):
+        return None
+    names: list[str] = []
+    for key in keys:
+        is_list = _column(key) == "count" and isinstance(held[0][key], list)
+        names += map(str, range(len(held[0][key]))) if is_list else [_column(key) or ""]
+    _check_columns(names, where)
+    rows = [[cell for key in keys for cell in (row[key] if isinstance(row[key], list) else [row[key]])] for row in held]
+    table = _regular(rows, where)
+    if table.shape[1] != len(names):
+        raise InputError(f"{where}: a list of counts stands where a number should")
+    found, beside = (
+        _table_of_columns(table.astype(float), names, where, "JSON"),
+        [key for key in held[0] if not _column(key)],
+    )
+    found.notes += [f"keys that are not read: {shown(', '.join(beside))}"] if beside else []
+    return found
 
 
 def layer_of_key(key: str) -> int | None:
@@ -394,38 +367,34 @@ def depth_of(held: Any) -> int:
     return depth
 
 
-def _role(key: str) -> str | None:
-    return next((role for role, pattern in _ROLES.items() if re.fullmatch(pattern, str(key).lower())), None)
-
-
 def _table_of_layers(held: dict[str, Any], where: str) -> CountTable | None:
-    layers = [layer_of_key(key) for key in held]
-    rows = [row for row in held.values() if row is not None]
+    """Counts of {layer: [count of each expert]} or {layer: {expert: count}}; a layer may have them under a known name."""
+    of_layer = {layer_of_key(key): row for key, row in held.items() if row is not None}
+    if not of_layer or None in map(layer_of_key, held):
+        return None
+    if len(of_layer) < sum(row is not None for row in held.values()):
+        raise InputError(f"{where}: a layer stands there twice")
+    rows = list(of_layer.values())
     if all(isinstance(row, dict) for row in rows):  # {layer: {expert_counts: ..., and what describes them}}
         rows = [next((row[name] for name in COUNT_NAMES if name in row), row) for row in rows]
-    if not rows or None in layers or not all(isinstance(row, list | dict) and row for row in rows):
-        return None
-    if len(set(layers)) != len(layers):
-        raise InputError(f"{where}: a layer stands there twice")
-    ids = np.array([layer for layer, row in zip(layers, held.values(), strict=True) if row is not None], np.int64)
-    if all(isinstance(row, dict) for row in rows):
-        experts = [[_expert_of_key(key) for key in row] for row in rows]
-        numbers = [[number for number in row if number is not None] for row in experts]
-        if numbers != experts:
+    if all(isinstance(row, list) and depth_of(row) == 1 for row in rows):
+        form, is_open = "JSON {layer: [count of each expert]}", False
+        table = _regular(rows, where)
+        experts = [list(range(table.shape[1]))] * len(rows)
+    elif all(isinstance(row, dict) and row for row in rows):
+        form, is_open = "JSON {layer: {expert: count}}", True
+        experts = [[expert for key in row if (expert := _expert_of_key(key)) is not None] for row in rows]
+        if list(map(len, experts)) != list(map(len, rows)):
             return None
-        width = max(map(max, numbers)) + 1
-        if width > 2**15 - 1:
-            raise InputError(f"{where}: expert {width - 1} is above 32767")
-        counts = np.zeros((len(rows), width))
-        for out, at, row in zip(counts, numbers, rows, strict=True):
-            out[at] = _regular([list(row.values())], where)[0]
-        form, is_open, counts = "JSON {layer: {expert: count}}", True, _whole(counts)
-    elif all(isinstance(row, list) and depth_of(row) == 1 for row in rows):
-        form, is_open, counts = "JSON {layer: [count of each expert]}", False, _regular(rows, where)
+        rows = [list(row.values()) for row in rows]
     else:
         return None
-    order = np.argsort(ids)
-    return CountTable(counts[order], form, ids[order], is_open=is_open)
+    entries = [
+        (0, layer, np.array(of_row, int), _regular([row], where)[0])
+        for layer, of_row, row in zip(of_layer, experts, rows, strict=True)
+    ]
+    counts, _, layers = tabulate(entries, where)
+    return CountTable(_whole(counts[0]), form, layers, is_open=is_open)
 
 
 def _steps(held: list[Any], where: str) -> CountTable | None:
@@ -436,16 +405,16 @@ def _steps(held: list[Any], where: str) -> CountTable | None:
     tables = [table for table in (table_of_json(step, where) for step in held) if table is not None]
     if len(tables) < len(held):
         raise InputError(f"{where}: of its {len(held)} steps {len(held) - len(tables)} have no counts")
-    width = max(table.counts.shape[1] for table in tables)
-    rows = []
-    for table in tables:
-        ids, wanted = (np.arange(len(t.counts)) if t.layer_ids is None else t.layer_ids for t in (table, first))
-        same = np.array_equal(ids, wanted)
-        if table.counts.ndim != 2 or not same or (table.counts.shape[1] < width and not table.is_open):
-            raise InputError(f"{where}: its steps differ in their layers or experts")
-        rows.append(np.pad(table.counts, ((0, 0), (0, width - table.counts.shape[1]))))
+    layers = np.arange(len(first.counts))
+    kinds = {
+        (t.counts.shape[:-1] if t.is_open else t.counts.shape, t.layer_ids is not None and t.layer_ids.tobytes())
+        for t in tables
+    }
+    if len(kinds) > 1 or first.counts.ndim != 2:
+        raise InputError(f"{where}: its steps differ in their layers or experts")
+    entries = [(i, layers[:, None], np.arange(table.counts.shape[1]), table.counts) for i, table in enumerate(tables)]
     form = f"a JSON list of steps, each {first.form.removeprefix('JSON ')}"
-    return CountTable(np.stack(rows), form, first.layer_ids, is_open=first.is_open)
+    return CountTable(tabulate(entries, where)[0], form, first.layer_ids, is_open=first.is_open)
 
 
 def _regular(rows: list[Any], where: str) -> np.ndarray:
@@ -466,11 +435,3 @@ def _regular(rows: list[Any], where: str) -> np.ndarray:
     if array.dtype.kind not in "iuf":
         raise InputError(f"{where}: counts above 2**53")
     return _whole(array) if array.dtype.kind == "f" else array
-
-
-def _given_ids(ids: Any, counts: list[Any], where: str) -> np.ndarray | None:
-    """Layer ids that stand beside counts, where they are a list of as many."""
-    n_layers = len(counts[0]) if depth_of(counts) == 3 else len(counts)
-    if not isinstance(ids, list) or len(ids) != n_layers or set(map(type, ids)) != {int}:
-        return None
-    return _ids(np.array(ids, float), "layers", where)
