@@ -186,6 +186,24 @@ def test_streamed_answers_are_counted_once(tmp_path):
     assert read_traffic(write(tmp_path / "y.jsonl", lines=flat), SMALL).n_tokens == 10
 
 
+def test_a_phase_takes_its_own_tokens_of_an_answer_that_counts_them(tmp_path):
+    """vLLM counts in `usage`, SGLang beside the ids; the last token made is not routed. Other counts are of other ids."""
+    ids, chunks = REQUESTS[0], (3, 6, 10)  # a streamed answer with a prompt of 3 tokens
+    usage = [{"prompt_tokens": 3, "completion_tokens": n - 2} for n in chunks]
+    parts = [ids[:n].tolist() for n in chunks]
+    vllm = [{"id": "a", "usage": u, "choices": [{"routed_experts": x}]} for u, x in zip(usage, parts, strict=True)]
+    sglang = [{"meta_info": {"id": "a", "routed_experts": x} | u} for u, x in zip(usage, parts, strict=True)]
+    for lines in (vllm, sglang, vllm[-1:]):
+        path = write(tmp_path / "x.jsonl", lines=lines)
+        decode, prefill = read_traffic(path), read_traffic(path, phase="prefill")
+        same(decode, [ids[3:10]], decode.notes[1:])
+        same(prefill, [ids[:3]], prefill.notes[1:])
+        assert "decode steps; 3 tokens of prefill are left out (--phase prefill reads them)" in decode.notes[0]
+        assert "prefill steps; 7 tokens of decode are left out" in prefill.notes[0]
+    write(path, lines=[{"usage": {"prompt_tokens": 9, "completion_tokens": 11}, "routed_experts": ids.tolist()}])
+    same(read_traffic(path), [ids])
+
+
 def test_several_choices_share_one_prompt(tmp_path):
     a, b = REQUESTS
     choices = [{"index": i, "routed_experts": ids.tolist()} for i, ids in enumerate((a[4:], b))]

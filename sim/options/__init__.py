@@ -73,7 +73,7 @@ class TrafficOptions(Options):
     phase: str | None = option(
         NAME,
         "of recorded or fitted routing: decode (default), each token of a step from another sequence, or prefill, consecutive "
-        "tokens of one",
+        "tokens of one; of answers that count their tokens it takes those after the prompt, or the prompt's",
         default=None,
     )
     tokens_per_request: int | None = option(

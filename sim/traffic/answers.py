@@ -59,8 +59,6 @@ class Requests:
         Forward passes, where the file numbers them.
     is_by_shape : bool
         Whether nothing but their shape tells which axis of an array is tokens, and which layers.
-    n_other_phase : int
-        Tokens of the phase that is not read.
     """
 
     where: str
@@ -71,11 +69,11 @@ class Requests:
     form: str = ""
     passes: set[Any] = field(default_factory=set)
     is_by_shape: bool = False
-    n_other_phase: int = 0
     n_repeated: int = 0
     n_null_tokens: int = 0
     n_ids: int = 0
     _of_key: dict[Any, int] = field(default_factory=dict)
+    _other_phase: dict[Any, int] = field(default_factory=dict)
     _without: set[Any] = field(default_factory=set)
 
     def add(self, ids: np.ndarray, here: str, key: Any = None, lengths: np.ndarray | None = None) -> None:
@@ -113,6 +111,16 @@ class Requests:
     def without(self, key: Any = None) -> None:
         """Count a request that has no routing, unless more of its answer brings some."""
         self._without.add(object() if key is None else key)
+
+    def leave(self, n_tokens: int, key: Any = None) -> None:
+        """Count a request's tokens of the phase that is not read; of parts with the same key the most."""
+        key = object() if key is None else key
+        self._other_phase[key] = max(self._other_phase.get(key, 0), n_tokens)
+
+    @property
+    def n_other_phase(self) -> int:
+        """Tokens of the phase that is not read."""
+        return sum(self._other_phase.values())
 
     @property
     def notes(self) -> list[str]:
@@ -175,9 +183,11 @@ def _lines(file: IO[bytes], where: str) -> Iterator[tuple[int, bytes]]:
             yield number, text
 
 
-def add_answer(requests: Requests, held: Any, here: str) -> bool:
+def add_answer(requests: Requests, held: Any, here: str, phase: str) -> bool:
     """Take the requests of an engine's answer: an object with `routed_experts` somewhere in it (or a list of such objects),
     or the nested list [tokens][layers][top_k] of a request. Says whether there was the key, or a list.
+
+    Where the answer counts its tokens, and its ids are those of prompt and completion, the tokens of the phase are taken.
     """
     if isinstance(held, list) and not any(isinstance(value, dict) for value in held):
         requests.add(_nested(held, here, requests), here)
@@ -187,7 +197,7 @@ def add_answer(requests: Requests, held: Any, here: str) -> bool:
             f"{here}: a request is an object with 'routed_experts', or whole numbers [tokens][layers][top_k]"
         )
     n_found = 0
-    for key, parts in _parts(held, None, _DEEPEST):
+    for key, parts, counted in _parts(held, None, None, _DEEPEST):
         n_found += 1
         ids = [_ids(value, beside, here, requests) for value, beside in parts if value not in (None, "")]
         ids = [part for part in ids if part.size]
@@ -196,36 +206,57 @@ def add_answer(requests: Requests, held: Any, here: str) -> bool:
         elif any(part.shape[1:] != ids[0].shape[1:] for part in ids):
             raise InputError(f"{here}: the prompt has other layers x top_k than the completion")
         else:
-            requests.add(np.concatenate(ids) if len(ids) > 1 else ids[0], here, key)
+            joined = np.concatenate(ids) if len(ids) > 1 else ids[0]
+            taken = _of_phase(joined, counted, phase)
+            if len(taken) < len(joined):
+                requests.leave(len(joined) - len(taken), key)
+            if len(taken):
+                requests.add(taken, here, key)
     if not n_found:
         requests.without()
     return n_found > 0
 
 
+def _of_phase(ids: np.ndarray, counted: dict[str, Any] | None, phase: str) -> np.ndarray:
+    """Tokens of a phase, where an engine's counts say which those of the prompt are; else all. The last token that was made
+    is not routed, but for engines that route one ahead.
+    """
+    counts = [(counted or {}).get(name) for name in ("prompt_tokens", "completion_tokens")]
+    if not all(type(n) is int and n > 0 for n in counts) or not 0 <= sum(counts) - len(ids) <= 1:
+        return ids
+    return ids[: counts[0]] if phase == "prefill" else ids[counts[0] :]
+
+
 Part = tuple[Any, dict[str, Any]]
 
 
-def _parts(held: Any, identity: Any, depth: int) -> Iterator[tuple[Any, list[Part]]]:
-    """Each request's parts, prompt and completion, with the object that each stands in; and what tells the request."""
+def _parts(
+    held: Any, identity: Any, counted: dict[str, Any] | None, depth: int
+) -> Iterator[tuple[Any, list[Part], dict[str, Any] | None]]:
+    """Each request's parts, prompt and completion, with the object that each stands in; what tells the request; and the
+    object that counts its tokens.
+    """
     if isinstance(held, dict):
         own_id = next((held[name] for name in _IDENTITIES if isinstance(held.get(name), str)), None)
         identity = own_id or identity
+        usage = held.get("usage")
+        counted = usage if isinstance(usage, dict) else held if "prompt_tokens" in held else counted
         prompt: list[Part] = [(held[PROMPT], held)] if held.get(PROMPT) is not None else []
         own = [name for name in _WHOLE if name in held] or [name for name in TOKEN_NAMES if name in held][:1]
         if own:
             key = None if identity is None else (identity, str(held.get("index", 0)))
-            yield key, [*prompt, *((held[name], held) for name in own)]
+            yield key, [*prompt, *((held[name], held) for name in own)], counted
             return
-        below = chain.from_iterable(_parts(value, identity, depth - 1) for value in held.values() if depth > 0)
-        for key, parts in below:
-            yield key, [*prompt, *parts]
+        below = (_parts(value, identity, counted, depth - 1) for value in held.values() if depth > 0)
+        for key, parts, counts in chain.from_iterable(below):
+            yield key, [*prompt, *parts], counts
             prompt = []  # the choices of a request share its prompt
         if prompt:
-            yield None if identity is None else (identity, "prompt"), prompt
+            yield None if identity is None else (identity, "prompt"), prompt, counted
     elif isinstance(held, list):
         for value in held:
             if isinstance(value, dict | list) and depth > 0:
-                yield from _parts(value, identity, depth - 1)
+                yield from _parts(value, identity, counted, depth - 1)
 
 
 def _ids(value: Any, beside: dict[str, Any], here: str, requests: Requests) -> np.ndarray:
@@ -389,7 +420,7 @@ def add_trace(requests: Requests, steps: list[Any], here: str, phase: str) -> No
         if (phase == "prefill") == (number == 0):
             chosen.append([rows for _, rows in routed])
         else:
-            requests.n_other_phase += len(routed[0][1])
+            requests.leave(len(routed[0][1]))
     if layers is None:
         requests.without()
         return

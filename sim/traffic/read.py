@@ -256,7 +256,7 @@ def _read_json(path: Path, where: str, requests: Requests, phase: str) -> CountT
             add_trace(requests, held, at, phase)
             n_keyed += 1
         else:
-            n_keyed += add_answer(requests, held, at)
+            n_keyed += add_answer(requests, held, at, phase)
     if not n_keyed:
         raise InputError(
             f"{where} has no key 'routed_experts', and is no table of loads {{layer: [count of each expert]}}"
