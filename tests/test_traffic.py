@@ -255,7 +255,7 @@ def test_tastes_are_a_latin_hypercube_of_the_stream():
     """Against the plain formula, scaled as `of_one_strength` says."""
     n, n_experts, key = 1000, 6, stream_key(0, "x")
     rng = np.random.default_rng(4)
-    taste = RequestEffect(rng.uniform(0.5, 1, n_experts), rng.normal(size=(2, n_experts)), 0.1, 0.1)
+    taste = RequestEffect(rng.uniform(0.5, 1, n_experts), rng.normal(size=(2, n_experts)), 0.1, 0.1, 0.1)
     comp = draw_effects(taste, key, 3, n)
     u = uniforms(key, REQUEST, 3, (n, 2 * n_experts + 2))
     u = (np.argsort(np.argsort(u, axis=0), axis=0) + 0.5) / n

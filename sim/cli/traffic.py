@@ -121,9 +121,9 @@ def _print_correlation(about: Any) -> None:
         decay = about.decay
         parts = [f"{t:g} ({s:.0%})" for t, s in zip(decay.tokens, decay.shares, strict=True)]
         say(
-            f"fitted: {decay.near.mean():.3f} in one context of a sequence, {decay.passage.mean():.3f} in two of one passage "
-            f"({decay.passage_tokens:g} tokens in the mean), {decay.far.mean():.3f} in two passages; mean tokens of a context "
-            f"(share of tokens): {', '.join(parts)}"
+            f"fitted to blocks of 2 to 256 tokens: {decay.near.mean():.3f} in one context of a sequence, "
+            f"{decay.passage.mean():.3f} in two of one passage ({decay.passage_tokens:g} tokens in the mean), "
+            f"{decay.far.mean():.3f} in two passages; mean tokens of a context (share of tokens): {', '.join(parts)}"
         )
 
 

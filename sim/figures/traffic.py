@@ -153,12 +153,12 @@ def _by_lag(ax: Any, about: Description) -> None:
     if about.decay is not None:
         lag = np.geomspace(1, lags[-1], 200)
         fitted = about.decay.at(lag).mean(axis=0)
-        ax.plot(lag, fitted, color=_ORANGE, label="fitted to blocks")
+        ax.plot(lag, fitted, color=_ORANGE, label="fitted to blocks of 2 to 256 tokens")
         most = max(most, fitted.max())
     log2_ticks(ax, [lag for lag in lags.tolist() if lag & (lag - 1) == 0])
     ax.set_ylim(min(0.0, float(found.min())), 1.05 * most)
     ax.legend()
-    ax.set_xlabel("tokens from one to the other")
+    ax.set_xlabel("distance between two tokens")
     ax.set_ylabel("correlation of their experts")
     title_panel(ax, "Decay within a sequence", "band: least and most of layers")
 

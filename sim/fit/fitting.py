@@ -127,8 +127,10 @@ def fit_traffic(
         fits = pool.map(fit_one, range(len(load)))
         found = list(track(fits, [1.0] * len(load), [f"layer {i} of {len(load)}" for i in range(1, len(load) + 1)]))
     rms = np.array([layer.rms for layer in found]).T
-    if (n_bad := int((rms.max(axis=0) > _WANTED_RMS).sum())) > 0:
-        notes.append(f"{n_bad} of {len(load)} layers are fitted to worse than {_WANTED_RMS:.0%} (rms {rms.max():.1%})")
+    for phase, of_phase, why in zip(("decode", "prefill"), rms, ("", ", for want of random requests"), strict=False):
+        if (n_bad := int((of_phase > _WANTED_RMS).sum())) > 0:
+            off = f"to worse than {_WANTED_RMS:.0%} (rms of shares {of_phase.max():.1%}{why})"
+            notes.append(f"{phase}: {n_bad} of {len(load)} layers are fitted {off}")
     of_kinds: dict[str, Any] = {}
     if kinds is not None:
         of_kinds = {

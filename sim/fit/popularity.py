@@ -27,7 +27,7 @@ from sim.streams import GROUP, REQUEST, TOKEN, stream_key, uniforms
 from sim.traffic.fitted import MOST_LOGIT
 from sim.traffic.synthetic import of_one_strength
 
-_NUMBERS = 2**20  # experts times requests
+_NUMBERS, _OF_GROUPED = 2**20, 4  # experts times requests; as often as that where groups are kept, which adds noise
 _MOST_REQUESTS, _LEAST_REQUESTS = 2**13, 2**12
 _OF_A_KIND = 4096  # requests that the experts of one kind of tokens are fitted on
 _FEW = 1024  # requests that the first rounds take, until
@@ -74,6 +74,7 @@ class Noise:
 
     def __init__(self, model: ModelSpec, group_sigma: float, seed: int, layer: int, what: str = "fit") -> None:
         self.n = max(min(_NUMBERS // model.n_experts, _MOST_REQUESTS), _LEAST_REQUESTS)
+        self.n *= _OF_GROUPED if model.is_grouped else 1
         key, shape = stream_key(seed, f"popularity {what}"), (self.n, model.n_experts)
         self.model, self.law = model, score_law(model)
         noise = [-np.log1p(-uniforms(key, TOKEN, 2 * layer + t, shape)).astype(np.float32) for t in range(2)]
