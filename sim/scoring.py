@@ -196,8 +196,9 @@ def count_received(
 
 @kernel
 def _count_trials(ids, steps, layout_of_pair, layouts, to, received, by_nodes):
+    rows = np.empty(_EXPERTS + layouts.ranks.shape[1] * _ROW, np.uint64)
     for t in range(ids.shape[0]):
-        _count_trial(ids[t], steps, layout_of_pair[t], layouts, to, received[t], by_nodes[t])
+        _count_trial(ids[t], steps, layout_of_pair[t], layouts, to, rows, received[t], by_nodes[t])
 
 
 @kernel
@@ -207,11 +208,12 @@ def score_received(ids, steps, cells, step_of_cell, pair_of_cell, layout_of_pair
     ids, steps as in `count_received`; cells, step_of_cell, pair_of_cell, layout_of_pair as in `score_blocks`; scores int32
     [trials, all cells, METRICS and RECEIVED]; received int64 [trials, all cells, 2].
     """
+    rows = np.empty(_EXPERTS + layouts.ranks.shape[1] * _ROW, np.uint64)
     of_ranks = np.empty((steps.size, to.first_rank[-1]), np.int32)
     of_nodes = np.empty((steps.size, to.first_node[-1]), np.int32)
     for t in range(ids.shape[0]):
         of_ranks[:], of_nodes[:] = 0, 0
-        _count_trial(ids[t], steps, layout_of_pair[t], layouts, to, of_ranks, of_nodes)
+        _count_trial(ids[t], steps, layout_of_pair[t], layouts, to, rows, of_ranks, of_nodes)
         for c in cells:
             for i, (tokens, first) in enumerate(((of_ranks, to.first_rank), (of_nodes, to.first_node))):
                 most, total, of_step = np.int32(0), 0, tokens[step_of_cell[c]]
@@ -238,22 +240,21 @@ def _count_ones(typing_context, word):
 
 
 @kernel
-def _count_trial(ids, steps, layout_of_pair, layouts, to, received, by_nodes):
+def _count_trial(ids, steps, layout_of_pair, layouts, to, rows, received, by_nodes):
     """Of one trial; to what is counted, in received and by_nodes, is added. Every rank has an expert.
 
     An expert has a row of bits, one for each token, on where the token takes it. The union of a rank's rows are the tokens that
     it receives, that of its ranks' those of a node; bits are joined, and counted, by words of 64 tokens.
     """
     n_experts = layouts.ranks.shape[1]
-    rows = np.empty(_EXPERTS + n_experts * _ROW, np.uint64)
     of_experts = np.zeros((steps.size, n_experts), np.int32)
     ends, masks = np.empty(steps.size, np.int64), np.empty(steps.size, np.uint64)
     for start in range(0, steps[-1], 64 * _WORDS):
         n = min(_WORDS, (steps[-1] - start + 63) // 64)
         first = np.searchsorted(steps, start + 1)  # steps before it have ended
         for step in range(first, steps.size):  # words that it fills, and of the next one the tokens that are left
-            ends[step] = min(n, (steps[step] - start) // 64)
-            masks[step] = (np.uint64(1) << np.uint64(steps[step] % 64)) - np.uint64(1) if ends[step] < n else 0
+            ends[step], left = min(n, (steps[step] - start) // 64), np.uint64(steps[step] % 64)
+            masks[step] = (np.uint64(ends[step] < n) << left) - np.uint64(ends[step] < n)
         rows[:] = 0
         for token in range(start, min(start + 64 * n, steps[-1])):
             w, bit = np.uint64((token - start) // 64), np.uint64(1) << np.uint64(token % 64)
