@@ -12,7 +12,7 @@ from sim import InputError, SyntheticTraffic, load_model, load_workload, place, 
 from sim.placement import random_ranks
 from sim.results import read_result, write_result
 from sim.router import draw_trials
-from sim.sweeps import bounds, make_plan, steps, tally
+from sim.sweeps import bounds, executors, make_plan, steps, tally
 from sim.sweeps.chunk import run_chunk, stage_chunks
 from sim.sweeps.executors import compile_without_sampler
 from sim.sweeps.precision import first_stage
@@ -380,3 +380,9 @@ def test_the_process_beside_a_first_sweep_compiles_the_kernels_that_a_sweep_need
         monkeypatch.setattr(room, "draw_trials", room.draw_trials)  # put back after it
     compile_without_sampler()
     assert {name: len(of.signatures) for name, of in kernels.items()} == before
+
+
+def test_a_first_sweep_goes_on_where_no_process_can_be_started_beside_it(monkeypatch):
+    monkeypatch.setattr(executors, "is_cold", lambda: True)
+    monkeypatch.setattr("sys.executable", "/no/such/python")
+    assert len(sweep("deepseek-v3", "chat", **SMALL, threads=2).summary)
