@@ -216,10 +216,11 @@ def score_received(ids, steps, cells, step_of_cell, pair_of_cell, layout_of_pair
         _count_trial(ids[t], steps, layout_of_pair[t], layouts, to, rows, of_ranks, of_nodes)
         for c in cells:
             for i, (tokens, first) in enumerate(((of_ranks, to.first_rank), (of_nodes, to.first_node))):
-                most, total, of_step = np.int32(0), 0, tokens[step_of_cell[c]]
-                for r in range(first[pair_of_cell[c]], first[pair_of_cell[c] + 1]):
-                    most = max(most, of_step[r])
-                    total += of_step[r]
+                of_cell = tokens[step_of_cell[c], first[pair_of_cell[c]] : first[pair_of_cell[c] + 1]]
+                most, total = np.int32(0), 0
+                for r in range(of_cell.size):
+                    most = max(most, of_cell[r])
+                    total += of_cell[r]
                 scores[t, c, len(METRICS) + i] = most
                 received[t, c, i] = total
 
@@ -257,9 +258,9 @@ def _count_trial(ids, steps, layout_of_pair, layouts, to, rows, received, by_nod
             masks[step] = (np.uint64(ends[step] < n) << left) - np.uint64(ends[step] < n)
         rows[:] = 0
         for token in range(start, min(start + 64 * n, steps[-1])):
-            w, bit = np.uint64((token - start) // 64), np.uint64(1) << np.uint64(token % 64)
+            w, bit = np.uint64(token - start) // np.uint64(64), np.uint64(1) << np.uint64(token % 64)
             for k in range(ids.shape[1]):
-                rows[_row_of(ids[token, k]) + w] |= bit
+                rows[_row_of(ids[np.uint64(token), k]) + w] |= bit
         for e in range(n_experts):
             _add_ones(rows, _row_of(e), first, ends, masks, e, of_experts)
         for p in range(layout_of_pair.size):
