@@ -242,10 +242,9 @@ def _count_ones(typing_context, word):
 
 @kernel
 def _count_trial(ids, steps, layout_of_pair, layouts, to, rows, received, by_nodes):
-    """Of one trial; to what is counted, in received and by_nodes, is added. Every rank has an expert.
-
-    An expert has a row of bits, one for each token, on where the token takes it. The union of a rank's rows are the tokens that
-    it receives, that of its ranks' those of a node; bits are joined, and counted, by words of 64 tokens.
+    """Of one trial, added to received and by_nodes; every rank has an expert. An expert has a row of bits, one for each token, on
+    where the token takes it. The union of a rank's rows are the tokens that it receives, that of its ranks' those of a node; bits
+    are joined, and counted, by words of 64 tokens.
     """
     n_experts = layouts.ranks.shape[1]
     of_experts = np.zeros((steps.size, n_experts), np.int32)
