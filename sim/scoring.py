@@ -268,8 +268,7 @@ def _count_trial(ids, steps, layout_of_pair, layouts, to, rows, received, by_nod
                 for w in range(n):
                     rows[_NODE + w] = 0
                 for r in range(node * to.ranks_per_node, min((node + 1) * to.ranks_per_node, begin[0])):
-                    i, e = to.first_rank[p] + r, np.uint16(experts[begin[1 + r]])
-                    row = _row_of(e)
+                    i, e, row = to.first_rank[p] + r, np.uint16(experts[begin[1 + r]]), _row_of(experts[begin[1 + r]])
                     if begin[2 + r] - begin[1 + r] == 1:  # it receives what its expert takes
                         for step in range(first, steps.size):
                             received[step, i] = of_experts[step, e]
