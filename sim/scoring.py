@@ -187,39 +187,47 @@ def count_received(
 
     ids int16 [trials, tokens, top_k], experts or slots of the tokens of the largest step, of which smaller ones are the first;
     steps int64, ascending; layout_of_pair int64 [trials, pairs].
-
-    An expert has a row of bits, one for each token, on where the token takes it. The union of a rank's rows are the tokens that
-    it receives, that of its ranks' those of a node; bits are joined, and counted, by words of 64 tokens. The tokens that a step
-    has more than the one before begin a new word, so no word is split between steps.
     """
     received = np.zeros((len(ids), len(steps), int(to.first_rank[-1])), np.int32)
     by_nodes = np.zeros((len(ids), len(steps), int(to.first_node[-1])), np.int32)
-    first_word = np.concatenate([[0], np.cumsum(-(-np.diff(steps, prepend=0) // 64))])
-    _count_received(ids, steps, first_word, layout_of_pair, layouts, to, received, by_nodes)
+    _count_trials(ids, steps, layout_of_pair, layouts, to, received, by_nodes)
     return received, by_nodes
 
 
 @kernel
-def score_received(tokens, first, cells, step_of_cell, pair_of_cell, i, scores, received):
-    """Of some cells the most tokens that a rank (i = 0) or node (i = 1) receives, and the sum over all of them.
+def _count_trials(ids, steps, layout_of_pair, layouts, to, received, by_nodes):
+    rows = np.empty(_EXPERTS + layouts.ranks.shape[1] * _ROW, np.uint64)
+    for t in range(ids.shape[0]):
+        _count_trial(ids[t], steps, layout_of_pair[t], layouts, to, rows, received[t], by_nodes[t])
 
-    tokens int32 [trials, steps, ranks or nodes], as counted; first int64 [pairs + 1]; cells, step_of_cell, pair_of_cell as in
-    `score_blocks`; scores int32 [trials, all cells, metrics]; received int64 [trials, all cells, 2].
+
+@kernel
+def score_received(ids, steps, cells, step_of_cell, pair_of_cell, layout_of_pair, layouts, to, scores, received):
+    """Of some cells the most tokens that a rank, and a node, receives, and the sum over all ranks, and nodes.
+
+    ids, steps as in `count_received`; cells, step_of_cell, pair_of_cell, layout_of_pair as in `score_blocks`; scores int32
+    [trials, all cells, METRICS and RECEIVED]; received int64 [trials, all cells, 2].
     """
-    for t in range(tokens.shape[0]):
+    rows = np.empty(_EXPERTS + layouts.ranks.shape[1] * _ROW, np.uint64)
+    of_ranks = np.empty((steps.size, to.first_rank[-1]), np.int32)
+    of_nodes = np.empty((steps.size, to.first_node[-1]), np.int32)
+    for t in range(ids.shape[0]):
+        of_ranks[:], of_nodes[:] = 0, 0
+        _count_trial(ids[t], steps, layout_of_pair[t], layouts, to, rows, of_ranks, of_nodes)
         for c in cells:
-            of_cell = tokens[t, step_of_cell[c], first[pair_of_cell[c]] : first[pair_of_cell[c] + 1]]
-            most, total = np.int32(0), 0
-            for r in range(of_cell.size):
-                most = max(most, of_cell[r])
-                total += of_cell[r]
-            scores[t, c, len(METRICS) + i] = most
-            received[t, c, i] = total
+            for i, (tokens, first) in enumerate(((of_ranks, to.first_rank), (of_nodes, to.first_node))):
+                of_cell = tokens[step_of_cell[c], first[pair_of_cell[c]] : first[pair_of_cell[c] + 1]]
+                most, total = np.int32(0), 0
+                for r in range(of_cell.size):
+                    most = max(most, of_cell[r])
+                    total += of_cell[r]
+                scores[t, c, len(METRICS) + i] = most
+                received[t, c, i] = total
 
 
 # Rows of words, at constant places of one array: the tokens of the rank and of the node at hand, then those of each expert.
-_WORDS = 72  # all of steps that are powers of two, up to 4096
-_RANK, _NODE, _EXPERTS = (row * _WORDS for row in range(3))
+_WORDS, _ROW = 64, 72
+_RANK, _NODE, _EXPERTS = (row * _ROW for row in range(3))
 
 
 @intrinsic
@@ -233,69 +241,74 @@ def _count_ones(typing_context, word):
 
 
 @kernel
-def _count_received(ids, steps, first_word, layout_of_pair, layouts, to, received, by_nodes):
-    """first_word int64 [steps + 1], where the words of each step begin; to what is counted in received and by_nodes is added."""
-    rows = np.empty(_EXPERTS + layouts.ranks.shape[1] * _WORDS, np.uint64)
-    end = np.empty(steps.size, np.int64)  # of the words of each step, among those at hand
-    for t in range(ids.shape[0]):
-        last = 0
-        for start in range(0, first_word[-1], _WORDS):
-            n, first = min(_WORDS, first_word[-1] - start), last
-            rows[:] = 0
-            for w in range(n):
-                last += first_word[last + 1] <= start + w
-                end[last] = w + 1
-                token = 64 * (start + w - first_word[last]) + (steps[last - 1] if last else 0)
-                for bit in range(min(64, steps[last] - token)):
-                    for k in range(ids.shape[2]):
-                        rows[_row_of(ids[t, token + bit, k]) + np.uint64(w)] |= np.uint64(1) << np.uint64(bit)
-            for p in range(layout_of_pair.shape[1]):
-                experts, begin = layouts.experts[layout_of_pair[t, p]], layouts.bounds[layout_of_pair[t, p]]
-                for node in range(to.first_node[p + 1] - to.first_node[p]):
+def _count_trial(ids, steps, layout_of_pair, layouts, to, rows, received, by_nodes):
+    """Of one trial, added to received and by_nodes; every rank has an expert. An expert has a row of bits, one for each token, on
+    where the token takes it. The union of a rank's rows are the tokens that it receives, that of its ranks' those of a node; bits
+    are joined, and counted, by words of 64 tokens.
+    """
+    n_experts = layouts.ranks.shape[1]
+    of_experts = np.zeros((steps.size, n_experts), np.int32)
+    ends, masks = np.empty(steps.size, np.int64), np.empty(steps.size, np.uint64)
+    for start in range(0, steps[-1], 64 * _WORDS):
+        n = min(_WORDS, (steps[-1] - start + 63) // 64)
+        first = np.searchsorted(steps, start + 1)  # steps before it have ended
+        for step in range(first, steps.size):  # words that it fills, and of the next one the tokens that are left
+            ends[step], left = min(n, (steps[step] - start) // 64), np.uint64(steps[step] % 64)
+            masks[step] = (np.uint64(ends[step] < n) << left) - np.uint64(ends[step] < n)
+        rows[:] = 0
+        for token in range(start, min(start + 64 * n, steps[-1])):
+            w, bit = np.uint64(token - start) // np.uint64(64), np.uint64(1) << np.uint64(token % 64)
+            for k in range(ids.shape[1]):
+                rows[_row_of(ids[np.uint64(token), k]) + w] |= bit
+        for e in range(n_experts):
+            _add_ones(rows, _row_of(e), first, ends, masks, e, of_experts)
+        for p in range(layout_of_pair.size):
+            experts, begin = layouts.experts[layout_of_pair[p]], layouts.bounds[layout_of_pair[p]]
+            for node in range(to.first_node[p + 1] - to.first_node[p]):
+                for w in range(n):
+                    rows[_NODE + w] = 0
+                for r in range(node * to.ranks_per_node, min((node + 1) * to.ranks_per_node, begin[0])):
+                    i, e, row = to.first_rank[p] + r, np.uint16(experts[begin[1 + r]]), _row_of(experts[begin[1 + r]])
+                    if begin[2 + r] - begin[1 + r] == 1:  # it receives what its expert takes
+                        for step in range(first, steps.size):
+                            received[step, i] = of_experts[step, e]
+                    else:
+                        row = np.uint64(_RANK)
+                        _join_rows(experts, begin[1 + r], begin[2 + r], n, rows)
+                        _add_ones(rows, row, first, ends, masks, i, received)
                     for w in range(n):
-                        rows[_NODE + w] = 0
-                    for r in range(node * to.ranks_per_node, min((node + 1) * to.ranks_per_node, begin[0])):
-                        row = _join_rows(experts, begin[1 + r], begin[2 + r], n, rows)
-                        for w in range(n):
-                            rows[_NODE + w] |= rows[row + np.uint64(w)]
-                        _add_ones(rows, row, first, last, end, to.first_rank[p] + r, received[t])
-                    _add_ones(rows, np.uint64(_NODE), first, last, end, to.first_node[p] + node, by_nodes[t])
-        for tokens in (received[t], by_nodes[t]):
-            for step in range(1, steps.size):
-                for r in range(tokens.shape[1]):
-                    tokens[step, r] += tokens[step - 1, r]
+                        rows[_NODE + w] |= rows[row + np.uint64(w)]
+                _add_ones(rows, np.uint64(_NODE), first, ends, masks, to.first_node[p] + node, by_nodes)
 
 
 @kernel(forceinline=True)
 def _row_of(expert):
     """Place of the row of an expert or slot, int16; unsigned, too."""
-    return np.uint64(_EXPERTS) + np.uint64(_WORDS) * np.uint64(np.uint16(expert))
+    return np.uint64(_EXPERTS) + np.uint64(_ROW) * np.uint64(np.uint16(expert))
 
 
 @kernel(forceinline=True)
 def _join_rows(experts, begin, end, n, rows):
-    """Place of the union of the rows of some experts; of one it is its own."""
-    if begin + 1 == end:
-        return _row_of(experts[begin])
+    """The union of the rows of some experts, four at a time."""
     for w in range(n):
         rows[_RANK + w] = 0
-    for i in range(begin, end, 2):
+    for i in range(begin, end, 4):
         a, b = _row_of(experts[i]), _row_of(experts[min(i + 1, end - 1)])
+        c, d = _row_of(experts[min(i + 2, end - 1)]), _row_of(experts[min(i + 3, end - 1)])
         for w in range(n):
-            rows[_RANK + w] |= rows[a + np.uint64(w)] | rows[b + np.uint64(w)]
-    return np.uint64(_RANK)
+            w = np.uint64(w)
+            rows[_RANK + w] |= rows[a + w] | rows[b + w] | rows[c + w] | rows[d + w]
 
 
 @kernel(forceinline=True)
-def _add_ones(rows, row, first, last, end, i, tokens):
-    """Add the ones of each step's words to column i of its tokens, int32 [steps, ranks or nodes]."""
-    begin = 0
-    for step in range(first, last + 1):
-        ones = np.uint64(0)
-        for w in range(begin, end[step]):
+def _add_ones(rows, row, first, ends, masks, i, tokens):
+    """Add the ones of a row, up to the end of each step from `first` on, to column i of tokens int32 [steps, columns]."""
+    ones, begin = np.uint64(tokens[-1, i]), 0  # so far the last step has all
+    for step in range(first, ends.size):
+        for w in range(begin, ends[step]):
             ones += _count_ones(rows[row + np.uint64(w)])
-        tokens[step, i] += np.int32(ones)
-        begin = end[step]
+        begin = ends[step]
+        tokens[step, i] = ones + _count_ones(rows[row + np.uint64(begin)] & masks[step])
 
 
 class Score(NamedTuple):

@@ -4,7 +4,6 @@ The unit of replication is an independent layer draw. A draw d gives n_d blocks 
 layer); its sum of a quantity is Y_d. Sums over draws of Y_d, Y_d**2 and n_d * Y_d are all that intervals need.
 """
 
-import math
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -196,17 +195,25 @@ def quantile_interval(histogram: Histogram, q: float, blocks: float) -> tuple[fl
     Returns (value, low, high); a bound is nan where so few blocks cannot give one: an upper bound of the 99th
     percentile needs 368 of them.
     """
-    cumulated = histogram.counts.cumsum()
-    n, last = int(cumulated[-1]), len(cumulated) - 1
+    cumulated, edges = np.concatenate([[0], histogram.counts.cumsum()]), np.array([0, len(histogram.values)])
+    value, low, high = quantile_intervals(histogram.values, cumulated, edges[:1], edges[1:], q, np.array([blocks]))
+    return float(value[0]), float(low[0]), float(high[0])
 
-    def at(share: float) -> float:
-        if math.isnan(share):
-            return share
-        place = int(cumulated.searchsorted(max(math.ceil(share * n - 1e-9), 1)))
-        return float(histogram.values[min(place, last)])
 
-    low, high = quantile_shares(q, blocks)
-    return at(q), at(low), at(high)
+def quantile_intervals(
+    values: np.ndarray, cumulated: np.ndarray, first: np.ndarray, last: np.ndarray, q: float, blocks: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`quantile_interval` of many histograms at once, float64 [histograms] each: they lie in `values` from `first` to `last`, and
+    `cumulated` int64 [values + 1] are the counts of all values before each.
+    """
+    distinct, place = np.unique(blocks, return_inverse=True)  # few, and a quantile of a binomial is dear
+    shares = np.array([(q, *quantile_shares(q, n)) for n in distinct.tolist()])[place]
+    total = (cumulated[last] - cumulated[first])[:, None]
+    known = ~np.isnan(shares)
+    rank = np.maximum(np.ceil(np.where(known, shares, 0) * total - 1e-9), 1).astype(np.int64)
+    at = np.minimum(np.searchsorted(cumulated[1:], cumulated[first][:, None] + rank), last[:, None] - 1)
+    value, low, high = np.where(known, values[at], np.nan).T
+    return value, low, high
 
 
 @lru_cache(maxsize=1024)  # cells often have the same number of blocks

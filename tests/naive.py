@@ -262,3 +262,10 @@ def normal_pair(word_radius, word_angle):
     cosine = horner([1 / 40320, -1 / 720, 1 / 24, -1 / 2, 1], q)
     first, second = [(cosine, sine), (-sine, cosine), (-cosine, -sine), (sine, -cosine)][quadrant]
     return np.float32(radius * first), np.float32(radius * second)
+
+
+def moments(values, n_trials):
+    """Sums over draws of Y, Y squared and n * Y, of rows of whole numbers Y."""
+    columns = list(zip(*values, strict=True))
+    total, square = [sum(y) for y in columns], [sum(v * v for v in y) for y in columns]
+    return total, square, [sum(n * v for n, v in zip(n_trials, y, strict=True)) for y in columns]

@@ -14,6 +14,7 @@ from sim.stats import (
     moments_of_draws,
     probability_interval,
     quantile_interval,
+    quantile_intervals,
 )
 
 
@@ -101,6 +102,18 @@ def test_never_seen_is_bounded_by_the_draws_not_by_the_blocks():
 
 SEEDS = 2000
 """Seeds of the coverage table: a share is known to 0.5 % (one standard error), so 93 to 97 % is 4 of them from 95 %."""
+
+
+def test_quantile_intervals_of_many_histograms_are_those_of_each():
+    rng = np.random.default_rng(2)
+    each = [np.unique(rng.integers(0, 9, n), return_counts=True) for n in (1, 5, 400, 3000)]
+    values, counts = (np.concatenate(parts) for parts in zip(*each, strict=True))
+    edges = np.cumsum([0, *(len(of_one) for of_one, _ in each)])
+    blocks = np.array([1.0, 5, 380, 120])
+    cumulated = np.concatenate([[0], np.cumsum(counts)])
+    many = quantile_intervals(values, cumulated, edges[:-1], edges[1:], 0.95, blocks)
+    ref = [quantile_interval(Histogram(*one), 0.95, n) for one, n in zip(each, blocks, strict=True)]
+    np.testing.assert_array_equal(np.transpose(many), ref)
 
 
 @pytest.mark.slow

@@ -5,13 +5,14 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import ROOT, assert_same_tables
+from naive import moments as ref_moments
 from naive import scores as ref_scores
 
 from sim import InputError, SyntheticTraffic, load_model, load_workload, place, scoring, sweep
 from sim.placement import random_ranks
 from sim.results import read_result, write_result
 from sim.router import draw_trials
-from sim.sweeps import bounds, make_plan, steps, tally
+from sim.sweeps import bounds, executors, make_plan, steps, tally
 from sim.sweeps.chunk import run_chunk, stage_chunks
 from sim.sweeps.executors import compile_without_sampler
 from sim.sweeps.precision import first_stage
@@ -46,6 +47,16 @@ def test_any_split_into_chunks_adds_up(more):
         np.testing.assert_array_equal(value, getattr(parts, name), err_msg=name)
     dealt = [d for chunk in stage_chunks(plan, stage) for d in chunk]
     assert dealt == list(range(draws))
+
+
+def test_sums_over_draws_equal_a_plain_recomputation():
+    """What is there is added to: two halves of the draws give what all of them do."""
+    rng = np.random.default_rng(0)
+    values, n_trials = rng.integers(0, 2**20, (9, 5)), rng.integers(1, 4, 9)
+    sums = np.zeros((3, 5), np.int64)
+    for half in (slice(4), slice(4, None)):
+        tally.add_moments(values[half], n_trials[half], *sums)
+    assert sums.tolist() == list(ref_moments(values.tolist(), n_trials.tolist()))
 
 
 def test_a_cell_does_not_depend_on_the_others():
@@ -369,3 +380,9 @@ def test_the_process_beside_a_first_sweep_compiles_the_kernels_that_a_sweep_need
         monkeypatch.setattr(room, "draw_trials", room.draw_trials)  # put back after it
     compile_without_sampler()
     assert {name: len(of.signatures) for name, of in kernels.items()} == before
+
+
+def test_a_first_sweep_goes_on_where_no_process_can_be_started_beside_it(monkeypatch):
+    monkeypatch.setattr(executors, "is_cold", lambda: True)
+    monkeypatch.setattr("sys.executable", "/no/such/python")
+    assert len(sweep("deepseek-v3", "chat", **SMALL, threads=2).summary)

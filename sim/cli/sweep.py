@@ -75,12 +75,15 @@ def run_sweep(arguments: Namespace) -> None:
         note(*getattr(workload, "notes", ()))
         _say_notes(plan)
     parts = [f"{plan.workload.name} ({i} of {len(plans)})" if len(plans) > 1 else "" for i, plan in enumerate(plans, 1)]
-    sizes = {
-        part: 0.0 if result else sum(work_of(plan).values())
-        for part, plan, result in zip(parts, plans, results, strict=True)
-    }
     computed = [i for i, result in enumerate(results) if result is None]
     n_threads = run_options.threads or usable_processors()
+    sizes, beside = dict.fromkeys(parts, 0.0), 0.0
+    for i in computed:
+        work = work_of(plans[i])
+        after = sum(work.values()) - work["sampling"]
+        is_beside = i != computed[-1] and n_threads > 1  # what follows its sampling ends with the part of the next one
+        sizes[parts[i]] = beside + work["sampling"] + (0.0 if is_beside else after)
+        beside = after if is_beside else 0.0
     with shown_progress(), _beside() as submit:
         pending: dict[int, Future[SweepResult]] = {}
         for i in computed:

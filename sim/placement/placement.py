@@ -52,9 +52,11 @@ class Placement:
     ) -> "Placement":
         """Without replicas: the rank of each expert, int32 [rows, n_experts]."""
         short = rank_of_expert.astype(np.int16)  # numbers below 2**15, which numpy sorts by their digits
-        experts = np.argsort(short, axis=1, kind="stable").astype(np.int16)
-        ranks = np.sort(rank_of_expert, axis=1)
-        return cls(strategy, ep_size, rank_of_expert.shape[1], ranks, experts, layer_ids, notes)
+        experts = np.argsort(short, axis=1, kind="stable")
+        ranks = np.take_along_axis(rank_of_expert, experts, axis=1)
+        placement = cls(strategy, ep_size, ranks.shape[1], ranks, experts.astype(np.int16), layer_ids, notes)
+        vars(placement)["expert_ranks"] = rank_of_expert  # no need to work it out again
+        return placement
 
     @classmethod
     def of_slots(

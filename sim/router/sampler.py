@@ -178,10 +178,10 @@ def _sample_trial(
                     done = tokens[step] - start - at
                     step += 1
                 _count_experts(rows, places, top_k, done, n, counts[step])
-                for k in range(top_k):
-                    expert = expert_row(places, k)
-                    for i in range(n_ids):
-                        ids[order[at + i], k] = whole(rows, expert, i)
+                for i in range(n_ids):
+                    of_token = ids[order[at + i]]
+                    for k in range(top_k):
+                        of_token[k] = whole(rows, expert_row(places, k), i)
                 n_seen[c] += n
         start = stop
         step += start == tokens[step]

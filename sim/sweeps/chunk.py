@@ -76,8 +76,7 @@ def stage_chunks(plan: Plan, stage: Stage, most: ChunkSize = CPU_CHUNKS) -> list
 def _numbers_of_trial(plan: Plan, stage: Stage) -> int:
     """About how many numbers a trial holds."""
     n_steps = len(np.unique(plan.grid.tokens_of_cell[list(stage.cells)]))
-    numbers = len(stage.cells) + plan.model.n_experts * (n_steps + 1) + plan.most_slots * n_steps
-    return numbers + (len(plan.grid.pair_of_rank) * n_steps if plan.grid.received else 0)
+    return len(stage.cells) + plan.model.n_experts * (n_steps + 1) + plan.most_slots * n_steps
 
 
 class _LargestSteps:
@@ -113,7 +112,8 @@ def _run_part(plan: Plan, stage: Stage, draws: range) -> Tally:
     groups = place_pairs(plan, draws, np.unique(grid.pair_of_cell[cells]).tolist())
     scorer = StepScorer(plan, cells, groups, stage.draws)
     largest, events = _LargestSteps(scorer), events_of(grid)
-    live = np.flatnonzero(np.isin(events.cell, cells))
+    clustered = stage.draws < stage.trials.stop  # else every draw has one trial, and the histograms tell of events
+    live = np.flatnonzero(np.isin(events.cell, cells)) if clustered else np.empty(0, np.int64)
     event = (np.searchsorted(cells, events.cell[live]), events.metric[live], events.least[live])
     n_of = {"metric": (len(cells), len(grid.metrics)), "event": (len(live),), "reached": (len(grid.pairs), 2)}
     n_of |= {"received": (len(cells), 2 if grid.received else 0), "load": (len(largest.ranks),)}
@@ -129,7 +129,7 @@ def _run_part(plan: Plan, stage: Stage, draws: range) -> Tally:
         for what, values in (("metric", seen.scores), ("reached", seen.reached), ("received", seen.received)):
             add_by_draw(values.reshape(len(trials), -1), draw, sums[what].reshape(len(draws), -1))
         add_by_draw(loads, draw, sums["load"])
-        if stage.draws < stage.trials.stop:  # else every draw has one trial, and the histograms tell
+        if clustered:
             add_events(seen.scores, draw, *event, sums["event"])
         for parts, part in zip((keys, counts), histogram(seen.scores, cells), strict=True):
             parts.append(part)

@@ -13,6 +13,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, Thr
 from concurrent.futures import Executor as Pool
 from contextlib import contextmanager, suppress
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numba
@@ -72,19 +73,24 @@ def threads(n_threads: int) -> Executor:
 @contextmanager
 def _compiling_beside() -> Iterator[None]:
     """Where no kernel is compiled yet, another process compiles those of scores and bounds while this one compiles the
-    sampler's. It fills the cache and nothing else: what it has not done when it is wanted is compiled here.
+    sampler's. It fills the cache and nothing else: what it has not done when it is wanted, or where it fails, is compiled here.
     """
-    if not (is_cold() and sys.executable):
+    process = None
+    if is_cold() and sys.executable:
+        words = [sys.executable, "-c", f"from {__name__} import compile_without_sampler as run; run()"]
+        cache = {"NUMBA_CACHE_DIR": str(Path(vars(numba.config)["CACHE_DIR"]).absolute())}
+        quiet, here = (
+            subprocess.DEVNULL,
+            Path(__file__).parents[2],
+        )  # where `sim` is this one, whatever lies in the user's folder
+        with suppress(OSError):
+            process = subprocess.Popen(words, cwd=here, stdin=quiet, stdout=quiet, stderr=quiet, env=os.environ | cache)
+    try:
         yield
-        return
-    words = [sys.executable, "-c", f"from {__name__} import compile_without_sampler as run; run()"]
-    cache = {"NUMBA_CACHE_DIR": str(vars(numba.config)["CACHE_DIR"])}
-    quiet = subprocess.DEVNULL
-    with subprocess.Popen(words, stdin=quiet, stdout=quiet, stderr=quiet, env=os.environ | cache) as process:
-        try:
-            yield
-        finally:
+    finally:
+        if process is not None:
             process.terminate()
+            process.wait()
 
 
 def compile_without_sampler() -> None:

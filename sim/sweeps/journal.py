@@ -157,10 +157,11 @@ class Journal:
                     path.unlink(missing_ok=True)
 
     def _write(self, stage: Stage, draws: range, tally: Tally) -> None:
+        arrays = {field.name: getattr(tally, field.name) for field in fields(Tally)}
         for _ in range(_TRIES):
             try:
                 with whole_files(self._path(stage, draws)) as (path,), path.open("wb") as file:
-                    np.savez(file, sweep=np.array(self._digest), **vars(tally))
+                    np.savez(file, sweep=np.array(self._digest), **arrays)
                 return
             except FileNotFoundError:  # another process has finished this sweep, and the folder is gone
                 with contextlib.suppress(FileNotFoundError):

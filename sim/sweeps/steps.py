@@ -33,7 +33,6 @@ from sim.placement import (
 from sim.router import draw_loads, draw_trials
 from sim.scoring import (
     Layouts,
-    count_received,
     fan_out,
     lay_out,
     receivers,
@@ -231,9 +230,7 @@ class StepScorer:
             if plan.grid.received:
                 sizes = np.array([plan.grid.pairs[p][1] for p in group.pairs])
                 to = receivers(sizes, plan.ranks_per_node)
-                found = count_received(group.slots_of_all(ids), self.tokens, group.rows, group.layouts, to)
-                for i, (tokens, start) in enumerate(zip(found, (to.first_rank, to.first_node), strict=True)):
-                    score_received(tokens, start, cells, self.step_of_cell, of_group, i, scores, received)
+                score_received(group.slots_of_all(ids), self.tokens, *blocks[1:], to, scores, received)
             if also is not None:
                 also(group, blocks, counts)
         return Scored(counts, scores, reached, received)

@@ -1,6 +1,7 @@
 """From raw integers to the tidy tables: summary and tail."""
 
-from itertools import pairwise
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -8,13 +9,12 @@ import pandas as pd
 from sim.scoring import METRICS, RECEIVED
 from sim.stats import (
     Design,
-    Histogram,
     Moments,
     bounded_mean_interval,
     effective_blocks,
     mean_interval,
     probability_interval,
-    quantile_interval,
+    quantile_intervals,
 )
 from sim.sweeps.grid import Events, Grid, events_of
 from sim.sweeps.tally import VALUE_BITS, Tally, split_keys
@@ -23,13 +23,26 @@ _MAX_LOAD, _IDLE = METRICS.index("max_load"), METRICS.index("idle_ranks")
 KEYS = ["model", "workload", "placement", "ep_size", "tokens", "trials", "draws"]
 
 
-def _histograms(grid: Grid, tally: Tally) -> list[list[Histogram]]:
-    """Histogram of each [cell][metric]."""
-    cell, metric, values = split_keys(grid, tally.keys)
-    n_metrics = len(grid.metrics)
-    edges = np.searchsorted(cell * n_metrics + metric, np.arange(len(grid.cells) * n_metrics + 1))
-    flat = [Histogram(values[a:b], tally.counts[a:b]) for a, b in pairwise(edges)]
-    return [flat[i : i + n_metrics] for i in range(0, len(flat), n_metrics)]
+class _Histograms(NamedTuple):
+    """Histograms of all cells and metrics, in a row, and how sure their quantiles are."""
+
+    values: np.ndarray  # int64, those of each histogram ascending
+    counts: np.ndarray  # int64, of each value
+    cumulated: np.ndarray  # int64 [values + 1], counts before each
+    edges: np.ndarray  # int64 [cells, metrics + 1], where each histogram begins, and the last of the cell's ends
+
+    @classmethod
+    def of(cls, grid: Grid, tally: Tally) -> "_Histograms":
+        cell, metric, values = split_keys(grid, tally.keys)
+        n_metrics = len(grid.metrics)
+        bins = np.arange(len(grid.cells))[:, None] * n_metrics + np.arange(n_metrics + 1)
+        cumulated = np.concatenate([[0], np.cumsum(tally.counts)])
+        return cls(values, tally.counts, cumulated, np.searchsorted(cell * n_metrics + metric, bins))
+
+    def quantiles(self, metric: int, q: float, blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Quantile of a metric in each cell, with its interval, float64 [cells] each; blocks float64 [cells], effective ones."""
+        first, last = self.edges[:, metric], self.edges[:, metric + 1]
+        return quantile_intervals(self.values, self.cumulated, first, last, q, np.floor(blocks))
 
 
 def event_moments(grid: Grid, tally: Tally) -> tuple[Moments, Design]:
@@ -61,8 +74,7 @@ def build_tail(grid: Grid, tally: Tally) -> pd.DataFrame:
     p, blocks = moments.total / design.blocks, effective_blocks(moments, design)
     low, high = probability_interval(p, blocks)
     impossible, certain = impossible_events(grid, events), certain_events(grid, events)
-    keys = cell_keys(grid, tally)
-    table = pd.DataFrame([keys[c] for c in events.cell], columns=KEYS)
+    table = pd.DataFrame(cell_keys(grid, tally), columns=KEYS).iloc[events.cell].reset_index(drop=True)
     return table.assign(
         metric=events.name,
         threshold=events.threshold,
@@ -91,86 +103,72 @@ def certain_events(grid: Grid, events: Events) -> np.ndarray:
 
 def build_summary(grid: Grid, tally: Tally, stopped: np.ndarray, cell_ids: list[str]) -> pd.DataFrame:
     """One row per cell; `stopped` says why a cell has no more trials, str [cells]."""
-    events, histograms = events_of(grid), _histograms(grid, tally)
-    moments, of_event = event_moments(grid, tally)
-    probability, blocks = moments.total / of_event.blocks, effective_blocks(moments, of_event)
-    imbalance = np.flatnonzero(events.metric == _MAX_LOAD).reshape(len(grid.cells), -1)
-    design = tally.design_of()
+    histograms, design = _Histograms.of(grid, tally), tally.design_of()
     of_cell = Design(*(part[:, None] for part in design))
-    metric = mean_interval(tally.moments("metric"), of_cell)
-    change = _change_from_baseline(grid, tally, design, _MAX_LOAD)
-    received = _received_columns(grid, tally, histograms, events, probability, blocks) if grid.received else []
+    means = mean_interval(tally.moments("metric"), of_cell)
     idle_mean = bounded_mean_interval(
         Moments(*(part[:, _IDLE] for part in tally.moments("metric"))), design, *grid.idle_range
     )
     reached = bounded_mean_interval(tally.moments("reached"), of_cell, *grid.reached_range)
-    keys = cell_keys(grid, tally)
-    rows = []
-    for cell in range(len(grid.cells)):
-        mean_load = float(grid.mean_load(cell))
-        row: dict[str, object] = dict(zip(KEYS, keys[cell], strict=True))
-        max_load, idle = histograms[cell][_MAX_LOAD], histograms[cell][_IDLE]
-        row |= {"mean_load": mean_load, "max_load_mean": metric[0][cell, _MAX_LOAD]}
-        for part, values in zip(("", "_low", "_high"), metric, strict=True):
-            row[f"imbalance_mean{part}"] = values[cell, _MAX_LOAD] / mean_load
-        for q, column in ((0.5, "p50"), (0.95, "p95"), (0.99, "p99")):
-            # The effective blocks of the event whose probability is nearest to the quantile's.
-            nearest = imbalance[cell, np.abs(probability[imbalance[cell]] - (1 - q)).argmin()]
-            value, low, high = quantile_interval(max_load, q, float(np.floor(blocks[nearest])))
-            for part, bound in (("", value), ("_low", low), ("_high", high)):
-                row[f"imbalance_{column}{part}"] = bound / mean_load
-        row["balancedness_mean"] = float(np.dot(mean_load / max_load.values, max_load.counts) / design.blocks[cell])
-        for part, values in zip(("", "_low", "_high"), idle_mean, strict=True):
-            row[f"idle_ranks_mean{part}"] = values[cell]
-        row["idle_ranks_p99"] = int(idle.quantile(0.99))
-        row["distinct_experts_busiest_mean"] = metric[0][cell, METRICS.index("distinct_experts_busiest")]
-        row["distinct_experts_max_mean"] = metric[0][cell, METRICS.index("distinct_experts_max")]
-        for j, what in enumerate(("ranks", "nodes")):
-            for part, values in zip(("", "_low", "_high"), reached, strict=True):
-                row[f"{what}_per_token_mean{part}"] = values[cell, j]
-        row["baseline"] = grid.placements[0]
-        for part, values in zip(("", "_low", "_high"), change, strict=True):
-            row[f"imbalance_change_mean{part}"] = values[cell] / mean_load
-        row |= {column: values[cell] for column, values in received}
-        rows.append(row | {"stopped": stopped[cell], "cell_id": cell_ids[cell]})
-    return pd.DataFrame(rows)
+    blocks_near = _effective_blocks_near(grid, tally)
+    mean_load = np.array([float(grid.mean_load(cell)) for cell in range(len(grid.cells))])
+    columns: dict[str, object] = {"mean_load": mean_load, "max_load_mean": means[0][:, _MAX_LOAD]}
+
+    def add(name: str, interval: Iterable[np.ndarray]) -> None:
+        columns.update((f"{name}{end}", values) for end, values in zip(("", "_low", "_high"), interval, strict=True))
+
+    add("imbalance_mean", (values[:, _MAX_LOAD] / mean_load for values in means))
+    for q, name in ((0.5, "p50"), (0.95, "p95"), (0.99, "p99")):
+        found = histograms.quantiles(_MAX_LOAD, q, blocks_near("imbalance", q))
+        add(f"imbalance_{name}", (values / mean_load for values in found))
+    edges = histograms.edges[:, _MAX_LOAD : _MAX_LOAD + 2]
+    inverse = [
+        np.dot(mean / histograms.values[a:b], histograms.counts[a:b])
+        for mean, (a, b) in zip(mean_load, edges, strict=True)
+    ]
+    columns["balancedness_mean"] = inverse / design.blocks
+    add("idle_ranks_mean", idle_mean)
+    columns["idle_ranks_p99"] = histograms.quantiles(_IDLE, 0.99, design.blocks)[0].astype(np.int64)
+    for name in ("distinct_experts_busiest", "distinct_experts_max"):
+        columns[f"{name}_mean"] = means[0][:, METRICS.index(name)]
+    for j, what in enumerate(("ranks", "nodes")):
+        add(f"{what}_per_token_mean", (values[:, j] for values in reached))
+    columns["baseline"] = grid.placements[0]
+    add(
+        "imbalance_change_mean",
+        (values / mean_load for values in _change_from_baseline(grid, tally, design, _MAX_LOAD)),
+    )
+    if grid.received:
+        sums = mean_interval(tally.moments("received"), of_cell)
+        sizes = grid.ep_size_of_cell, -(-grid.ep_size_of_cell // grid.ranks_per_node)
+        for i, (what, size) in enumerate(zip(("received_tokens", "received_node_tokens"), sizes, strict=True)):
+            metric = grid.metrics.index(RECEIVED[i])
+            add(f"{what}_mean", (values[:, i] / size for values in sums))
+            add(f"{what}_max_mean", (values[:, metric] for values in means))
+            for q, name in ((0.95, "p95"), (0.99, "p99")):  # of nodes, too, the effective blocks of ranks
+                add(f"{what}_max_{name}", histograms.quantiles(metric, q, blocks_near("received", q)))
+            add(f"{what}_max_change_mean", _change_from_baseline(grid, tally, design, metric))
+    table = pd.DataFrame(cell_keys(grid, tally), columns=KEYS)
+    return table.assign(**columns, stopped=stopped, cell_id=cell_ids)
 
 
-def _received_columns(
-    grid: Grid,
-    tally: Tally,
-    histograms: list[list[Histogram]],
-    events: Events,
-    probability: np.ndarray,
-    blocks: np.ndarray,
-) -> list[tuple[str, np.ndarray]]:
-    """Columns of received tokens, values [cells]: the mean over ranks (nodes), and of the one that receives the most its mean,
-    quantiles, and paired change from the first placement's mean.
+def _effective_blocks_near(grid: Grid, tally: Tally) -> Callable[[str, float], np.ndarray]:
+    """For a name of events and a quantile, of each cell the effective blocks of the event whose probability is nearest to the
+    quantile's, float64 [cells].
     """
-    columns: list[tuple[str, np.ndarray]] = []
-    design, parts = tally.design_of(), ("", "_low", "_high")
-    of_cell = Design(*(part[:, None] for part in design))
-    sums, most = mean_interval(tally.moments("received"), of_cell), mean_interval(tally.moments("metric"), of_cell)
-    sizes = grid.ep_size_of_cell, -(-grid.ep_size_of_cell // grid.ranks_per_node)
-    of_events = np.flatnonzero(np.array(events.name) == "received").reshape(len(grid.cells), -1)
-    for i, (what, size) in enumerate(zip(("received_tokens", "received_node_tokens"), sizes, strict=True)):
-        metric = grid.metrics.index(RECEIVED[i])
-        columns += [(f"{what}_mean{part}", values[:, i] / size) for part, values in zip(parts, sums, strict=True)]
-        columns += [(f"{what}_max_mean{part}", values[:, metric]) for part, values in zip(parts, most, strict=True)]
-        for q, name in ((0.95, "p95"), (0.99, "p99")):
-            # The effective blocks of the event of ranks whose probability is nearest to the quantile's.
-            nearest = np.abs(probability[of_events] - (1 - q)).argmin(axis=1)
-            effective = blocks[of_events[np.arange(len(nearest)), nearest]]
-            found = [
-                quantile_interval(of_cell[metric], q, float(np.floor(n)))
-                for of_cell, n in zip(histograms, effective, strict=True)
-            ]
-            columns += [
-                (f"{what}_max_{name}{part}", values) for part, values in zip(parts, np.array(found).T, strict=True)
-            ]
-        change = _change_from_baseline(grid, tally, design, metric)
-        columns += [(f"{what}_max_change_mean{part}", values) for part, values in zip(parts, change, strict=True)]
-    return columns
+    moments, design = event_moments(grid, tally)
+    probability, blocks, names = (
+        moments.total / design.blocks,
+        effective_blocks(moments, design),
+        np.array(events_of(grid).name),
+    )
+
+    def near(name: str, q: float) -> np.ndarray:
+        of_cells = np.flatnonzero(names == name).reshape(len(grid.cells), -1)
+        nearest = np.abs(probability[of_cells] - (1 - q)).argmin(axis=1)
+        return blocks[of_cells[np.arange(len(of_cells)), nearest]]
+
+    return near
 
 
 def _change_from_baseline(

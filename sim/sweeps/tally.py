@@ -68,20 +68,23 @@ class Tally:
             for field in fields(cls)
         })  # fmt: skip
 
+    def __post_init__(self) -> None:
+        self._added: list[tuple[np.ndarray, np.ndarray]] = []  # keys and counts that wait to be merged
+
     def add(self, other: "Tally") -> None:
-        """Add the sums of other draws."""
-        for field in fields(self):
-            mine, theirs = getattr(self, field.name), getattr(other, field.name)
-            if field.name in ("keys", "counts"):
-                setattr(self, field.name, np.concatenate([mine, theirs]))
-            else:
-                mine += theirs
-        if len(self.keys) > _COMPACT_AT:
+        """Add the sums of other draws; their histograms are there once compacted."""
+        for name in _SUMS:
+            mine = getattr(self, name)
+            mine += getattr(other, name)
+        self._added.append((other.keys, other.counts))
+        if sum(len(keys) for keys, _ in self._added) > _COMPACT_AT:
             self.compact()
 
     def compact(self) -> None:
         """Merge the counts of equal keys."""
-        self.keys, self.counts = merge_counts(self.keys, self.counts)
+        parts = zip((self.keys, self.counts), *self._added, strict=True)
+        self.keys, self.counts = merge_counts(*(np.concatenate(of_parts) for of_parts in parts))
+        self._added.clear()
 
     def moments(self, what: str) -> Moments:
         """Moments of 'metric', 'reached', 'received' or 'load'."""
@@ -94,7 +97,7 @@ class Tally:
 
 def merge_counts(keys: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Distinct keys, ascending, with the sums of their counts."""
-    if len(keys) == 0:
+    if (keys[1:] > keys[:-1]).all():
         return keys, counts
     order = np.argsort(keys, kind="stable")
     keys, counts = keys[order], counts[order]
