@@ -197,7 +197,9 @@ def test_independent_figures_are_met(workload, tokens, ep_size, linear, round_ro
 @pytest.mark.slow
 @pytest.mark.parametrize("workload", ["uniform", "chat", "gpqa-tilted", "prefill"])
 def test_committed_results_regenerate_to_the_last_digit(workload, tmp_path):
-    """A small part: three EP sizes and four step sizes, every trial, all placements, both tables as text."""
+    """A small part: three EP sizes and three step sizes, every trial, all placements, both tables: what was sampled as text,
+    what was integrated within 2e-9 of itself (the last of its ten digits is rounded either way on another processor).
+    """
     folder = ROOT / "results" / f"deepseek-v3-{workload}"
     identity = json.loads((folder / "provenance.json").read_text())["sweep"]
     sizes, tokens = [8, 24, 64], [1, 8, 64]
@@ -211,7 +213,13 @@ def test_committed_results_regenerate_to_the_last_digit(workload, tmp_path):
         getattr(result, name).to_csv(path, index=False, float_format="%.10g")
         committed = pd.read_csv(folder / f"{name}.csv", dtype=str)
         part = committed[committed.ep_size.isin(map(str, sizes)) & committed.tokens.isin(map(str, tokens))]
-        pd.testing.assert_frame_equal(pd.read_csv(path, dtype=str), part.reset_index(drop=True))
+        found, part = pd.read_csv(path, dtype=str), part.reset_index(drop=True)
+        if name == "tail":
+            values, computed = ["probability", "low", "high"], part.method.isin(["exact", "bound"])
+            near = (frame.loc[computed, values].astype(float) for frame in (found, part))
+            pd.testing.assert_frame_equal(*near, rtol=2e-9, atol=0)
+            found.loc[computed, values] = part.loc[computed, values]
+        pd.testing.assert_frame_equal(found, part)
 
 
 @pytest.mark.parametrize("workload", ["uniform", "chat", "gpqa-tilted", "prefill"])
