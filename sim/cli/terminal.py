@@ -187,7 +187,7 @@ def note_compiling() -> None:
     from sim.kernels import is_cold
 
     if is_cold():
-        note("compiling the kernels, once for this version: about 30 seconds")
+        note("compiling the kernels, once for this version: about 20 seconds")
 
 
 # Progress

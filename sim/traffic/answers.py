@@ -221,10 +221,10 @@ def _of_phase(ids: np.ndarray, counted: dict[str, Any] | None, phase: str) -> np
     """Tokens of a phase, where an engine's counts say which those of the prompt are; else all. The last token that was made
     is not routed, but for engines that route one ahead.
     """
-    counts = [(counted or {}).get(name) for name in ("prompt_tokens", "completion_tokens")]
-    if not all(type(n) is int and n > 0 for n in counts) or not 0 <= sum(counts) - len(ids) <= 1:
+    prompt, made = ((counted or {}).get(name) for name in ("prompt_tokens", "completion_tokens"))
+    if not (type(prompt) is type(made) is int and prompt > 0 < made and 0 <= prompt + made - len(ids) <= 1):
         return ids
-    return ids[: counts[0]] if phase == "prefill" else ids[counts[0] :]
+    return ids[:prompt] if phase == "prefill" else ids[prompt:]
 
 
 Part = tuple[Any, dict[str, Any]]
