@@ -255,8 +255,8 @@ def write_result(result: SweepResult, folder: Path) -> None:
     buffer = io.BytesIO()
     result.counts.to_parquet(buffer, index=False, compression="zstd")
     tables = {
-        SUMMARY: _csv_of(result.summary),
-        TAIL: _csv_of(result.tail),
+        SUMMARY: csv_of(result.summary),
+        TAIL: csv_of(result.tail),
         COUNTS: buffer.getvalue(),
     }
     notes = {"notes": result.notes} if result.notes else {}
@@ -265,7 +265,7 @@ def write_result(result: SweepResult, folder: Path) -> None:
 
 def write_table(table: pd.DataFrame, folder: Path, name: str, identity: dict[str, Any]) -> None:
     """Write NAME.csv, and NAME.json with its provenance, both or none. Raises OSError."""
-    data = _csv_of(table)
+    data = csv_of(table)
     _write_whole(folder, {f"{name}.csv": data}, f"{name}.json", {name: identity})
 
 
@@ -282,7 +282,7 @@ def read_table(folder: Path, name: str, verb: str) -> tuple[pd.DataFrame, dict[s
         raise InputError(f"{path} is not a table of epsim {verb} ({error})") from None
 
 
-def _csv_of(table: pd.DataFrame) -> bytes:
+def csv_of(table: pd.DataFrame) -> bytes:
     """What `to_csv(index=False, float_format="%.10g")` writes, many times faster."""
     floats = [name for name in table if table[name].dtype.kind == "f"]
     texts = {name: [_FLOAT % x if x == x else "" for x in table[name].tolist()] for name in floats}

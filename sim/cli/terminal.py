@@ -124,7 +124,9 @@ def print_rows(frame: Any, arguments: Namespace) -> bool:
         ]
         print(json.dumps(rows, indent=1, default=lambda value: value.item()))
     elif arguments.csv:
-        print(frame.to_csv(index=False, float_format="%.10g"), end="")
+        from sim.results import csv_of
+
+        print(csv_of(frame).decode(), end="")
     return bool(arguments.json or arguments.csv)
 
 

@@ -79,10 +79,8 @@ def _compiling_beside() -> Iterator[None]:
     if is_cold() and sys.executable:
         words = [sys.executable, "-c", f"from {__name__} import compile_without_sampler as run; run()"]
         cache = {"NUMBA_CACHE_DIR": str(Path(vars(numba.config)["CACHE_DIR"]).absolute())}
-        quiet, here = (
-            subprocess.DEVNULL,
-            Path(__file__).parents[2],
-        )  # where `sim` is this one, whatever lies in the user's folder
+        quiet = subprocess.DEVNULL
+        here = Path(__file__).parents[2]  # so that `sim` is this one, whatever lies in the user's folder
         with suppress(OSError):
             process = subprocess.Popen(words, cwd=here, stdin=quiet, stdout=quiet, stderr=quiet, env=os.environ | cache)
     try:
