@@ -281,9 +281,7 @@ def decay_of(record: RecordedTraffic, n_experts: int) -> Decay | None:
     found = block_correlation(record, n_experts)
     if len(found) < _LEAST_SIZES:
         return None
-    seen = [
-        length for length in PASSAGE_LENGTHS if length <= max(found)
-    ]  # a longer one cannot be told from a whole request
+    seen = [n for n in PASSAGE_LENGTHS if n <= max(found)]  # a longer one cannot be told from a whole request
     return fit_decay(pairs_of_blocks(list(found)), np.stack(list(found.values()), axis=1), passages=seen)
 
 

@@ -298,9 +298,8 @@ def _simulated(model: ModelSpec, workload: SyntheticTraffic, n_tokens: int, seed
     n_layers = workload.n_layers
     assert n_layers is not None
     n = n_layers * _n_blocks(n_layers)  # trials take the fitted layers in turn
-    workload = replace(
-        workload, tokens_per_request=max(workload.tokens_per_request, n_tokens)
-    )  # sequences may be shorter
+    n_of_request = max(workload.tokens_per_request, n_tokens)  # a block is one request's, also where most are shorter
+    workload = replace(workload, tokens_per_request=n_of_request)
     ids = draw_trials(model, workload, seed, range(n), n_layers, np.array([n_tokens]), n_tokens)[1]
     return ids.reshape(-1, n_layers, n_tokens, model.top_k).transpose(1, 0, 2, 3)
 
