@@ -16,7 +16,7 @@ from sim.cli.terminal import (
     shown_progress,
     write_answer,
 )
-from sim.errors import InputError
+from sim.errors import InputError, counted
 from sim.options import GpuOptions, RestOptions, StepOptions, TimeOptions, TrafficOptions
 from sim.options.declare import add_options, given, section_of
 from sim.options.kinds import NAMES, Whole
@@ -105,12 +105,12 @@ def run_advise(arguments: Namespace) -> None:
     identity = identity_of(model, traffic, options, [gpu], **chosen)
 
     def figures() -> dict[str, Any]:
-        from sim.advice.words import not_run
+        from sim.advice.words import not_run, perfect_text
         from sim.cost.gain import PERFECT
         from sim.figures.gain import advice_by_tokens
 
         drawn = advice.gains[~advice.gains.placement.isin(list(not_run(advice)))]
-        return {"advice": advice_by_tokens(drawn, PERFECT)}
+        return {"advice": advice_by_tokens(drawn, PERFECT, perfect_text(drawn))}
 
     write_answer(arguments.out, arguments, {"advice": advice.table()}, identity, figures)
     if arguments.demo and not (arguments.markdown or arguments.json or arguments.csv):
@@ -160,8 +160,8 @@ def _say_about_steps(traffic: Any, parts: int, ep_size: int, options: dict[str, 
     n_sequences = (len(traffic.starts) - 1) // parts
     if largest > n_sequences:
         note(
-            f"{traffic.name}: {n_sequences} sequences are scored; decode steps of more tokens take several tokens of each, and "
-            "are as uneven as these sequences together, not as so many requests"
+            f"{traffic.name}: {counted(n_sequences, 'sequence')} scored; decode steps of more tokens take several tokens of "
+            "each, and are as uneven as these sequences together, not as so many requests"
         )
 
 
@@ -220,14 +220,19 @@ def _print(advice: Any, arguments: Namespace) -> None:
 
 
 def _print_table(advice: Any, markdown: bool) -> None:
+    from sim.advice.words import perfect_text
+    from sim.cost.gain import PERFECT
+
     main = advice.gains[advice.gains.split == advice.gains.split.iloc[0]]
     row = main.iloc[0]
     title = (
         f"{_exchange_text(row)}\n"
-        f"{_split_text(advice)}; saved: against {row.baseline}, 95 % over {row.layer_draws} layers;\n"
+        f"{_split_text(advice)}; saved: against {row.baseline}, 95 % over {counted(row.layer_draws, 'layer')};\n"
         "step: weakest lower to strongest upper end over all splits of the traffic, of a step of which experts"
         f"{'' if row.exchange == 'none' else ' and exchange'} take {row.moe_share:.0%}"
     )
+    if (text := perfect_text(main)) != PERFECT:
+        title += f"\nperfect balance: {text.removeprefix(PERFECT)}; a placement whose ranks receive fewer can save more"
     heads = ["tokens", "placement", "imbalance", "idle ranks", "ranks /token", "nodes /token", "layer us"]
     heads += ["layer saved", "step saved", "GB /GPU", "verdict"]
     judged = {(row.placement, row.tokens): row for row in advice.verdicts.itertuples()}

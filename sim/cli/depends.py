@@ -6,7 +6,7 @@ from typing import Any
 
 from sim.cli.inputs import check_there, law_of, rows_of, say_about_times, step_options
 from sim.cli.terminal import add_output, estimate, note, print_rows, print_table, say, shown_progress, write_answer
-from sim.errors import InputError
+from sim.errors import InputError, counted
 from sim.options import GpuOptions, StepOptions, TimeOptions, TrafficOptions
 from sim.options.declare import add_options, section_of
 from sim.options.kinds import NAMES, WHOLE_NUMBERS, Choice
@@ -192,7 +192,7 @@ def _print_conclusions(table: Any, least: float, markdown: bool) -> None:
         return
     row, sizes = table.iloc[0], ", ".join(map(str, sorted(table.ep_size.unique())))
     say(
-        f"Against {row.baseline}, {_kinds(table.workload.nunique())} of traffic, EP {sizes}, times on {row.gpu} in "
+        f"Against {row.baseline}, {counted(table.workload.nunique(), 'kind')} of traffic, EP {sizes}, times on {row.gpu} in "
         f"{row['dtype']}. A conclusion holds for traffic where at every EP size the whole 95 % interval is beyond "
         f"{100 * least:g} %, or within it where it says so; elsewhere: what is shown there instead, undecided where an interval "
         "crosses that line."
@@ -200,12 +200,8 @@ def _print_conclusions(table: Any, least: float, markdown: bool) -> None:
     for tokens, conclusion, verdict, span, others in cells:
         saved = "" if span == "-" else f", {span} saved"
         elsewhere_text = f". Elsewhere {others}" if others else ""
-        say(f"{tokens} tokens: {conclusion}: {verdict}{saved}{elsewhere_text}", "  ", "    ")
+        say(f"{counted(int(tokens), 'token')}: {conclusion}: {verdict}{saved}{elsewhere_text}", "  ", "    ")
     print("\nThe numbers: --table saved")
-
-
-def _kinds(n: int) -> str:
-    return "1 kind" if n == 1 else f"{n} kinds"
 
 
 def _words(measure: str) -> dict[str, str]:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sim.cli.terminal import note
-from sim.errors import InputError, unknown
+from sim.errors import InputError, counted, unknown
 from sim.options import TrafficOptions
 from sim.options.declare import add_options
 from sim.options.kinds import MAX_TOKENS, Whole
@@ -72,7 +72,8 @@ def run_export(arguments: Namespace) -> None:
     _write_checked(path, placement_text(placement, form, decoder_layers(model) if named else 0), placement, model)
     fewest, most = int(placement.slots_of_row.min()), placement.n_slots
     slots = f"{most}" if fewest == most else f"{fewest} to {most}"
-    print(f"{placement.n_rows} layers x {slots} slots on {placement.ep_size} ranks, {form} format, written to {path}")
+    size = f"{counted(placement.n_rows, 'layer')} x {slots} slots on {counted(placement.ep_size, 'rank')}"
+    print(f"{size}, {form} format, written to {path}")
     print(how_to_load(form, path, most - model.n_experts, not why_linear(model, placement.ep_size)))
     if fewest < most:
         note(

@@ -6,7 +6,7 @@ from typing import Any
 
 from sim.cli.inputs import read_file
 from sim.cli.terminal import add_output, cells, estimate, print_rows, print_table, say, shown_progress, write_answer
-from sim.errors import InputError
+from sim.errors import InputError, counted
 from sim.options import FigureOptions, FileOptions
 from sim.options.declare import add_options
 from sim.options.kinds import NAMES, WHOLE_NUMBERS, Whole
@@ -148,7 +148,7 @@ def _say_ages(name: str, rows: Any, unit: str) -> None:
         distance, pairs = of_age[f"age_{unit}"].iloc[0], of_age.pairs.iloc[0]
         lost = ", ".join(f"{_known(row.lost_mean, row.lost_high)} at EP {row.ep_size}" for row in of_age.itertuples())
         say(
-            f"{name} at age {age} ({distance:,.0f} {unit}; {pairs} pair{'s' if pairs > 1 else ''} of windows): of the gain of a "
+            f"{name} at age {age} ({distance:,.0f} {unit}; {counted(pairs, 'pair')} of windows): of the gain of a "
             f"fresh fit it has lost {lost}."
         )
     if rows.change_high.isna().any():

@@ -136,25 +136,6 @@ class Share(Number):
 
 
 @dataclass(frozen=True)
-class Precision(Share):
-    """A relative half-width that can be reached."""
-
-    least: float = 1e-6
-    most: float = _BELOW_1
-    allowed: str = "a share from 0.0001% to below 100%, as in 1% or 0.01"
-
-
-@dataclass(frozen=True)
-class Risk(Share):
-    """A probability between 0 and 1, neither of them."""
-
-    least: float = _ABOVE_0
-    most: float = _BELOW_1
-    metavar: str = field(default="P", kw_only=True)
-    allowed: str = "a probability above 0 and below 1, as in 1e-3"
-
-
-@dataclass(frozen=True)
 class Seconds(Kind):
     """A time, as in 90s, 10m or 2h."""
 
@@ -309,3 +290,5 @@ class Flag(Kind):
 NAME, FILE, NAMES, WHOLE_NUMBERS = Kind(), Kind(metavar="FILE"), Listed(), Listed(of=Whole())
 """Kinds without a range of their own: what they name or number is checked where it is known."""
 SEED, THREADS = Whole(0, 2**63 - 1), Whole(1, 4096)
+PRECISION = Share(1e-6, _BELOW_1, allowed="a share from 0.0001% to below 100%, as in 1% or 0.01")
+RISK = Share(_ABOVE_0, _BELOW_1, metavar="P", allowed="a probability above 0 and below 1, as in 1e-3")
