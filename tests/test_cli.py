@@ -222,6 +222,9 @@ def test_recorded_routing_from_the_command_line(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.slow
 def test_lists_and_help(capsys):
+    for verb in ("models", "placements", "gpus"):
+        assert main([verb, "--json"]) == 0
+        assert len(json.loads(capsys.readouterr().out)) >= 8
     for verb in ("models", "workloads", "placements"):
         assert main([verb]) == 0
     out = capsys.readouterr().out
@@ -237,9 +240,10 @@ def test_lists_and_help(capsys):
         assert main(["traffic", verb, "--help"]) == 0
         assert f"usage: epsim traffic {verb}" in capsys.readouterr().out
     fails(capsys, ["sweeep"], "did you mean sweep")
+    fails(capsys, ["sweep", "--placement", "eblp"], "did you mean eplb")
     fails(capsys, ["sweep", "--trails", "5"], "--trails does not go with epsim sweep; did you mean --trials?")
     fails(capsys, ["traffic", "shw", "x"], "show", "fit", "decay")
-    fails(capsys, ["traffic"], "epsim traffic needs show|fit|decay")
+    fails(capsys, ["traffic"], "epsim traffic: error: needs show|fit|decay")
 
 
 def test_the_exit_status_of_an_interrupt_is_documented(capsys):

@@ -232,7 +232,7 @@ def _print_table(advice: Any, markdown: bool) -> None:
         f"{'' if row.exchange == 'none' else ' and exchange'} take {row.moe_share:.0%}"
     )
     if (text := perfect_text(main)) != PERFECT:
-        title += f"\nperfect balance: {text.removeprefix(PERFECT)}; a placement whose ranks receive fewer can save more"
+        title += f"\n{text}: a placement whose ranks receive fewer can save more"
     heads = ["tokens", "placement", "imbalance", "idle ranks", "ranks /token", "nodes /token", "layer us"]
     heads += ["layer saved", "step saved", "GB /GPU", "verdict"]
     judged = {(row.placement, row.tokens): row for row in advice.verdicts.itertuples()}

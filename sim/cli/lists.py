@@ -2,6 +2,7 @@
 
 import textwrap
 from argparse import ArgumentParser, Namespace
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,13 @@ def add_models(parser: ArgumentParser) -> None:
     add_output(parser)
 
 
-def _are_rows(objects: list[Any], arguments: Namespace) -> bool:
-    """Print dataclasses as --json or --csv if one of them is given; whether it is."""
+def _are_rows(rows: Iterable[dict[str, Any]], arguments: Namespace) -> bool:
+    """Print rows as --json or --csv if one of them is given; whether it is."""
+    if not (arguments.json or arguments.csv):
+        return False
     import pandas as pd
 
-    return print_rows(pd.DataFrame([vars(one) for one in objects], dtype=object), arguments)
+    return print_rows(pd.DataFrame(rows, dtype=object), arguments)
 
 
 def run_models(arguments: Namespace) -> None:
@@ -29,7 +32,7 @@ def run_models(arguments: Namespace) -> None:
     from sim.model import load_model, model_names
 
     models = list(map(load_model, model_names()))
-    if _are_rows(models, arguments):
+    if _are_rows(map(vars, models), arguments):
         return
     columns: dict[str, Any] = {
         "model": "name",
@@ -146,11 +149,9 @@ def add_placements(parser: ArgumentParser) -> None:
 
 def run_placements(arguments: Namespace) -> None:
     """Run `epsim placements`."""
-    import pandas as pd
-
     from sim.placement import LINEAR_BACKENDS, ROUND_ROBIN_BACKENDS, STRATEGIES
 
-    if print_rows(pd.DataFrame(list(STRATEGIES.items()), columns=["placement", "about"]), arguments):
+    if _are_rows(({"placement": name, "about": text} for name, text in STRATEGIES.items()), arguments):
         return
     if arguments.markdown:
         print_table("", ["placement", "about"], list(map(list, STRATEGIES.items())), markdown=True, align="<<")
@@ -195,7 +196,7 @@ def run_gpus(arguments: Namespace) -> None:
     if arguments.plot is not None:
         raise InputError("--plot goes with --check")
     gpus = [load_gpu(name) for name in gpu_names()]
-    if _are_rows(gpus, arguments):
+    if _are_rows(map(vars, gpus), arguments):
         return
     columns: dict[str, Any] = {
         "gpu": "name", "HBM TB/s": "hbm_tb_per_s:g", "BF16 TFLOPS": "bf16_tflops:g", "FP8 TFLOPS": "fp8_tflops:g",

@@ -269,10 +269,9 @@ def _print_held(rows: list[Any]) -> None:
     halves = "steps" if rows[0].phase == "steps" else "sequences"
     which = "the first half of the steps predicts the second" if halves == "steps" else "even predict odd ones"
     columns: dict[str, Any] = {
-        "blocks": "phase", "tokens": "tokens", "EP": "ep_size",
-        "measured": lambda row: _range(row.real, ".3f"), "predicted": lambda row: _range(row.simulated, ".3f"),
-        "error": lambda row: _range(row.error, "+z.1%"), "halves": "halves:+z.1%",
-        "both ways": lambda row: estimate(row.both_ways.value, row.both_ways.high, "+z.1%"),
+        "tokens": "tokens", "EP": "ep_size", "measured": lambda row: f"{row.real.value:.3f}",
+        "predicted": lambda row: f"{row.simulated.value:.3f}", "error": lambda row: _range(row.error, "+z.1%"),
+        "halves": "halves:+z.1%", "both ways": lambda row: estimate(row.both_ways.value, row.both_ways.high, "+z.1%"),
     }  # fmt: skip
     print(f"held-out {halves}, linear placement: {which}")
     by_part: dict[tuple[str, str, str], list[Any]] = {}
@@ -307,19 +306,17 @@ def _print_held(rows: list[Any]) -> None:
         f"{len(missed)} of {len(rows)} errors are beyond chance (their 95 % interval leaves out 0; of right predictions, "
         f"about {len(rows) / 20:.0f} are)" + (f"; the largest is {_where(max(missed, key=_size))}" if missed else "")
     )
-    for figure, statistic in dict.fromkeys((row.figure, row.statistic) for row in rows):
+    for (phase, figure, statistic), part in by_part.items():
         # The ranks of a token do not depend on the block that it lies in.
-        shown = [row for row in rows if (row.figure, row.statistic) == (figure, statistic)]
-        least = {row.phase: row.tokens for row in reversed(shown)}
-        shown = [row for row in shown if figure != "ranks_per_token" or row.tokens == least[row.phase]]
+        shown = [row for row in part if figure != "ranks_per_token" or row.tokens == part[0].tokens]
         of = "mean over blocks and layers" if statistic == "mean" else f"{statistic} of blocks of all layers"
         print()
-        print_table(f"{_HELD[figure]}, {of}:", *cells(shown, columns), markdown=False, align="<", keys=3)
+        print_table(f"{phase}: {_HELD[figure]}, {of}", *cells(shown, columns), markdown=False, keys=2)
     print()
     for head, text in (
-        ("measured", f"the held-out half, with its 95 % interval over {halves} (- : too few for a bound)"),
-        ("predicted", "traffic fitted to the other half, as uncertain as that half is"),
-        ("error", "predicted / measured - 1, with the chance of both halves"),
+        ("measured", "the held-out half"),
+        ("predicted", "traffic fitted to the other half"),
+        ("error", "predicted / measured - 1, 95 %, with the chance of both halves (- : too few for a bound)"),
         ("halves", "the measured fitted half / the measured held-out one - 1: a difference that no fit can know"),
         ("both ways", "mean error with each half predicted from the other, ± over layers: the halves' difference is out of it, "
          "what is left is the model's own"),
