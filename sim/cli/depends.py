@@ -25,12 +25,7 @@ def add_depends(parser: ArgumentParser) -> None:
         "redundant slot on each rank (default: round_robin,eplb,eplb+R)")  # fmt: skip
     add_options(parser, TrafficOptions, only=("model",))
     add = section_of(parser, TrafficOptions.title).add_argument
-    add(
-        "--workload",
-        type=NAMES,
-        metavar="LIST",
-        help="presets or .toml files of synthetic traffic (default: all presets)",
-    )
+    add("--workload", type=NAMES, metavar="LIST", help="presets or .toml files (default: all presets)")
     add("--trace", dest="traces", nargs="+", action="append", default=[], metavar=("MODEL FILE", "FIT_ON"),
         help="also recorded routing or load counts of a model, and optionally another file to fit eplb on; left out, with a "
         "note, where a file is not there (may be repeated)")  # fmt: skip
@@ -42,12 +37,7 @@ def add_depends(parser: ArgumentParser) -> None:
     add("--dtype", default="fp8", help="type of weights and inputs, of all models: fp8, bf16 or fp4 (default: fp8)")
     add_output(parser, "depends.csv and the figure", figures=True)
     add = section_of(parser, "output").add_argument
-    add(
-        "--show",
-        type=Path,
-        metavar="DIR",
-        help="compute nothing; print what --out wrote (of --workload, --ep, --tokens ...)",
-    )
+    add("--show", type=Path, metavar="DIR", help="compute nothing; print what --out wrote (of --ep, --tokens ...)")
     add("--table", type=Choice(names=("conclusions", "saved")), default="conclusions", help="conclusions (default), or "
         "saved: the numbers")  # fmt: skip
 

@@ -122,7 +122,7 @@ class PlacedOptions(CellOptions):
     )
     fit_on: Any = option(
         FILE,
-        "of recorded or fitted traffic: other traffic of the same layers to fit eplb on (default: every second sequence)",
+        "of recorded or fitted traffic: other traffic of the same layers to fit eplb on (default: a part of the traffic itself)",
         default=None,
         is_last=True,
     )
