@@ -270,7 +270,7 @@ def toy_files(tmp_path, monkeypatch):
 def test_the_command_answers_and_writes(toy_files, capsys):
     assert run(*TOY_ADVICE, "--out", "advice") == 0
     out, err = capsys.readouterr()
-    assert "file:hot.npz: 20 sequences are scored" in err
+    assert "file:hot.npz: 20 sequences scored" in err
     for text in (
         "Verdict: ", "Not run, so without a gain:", "Rule: ", "What the engine does:", "vLLM falls back to linear",
         "What would change the verdict:",

@@ -104,25 +104,17 @@ def run_sweep(arguments: Namespace) -> None:
                 write_traffic(traffic_of_plan(plan, sources, n_threads), folder / "rank_traffic")
     import pandas as pd
 
-    if print_rows(pd.concat([result.summary for result in results if result], ignore_index=True), arguments):
-        for i, folder in enumerate(folders):
-            text = (
-                f"written to {folder}" if i in computed else f"{folder} holds this sweep already; nothing was computed"
-            )
-            say_written(text, arguments)
-        return
-    files = "summary.csv, tail.csv, counts.parquet, provenance.json" + (
-        "" if sources is None else ", rank_traffic/*.npz"
-    )
+    is_alone = print_rows(pd.concat([result.summary for result in results if result], ignore_index=True), arguments)
     for i, (folder, result) in enumerate(zip(folders, results, strict=True)):
-        if i and not arguments.markdown:
+        if i and not (is_alone or arguments.markdown):
             print()
-        if i not in computed:
-            print(f"{folder} holds this sweep already; nothing was computed.\n")
-        print_result(result, arguments.markdown)
-        if not arguments.markdown:
-            made = "written to" if i in computed else "it is in"
-            say_written(f"{made} {folder}: {files}; figures: epsim plot {folder}", arguments)
+        if not is_alone:
+            print_result(result, arguments.markdown)
+        files = ["summary.csv", "tail.csv", "counts.parquet", "provenance.json"] if i in computed else []
+        files += [] if sources is None else ["rank_traffic/*.npz"]
+        text = f"written to {folder}: {', '.join(files)}"
+        text = text if files else f"nothing was computed, {folder} holds this sweep already"
+        say_written(f"{text}; figures: epsim plot {folder}", arguments)
 
 
 def _folder(out: Path | None, plan: "Plan") -> Path:
