@@ -3,6 +3,7 @@
 Tests that want the larger reference data look for it beside the checkout, and skip without it.
 """
 
+import gc
 import json
 import os
 import subprocess
@@ -50,6 +51,11 @@ def pytest_collection_modifyitems(items):
     """The longest files first, so that `make test` does not wait for one at the end."""
     of_file = [f"test_{name}.py" for name in LONGEST]
     items.sort(key=lambda item: of_file.index(item.path.name) if item.path.name in of_file else len(of_file))
+
+
+def pytest_collection_finish():
+    """Modules and tests stay to the end: the garbage collector need not go through them again and again."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

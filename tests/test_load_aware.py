@@ -49,7 +49,7 @@ def test_pairs_are_assigned_to_copies_as_the_reference_does(seed, n_experts, red
 def test_a_token_of_the_fan_out_goes_to_one_copy_of_each_expert_and_to_all_equally_often():
     maps = np.array([[0, 1, 2, 0, 1, 0]], np.int16)
     copies, n = find_copies(maps, 3), 6000
-    slots = np.empty((n, 3), np.int32)
+    slots = np.empty((n, 3), np.int16)
     pick_slots(np.tile(np.arange(3, dtype=np.int16), (n, 1)), 1000 + np.arange(n), np.zeros(n, np.int64), copies, slots)
     np.testing.assert_array_equal(maps[0][slots], np.tile([0, 1, 2], (n, 1)))
     shares = np.bincount(slots.ravel(), minlength=6) / n

@@ -224,7 +224,7 @@ def test_received_tokens_under_replicas_go_to_the_copies_of_vllms_hash(case):
     placement, rng = case
     ids = np.array([[rng.permutation(placement.n_experts)[:2] for _ in range(20)] for _ in range(3)], np.int16)
     row = rng.integers(0, placement.n_rows, 3)
-    slots = np.empty(ids.shape, np.int32)
+    slots = np.empty(ids.shape, np.int16)
     slots_by_hash(ids, row, find_copies(placement.experts, placement.n_experts), slots)
     layouts = lay_out(placement.ranks, np.full(placement.n_rows, placement.ep_size))
     received, _ = count_received(

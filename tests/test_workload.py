@@ -229,7 +229,6 @@ def test_real_routing_is_replayed_in_its_own_proportions(shared):
     """Decode over the gpt-oss record: per layer, shares of the experts agree with the record's, sequences weighing alike."""
     workload = load_workload(f"file:{shared / 'traces' / 'gpt-oss-20b-tokens.npz'}")
     n = 24 * 40
-    counts, _ = draw_trials(load_model("gpt-oss-20b"), workload, 0, range(24), 24, np.array([494]))
     total = np.zeros((24, 32))
     for start in range(0, n, 24):
         counts, _ = draw_trials(load_model("gpt-oss-20b"), workload, 0, range(start, start + 24), 24, np.array([494]))
