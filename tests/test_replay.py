@@ -140,6 +140,7 @@ def test_first_tokens_of_gpt_oss_are_alike(shared):
     assert alike(OPENING) < 0.1
 
 
+@pytest.mark.slow
 def test_the_product_over_layers_holds_against_recorded_steps(gpt_oss):
     """What capacities assume: given its layers, a step's layers are independent. P(some of 24 layers exceeds), replayed, is at
     most 3 % (and 3 standard errors of far fewer than 1,024 independent steps) above the product, and no less than 0.8 of it;
