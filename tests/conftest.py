@@ -3,6 +3,7 @@
 Tests that want the larger reference data look for it beside the checkout, and skip without it.
 """
 
+import base64
 import gc
 import json
 import os
@@ -104,6 +105,11 @@ def write(path, *, lines=None, **arrays):
     return path
 
 
+def raw(ids, dtype="<i4"):
+    """Ids in base64, as SGLang gives them."""
+    return base64.b64encode(ids.astype(dtype).tobytes()).decode()
+
+
 def run(*words):
     """Exit status of a command, called in process."""
     return main([str(word) for word in words])
@@ -124,3 +130,13 @@ def assert_same_tables(a, b):
     """Two results of sweeps are equal to the last digit."""
     for name in ("summary", "tail", "counts"):
         pd.testing.assert_frame_equal(getattr(a, name), getattr(b, name))
+
+
+def assert_nothing_overlaps(figure):
+    """Title and legend lie over no axes, nor over each other, and the title ends within the figure."""
+    figure.draw_without_rendering()
+    around = [part.get_window_extent() for part in (figure._suptitle, *figure.legends)]
+    boxes = [*around, *(ax.get_window_extent() for ax in figure.axes)]
+    for i, box in enumerate(around):
+        assert not any(box.overlaps(other) for other in boxes[i + 1 :])
+    assert around[0].x1 <= figure.bbox.x1

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import fails, load_config, record_of, run, write
+from conftest import assert_nothing_overlaps, fails, load_config, record_of, run, write
 from naive import picked_experts
 from scipy.stats import norm
 from test_readers import COUNTS
@@ -416,12 +416,10 @@ def test_records_of_other_shapes_are_held_out(model, lengths, monkeypatch):
 def test_figures_have_names_on_their_axes_and_nothing_overlaps(draw, grouped):
     record = a_record(np.random.default_rng(0), [100] * 20, n_experts=32)
     figure = draw("file:x", describe(record, ModelSpec("g", 32, 4, 4, 2) if grouped else None))
-    figure.draw_without_rendering()
+    assert_nothing_overlaps(figure)
     for ax in figure.axes:
         assert ax.get_ylabel()
         assert ax.get_xlabel() or ax.get_label() == "<colorbar>"
-    title = figure._suptitle.get_window_extent()
-    assert not any(title.overlaps(ax.get_window_extent()) for ax in figure.axes)
 
 
 # Real data.

@@ -10,7 +10,7 @@ import types
 
 import numpy as np
 import pytest
-from conftest import fails, write
+from conftest import fails, raw, write
 
 import sim
 from sim import InputError, ModelSpec, load_workload, read_traffic
@@ -33,10 +33,6 @@ def counts_of(requests, n_experts=8):
                 for expert in experts:
                     total[layer, expert] += 1
     return total
-
-
-def raw(ids, dtype="<i4"):
-    return base64.b64encode(ids.astype(dtype).tobytes()).decode()
 
 
 def npy(ids, dtype):
