@@ -45,7 +45,7 @@ def pytest_configure(config):
         subprocess.run([sys.executable, ROOT / "tests/compile.py"], env=environment, cwd=ROOT, check=True)
 
 
-LONGEST = "notebooks traffic sampler bounds capacity advice cluster rare layer figures cost".split()
+LONGEST = "notebooks sampler traffic bounds capacity cluster sweep rare cost advice figures layer cuda cli".split()
 
 
 def pytest_collection_modifyitems(items):

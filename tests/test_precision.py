@@ -26,8 +26,7 @@ def half_widths(summary):
 
 
 def test_each_cell_stops_when_it_is_precise_enough():
-    result = sweep("deepseek-v3", "chat", **GRID, precision=0.015, max_trials=20_000)
-    summary = result.summary
+    summary = sweep("deepseek-v3", "chat", **GRID, precision=0.015, max_trials=20_000).summary
     assert (half_widths(summary) <= 0.015).all()
     assert set(summary.stopped) == {"precision"}
     assert set(summary.trials) <= {1024 * 2**i for i in range(5)}
