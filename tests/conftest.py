@@ -3,7 +3,6 @@
 Tests that want the larger reference data look for it beside the checkout, and skip without it.
 """
 
-import base64
 import gc
 import json
 import os
@@ -103,11 +102,6 @@ def write(path, *, lines=None, **arrays):
     else:
         np.savez_compressed(path, **arrays)
     return path
-
-
-def raw(ids, dtype="<i4"):
-    """Ids in base64, as SGLang gives them."""
-    return base64.b64encode(ids.astype(dtype).tobytes()).decode()
 
 
 def run(*words):

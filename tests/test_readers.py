@@ -1,5 +1,6 @@
 """Readers of recorded routing and of load counts: what is read, and what is refused."""
 
+import base64
 import json
 import os
 import sys
@@ -7,7 +8,7 @@ import zipfile
 
 import numpy as np
 import pytest
-from conftest import fails, raw, write
+from conftest import fails, write
 
 from sim import InputError, load_model, load_workload
 from sim.traffic import LoadCounts, read_traffic
@@ -20,6 +21,10 @@ REQUESTS = [
 ]
 BY_LAYER = np.concatenate(REQUESTS).transpose(1, 0, 2)[1:]
 COUNTS = RNG.multinomial(4000, np.full(16, 1 / 16), size=(3, 4))  # steps, layers, experts
+
+
+def encoded(ids, dtype="<i4"):
+    return base64.b64encode(ids.astype(dtype).tobytes()).decode()
 
 
 def test_sglang_per_token_records_have_layers_first(tmp_path):
@@ -365,7 +370,7 @@ def test_padding_tokens_are_left_out_whatever_fills_them(tmp_path, small, filler
 def test_base64_of_any_width_is_read_in_every_verb(tmp_path, small):
     wanted = read_traffic(write(tmp_path / "x.npz", request=IDS), small).digest
     for dtype in ("<i4", "<u2", "u1", ">u2"):
-        line = {"routed_experts": raw(IDS, dtype)} | ({"routed_experts_dtype": dtype} if dtype[0] == ">" else {})
+        line = {"routed_experts": encoded(IDS, dtype)} | ({"routed_experts_dtype": dtype} if dtype[0] == ">" else {})
         assert load_workload(write(tmp_path / "x.jsonl", lines=[line]), small).digest == wanted
         line |= {"routed_experts_shape": [20, 3, 2]}
         assert load_workload(write(tmp_path / "x.jsonl", lines=[line])).digest == wanted

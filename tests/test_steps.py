@@ -318,6 +318,9 @@ def test_dummy_tokens_count_as_load(capsys, tmp_path):
     assert set(sim.read_result(tmp_path / "b").summary.cell_id).isdisjoint(rows.cell_id)
     capsys.readouterr()
     fails(capsys, f"sweep --ep 8 --tokens 8 --trials 200 --out {tmp_path / 'a'}".split(), "holds another sweep")
+
+
+def test_dummy_tokens_are_checked(capsys):
     fails(capsys, ["sweep", "--dummy-tokens", "-1"], "dummy_tokens")
 
 

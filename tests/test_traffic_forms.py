@@ -10,12 +10,12 @@ import types
 
 import numpy as np
 import pytest
-from conftest import fails, raw, write
+from conftest import fails, write
 
 import sim
 from sim import InputError, ModelSpec, load_workload, read_traffic
 from sim.cost.step_log import read_log
-from sim.traffic import RecordedTraffic
+from sim.traffic import LoadCounts, RecordedTraffic
 
 RNG = np.random.default_rng(1)
 SMALL = ModelSpec("small", 8, 2, n_moe_layers=3)
@@ -33,6 +33,10 @@ def counts_of(requests, n_experts=8):
                 for expert in experts:
                     total[layer, expert] += 1
     return total
+
+
+def raw(ids, dtype="<i4"):
+    return base64.b64encode(ids.astype(dtype).tobytes()).decode()
 
 
 def npy(ids, dtype):
@@ -168,7 +172,6 @@ def test_every_form_of_an_answer_gives_the_same_tokens(tmp_path):
         packed.write_bytes(gzip.compress(path.read_bytes()))
         same(read_traffic(packed, SMALL))
     assert (n, len(digests)) == (16, 1)
-    assert sim.read_traffic is read_traffic
 
 
 def test_streamed_answers_are_counted_once(tmp_path):
@@ -568,8 +571,14 @@ def test_layers_are_those_of_the_file_or_of_the_model(tmp_path):
     assert read_traffic(tmp_path / "x.npy").layer_ids.tolist() == [1, 3, 5]
     assert read_traffic(tmp_path / "x.npy", model).layer_ids.tolist() == [1, 3, 5]
     header = "layer," + ",".join(f"e{e}" for e in range(8)) + "\n"
-    moe = [1, 3, 5]
-    for ids, wanted in ((moe, moe), ([0, 1, 2], moe), ([2, 4, 6], moe), ([1, 2, 3], moe), ([3], [3]), ([0, 2], [1, 5])):
+    for ids, wanted in (
+        ([1, 3, 5], [1, 3, 5]),
+        ([0, 1, 2], [1, 3, 5]),
+        ([2, 4, 6], [1, 3, 5]),
+        ([1, 2, 3], [1, 3, 5]),
+        ([3], [3]),
+        ([0, 2], [1, 5]),
+    ):
         path.write_text(
             header + "".join(f"{i},{','.join(map(str, row))}\n" for i, row in zip(ids, COUNTS, strict=False))
         )
@@ -670,3 +679,9 @@ def test_a_logs_other_columns_engines_and_torn_lines_are_not_taken_for_steps(tmp
     log = read_log(tmp_path / "x.log", "balancedness_vllm")
     assert log.values.tolist() == values
     assert note is None or any(note in said for said in log.notes)
+
+
+def test_read_traffic_is_public_and_takes_a_models_name(tmp_path):
+    np.save(tmp_path / "x.npy", RNG.integers(1, 9, (16, 64)))
+    assert sim.read_traffic(str(tmp_path / "x.npy"), "olmoe-1b-7b").expert_counts.shape == (16, 64)
+    assert sim.LoadCounts is LoadCounts
