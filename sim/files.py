@@ -137,6 +137,14 @@ def open_stream(path: Path, where: str) -> Iterator[IO[bytes]]:
             yield io.BufferedReader(_Bounded(unpacked, where, most), 2**18)
 
 
+def numbered_lines(file: IO[bytes], where: str, most: int = 1 << 20) -> Iterator[tuple[int, bytes]]:
+    """The lines of a file, from 1 on; one of `most` bytes or more is refused."""
+    for number, line in enumerate(iter(lambda: file.readline(most), b""), 1):
+        if len(line) >= most:
+            raise InputError(f"{where}, line {number}: longer than {most >> 20} MiB")
+        yield number, line
+
+
 class _Bounded(io.RawIOBase):
     """A file that is read up to a bound."""
 

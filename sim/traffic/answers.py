@@ -17,10 +17,10 @@ from typing import IO, Any
 import numpy as np
 
 from sim.errors import InputError, shown
-from sim.files import first_line, open_stream, reading, unique
+from sim.files import first_line, numbered_lines, open_stream, reading, unique
 from sim.model import ModelSpec
 from sim.traffic.arrays import array_of_bytes, narrow_ids
-from sim.traffic.tables import depth_of, layer_of_key, numbered_lines
+from sim.traffic.tables import depth_of, layer_of_key
 
 TOKEN_NAMES = (
     "routed_experts", "topk_ids", "rollout_routed_experts", "selected_experts", "expert_ids", "topk_indices", "topk_idx",

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any
 
@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from sim.errors import InputError, shown
-from sim.files import open_stream, reading
+from sim.files import numbered_lines, open_stream, reading
 from sim.traffic.arrays import MOST_COUNTS
 from sim.traffic.counts import (
     COUNT_NAMES,
@@ -23,7 +23,6 @@ from sim.traffic.counts import (
     tabulate,
 )
 
-_MAX_LINE = 1 << 20
 _ROLES = {
     "layer": r"(moe_|decoder_)?layers?(_?(id|idx|index|num|number|no))?",
     "step": r"(step|iter|iteration|pass|forward_pass|window|time_?step)(_?(id|idx|index|num|number|no))?",
@@ -97,14 +96,6 @@ def read_csv(path: Path, where: str) -> CountTable:
     found = _table_of_columns(table, names and list(wanted.values()), where, "CSV")
     found.notes += notes
     return found
-
-
-def numbered_lines(file: IO[bytes], where: str, most: int = _MAX_LINE) -> Iterator[tuple[int, bytes]]:
-    """The lines of a file, from 1 on; one of `most` bytes or more is refused."""
-    for number, line in enumerate(iter(lambda: file.readline(most), b""), 1):
-        if len(line) >= most:
-            raise InputError(f"{where}, line {number}: longer than {most >> 20} MiB")
-        yield number, line
 
 
 def _cells(text: str, separator: str) -> list[str]:
