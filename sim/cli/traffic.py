@@ -77,10 +77,12 @@ def _run_show(arguments: Namespace) -> None:
         chosen = [round(i * (len(chosen) - 1) / (_LAYERS_SHOWN - 1)) for i in range(_LAYERS_SHOWN)]
     rows = [[str(about.layers[i]), *(_or_dash(values[i]) for values in columns.values())] for i in chosen]
     rows.append(["mean", *(_or_dash(_mean(values)) for values in columns.values())])
-    per_token = "" if about.top_k is None else f", {about.n_tokens} tokens in {about.n_sequences} sequences"
+    n_layers, n_sequences = len(about.layers), about.n_sequences
+    of_sequences = f"{n_sequences} sequence{'s' * (n_sequences != 1)}"
+    per_token = "" if about.top_k is None else f", {about.n_tokens} tokens in {of_sequences}"
     steps = f", {about.n_steps} steps" if about.n_steps > 1 else ""
     experts = f"{about.n_experts} experts" + ("" if about.top_k is None else f", top-{about.top_k}")
-    title = f"{data.name}: {len(about.layers)} layers, {experts}{per_token}{steps}"
+    title = f"{data.name}: {n_layers} layer{'s' * (n_layers != 1)}, {experts}{per_token}{steps}"
     print_table(title, ["layer", *columns], rows, arguments.markdown)
     if arguments.markdown:
         return

@@ -409,7 +409,9 @@ def read_log(path: Path, metric: str) -> StepLog:
         notes.append(f"{path}: lines of {len(sources - {''})} engines or models, taken together: {those}")
     if engine or n_idle:
         name, wanted = ("SGLang", "balancedness_sglang") if n_sglang else ("vLLM", "balancedness_vllm")
-        notes.append(f"{path}: {len(engine)} lines of {name} with balancedness, {n_lines - n_engine} other lines skipped")
+        notes.append(
+            f"{path}: {len(engine)} lines of {name} with balancedness, {n_lines - n_engine} other lines skipped"
+        )
         notes += [f"{n_several} lines have several values: the first is taken"] if n_several else []
         notes += [f"{n_idle} idle steps (max_tokens=0) are left out"] if n_idle else []
         if not metric.startswith("balancedness"):

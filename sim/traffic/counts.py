@@ -14,13 +14,15 @@ from sim.traffic.recorded import MOST_LAYERS
 _MOST_TOP_K = 32  # columns: no router takes more experts
 COUNT_NAMES = (
     "logical_count", "counts", "count", "load", "loads", "expert_load", "expert_loads", "expert_counts", "token_counts",
-    "tokens_per_expert", "num_tokens_per_expert", "logical_load", "expert_usage", "activation_counts",
+    "tokens_per_expert", "num_tokens_per_expert", "logical_load", "expert_usage", "activation_counts", "activation_count",
+    "expert_count", "expert_frequency", "expert_hotness", "moe_load", "logical_expert_load", "logical_expert_counts",
 )  # fmt: skip
 """Names that arrays of counts go by; `logical_count` is that of SGLang's expert distribution recorder."""
 PHYSICAL_NAMES = (
-    "physical_count", "global_physical_count", "physical_load", "expert_load_window", "expert_load_view", "expert_load_pass"
+    "physical_count", "global_physical_count", "physical_load", "expert_load_window", "expert_load_view", "expert_load_pass",
+    "window_expert_load", "latest_expert_load",
 )  # fmt: skip
-"""The same of physical experts; the last three are of vLLM's EPLB state."""
+"""The same of physical experts; those with `expert_load` are of vLLM's EPLB state."""
 MAP_NAMES = ("physical_to_logical_map", "last_physical_to_logical_map", "phy2log")
 
 
@@ -107,9 +109,10 @@ def build_counts(
             counts = counts.astype(float)
     if counts.min() < 0:
         step, layer, expert = np.unravel_index(int(counts.argmin()), counts.shape)
+        logits = ": a router's logits?" if counts.dtype.kind == "f" and counts.min() % 1 else ""
         raise InputError(
             f"{where}: counts must not be negative, found {shown(counts.min().item())} (step {step}, layer {layer}, "
-            f"expert {expert})"
+            f"expert {expert}){logits}"
         )
     if counts.max() > 2**53:
         raise InputError(f"{where}: counts above 2**53, found {shown(counts.max().item())}")
@@ -251,7 +254,7 @@ def doubts_about(data: LoadCounts) -> list[str]:
     of_each = of_layer / last if last.all() else np.full(len(last), np.inf)  # a shared expert has one of a token's few
     if len(last) > 1 and 2 * of_each[0] <= data.n_experts and of_each[0] % 1 == 0 == np.ptp(of_each):
         found.append(
-            f"expert {data.n_experts - 1} has one in {of_each[0]:g} of the loads of every layer: a shared expert?"
+            f"expert {data.n_experts - 1} has one in {of_each[0]:g} of the loads of every layer: a shared expert? Or the sum of the others?"
         )
     if np.ptp(of_layer) > 1e-3 * of_layer.max() or (counts.dtype.kind == "i" and np.ptp(of_layer)):
         found.append(
@@ -343,6 +346,8 @@ def add_tables(tables: list[CountTable], where: str, what: str = "files") -> Cou
         found.notes.append(f"the steps of {len(tables)} tables follow each other")
     else:
         found.notes += [f"{len(tables)} {what} are added up", *_doubts_about_sum(tables, what)]
+        n_lacking = sum(len(set(table.steps)) < len(steps) for table in tables if table.steps is not None)
+        found.notes += [f"{n_lacking} of them lack some of the {len(steps)} steps"] if n_lacking else []
     return found
 
 

@@ -34,7 +34,7 @@ from sim.traffic.tables import layer_of_key
 _MAP = "last_physical_to_logical_map"
 _SAMPLE = 4096  # first rows of an array that tell what it is
 _LENGTHS = ("sequence_lengths", "seq_lens", "seqlens", "extend_seq_lens")
-_NO_LOADS = re.compile(r"map$|log2phy|phy2log|logcnt|replica|logit|prob|weight|score")
+_NO_LOADS = re.compile(r"map$|log2phy|phy2log|logcnt|replica|logit|prob(s|$|abilit)|weight|score")
 STAT = "SGLang's recorder in mode stat"
 _DECODE = 2  # SGLang's ForwardMode of a step with one token of each request
 
@@ -52,10 +52,7 @@ def read_torch(path: Path, where: str, requests: Requests) -> CountTable | Reque
     """
     held = read_pt(path, where)
     if not isinstance(held, dict) or not isinstance(held.get("records"), list):
-        archive = _tensors(held, path, where)
-        found = read_archive(archive, requests)
-        found.form = STAT if "logical_count" in archive.names else f"a torch file: {found.form}"
-        return found
+        return read_tensors(held, path, where, requests)
     records, logical = held["records"], as_array(held.get(_MAP), where)
     if not records or any(not isinstance(record, dict) for record in records):
         raise InputError(f"{where}: SGLang's recorder, but it holds no record, or one that is no dict")
@@ -73,8 +70,8 @@ def read_torch(path: Path, where: str, requests: Requests) -> CountTable | Reque
     )
 
 
-def _tensors(held: Any, path: Path, where: str) -> Archive:
-    """The tensors of a torch file without records: one, a list of them, or those of a dict with a key that is known."""
+def read_tensors(held: Any, path: Path, where: str, requests: Requests) -> CountTable | Requests:
+    """Loads or tokens of the tensors of a file: one, a list of them, or those of a dict with a key that is known."""
     parts = held if isinstance(held, dict) else dict(enumerate(held if isinstance(held, list | tuple) else [held]))
     arrays = {str(key): array for key, part in parts.items() if (array := as_array(part, where)) is not None}
     if not arrays and not isinstance(held, dict):
@@ -87,7 +84,10 @@ def _tensors(held: Any, path: Path, where: str) -> Archive:
         )
     file = io.BytesIO()
     np.savez(file, allow_pickle=False, **arrays)
-    return Archive(path, where, zipfile.ZipFile(file))
+    archive = Archive(path, where, zipfile.ZipFile(file))
+    found = read_archive(archive, requests)
+    found.form = STAT if "logical_count" in archive.names else f"a {path.suffix} file: {found.form}"
+    return found
 
 
 def _are_layers(names: Iterable[str]) -> bool:
@@ -190,14 +190,14 @@ def read_archive(archive: Archive, requests: Requests) -> CountTable | Requests:
         table.counts = logical_counts(counted[0], table.counts, slots, where)
         table.form += _not_read(names, {counted[0], own, *MAP_NAMES})
         return table
+    other = next((name for name in names if _NO_LOADS.search(name)), None)
+    if other is not None:
+        known = f"loads go by {', '.join(COUNT_NAMES[:6])} ...; ids by {', '.join(TOKEN_NAMES[:4])} ..."
+        raise InputError(f"{where}: its array '{shown(other)}' holds no loads by its name, nor ids; {known}")
     shape, _ = archive.shape(names[0])
     if len(names) > 1 and _are_layers(names) and len(shape) in (1, 2):
         return _of_layers(archive, requests)
     if len(names) == 1 and (len(shape) == 2 or (len(shape) == 3 and are_counts(archive.head(names[0], _SAMPLE)))):
-        if _NO_LOADS.search(names[0]):
-            raise InputError(
-                f"{where}: its array '{names[0]}' holds no loads by its name; loads go by {', '.join(COUNT_NAMES)}"
-            )
         return _array_counts(archive, names[0])
     for name in names:
         _add_ids(requests, archive, name)

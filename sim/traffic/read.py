@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from sim.files import check_regular, is_folder
 from sim.model import ModelSpec, load_model
 from sim.model.spec import MOST_DRAFTS
 from sim.traffic.answers import Requests, add_answer, add_trace, is_step, is_trace, json_values
-from sim.traffic.arrays import open_archive
+from sim.traffic.arrays import open_archive, read_safetensors
 from sim.traffic.counts import (
     COUNT_NAMES,
     PHYSICAL_NAMES,
@@ -26,13 +26,13 @@ from sim.traffic.counts import (
     doubts_about,
     of_experts,
 )
-from sim.traffic.dumps import STAT, read_archive, read_statistics, read_torch, successive
+from sim.traffic.dumps import STAT, read_archive, read_statistics, read_tensors, read_torch, successive
 from sim.traffic.recorded import MOST_LAYERS, PHASES, RecordedTraffic, build_record
 from sim.traffic.tables import read_csv, table_of_json
 
 _KINDS = {
     ".npz": "archive", ".npy": "archive", ".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".tsv": "csv",
-    ".pt": "pt",
+    ".pt": "pt", ".safetensors": "safetensors",
 }  # fmt: skip
 SUFFIXES = (*_KINDS, ".jsonl.gz", ".ndjson.gz", ".json.gz", ".csv.gz", ".tsv.gz")
 """Endings of the files that `read_traffic` reads."""
@@ -123,7 +123,7 @@ def read_traffic(
         where = f"workload folder {paths[0]}"
         paths, n_ignored = _listed(paths[0], where)
         more = [f"{n_ignored} other files of the folder are not read"] if n_ignored else []
-    elif any(path.suffix == ".safetensors" for path in paths):
+    elif any(re.fullmatch(_STATISTICS, path.name) for path in paths):
         raise InputError(f"{where}: of TensorRT-LLM's expert statistics give the folder, with meta_info.json in it")
     found = _read_files(paths, Requests(where, model), phase)
     if isinstance(found, CountTable):
@@ -178,7 +178,7 @@ def _kind(path: Path, where: str) -> str:
     suffix = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
     if suffix in (".pkl", ".pickle"):
         raise InputError(f"{where}: a pickle may run any code and is not read; save arrays as .npy or .npz")
-    kind = "statistics" if suffix == ".safetensors" else _KINDS.get(suffix)
+    kind = "statistics" if re.fullmatch(_STATISTICS, path.name) else _KINDS.get(suffix)
     if kind is None or (path.suffix == ".gz" and kind not in ("json", "csv")):
         raise InputError(f"{where}: the ending must be one of {', '.join(SUFFIXES)}")
     check_regular(path, where)
@@ -228,6 +228,8 @@ def _read_file(kind: str, path: Path, here: str, requests: Requests, phase: str)
         return read_torch(path, here, requests)
     if kind == "statistics":
         return read_statistics(path, here, requests.model)
+    if kind == "safetensors":
+        return read_tensors(read_safetensors(path, here), path, here, requests)
     if kind == "archive":
         with open_archive(path, here) as archive:
             return read_archive(archive, requests)
@@ -418,39 +420,3 @@ def read_recorded(path: Path, phase: str = "decode", model: ModelSpec | Path | s
             f"workload file {path} holds load counts, not tokens: fit them first (epsim traffic fit {path} --out my.toml)"
         )
     return data
-
-
-class LoadTable(NamedTuple):
-    """Loads of experts by layer: what a load balancer is fitted on.
-
-    Attributes
-    ----------
-    name, digest : str
-        Of what was read.
-    loads : float64 [layers, n_experts]
-    layer_ids : int64 [layers]
-        Decoder layers, where the file or the model tells them, else 0, 1, ...
-    notes : tuple of str
-        What the file was recognised as, and what was left out.
-    """
-
-    name: str
-    loads: np.ndarray
-    digest: str
-    layer_ids: np.ndarray | None = None
-    notes: tuple[str, ...] = ()
-
-
-def load_table(source: Path | str | RecordedTraffic | LoadCounts, model: ModelSpec) -> LoadTable:
-    """Loads by layer of recorded routing or of load counts, or of a file that holds either.
-
-    Raises InputError where the file is neither, or is of another model.
-    """
-    if isinstance(source, Path | str):
-        source = read_traffic(source, model)
-    if isinstance(source, RecordedTraffic):
-        source.check_model(model.n_experts, model.top_k, model.name)
-        loads = source.count_experts(model.n_experts).astype(float)
-    else:
-        loads = source.total
-    return LoadTable(source.name, loads, source.digest, source.layer_ids, source.notes)

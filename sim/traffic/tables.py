@@ -41,6 +41,8 @@ _BESIDE = re.compile(
     r"|date)(_.+)?"
 )
 """Columns that only describe the others: they are not read."""
+_AROUND = ("layers", "load_history", "snapshots")
+"""Keys of JSON whose value is the table; the last two hold steps: of the EPLB workloads of openevolve, and of vLLM's dumps."""
 _MOST_RANKS = 4096
 _COLUMNS = "'layer', 'step', 'rank', and 'expert_0', 'expert_1', ... or 'expert' and 'count'"
 
@@ -95,6 +97,8 @@ def read_csv(path: Path, where: str) -> CountTable:
         _name_fault(path, where, number, width, wanted, separator)
     found = _table_of_columns(table, names and list(wanted.values()), where, "CSV")
     found.notes += notes
+    if separator == ";" and found.counts.dtype.kind == "f" and (found.counts * 1000 % 1 < 1e-6).all():
+        found.notes.append("a dot in its numbers is taken for the decimal point, not for thousands")
     return found
 
 
@@ -129,6 +133,8 @@ def _name_fault(path: Path, where: str, first: int, width: int, wanted: dict[int
             bad = [cells[i] for i, role in wanted.items() if i < len(cells) and _value(cells[i], role) is None]
             if bad:
                 raise InputError(f"{where}, line {number}: '{shown(bad[0])}' is not a number")
+            if any(abs(_number(cell) or 0) > 2**63 for cell in cells):
+                raise InputError(f"{where}, line {number}: counts above 2**53")
             if len(cells) != width:
                 raise InputError(f"{where}, line {number}: {len(cells)} columns where the first line has {width}")
 
@@ -198,6 +204,10 @@ def _check_columns(names: list[str], here: str) -> None:
 def _table_of_columns(table: np.ndarray, names: list[str] | None, where: str, kind: str) -> CountTable:
     """Counts of a table [rows, columns] of numbers whose columns have these roles."""
     if names is None:
+        if _is_long(table):
+            found = _table_of_columns(table, ["layer", "expert", "count"], where, kind)
+            found.notes.append("its three columns, which have no names, are taken for layer, expert and count")
+            return found
         form = f"a {kind} table of loads without names: a row per layer, a column per expert"
         index, rest = table[:, 0], table[:, 1:].sum(axis=1)
         if len(table) > 1 and (np.diff(index) == 1).all() and np.ptp(rest) < 1e-6 * rest.max(initial=0):
@@ -242,6 +252,15 @@ def _table_of_columns(table: np.ndarray, names: list[str] | None, where: str, ki
     return found
 
 
+def _is_long(table: np.ndarray) -> bool:
+    """Whether a table without names has a row per layer and expert: a layer has several, none twice, most of all there are."""
+    if table.shape[1] != 3 or not ((table[:, :2] >= 0) & (table[:, :2] % 1 == 0)).all():
+        return False
+    layers, experts = (np.unique(table[:, place]).size for place in (0, 1))
+    is_grid = layers < len(table) >= layers * experts / 2 and experts > 2
+    return is_grid and len(np.unique(table[:, :2], axis=0)) == len(table)
+
+
 def _ids(values: np.ndarray, what: str, where: str) -> np.ndarray:
     if not ((values >= 0) & (values < 2**31) & (values % 1 == 0)).all():
         raise InputError(f"{where}: {what} must be whole numbers from 0 on")
@@ -256,7 +275,7 @@ def _whole(counts: np.ndarray) -> np.ndarray:
 
 def _number(text: str) -> float | None:
     try:
-        return float(text)
+        return None if "_" in text else float(text)
     except ValueError:
         return None
 
@@ -295,7 +314,7 @@ def _named_table(held: dict[str, Any], where: str) -> CountTable | None:
     """Counts under a known name of an object, and perhaps beside them the layers' ids, or a map of physical experts."""
     name = next((name for name in (*COUNT_NAMES, *PHYSICAL_NAMES) if isinstance(held.get(name), list | dict)), None)
     if name is None:
-        inner = held.get("layers")
+        inner = next((held[key] for key in _AROUND if key in held), None)
         is_table = isinstance(inner, dict) or (isinstance(inner, list) and all(isinstance(row, dict) for row in inner))
         return table_of_json(inner, where) if is_table else None
     inner = held[name]
