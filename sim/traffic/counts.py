@@ -254,7 +254,7 @@ def doubts_about(data: LoadCounts) -> list[str]:
     of_each = of_layer / last if last.all() else np.full(len(last), np.inf)  # a shared expert has one of a token's few
     if len(last) > 1 and 2 * of_each[0] <= data.n_experts and of_each[0] % 1 == 0 == np.ptp(of_each):
         found.append(
-            f"expert {data.n_experts - 1} has one in {of_each[0]:g} of the loads of every layer: a shared expert? Or the sum of the others?"
+            f"expert {data.n_experts - 1} has one in {of_each[0]:g} of the loads of every layer: a shared expert? Or a sum?"
         )
     if np.ptp(of_layer) > 1e-3 * of_layer.max() or (counts.dtype.kind == "i" and np.ptp(of_layer)):
         found.append(

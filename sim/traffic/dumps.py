@@ -35,6 +35,7 @@ _MAP = "last_physical_to_logical_map"
 _SAMPLE = 4096  # first rows of an array that tell what it is
 _LENGTHS = ("sequence_lengths", "seq_lens", "seqlens", "extend_seq_lens")
 _NO_LOADS = re.compile(r"map$|log2phy|phy2log|logcnt|replica|logit|prob(s|$|abilit)|weight|score")
+_NAMES = f"loads go by {', '.join(COUNT_NAMES[:6])} ..., ids by {', '.join(TOKEN_NAMES[:4])} ..."
 STAT = "SGLang's recorder in mode stat"
 _DECODE = 2  # SGLang's ForwardMode of a step with one token of each request
 
@@ -79,7 +80,7 @@ def read_tensors(held: Any, path: Path, where: str, requests: Requests) -> Count
     names = (*COUNT_NAMES, *PHYSICAL_NAMES, *TOKEN_NAMES, BY_LAYER)
     if isinstance(held, dict) and not (arrays and (_are_layers(arrays) or any(name in arrays for name in names))):
         raise InputError(
-            f"{where} holds no tensor that is known ({', '.join(names)}; or SGLang's records): it has "
+            f"{where} holds no tensor that is known ({_NAMES}; or SGLang's records): it has "
             f"{shown(', '.join(map(str, held)))}"
         )
     file = io.BytesIO()
@@ -192,8 +193,7 @@ def read_archive(archive: Archive, requests: Requests) -> CountTable | Requests:
         return table
     other = next((name for name in names if _NO_LOADS.search(name)), None)
     if other is not None:
-        known = f"loads go by {', '.join(COUNT_NAMES[:6])} ...; ids by {', '.join(TOKEN_NAMES[:4])} ..."
-        raise InputError(f"{where}: its array '{shown(other)}' holds no loads by its name, nor ids; {known}")
+        raise InputError(f"{where}: its array '{shown(other)}' holds no loads by its name, nor ids: {_NAMES}")
     shape, _ = archive.shape(names[0])
     if len(names) > 1 and _are_layers(names) and len(shape) in (1, 2):
         return _of_layers(archive, requests)
