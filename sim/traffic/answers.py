@@ -317,7 +317,7 @@ def _nested(value: Any, here: str, requests: Requests) -> np.ndarray:
     }:  # booleans too
         raise InputError(what)
     if len(listed) < len(rows):
-        tokens = [[[0] * len(listed[0]) if row is None else row for row in token] for token in tokens]
+        tokens = [[[-1] * len(listed[0]) if row is None else row for row in token] for token in tokens]
     try:
         ids = np.asarray(tokens)
     except (ValueError, OverflowError):

@@ -127,14 +127,16 @@ def build_counts(
             f"{where}: each of its {counts.shape[0]} x {counts.shape[1]} rows adds up to 1: probabilities or weights of tokens, "
             "or shares, and no loads; of shares give one table [layers, experts]"
         )
-    numbers = np.arange(counts.shape[1]) if layer_ids is None else layer_ids
+    numbers = np.arange(counts.shape[1]) if layer_ids is None else np.asarray(layer_ids)
+    if numbers.min() < 0 or len(np.unique(numbers)) < len(numbers):
+        raise InputError(f"{where}: layers must be numbered from 0 on, each by a number of its own")
     used = counts.any(axis=(0, 2))
     if not used.any():
         raise InputError(f"{where}: every count is 0")
     _check_axes(counts.sum(axis=0, dtype=float)[used], where)
     counts = np.ascontiguousarray(counts[:, used] if counts.dtype.kind == "f" else counts[:, used].astype(np.int64))
     digest = hashlib.sha256(f"{counts.shape}{counts.dtype}".encode() + counts.tobytes()).hexdigest()[:32]
-    return LoadCounts(name, counts, np.asarray(numbers)[used], digest, n_steps), int((~used).sum())
+    return LoadCounts(name, counts, numbers[used], digest, n_steps), int((~used).sum())
 
 
 def logical_counts(name: str, counts: np.ndarray, table: np.ndarray | None, where: str) -> np.ndarray:

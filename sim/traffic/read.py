@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from sim.errors import InputError, shown
-from sim.files import check_regular, is_folder
+from sim.files import check_regular, is_folder, reading
 from sim.model import ModelSpec, load_model
 from sim.model.spec import MOST_DRAFTS
 from sim.traffic.answers import Requests, add_answer, add_trace, is_step, is_trace, json_values
@@ -233,7 +233,8 @@ def _read_file(kind: str, path: Path, here: str, requests: Requests, phase: str)
     if kind == "archive":
         with open_archive(path, here) as archive:
             return read_archive(archive, requests)
-    return _read_json(path, here, requests, phase)
+    with reading(here, "JSON"):  # which may be nested too deep
+        return _read_json(path, here, requests, phase)
 
 
 def _read_json(path: Path, where: str, requests: Requests, phase: str) -> CountTable | Requests:

@@ -254,7 +254,7 @@ def _table_of_columns(table: np.ndarray, names: list[str] | None, where: str, ki
 
 def _is_long(table: np.ndarray) -> bool:
     """Whether a table without names has a row per layer and expert: a layer has several, none twice, most of all there are."""
-    if table.shape[1] != 3 or not ((table[:, :2] >= 0) & (table[:, :2] % 1 == 0)).all():
+    if table.shape[1] != 3 or not ((table[:, :2] >= 0) & (np.floor(table[:, :2]) == table[:, :2])).all():
         return False
     layers, experts = (np.unique(table[:, place]).size for place in (0, 1))
     is_grid = layers < len(table) >= layers * experts / 2 and experts > 2
@@ -262,7 +262,7 @@ def _is_long(table: np.ndarray) -> bool:
 
 
 def _ids(values: np.ndarray, what: str, where: str) -> np.ndarray:
-    if not ((values >= 0) & (values < 2**31) & (values % 1 == 0)).all():
+    if not ((values >= 0) & (values < 2**31) & (np.floor(values) == values)).all():
         raise InputError(f"{where}: {what} must be whole numbers from 0 on")
     return values.astype(np.int64)
 
@@ -273,9 +273,10 @@ def _whole(counts: np.ndarray) -> np.ndarray:
     return counts.astype(np.int64) if is_whole else counts
 
 
-def _number(text: str) -> float | None:
+def _number(cell: Any) -> float | None:
+    text = str(cell)
     try:
-        return None if "_" in text else float(text)
+        return float(text) if text.isascii() and "_" not in text else None
     except ValueError:
         return None
 
