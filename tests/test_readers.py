@@ -311,6 +311,7 @@ def test_loads_that_may_mean_something_else_are_noted(tmp_path, small, array, no
         ("x.npy", REVERSED, "a map of experts, and no loads"),
         ("x.npy", np.column_stack([REVERSED, [[3, 5]] * 3]), "a map of experts, and no loads"),
         ("x.npz", {"logical_replica_count": LOADS}, "'logical_replica_count' holds no loads by its name"),
+        ("x.npz", {"log2phy": LOADS[..., None]}, "'log2phy' holds no loads by its name, nor ids"),
         ("x.npz", {"expert_load_view": LOADS}, "counts physical experts, and no map"),
         ("x.npy", np.full((4, 3, 8), 1 / 8), "adds up to 1: probabilities"),
         ("x.npy", np.tile(LOADS, (100, 1)), "300 layers"),
@@ -344,7 +345,7 @@ def test_exchanged_axes_and_physical_experts_are_refused(tmp_path, capsys, small
             "shape [3, 20, 2] is taken for [tokens, layers, top_k]: of [layers, tokens, top_k] exchange",
         ),
         (LOADS[:, None], "shape [3, 1, 8] is taken for [steps, layers, experts]: of [layers, steps, experts] exchange"),
-        (LOADS, "shape [3, 8] is taken for [layers, experts]: loads of ranks look the same, and are not read"),
+        (LOADS, "shape [3, 8] is taken for [layers, experts]: loads of ranks, and ids"),
     ],
 )
 def test_an_array_that_only_a_model_can_tell_says_what_its_axes_were_taken_for(tmp_path, small, array, note):

@@ -11,6 +11,7 @@ import types
 import numpy as np
 import pytest
 from conftest import fails, write
+from safetensors.numpy import save_file
 
 import sim
 from sim import InputError, ModelSpec, load_workload, read_traffic
@@ -153,6 +154,8 @@ def answers(folder):
     ids, lengths = np.concatenate(REQUESTS), np.array([len(x) for x in REQUESTS])
     yield write(folder / "one.npz", topk_ids=ids, sequence_lengths=lengths), False
     yield write(folder / "each.npz", **{f"request_{i}": x.astype(np.int32) for i, x in numbered}), False
+    save_file({"topk_ids": ids, "sequence_lengths": lengths}, folder / "one.safetensors")
+    yield folder / "one.safetensors", False
 
 
 def test_every_form_of_an_answer_gives_the_same_tokens(tmp_path):
@@ -166,12 +169,12 @@ def test_every_form_of_an_answer_gives_the_same_tokens(tmp_path):
             same(read_traffic(path))
             assert load_workload(f"file:{path}", phase="prefill").n_layers == 3
         n += 1
-        if path.suffix == ".npz":
+        if path.suffix in (".npz", ".safetensors"):
             continue
         packed = tmp_path / f"{path.name}.gz"
         packed.write_bytes(gzip.compress(path.read_bytes()))
         same(read_traffic(packed, SMALL))
-    assert (n, len(digests)) == (16, 1)
+    assert (n, len(digests)) == (17, 1)
 
 
 def test_streamed_answers_are_counted_once(tmp_path):
@@ -202,6 +205,14 @@ def test_a_phase_takes_its_own_tokens_of_an_answer_that_counts_them(tmp_path):
         assert "prefill steps; 7 tokens of decode are left out" in prefill.notes[0]
     write(path, lines=[{"usage": {"prompt_tokens": 9, "completion_tokens": 11}, "routed_experts": ids.tolist()}])
     same(read_traffic(path), [ids])
+    other = np.concatenate([ids[:3], REQUESTS[1]])  # two choices of one request, with the prompt in each or by itself
+    usage = {"prompt_tokens": 3, "completion_tokens": 7 + 12 + 2}
+    for prompt, choices in ((None, (ids, other)), (ids[:3].tolist(), (ids[3:], other[3:]))):
+        parts = [{"index": i, "routed_experts": x.tolist()} for i, x in enumerate(choices)]
+        write(path, lines=[{"id": "a", "usage": usage, "prompt_routed_experts": prompt, "choices": parts}])
+        decode, prefill = read_traffic(path), read_traffic(path, phase="prefill")
+        same(decode, [ids[3:], REQUESTS[1]], decode.notes[1:])
+        same(prefill, [ids[:3]], prefill.notes[1:])
 
 
 def test_several_choices_share_one_prompt(tmp_path):
@@ -661,6 +672,16 @@ def test_logs_of_engines_give_the_balancedness_of_each_step(tmp_path, metric):
         ("1 0.8\n2 0.7\n", [0.8, 0.7], "of 2 columns the last"),
         ("EngineCore_DP0 balancedness=0.8000, x\nEngineCore_DP1 balancedness=0.7000, x\n", [0.8, 0.7], "2 engines"),
         ("balancedness=0.8000, x\nbalancedness=0.", [0.8], "cut off"),
+        (
+            "args: EPLBConfig(log_balancedness=True, log_balancedness_interval=1)\nbalancedness=0.8, x\n",
+            [0.8],
+            "1 other",
+        ),
+        ("balancedness\x1b[0m=\x1b[1m0.8\x1b[0m, next: 1\n", [0.8], "1 lines of vLLM"),
+        ("\r10%|x\rbalancedness=0.8, x\rbalancedness=0.7, x\n", [0.8, 0.7], "2 lines of vLLM"),
+        ("balancedness=0.8, x balancedness=0.7, x\n", [0.8], "1 lines have several values"),
+        (json.dumps({"log": json.dumps({"balancedness": 0.8})}) + "\n", [0.8], "1 lines of vLLM"),
+        ("balancedness=0.8%\n", None, "'0.8%' is no balancedness"),
         ("balancedness=0,8000\n", None, "'0,8000' is no balancedness"),
         (
             "starting\n[Expert Statistics] step=8 | avg_balancedness=0.8000 | x\n",

@@ -121,8 +121,7 @@ def read_traffic(
     more: list[str] = []
     if len(paths) == 1 and is_folder(paths[0]):
         where = f"workload folder {paths[0]}"
-        paths, n_ignored = _listed(paths[0], where)
-        more = [f"{n_ignored} other files of the folder are not read"] if n_ignored else []
+        paths, more = _listed(paths[0], where)
     elif any(re.fullmatch(_STATISTICS, path.name) for path in paths):
         raise InputError(f"{where}: of TensorRT-LLM's expert statistics give the folder, with meta_info.json in it")
     found = _read_files(paths, Requests(where, model), phase)
@@ -148,13 +147,17 @@ def _check_shape(
     if not is_by_shape or (len(shape) == 3 and not 1 < shape[0] <= MOST_LAYERS):
         return ""
     other = f"[{axes[1]}, {axes[0]}, {axes[-1]}]"
-    told = f"of {other} exchange the axes" if len(shape) == 3 else "loads of ranks look the same, and are not read"
+    told = (
+        f"of {other} exchange the axes"
+        if len(shape) == 3
+        else "loads of ranks, and ids [tokens, top_k] of one layer, look the same, and are not read"
+    )
     return f"; without --model its shape {list(shape)} is taken for [{', '.join(axes)}]: {told}"
 
 
-def _listed(folder: Path, where: str) -> tuple[list[Path], int]:
-    """The files of a folder that are read, in natural order, and how many others there are: TensorRT-LLM's statistics of ranks,
-    or else all whose endings are known.
+def _listed(folder: Path, where: str) -> tuple[list[Path], list[str]]:
+    """The files of a folder that are read, in natural order: TensorRT-LLM's statistics of ranks, or else all whose endings are
+    known; and notes on others that there are, or are not.
     """
     try:
         with os.scandir(folder) as entries:
@@ -170,7 +173,11 @@ def _listed(folder: Path, where: str) -> tuple[list[Path], int]:
     if not chosen:
         raise InputError(f"{where} has no file that is known: their endings are {', '.join(SUFFIXES)}")
     chosen.sort(key=lambda name: [part.zfill(20) for part in re.split(r"(\d+)", name)])
-    return [folder / name for name in chosen], len(set(names) - {*chosen, "meta_info.json"})
+    n_ignored = len(set(names) - {*chosen, "meta_info.json"})
+    notes = [f"{n_ignored} other files of the folder are not read"] if n_ignored else []
+    if statistics and chosen[-1] != f"rank{len(chosen) - 1}.safetensors":
+        notes.append(f"of ranks up to {chosen[-1]} there are {len(chosen)}: the loads of others are missing")
+    return [folder / name for name in chosen], notes
 
 
 def _kind(path: Path, where: str) -> str:
