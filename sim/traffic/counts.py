@@ -114,7 +114,7 @@ def build_counts(
             f"{where}: counts must not be negative, found {shown(counts.min().item())} (step {step}, layer {layer}, "
             f"expert {expert}){logits}"
         )
-    if counts.max() > 2**53:
+    if counts.max() >= 2**53:
         raise InputError(f"{where}: counts above 2**53, found {shown(counts.max().item())}")
     if counts.shape[1] > MOST_LAYERS:
         raise InputError(

@@ -350,10 +350,8 @@ def _table_of_rows(held: list[Any], where: str) -> CountTable | None:
     table = _regular(rows, where)
     if table.shape[1] != len(names):
         raise InputError(f"{where}: a list of counts stands where a number should")
-    found, beside = (
-        _table_of_columns(table.astype(float), names, where, "JSON"),
-        [key for key in held[0] if not _column(key)],
-    )
+    found = _table_of_columns(table.astype(float), names, where, "JSON")
+    beside = [key for key in held[0] if not _column(key)]
     found.notes += [f"keys that are not read: {shown(', '.join(beside))}"] if beside else []
     return found
 
@@ -388,24 +386,22 @@ def _table_of_layers(held: dict[str, Any], where: str) -> CountTable | None:
     rows = list(of_layer.values())
     if all(isinstance(row, dict) for row in rows):  # {layer: {expert_counts: ..., and what describes them}}
         rows = [next((row[name] for name in COUNT_NAMES if name in row), row) for row in rows]
-    if all(isinstance(row, list) and depth_of(row) == 1 for row in rows):
-        form, is_open = "JSON {layer: [count of each expert]}", False
-        table = _regular(rows, where)
-        experts = [list(range(table.shape[1]))] * len(rows)
+    if all(isinstance(row, list) and row and depth_of(row) == 1 for row in rows):
+        form = "JSON {layer: [count of each expert]}"
+        table = np.column_stack([np.array(list(of_layer), int), _regular(rows, where)])
+        names = ["layer", *map(str, range(table.shape[1] - 1))]
     elif all(isinstance(row, dict) and row for row in rows):
-        form, is_open = "JSON {layer: {expert: count}}", True
-        experts = [[expert for key in row if (expert := _expert_of_key(key)) is not None] for row in rows]
-        if list(map(len, experts)) != list(map(len, rows)):
+        form, names = "JSON {layer: {expert: count}}", ["layer", "expert", "count"]
+        of_row = zip(of_layer, rows, strict=True)
+        cells = [[layer, _expert_of_key(key), n] for layer, row in of_row for key, n in row.items()]
+        if any(cell[1] is None for cell in cells):
             return None
-        rows = [list(row.values()) for row in rows]
+        table = _regular(cells, where)
     else:
         return None
-    entries = [
-        (0, layer, np.array(of_row, int), _regular([row], where)[0])
-        for layer, of_row, row in zip(of_layer, experts, rows, strict=True)
-    ]
-    counts, _, layers = tabulate(entries, where)
-    return CountTable(_whole(counts[0]), form, layers, is_open=is_open)
+    found = _table_of_columns(table.astype(float), names, where, "JSON")
+    found.form = form
+    return found
 
 
 def _steps(held: list[Any], where: str) -> CountTable | None:
