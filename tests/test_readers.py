@@ -19,18 +19,11 @@ REQUESTS = [
     np.concatenate([np.zeros((n, 1, 4), int), RNG.random((n, 3, 32)).argsort(axis=2)[:, :, :4]], axis=1)
     for n in (5, 7, 4)
 ]
-BY_LAYER = np.concatenate(REQUESTS).transpose(1, 0, 2)[1:]
 COUNTS = RNG.multinomial(4000, np.full(16, 1 / 16), size=(3, 4))  # steps, layers, experts
 
 
 def encoded(ids, dtype="<i4"):
     return base64.b64encode(ids.astype(dtype).tobytes()).decode()
-
-
-def test_sglang_per_token_records_have_layers_first(tmp_path):
-    ids = np.concatenate(REQUESTS).transpose(1, 0, 2)
-    traffic = read_traffic(write(tmp_path / "x.npz", topk_ids_of_layer=ids))
-    np.testing.assert_array_equal(traffic.topk_ids, BY_LAYER)
 
 
 def test_arrays_of_counts(tmp_path):
@@ -394,6 +387,7 @@ def test_ids_in_odd_forms_are_the_same_tokens(tmp_path, small):
         {"selected_experts": IDS, "layer": np.arange(3)},
         {"expert_ids": IDS, "cu_seqlens": np.array([0, 20])},
         {"ids": padded},
+        {"topk_ids_of_layer": IDS.transpose(1, 0, 2)},  # SGLang's have layers first
         {"routed_experts": batch},
         {f"layer_{i}": IDS[:, i] for i in range(3)},
     ):
