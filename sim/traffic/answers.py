@@ -415,14 +415,9 @@ def is_trace(held: Any) -> bool:
 
 def is_step(held: Any) -> bool:
     """Whether this is a step of a trace set: {layer: [[expert ids] of each token]}, null for dense layers."""
-    return (
-        isinstance(held, dict)
-        and bool(held)
-        and all(
-            layer_of_key(key) is not None and (value in (None, []) or depth_of(value) == 2)
-            for key, value in held.items()
-        )
-    )
+    if not isinstance(held, dict) or not held or None in map(layer_of_key, held):
+        return False
+    return all(value in (None, []) or depth_of(value) == 2 for value in held.values())
 
 
 def add_trace(requests: Requests, steps: list[Any], here: str, phase: str) -> None:

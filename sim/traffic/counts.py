@@ -240,12 +240,8 @@ def _check_axes(total: np.ndarray, where: str) -> None:
     ordered = np.sort(total, axis=1)  # of a map: each expert has a slot, and a few have several
     steps = np.diff(ordered, axis=1)
     last = ordered[0, -1]
-    if (
-        2 * last > width > 3
-        and not ordered[:, 0].any()
-        and (ordered[:, -1] == last).all()
-        and set(np.unique(steps)) <= {0, 1}
-    ):
+    has_all = not ordered[:, 0].any() and (ordered[:, -1] == last).all() and set(np.unique(steps)) <= {0, 1}
+    if 2 * last > width > 3 and has_all:
         raise InputError(f"{where}: each row has all numbers from 0 to {last:g}: a map of experts, and no loads")
 
 

@@ -415,13 +415,7 @@ def _decoder_layers(
 
 
 def read_recorded(path: Path, phase: str = "decode", model: ModelSpec | Path | str | None = None) -> RecordedTraffic:
-    """Experts of tokens of a file that `read_traffic` reads; load counts are refused.
-
-    Raises
-    ------
-    InputError
-        As `read_traffic`, or the file holds load counts.
-    """
+    """Experts of tokens of a file that `read_traffic` reads. Raises InputError as it does, and for load counts."""
     data = read_traffic(path, model, phase)
     if isinstance(data, LoadCounts):
         raise InputError(

@@ -188,15 +188,11 @@ def _check_columns(names: list[str], here: str) -> None:
     by_expert = any(name.isdigit() for name in names)
     if not by_expert and "expert" not in names and "count" not in names:
         raise InputError(f"{here}: no column is an expert ({_COLUMNS})")
-    for name, other in (
-        ("step", "layer"),
-        ("rank", "layer"),
-        ("expert", "layer"),
-        ("expert", "count"),
-        ("count", "expert"),
-    ):
-        if name in names and other not in names:
-            raise InputError(f"{here}: a column '{name}' needs a column '{other}' beside it")
+    needed = {"step": ["layer"], "rank": ["layer"], "expert": ["layer", "count"], "count": ["expert"]}
+    for role, others in needed.items():
+        lacking = [other for other in others if role in names and other not in names]
+        if lacking:
+            raise InputError(f"{here}: a column '{role}' needs a column '{lacking[0]}' beside it")
     if by_expert and "expert" in names:
         raise InputError(f"{here}: columns 'expert' and 'count' do not go with a column for each expert")
 
