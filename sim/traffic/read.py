@@ -64,12 +64,12 @@ def read_traffic(
     What the file is, is recognised before its numbers are read, and said in `notes` with all that is left out.
 
     * Experts of tokens, to `RecordedTraffic`: answers of vLLM and SGLang with `routed_experts` (JSON, JSON lines, a stream of
-      events; nested lists, base64, {data, shape, dtype}); arrays [tokens, layers, top_k] in .npy, .npz and .pt, one request
-      each, a batch [requests, tokens, layers, top_k], [tokens, top_k] for each layer, or `topk_ids` with `sequence_lengths`;
-      SGLang's recorder in mode per_token (.pt); a folder of JSON files, one for each request, a list of steps
-      {layer: [[expert ids] of each token]}, of which step 0 is the prefill.
-    * Loads of experts, to `LoadCounts`: arrays [layers, experts] or [steps, layers, experts] in .npy, .npz and .pt; tables in
-      CSV and JSON, with a row per layer or per layer and expert; SGLang's recorder in modes stat and per_pass (.pt); vLLM's
+      events; nested lists, base64, {data, shape, dtype}); arrays [tokens, layers, top_k] in .npy, .npz, .safetensors and .pt,
+      one request each, a batch [requests, tokens, layers, top_k], [tokens, top_k] for each layer, or `topk_ids` with
+      `sequence_lengths`; SGLang's recorder in mode per_token (.pt); a folder of JSON files, one for each request, a list of
+      steps {layer: [[expert ids] of each token]}, of which step 0 is the prefill.
+    * Loads of experts, to `LoadCounts`: arrays [layers, experts] or [steps, layers, experts] in the same; tables in CSV and JSON,
+      with a row per layer or per layer and expert; SGLang's recorder in modes stat and per_pass (.pt); vLLM's
       `expert_load_window` beside its map; the folder of TensorRT-LLM's EXPERT_STATISTIC_PATH.
 
     Text may be packed as .gz. Of a folder (or a list of paths) all files are read: ranks are added up, requests put together.

@@ -24,12 +24,12 @@ from sim.traffic.counts import (
 )
 
 _ROLES = {
-    "layer": r"(moe_|decoder_)?layers?(_?(id|idx|index|num|number|no))?",
+    "layer": r"(moe_|decoder_)?layers?(_?(id|idx|index|num|number|no|name))?",
     "step": r"(step|iter|iteration|pass|forward_pass|window|time_?step)(_?(id|idx|index|num|number|no))?",
     "rank": r"((ep|dp|tp|world|gpu)_)?(rank|gpu|device)(_?(id|idx|index))?",
     "expert": r"(logical_)?experts?(_?(id|idx|index|num|number|no))?",
-    "count": r"((token|expert|n|num|logical|activation)_)?(counts?|loads?|tokens|hits?|usage|frequency|value)"
-    r"|(num_)?tokens_per_expert",
+    "count": r"((token|expert|n|num|logical|activation)_)?(counts?|loads?|tokens|hits?|usage|freq(uency)?|value)"
+    r"|(num_)?tokens_per_expert|activations|selections|hotness",
 }
 """What a column holds, by its name in lower case: `layer_id`, `iteration`, `ep_rank`, `expert_idx`, `count` ..."""
 _EXPERT_COLUMN = r"((logical_)?(experts?|exp|e)_?((id|idx)_)?)?(\d{1,6})"  # 3, e3, expert_3
