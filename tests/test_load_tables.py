@@ -112,6 +112,7 @@ def test_a_header_of_numbers_is_a_header_and_a_row_of_counts_is_none(tmp_path):
         ("layer,e0,e1\n0,1,2\n1,2,3,4\n", "line 3: 4 columns where the first line has 3"),
         ("layer_id,expert_id,count\n0,1,2\nlayer_id,expert_id,count\n", "line 3: 'layer_id' is not a number"),
         ("layer,e0,e1\n0,true,2\n", "'true' is not a number"),
+        ("0,0,0,9\n0,0,1,7\n0,0,2,5\n0,1,0,9\n", "4 columns without names, of which 3 number its rows"),
         ("layer,e0,e1\n0,1_900,2\n", "line 2: '1_900' is not a number"),
         ("layer,e0,e1\n0,99999999999999999999,2\n", "line 2: counts above 2**53"),
     ],

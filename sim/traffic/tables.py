@@ -200,7 +200,12 @@ def _check_columns(names: list[str], here: str) -> None:
 def _table_of_columns(table: np.ndarray, names: list[str] | None, where: str, kind: str) -> CountTable:
     """Counts of a table [rows, columns] of numbers whose columns have these roles."""
     if names is None:
-        if _is_long(table):
+        width = table.shape[1]
+        if width in (3, 4) and (n_keys := _keys_of_rows(table)):
+            if width == 4:
+                raise InputError(
+                    f"{where}: 4 columns without names, of which {n_keys} number its rows: name them ({_COLUMNS})"
+                )
             found = _table_of_columns(table, ["layer", "expert", "count"], where, kind)
             found.notes.append("its three columns, which have no names, are taken for layer, expert and count")
             return found
@@ -248,13 +253,17 @@ def _table_of_columns(table: np.ndarray, names: list[str] | None, where: str, ki
     return found
 
 
-def _is_long(table: np.ndarray) -> bool:
-    """Whether a table without names has a row per layer and expert: a layer has several, none twice, most of all there are."""
-    if table.shape[1] != 3 or not ((table[:, :2] >= 0) & (np.floor(table[:, :2]) == table[:, :2])).all():
-        return False
-    layers, experts = (np.unique(table[:, place]).size for place in (0, 1))
-    is_grid = layers < len(table) >= layers * experts / 2 and experts > 2
-    return is_grid and len(np.unique(table[:, :2], axis=0)) == len(table)
+def _keys_of_rows(table: np.ndarray) -> int:
+    """How many columns before the counts tell a row of a table without names: 2 (layer and expert) or 3, where they are whole
+    numbers that come together once each, and make up most of a grid; else 0.
+    """
+    for n_keys in range(2, min(table.shape[1], 4)):
+        keys = table[:, :n_keys]
+        sizes = [np.unique(column).size for column in keys.T]
+        is_grid = max(sizes[:-1]) < len(table) >= np.prod(sizes) / 2 and sizes[-1] > 2
+        if is_grid and ((keys >= 0) & (np.floor(keys) == keys)).all() and len(np.unique(keys, axis=0)) == len(table):
+            return n_keys
+    return 0
 
 
 def _ids(values: np.ndarray, what: str, where: str) -> np.ndarray:
