@@ -77,8 +77,7 @@ def read_tensors(held: Any, path: Path, where: str, requests: Requests) -> Count
     arrays = {str(key): array for key, part in parts.items() if (array := as_array(part, where)) is not None}
     if not arrays and not isinstance(held, dict):
         raise InputError(f"{where} holds no tensor, but a {type(held).__name__}")
-    names = (*COUNT_NAMES, *PHYSICAL_NAMES, *TOKEN_NAMES, BY_LAYER)
-    if isinstance(held, dict) and not (arrays and (_are_layers(arrays) or any(name in arrays for name in names))):
+    if isinstance(held, dict) and not (arrays and are_known(arrays)):
         raise InputError(
             f"{where} holds no tensor that is known ({_NAMES}; or SGLang's records): it has "
             f"{shown(', '.join(map(str, held)))}"
@@ -94,6 +93,12 @@ def read_tensors(held: Any, path: Path, where: str, requests: Requests) -> Count
 def _are_layers(names: Iterable[str]) -> bool:
     """Whether each name is a layer's."""
     return all(layer_of_key(name) is not None for name in names)
+
+
+def are_known(names: Iterable[str]) -> bool:
+    """Whether arrays of these names hold loads or ids: one has a name that they go by, or each is named by its layer."""
+    known = {*COUNT_NAMES, *PHYSICAL_NAMES, *TOKEN_NAMES, BY_LAYER}
+    return not known.isdisjoint(names) or (_are_layers(names) and not any(map(_NO_LOADS.search, names)))
 
 
 def successive(tables: list[CountTable]) -> list[CountTable]:
@@ -225,10 +230,10 @@ def _add_ids(requests: Requests, archive: Archive, name: str) -> Requests:
     elif name in TOKEN_NAMES and PROMPT in archive.names:
         ids = np.concatenate([archive.read_ids(PROMPT), ids])
     requests.add(ids, archive.where, lengths=lengths)
-    known = (
-        f" named {name}{_not_read(archive.names, {name, PROMPT})}" if name in TOKEN_NAMES or name == BY_LAYER else ""
-    )
-    requests.form = f"an array of expert ids [{axes}]{known}: {'a request each' if is_batch else 'one request'}"
+    is_named = name in TOKEN_NAMES or name == BY_LAYER
+    named = f" named {name}" if is_named else ""
+    others = _not_read(archive.names, {name, PROMPT}) if is_named else ""
+    requests.form = f"an array of expert ids [{axes}]{named}: {'a request each' if is_batch else 'one request'}{others}"
     return requests
 
 
@@ -292,7 +297,7 @@ def read_statistics(path: Path, where: str, model: ModelSpec | None) -> CountTab
         raise InputError(
             f"{where} has {top_k} experts per token, model {model.name} has top_k {model.top_k}: another model?"
         )
-    arrays = read_safetensors(path, where)
+    arrays = read_safetensors(path, where, lambda names: True)
     if not arrays or len(arrays) > 10 * MAX_ARRAYS:
         raise InputError(f"{where} has {len(arrays)} arrays")
     entries, n_experts = [], n_experts or len(np.ravel(next(iter(arrays.values()))))

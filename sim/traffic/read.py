@@ -26,7 +26,7 @@ from sim.traffic.counts import (
     doubts_about,
     of_experts,
 )
-from sim.traffic.dumps import STAT, read_archive, read_statistics, read_tensors, read_torch, successive
+from sim.traffic.dumps import STAT, are_known, read_archive, read_statistics, read_tensors, read_torch, successive
 from sim.traffic.recorded import MOST_LAYERS, PHASES, RecordedTraffic, build_record
 from sim.traffic.tables import read_csv, table_of_json
 
@@ -236,7 +236,7 @@ def _read_file(kind: str, path: Path, here: str, requests: Requests, phase: str)
     if kind == "statistics":
         return read_statistics(path, here, requests.model)
     if kind == "safetensors":
-        return read_tensors(read_safetensors(path, here), path, here, requests)
+        return read_tensors(read_safetensors(path, here, are_known), path, here, requests)
     if kind == "archive":
         with open_archive(path, here) as archive:
             return read_archive(archive, requests)
