@@ -42,14 +42,6 @@ def test_arrays_of_counts(tmp_path):
     np.testing.assert_allclose(floats.total, COUNTS[0] / 7)
 
 
-def test_layers_without_load_are_dropped_and_the_others_keep_their_numbers(tmp_path):
-    counts = COUNTS.copy()
-    counts[:, 1] = 0
-    traffic = read_traffic(write(tmp_path / "x.npy", x=counts))
-    assert traffic.layer_ids.tolist() == [0, 2, 3]
-    assert traffic.notes[1:] == ("1 layers without any load are left out",)
-
-
 def test_published_loads_are_read(shared):
     data = read_traffic(shared / "traces" / "olmoe-c4-load.csv", load_model("olmoe-1b-7b"))
     assert data.layer_ids.tolist() == [0, 7, 15]

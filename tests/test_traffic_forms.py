@@ -581,6 +581,7 @@ def test_layers_are_those_of_the_file_or_of_the_model(tmp_path):
     wide[[1, 3, 5]] = COUNTS
     np.save(tmp_path / "x.npy", wide)
     assert read_traffic(tmp_path / "x.npy").layer_ids.tolist() == [1, 3, 5]
+    assert "3 layers without any load are left out" in read_traffic(tmp_path / "x.npy").notes
     assert read_traffic(tmp_path / "x.npy", model).layer_ids.tolist() == [1, 3, 5]
     header = "layer," + ",".join(f"e{e}" for e in range(8)) + "\n"
     for ids, wanted in (
@@ -603,17 +604,14 @@ def test_layers_are_those_of_the_file_or_of_the_model(tmp_path):
 
 def test_packed_bombs_and_torn_files_are_refused(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("sim.files.MOST_UNASKED", 1 << 20)
-    bomb = tmp_path / "x.csv.gz"
-    bomb.write_bytes(gzip.compress(b"1,2\n" + b"0,0\n" * (1 << 20)))
-    fails(capsys, ["traffic", "show", bomb], "unpacks to more than 200 times its size")
-    bomb = tmp_path / "x.jsonl.gz"
-    bomb.write_bytes(gzip.compress(bytes(4 << 20)))
-    fails(capsys, ["traffic", "show", bomb], "unpacks to more than 200 times its size")
-    torn = tmp_path / "y.csv.gz"
-    torn.write_bytes(gzip.compress(b"1,2\n" * 1000)[:-20])
-    fails(capsys, ["traffic", "show", torn], "y.csv.gz")
-    torn.write_bytes(b"1,2\n3,4\n")
-    fails(capsys, ["traffic", "show", torn], "cannot be read")
+    for name, data, message in (
+        ("x.csv.gz", gzip.compress(b"1,2\n" + b"0,0\n" * (1 << 20)), "unpacks to more than 200 times its size"),
+        ("x.jsonl.gz", gzip.compress(bytes(4 << 20)), "unpacks to more than 200 times its size"),
+        ("y.csv.gz", gzip.compress(b"1,2\n" * 1000)[:-20], "is cut off"),
+        ("y.csv.gz", b"1,2\n3,4\n", "cannot be read"),
+    ):
+        (tmp_path / name).write_bytes(data)
+        fails(capsys, ["traffic", "show", tmp_path / name], message)
 
 
 def test_large_folders_and_pickles_are_refused(tmp_path, capsys, monkeypatch):

@@ -159,14 +159,10 @@ def _say_about_steps(traffic: Any, parts: int, ep_size: int, options: dict[str, 
         return
     n_tokens, n_sequences = traffic.n_tokens // parts, traffic.n_sequences // parts
     if largest > n_tokens or (largest > n_sequences and traffic.phase == "decode"):
-        many = (
-            "larger steps take tokens more than once"
-            if largest > n_tokens
-            else "larger steps take several tokens of each"
-        )
+        take = "tokens more than once" if largest > n_tokens else "several tokens of each"
         note(
-            f"{traffic.name}: {n_sequences} sequences are scored, of {n_tokens} tokens; {many}, and are as uneven as these "
-            "sequences together, not as so many requests"
+            f"{traffic.name}: {n_sequences} sequences are scored, of {n_tokens} tokens; larger steps take {take}, and are as "
+            "uneven as these sequences together, not as so many requests"
         )
 
 
