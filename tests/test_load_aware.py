@@ -17,7 +17,7 @@ from sim.copies import assign_by_hash, assign_evenly, find_copies, pick_slots
 from sim.placement import place_fixed, placement_text
 from sim.router import draw_loads, draw_trials
 from sim.sweeps import Journal, combine, executors, make_plan, run_plan
-from sim.traffic import FittedLayers, LoadTable, SyntheticTraffic
+from sim.traffic import FittedLayers, LoadCounts, SyntheticTraffic
 from sim.traffic.counts import build_counts
 
 V3, CHAT = load_model("deepseek-v3"), load_workload("chat")
@@ -258,7 +258,8 @@ def test_counts_from_outside_are_checked(tmp_path, capsys, monkeypatch):
     }.items():
         table = np.ones((2, 32))
         table[1, 3] = bad
-        monkeypatch.setattr("sim.traffic.load_table", lambda path, model, table=table: LoadTable("x", table, "x"))
+        counts = LoadCounts("x", table[None], np.arange(2), "x")
+        monkeypatch.setattr("sim.traffic.read_traffic", lambda path, model, counts=counts: counts)
         words = ["export", "--model", "gpt-oss-20b", "--placement", "eplb", "--ep", "4", "--fit-on", "x.npz"]
         fails(capsys, [*words, "--format", "vllm", "--out", tmp_path / "out"], message)
     assert not list(tmp_path.iterdir())

@@ -138,7 +138,7 @@ def test_a_spec_is_returned_as_it_is():
 
 def test_missing_files_are_called_missing():
     for path in ("/no/such/DeepSeek-V3", "./deepseek-v3", "a/b/deepseek-v3"):
-        with pytest.raises(InputError, match="cannot be read: No such file"):
+        with pytest.raises(InputError, match="cannot be read: it does not exist"):
             load_model(path)
 
 

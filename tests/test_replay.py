@@ -184,7 +184,7 @@ def test_bad_arguments(tmp_path, capsys):
     with pytest.raises(InputError, match="recorded routing, not synthetic traffic"):
         replayed(load_workload("chat"))
     for words, message in (
-        ([], "none.npz does not exist"),
+        ([], "none.npz cannot be read: it does not exist"),
         (["--workload", "mixed"], "--traffic goes without --workload"),
         (["--tokens-per-request", "2"], "--tokens-per-request does not go with --traffic"),
         (["--phase", "prefill"], "--phase does not go with --traffic"),

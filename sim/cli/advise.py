@@ -147,17 +147,18 @@ def _read(arguments: Namespace, model: Any) -> Any:
 
 
 def _say_about_steps(traffic: Any, parts: int, ep_size: int, options: dict[str, Any]) -> None:
-    """A remark where steps have more tokens than there are sequences to take them from."""
+    """A remark where steps have more tokens than the record, or than it has sequences to take them from."""
     from sim.traffic import RecordedTraffic
 
     largest = max(options["tokens"]) * (ep_size if options["tokens_per_rank"] else 1)
-    if not isinstance(traffic, RecordedTraffic) or traffic.phase != "decode":
+    if not isinstance(traffic, RecordedTraffic):
         return
-    n_sequences = (len(traffic.starts) - 1) // parts
-    if largest > n_sequences:
+    n_tokens, n_sequences = traffic.n_tokens // parts, traffic.n_sequences // parts
+    if largest > n_tokens or (largest > n_sequences and traffic.phase == "decode"):
+        take = "tokens more than once" if largest > n_tokens else "several tokens of each"
         note(
-            f"{traffic.name}: {counted(n_sequences, 'sequence')} scored; decode steps of more tokens take several tokens of "
-            "each, and are as uneven as these sequences together, not as so many requests"
+            f"{traffic.name}: {counted(n_sequences, 'sequence')} scored, of {counted(n_tokens, 'token')}; larger steps "
+            f"take {take}, and are as uneven as these sequences together, not as so many requests"
         )
 
 
