@@ -61,7 +61,7 @@ def read_config(path: Path) -> ModelSpec:
     if read.flag("switch") is False:
         raise read.error(f"has no experts: {read.take('switch')[0]} is false")
     n_experts, expert_mask = _experts(read)
-    top_k = read.whole("top_k", 1, _MOST_EXPERTS)
+    top_k = read.whole("top_k", 1, _MOST_EXPERTS) or known.top_k
     if top_k is None:
         raise read.error(f"has no top-k: no {_spellings('top_k')}")
     scoring, has_bias = _scoring(read, known, name if implied else "")
@@ -104,8 +104,9 @@ def caveat_of(n_zero: int, n_hash: int, top_k: int) -> str:
     """What a simulation leaves out of a model with zero-compute experts or hash-routed layers."""
     told = []
     if n_zero:
+        some = "zero-compute expert is" if n_zero == 1 else f"{n_zero} zero-compute experts are"
         told.append(
-            f"its {n_zero} zero-compute experts are not modelled: a token is taken to use {top_k} real ones, which is more"
+            f"its {some} not modelled: a token's top {top_k} are all taken to be real ones, so loads come out too high"
         )
     if n_hash:
         told.append(f"its first {n_hash} MoE layers route by a hash of the token, which is not modelled")
@@ -191,6 +192,8 @@ def _scoring(read: Reader, known: Type, name: str) -> tuple[str, bool]:
         scoring = "sigmoid" if sigmoid else "softmax"
     has_bias = read.flag("has_bias")
     key, method = read.take("method")
+    if scoring == "noaux_tc":  # dots.llm1: the method stands under the scoring
+        method, scoring = method or scoring, None
     if method not in (None, "noaux_tc", "greedy", "group_limited_greedy"):
         read.notes.append(f"{key} {shown(method)} (not understood)")
     if has_bias is None and method:

@@ -6,7 +6,7 @@ from itertools import islice
 from typing import Any
 
 from sim.errors import shown
-from sim.model.keys import KEYS, LAYER_FIELDS, of_layers
+from sim.model.keys import KEYS, LAYER_FIELDS, of_layers, says_moe, speaks
 from sim.model.reader import Reader
 from sim.model.spec import MAX_LAYERS
 
@@ -59,7 +59,7 @@ def moe_layers(
             read.notes.append("moe_layer_ids (the number of layers is not in config.json)")
         return 0, ()
     left = set(range(n_layers)) if n_layers else set(named or ())
-    rules = _taken_away(read, n_layers, drafts)
+    rules = _taken_away(read, n_layers, drafts, type_name)
     for key, taken in rules:
         if named is None:
             left &= taken
@@ -74,7 +74,7 @@ def moe_layers(
         told = " and ".join(shown(key) for key in strange[:_MOST_KEYS])
         read.notes.append(f"moe_layer_ids (unknown, as {told} may say them)")
         return n_layers, ()
-    if not asked and implied is None:
+    if not asked and implied is None and named is None:
         read.notes.append("moe_layer_ids (config.json names no dense layers; all were taken)")
     return n_layers, tuple(sorted(left))
 
@@ -93,7 +93,8 @@ def _imply(read: Reader, implied: Mapping[str, Any], type_name: str) -> None:
 
 def _words(read: Reader) -> tuple[str, list[str]] | None:
     """The list with a word for each layer that tells MoE layers from others, if there is one."""
-    for key in KEYS["types"]:
+    others = [key for key, value in read.config.items() if key not in KEYS["types"] and says_moe(value)]
+    for key in (*KEYS["types"], *(key for key in others if speaks(key, read.config[key]))):
         words = read.config.get(key)
         if not isinstance(words, list) or len(words) > MAX_LAYERS or not all(isinstance(word, str) for word in words):
             continue
@@ -133,6 +134,7 @@ def _named(read: Reader, n_layers: int, drafts: int, counts: list[int]) -> tuple
         read.leave(key)
     else:
         key, listed = words
+        read.use(key)
         mlp = _is_of_mlps(key, listed)
         for word in sorted({word for word in listed if mlp and not _is_moe(word, mlp)}):
             if not set(re.split(r"[^a-z0-9]+", word.lower())) & _DENSE_WORDS:
@@ -164,7 +166,7 @@ def _named(read: Reader, n_layers: int, drafts: int, counts: list[int]) -> tuple
     return (n_layers, said[0][1], said[0][0]) if said else (n_layers, None, "")
 
 
-def _taken_away(read: Reader, n_layers: int, drafts: int) -> list[tuple[str, set[int]]]:
+def _taken_away(read: Reader, n_layers: int, drafts: int, type_name: str) -> list[tuple[str, set[int]]]:
     """For each key that takes layers away: the key, and the layers that it leaves."""
     every_layer = range(n_layers or MAX_LAYERS)
     rules: list[tuple[str, set[int]]] = []
@@ -181,8 +183,9 @@ def _taken_away(read: Reader, n_layers: int, drafts: int) -> list[tuple[str, set
         elif n is not None:
             least = 0 if key == "interleave_moe_layer_step" else 1  # 0: Llama 4 without experts
             n = read.checked(key, n, least)
-            phase = {"every": 0}.get(field, 1 % n if key == "moe_every_n_layers" and n else n - 1)
-            rules.append((key, {i for i in every_layer if n and i % n == phase}))
+            from_1 = key == "moe_every_n_layers" or type_name == "switch_transformers"
+            phase = 0 if field == "every" else 1 if from_1 else n - 1
+            rules.append((key, {i for i in every_layer if n and i % n == phase % n}))
     (key, period), (offset_key, offset) = read.take("period"), read.take("offset")
     if period is None:
         read.leave(offset_key)
