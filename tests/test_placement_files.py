@@ -292,6 +292,26 @@ def test_yaml_in_block_and_flow_style(tmp_path):
     found = read_placement(path, plain(3), 2)
     assert found.experts.tolist() == [[0, 1, 2, 0], [2, 1, 0, 1]]
     assert place(f"file:{path}", plain(3), 2).logical_of_slot.tolist() == [[0, 1, 2, 0], [2, 1, 0, 1]]
+    shared = (
+        "initial_global_assignments:\n  0: &id001\n  - 0\n  - 1\n  1: *id001\nlayer_updates_per_iter: 2\nnum_slots: 2\n"
+    )
+    path.write_text(shared)  # PyYAML, of a list that two layers share
+    found = read_placement(path, plain(2), 2)
+    assert found.experts.tolist() == [[0, 1], [0, 1]]
+    assert "moves experts as it runs" in found.notes[0]
+
+
+def test_vllm_ascend_takes_devices_in_the_order_of_the_list_and_says_what_goes_wrong(tmp_path):
+    """`expert_file_to_tensor` (eplb/core/eplb_utils.py, vllm-ascend 0.23): rank r is place r, whatever its device_id."""
+    path = tmp_path / "map.json"
+    content = json.loads(MAPS["vllm-ascend"]([0], ROWS[:1]))
+    content["layer_list"][0]["device_list"].reverse()
+    path.write_text(json.dumps(content))
+    found = read_placement(path, plain(4), 2)
+    assert found.experts.tolist() == [[1, 0, 3, 2]]
+    assert "in the order of the list" in found.notes[0]
+    path.write_text(MAPS["vllm-ascend"]([0], [[0, 0, 1, 0]]))
+    assert "holds an expert twice" in read_placement(path, plain(2), 2).notes[0]
 
 
 MAP = '{"physical_to_logical_map": %s}'
@@ -313,6 +333,7 @@ ASCEND = (
         (MAP % "[[0, 1, 2, 1.0]]", "not 1.0"),
         (MAP % "[[0, 1, 2, true]]", "not True"),
         (MAP % "[]", "must be a list of layers"),
+        (MAP % "[0, 1, 2, 0]", "must be a list of layers, each a list of experts"),
         (MAP % "[3]", "must be a list of layers, each a list of experts"),
         (MAP % "{}", "must be a list of layers"),
         (MAP % "[[0, 1, 2, 0]", "is not JSON"),
@@ -340,6 +361,8 @@ ASCEND = (
         (YAML.replace("  - 2", "  - x"), "line 6: expected a whole number, not x"),
         (YAML.replace("  - 2", "  - &a 2"), "line 6: expected 'key: value'"),
         (YAML.replace("2, 0]", "2, 0"), "a list is not closed"),
+        (YAML + "num_slots: 4\n", "line 13: num_slots stands twice"),
+        (YAML + "ep_size: 4\n", "says ep_size 4: it is no map for `ep_size` 2"),
         (YAML.replace("2, 0]", "2, , 0]"), "expected a whole number"),
         (YAML.replace("'3'", "11"), "layer 11 is out of place, there twice"),
         (YAML.replace("'3': [", "'3': !!python/object ["), "expected a list of experts"),

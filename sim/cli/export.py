@@ -72,7 +72,11 @@ def run_export(arguments: Namespace) -> None:
     _write_checked(path, placement_text(placement, form, decoder_layers(model) if named else 0), placement, model)
     fewest, most = int(placement.slots_of_row.min()), placement.n_slots
     slots = f"{most}" if fewest == most else f"{fewest} to {most}"
-    print(f"{placement.n_rows} layers x {slots} slots on {placement.ep_size} ranks, {form} format, written to {path}")
+    rows = max(decoder_layers(model) if named else 0, max(ids) + 1)
+    more = f", in {rows} rows, one for each decoder layer" if form == "sglang" and rows > placement.n_rows else ""
+    print(
+        f"{placement.n_rows} layers x {slots} slots on {placement.ep_size} ranks{more}, {form} format, written to {path}"
+    )
     print(how_to_load(form, path, most - model.n_experts, not why_linear(model, placement.ep_size)))
     if fewest < most:
         note(

@@ -358,7 +358,8 @@ def _device_experts(row: dict[str, Any], ep_size: int, at: str) -> tuple[list[An
     """Experts of a layer's slots, device by device as they are listed, and whether that is by their ids."""
     listed, count = row.get("device_list"), row.get("device_count")
     devices = [device for device in listed if isinstance(device, dict)] if isinstance(listed, list) else []
-    ids, held = [device.get("device_id") for device in devices], [device.get("device_expert") for device in devices]
+    ids: list[Any] = [device.get("device_id") for device in devices]
+    held: list[Any] = [device.get("device_expert") for device in devices]
     if not _is_whole(count) or count != ep_size or not all(map(_is_whole, ids)) or sorted(ids) != [*range(ep_size)]:
         raise InputError(f"{at}: must have the devices 0 to {ep_size - 1} of `ep_size` {ep_size}")
     if not all(isinstance(experts, list) for experts in held) or len(set(map(len, held))) > 1:
