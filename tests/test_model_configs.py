@@ -95,7 +95,7 @@ def test_what_a_type_has_by_default_is_used_and_said(tmp_path, kind, layers):
         {"moe_layer_parity": "odd"}, {"mlp_layer_types": "sparse"}, {"mlp_layer_types": [0, 1] * 6},
         {"hybrid_override_pattern": [1, 2]}, {"block_configs": [3]}, {"moe_layers": 6},
         {"every_third_layer_is_dense": True}, {"expert_block_stride": 3}, {"sparse_layer_mask_name": "a"},
-        {"layer_ffn_types": "MDMD"}, {"layer_specs": [{"mlp": "moe"}, {"mlp": "dense"}]},
+        {"layers_block_type": "MEME"}, {"layer_types": 3}, {"layer_ffn_types": "MDMD"}, {"layer_specs": [{"mlp": "moe"}, {"mlp": "dense"}]},
     ],
 )  # fmt: skip
 def test_a_key_about_moe_layers_that_is_not_understood_makes_them_unknown(tmp_path, strange):
@@ -106,6 +106,18 @@ def test_a_key_about_moe_layers_that_is_not_understood_makes_them_unknown(tmp_pa
     partly = load_config(tmp_path, BASE | strange | {"first_k_dense_replace": 2})
     assert partly.n_moe_layers == 10
     assert [note for note in partly.unverified if key in note]
+
+
+def test_what_a_type_needs_and_the_file_lacks_is_said(tmp_path):
+    model = load_config(tmp_path, BASE | {"model_type": "nemotron_h"})
+    assert (model.n_layers, model.n_moe_layers) == (12, 0)
+    assert "moe_layer_ids (unknown: no layers_block_type in config.json)" in model.unverified
+    sizes = {"hidden_size": None, "intermediate_size": 128}
+    assert (
+        "moe_intermediate_size (not in config.json; intermediate_size taken)"
+        in load_config(tmp_path, BASE | sizes | {"model_type": "qwen3_moe"}).unverified
+    )
+    assert "hidden_size (not in config.json)" in load_config(tmp_path, BASE | sizes).unverified
 
 
 def test_other_keys_that_speak_of_experts_are_named(tmp_path):
@@ -391,6 +403,8 @@ def test_malformed_values_of_any_field_end_in_one_line(tmp_path):
         (BASE | {"num_hidden_layers": "12"}, "num_hidden_layers must be"),
         (BASE | {"first_k_dense_replace": 12}, "no layer has experts"),
         (BASE | {"first_k_dense_replace": -1}, "first_k_dense_replace must be"),
+        (BASE | {"first_k_dense_replace": [3]}, "first_k_dense_replace must be a whole number .* not \\[3\\]"),
+        (BASE | {"shared_intermediate_size": "64"}, "shared_intermediate_size must be a whole number"),
         (BASE | {"moe_layer_freq": 0}, "moe_layer_freq must be"),
         (BASE | {"moe_layer_freq": [0, 1, 1]}, "moe_layer_freq has 3 values, the model has 12 layers"),
         (BASE | {"moe_layer_freq": [2] * 12}, "a 0 or 1 for each"),

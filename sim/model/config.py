@@ -8,7 +8,7 @@ from typing import Any
 
 from sim.errors import InputError, shown
 from sim.files import is_there, read_json
-from sim.model.keys import KEYS, PER_LAYER, Type, speaks, type_of
+from sim.model.keys import KEYS, PER_LAYER, WIDTH_OF_ALL, Type, speaks, type_of
 from sim.model.layers import moe_layers
 from sim.model.reader import Reader
 from sim.model.spec import MAX_LAYERS, ModelSpec
@@ -66,8 +66,11 @@ def read_config(path: Path) -> ModelSpec:
         raise read.error(f"has no top-k: no {_spellings('top_k')}")
     scoring, has_bias = _scoring(read, known, name if implied else "")
     n_group, topk_group = _groups(read, known, name, n_experts)
-    n_zero, n_hash = read.whole("n_zero") or known.n_zero, _hash_layers(read, known)
-    hidden, width = read.whole("hidden") or 0, _width(read, implied is None)
+    n_zero, n_hash = read.whole("n_zero"), _hash_layers(read, known)
+    hidden, width = read.whole("hidden") or 0, _width(read, name not in WIDTH_OF_ALL)
+    sizes = {"hidden_size": hidden, "moe_intermediate_size": width}
+    if missing := ", ".join(field for field, size in sizes.items() if not size):
+        read.notes.append(f"{missing} (not in config.json)")
     matrices, n_shared = _matrices(read, known), _shared_experts(read, known)
     read.use(*KEYS["logit_bias"])
     if read.config.get("router_type") == "topN":  # Ling: one router
@@ -96,7 +99,9 @@ def read_config(path: Path) -> ModelSpec:
         routed_dtype=routed_dtype(read, path.with_name("hf_quant_config.json")),
         unverified=tuple(dict.fromkeys(read.notes)),
         source=(str(path),),
-        caveat="; ".join(filter(None, (caveat_of(n_zero, n_hash, top_k), known.caveat))),
+        caveat="; ".join(
+            filter(None, (caveat_of(known.n_zero if n_zero is None else n_zero, n_hash, top_k), known.caveat))
+        ),
     )
 
 
@@ -232,12 +237,12 @@ def _groups(read: Reader, known: Type, name: str, n_experts: int) -> tuple[int, 
     return n_group, topk_group or 0
 
 
-def _width(read: Reader, is_unknown: bool) -> Any:
+def _width(read: Reader, is_assumed: bool) -> Any:
     """Intermediate size of one expert."""
     (key, value), (other, any_width) = read.take("width"), read.take("any_width")
     if value is None and any_width is not None:
         key, value = other, any_width
-        if is_unknown:
+        if is_assumed:
             read.notes.append(f"moe_intermediate_size (not in config.json; {key} taken)")
     if isinstance(value, list) and value and len(value) <= MAX_LAYERS:  # ERNIE's multimodal models: text, then vision
         if any(item != value[0] for item in value):
@@ -260,10 +265,10 @@ def _matrices(read: Reader, known: Type) -> int:
 
 def _shared_experts(read: Reader, known: Type) -> int:
     """Experts that every token takes; one where only its size is said."""
-    n_shared, (_, size) = read.whole("n_shared"), read.take("shared_width")
-    if n_shared is not None:
-        return n_shared
-    return 1 if size not in (None, 0, False, []) else known.n_shared
+    n_shared, (key, size) = read.whole("n_shared"), read.take("shared_width")
+    if n_shared is not None or size in (None, []):
+        return n_shared or known.n_shared
+    return int(read.checked(key, size[0] if isinstance(size, list) else size, 0, 2**40) > 0)
 
 
 def _hash_layers(read: Reader, known: Type) -> int:

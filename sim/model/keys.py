@@ -166,14 +166,14 @@ _RULES = (
         "alice_ai dots1 gigachat3_5 inkling inkling2 inkling2_loop k2_horizon klear kolibri1 llada2_moe mimo_v2 minimax_m2 "
         "minimax_m3 minimax_m3_vl muse_spark solar_open xllm",
     ),
-    (Type("sigmoid", True, matrices=2), "nemotron_h"),
+    (Type("sigmoid", True, {"layers_block_type": None}, matrices=2), "nemotron_h"),  # the file must say
     (Type("sigmoid", False), "flint pangupromoev2 panguultramoe pangu_ultra_moe"),
     (Type("sigmoid", False, {"first_k_dense_replace": 1}), "step5"),
     (Type("sigmoid", False, n_shared=1), "llama4"),
     (Type("sqrtsoftplus", True, {"num_hash_layers": 3}), "deepseek_v4"),
     (Type("sqrtsoftplus", True), "deepseek_v41"),
     (Type("softmax", True, {"moe_layer_start_index": 1}), "ernie4_5_moe ernie4_5_moe_vl ernie4_5_vl_moe"),
-    (Type("softmax", True), "longcat_flash"),
+    (Type("softmax", True, n_zero=256), "longcat_flash"),
     (Type("softmax", True, n_zero=1), "zaya"),
     (Type("sparsemixer"), "phimoe"),
     (Type(layers={"expert_layer_period": 2, "expert_layer_offset": 1}), "jamba"),
@@ -181,8 +181,8 @@ _RULES = (
     (Type(layers={"moe_layers_enum": list(range(4, 60))}), "step3"),
     (Type(layers={"first_k_dense_replace": 1}), "mistral_large4 unlimited_ocr"),
     (Type(matrices=2), "nomic_bert"),
-    (Type(matrices=2, top_k=1, caveat=_ENCODER), "switch_transformers"),
-    (Type(matrices=2, top_k=2, caveat=_ENCODER), "nllb_moe"),
+    (Type(layers={"decoder_sparse_step": 4}, matrices=2, top_k=1, caveat=_ENCODER), "switch_transformers"),
+    (Type(layers={"decoder_sparse_step": 4}, matrices=2, top_k=2, caveat=_ENCODER), "nllb_moe"),
     (Type(of_each_group=True), "pangupromoe"),
     (Type(caveat="its attention is routed to experts of its own, which is not modelled"), "jetmoe"),
     (
@@ -199,6 +199,13 @@ _RULES = (
     ),
 )
 TYPES = {name: rule for rule, names in _RULES for name in names.split()}
+WIDTH_OF_ALL = frozenset(
+    "arctic aria aria_moe_lm cohere2_moe dbrx doge flex_olmo gpt_oss granitemoe granitemoe_swa granitemoehybrid granitemoeshared "
+    "grok_1 hunyuan hunyuan_v1_moe hunyuan_moe_v1 hunyuan_image_3_moe jamba jetmoe llama4 minicpm minimax minimax_m1 minimax_m2 "
+    "minimax_m3 minimax_m3_vl minimax_text_01 mistral mixtral nllb_moe nomic_bert olmoe openai_privacy_filter phimoe "
+    "switch_transformers xverse zaya".split()
+)
+"""Types whose experts have the `intermediate_size` of the config."""
 _SQUEEZED = {name.replace("_", ""): name for name in TYPES}
 _ENDING = re.compile(r"(ForCausalLM|ForConditionalGeneration|LMHeadModel|Model)$")
 
