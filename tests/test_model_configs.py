@@ -248,6 +248,8 @@ _INT4 = {"num_bits": 4, "type": "int", "group_size": 32}
             "nvfp4",
         ),
         ({"quant_method": "awq", "bits": 4, "group_size": 128}, "int4_group128"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "int8"),
+        ({"quant_method": "torchao", "quant_type": "int4wo-128"}, "int4"),
         ({"bits": 4, "group_size": 64}, "int4_group64"),  # MLX
         ({"quant_method": "quark", "global_quant_config": {"weight": {"dtype": "fp4", "group_size": 32}}}, "mxfp4"),
         ({"quant_method": "fp8", "ignore": ["re:.*mlp.experts.*"], "dtype": "bfloat16"}, "bf16"),
@@ -340,6 +342,8 @@ def test_params_json_in_a_folder(tmp_path):
     [
         {"n_routed_experts_per_layer": [0, 256, 192]},
         {"layers_num_experts": [8, 4] * 6},
+        {"layer_expert_counts": [8, 4] * 6},
+        {"kept_experts_per_layer": {"0": [0, 1, 2], "1": [0, 4]}},
         {"n_routed_experts_per_layer": {"1": 256, "2": 192}},
         {"num_local_experts": [8, 4] * 6},
         {"reap_pruning": {"n_routed_experts_per_layer": [8, 4] * 6}},
@@ -348,9 +352,7 @@ def test_params_json_in_a_folder(tmp_path):
     ],
 )
 def test_layers_with_different_numbers_are_refused_by_name(tmp_path, keys):
-    with pytest.raises(
-        InputError, match=r"_per_layer|layers_num_experts|num_local_experts|block_configs|num_experts_per_tok"
-    ):
+    with pytest.raises(InputError, match=r"_per_layer|layers?_\w+|num_local_experts|block_configs|num_experts_per_tok"):
         load_config(tmp_path, BASE | keys)
 
 
@@ -406,6 +408,7 @@ def test_malformed_values_of_any_field_end_in_one_line(tmp_path):
         (BASE | {"first_k_dense_replace": -1}, "first_k_dense_replace must be"),
         (BASE | {"first_k_dense_replace": [3]}, "first_k_dense_replace must be a whole number .* not \\[3\\]"),
         (BASE | {"shared_intermediate_size": "64"}, "shared_intermediate_size must be a whole number"),
+        (BASE | {"mlp_only_layers": 3}, "mlp_only_layers must be a list of at most 10000 layer numbers, not 3"),
         (BASE | {"moe_layer_freq": 0}, "moe_layer_freq must be"),
         (BASE | {"moe_layer_freq": [0, 1, 1]}, "moe_layer_freq has 3 values, the model has 12 layers"),
         (BASE | {"moe_layer_freq": [2] * 12}, "a 0 or 1 for each"),

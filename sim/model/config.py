@@ -164,7 +164,7 @@ def _experts(read: Reader) -> tuple[int, list[int]]:
             continue
         if len(other) > MAX_LAYERS:
             raise read.error(f"{name} has {len(other)} values, more than {MAX_LAYERS} layers")
-        counts = [read.checked(name, item or 0, 0, 2**15) for item in other]
+        counts = [read.checked(name, len(item) if isinstance(item, list) else item or 0, 0, 2**15) for item in other]
         if len(counts) <= _MOST_SETS and name == key:  # ERNIE's multimodal models
             read.notes.append(f"{name} {shown(other)} (sets of experts: one is modelled)")
         several = sorted({count for count in counts if count})
@@ -328,9 +328,9 @@ def _quantized(said: dict[str, Any], plain: str) -> str:
     bits, size = said.get("bits"), said.get("group_size")
     if isinstance(bits, int) and re.match(r"awq|gptq|auto.?round|affine", method.lower()):
         return _whole_type(bits, size)
-    if said.get("load_in_4bit"):
-        return "nf4" if said.get("bnb_4bit_quant_type") == "nf4" else "fp4"
-    found = _named_type(method)
+    if said.get("load_in_4bit") or said.get("load_in_8bit"):  # bitsandbytes
+        return "int8" if said.get("load_in_8bit") else "nf4" if said.get("bnb_4bit_quant_type") == "nf4" else "fp4"
+    found = _named_type(method) or _named_type(f"{said.get('quant_type')} {said.get('weights')}")  # torchao, EETQ
     return found + block if found == "fp8" else found
 
 

@@ -125,7 +125,9 @@ _SPELLINGS = {
 }
 KEYS = {field: tuple(spellings.split()) for field, spellings in _SPELLINGS.items()}
 LAYER_FIELDS = tuple("dense_first every step period start end moe_ids dense_ids types pattern blocks".split())
-PER_LAYER = re.compile(r"experts?_per_layer$|^experts_in_layers?$|^layers?_(num_?)?experts$|^moe_num_experts_list$")
+PER_LAYER = re.compile(
+    r"experts?_per_layer$|^experts_in_layers?$|(^|_)layers?_(num_?|n_)?experts?(_counts?)?$|^moe_num_experts_list$"
+)
 """Counts of experts that differ from layer to layer (pruned models)."""
 
 

@@ -150,8 +150,10 @@ def _named(read: Reader, n_layers: int, drafts: int, counts: list[int]) -> tuple
         say(key, [letter == "E" for letter in letters])
     elif isinstance(pattern, list) and "moe" in key:
         said.append((key, _mask(read, key, pattern, n_layers, drafts)))
-    elif pattern and (
-        not isinstance(pattern, list) or any(flag not in (0, 1) for flag in pattern)
+    elif (
+        pattern
+        and key not in dict(said)
+        and (not isinstance(pattern, list) or any(flag not in (0, 1) for flag in pattern))
     ):  # else of attention
         read.odd(key)
     key, blocks = read.take("blocks")
@@ -174,9 +176,7 @@ def _taken_away(read: Reader, n_layers: int, drafts: int, type_name: str) -> lis
     rules: list[tuple[str, set[int]]] = []
     for field in ("dense_first", "dense_ids"):  # a number of leading layers, or the layers themselves
         key, dense = read.take(field)
-        if (key == "dense_mlp_idx" and isinstance(dense, list)) or (
-            field == "dense_ids" and isinstance(dense, list | str)
-        ):
+        if dense is not None and (field == "dense_ids" or (key == "dense_mlp_idx" and isinstance(dense, list))):
             rules.append((key, set(every_layer) - _ids(read, key, dense, n_layers, drafts)))
         elif dense is not None:
             rules.append((key, set(every_layer[read.checked(key, dense) :])))
