@@ -17,9 +17,7 @@ _PREFERRED = ("text_config", "language_config", "llm_config", "language_model", 
 _NOT_THE_DECODER = re.compile(
     r"vision|visual|image|video|audio|speech|talker|code2wav|vocoder|quant|compress|draft|mtp|nextn|speculat|eagle|rope|encoder|projector"
 )
-_EXPERT_PARTS = re.compile(
-    r"^(moe|ffn|expert|experts|router|routing|mlp)(_config|_args|_cfg|_params)?$"
-)  # DBRX, Mistral
+_EXPERT_PARTS = re.compile(r"^(moe|ffn|experts?|router|routing|mlp)(_(config|args|cfg|params))?$")  # DBRX, Mistral
 _MOST_OBJECTS, _MOST_INHERITED, _MOST_NOTES, _MOST_NAMES = 1000, 200, 20, 100_000
 _MOST_EXPERTS = 2**15 - 1  # the largest int16 expert id
 _MOST_SETS = 3  # a longer list has the experts of each layer
@@ -99,14 +97,12 @@ def read_config(path: Path) -> ModelSpec:
         routed_dtype=routed_dtype(read, path.with_name("hf_quant_config.json")),
         unverified=tuple(dict.fromkeys(read.notes)),
         source=(str(path),),
-        caveat="; ".join(
-            filter(None, (caveat_of(known.n_zero if n_zero is None else n_zero, n_hash, top_k), known.caveat))
-        ),
+        caveat=caveat_of(known.n_zero if n_zero is None else n_zero, n_hash, top_k, known.caveat),
     )
 
 
-def caveat_of(n_zero: int, n_hash: int, top_k: int) -> str:
-    """What a simulation leaves out of a model with zero-compute experts or hash-routed layers."""
+def caveat_of(n_zero: int, n_hash: int, top_k: int, more: str = "") -> str:
+    """What a simulation leaves out of a model with zero-compute experts or hash-routed layers, and more."""
     told = []
     if n_zero:
         some = "zero-compute expert is" if n_zero == 1 else f"{n_zero} zero-compute experts are"
@@ -115,7 +111,7 @@ def caveat_of(n_zero: int, n_hash: int, top_k: int) -> str:
         )
     if n_hash:
         told.append(f"its first {n_hash} MoE layers route by a hash of the token, which is not modelled")
-    return "; ".join(told)
+    return "; ".join([*told, more] if more else told)
 
 
 def _language_model(content: dict[str, Any], where: str) -> dict[str, Any]:
@@ -129,12 +125,11 @@ def _language_model(content: dict[str, Any], where: str) -> dict[str, Any]:
         for key, part in config.items():
             if _EXPERT_PARTS.match(key) and isinstance(part, dict):
                 del flat[key]
+                left_out = ("moe_model_type", "model_type", *KEYS["hidden"])
                 own = {
                     k if k in _KNOWN or speaks(k, v) else f"moe_{k}": v for k, v in part.items()
                 }  # "start_layer", of moe
-                flat = {
-                    k: v for k, v in own.items() if k not in ("moe_model_type", "model_type", *KEYS["hidden"])
-                } | flat
+                flat = {k: v for k, v in own.items() if k not in left_out} | flat
                 if key == "moe" and "dim" in config and not flat.get("model_type"):  # Mistral's params.json
                     flat["model_type"] = "mistral"
         if any(flat.get(key) is not None for key in KEYS["n_experts"]):

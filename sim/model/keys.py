@@ -245,7 +245,7 @@ _OF_LAYERS = re.compile(
     r"layer|block|freq|interval|period|every|(^|_)step|skip|stride|offset|first|last|only|pattern|mask|(^|_)ids?$|ind(ex|ices)"
 )
 _HARMLESS_OF_LAYERS, _HARMLESS_OF_OTHERS = re.compile(_HARMLESS), re.compile(_HARMLESS + _MORE_HARMLESS)
-_MOE_WORD = re.compile(r"(^|[^a-z])(moe|experts?)([^a-z]|$)", re.IGNORECASE)
+MOE_WORD = re.compile(r"(^|[^a-z])(moe|experts?)([^a-z]|$)", re.IGNORECASE)
 _OF_WORDS = re.compile(r"layer|block|type|kind|layout|pattern|spec")
 _MOST_WORDS = 10_000
 
@@ -259,7 +259,7 @@ def says_moe(value: Any) -> bool:
     """Whether a list, of a word or an object for each layer, has a word of MoE."""
     items = value[:_MOST_WORDS] if isinstance(value, list) else []
     words = (word for item in items for word in (item.values() if isinstance(item, dict) else (item,)))
-    return any(isinstance(word, str) and bool(_MOE_WORD.search(word)) for word in words)
+    return any(isinstance(word, str) and bool(MOE_WORD.search(word)) for word in words)
 
 
 def speaks(key: str, value: Any) -> bool:

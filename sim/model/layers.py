@@ -6,7 +6,7 @@ from itertools import islice
 from typing import Any
 
 from sim.errors import shown
-from sim.model.keys import KEYS, LAYER_FIELDS, of_layers, says_moe, speaks
+from sim.model.keys import KEYS, LAYER_FIELDS, MOE_WORD, of_layers, says_moe, speaks
 from sim.model.reader import Reader
 from sim.model.spec import MAX_LAYERS
 
@@ -113,8 +113,7 @@ def _is_of_mlps(key: str, words: list[str]) -> bool:
 
 
 def _is_moe(word: str, mlp: bool) -> bool:
-    parts = re.split(r"[^a-z0-9]+", word.lower())
-    return "moe" in parts or "experts" in parts or word == "E" or (mlp and "sparse" in parts)
+    return word == "E" or bool(MOE_WORD.search(word)) or (mlp and "sparse" in re.split(r"[^a-z0-9]+", word.lower()))
 
 
 def _named(read: Reader, n_layers: int, drafts: int, counts: list[int]) -> tuple[int, set[int] | None, str]:
@@ -199,20 +198,17 @@ def _taken_away(read: Reader, n_layers: int, drafts: int, type_name: str) -> lis
         rules.append((key, {i for i in every_layer if i % period == offset}))
     (key, start), (last_key, end) = read.take("start"), read.take("end")
     if start is not None:  # lists in ERNIE's multimodal models: text, vision
-        start = min(read.checked(key, i) for i in _some(read, key, start))
+        start = min(read.checked(key, i) for i in _some(start))
         rules.append((key, set(every_layer[start:])))
     if end is not None:
-        ends = [read.checked(last_key, i, -1) for i in _some(read, last_key, end)]
+        ends = [read.checked(last_key, i, -1) for i in _some(end)]
         if -1 not in ends:
             rules.append((last_key, set(every_layer[: max(ends) + 1])))
     return rules
 
 
-def _some(read: Reader, key: str, value: Any) -> list[Any]:
-    values = value if isinstance(value, list) else [value]
-    if not 1 <= len(values) <= MAX_LAYERS:
-        raise read.error(f"{key} must be a layer, or some of them, not {shown(value)}")
-    return values
+def _some(value: Any) -> list[Any]:
+    return value if isinstance(value, list) and value else [value]
 
 
 def _fit(read: Reader, key: str, length: int, n_layers: int, drafts: int) -> int:
