@@ -96,8 +96,11 @@ def _imply(read: Reader, implied: Mapping[str, Any], type_name: str) -> None:
 
 def _words(read: Reader) -> tuple[str, list[str]] | None:
     """The list with a word for each layer that tells MoE layers from others, if there is one."""
-    others = [key for key, value in read.config.items() if key not in KEYS["types"] and says_moe(value)]
-    for key in (*KEYS["types"], *(key for key in others if speaks(key, read.config[key]))):
+    n_layers = [read.config.get(key) for key in KEYS["layers"]]
+    others = [
+        key for key, value in read.config.items() if says_moe(value) and speaks(key, value) and len(value) in n_layers
+    ]
+    for key in dict.fromkeys((*KEYS["types"], *others)):
         words = read.config.get(key)
         if not isinstance(words, list) or len(words) > MAX_LAYERS or not all(isinstance(word, str) for word in words):
             if words is not None and key in KEYS["types"]:
