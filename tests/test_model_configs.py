@@ -95,7 +95,8 @@ def test_what_a_type_has_by_default_is_used_and_said(tmp_path, kind, layers):
         {"moe_layer_parity": "odd"}, {"mlp_layer_types": "sparse"}, {"mlp_layer_types": [0, 1] * 6},
         {"hybrid_override_pattern": [1, 2]}, {"block_configs": [3]}, {"moe_layers": 6},
         {"every_third_layer_is_dense": True}, {"expert_block_stride": 3}, {"sparse_layer_mask_name": "a"},
-        {"no_split_block_types": ["MoEBlock", "moe_layer"]}, {"layers_block_type": "MEME"}, {"layer_types": 3}, {"layer_ffn_types": "MDMD"},
+        {"no_split_block_types": ["MoEBlock", "moe_layer"]},
+        {"layers_block_type": "MEME"}, {"layer_types": 3}, {"layer_ffn_types": "MDMD"},
         {"layer_specs": [{"mlp": "moe"}, {"mlp": "dense"}]},
     ],
 )  # fmt: skip
