@@ -2,6 +2,8 @@
 
 import json
 import re
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -312,6 +314,15 @@ def test_vllm_ascend_takes_devices_in_the_order_of_the_list_and_says_what_goes_w
     assert "in the order of the list" in found.notes[0]
     path.write_text(MAPS["vllm-ascend"]([0], [[0, 0, 1, 0]]))
     assert "holds an expert twice" in read_placement(path, plain(2), 2).notes[0]
+
+
+def test_a_map_in_a_torch_file_is_that_of_sglang(tmp_path, monkeypatch):
+    """`compute_initial_expert_location_metadata` loads .pt, too; here with a stand-in for torch."""
+    held = {"physical_to_logical_map": np.array(ROWS[:2])}
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(load=lambda *_, **__: held))
+    path = tmp_path / "map.pt"
+    path.write_bytes(b"x")
+    assert read_placement(path, plain(4), 2).experts.tolist() == ROWS[:2]
 
 
 MAP = '{"physical_to_logical_map": %s}'
