@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sim.cli.terminal import note
-from sim.errors import InputError, unknown
+from sim.errors import InputError, counted, unknown
 from sim.options import TrafficOptions
 from sim.options.declare import add_options
 from sim.options.kinds import MAX_TOKENS, Whole
@@ -74,9 +74,8 @@ def run_export(arguments: Namespace) -> None:
     slots = f"{most}" if fewest == most else f"{fewest} to {most}"
     rows = max(decoder_layers(model) if named else 0, max(ids) + 1)
     more = f", in {rows} rows, one for each decoder layer" if form == "sglang" and rows > placement.n_rows else ""
-    print(
-        f"{placement.n_rows} layers x {slots} slots on {placement.ep_size} ranks{more}, {form} format, written to {path}"
-    )
+    size = f"{counted(placement.n_rows, 'layer')} x {slots} slots on {counted(placement.ep_size, 'rank')}"
+    print(f"{size}{more}, {form} format, written to {path}")
     print(how_to_load(form, path, most - model.n_experts, not why_linear(model, placement.ep_size)))
     if fewest < most:
         note(
