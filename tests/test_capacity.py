@@ -291,6 +291,7 @@ def test_slots_that_do_not_divide_are_left_out_and_named():
         ("linear", 64),
         ("eplb+32", 32),
     }
+    assert found.slots == {"linear": 256, "eplb+32": 288}
     assert found.notes == [
         "left out: strategy eplb+32 at ep_size 64: 256 experts + 32 redundant slots do not divide by 64 ranks; eplb+64 does"
     ]
@@ -298,7 +299,9 @@ def test_slots_that_do_not_divide_are_left_out_and_named():
 
 @pytest.mark.slow
 def test_the_verb_prints_and_writes(tmp_path, capsys):
-    words = "capacity --ep 16 --tokens-per-rank 32 --placement linear,round_robin --deployments 8 --horizon 24h"
+    map_of_288 = tmp_path / "a+b.json"
+    map_of_288.write_text('{"physical_to_logical_map": [%s]}' % [*range(256), *range(32)])
+    words = f"capacity --ep 16 --tokens-per-rank 32 --placement linear,file:{map_of_288} --deployments 8 --horizon 24h"
     assert main([*words.split(), "--capacity-factor", "1.25", "--out", str(tmp_path / "cap")]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "received tokens: the capacity that is exceeded with a probability of at most 0.001" in said

@@ -49,6 +49,11 @@ EVEN, ODD = list(range(0, 12, 2)), list(range(1, 12, 2))
         ({"moe_layers": [True, False] * 6}, EVEN),
         ({"block_configs": [{"ffn": {"moe": None}}, {"ffn": {"moe": {"num_local_experts": 8}}}] * 6}, ODD),  # AnyModel
         ({"block_configs": [{"block_type": "mamba"}, {"block_type": "moe", "n_routed_experts": 8}] * 6}, ODD),
+        ({"is_moe_layer": [False, True] * 6}, ODD),  # EXAONE
+        ({"moe_layer_layout": [0, 1] * 6}, ODD),  # SmallThinker
+        ({"decoder_layout": ["attn_mlp", "attn_moe"] * 6}, ODD),  # any key, by its words
+        ({"mtp_layers_block_type": ["attention", "moe"]}, list(range(12))),
+        ({"model_type": "switch_transformers", "decoder_sparse_step": 4}, [1, 5, 9]),
         ({"num_local_experts": [0, 8] * 6}, ODD),
         ({"n_routed_experts_per_layer": [0, 8] * 6}, ODD),
         ({"layer_types": ["full_attention", "minimax_m3_sparse"] * 6}, list(range(12))),  # attention only
@@ -87,6 +92,9 @@ def test_what_a_type_has_by_default_is_used_and_said(tmp_path, kind, layers):
         {"moe_layer_parity": "odd"}, {"mlp_layer_types": "sparse"}, {"mlp_layer_types": [0, 1] * 6},
         {"hybrid_override_pattern": [1, 2]}, {"block_configs": [3]}, {"moe_layers": 6},
         {"every_third_layer_is_dense": True}, {"expert_block_stride": 3}, {"sparse_layer_mask_name": "a"},
+        {"no_split_block_types": ["MoEBlock", "moe_layer"]},
+        {"layers_block_type": "MEME"}, {"layer_types": 3}, {"layer_ffn_types": "MDMD"},
+        {"layer_specs": [{"mlp": "moe"}, {"mlp": "dense"}]},
     ],
 )  # fmt: skip
 def test_a_key_about_moe_layers_that_is_not_understood_makes_them_unknown(tmp_path, strange):
@@ -97,6 +105,18 @@ def test_a_key_about_moe_layers_that_is_not_understood_makes_them_unknown(tmp_pa
     partly = load_config(tmp_path, BASE | strange | {"first_k_dense_replace": 2})
     assert partly.n_moe_layers == 10
     assert [note for note in partly.unverified if key in note]
+
+
+def test_what_a_type_needs_and_the_file_lacks_is_said(tmp_path):
+    model = load_config(tmp_path, BASE | {"model_type": "nemotron_h"})
+    assert (model.n_layers, model.n_moe_layers) == (12, 0)
+    assert "moe_layer_ids (unknown: no layers_block_type in config.json)" in model.unverified
+    sizes = {"hidden_size": None, "intermediate_size": 128}
+    assert (
+        "moe_intermediate_size (not in config.json; intermediate_size taken)"
+        in load_config(tmp_path, BASE | sizes | {"model_type": "qwen3_moe"}).unverified
+    )
+    assert "hidden_size (not in config.json)" in load_config(tmp_path, BASE | sizes).unverified
 
 
 def test_other_keys_that_speak_of_experts_are_named(tmp_path):
@@ -139,16 +159,16 @@ def test_a_type_that_is_not_known_says_what_is_assumed(tmp_path):
         assert field in told
     said = BASE | {"model_type": "newcomer", "first_k_dense_replace": 0, "moe_intermediate_size": 8}
     assert not load_config(tmp_path, said | {"scoring_func": "sigmoid", "use_expert_bias": True}).unverified
-    by_class = {key: value for key, value in BASE.items() if key != "model_type"} | {
-        "architectures": ["Dots1ForCausalLM"]
-    }
-    assert load_config(tmp_path, by_class).scoring == "sigmoid"
+    for name in ("Dots1ForCausalLM", "Exaone_MoEForCausalLM"):
+        by_class = BASE | {"model_type": None, "architectures": [name]}
+        assert load_config(tmp_path, by_class).scoring == "sigmoid"
 
 
 @pytest.mark.parametrize(
     ("keys", "scoring", "has_bias"),
     [
         ({"score_function": "sigmoid"}, "sigmoid", False),
+        ({"model_type": "dots1", "scoring_func": "noaux_tc"}, "sigmoid", True),  # the method under the wrong key
         ({"score_func": "sigmoid", "topk_method": "noaux_tc"}, "sigmoid", True),
         (
             {"moe_router_activation_func": "sigmoid", "use_routing_bias": False, "topk_method": "noaux_tc"},
@@ -218,6 +238,8 @@ _MIXED = {
         ({"config_groups": {"group_0": {"weights": _NVFP4}}, "quant_algo": "NVFP4"}, "nvfp4"),
         ({"quant_algo": "MIXED_PRECISION", "quantized_layers": _MIXED}, "nvfp4"),
         ({"quant_method": "awq", "bits": 4, "group_size": 128}, "int4_group128"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "int8"),
+        ({"quant_method": "torchao", "quant_type": "int4wo-128"}, "int4"),
         ({"bits": 4, "group_size": 64}, "int4_group64"),  # MLX
         ({"quant_method": "quark", "global_quant_config": {"weight": {"dtype": "fp4", "group_size": 32}}}, "mxfp4"),
         ({"quant_method": "fp8", "ignore": ["re:.*mlp.experts.*"], "dtype": "bfloat16"}, "bf16"),
@@ -303,6 +325,9 @@ def test_params_json_in_a_folder(tmp_path):
     "keys",
     [
         {"n_routed_experts_per_layer": [0, 256, 192]},
+        {"layers_num_experts": [8, 4] * 6},
+        {"layer_expert_counts": [8, 4] * 6},
+        {"kept_experts_per_layer": {"0": [0, 1, 2], "1": [0, 4]}},
         {"n_routed_experts_per_layer": {"1": 256, "2": 192}},
         {"num_local_experts": [8, 4] * 6},
         {"reap_pruning": {"n_routed_experts_per_layer": [8, 4] * 6}},
@@ -311,12 +336,17 @@ def test_params_json_in_a_folder(tmp_path):
     ],
 )
 def test_layers_with_different_numbers_are_refused_by_name(tmp_path, keys):
-    with pytest.raises(InputError, match=r"_per_layer|num_local_experts|block_configs|num_experts_per_tok"):
+    with pytest.raises(InputError, match=r"_per_layer|layers?_\w+|num_local_experts|block_configs|num_experts_per_tok"):
         load_config(tmp_path, BASE | keys)
 
 
 def test_zero_experts_and_hash_layers_are_caveats(tmp_path):
     assert "2 zero-compute experts" in load_config(tmp_path, BASE | {"num_zero_experts": 2}).caveat
+    assert "its zero-compute expert is" in load_config(tmp_path, BASE | {"num_zero_experts": 1}).caveat
+    nllb = {"model_type": "nllb-moe", "num_experts": 8, "decoder_layers": 12, "decoder_ffn_dim": 32}
+    model = load_config(tmp_path, nllb | {"encoder_sparse_step": 4})
+    assert (model.top_k, model.expert_matrices, model.n_layers, model.moe_intermediate_size) == (2, 2, 12, 32)
+    assert "encoder has MoE layers" in model.caveat
     assert "attention is routed" in load_config(tmp_path, BASE | {"model_type": "jetmoe"}).caveat
     assert "first 3 MoE layers route by a hash" in load_config(tmp_path, BASE | {"num_hash_layers": 3}).caveat
     types = {"model_type": "deepseek_v4", "mlp_layer_types": ["hash_moe"] * 2 + ["moe"] * 10}
@@ -360,6 +390,9 @@ def test_malformed_values_of_any_field_end_in_one_line(tmp_path):
         (BASE | {"num_hidden_layers": "12"}, "num_hidden_layers must be"),
         (BASE | {"first_k_dense_replace": 12}, "no layer has experts"),
         (BASE | {"first_k_dense_replace": -1}, "first_k_dense_replace must be"),
+        (BASE | {"first_k_dense_replace": [3]}, "first_k_dense_replace must be a whole number .* not \\[3\\]"),
+        (BASE | {"shared_intermediate_size": "64"}, "shared_intermediate_size must be a whole number"),
+        (BASE | {"mlp_only_layers": 3}, "mlp_only_layers must be a list of at most 10000 layer numbers, not 3"),
         (BASE | {"moe_layer_freq": 0}, "moe_layer_freq must be"),
         (BASE | {"moe_layer_freq": [0, 1, 1]}, "moe_layer_freq has 3 values, the model has 12 layers"),
         (BASE | {"moe_layer_freq": [2] * 12}, "a 0 or 1 for each"),

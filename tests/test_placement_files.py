@@ -2,6 +2,8 @@
 
 import json
 import re
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -270,6 +272,35 @@ def test_yaml_in_block_and_flow_style(tmp_path):
     found = read_placement(path, plain(3), 2)
     assert found.experts.tolist() == [[0, 1, 2, 0], [2, 1, 0, 1]]
     assert place(f"file:{path}", plain(3), 2).logical_of_slot.tolist() == [[0, 1, 2, 0], [2, 1, 0, 1]]
+    shared = (
+        "initial_global_assignments:\n  0: &id001\n  - 0\n  - 1\n  1: *id001\nlayer_updates_per_iter: 2\nnum_slots: 2\n"
+    )
+    path.write_text(shared)  # PyYAML, of a list that two layers share
+    found = read_placement(path, plain(2), 2)
+    assert found.experts.tolist() == [[0, 1], [0, 1]]
+    assert "moves experts as it runs" in found.notes[0]
+
+
+def test_vllm_ascend_takes_devices_in_the_order_of_the_list_and_says_what_goes_wrong(tmp_path):
+    """`expert_file_to_tensor` (eplb/core/eplb_utils.py, vllm-ascend 0.23): rank r is place r, whatever its device_id."""
+    path = tmp_path / "map.json"
+    content = json.loads(MAPS["vllm-ascend"]([0], ROWS[:1]))
+    content["layer_list"][0]["device_list"].reverse()
+    path.write_text(json.dumps(content))
+    found = read_placement(path, plain(4), 2)
+    assert found.experts.tolist() == [[1, 0, 3, 2]]
+    assert "in the order of the list" in found.notes[0]
+    path.write_text(MAPS["vllm-ascend"]([0], [[0, 0, 1, 0]]))
+    assert "holds an expert twice" in read_placement(path, plain(2), 2).notes[0]
+
+
+def test_a_map_in_a_torch_file_is_that_of_sglang(tmp_path, monkeypatch):
+    """`compute_initial_expert_location_metadata` loads .pt, too; here with a stand-in for torch."""
+    held = {"physical_to_logical_map": np.array(ROWS[:2])}
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(load=lambda *_, **__: held))
+    path = tmp_path / "map.pt"
+    path.write_bytes(b"x")
+    assert read_placement(path, plain(4), 2).experts.tolist() == ROWS[:2]
 
 
 MAP = '{"physical_to_logical_map": %s}'
@@ -291,7 +322,8 @@ ASCEND = (
         (MAP % "[[0, 1, 2, 1.0]]", "not 1.0"),
         (MAP % "[[0, 1, 2, true]]", "not True"),
         (MAP % "[]", "must be a list of layers"),
-        (MAP % "[3]", "layer 0 must be a list, not 3"),
+        (MAP % "[0, 1, 2, 0]", "must be a list of layers, each a list of experts"),
+        (MAP % "[3]", "must be a list of layers, each a list of experts"),
         (MAP % "{}", "must be a list of layers"),
         (MAP % "[[0, 1, 2, 0]", "is not JSON"),
         (ASCEND % (2, 2, "[0, 1]", 1), "as many layers as moe_layer_count says"),
@@ -300,8 +332,8 @@ ASCEND = (
         (ASCEND % (1, 2, "[0, 1]", 0), "must have the devices 0 to 1"),
         (ASCEND % (1, 2, "[0, 1]", '"1"'), "must have the devices 0 to 1"),
         (ASCEND % (1, 2, "[0, 1]", "[1]"), "must have the devices 0 to 1"),
-        (ASCEND % (1, 2, "3", 1), "each with its device_expert"),
-        (ASCEND % (1, 2, "[0, 1, 2]", 1), "devices hold different numbers"),
+        (ASCEND % (1, 2, "3", 1), "each device must have a device_expert, a list"),
+        (ASCEND % (1, 2, "[0, 1, 2]", 1), "a list of equally many experts"),
         (ASCEND % ("true", 2, "[0, 1]", 1), "as many layers as moe_layer_count says"),
         (ASCEND % (1, "true", "[0, 1]", 1), "must have the devices 0 to 1"),
         (ASCEND % (1, 2, "[0, true]", 1), "not True"),
@@ -318,6 +350,8 @@ ASCEND = (
         (YAML.replace("  - 2", "  - x"), "line 6: expected a whole number, not x"),
         (YAML.replace("  - 2", "  - &a 2"), "line 6: expected 'key: value'"),
         (YAML.replace("2, 0]", "2, 0"), "a list is not closed"),
+        (YAML + "num_slots: 4\n", "line 13: num_slots stands twice"),
+        (YAML + "ep_size: 4\n", "says ep_size 4: it is no map for `ep_size` 2"),
         (YAML.replace("2, 0]", "2, , 0]"), "expected a whole number"),
         (YAML.replace("'3'", "11"), "layer 11 is out of place, there twice"),
         (YAML.replace("'3': [", "'3': !!python/object ["), "expected a list of experts"),

@@ -77,14 +77,14 @@ def _print(found: Any, model: Any, options: dict[str, Any], markdown: bool) -> N
     for quantity, text in _SHORT.items():
         rows = asked[asked.quantity == quantity]
         if len(rows):
-            _print_quantity(rows, text, found.n_layers, risk, model, markdown)
+            _print_quantity(rows, text, found, risk, model, markdown)
             print()
     if options["capacity_factor"] is not None:
         _print_factor(table[table.risk != risk], options["capacity_factor"], markdown)
-    _print_engines(asked, model, markdown)
+    _print_engines(asked, found.slots, model, markdown)
 
 
-def _print_quantity(rows: Any, text: str, n_layers: int, risk: float, model: Any, markdown: bool) -> None:
+def _print_quantity(rows: Any, text: str, found: Any, risk: float, model: Any, markdown: bool) -> None:
     """Capacities of one quantity: in tokens or rows by scope, and in bytes by exchange."""
     from sim.cost.buffers import buffer_bytes
 
@@ -98,8 +98,7 @@ def _print_quantity(rows: Any, text: str, n_layers: int, risk: float, model: Any
         worst = cell.worst_case_tokens.iloc[0]
         lines.append([*map(str, keys), _count(cell.balanced_tokens.iloc[0]), *capacities, f"{worst}"])
         same = rows[(rows.ep_size == keys[0]) & (rows.tokens == keys[1]) & (rows.placement == keys[2])]
-        n_slots = model.n_experts + int(str(keys[2]).partition("+")[2] or 0)
-        at_worst = buffer_bytes(model, exchanges[-1], worst, int(keys[0]), n_slots)
+        at_worst = buffer_bytes(model, exchanges[-1], worst, int(keys[0]), found.slots[keys[2]])
         sizes.append([*(same[same.exchange == exchange].bytes.iloc[-1] for exchange in exchanges), at_worst])
     unit, in_unit = _in_bytes(sizes)
     heads = ["EP", "tokens", "placement", "balanced"]
@@ -107,8 +106,8 @@ def _print_quantity(rows: Any, text: str, n_layers: int, risk: float, model: Any
     heads += ["worst case", *(f"{_TITLE_EXCHANGE[exchange]} {unit}" for exchange in exchanges), f"worst {unit}"]
     row = rows.iloc[0]
     title = (
-        f"{row.model}, {row.workload} traffic, {counted(n_layers, 'MoE layer')}: {text}: the capacity that is exceeded with a "
-        f"probability of at most {risk:g}, and its factor over the balanced load; bytes of the last scope"
+        f"{row.model}, {row.workload} traffic, {counted(found.n_layers, 'MoE layer')}: {text}: the capacity that is exceeded "
+        f"with a probability of at most {risk:g}, and its factor over the balanced load; bytes of the last scope"
     )
     print_table(
         title, heads, [line + of for line, of in zip(lines, in_unit, strict=True)], markdown, align=">><", keys=3
@@ -127,7 +126,7 @@ def _count(x: float) -> str:
     return f"{x:.1f}" if x < 10 else f"{x:.0f}"
 
 
-def _print_engines(asked: Any, model: Any, markdown: bool) -> None:
+def _print_engines(asked: Any, slots: dict[str, int], model: Any, markdown: bool) -> None:
     """What engines call the capacities of the last scope, and the values to set."""
     from sim.cost.buffers import DEEPEP_LIMIT_BYTES, deepep_low_latency_bytes
     from sim.cost.inputs import expert_width
@@ -142,8 +141,7 @@ def _print_engines(asked: Any, model: Any, markdown: bool) -> None:
         line.append(f"{at.capacity_tokens['received'] / tokens:.2f}" if "received" in at.index else "-")
         line += [f"{at.factor[name]:.2f}" if name in at.index else "-" for name in ("pairs", "expert_rows")]
         per_rank = -(-tokens // ep_size)
-        n_slots = model.n_experts + int(placement.partition("+")[2] or 0)
-        sizes.append([deepep_low_latency_bytes(expert_width(model), per_rank, n_slots)])
+        sizes.append([deepep_low_latency_bytes(expert_width(model), per_rank, slots[placement])])
         lines.append([*line, str(per_rank)])
     unit, in_unit = _in_bytes(sizes)
     marks = ["!" if size > DEEPEP_LIMIT_BYTES else "" for (size,) in sizes]

@@ -72,8 +72,10 @@ def run_export(arguments: Namespace) -> None:
     _write_checked(path, placement_text(placement, form, decoder_layers(model) if named else 0), placement, model)
     fewest, most = int(placement.slots_of_row.min()), placement.n_slots
     slots = f"{most}" if fewest == most else f"{fewest} to {most}"
+    rows = max(decoder_layers(model) if named else 0, max(ids) + 1)
+    more = f", in {rows} rows, one for each decoder layer" if form == "sglang" and rows > placement.n_rows else ""
     size = f"{counted(placement.n_rows, 'layer')} x {slots} slots on {counted(placement.ep_size, 'rank')}"
-    print(f"{size}, {form} format, written to {path}")
+    print(f"{size}{more}, {form} format, written to {path}")
     print(how_to_load(form, path, most - model.n_experts, not why_linear(model, placement.ep_size)))
     if fewest < most:
         note(

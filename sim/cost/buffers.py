@@ -40,6 +40,7 @@ class Capacities(NamedTuple):
     )  # the largest step: placement, ep_size, tokens, quantity, scope, deployments, factor, probability
     n_layers: int
     notes: list[str]  # cells that were left out, and why
+    slots: dict[str, int]  # of a layer, by placement
 
 
 @takes(CapacityOptions)
@@ -93,6 +94,7 @@ def size_buffers(
     workload = workload if isinstance(workload, Workload) else load_workload(workload, model)
     groups, notes = _that_fit(model, chosen)
     plans = [_plan(model, workload, chosen, sizes, placements) for sizes, placements in groups]
+    slots = {name: _slots(plan, i) for plan in plans for i, (name, _) in enumerate(plan.grid.pairs)}
     n_layers = plans[0].workload.n_layers or model.n_moe_layers
     if not n_layers:
         raise InputError(f"model {model.name}: a deployment needs the number of MoE layers, which is not known")
@@ -103,11 +105,11 @@ def size_buffers(
             what = "a horizon" if chosen.horizon_steps else "`layer_correlation`"
             raise InputError(f"{what}: {reason}, and only capacities of one layer of one step can be sampled")
         notes.append(f"{reason}: sampled, of one layer of one step; steps and horizons lie beyond sampling")
-        sampled = [_sample(plan, chosen, notes) for plan in plans]
-        return Capacities(pd.concat(sampled, ignore_index=True), pd.DataFrame(), n_layers, list(dict.fromkeys(notes)))
+        sampled = pd.concat([_sample(plan, chosen, notes) for plan in plans], ignore_index=True)
+        return Capacities(sampled, pd.DataFrame(), n_layers, list(dict.fromkeys(notes)), slots)
     parts = [_size(plan, chosen, n_layers, curves) for plan in plans]
     table, points = (pd.concat(part, ignore_index=True) for part in zip(*parts, strict=True))
-    return Capacities(table, points, n_layers, notes)
+    return Capacities(table, points, n_layers, notes, slots)
 
 
 def _that_fit(model: ModelSpec, chosen: CapacityOptions) -> tuple[list[tuple[list[int], list[Any]]], list[str]]:
@@ -161,6 +163,12 @@ def _dependent(workload: Workload) -> str:
     if workload.whole_requests or (isinstance(workload, SyntheticTraffic) and workload.request_sigma > 0):
         return "the tokens of a request are not independent"
     return "dummy tokens are identical, not independent" if workload.dummy_tokens else ""
+
+
+def _slots(plan: Plan, pair: int) -> int:
+    """Slots of a layer under a placement at an EP size."""
+    placement = plan.placements[pair]
+    return plan.model.n_experts + split_name(plan.grid.pairs[pair][0])[1] if placement is None else placement.n_slots
 
 
 def _size(plan: Plan, chosen: CapacityOptions, n_layers: int, curves: bool) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -286,9 +294,8 @@ def _as_rows(
         int(plan.grid.tokens_of_cell[cell]),
         worst_case(plan, cell, quantity),
     )
-    (name, ep_size), placement = plan.grid.pairs[pair], plan.placements[pair]
+    ep_size, n_slots = plan.grid.pairs[pair][1], _slots(plan, pair)
     keys = dict(zip(("model", "workload", "placement"), plan.grid.keys(cell), strict=False))
-    n_slots = plan.model.n_experts + split_name(name)[1] if placement is None else placement.n_slots
     dropped: dict[int, float] = {}
     rows: list[dict[str, object]] = []
     for exchange in _EXCHANGES[quantity]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from sim.errors import InputError, shown
 from sim.files import is_there, read_json
-from sim.model.keys import KEYS, PER_LAYER, Type, speaks, type_of
+from sim.model.keys import KEYS, PER_LAYER, WIDTH_OF_ALL, Type, speaks, type_of
 from sim.model.layers import moe_layers
 from sim.model.reader import Reader
 from sim.model.spec import MAX_LAYERS, ModelSpec
@@ -17,9 +17,7 @@ _PREFERRED = ("text_config", "language_config", "llm_config", "language_model", 
 _NOT_THE_DECODER = re.compile(
     r"vision|visual|image|video|audio|speech|talker|code2wav|vocoder|quant|compress|draft|mtp|nextn|speculat|eagle|rope|encoder|projector"
 )
-_EXPERT_PARTS = re.compile(
-    r"^(moe|ffn|expert|experts|router|routing|mlp)(_config|_args|_cfg|_params)?$"
-)  # DBRX, Mistral
+_EXPERT_PARTS = re.compile(r"^(moe|ffn|experts?|router|routing|mlp)(_(config|args|cfg|params))?$")  # DBRX, Mistral
 _MOST_OBJECTS, _MOST_INHERITED, _MOST_NOTES, _MOST_NAMES = 1000, 200, 20, 100_000
 _MOST_EXPERTS = 2**15 - 1  # the largest int16 expert id
 _MOST_SETS = 3  # a longer list has the experts of each layer
@@ -61,13 +59,16 @@ def read_config(path: Path) -> ModelSpec:
     if read.flag("switch") is False:
         raise read.error(f"has no experts: {read.take('switch')[0]} is false")
     n_experts, expert_mask = _experts(read)
-    top_k = read.whole("top_k", 1, _MOST_EXPERTS)
+    top_k = read.whole("top_k", 1, _MOST_EXPERTS) or known.top_k
     if top_k is None:
         raise read.error(f"has no top-k: no {_spellings('top_k')}")
     scoring, has_bias = _scoring(read, known, name if implied else "")
     n_group, topk_group = _groups(read, known, name, n_experts)
-    n_zero, n_hash = read.whole("n_zero") or known.n_zero, _hash_layers(read, known)
-    hidden, width = read.whole("hidden") or 0, _width(read, implied is None)
+    n_zero, n_hash = read.whole("n_zero"), _hash_layers(read, known)
+    hidden, width = read.whole("hidden") or 0, _width(read, name not in WIDTH_OF_ALL)
+    sizes = {"hidden_size": hidden, "moe_intermediate_size": width}
+    if missing := ", ".join(field for field, size in sizes.items() if not size):
+        read.notes.append(f"{missing} (not in config.json)")
     matrices, n_shared = _matrices(read, known), _shared_experts(read, known)
     read.use(*KEYS["logit_bias"])
     if read.config.get("router_type") == "topN":  # Ling: one router
@@ -96,20 +97,21 @@ def read_config(path: Path) -> ModelSpec:
         routed_dtype=routed_dtype(read, path.with_name("hf_quant_config.json")),
         unverified=tuple(dict.fromkeys(read.notes)),
         source=(str(path),),
-        caveat="; ".join(filter(None, (caveat_of(n_zero, n_hash, top_k), known.caveat))),
+        caveat=caveat_of(known.n_zero if n_zero is None else n_zero, n_hash, top_k, known.caveat),
     )
 
 
-def caveat_of(n_zero: int, n_hash: int, top_k: int) -> str:
-    """What a simulation leaves out of a model with zero-compute experts or hash-routed layers."""
+def caveat_of(n_zero: int, n_hash: int, top_k: int, more: str = "") -> str:
+    """What a simulation leaves out of a model with zero-compute experts or hash-routed layers, and more."""
     told = []
     if n_zero:
+        some = "zero-compute expert is" if n_zero == 1 else f"{n_zero} zero-compute experts are"
         told.append(
-            f"its {n_zero} zero-compute experts are not modelled: a token is taken to use {top_k} real ones, which is more"
+            f"its {some} not modelled: a token's top {top_k} are all taken to be real ones, so loads come out too high"
         )
     if n_hash:
         told.append(f"its first {n_hash} MoE layers route by a hash of the token, which is not modelled")
-    return "; ".join(told)
+    return "; ".join([*told, more] if more else told)
 
 
 def _language_model(content: dict[str, Any], where: str) -> dict[str, Any]:
@@ -123,12 +125,11 @@ def _language_model(content: dict[str, Any], where: str) -> dict[str, Any]:
         for key, part in config.items():
             if _EXPERT_PARTS.match(key) and isinstance(part, dict):
                 del flat[key]
+                left_out = ("moe_model_type", "model_type", *KEYS["hidden"])
                 own = {
                     k if k in _KNOWN or speaks(k, v) else f"moe_{k}": v for k, v in part.items()
                 }  # "start_layer", of moe
-                flat = {
-                    k: v for k, v in own.items() if k not in ("moe_model_type", "model_type", *KEYS["hidden"])
-                } | flat
+                flat = {k: v for k, v in own.items() if k not in left_out} | flat
                 if key == "moe" and "dim" in config and not flat.get("model_type"):  # Mistral's params.json
                     flat["model_type"] = "mistral"
         if any(flat.get(key) is not None for key in KEYS["n_experts"]):
@@ -158,7 +159,7 @@ def _experts(read: Reader) -> tuple[int, list[int]]:
             continue
         if len(other) > MAX_LAYERS:
             raise read.error(f"{name} has {len(other)} values, more than {MAX_LAYERS} layers")
-        counts = [read.checked(name, item or 0, 0, 2**15) for item in other]
+        counts = [read.checked(name, len(item) if isinstance(item, list) else item or 0, 0, 2**15) for item in other]
         if len(counts) <= _MOST_SETS and name == key:  # ERNIE's multimodal models
             read.notes.append(f"{name} {shown(other)} (sets of experts: one is modelled)")
         several = sorted({count for count in counts if count})
@@ -191,6 +192,8 @@ def _scoring(read: Reader, known: Type, name: str) -> tuple[str, bool]:
         scoring = "sigmoid" if sigmoid else "softmax"
     has_bias = read.flag("has_bias")
     key, method = read.take("method")
+    if scoring == "noaux_tc":  # dots.llm1: the method stands under the scoring
+        method, scoring = method or scoring, None
     if method not in (None, "noaux_tc", "greedy", "group_limited_greedy"):
         read.notes.append(f"{key} {shown(method)} (not understood)")
     if has_bias is None and method:
@@ -229,12 +232,12 @@ def _groups(read: Reader, known: Type, name: str, n_experts: int) -> tuple[int, 
     return n_group, topk_group or 0
 
 
-def _width(read: Reader, is_unknown: bool) -> Any:
+def _width(read: Reader, is_assumed: bool) -> Any:
     """Intermediate size of one expert."""
     (key, value), (other, any_width) = read.take("width"), read.take("any_width")
     if value is None and any_width is not None:
         key, value = other, any_width
-        if is_unknown:
+        if is_assumed:
             read.notes.append(f"moe_intermediate_size (not in config.json; {key} taken)")
     if isinstance(value, list) and value and len(value) <= MAX_LAYERS:  # ERNIE's multimodal models: text, then vision
         if any(item != value[0] for item in value):
@@ -257,10 +260,10 @@ def _matrices(read: Reader, known: Type) -> int:
 
 def _shared_experts(read: Reader, known: Type) -> int:
     """Experts that every token takes; one where only its size is said."""
-    n_shared, (_, size) = read.whole("n_shared"), read.take("shared_width")
-    if n_shared is not None:
-        return n_shared
-    return 1 if size not in (None, 0, False, []) else known.n_shared
+    n_shared, (key, size) = read.whole("n_shared"), read.take("shared_width")
+    if n_shared is not None or size in (None, []):
+        return n_shared or known.n_shared
+    return int(read.checked(key, size[0] if isinstance(size, list) else size, 0, 2**40) > 0)
 
 
 def _hash_layers(read: Reader, known: Type) -> int:
@@ -320,9 +323,9 @@ def _quantized(said: dict[str, Any], plain: str) -> str:
     bits, size = said.get("bits"), said.get("group_size")
     if isinstance(bits, int) and re.match(r"awq|gptq|auto.?round|affine", method.lower()):
         return _whole_type(bits, size)
-    if said.get("load_in_4bit"):
-        return "nf4" if said.get("bnb_4bit_quant_type") == "nf4" else "fp4"
-    found = _named_type(method)
+    if said.get("load_in_4bit") or said.get("load_in_8bit"):  # bitsandbytes
+        return "int8" if said.get("load_in_8bit") else "nf4" if said.get("bnb_4bit_quant_type") == "nf4" else "fp4"
+    found = _named_type(method) or _named_type(f"{said.get('quant_type')} {said.get('weights')}")  # torchao, EETQ
     return found + block if found == "fp8" else found
 
 

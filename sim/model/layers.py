@@ -6,7 +6,7 @@ from itertools import islice
 from typing import Any
 
 from sim.errors import shown
-from sim.model.keys import KEYS, LAYER_FIELDS, of_layers
+from sim.model.keys import KEYS, LAYER_FIELDS, MOE_WORD, of_layers, says_moe, speaks
 from sim.model.reader import Reader
 from sim.model.spec import MAX_LAYERS
 
@@ -48,18 +48,21 @@ def moe_layers(
     take layers away. `moe_layer_freq` counts from layer 0 (layer % n == 0), steps from 1 ((layer + 1) % n == 0).
     """
     asked = [field for field in LAYER_FIELDS if read.has(field)]
+    for field in LAYER_FIELDS:
+        read.use(*KEYS[field])
     _imply(read, implied or {}, type_name)
     n_layers = read.whole("layers", 1, MAX_LAYERS) or 0
     drafts = read.whole("drafts", 0, MAX_LAYERS) or 0
     n_layers, named, by = _named(read, n_layers, drafts, counts or [])
     if not n_layers and named is None:
-        for field in LAYER_FIELDS:
-            read.take(field)
-        if asked:
-            read.notes.append("moe_layer_ids (the number of layers is not in config.json)")
+        read.notes.append("moe_layer_ids (the number of layers is not in config.json)")
         return 0, ()
+    needed = [key for key, value in (implied or {}).items() if value is None]
+    if needed and not asked:
+        read.notes.append(f"moe_layer_ids (unknown: no {needed[0]} in config.json)")
+        return n_layers, ()
     left = set(range(n_layers)) if n_layers else set(named or ())
-    rules = _taken_away(read, n_layers, drafts)
+    rules = _taken_away(read, n_layers, drafts, type_name)
     for key, taken in rules:
         if named is None:
             left &= taken
@@ -74,7 +77,7 @@ def moe_layers(
         told = " and ".join(shown(key) for key in strange[:_MOST_KEYS])
         read.notes.append(f"moe_layer_ids (unknown, as {told} may say them)")
         return n_layers, ()
-    if not asked and implied is None:
+    if not asked and implied is None and named is None:
         read.notes.append("moe_layer_ids (config.json names no dense layers; all were taken)")
     return n_layers, tuple(sorted(left))
 
@@ -85,7 +88,7 @@ def _imply(read: Reader, implied: Mapping[str, Any], type_name: str) -> None:
         return
     for key, value in implied.items():
         field = next(field for field, keys in KEYS.items() if key in keys)
-        if field != "n_hash" and not read.has(field):
+        if field != "n_hash" and value is not None and not read.has(field):
             read.config = read.config | {key: value}
             text = shown(value) if isinstance(value, int) else f"{value[0]} to {value[-1]}"
             read.notes.append(f"{key} (not in config.json; {text} as {type_name} has by default)")
@@ -93,11 +96,16 @@ def _imply(read: Reader, implied: Mapping[str, Any], type_name: str) -> None:
 
 def _words(read: Reader) -> tuple[str, list[str]] | None:
     """The list with a word for each layer that tells MoE layers from others, if there is one."""
-    for key in KEYS["types"]:
+    n_layers = [read.config.get(key) for key in KEYS["layers"]]
+    others = [
+        key for key, value in read.config.items() if says_moe(value) and speaks(key, value) and len(value) in n_layers
+    ]
+    for key in dict.fromkeys((*KEYS["types"], *others)):
         words = read.config.get(key)
         if not isinstance(words, list) or len(words) > MAX_LAYERS or not all(isinstance(word, str) for word in words):
-            continue
-        if _is_of_mlps(key, words) or any(_is_moe(word, False) for word in words):
+            if words is not None and key in KEYS["types"]:
+                read.odd(key)
+        elif _is_of_mlps(key, words) or any(_is_moe(word, False) for word in words):
             return key, words
     return None
 
@@ -108,8 +116,7 @@ def _is_of_mlps(key: str, words: list[str]) -> bool:
 
 
 def _is_moe(word: str, mlp: bool) -> bool:
-    parts = re.split(r"[^a-z0-9]+", word.lower())
-    return "moe" in parts or "experts" in parts or word == "E" or (mlp and "sparse" in parts)
+    return word == "E" or bool(MOE_WORD.search(word)) or (mlp and "sparse" in re.split(r"[^a-z0-9]+", word.lower()))
 
 
 def _named(read: Reader, n_layers: int, drafts: int, counts: list[int]) -> tuple[int, set[int] | None, str]:
@@ -124,15 +131,12 @@ def _named(read: Reader, n_layers: int, drafts: int, counts: list[int]) -> tuple
 
     key, ids = read.take("moe_ids")
     if isinstance(ids, int) and not isinstance(ids, bool):
-        read.leave(key)  # a number of layers does not tell which
+        read.odd(key)  # a number of layers does not tell which
     elif ids not in (None, []):
         said.append((key, _ids(read, key, ids, n_layers, drafts)))
-    words = _words(read)
-    key, _ = read.take("types")
-    if words is None:
-        read.leave(key)
-    else:
+    if words := _words(read):
         key, listed = words
+        read.use(key)
         mlp = _is_of_mlps(key, listed)
         for word in sorted({word for word in listed if mlp and not _is_moe(word, mlp)}):
             if not set(re.split(r"[^a-z0-9]+", word.lower())) & _DENSE_WORDS:
@@ -148,14 +152,18 @@ def _named(read: Reader, n_layers: int, drafts: int, counts: list[int]) -> tuple
         say(key, [letter == "E" for letter in letters])
     elif isinstance(pattern, list) and "moe" in key:
         said.append((key, _mask(read, key, pattern, n_layers, drafts)))
-    else:
-        read.leave(key)
+    elif (
+        pattern
+        and key not in dict(said)
+        and (not isinstance(pattern, list) or any(flag not in (0, 1) for flag in pattern))
+    ):  # else of attention
+        read.odd(key)
     key, blocks = read.take("blocks")
     flags = _of_blocks(read, key, blocks) if isinstance(blocks, list) and len(blocks) <= MAX_LAYERS else []
     if any(flags):
         say(key, flags)
-    else:
-        read.leave(key)
+    elif blocks:
+        read.odd(key)
     if len(counts) > 1 and 0 in counts and len(counts) in (n_layers, n_layers + drafts):
         said.append(("experts of each layer", {i for i, count in enumerate(counts[:n_layers]) if count}))
     for other, layers in said[1:]:
@@ -164,13 +172,13 @@ def _named(read: Reader, n_layers: int, drafts: int, counts: list[int]) -> tuple
     return (n_layers, said[0][1], said[0][0]) if said else (n_layers, None, "")
 
 
-def _taken_away(read: Reader, n_layers: int, drafts: int) -> list[tuple[str, set[int]]]:
+def _taken_away(read: Reader, n_layers: int, drafts: int, type_name: str) -> list[tuple[str, set[int]]]:
     """For each key that takes layers away: the key, and the layers that it leaves."""
     every_layer = range(n_layers or MAX_LAYERS)
     rules: list[tuple[str, set[int]]] = []
     for field in ("dense_first", "dense_ids"):  # a number of leading layers, or the layers themselves
         key, dense = read.take(field)
-        if isinstance(dense, list) or (field == "dense_ids" and isinstance(dense, str)):
+        if dense is not None and (field == "dense_ids" or (key == "dense_mlp_idx" and isinstance(dense, list))):
             rules.append((key, set(every_layer) - _ids(read, key, dense, n_layers, drafts)))
         elif dense is not None:
             rules.append((key, set(every_layer[read.checked(key, dense) :])))
@@ -181,31 +189,29 @@ def _taken_away(read: Reader, n_layers: int, drafts: int) -> list[tuple[str, set
         elif n is not None:
             least = 0 if key == "interleave_moe_layer_step" else 1  # 0: Llama 4 without experts
             n = read.checked(key, n, least)
-            phase = {"every": 0}.get(field, 1 % n if key == "moe_every_n_layers" and n else n - 1)
-            rules.append((key, {i for i in every_layer if n and i % n == phase}))
+            from_1 = key == "moe_every_n_layers" or type_name == "switch_transformers"
+            phase = 0 if field == "every" else 1 if from_1 else n - 1
+            rules.append((key, {i for i in every_layer if n and i % n == phase % n}))
     (key, period), (offset_key, offset) = read.take("period"), read.take("offset")
-    if period is None:
-        read.leave(offset_key)
-    else:
+    if period is None and offset:
+        read.odd(offset_key)
+    elif period is not None:
         period = read.checked(key, period, 1)
         offset = read.checked(offset_key or key, 0 if offset is None else offset, 0, period - 1)
         rules.append((key, {i for i in every_layer if i % period == offset}))
     (key, start), (last_key, end) = read.take("start"), read.take("end")
     if start is not None:  # lists in ERNIE's multimodal models: text, vision
-        start = min(read.checked(key, i) for i in _some(read, key, start))
+        start = min(read.checked(key, i) for i in _some(start))
         rules.append((key, set(every_layer[start:])))
     if end is not None:
-        ends = [read.checked(last_key, i, -1) for i in _some(read, last_key, end)]
+        ends = [read.checked(last_key, i, -1) for i in _some(end)]
         if -1 not in ends:
             rules.append((last_key, set(every_layer[: max(ends) + 1])))
     return rules
 
 
-def _some(read: Reader, key: str, value: Any) -> list[Any]:
-    values = value if isinstance(value, list) else [value]
-    if not 1 <= len(values) <= MAX_LAYERS:
-        raise read.error(f"{key} must be a layer, or some of them, not {shown(value)}")
-    return values
+def _some(value: Any) -> list[Any]:
+    return value if isinstance(value, list) and value else [value]
 
 
 def _fit(read: Reader, key: str, length: int, n_layers: int, drafts: int) -> int:
@@ -243,8 +249,7 @@ def _ids(read: Reader, key: str, value: Any, n_layers: int, drafts: int) -> set[
         value = list(islice((i for ends in ranges for i in range(ends[0], ends[-1] + 1)), MAX_LAYERS + 1))
     if not isinstance(value, list) or len(value) > MAX_LAYERS:
         raise read.error(f"{key} must be a list of at most {MAX_LAYERS} layer numbers, not {shown(value)}")
-    flags = n_layers > 2 and len(value) == n_layers and set(map(repr, value)) <= {"0", "1"}
-    if flags or (value and all(isinstance(item, bool) for item in value)):
+    if value and all(isinstance(item, bool) or (len(value) > 2 and item in (0, 1)) for item in value):
         return _mask(read, key, value, n_layers, drafts)
     most = n_layers + drafts if n_layers else MAX_LAYERS
     layers = {read.checked(f"a layer of {key}", item, 0, most - 1) for item in value}

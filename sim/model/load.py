@@ -11,7 +11,6 @@ from typing import Any
 from sim.errors import InputError, shown, unknown
 from sim.files import is_folder, is_there
 from sim.model.config import caveat_of, read_config
-from sim.model.keys import KEYS, LAYER_FIELDS
 from sim.model.layers import moe_layers
 from sim.model.reader import Reader
 from sim.model.spec import ModelSpec
@@ -131,25 +130,11 @@ def _stored_as(name: str) -> str:
 
 def _from_preset(name: str, assumed: str = "") -> ModelSpec:
     row = _presets()[name]
-    layer_keys = {key for field in ("layers", *LAYER_FIELDS) for key in KEYS[field]}
-    n_layers, ids = moe_layers(Reader({k: v for k, v in row.items() if k in layer_keys}, f"preset {name}"), {})
+    n_layers, ids = moe_layers(Reader(row, f"preset {name}"), {})
     assumption = (f"that {assumed} has the router and sizes of {row['hf_id']}",) if assumed else ()
-    same = (
-        "n_group", "topk_group", "hidden_size", "expert_hidden_size", "moe_intermediate_size", "expert_matrices",
-        "n_shared_experts", "routed_dtype",
-    )  # fmt: skip
-    return ModelSpec(
-        name=name,
-        n_experts=row["n_routed_experts"],
-        top_k=row["num_experts_per_tok"],
-        scoring=row["scoring_func"],
-        group_score="top2_sum" if row["correction_bias"] else "max",
-        has_bias=row["correction_bias"],
-        n_layers=n_layers,
-        n_moe_layers=row["num_moe_layers"],
-        moe_layer_ids=ids,
-        unverified=(*row["unverified"], *assumption),
-        source=tuple(row["source"]),
-        caveat=caveat_of(row.get("zero_expert_num", 0), row.get("num_hash_layers", 0), row["num_experts_per_tok"]),
-        **{field: row[field] for field in same},
-    )
+    fields: dict[str, Any] = {"n_layers": n_layers, "moe_layer_ids": ids, "expert_hidden_size": row["hidden_size"]}
+    fields |= {field: row[field] for field in ModelSpec.__dataclass_fields__ if field in row}
+    fields["group_score"] = "top2_sum" if row.get("has_bias") else "max"
+    fields["unverified"], fields["source"] = (*row.get("unverified", ()), *assumption), tuple(row["source"])
+    fields["caveat"] = caveat_of(row.get("zero_expert_num", 0), row.get("num_hash_layers", 0), row["top_k"])
+    return ModelSpec(name, **fields)

@@ -23,7 +23,7 @@ class Reader:
 
     def __init__(self, config: dict[str, Any], where: str) -> None:
         self.config, self.where, self.notes = config, where, list[str]()
-        self._used: set[str] = set()
+        self._used, self._odd = set[str](), set[str]()
 
     def has(self, field: str) -> bool:
         """Whether any key of a field is there and not null."""
@@ -45,9 +45,9 @@ class Reader:
         """Keys that are understood."""
         self._used.update(keys)
 
-    def leave(self, key: str) -> None:
-        """A key that was taken and not understood after all."""
-        self._used.discard(key)
+    def odd(self, key: str) -> None:
+        """A known key whose value is not understood."""
+        self._odd.add(key)
 
     def whole(self, field: str, least: int = 0, most: int = 2**40) -> int | None:
         """A whole number, None if there is none or false; a list with a value for each layer must repeat one value."""
@@ -78,5 +78,8 @@ class Reader:
         return InputError(f"{self.where}: {text}")
 
     def left_over(self) -> list[str]:
-        """Keys that speak of MoE, experts, routing, sparse or dense layers and were not taken; switched-off ones left out."""
-        return sorted(key for key, value in self.config.items() if key not in self._used and speaks(key, value))
+        """Odd ones, and those that speak of MoE, experts, routing, sparse or dense layers and were not taken; switched-off ones
+        left out.
+        """
+        told = (key for key, value in self.config.items() if key not in self._used and speaks(key, value))
+        return sorted(self._odd.union(told))

@@ -11,9 +11,10 @@ trtllm
     id. Without assignments slot s of rank r starts with expert (r * experts // ranks + s) % experts.
 vllm-ascend
     The expert map's JSON: `moe_layer_count` and `layer_list` of `layer_id`, `device_count` and `device_list` of `device_id` and
-    `device_expert`. Its loader takes MoE layer i from place i of the list, whatever its id, and the distinct experts of rank 0
-    for the slots of each rank, so that no rank may hold an expert twice (`generate_log2phy_map`, eplb/core/eplb_utils.py). Each
-    layer reads its own number of slots (`init_eplb_config`, there): alone of these forms it lets layers differ.
+    `device_expert`. Its loader takes MoE layer i and rank r from the i-th and r-th places of these lists, whatever their ids, and
+    the distinct experts of rank 0 for the slots of each rank, so that no rank may hold an expert twice (`expert_file_to_tensor`,
+    `generate_log2phy_map`, eplb/core/eplb_utils.py). Each layer reads its own number of slots (`init_eplb_config`, there): alone
+    of these forms it lets layers differ.
 vllm
     JSON with `physical_to_logical_map` [MoE layers, slots], the layout of vLLM's EPLB state; vLLM 0.33 reads no file.
 
@@ -23,6 +24,7 @@ And a form of its own, read only: a JSON list with the rank of each expert, or a
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
@@ -40,6 +42,8 @@ _MOST_SLOTS = 2**15  # experts are int16, and beyond a copy of each for each no 
 _MOST_LAYERS = 4096
 _YAML = re.compile(r"^(num_slots|initial_global_assignments) *:", re.MULTILINE)
 _KEY = re.compile(r"^(?P<indent> *)(?P<quote>['\"]?)(?P<key>\w+)(?P=quote) *:(?: +(?P<value>.*)|)$")
+_ANCHOR = re.compile(r"(?:([&*])(\w+) *)?(.*)")
+_NUMBERS = ("num_slots", "ep_size", "layer_updates_per_iter")
 _ITEM = re.compile(r"^ *- +(?P<value>\S+)$")
 
 
@@ -55,25 +59,18 @@ def read_placement(path: Path, model: ModelSpec, ep_size: int) -> Placement:
         not; slots do not divide by the ranks; its layers are not the model's.
     """
     file = _File(f"placement file {path}", f"file:{path}", model, ep_size)
-    text = read_text(path, file.where)
-    if _YAML.search(text) and not text.lstrip().startswith(("{", "[")):
-        return _from_trtllm(parse_assignments(text, file.where), file)
-    try:
-        content = parse_json(text, file.where)
-    except InputError as error:
-        raise InputError(
-            f"{error}; maps are JSON, or TensorRT-LLM's YAML with num_slots at the beginning of a line"
-        ) from None
+    content = _content(path, file.where)
     known = content if isinstance(content, dict) else {}
     if "ep_size" in known and known["ep_size"] != ep_size:
         raise InputError(f"{file.where} says ep_size {shown(known['ep_size'])}: it is no map for `ep_size` {ep_size}")
-    if "num_slots" in known:  # JSON is YAML, too
+    if "num_slots" in known or "initial_global_assignments" in known:
         return _from_trtllm(known, file)
-    if "physical_to_logical_map" in known:
-        rows = known["physical_to_logical_map"]
-        if not isinstance(rows, list) or not rows:
-            raise InputError(f"{file.where}: physical_to_logical_map must be a list of layers, each a list of experts")
-        return file.of_slots(*file.by_place(rows))
+    for key in ("physical_to_logical_map", "phy2log"):
+        if key in known:
+            rows = known[key]
+            if not isinstance(rows, list) or not rows or not all(isinstance(row, list) for row in rows):
+                raise InputError(f"{file.where}: {key} must be a list of layers, each a list of experts")
+            return file.of_slots(*file.by_place(rows))
     if "layer_list" in known:
         return _from_ascend(known, file)
     if not isinstance(content, list) or not content:
@@ -89,6 +86,25 @@ def read_placement(path: Path, model: ModelSpec, ep_size: int) -> Placement:
             "read as the rank of each expert; a map with the expert of each slot stands under physical_to_logical_map",
         )
     return file.of_ranks(rows, layer_ids, notes)
+
+
+def _content(path: Path, where: str) -> Any:
+    """What a file holds, as JSON would have it."""
+    if path.suffix == ".pt":  # torch.save({"physical_to_logical_map": tensor}), which SGLang loads, too
+        from sim.traffic.arrays import as_array, read_pt
+
+        content = read_pt(path, where)
+        arrays = {key: as_array(value, where) for key, value in content.items()} if isinstance(content, dict) else {}
+        return {key: array.tolist() for key, array in arrays.items() if array is not None}
+    text = read_text(path, where)
+    if _YAML.search(text) and not text.lstrip().startswith(("{", "[")):
+        return parse_assignments(text, where)
+    try:
+        return parse_json(text, where)
+    except InputError as error:
+        raise InputError(
+            f"{error}; maps are JSON, or TensorRT-LLM's YAML with num_slots at the beginning of a line"
+        ) from None
 
 
 def placement_text(placement: Placement, form: str, n_layers: int = 0) -> str:
@@ -272,6 +288,12 @@ def _from_trtllm(content: dict[str, Any], file: _File) -> Placement:
     """TensorRT-LLM's map, which is keyed by decoder layer, or the start that it has without one."""
     where, model, ep_size = file.where, file.model, file.ep_size
     n_slots, given = content.get("num_slots"), content.get("initial_global_assignments")
+    if updates := content.get("layer_updates_per_iter"):
+        note = (
+            f"layer_updates_per_iter {shown(updates)}: TensorRT-LLM moves experts as it runs; this is where they start"
+        )
+        placement = _from_trtllm(content | {"layer_updates_per_iter": 0}, file)
+        return replace(placement, notes=(*placement.notes, note))
     if not _is_whole(n_slots) or n_slots < 1:
         raise InputError(f"{where}: num_slots must be a whole number from 1 on, not {shown(n_slots)}")
     if given is None:
@@ -319,30 +341,30 @@ def _from_ascend(content: dict[str, Any], file: _File) -> Placement:
     ids: list[Any] = [row.get("layer_id") if isinstance(row, dict) else None for row in rows]
     if not all(_is_whole(layer) and layer >= 0 for layer in ids) or len(set(ids)) < len(ids):
         raise InputError(f"{where}: each layer of layer_list needs a layer_id of its own, a whole number")
-    slots = [
-        _device_experts(row, file.ep_size, f"{where}, layer {layer}") for layer, row in zip(ids, rows, strict=True)
-    ]
+    read = [_device_experts(row, file.ep_size, f"{where}, layer {layer}") for layer, row in zip(ids, rows, strict=True)]
     if 0 < len(moe) <= len(ids):
         ids = [*moe, *range(decoder_layers(file.model), decoder_layers(file.model) + len(ids) - len(moe))]
-    return file.of_slots(*file.by_layer(dict(zip(ids, slots, strict=True))), may_differ=True)
+    found = file.by_layer({layer: slots for layer, (slots, _) in zip(ids, read, strict=True)})
+    placement = file.of_slots(*found, may_differ=True)
+    notes = placement.notes
+    if not all(in_order for _, in_order in read):
+        notes += ("devices are taken in the order of the list, as vllm-ascend does, not by device_id",)
+    if placement.idle_copies.any():
+        notes += ("a rank holds an expert twice: vllm-ascend would send the tokens of all later slots to wrong ones",)
+    return replace(placement, notes=notes)
 
 
-def _device_experts(row: dict[str, Any], ep_size: int, at: str) -> list[Any]:
-    """Experts of a layer's slots, device by device."""
+def _device_experts(row: dict[str, Any], ep_size: int, at: str) -> tuple[list[Any], bool]:
+    """Experts of a layer's slots, device by device as they are listed, and whether that is by their ids."""
     listed, count = row.get("device_list"), row.get("device_count")
-    devices: list[Any] = listed if isinstance(listed, list) else []
-    held: dict[int, Any] = {}
-    for device in devices:
-        if isinstance(device, dict) and _is_whole(device.get("device_id")):
-            held[device["device_id"]] = device.get("device_expert")
-    sound = _is_whole(count) and count == len(devices) == ep_size and set(held) == set(range(ep_size))
-    if not sound or not all(isinstance(experts, list) for experts in held.values()):
-        raise InputError(
-            f"{at}: must have the devices 0 to {ep_size - 1} of `ep_size` {ep_size}, each with its device_expert"
-        )
-    if len({len(experts) for experts in held.values()}) > 1:
-        raise InputError(f"{at}: devices hold different numbers of experts")
-    return [expert for rank in range(ep_size) for expert in held[rank]]
+    devices = [device for device in listed if isinstance(device, dict)] if isinstance(listed, list) else []
+    ids: list[Any] = [device.get("device_id") for device in devices]
+    held: list[Any] = [device.get("device_expert") for device in devices]
+    if not _is_whole(count) or count != ep_size or not all(map(_is_whole, ids)) or sorted(ids) != [*range(ep_size)]:
+        raise InputError(f"{at}: must have the devices 0 to {ep_size - 1} of `ep_size` {ep_size}")
+    if not all(isinstance(experts, list) for experts in held) or len(set(map(len, held))) > 1:
+        raise InputError(f"{at}: each device must have a device_expert, a list of equally many experts")
+    return [expert for experts in held for expert in experts], ids == sorted(ids)
 
 
 def _is_whole(value: Any) -> TypeGuard[int]:
@@ -359,14 +381,16 @@ def _check_ids(row: Any, n: int, one: str, what: str, at: str) -> None:
 
 
 def parse_assignments(text: str, where: str) -> dict[str, Any]:
-    """What JSON would have of a TensorRT-LLM load balancer file: `num_slots`, and `initial_global_assignments`, the expert of
-    each slot by layer, None without that key.
+    """What JSON would have of a TensorRT-LLM load balancer file: its numbers, and `initial_global_assignments`, the expert of
+    each slot by layer, where that key has any.
 
-    The one shape of YAML that these files have, read strictly: no tags, anchors or nested maps. Lists may be flow lists, over
-    several lines too, or block lists of `- expert`. Raises InputError for anything else.
+    The one shape of YAML that these files have, read strictly: no tags or nested maps. Lists may be flow lists, over several
+    lines too, or block lists of `- expert`, or an anchor's (`&id001`) again (`*id001`), as PyYAML writes a list that several
+    layers share. Raises InputError for anything else.
     """
-    layers: dict[str, list[Any]] = {}
-    n_slots, section, row, has_layers = None, "", None, False
+    content: dict[str, Any] = {}
+    anchors: dict[str, list[Any]] = {}
+    section, row = "", None
     for number, line in _logical_lines(text, where):
         at = f"{where}, line {number}"
         if (item := _ITEM.match(line)) and row is not None:
@@ -377,19 +401,23 @@ def parse_assignments(text: str, where: str) -> dict[str, Any]:
             raise InputError(f"{at}: expected 'key: value' or a list of experts, not {shown(line.strip())}")
         key, value = found["key"], (found["value"] or "").strip()
         if found["indent"]:
-            layer = str(_whole(key, at))
-            if section != "initial_global_assignments" or layer in layers or len(layers) >= _MOST_LAYERS:
+            layer, layers = str(_whole(key, at)), content.get(section)
+            if not isinstance(layers, dict) or layer in layers or len(layers) >= _MOST_LAYERS:
                 raise InputError(f"{at}: layer {layer} is out of place, there twice, or beyond {_MOST_LAYERS} layers")
-            row = layers[layer] = _flow_list(value, at) if value else []
+            mark, name, value = _ANCHOR.fullmatch(value).groups()  # type: ignore[union-attr]
+            row = layers[layer] = anchors.get(name, []) if mark == "*" else _flow_list(value, at) if value else []
+            anchors |= {name: row} if mark == "&" else {}
             continue
-        section, row = key, None
-        if key == "num_slots":
-            n_slots = _whole(value, at)
-        elif key == "initial_global_assignments" and value not in ("null", "~"):
-            has_layers = True
-            if value:
+        if key in content:
+            raise InputError(f"{at}: {key} stands twice")
+        section, row, content[key] = key, None, value
+        if key in _NUMBERS:
+            content[key] = _whole(value, at)
+        elif key == "initial_global_assignments":
+            if value not in ("", "null", "~"):
                 raise InputError(f"{at}: expected a line 'layer: [experts]' for each layer below {key}")
-    return {"num_slots": n_slots, "initial_global_assignments": layers if has_layers else None}
+            content[key] = None if value else {}
+    return content
 
 
 def _logical_lines(text: str, where: str) -> Iterator[tuple[int, str]]:
