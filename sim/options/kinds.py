@@ -204,10 +204,10 @@ class Listed(Kind):
     def __call__(self, text: str) -> list[Any]:
         """See `Kind`. Whole numbers take ranges: `8..64` doubles; `2..12:2` counts up by 2."""
         parts: list[Any] = [part.strip() for part in text.split(",")]
-        if not all(parts):
-            raise ArgumentTypeError(f"'{text}': expected values with commas between them")
         if isinstance(self.of, Whole):
             parts = [value for part in parts for value in _range(part)]
+        elif not all(parts):
+            raise ArgumentTypeError(f"'{text}': expected values with commas between them")
         if len(parts) > _MAX_VALUES:
             raise ArgumentTypeError(f"{text}: more than {_MAX_VALUES} values")
         return [self.of(part) for part in parts]
