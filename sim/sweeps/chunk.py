@@ -155,13 +155,8 @@ def _run_part(plan: Plan, stage: Stage, draws: range) -> Tally:
     baseline = np.searchsorted(cells, grid.baseline_cells[cells])
     tally.metric_cross[cells] = np.einsum("d...,d...->...", sums["metric"], sums["metric"][:, baseline])
     sums["reached"] = sums["reached"][:, scorer.pair_of_cell]
-    for what, where in (
-        ("metric", cells),
-        ("event", live),
-        ("reached", cells),
-        ("received", cells),
-        ("load", largest.ranks),
-    ):
+    of_cells = dict.fromkeys(("metric", "reached", "received"), cells)
+    for what, where in (of_cells | {"event": live, "load": largest.ranks}).items():
         _fill_sums(tally, what, where, sums[what], n_trials[:, 0])
     return tally
 

@@ -16,13 +16,7 @@ from sim.placement import BUDGET, LayerCost, Placement, check_ep_size, is_load_a
 from sim.results import SCHEMA
 from sim.router import check_pair, routing_law
 from sim.sweeps.grid import Grid
-from sim.sweeps.placements import (
-    FittedOn,
-    fitted_on,
-    layout_id,
-    place_pair,
-    read_placements,
-)
+from sim.sweeps.placements import FittedOn, fitted_on, layout_id, place_pair, read_placements
 from sim.traffic import RecordedTraffic, SyntheticTraffic, Workload, load_workload
 
 RARE = 1e-3
@@ -175,11 +169,7 @@ def make_plan(
 
 
 def _grid(
-    model: ModelSpec,
-    fit: FittedOn,
-    chosen: SweepOptions,
-    pairs: list[tuple[str, int]],
-    placed: list[Placement | None],
+    model: ModelSpec, fit: FittedOn, chosen: SweepOptions, pairs: list[tuple[str, int]], placed: list[Placement | None]
 ) -> Grid:
     return Grid(
         model=model.name,

@@ -159,10 +159,7 @@ class _OutOfTime(Exception):  # noqa: N818
 
 
 def _run_stages(
-    plan: Plan,
-    executor: executors.Executor,
-    journal: Journal | None,
-    time_limit_s: float | None,
+    plan: Plan, executor: executors.Executor, journal: Journal | None, time_limit_s: float | None
 ) -> Sampled:
     """Sums over all stages, and why each cell stopped."""
     stopped = np.full(len(plan.grid.cells), "", dtype=object)
@@ -184,13 +181,7 @@ def _run_stages(
     return Sampled(total, stopped)
 
 
-def _run_stage(
-    plan: Plan,
-    stage: Stage,
-    executor: executors.Executor,
-    journal: Journal | None,
-    end_s: float,
-) -> Tally:
+def _run_stage(plan: Plan, stage: Stage, executor: executors.Executor, journal: Journal | None, end_s: float) -> Tally:
     """Sums over the chunks of a stage. Raises _OutOfTime when the clock has passed `end_s`."""
     total = Tally.zero(plan.grid)
     of_trial = int(plan.grid.tokens_of_cell[list(stage.cells)].max())
