@@ -112,6 +112,7 @@ def test_backends_stand_for_kinds():
         exchange(kind="nccl")
 
 
+@pytest.mark.slow
 def test_exchanges_of_measured_layers():
     """4 H100s: floors and shares are those of chat and gpqa-tilted traffic. What they did not see, in the median: uniform traffic
     within 9 %, 2 H100s, whose links do two thirds as much and whose own copies as much, within 6 % (a hop of the ring was read
