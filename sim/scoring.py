@@ -21,7 +21,7 @@ received tokens
     Distinct tokens of a step with at least one expert on a rank (node), those that already sit there included: what arrives
     where a kernel sends a token once to each rank, and what its buffers hold.
 
-Where experts have replicas, what copies a step's pairs go to is told in `sim.copies`.
+Which copy of an expert pairs go to is told in `sim.copies`.
 """
 
 from typing import Any, NamedTuple
@@ -371,11 +371,9 @@ def score(placement: Placement, counts: Any, replica_choice: str = "even") -> Sc
     [12, 8]
     """
     placement, table = _checked(placement), _whole_numbers("`counts`", counts, _MOST_COUNT)
-    rows, n_experts = placement.n_rows, placement.n_experts
-    if replica_choice not in ("even", "in_step"):
-        raise unknown(
-            "`replica_choice`", shown(replica_choice), ("even", "in_step"), "; vllm_hash needs tokens (score_tokens)"
-        )
+    rows, n_experts, known = placement.n_rows, placement.n_experts, ("even", "in_step")
+    if replica_choice not in known:
+        raise unknown("`replica_choice`", shown(replica_choice), known, "; vllm_hash needs tokens (score_tokens)")
     if table.ndim < 1 + (rows > 1) or table.shape[-1] != n_experts or (rows > 1 and table.shape[-2] != rows):
         wanted = f"[..., {rows}, {n_experts}]" if rows > 1 else f"[..., {n_experts}]"
         raise InputError(f"`counts` must have shape {wanted} under {placement.strategy}, not {list(table.shape)}")

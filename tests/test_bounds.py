@@ -20,8 +20,8 @@ from scipy.stats import norm
 from sim import ModelSpec, SyntheticTraffic, load_model, load_workload, place, route, sweep, theory
 from sim.placement import place_fixed
 from sim.router import draw_trials
-from sim.sweeps.bounds import _tally_loads
 from sim.theory.rare import rare_tail
+from sim.theory.tails import fill_layer_bounds, join_layer_bounds
 from sim.traffic.synthetic import X0
 
 FALSE_ALARM = 1e-4
@@ -165,9 +165,9 @@ def test_bounds_by_tables_lie_within_those_by_single_tails():
         sums = [theory.TailsOfSums(p.reshape(-1, 5)) for p in laws]
         for least in range(2 * n_tokens, 4 * n_tokens, n_tokens // 2):
             single, joined = np.empty((3, 2)), np.empty((3, 2))
-            theory.fill_layer_bounds(*laws, n_tokens, least, single)
+            fill_layer_bounds(*laws, n_tokens, least, single)
             at = [of.at(n_tokens, x).reshape(3, -1) for of, x in zip(sums, (least, least, 2 * least), strict=True)]
-            theory.join_layer_bounds(*at, joined)
+            join_layer_bounds(*at, joined)
             assert (joined[:, 1] <= single[:, 1] * (1 + 1e-9)).all()
             rare = single[:, 1] < 1  # 1 stands for what is common, too
             assert (joined[:, 1] >= single[:, 1] * 0.98 - 1e-299)[rare].all()
@@ -179,7 +179,7 @@ def test_loads_of_tokens_are_tallied_as_one_would():
     ids = np.argsort(rng.random((1500, 32)), axis=1)[:, :6].astype(np.int16)
     rank, hot = rng.permutation(np.arange(32) % 5).astype(np.int32), np.array([0, 2, 3])
     single, together = np.zeros((5, 7), np.int64), np.zeros((3, 7), np.int64)
-    _tally_loads(ids, rank, hot, single, together)
+    theory.tally_loads(ids, rank, hot, single, together)
     loads = (rank[ids][:, :, None] == np.arange(5)).sum(axis=1)
     for r in range(5):
         np.testing.assert_array_equal(single[r, 1:], np.bincount(loads[:, r], minlength=7)[1:])

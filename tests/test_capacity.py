@@ -13,8 +13,7 @@ from sim.cost.buffers import DEEPEP_LIMIT_BYTES, buffer_bytes, deepep_low_latenc
 from sim.cost.deployments import QUANTITIES, sample_deployments
 from sim.sweeps.plan import make_plan
 from sim.theory import UniformRouter, tails
-from sim.theory.family import BERNOULLI, family_of, place_in_family, saddle_points, tail_of_tilted
-from sim.theory.tails import tilted_moments
+from sim.theory.tails import BERNOULLI, family_of, place_in_family, saddle_points, tail_of_tilted, tilted_moments
 from sim.traffic.synthetic import X0
 
 V3 = load_model("deepseek-v3")

@@ -232,7 +232,7 @@ def test_fit_on_another_record(trace, tmp_path, capsys):
         ("--fit-on", mine): "is the traffic that is scored",
         ("--fit-on", "absent.npz"): "does not exist",
         ("--fit-tokens", "5"): "--fit-tokens goes with synthetic traffic",
-        ("--replica-choice", "vllm_hash", "--phase", "prefill"): "not with --phase prefill",
+        ("--replica-choice", "vllm_hash", "--phase", "prefill"): "recorded prefill is replayed in runs",
     }.items():
         fails(capsys, [*words, *options, "--out", tmp_path / "b"], message)
     assert not (tmp_path / "b").exists()

@@ -13,8 +13,7 @@ from sim import InputError, sweep
 from sim.cli import main
 from sim.results import read_result
 from sim.sweeps import Journal, combine, executors, make_plan, run_plan
-from sim.sweeps.chunk import stage_chunks
-from sim.sweeps.precision import first_stage
+from sim.sweeps.chunk import first_stage, stage_chunks
 from sim.sweeps.tally import build_counts, read_counts
 
 GRID = {"ep_sizes": [8, 64], "tokens": [1, 64], "placements": ["linear", "random"], "bound_layers": 0}

@@ -13,8 +13,7 @@ from conftest import run
 
 from sim import InputError, results
 from sim.sweeps import Journal, executors, journal, make_plan, run_plan
-from sim.sweeps.chunk import stage_chunks
-from sim.sweeps.precision import first_stage
+from sim.sweeps.chunk import first_stage, stage_chunks
 
 ONE_THREAD = executors.threads(1)
 

@@ -12,8 +12,8 @@ from naive import draw_logits as ref_logits
 from scipy.stats import chi2, norm
 
 from sim import ModelSpec, load_model, route
-from sim.router.draw import draw_trials, score_law
-from sim.router.one_token import new_token, route_token, sort_token
+from sim.router.draw import draw_trials, grouped_topk
+from sim.router.one_token import Address, expert_of, new_token, route_token, sort_token
 from sim.router.sampler import sample_trials
 from sim.router.tables import fill_layer, layer_of, new_tables
 from sim.streams import stream_key
@@ -32,14 +32,13 @@ def sample(mu, model, group_sigma=0.0, n_tokens=200_000, seed=0, tokens=None, co
     """Expert ids of the sampler's tokens in one layer: int16 [n_tokens, top_k], and the counts; mu [n_experts], or
     [requests * contexts, n_experts] with the contexts of the tokens.
     """
-    law = score_law(model)
     tokens = np.array([n_tokens] if tokens is None else tokens)
     logits = np.atleast_2d(np.ascontiguousarray(mu, float))[None]
     counts = np.empty((1, len(tokens), logits.shape[2]), np.int32)
     ids = np.empty((1, tokens[-1], model.top_k), np.int16)
     key, contexts = stream_key(seed, "test"), np.empty((1, 0), np.uint8) if contexts is None else contexts[None]
-    args = (model.n_group, model.topk_group, group_sigma, law, one_kind(1))
-    sample_trials(np.arange(len(logits)), key, logits, contexts, per_request, tokens, *args, counts, ids)
+    topk, kinds = grouped_topk(model, SyntheticTraffic("s", group_sigma=group_sigma)), one_kind(1)
+    sample_trials(np.arange(len(logits)), key, topk, logits, contexts, per_request, tokens, kinds, counts, ids)
     return ids[0], counts[0]
 
 
@@ -84,18 +83,13 @@ def one_by_one(mu, model, group_sigma, n_tokens, first=0):
     layer, (k0, k1) = layer_of(new_tables(1, model.n_experts, model.n_group), 0), stream_key(0, "test")
     fill_layer(mu, layer)
     own = new_token(model.n_group, model.topk_group, model.top_k)
-    expert, size = int(own.expert), int(own.size)
-    shape = model.n_group, model.n_experts // model.n_group, model.topk_group, model.top_k
-    law = tuple(score_law(model).astype(np.float32))
+    topk = grouped_topk(model, SyntheticTraffic("s", group_sigma=group_sigma))
     found = np.empty((n_tokens, model.top_k), np.int16)
     for token in range(n_tokens):
-        route_token(
-            np.uint64(first + token), np.uint64(0), k0, k1, *shape, np.float32(group_sigma), law, layer.weight, layer.gap,
-            layer.gap_without, layer.alias, own,
-        )  # fmt: skip
+        route_token(Address(np.uint64(first + token), np.uint64(0), k0, k1), topk, layer, own)
         if model.is_grouped:
-            sort_token(size - expert, own)
-        found[token] = own.whole[expert : expert + model.top_k]
+            sort_token(int(own.n_slots), own)
+        found[token] = [expert_of(own, k) for k in range(model.top_k)]
     return found
 
 

@@ -320,6 +320,15 @@ def test_dummy_tokens_count_as_load(capsys, tmp_path):
     fails(capsys, f"sweep --ep 8 --tokens 8 --trials 200 --out {tmp_path / 'a'}".split(), "holds another sweep")
 
 
+def test_dummy_tokens_may_reach_every_copy_of_their_experts():
+    toy, options = sim.ModelSpec("toy", 16, 2), {"ep_sizes": 32, "tokens": 1, "placements": "eplb+48", "trials": 20}
+    result = sim.sweep(toy, load_workload("chat", dummy_tokens=100), **options, bound_layers=0)
+    assert (result.summary.idle_ranks_mean_low <= result.summary.idle_ranks_mean).all()
+    assert (result.tail.low <= result.tail.probability).all()
+    with pytest.raises(InputError, match="`replica_choice` vllm_hash: dummy tokens"):
+        sim.sweep(toy, load_workload("chat", dummy_tokens=100), **options, replica_choice="vllm_hash")
+
+
 def test_dummy_tokens_are_checked(capsys):
     fails(capsys, ["sweep", "--dummy-tokens", "-1"], "dummy_tokens")
 

@@ -13,9 +13,8 @@ from sim.placement import random_ranks
 from sim.results import read_result, write_result
 from sim.router import draw_trials
 from sim.sweeps import bounds, executors, make_plan, steps, tally
-from sim.sweeps.chunk import run_chunk, stage_chunks
+from sim.sweeps.chunk import first_stage, run_chunk, stage_chunks
 from sim.sweeps.executors import compile_without_sampler
-from sim.sweeps.precision import first_stage
 from sim.theory import tails
 
 ALL = ["linear", "linear_legacy", "round_robin", "random", "node_aware"]
@@ -245,7 +244,7 @@ def test_committed_results_are_as_precise_as_promised(workload):
         ({"trials": [5]}, r"`trials` \[5\]"),
         ({"placements": 5}, "`placements` 5"),
         ({"thresholds": "12"}, "`thresholds` 12"),
-        ({"trials": 10**9, "draws": 1, "tokens": 2**20}, "would not fit 64-bit integers"),
+        ({"trials": 10**9, "draws": 1, "tokens": 2**20}, "sums over draws 64-bit ones"),
     ],
 )
 def test_bad_arguments_are_refused(change, message):

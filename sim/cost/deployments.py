@@ -13,7 +13,7 @@ over layers is 6 % above what is replayed (-1 to 16) where that is about 0.5, 3 
 windows of 32 steps exceed 11 % (-4 to 36) more often than replayed ones.
 
 The law of one token on a rank is taken as a function of the rank's mean load: laws counted in the first layers are pooled by
-their means, and tilted in between (`sim.theory.family`). Received tokens and rows of an expert are binomial.
+their means, and tilted in between (`sim.theory.tails`). Received tokens and rows of an expert are binomial.
 """
 
 import math
@@ -30,8 +30,15 @@ from sim.router import draw_trials
 from sim.scoring import count_received, rank_loads, receivers
 from sim.sweeps.plan import Plan
 from sim.sweeps.steps import place_pairs
-from sim.theory.family import BERNOULLI, Family, family_of, place_in_family, saddle_points, tail_of_tilted
-from sim.theory.tails import tilted_moments
+from sim.theory.tails import (
+    BERNOULLI,
+    Family,
+    family_of,
+    place_in_family,
+    saddle_points,
+    tail_of_tilted,
+    tilted_moments,
+)
 
 QUANTITIES = ("received", "pairs", "expert_rows")
 FITTED_DEPLOYMENTS = 80

@@ -10,6 +10,7 @@ from sim.errors import InputError
 from sim.model import ModelSpec, load_model
 from sim.model.spec import ROUTED_SCORINGS
 from sim.router.sampler import sample_trials
+from sim.router.tables import GroupedTopk
 from sim.streams import stream_key
 from sim.traffic import RecordedTraffic, SyntheticTraffic, Workload
 from sim.traffic.synthetic import X0, one_kind
@@ -68,6 +69,14 @@ def score_law(model: ModelSpec) -> np.ndarray:
     """(b, a, both): an expert that arrives at time t has the score 1 / (b + a t), up to a factor that a token shares."""
     sigmoid = model.scoring == "sigmoid"
     return np.array([1.0 if sigmoid else 0.0, np.exp(-X0) if sigmoid else 1.0, model.group_score == "top2_sum"])
+
+
+def grouped_topk(model: ModelSpec, workload: SyntheticTraffic) -> GroupedTopk:
+    """The rule of a model under the group effects of a workload."""
+    law = tuple(score_law(model).astype(np.float32))
+    return GroupedTopk(
+        model.n_group, model.group_size, model.topk_group, model.top_k, np.float32(workload.group_sigma), law
+    )
 
 
 def draw_trials(
@@ -136,13 +145,7 @@ def _token_law(model: ModelSpec, workload: Workload) -> str:
 
 
 def _draw_other_tokens(
-    model: ModelSpec,
-    workload: SyntheticTraffic,
-    seed: int,
-    what: str,
-    mu: np.ndarray,
-    draws: np.ndarray,
-    n_tokens: int,
+    model: ModelSpec, workload: SyntheticTraffic, seed: int, what: str, mu: np.ndarray, draws: np.ndarray, n_tokens: int
 ) -> np.ndarray:
     """Counts of tokens that no trial uses, of the layers of draws int64 [draws], int32 [draws, 1, n_experts]."""
     key = stream_key(seed, f"{_token_law(model, workload)}|{what}")
@@ -175,8 +178,8 @@ def _route(
             logits = (logits[:, :, None, :] + effects[part, None]).reshape(*logits.shape[:2], -1)
         contexts = workload.draw_contexts(key, trials[part], int(tokens[-1]))
         sample_trials(
-            trials[part], key, np.ascontiguousarray(logits), contexts, per_request, tokens, model.n_group,
-            model.topk_group, workload.group_sigma, score_law(model), chances[part], counts[part], ids[part],
+            trials[part], key, grouped_topk(model, workload), np.ascontiguousarray(logits), contexts, per_request, tokens,
+            chances[part], counts[part], ids[part],
         )  # fmt: skip
 
 
@@ -201,8 +204,8 @@ def route_layers(
     counts = np.empty((len(mu), 1, model.n_experts), np.int32)
     ids = np.empty((len(mu), n_tokens, model.top_k), np.int16)
     sample_trials(
-        first + np.arange(len(mu)), stream_key(seed, what), np.ascontiguousarray(mu)[:, None, :],
-        np.empty((len(mu), 0), np.uint8), _ONE_REQUEST, np.array([n_tokens]), model.n_group, model.topk_group,
-        workload.group_sigma, score_law(model), one_kind(len(mu)), counts, ids,
+        first + np.arange(len(mu)), stream_key(seed, what), grouped_topk(model, workload),
+        np.ascontiguousarray(mu)[:, None, :], np.empty((len(mu), 0), np.uint8), _ONE_REQUEST, np.array([n_tokens]),
+        one_kind(len(mu)), counts, ids,
     )  # fmt: skip
     return ids

@@ -1,8 +1,8 @@
-"""The experts of one token at a time: what the batches of `sim.router.sampler` give, bit for bit, for a GPU's threads.
+"""The experts of one token at a time: how a batch finishes the few tokens that need more arrivals, and how a GPU's thread routes
+a token from the start, with the same experts as the batches of `sim.router.sampler`, bit for bit.
 
-Each step does the same operations on the same words as the batches do; only what is kept of them differs. Every float
-operation is one that a GPU rounds as a CPU does (IEEE 754): no product is left that a compiler could fuse with a sum, and
-division and square root are the exact ones.
+Every float operation is one that a GPU rounds as a CPU does (IEEE 754): no product is left that a compiler could fuse with a
+sum, and division and square root are the exact ones.
 """
 
 from typing import NamedTuple
@@ -10,159 +10,248 @@ from typing import NamedTuple
 import numpy as np
 
 from sim.kernels import kernel
-from sim.router.arrivals import REDRAWS, ROUNDS, SCAN, TRIES
+from sim.router import workspace as row
 from sim.router.tables import draw_mark
-from sim.router.workspace import LATE
+from sim.router.workspace import BATCH, LATE
 from sim.streams import TOKEN, exp32, exponential, fma, normal_pair, philox, word_at
 
+ROUNDS = 3
+"""Arrivals that all tokens of a batch are taken through together; the few that need more are finished one by one."""
+TRIES = 16
+"""Repeated marks before an exact scan; each try is an independent draw, so stopping does not bias."""
+REDRAWS, _SCAN = 2**20, 2**24  # words from here on: of marks drawn again, and of scans
+
+# Numbers of a place, in the order of the rows of `sim.router.workspace`: two times and two experts, then those of its group.
+_EXPERT, _GAP, _SINCE, _NEXT, _GROUP, _PLACE = (
+    at // BATCH for at in (row.EXPERT, row.PLACE_GAP, row.SINCE, row.NEXT, row.GROUP, row.PLACE_SIZE)
+)
 _NOBODY = np.int32(-1)
 _INFINITE, _ONE, _ZERO = np.float32(np.inf), np.float32(1), np.float32(0)
 
 
-class Token(NamedTuple):
-    """Room for what is known of a token: numbers of a group g, and of a place j (a kept group, best first; or an expert).
+class Address(NamedTuple):
+    """Where the words of a token lie, uint64."""
 
-    Number n lies at `at` + n * `stride`, so that the threads of a GPU's block share two arrays without getting in each other's
-    way (which may be one memory: no number is in both).
+    token: np.uint64
+    trial: np.uint64
+    k0: np.uint64
+    k1: np.uint64
+
+
+class Token(NamedTuple):
+    """Room for what is known of a token: numbers of groups, and of places (a kept group, best first, and two experts).
+
+    Number n lies at `at` + n * `stride`: in a batch a row is a number of every token, and the threads of a GPU's block share two
+    arrays without getting in each other's way (which may be one memory: no number is in both).
     """
 
-    real: (
-        np.ndarray
-    )  # float32: scores, gaps, first and second arrivals of groups; next arrivals of places; times of experts
-    whole: np.ndarray  # int32: first experts of groups; groups of places; experts
+    real: np.ndarray  # float32
+    whole: np.ndarray  # int32: experts, and groups of places
     at: np.uint32
     stride: np.uint32
-    next: np.uint32  # where these begin
-    time: np.uint32
-    mark: np.uint32
-    group: np.uint32
-    expert: np.uint32
-    size: np.uint32  # of all
+    places: np.uint32  # where they begin
+    n_slots: np.uint32  # experts that there is room for
 
 
 def new_token(n_group: int, topk_group: int, top_k: int) -> Token:
-    """Room for one token."""
-    if n_group == 1:
-        ends = np.array([0, 0, 0, 0, 0, top_k])
-    else:
-        n_places = 2 * max((top_k + 1) // 2, topk_group)
-        ends = np.cumsum([4 * n_group, topk_group, n_places, n_group, topk_group, n_places])
-    size = int(ends[-1])
-    places = (np.uint32(at) for at in (0, 1, *ends))
-    return Token(np.zeros(size, np.float32), np.zeros(size, np.int32), *places)
+    """Room for one token, its groups first: scores, gaps, first and second arrivals, first experts."""
+    of_groups, kept = (5 * n_group, topk_group) if n_group > 1 else (0, 0)
+    n_places = max((top_k + 1) // 2, kept)
+    size = of_groups + n_places * _PLACE
+    numbers = (np.uint32(n) for n in (0, 1, of_groups, 2 * n_places))
+    return Token(np.zeros(size, np.float32), np.zeros(size, np.int32), *numbers)
 
 
 @kernel(forceinline=True)
-def _place(own, n):
+def _at(own, n):
     """Unsigned and short, which spares a GPU long arithmetic and the test for negative indices."""
     return np.uint64(np.uint32(own.at + np.uint32(n) * own.stride))
 
 
 @kernel(forceinline=True)
-def real(own, n):
-    """Number n, float32."""
-    return own.real[_place(own, n)]
+def _real(own, n):
+    return own.real[_at(own, n)]
 
 
 @kernel(forceinline=True)
-def put_real(own, n, value):
-    """Set number n."""
-    own.real[_place(own, n)] = value
+def _put_real(own, n, value):
+    own.real[_at(own, n)] = value
 
 
 @kernel(forceinline=True)
-def whole(own, n):
-    """Number n, int32."""
-    return own.whole[_place(own, n)]
+def _whole(own, n):
+    return own.whole[_at(own, n)]
 
 
 @kernel(forceinline=True)
-def put_whole(own, n, value):
-    """Set number n."""
-    own.whole[_place(own, n)] = value
+def _put_whole(own, n, value):
+    own.whole[_at(own, n)] = value
+
+
+@kernel(forceinline=True)
+def _place(own, j):
+    """Where the numbers of place j begin."""
+    return np.uint32(own.places + j * _PLACE)
+
+
+@kernel(forceinline=True)
+def _slot(own, k):
+    """Number of the time of the k-th expert; the expert's own is _EXPERT further."""
+    return np.uint32(_place(own, k >> 1) + (k & 1))
+
+
+@kernel(forceinline=True)
+def expert_of(own, k):
+    """The k-th expert."""
+    return _whole(own, _slot(own, k) + _EXPERT)
+
+
+@kernel(forceinline=True)
+def _put_expert(own, k, time, e):
+    _put_real(own, _slot(own, k), time)
+    _put_whole(own, _slot(own, k) + _EXPERT, e)
 
 
 @kernel
-def _is_among(e, own, first, k):
+def is_among(e, own, first, k):
+    """Whether e is one of the experts first .. k - 1."""
     found = False
     for j in range(first, k):
-        found |= whole(own, own.expert + j) == e
+        found |= expert_of(own, j) == e
     return found
 
 
 @kernel
-def _draw_other(token, trial, k0, k1, group, size, alias, weight, own, first, k):
-    """The k-th expert of a token drawn again until it is none of the experts first .. k - 1."""
-    for tries in range(TRIES):
-        word = word_at(REDRAWS + 2 * TRIES * k + tries, token, trial, TOKEN, k0, k1)
-        e = np.int32(draw_mark(word, group, size, alias))
-        if not _is_among(e, own, first, k):
+def draw_other(tries, of, group, size, layer, own, first, k):
+    """The k-th expert of a token, of this group and none of the experts first .. k - 1, after so many tries."""
+    index = REDRAWS + 2 * TRIES * k
+    for i in range(tries, TRIES):
+        e = np.int32(draw_mark(word_at(index + i, of.token, of.trial, TOKEN, of.k0, of.k1), group, size, layer.alias))
+        if not is_among(e, own, first, k):
             return e
-    word = word_at(REDRAWS + 2 * TRIES * k + TRIES, token, trial, TOKEN, k0, k1)
     lo, total = np.int64(group) * size, 0.0
     for e in range(lo, lo + size):
-        if not _is_among(e, own, first, k):
-            total += weight[e]
-    target, last = max((np.float64(word) + 0.5) * 2.0**-32 * total, 0.0), -1  # max: a product that is not fused
+        if not is_among(e, own, first, k):
+            total += layer.weight[e]
+    word = word_at(index + TRIES, of.token, of.trial, TOKEN, of.k0, of.k1)
+    target = max((np.float64(word) + 0.5) * 2.0**-32 * total, 0.0)  # max: a product that is not fused
+    last = -1  # the lowest expert that is left, should all their weights be 0
     for e in range(lo, lo + size):
-        if not _is_among(e, own, first, k) and (last < 0 or weight[e] > 0.0):
+        if not is_among(e, own, first, k) and (last < 0 or layer.weight[e] > 0.0):
             last = e
-            target -= weight[e]
+            target -= layer.weight[e]
             if target < 0.0:
                 break
     return np.int32(last)
 
 
+@kernel
+def _draw_rest(of, topk, now, layer, own):
+    """What is left of the arrivals after `now`, one of each expert that the token has not taken."""
+    for j in range(topk.topk_group):
+        place = _place(own, j)
+        g = np.int64(_whole(own, place + _GROUP))
+        since = np.float64(max(now, _real(own, place + _SINCE)))
+        of_weight_1 = np.float64(_real(own, place + _GAP)) / np.float64(layer.gap[g])
+        for e in range(g * topk.size, (g + 1) * topk.size):
+            if not is_among(e, own, 0, own.n_slots):
+                word = word_at(_SCAN + e, of.token, of.trial, TOKEN, of.k0, of.k1)
+                between = np.float64(exponential(word)) * of_weight_1 / max(layer.weight[e], 1e-300)
+                arrival = np.float32(min(since + between, np.float64(LATE)))
+                where, latest = np.uint32(0), _real(own, own.places)
+                for k in range(1, own.n_slots):
+                    time = _real(own, _slot(own, k))
+                    where, latest = (np.uint32(k), time) if time > latest else (where, latest)
+                if arrival < latest:
+                    _put_expert(own, where, arrival, np.int32(e))
+
+
+@kernel
+def add_arrivals(of, topk, arrival, layer, own):
+    """Arrivals from number `arrival` on, until the next is later than the latest expert."""
+    at = 4 * (topk.n_group + topk.n_group % 2) + 2 * topk.topk_group  # words of arrivals
+    finish = (at + 2 * ROUNDS + 3) // 4 * 4  # those past the rounds begin with a block
+    n_repeats, index = np.int32(0), np.uint32(at)
+    a = b = c = d = np.uint64(0)
+    begin = arrival
+    while True:
+        if arrival == ROUNDS:
+            index = np.uint32(finish)
+        is_first = index & np.uint32(3) == 0
+        if arrival == begin or is_first:
+            a, b, c, d = philox(np.uint64(index >> np.uint32(2)), of.token, of.trial, TOKEN, of.k0, of.k1)
+        place, now = own.places, _real(own, own.places + _NEXT)
+        for j in range(1, topk.topk_group):
+            time = _real(own, _place(own, j) + _NEXT)
+            place, now = (_place(own, j), time) if time < now else (place, now)
+        g = np.uint32(_whole(own, place + _GROUP))
+        e = np.int32(draw_mark(np.uint32(a if is_first else c), g, topk.size, layer.alias))
+        where, latest, repeats = np.uint32(0), _real(own, own.places), expert_of(own, 0) == e
+        for k in range(1, own.n_slots):
+            time = _real(own, _slot(own, k))
+            where, latest = (np.uint32(k), time) if time > latest else (where, latest)
+            repeats |= expert_of(own, k) == e
+        if not now < latest:
+            return
+        if not repeats:
+            _put_expert(own, where, now, e)
+        elif arrival >= ROUNDS:
+            n_repeats = np.int32(n_repeats + 1)
+            if n_repeats == TRIES:
+                _draw_rest(of, topk, now, layer, own)
+                return
+        between = exponential(np.uint32(b if is_first else d))
+        gap = _real(own, place + _GAP)
+        _put_real(own, place + _NEXT, min(fma(between, gap, now), LATE))
+        arrival = np.int32(arrival + 1)
+        index = np.uint32(index + 2)
+
+
 @kernel(forceinline=True)
-def _enter_group(g, n_group, w_0, w_1, w_2, effect, size, score_law, gap, gap_without, alias, own):
-    """Gap, first two arrivals and score of a group."""
-    b, a, both = score_law
-    e = draw_mark(w_0, g, size, alias)
-    group_gap = gap[np.uint64(g)] * effect
-    first = min(exponential(w_1) * group_gap, LATE)
-    last = _INFINITE if size == 1 else LATE
-    second = min(fma(exponential(w_2) * gap_without[np.uint64(e)], effect, first), last)
+def _enter_group(g, w_0, w_1, w_2, effect, topk, layer, own):
+    """Gap, first two arrivals, first expert and score of a group."""
+    b, a, both = topk.score_law
+    n_group = topk.n_group
+    e = draw_mark(np.uint32(w_0), g, topk.size, layer.alias)
+    group_gap = layer.gap[np.uint64(g)] * effect
+    first = min(exponential(np.uint32(w_1)) * group_gap, LATE)
+    last = _INFINITE if topk.size == 1 else LATE
+    second = min(fma(exponential(np.uint32(w_2)) * layer.gap_without[np.uint64(e)], effect, first), last)
     score = _ONE / fma(a, first, b)
     if both > _ZERO:
         score = score + _ONE / fma(a, second, b)
-    put_real(own, g, score)
-    put_real(own, n_group + g, group_gap)
-    put_real(own, 2 * n_group + g, first)
-    put_real(own, 3 * n_group + g, second)
-    put_whole(own, own.mark + g, np.int32(e))
+    _put_real(own, g, score)
+    _put_real(own, n_group + g, group_gap)
+    _put_real(own, 2 * n_group + g, first)
+    _put_real(own, 3 * n_group + g, second)
+    _put_whole(own, 4 * n_group + g, np.int32(e))
 
 
 @kernel
-def _score_groups(token, trial, k0, k1, n_group, size, sigma, score_law, gap, gap_without, alias, own):
+def _score_groups(of, topk, layer, own):
     """The groups, by twos, since their effects are drawn so."""
-    for g in range(0, n_group, 2):
-        a_0, a_1, a_2, a_3 = philox(np.uint64(g), token, trial, TOKEN, k0, k1)
-        b_0, b_1, b_2, b_3 = philox(np.uint64(g + 1), token, trial, TOKEN, k0, k1)
+    for g in range(0, topk.n_group, 2):
+        a_0, a_1, a_2, a_3 = philox(np.uint64(g), of.token, of.trial, TOKEN, of.k0, of.k1)
+        b_0, b_1, b_2, b_3 = philox(np.uint64(g + 1), of.token, of.trial, TOKEN, of.k0, of.k1)
         effect, effect_1 = _ONE, _ONE
-        if sigma != _ZERO:
+        if topk.group_sigma != _ZERO:
             z_0, z_1 = normal_pair(np.uint32(a_3), np.uint32(b_3))
-            effect, effect_1 = exp32(-sigma * z_0), exp32(-sigma * z_1)
-        _enter_group(
-            g, n_group, np.uint32(a_0), np.uint32(a_1), np.uint32(a_2), effect, size, score_law, gap, gap_without,
-            alias, own,
-        )  # fmt: skip
-        if g + 1 < n_group:
-            _enter_group(
-                g + 1, n_group, np.uint32(b_0), np.uint32(b_1), np.uint32(b_2), effect_1, size, score_law, gap,
-                gap_without, alias, own,
-            )  # fmt: skip
+            effect, effect_1 = exp32(-topk.group_sigma * z_0), exp32(-topk.group_sigma * z_1)
+        _enter_group(g, a_0, a_1, a_2, effect, topk, layer, own)
+        if g + 1 < topk.n_group:
+            _enter_group(g + 1, b_0, b_1, b_2, effect_1, topk, layer, own)
 
 
 @kernel
-def _keep_groups(n_group, topk_group, own):
+def _keep_groups(topk, own):
     """The topk_group best groups, best first, ties to the lowest."""
-    for g in range(n_group):
-        score, rank = real(own, g), np.int32(0)
-        for h in range(n_group):
-            other = real(own, h)
+    for g in range(topk.n_group):
+        score, rank = _real(own, g), np.int32(0)
+        for h in range(topk.n_group):
+            other = _real(own, h)
             rank = np.int32(rank + np.int32((other > score) | ((other == score) & (h < g))))
-        if rank < topk_group:
-            put_whole(own, own.group + rank, np.int32(g))
+        if rank < topk.topk_group:
+            _put_whole(own, _place(own, rank) + _GROUP, np.int32(g))
 
 
 @kernel(forceinline=True)
@@ -173,131 +262,63 @@ def _lane(lane, a, b, c, d):
 
 
 @kernel
-def _begin_places(token, trial, k0, k1, n_group, size, block, topk_group, n_slots, weight, alias, own):
-    """First two experts, and next arrival, of each kept group; words from Philox block `block` on."""
-    for k in range(2 * topk_group, n_slots):
-        put_real(own, own.time + k, _INFINITE)
-        put_whole(own, own.expert + k, _NOBODY)
+def _begin_places(of, topk, layer, own):
+    """First two experts, and next arrival, of each kept group."""
+    n_group, size, topk_group = topk.n_group, topk.size, topk.topk_group
+    block = n_group + n_group % 2
+    for k in range(2 * topk_group, own.n_slots):
+        _put_expert(own, k, _INFINITE, _NOBODY)
     a_0 = a_1 = a_2 = a_3 = b_0 = b_1 = b_2 = b_3 = np.uint64(0)
     for j in range(topk_group):
-        g, at = np.uint32(whole(own, own.group + j)), topk_group + j
+        place, at = _place(own, j), topk_group + j
+        g = np.uint32(_whole(own, place + _GROUP))
         if j % 4 == 0:
-            a_0, a_1, a_2, a_3 = philox(np.uint64(block + j // 4), token, trial, TOKEN, k0, k1)
+            a_0, a_1, a_2, a_3 = philox(np.uint64(block + j // 4), of.token, of.trial, TOKEN, of.k0, of.k1)
         if j == 0 or at % 4 == 0:
-            b_0, b_1, b_2, b_3 = philox(np.uint64(block + at // 4), token, trial, TOKEN, k0, k1)
-        second, e = real(own, 3 * n_group + g), _NOBODY
+            b_0, b_1, b_2, b_3 = philox(np.uint64(block + at // 4), of.token, of.trial, TOKEN, of.k0, of.k1)
+        gap, second, e = _real(own, n_group + g), _real(own, 3 * n_group + g), _NOBODY
         if size > 1:
-            e = np.int32(draw_mark(_lane(j % 4, a_0, a_1, a_2, a_3), g, size, alias))
-        put_real(own, own.time + 2 * j, real(own, 2 * n_group + g))
-        put_real(own, own.time + 2 * j + 1, second if size > 1 else _INFINITE)
-        put_whole(own, own.expert + 2 * j, whole(own, own.mark + g))
-        put_whole(own, own.expert + 2 * j + 1, e)
-        later = min(fma(exponential(_lane(at % 4, b_0, b_1, b_2, b_3)), real(own, n_group + g), second), LATE)
-        put_real(own, own.next + j, later if size > 2 else _INFINITE)
+            e = np.int32(draw_mark(_lane(j % 4, a_0, a_1, a_2, a_3), g, size, layer.alias))
+        later = min(fma(exponential(_lane(at % 4, b_0, b_1, b_2, b_3)), gap, second), LATE)
+        _put_expert(own, 2 * j, _real(own, 2 * n_group + g), _whole(own, 4 * n_group + g))
+        _put_expert(own, 2 * j + 1, second if size > 1 else _INFINITE, e)
+        _put_real(own, place + _GAP, gap)
+        _put_real(own, place + _SINCE, second)
+        _put_real(own, place + _NEXT, later if size > 2 else _INFINITE)
     for j in range(topk_group):
-        if whole(own, own.expert + 2 * j) == whole(own, own.expert + 2 * j + 1):
-            group = np.uint32(whole(own, own.group + j))
-            e = _draw_other(token, trial, k0, k1, group, size, alias, weight, own, 2 * j, 2 * j + 1)
-            put_whole(own, own.expert + 2 * j + 1, e)
-
-
-@kernel
-def _draw_rest(token, trial, k0, k1, n_group, size, now, topk_group, n_slots, weight, gap, own):
-    """What is left of the arrivals after `now`, one of each expert that the token has not taken."""
-    for j in range(topk_group):
-        g = np.int64(whole(own, own.group + j))
-        since = np.float64(max(now, real(own, 3 * n_group + g)))
-        of_weight_1 = np.float64(real(own, n_group + g)) / np.float64(gap[g])
-        for e in range(g * size, (g + 1) * size):
-            if not _is_among(e, own, 0, n_slots):
-                word = word_at(SCAN + e, token, trial, TOKEN, k0, k1)
-                between = np.float64(exponential(word)) * of_weight_1 / max(weight[e], 1e-300)
-                arrival = np.float32(min(since + between, np.float64(LATE)))
-                where, latest = 0, real(own, own.time)
-                for k in range(1, n_slots):
-                    time = real(own, own.time + k)
-                    where, latest = (k, time) if time > latest else (where, latest)
-                if arrival < latest:
-                    put_real(own, own.time + where, arrival)
-                    put_whole(own, own.expert + where, np.int32(e))
-
-
-@kernel
-def _add_arrivals(token, trial, k0, k1, n_group, size, topk_group, n_slots, at, weight, gap, alias, own):
-    """Later arrivals, until the next is later than the latest expert; their words from index `at` on."""
-    finish = (at + 2 * ROUNDS + 3) // 4 * 4  # words of arrivals past the rounds begin with a block
-    n_repeats, arrival, index = np.int32(0), np.int32(0), np.uint32(at)
-    a = b = c = d = np.uint64(0)
-    while True:
-        if arrival == ROUNDS:
-            index = np.uint32(finish)
-        is_first = index & np.uint32(3) == 0
-        if arrival == 0 or is_first:
-            a, b, c, d = philox(np.uint64(index >> np.uint32(2)), token, trial, TOKEN, k0, k1)
-        place, now = np.uint32(0), real(own, own.next)
-        for j in range(1, topk_group):
-            time = real(own, own.next + j)
-            place, now = (np.uint32(j), time) if time < now else (place, now)
-        g = np.uint32(whole(own, own.group + place))
-        e = np.int32(draw_mark(np.uint32(a if is_first else c), g, size, alias))
-        where, latest, repeats = np.uint32(0), real(own, own.time), whole(own, own.expert) == e
-        for k in range(1, n_slots):
-            time = real(own, own.time + k)
-            where, latest = (np.uint32(k), time) if time > latest else (where, latest)
-            repeats |= whole(own, own.expert + k) == e
-        if not now < latest:
-            return
-        if not repeats:
-            put_real(own, own.time + where, now)
-            put_whole(own, own.expert + where, e)
-        elif arrival >= ROUNDS:
-            n_repeats = np.int32(n_repeats + 1)
-            if n_repeats == TRIES:
-                _draw_rest(token, trial, k0, k1, n_group, size, now, topk_group, n_slots, weight, gap, own)
-                return
-        between = exponential(np.uint32(b if is_first else d))
-        put_real(own, own.next + place, min(fma(between, real(own, n_group + g), now), LATE))
-        arrival = np.int32(arrival + 1)
-        index = np.uint32(index + 2)
+        if expert_of(own, 2 * j) == expert_of(own, 2 * j + 1):
+            group, time = np.uint32(_whole(own, _place(own, j) + _GROUP)), _real(own, _slot(own, 2 * j + 1))
+            _put_expert(own, 2 * j + 1, time, draw_other(0, of, group, size, layer, own, 2 * j, 2 * j + 1))
 
 
 @kernel
 def sort_token(n, own):
     """Sort n experts of a token by time, equals as they are: best first."""
     for k in range(1, n):
-        time, expert, place = real(own, own.time + k), whole(own, own.expert + k), k
-        while place > 0 and real(own, own.time + place - 1) > time:
-            put_real(own, own.time + place, real(own, own.time + place - 1))
-            put_whole(own, own.expert + place, whole(own, own.expert + place - 1))
+        time, expert, place = _real(own, _slot(own, k)), expert_of(own, k), k
+        while place > 0 and _real(own, _slot(own, place - 1)) > time:
+            _put_expert(own, place, _real(own, _slot(own, place - 1)), expert_of(own, place - 1))
             place -= 1
-        put_real(own, own.time + place, time)
-        put_whole(own, own.expert + place, expert)
+        _put_expert(own, place, time, expert)
 
 
 @kernel
-def route_token(
-    token, trial, k0, k1, n_group, size, topk_group, top_k, sigma, score_law, weight, gap, gap_without, alias, own
-):
-    """Experts of a token into the first top_k numbers from `own.expert` on, of a grouped router in any order.
-
-    token, trial uint64; k0, k1 uint64, the key; size is that of a group; sigma float32; score_law float32 (b, a, both), as a
-    tuple; the tables as in `sim.router.tables.Layer`.
-    """
-    if n_group == 1:
+def route_token(of, topk, layer, own):
+    """Route a token to its first top_k experts, of a grouped router in any order: an Address, a GroupedTopk, a Layer, a Token."""
+    top_k = topk.top_k
+    if topk.n_group == 1:
         a = b = c = d = np.uint64(0)
         for k in range(top_k):
             if k % 4 == 0:
-                a, b, c, d = philox(np.uint64(k // 4), token, trial, TOKEN, k0, k1)
-            e = np.int32(draw_mark(_lane(k % 4, a, b, c, d), np.uint32(0), size, alias))
-            if _is_among(e, own, 0, k):
-                e = _draw_other(token, trial, k0, k1, np.uint32(0), size, alias, weight, own, 0, k)
-            put_whole(own, own.expert + k, e)
+                a, b, c, d = philox(np.uint64(k // 4), of.token, of.trial, TOKEN, of.k0, of.k1)
+            e = np.int32(draw_mark(_lane(k % 4, a, b, c, d), np.uint32(0), topk.size, layer.alias))
+            if is_among(e, own, 0, k):
+                e = draw_other(0, of, np.uint32(0), topk.size, layer, own, 0, k)
+            _put_expert(own, k, _ZERO, e)
         return
-    _score_groups(token, trial, k0, k1, n_group, size, sigma, score_law, gap, gap_without, alias, own)
-    _keep_groups(n_group, topk_group, own)
-    block, n_slots = n_group + n_group % 2, np.int64(own.size) - np.int64(own.expert)
-    _begin_places(token, trial, k0, k1, n_group, size, block, topk_group, n_slots, weight, alias, own)
-    at = 4 * block + 2 * topk_group
-    _add_arrivals(token, trial, k0, k1, n_group, size, topk_group, n_slots, at, weight, gap, alias, own)
-    if n_slots > top_k:
-        sort_token(n_slots, own)
+    _score_groups(of, topk, layer, own)
+    _keep_groups(topk, own)
+    _begin_places(of, topk, layer, own)
+    add_arrivals(of, topk, np.int32(0), layer, own)
+    if own.n_slots > top_k:
+        sort_token(own.n_slots, own)

@@ -39,18 +39,19 @@ the batches that tokens are worked in. Every operation rounds alike on every mac
 import numpy as np
 
 from sim.kernels import kernel, part
-from sim.router.arrivals import (
-    ROUNDS,
+from sim.router.batch import (
     begin_places,
     draw_distinct,
     draw_kinds,
     drop_kinds,
     expert_row,
     finish,
+    keep_groups,
     run_round,
+    score_groups,
     sort_experts,
 )
-from sim.router.groups import keep_groups, score_groups
+from sim.router.one_token import ROUNDS
 from sim.router.tables import fill_layer, layer_of, new_tables
 from sim.router.workspace import BATCH, GROUP_SIZE, new_workspace, whole
 from sim.streams import TOKEN, fill_block
@@ -61,38 +62,34 @@ _ROOM = 2**24  # rows of words that each context of a request has, at most: a st
 
 @part
 def _fill_words(key, trial, start, n, n_group, rows, groups, words):
-    """Words of n tokens: a Philox block for each group, the others one after another; returns the number of blocks."""
+    """Words of n tokens: a Philox block for each group, the others one after another."""
     of_groups = n_group + n_group % 2 if n_group > 1 else 0
     for g in range(of_groups):
         fill_block(key, TOKEN, trial, g, start, n, rows, groups + g * GROUP_SIZE, BATCH)
-    others = (rows.size - words) // (4 * BATCH)
-    for j in range(others):
+    for j in range((rows.size - words) // (4 * BATCH)):
         fill_block(key, TOKEN, trial, of_groups + j, start, n, rows, words + 4 * j * BATCH, BATCH)
-    return of_groups + others
 
 
 @kernel(inline="always")
-def _route_batch(n, start, trial, key, topk_group, top_k, n_sorted, group_sigma, score_law, chances, layer, work):
+def _route_batch(n, start, trial, key, topk, n_sorted, chances, layer, work):
     """Experts of the n tokens from `start` on, the first n_sorted of them best first."""
-    n_group = layer.gap.size // chances.size
-    size = layer.alias.size // layer.gap.size
     rows, words = work.rows, work.words
-    block = _fill_words(key, trial, start, n, n_group, rows, work.groups, words)
-    if n_group == 1:
+    _fill_words(key, trial, start, n, topk.n_group, rows, work.groups, words)
+    if topk.n_group == 1:
         if chances.size > 1:
-            draw_kinds(n, words + top_k * BATCH, chances, work)
-        for k in range(top_k):
-            draw_distinct(n, start, trial, key, words + k * BATCH, layer, work, k)
+            draw_kinds(n, words + topk.top_k * BATCH, chances, work)
+        for k in range(topk.top_k):
+            draw_distinct(n, start, trial, key, words + k * BATCH, topk.size, layer, work, k)
         if chances.size > 1:
-            drop_kinds(n, top_k, size, work)
+            drop_kinds(n, topk.top_k, topk.size, work)
         return
-    score_groups(n, layer, group_sigma, score_law, work)
-    keep_groups(n, topk_group, n_group, work)
-    begin_places(n, start, trial, key, topk_group, words, size, layer, work)
+    score_groups(n, topk, layer, work)
+    keep_groups(n, topk.topk_group, topk.n_group, work)
+    begin_places(n, start, trial, key, topk, words, layer, work)
     for r in range(ROUNDS):
-        run_round(n, words + (2 * topk_group + 2 * r) * BATCH, topk_group, size, layer.alias, work)
-    finish(n, start, trial, key, block, topk_group, layer, work)
-    sort_experts(n if 2 * work.n_places > top_k else n_sorted, work)
+        run_round(n, words + (2 * topk.topk_group + 2 * r) * BATCH, topk, layer.alias, work)
+    finish(n, start, trial, key, topk, layer, work)
+    sort_experts(n if 2 * work.n_places > topk.top_k else n_sorted, work)
 
 
 @part
@@ -129,22 +126,7 @@ def _sort_contexts(contexts, start, stop, first, order):
 
 
 @kernel(inline="always")
-def _sample_trial(
-    trial,
-    key,
-    mu,
-    contexts,
-    tokens_per_request,
-    tokens,
-    topk_group,
-    group_sigma,
-    score_law,
-    chances,
-    tables,
-    work,
-    counts,
-    ids,
-):
+def _sample_trial(trial, key, topk, mu, contexts, tokens_per_request, tokens, chances, tables, work, counts, ids):
     """One trial: mu [requests * contexts, kinds * n_experts]; contexts uint8 [tokens], or [0] where a request has but one;
     counts int32 [len(tokens), n_experts]; ids int16 [n, top_k].
 
@@ -171,7 +153,7 @@ def _sample_trial(
                 while n_ids < n and order[at + n_ids] < ids.shape[0]:
                     n_ids += 1
                 row = (request * n_contexts + c) * room + n_seen[c]
-                _route_batch(n, row, trial, key, topk_group, top_k, n_ids, group_sigma, score_law, chances, layer, work)
+                _route_batch(n, row, trial, key, topk, n_ids, chances, layer, work)
                 done = 0
                 while start + at + n > tokens[step]:  # tokens of one context lie in order
                     _count_experts(rows, places, top_k, done, tokens[step] - start - at, counts[step])
@@ -191,48 +173,22 @@ def _sample_trial(
 
 
 @kernel
-def sample_trials(
-    trials,
-    key,
-    mu,
-    contexts,
-    tokens_per_request,
-    tokens,
-    n_group,
-    topk_group,
-    group_sigma,
-    score_law,
-    chances,
-    counts,
-    ids,
-):
-    """Route trials, by their numbers int64 [trials].
+def sample_trials(trials, key, topk, mu, contexts, tokens_per_request, tokens, chances, counts, ids):
+    """Route trials, by their numbers int64 [trials], with a GroupedTopk.
 
     mu float64 [trials, requests * contexts, kinds * n_experts]; contexts uint8 [trials, tokens], of each token, or [trials, 0]
     where a request has but one; tokens int64, ascending; chances uint64 [trials, kinds], cumulated, of a token's kind in units
     of 2**-32 (grouped routers have one kind); counts int32 [trials, len(tokens), n_experts], of the first tokens[j] tokens of
     each trial; ids int16 [trials, n, top_k], of its first n tokens, best first.
     """
-    top_k, n_kinds = ids.shape[2], chances.shape[1]
+    n_group, topk_group, n_kinds = topk.n_group, topk.topk_group, chances.shape[1]
     n_requests = (tokens[-1] - 1) // tokens_per_request + 1
     n_contexts = mu.shape[1] // n_requests if contexts.shape[1] else 1
     tables = new_tables(n_contexts, mu.shape[2], n_group * n_kinds)
-    n_words = 2 * topk_group + 2 * ROUNDS if n_group > 1 else top_k + (n_kinds > 1)
-    work = new_workspace(n_group, topk_group, top_k, n_words)
+    n_words = 2 * topk_group + 2 * ROUNDS if n_group > 1 else topk.top_k + (n_kinds > 1)
+    work = new_workspace(n_group, topk_group, topk.top_k, n_words)
     for t in range(mu.shape[0]):
         _sample_trial(
-            trials[t],
-            key,
-            mu[t],
-            contexts[t],
-            tokens_per_request,
-            tokens,
-            topk_group,
-            group_sigma,
-            score_law,
-            chances[t],
-            tables,
-            work,
-            counts[t],
+            trials[t], key, topk, mu[t], contexts[t], tokens_per_request, tokens, chances[t], tables, work, counts[t],
             ids[t],
-        )
+        )  # fmt: skip

@@ -12,6 +12,17 @@ SMALL = 1 / 16
 """A weight that falls below this share of itself is summed afresh, since the subtraction would have lost digits."""
 
 
+class GroupedTopk(NamedTuple):
+    """The router's rule, as kernels take it."""
+
+    n_group: int
+    size: int  # experts of a group
+    topk_group: int
+    top_k: int
+    group_sigma: np.float32  # of the effect that a token has on a group
+    score_law: tuple[np.float32, np.float32, np.float32]  # (b, a, both), see `sim.router.draw.score_law`
+
+
 class Layer(NamedTuple):
     """Tables of one layer (and request). A gap is a mean time between arrivals, 1 / weight, without the group effect."""
 

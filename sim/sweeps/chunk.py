@@ -12,6 +12,8 @@ from sim.sweeps.plan import Plan
 from sim.sweeps.steps import Blocks, Group, StepScorer, place_pairs
 from sim.sweeps.tally import Tally, add_by_draw, add_events, add_moments, histogram, merge_counts
 
+FIRST_TRIALS = 1024
+"""Trials of the first stage under a precision; each further one doubles them."""
 _LEAST_CHUNKS = 16
 _PART_NUMBERS = 2**21  # that are held at a time
 
@@ -55,6 +57,20 @@ class Stage(NamedTuple):
         n_trials, least = below[1] - below[0], len(self.trials) // self.draws  # a draw has so many, or one more
         more = n_trials - least * len(draws)
         return n_trials, len(draws) if least else more, len(draws) * least**2 + more * (2 * least + 1)
+
+
+def first_stage(plan: Plan) -> Stage:
+    """All cells: to the end, or, under a precision, to the first check."""
+    cells = tuple(range(len(plan.grid.cells)))
+    stop = plan.trials if plan.precision is None else min(FIRST_TRIALS, plan.trials)
+    return stage_of(plan, range(stop), cells)
+
+
+def stage_of(plan: Plan, new: range, cells: tuple[int, ...]) -> Stage:
+    """The stage that adds the trials `new` of some cells."""
+    if plan.draws is None:
+        return Stage(new, new.stop, cells)
+    return Stage(range(new.stop), min(plan.draws, new.stop), cells)  # a draw's trials belong together: from the start
 
 
 def stage_chunks(plan: Plan, stage: Stage, most: ChunkSize = CPU_CHUNKS) -> list[range]:
@@ -139,13 +155,8 @@ def _run_part(plan: Plan, stage: Stage, draws: range) -> Tally:
     baseline = np.searchsorted(cells, grid.baseline_cells[cells])
     tally.metric_cross[cells] = np.einsum("d...,d...->...", sums["metric"], sums["metric"][:, baseline])
     sums["reached"] = sums["reached"][:, scorer.pair_of_cell]
-    for what, where in (
-        ("metric", cells),
-        ("event", live),
-        ("reached", cells),
-        ("received", cells),
-        ("load", largest.ranks),
-    ):
+    of_cells = dict.fromkeys(("metric", "reached", "received"), cells)
+    for what, where in (of_cells | {"event": live, "load": largest.ranks}).items():
         _fill_sums(tally, what, where, sums[what], n_trials[:, 0])
     return tally
 

@@ -10,7 +10,7 @@ from sim.results import SCHEMA, SweepResult
 from sim.stats import CELL
 from sim.sweeps.grid import Grid, events_of
 from sim.sweeps.tables import KEYS, build_summary, build_tail, cell_keys
-from sim.sweeps.tally import Tally, build_counts, read_counts
+from sim.sweeps.tally import SUMS, Tally, build_counts, read_counts
 
 _ADDS = ("seed", "trials", "draws", "precision", "parts")  # what may differ
 
@@ -96,7 +96,7 @@ def _check_pair(first_name: str, first: dict[str, Any], name: str, identity: dic
 
 
 def _add(total: Tally, tally: Tally, name: str) -> None:
-    if any(int(part.metric_square.max(initial=0)) >= 2**62 for part in (total, tally)):
+    if any(int(getattr(part, sums).max(initial=0)) >= 2**62 for part in (total, tally) for sums in SUMS):
         raise InputError(f"{name}: the sums of all these sweeps would not fit 64-bit integers")
     total.add(tally)
 

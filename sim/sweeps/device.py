@@ -14,7 +14,7 @@ import numpy as np
 from numba import cuda
 
 from sim.errors import InputError
-from sim.router.draw import score_law, token_key
+from sim.router.draw import grouped_topk, token_key
 from sim.scoring import METRICS
 from sim.sweeps.chunk import ChunkSize, Stage
 from sim.sweeps.device_kernel import (
@@ -111,7 +111,6 @@ def run_chunk_on_device(plan: Plan, stage: Stage, draws: range) -> Tally:
     blocks, clustered = _BLOCKS_PER_PROCESSOR * _processors(), stage.draws < stage.trials.stop
     parts = min(-(-blocks // len(draws)), -(-len(stage.trials) // stage.draws)) if clustered else 1
     n_blocks = min(len(draws) * parts, blocks)
-    law = tuple(score_law(model).astype(np.float32))
     stream = cuda.stream()
 
     def put(values: Any) -> Any:
@@ -124,7 +123,7 @@ def run_chunk_on_device(plan: Plan, stage: Stage, draws: range) -> Tally:
         warnings.simplefilter("ignore")  # numba's word on small grids
         kernel_of(router)[n_blocks, router.n_threads, stream, 4 * (cells_at + 4 * most_cells)](
             draws.start, len(draws), parts, stage.trials.start, stage.trials.stop, stage.draws,
-            cuda.to_device(token_key(model, plan.workload, plan.seed), stream), np.float32(plan.workload.group_sigma), law,
+            cuda.to_device(token_key(model, plan.workload, plan.seed), stream), *grouped_topk(model, plan.workload)[-2:],
             put(_popularity(plan.workload, model.n_experts)), put(job), put(Places(*group.layouts, group.rows.astype(np.int32))),
             cells_at, most_cells, bins_there, values_there, sums_there,
         )  # fmt: skip

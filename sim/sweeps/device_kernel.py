@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import config, cuda, float32, float64, int32, int64, uint64
 
-from sim.router.one_token import Token, new_token, route_token, whole
-from sim.router.tables import fill_alias, gap_of, gap_of_others, total_of
+from sim.router.one_token import Address, Token, expert_of, new_token, route_token
+from sim.router.tables import GroupedTopk, Layer, fill_alias, gap_of, gap_of_others, total_of
 from sim.scoring import METRICS
 from sim.streams import POPULARITY, REQUEST, word_at
 from sim.traffic.synthetic import (
@@ -120,7 +120,7 @@ def room_of(router: Router) -> Room:
     weight, alias, total, end = (int(at) for at in np.cumsum([0, n, n, n_group]))  # of 8 bytes
     gap_without, gap, counts, first, end = (int(at) for at in np.cumsum([2 * end, n, n_group, n, router.top_k]))  # of 4
     token = (end + 1) // 2 * 2
-    of_tokens = router.n_threads * int(new_token(n_group, router.topk_group, router.top_k).size)
+    of_tokens = router.n_threads * int(new_token(n_group, router.topk_group, router.top_k).real.size)
     return Room(weight, alias, total, token // 2, gap_without, gap, counts, first, token, token + max(4 * n, of_tokens))
 
 
@@ -204,7 +204,7 @@ def kernel_of(router: Router) -> Any:
     n_experts, n_group, topk_group, top_k, n_threads = router
     size, room, slots = n_experts // n_group, room_of(router), new_token(n_group, topk_group, top_k)
     weight_at, alias_at, total_at, scratch_at, gap_without_at, gap_at, counts_at, first_at, token_at, _ = room
-    next_at, time_at, mark_at, group_at, expert_at, n_slots = (int(at) for at in slots[4:])
+    places_at, n_slots = int(slots.places), int(slots.n_slots)
 
     @_jit
     def run(
@@ -227,9 +227,10 @@ def kernel_of(router: Router) -> Any:
         busiest, lowest = wholes[cells_at:], wholes[cells_at + most_cells :]
         idle, distinct_most = wholes[cells_at + 2 * most_cells :], wholes[cells_at + 3 * most_cells :]
         own = Token(
-            reals, wholes, np.uint32(token_at + thread), np.uint32(n_threads), np.uint32(next_at), np.uint32(time_at),
-            np.uint32(mark_at), np.uint32(group_at), np.uint32(expert_at), np.uint32(n_slots),
-        )  # fmt: skip
+            reals, wholes, np.uint32(token_at + thread), np.uint32(n_threads), np.uint32(places_at), np.uint32(n_slots)
+        )
+        topk = GroupedTopk(n_group, size, topk_group, top_k, group_sigma, score_law)
+        tables = Layer(weight, gap, gap_without, alias, (share, stack))
         k0, k1 = key[0], key[1]
         clustered, block = n_draws < stop, cuda.blockIdx.x
         n_steps, n_values, n_pairs = cells.tokens.size, cells.n_values, places.rows.shape[1]
@@ -261,16 +262,13 @@ def kernel_of(router: Router) -> Any:
                             g = np.uint32(e) // np.uint32(size)  # unsigned and short: a long division is slow here
                             gap_without[e] = gap_of_others(e, g * size, (g + 1) * size, total[g], weight)
                         for g in range(thread, n_group, n_threads):
-                            fill_alias(g * size, (g + 1) * size, total[g], weight, alias, (share, stack))
+                            fill_alias(g * size, (g + 1) * size, total[g], weight, alias, tables.scratch)
                         cuda.syncthreads()
                     token_stop = min(cells.tokens[step], (request + 1) * popularity.tokens_per_request)
                     for token in range(token_start + thread, token_stop, n_threads):
-                        route_token(
-                            uint64(token), uint64(trial), k0, k1, n_group, size, topk_group, top_k, group_sigma,
-                            score_law, weight, gap, gap_without, alias, own,
-                        )  # fmt: skip
+                        route_token(Address(uint64(token), uint64(trial), k0, k1), topk, tables, own)
                         for k in range(top_k):
-                            e = whole(own, own.expert + k)
+                            e = expert_of(own, k)
                             cuda.atomic.add(counts, np.uint32(e), 1)
                             if token == 0:
                                 first[k] = e

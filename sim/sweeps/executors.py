@@ -22,9 +22,8 @@ import numpy as np
 from sim.errors import InputError, unknown
 from sim.kernels import is_cold, source_digest
 from sim.sweeps import bounds, steps
-from sim.sweeps.chunk import CPU_CHUNKS, ChunkSize, Stage, run_chunk
+from sim.sweeps.chunk import CPU_CHUNKS, ChunkSize, Stage, first_stage, run_chunk
 from sim.sweeps.plan import Plan, make_plan
-from sim.sweeps.precision import first_stage
 from sim.sweeps.tally import Tally
 
 Compute = Callable[[Plan, Stage, range], Tally]

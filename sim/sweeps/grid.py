@@ -129,11 +129,10 @@ class Grid:
     def idle_range(self) -> tuple[np.ndarray, np.ndarray]:
         """Fewest and most idle ranks that a block of a cell can have, int64 [cells] each.
 
-        Few (token, expert) pairs leave ranks idle; and the top_k experts of one token need at least
-        top_k / (physical experts of the largest rank) ranks.
+        Few (token, expert) pairs leave ranks idle (those of identical dummy tokens, too, may go to different copies); and the
+        top_k experts of one token need at least top_k / (physical experts of the largest rank) ranks.
         """
-        distinct_tokens = self.tokens_of_cell + (self.dummy_tokens > 0)
-        most_reached = np.minimum(distinct_tokens * self.top_k, self.ep_size_of_cell)
+        most_reached = np.minimum((self.tokens_of_cell + self.dummy_tokens) * self.top_k, self.ep_size_of_cell)
         return self.ep_size_of_cell - most_reached, self.ep_size_of_cell - self._fewest_ranks
 
     @cached_property

@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from sim.copies import REPLICA_CHOICES
-from sim.errors import InputError, shown, unknown, whole_number
+from sim.errors import InputError, shown, whole_number
 from sim.model import ModelSpec
 from sim.placement import (
     LayerCost,
@@ -29,7 +28,6 @@ from sim.traffic.split import load_of
 
 MAX_TOKENS = 2**24
 DEFAULT_FIT_TOKENS = 2**14
-MOST_HELD_TOKENS = 2**20  # per step: the experts of every token are held
 
 PlacementLike = str | Placement | ArrayLike
 """A strategy's name, a placement, or the rank of each expert."""
@@ -205,17 +203,3 @@ def fitted_on(names: list[str], model: ModelSpec, workload: Workload, tokens: in
     ):  # synthetic traffic names what it is fitted to
         raise InputError(f"{about} is the traffic that is scored; leave it out to fit on other tokens")
     return FittedOn(workload, f"{data.name.removeprefix('file:')} ({data.digest[:16]})", loads=loads)
-
-
-def check_replica_choice(choice: str, workload: Workload, largest_step: int) -> None:
-    """Refuse a choice that is not known, or that needs tokens which cannot be had."""
-    if choice not in REPLICA_CHOICES:
-        raise unknown("`replica_choice`", shown(choice), REPLICA_CHOICES)
-    if choice != "vllm_hash":
-        return
-    if isinstance(workload, RecordedTraffic) and workload.phase == "prefill":
-        raise InputError("`replica_choice` vllm_hash: not with `phase` prefill of recorded traffic")
-    if largest_step > MOST_HELD_TOKENS:
-        raise InputError(
-            f"`replica_choice` vllm_hash holds every token of a step: at most {MOST_HELD_TOKENS} tokens, not {largest_step}"
-        )

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sim.errors import InputError, shown, whole_number
+from sim.copies import REPLICA_CHOICES
+from sim.errors import InputError, shown, unknown, whole_number
 from sim.model import ModelSpec, load_model
 from sim.options import DEFAULT_MAX_TRIALS, DEFAULT_TRIALS, SweepOptions
 from sim.options.declare import identity
@@ -15,21 +16,14 @@ from sim.placement import BUDGET, LayerCost, Placement, check_ep_size, is_load_a
 from sim.results import SCHEMA
 from sim.router import check_pair, routing_law
 from sim.sweeps.grid import Grid
-from sim.sweeps.placements import (
-    MOST_HELD_TOKENS,
-    FittedOn,
-    check_replica_choice,
-    fitted_on,
-    layout_id,
-    place_pair,
-    read_placements,
-)
+from sim.sweeps.placements import FittedOn, fitted_on, layout_id, place_pair, read_placements
 from sim.traffic import RecordedTraffic, SyntheticTraffic, Workload, load_workload
 
 RARE = 1e-3
 """Probabilities that are shown to be below this do not hold up a cell under a precision of the tail."""
 _LEAST_LAYERS, _MOST_LAYERS = 4, 32  # by default, for bounds where popularity is drawn
 _MOST_REQUESTS = 2**15
+_MOST_HELD_TOKENS = 2**20  # per step: the experts of every token are held
 _SMALL_WORK, _TOKENS_PER_WORK = 20_000, 500  # ranks x cells x layers that are taken, the more the larger the sweep
 
 
@@ -147,8 +141,6 @@ def make_plan(
         place_pair(name, model, size, chosen.ranks_per_node, given, fit.loads, layer_cost) for name, size in pairs
     ]
     _check_layers(pairs, placed, fit.scored)
-    largest_step = max(chosen.tokens) * (max(chosen.ep_sizes) if chosen.tokens_per_rank else 1)
-    check_replica_choice(chosen.replica_choice, fit.scored, largest_step)
     grid = _grid(model, fit, chosen, pairs, placed)
     _check_requests(grid.steps, fit.scored)
     plan = Plan(
@@ -177,11 +169,7 @@ def make_plan(
 
 
 def _grid(
-    model: ModelSpec,
-    fit: FittedOn,
-    chosen: SweepOptions,
-    pairs: list[tuple[str, int]],
-    placed: list[Placement | None],
+    model: ModelSpec, fit: FittedOn, chosen: SweepOptions, pairs: list[tuple[str, int]], placed: list[Placement | None]
 ) -> Grid:
     return Grid(
         model=model.name,
@@ -209,11 +197,19 @@ def _grid(
 
 
 def _choose_received(workload: Workload, chosen: SweepOptions) -> bool:
-    """Whether received tokens are counted. Raises InputError where they cannot be and were asked for."""
+    """Whether received tokens are counted. Raises InputError where what was asked for needs single tokens, which are not to be
+    had.
+    """
+    if chosen.replica_choice not in REPLICA_CHOICES:
+        raise unknown("`replica_choice`", shown(chosen.replica_choice), REPLICA_CHOICES)
     largest_step = max(chosen.tokens) * (max(chosen.ep_sizes) if chosen.tokens_per_rank else 1)
     reason = no_single_tokens_because(workload, largest_step)
-    if reason and chosen.received == "on":
-        raise InputError(f"`received` on: {reason}")
+    for asked, option in (
+        (chosen.received == "on", "received"),
+        (chosen.replica_choice == "vllm_hash", "replica_choice"),
+    ):
+        if reason and asked:
+            raise InputError(f"`{option}` {getattr(chosen, option)}: {reason}")
     return not reason and chosen.received != "off"
 
 
@@ -223,8 +219,8 @@ def no_single_tokens_because(workload: Workload, largest_step: int) -> str | Non
         return "recorded prefill is replayed in runs of tokens, which are not kept"
     if workload.dummy_tokens:
         return "dummy tokens are counted by their experts, not one by one"
-    if largest_step > MOST_HELD_TOKENS:
-        return f"every token of a step is held: at most {MOST_HELD_TOKENS} tokens, not {largest_step}"
+    if largest_step > _MOST_HELD_TOKENS:
+        return f"every token of a step is held: at most {_MOST_HELD_TOKENS} tokens, not {largest_step}"
     return None
 
 
@@ -267,14 +263,14 @@ def _choose_draws(workload: Workload, trials: int, draws: int | None) -> int | N
 
 
 def _check_sums_fit(plan: Plan) -> None:
-    """The sums of squares over draws must fit 64-bit integers."""
+    """Loads must fit 32-bit integers, the sums of their squares over draws 64-bit ones."""
     largest_step, draws = int(plan.grid.steps[-1]) + plan.grid.dummy_tokens, plan.draws or plan.trials
     of_block = max(largest_step * plan.model.top_k, *plan.grid.ep_sizes)  # largest load, or number of idle ranks
     of_draw = -(-plan.trials // draws) * of_block
-    if draws * of_draw**2 >= 2**63:
+    if of_block >= 2**31 or draws * of_draw**2 >= 2**63:
         raise InputError(
-            f"`trials` {plan.trials} from {draws} draws at `tokens` {largest_step}: sums over draws would not fit "
-            "64-bit integers; take fewer trials or fewer tokens"
+            f"`trials` {plan.trials} from {draws} draws at `tokens` {largest_step}: loads would not fit 32-bit "
+            "integers, or their sums over draws 64-bit ones; take fewer trials or fewer tokens"
         )
 
 

@@ -1,4 +1,9 @@
-"""Run a plan: its chunks on an executor, in stages where a precision decides. Sums are integers, so order does not matter."""
+"""Run a plan: its chunks on an executor, in stages where a precision decides. Sums are integers, so order does not matter.
+
+Stages end at fixed numbers of trials, so results can be repeated. A cell stops together with the same EP size and step under
+the other placements: their changes are paired. The steps that are left decide how many tokens a trial has, so that stopped
+large steps cost nothing more.
+"""
 
 import hashlib
 import json
@@ -18,14 +23,15 @@ from sim.options.kinds import THREADS
 from sim.progress import advance, phase
 from sim.results import SweepResult
 from sim.router import routing_law
+from sim.scoring import METRICS
+from sim.stats import Moments, effective_blocks, mean_interval, probability_interval
 from sim.sweeps import executors
-from sim.sweeps.bounds import build_bounds, no_bounds_because
-from sim.sweeps.chunk import Stage, stage_chunks
+from sim.sweeps.bounds import build_bounds, build_rare, no_bounds_because
+from sim.sweeps.chunk import Stage, first_stage, stage_chunks, stage_of
+from sim.sweeps.grid import events_of
 from sim.sweeps.journal import Journal
-from sim.sweeps.plan import Plan, make_plan
-from sim.sweeps.precision import first_stage, next_stage
-from sim.sweeps.rare import build_rare
-from sim.sweeps.tables import build_summary, build_tail
+from sim.sweeps.plan import RARE, Plan, make_plan
+from sim.sweeps.tables import build_summary, build_tail, event_moments
 from sim.sweeps.tally import Tally, build_counts, only_cells
 from sim.traffic import Workload
 
@@ -144,15 +150,16 @@ layer that bounds rest on, and to bound one of its ranks in a cell; measured on 
 """
 
 
+_MAX_LOAD = METRICS.index("max_load")
+_USELESS = 0.95  # of a half-width that doubled trials leave, where the draws alone would leave it
+
+
 class _OutOfTime(Exception):  # noqa: N818
     pass
 
 
 def _run_stages(
-    plan: Plan,
-    executor: executors.Executor,
-    journal: Journal | None,
-    time_limit_s: float | None,
+    plan: Plan, executor: executors.Executor, journal: Journal | None, time_limit_s: float | None
 ) -> Sampled:
     """Sums over all stages, and why each cell stopped."""
     stopped = np.full(len(plan.grid.cells), "", dtype=object)
@@ -168,19 +175,13 @@ def _run_stages(
         if time_limit_s is not None:
             end_s = started_s + time_limit_s  # the first stage is run in any case
         before, total = total, _with_stage(plan, total, new, stage)
-        stage = next_stage(plan, stage, total, before, stopped)
+        stage = _next_stage(plan, stage, total, before, stopped)
     assert total is not None
     total.compact()
     return Sampled(total, stopped)
 
 
-def _run_stage(
-    plan: Plan,
-    stage: Stage,
-    executor: executors.Executor,
-    journal: Journal | None,
-    end_s: float,
-) -> Tally:
+def _run_stage(plan: Plan, stage: Stage, executor: executors.Executor, journal: Journal | None, end_s: float) -> Tally:
     """Sums over the chunks of a stage. Raises _OutOfTime when the clock has passed `end_s`."""
     total = Tally.zero(plan.grid)
     of_trial = int(plan.grid.tokens_of_cell[list(stage.cells)].max())
@@ -225,3 +226,54 @@ def _with_stage(plan: Plan, total: Tally | None, new: Tally, stage: Stage) -> Ta
     both.add(new)
     both.compact()
     return both
+
+
+def _next_stage(plan: Plan, stage: Stage, tally: Tally, before: Tally | None, stopped: np.ndarray) -> Stage | None:
+    """The stage after `stage`, None if all cells have stopped; why each did is written to `stopped`, str [cells].
+
+    `tally` is of all trials so far, `before` of those before the stage (None in the first).
+    """
+    cells, grid = np.array(stage.cells), plan.grid
+    if plan.precision is None:
+        stopped[cells] = "trials"
+        return None
+    columns = grid.baseline_cells  # same EP size and step
+    short = np.isin(columns, columns[~_meets(plan, tally)])
+    stopped[cells] = np.where(short[cells], "", "precision")
+    if plan.draws is not None and before is not None and stage.draws == plan.draws:
+        stuck = _half_width(tally) > _USELESS * _half_width(before)
+        at_end = np.isin(columns, columns[stuck & short])
+        stopped[cells] = np.where(at_end[cells] & short[cells], "draws", stopped[cells])
+    if stage.trials.stop >= plan.trials:
+        stopped[cells] = np.where(stopped[cells] == "", "max_trials", stopped[cells])
+    alive = tuple(int(cell) for cell in cells if stopped[cell] == "")
+    done = stage.trials.stop
+    return stage_of(plan, range(done, min(2 * done, plan.trials)), alive) if alive else None
+
+
+def _half_width(tally: Tally) -> np.ndarray:
+    """Relative half-width of the mean imbalance of each cell; inf without draws."""
+    moments = Moments(*(part[:, _MAX_LOAD] for part in tally.moments("metric")))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        mean, low, _ = mean_interval(moments, tally.design_of())
+        half = (mean - low) / mean
+    return np.where(np.isnan(half), np.inf, half)
+
+
+def _meets(plan: Plan, tally: Tally) -> np.ndarray:
+    """Whether each cell has the precision that was asked for."""
+    target, grid = plan.precision, plan.grid
+    assert target is not None
+    met = np.ones(len(grid.cells), bool)
+    if target.mean is not None:
+        met &= _half_width(tally) <= target.mean
+    if target.tail is not None:
+        events = events_of(grid)
+        moments, design = event_moments(grid, tally)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            p = moments.total / design.blocks
+            low, high = probability_interval(p, effective_blocks(moments, design))
+            wide = (high - low) / 2 > target.tail * p
+        wide &= (events.metric == _MAX_LOAD) & (high > RARE)
+        met[events.cell[wide]] = False
+    return met

@@ -11,15 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sim.copies import (
-    Copies,
-    assign_by_hash,
-    assign_evenly,
-    assign_in_step,
-    find_copies,
-    pick_slots,
-    slots_by_hash,
-)
+from sim.copies import Copies, assign_by_hash, assign_evenly, assign_in_step, find_copies, pick_slots, slots_by_hash
 from sim.placement import (
     BUDGET,
     Placement,
@@ -31,14 +23,7 @@ from sim.placement import (
     split_name,
 )
 from sim.router import draw_loads, draw_trials
-from sim.scoring import (
-    Layouts,
-    fan_out,
-    lay_out,
-    receivers,
-    score_blocks,
-    score_received,
-)
+from sim.scoring import Layouts, fan_out, lay_out, receivers, score_blocks, score_received
 from sim.sweeps.plan import Plan
 from sim.traffic import SyntheticTraffic
 
@@ -53,11 +38,7 @@ class Group(NamedTuple):
     placements: list[Placement]  # of each pair, of the rows that it has there
 
     def assign(
-        self,
-        counts: np.ndarray,
-        choice: str = "even",
-        ids: np.ndarray | None = None,
-        tokens: np.ndarray | None = None,
+        self, counts: np.ndarray, choice: str = "even", ids: np.ndarray | None = None, tokens: np.ndarray | None = None
     ) -> np.ndarray:
         """Counts that the group is scored on, int32 [trials, steps, slots]: those of experts, or assigned to their copies.
 
@@ -117,9 +98,8 @@ def _placement_of_draws(plan: Plan, draws: range, pair: int, loads: np.ndarray |
         n_layers = plan.n_layers
         deployments = range(draws.start // n_layers, -(-draws.stop // n_layers))
         experts = np.concatenate([_budget_of_deployment(plan, pair, deployment) for deployment in deployments])
-        return Placement.of_slots(name, ep_size, plan.model.n_experts, experts), np.arange(
-            len(draws)
-        ) + draws.start % n_layers
+        rows = draws.start % n_layers + np.arange(len(draws))
+        return Placement.of_slots(name, ep_size, plan.model.n_experts, experts), rows
     assert loads is not None
     return place_balanced(name, plan.model, ep_size, plan.ranks_per_node, loads), np.arange(len(draws))
 
@@ -174,9 +154,7 @@ class Scored(NamedTuple):
     counts: np.ndarray  # int32 [trials, steps, n_experts], tokens that take each expert
     scores: np.ndarray  # int32 [trials, cells of the scorer, metrics of the grid]
     reached: np.ndarray  # int64 [trials, pairs of the grid, 2], ranks and nodes that the first token is sent to
-    received: (
-        np.ndarray
-    )  # int64 [trials, cells of the scorer, 2], tokens that all ranks, and nodes, receive; or [..., 0]
+    received: np.ndarray  # int64 [trials, cells of the scorer, 2 or 0], tokens that all ranks, and nodes, receive
 
 
 class StepScorer:

@@ -106,9 +106,8 @@ def build_summary(grid: Grid, tally: Tally, stopped: np.ndarray, cell_ids: list[
     histograms, design = _Histograms.of(grid, tally), tally.design_of()
     of_cell = Design(*(part[:, None] for part in design))
     means = mean_interval(tally.moments("metric"), of_cell)
-    idle_mean = bounded_mean_interval(
-        Moments(*(part[:, _IDLE] for part in tally.moments("metric"))), design, *grid.idle_range
-    )
+    idle_moments = Moments(*(part[:, _IDLE] for part in tally.moments("metric")))
+    idle_mean = bounded_mean_interval(idle_moments, design, *grid.idle_range)
     reached = bounded_mean_interval(tally.moments("reached"), of_cell, *grid.reached_range)
     blocks_near = _effective_blocks_near(grid, tally)
     mean_load = np.array([float(grid.mean_load(cell)) for cell in range(len(grid.cells))])
@@ -134,10 +133,8 @@ def build_summary(grid: Grid, tally: Tally, stopped: np.ndarray, cell_ids: list[
     for j, what in enumerate(("ranks", "nodes")):
         add(f"{what}_per_token_mean", (values[:, j] for values in reached))
     columns["baseline"] = grid.placements[0]
-    add(
-        "imbalance_change_mean",
-        (values / mean_load for values in _change_from_baseline(grid, tally, design, _MAX_LOAD)),
-    )
+    change = _change_from_baseline(grid, tally, design, _MAX_LOAD)
+    add("imbalance_change_mean", (values / mean_load for values in change))
     if grid.received:
         sums = mean_interval(tally.moments("received"), of_cell)
         sizes = grid.ep_size_of_cell, -(-grid.ep_size_of_cell // grid.ranks_per_node)
@@ -157,11 +154,8 @@ def _effective_blocks_near(grid: Grid, tally: Tally) -> Callable[[str, float], n
     quantile's, float64 [cells].
     """
     moments, design = event_moments(grid, tally)
-    probability, blocks, names = (
-        moments.total / design.blocks,
-        effective_blocks(moments, design),
-        np.array(events_of(grid).name),
-    )
+    probability, blocks = moments.total / design.blocks, effective_blocks(moments, design)
+    names = np.array(events_of(grid).name)
 
     def near(name: str, q: float) -> np.ndarray:
         of_cells = np.flatnonzero(names == name).reshape(len(grid.cells), -1)

@@ -73,7 +73,7 @@ class Tally:
 
     def add(self, other: "Tally") -> None:
         """Add the sums of other draws; their histograms are there once compacted."""
-        for name in _SUMS:
+        for name in SUMS:
             mine = getattr(self, name)
             mine += getattr(other, name)
         self._added.append((other.keys, other.counts))
@@ -153,12 +153,12 @@ def split_keys(grid: Grid, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray, np
     return cell, metric, keys & ((1 << VALUE_BITS) - 1)
 
 
-_SUMS = [field.name for field in fields(Tally) if field.name not in ("keys", "counts")]
+SUMS = [field.name for field in fields(Tally) if field.name not in ("keys", "counts")]
 
 
 def _names(grid: Grid) -> list[str]:
     """Metrics of the raw counts: histograms, then sums."""
-    return [*grid.metrics, *(name.replace("load", "rank_load") for name in _SUMS)]
+    return [*grid.metrics, *(name.replace("load", "rank_load") for name in SUMS)]
 
 
 def _cells_of(grid: Grid, name: str, width: int) -> tuple[np.ndarray, np.ndarray]:
@@ -182,7 +182,7 @@ def build_counts(grid: Grid, tally: Tally) -> pd.DataFrame:
     """
     cell, metric, value = split_keys(grid, tally.keys)
     columns = [(cell, metric, value, tally.counts)]
-    for i, name in enumerate(_SUMS):
+    for i, name in enumerate(SUMS):
         array = getattr(tally, name)
         of, place = _cells_of(grid, name, array.shape[-1])
         columns.append((of, np.full(array.size, len(grid.metrics) + i), place, array.reshape(-1)))
@@ -213,7 +213,7 @@ def read_counts(grid: Grid, counts: pd.DataFrame, where: str) -> Tally:
         tally = Tally.zero(grid)
         flat = (cell * n_metrics + metric) << VALUE_BITS | value
         tally.keys, tally.counts = merge_counts(flat[histogram], count[histogram])
-        for i, name in enumerate(_SUMS):
+        for i, name in enumerate(SUMS):
             array, mine = getattr(tally, name), metric == n_metrics + i
             of, place = _cells_of(grid, name, array.shape[-1])
             order, wanted = np.lexsort((value[mine], cell[mine])), np.lexsort((place, of))
@@ -228,7 +228,7 @@ def only_cells(grid: Grid, tally: Tally, cells: np.ndarray) -> Tally:
     kept = np.isin(split_keys(grid, tally.keys)[0], cells)
     part = Tally.zero(grid)
     part.keys, part.counts = tally.keys[kept], tally.counts[kept]
-    for name in _SUMS:
+    for name in SUMS:
         array = getattr(tally, name)
         of, _ = _cells_of(grid, name, array.shape[-1])
         getattr(part, name)[:] = np.where(np.isin(of, cells).reshape(array.shape), array, 0)

@@ -1,18 +1,135 @@
-"""Experts of the kept groups past their first: second ones, and later arrivals as long as one can still be taken."""
+"""A batch of tokens, step by step: groups scored and kept, the experts that they give, later arrivals; or experts drawn one
+after another where there are no groups. `sim.router.sampler` says what the steps are.
+
+Loops are short and touch few rows each, because only then does the compiler vectorise them.
+"""
 
 import numpy as np
 
 from sim.kernels import part, small_part
 from sim.router import workspace as row
+from sim.router.one_token import REDRAWS, ROUNDS, TRIES, Address, Token, add_arrivals, draw_other
 from sim.router.tables import draw_mark
 from sim.router.workspace import put_real, put_whole, real, whole
-from sim.streams import TOKEN, exponential, fma, philox, word_at
+from sim.streams import TOKEN, exp32, exponential, fma, normal_pair, philox
 
-ROUNDS = 3
-"""Arrivals that all tokens of a batch are taken through together; the few that need more are finished one by one."""
-TRIES = 16
-"""Repeated marks before an exact scan; each try is an independent draw, so stopping does not bias."""
-REDRAWS, SCAN = 2**20, 2**24  # words from here on: of marks drawn again, and of scans
+
+@part
+def _fill_effects(rows, at, n, sigma):
+    """exp(-sigma * normal) of two groups, by which their gaps are the longer."""
+    if sigma == 0:
+        for i in range(n):
+            put_real(rows, at + row.GAP, i, 1)
+            put_real(rows, at + row.GROUP_SIZE + row.GAP, i, 1)
+        return
+    for i in range(n):
+        z_0, z_1 = normal_pair(
+            whole(rows, at + row.EFFECT_WORD, i), whole(rows, at + row.GROUP_SIZE + row.EFFECT_WORD, i)
+        )
+        put_real(rows, at + row.GAP, i, exp32(-sigma * z_0))
+        put_real(rows, at + row.GROUP_SIZE + row.GAP, i, exp32(-sigma * z_1))
+
+
+@part
+def _fill_marks(rows, at, n, g, size, alias, gap_without):
+    """First expert of a group to arrive; apart from arithmetic, since a table keeps the compiler from vectorising.
+
+    Two loops: where an address waits for a select, the compiler makes it a branch, mispredicted half of the time.
+    """
+    for i in range(n):
+        put_whole(
+            rows, at + row.FIRST_MARK, i, draw_mark(whole(rows, at + row.MARK_WORD, i), np.uint32(g), size, alias)
+        )
+    for i in range(n):
+        put_real(rows, at + row.GAP_WITHOUT, i, gap_without[np.uint64(whole(rows, at + row.FIRST_MARK, i))])
+
+
+@part
+def _fill_times(rows, at, n, gap, last):
+    """First two distinct arrivals of one group, and its gap."""
+    for i in range(n):
+        effect = real(rows, at + row.GAP, i)
+        group_gap = gap * effect
+        first = min(exponential(whole(rows, at + row.TIME_WORD, i)) * group_gap, row.LATE)
+        put_real(rows, at + row.GAP, i, group_gap)
+        put_real(rows, at + row.FIRST_TIME, i, first)
+        between = exponential(whole(rows, at + row.SECOND_WORD, i)) * real(rows, at + row.GAP_WITHOUT, i)
+        put_real(rows, at + row.SECOND_TIME, i, min(fma(between, effect, first), last))
+
+
+@part
+def _fill_scores(rows, at, n, score_law):
+    """Group scores: an arrival at t scores 1 / (b + a t); `score_law` (b, a, both) sums the first, or the first two."""
+    b, a, both = score_law
+    one = np.float32(1)
+    if both > 0:
+        for i in range(n):
+            first = one / fma(a, real(rows, at + row.FIRST_TIME, i), b)
+            put_real(rows, at + row.SCORE, i, first + one / fma(a, real(rows, at + row.SECOND_TIME, i), b))
+    else:
+        for i in range(n):
+            put_real(rows, at + row.SCORE, i, one / fma(a, real(rows, at + row.FIRST_TIME, i), b))
+
+
+@part
+def score_groups(n, topk, layer, work):
+    """Group effects, first two arrivals and group scores of n tokens."""
+    rows = work.rows
+    last = np.float32(np.inf) if topk.size == 1 else row.LATE
+    for g in range(0, topk.n_group, 2):
+        _fill_effects(rows, work.groups + g * row.GROUP_SIZE, n, topk.group_sigma)
+    for g in range(topk.n_group):
+        at = work.groups + g * row.GROUP_SIZE
+        _fill_marks(rows, at, n, g, topk.size, layer.alias, layer.gap_without)
+        _fill_times(rows, at, n, layer.gap[g], last)
+        _fill_scores(rows, at, n, topk.score_law)
+
+
+@part
+def _compare(rows, at, later, n):
+    """Of two groups the one with the lower score falls back a rank; the later one if they are equal."""
+    for i in range(n):
+        wins = real(rows, later + row.SCORE, i) > real(rows, at + row.SCORE, i)
+        put_whole(rows, at + row.RANK, i, whole(rows, at + row.RANK, i) + np.uint32(wins))
+        put_whole(rows, later + row.RANK, i, whole(rows, later + row.RANK, i) + np.uint32(not wins))
+
+
+@part
+def _find_kept(rows, at, place, n, rank, g):
+    """Where one of the groups g and g + 1 has this rank, it is the group of a place."""
+    rank, group, group_1 = np.uint32(rank), np.uint32(g), np.uint32(g + 1)
+    for i in range(n):
+        first, second = whole(rows, at + row.RANK, i) == rank, whole(rows, at + row.GROUP_SIZE + row.RANK, i) == rank
+        kept = whole(rows, place + row.GROUP, i)
+        put_whole(rows, place + row.GROUP, i, group if first else (group_1 if second else kept))
+
+
+@part
+def _take_kept(rows, groups, place, n):
+    """Copy the group of a place into it."""
+    for i in range(n):
+        at = np.uint64(groups) + np.uint64(whole(rows, place + row.GROUP, i)) * np.uint64(row.GROUP_SIZE)
+        put_whole(rows, place + row.TIME, i, whole(rows, at + np.uint64(row.FIRST_TIME), i))
+        put_whole(rows, place + row.SINCE, i, whole(rows, at + np.uint64(row.SECOND_TIME), i))
+        put_whole(rows, place + row.PLACE_GAP, i, whole(rows, at + np.uint64(row.GAP), i))
+        put_whole(rows, place + row.EXPERT, i, whole(rows, at + np.uint64(row.FIRST_MARK), i))
+
+
+@part
+def keep_groups(n, topk_group, n_group, work):
+    """Copy the topk_group best groups of n tokens, ties to the lowest, into places, best first."""
+    rows = work.rows
+    for g in range(n_group + n_group % 2):
+        at = np.uint64(work.groups + g * row.GROUP_SIZE + row.RANK)
+        rows[at : at + np.uint64(row.BATCH)] = 0 if g < n_group else n_group
+    for g in range(n_group):
+        for h in range(g + 1, n_group):
+            _compare(rows, work.groups + g * row.GROUP_SIZE, work.groups + h * row.GROUP_SIZE, n)
+    for j in range(topk_group):
+        place = work.places + j * row.PLACE_SIZE
+        for g in range(0, n_group, 2):
+            _find_kept(rows, work.groups + g * row.GROUP_SIZE, place, n, j, g)
+        _take_kept(rows, work.groups, place, n)
 
 
 @small_part
@@ -21,71 +138,33 @@ def expert_row(places, k):
     return places + (k // 2) * row.PLACE_SIZE + row.EXPERT + (k % 2) * row.BATCH
 
 
-@small_part
-def _time_row(places, k):
-    return expert_row(places, k) + (row.TIME - row.EXPERT)
+@part
+def _of_token(i, start, trial, key, work):
+    """Token i of the batch, by itself, and the address of its words."""
+    numbers = np.uint32(i), np.uint32(row.BATCH), np.uint32(work.places // row.BATCH), np.uint32(2 * work.n_places)
+    own = Token(work.rows.view(np.float32), work.rows.view(np.int32), numbers[0], numbers[1], numbers[2], numbers[3])
+    return Address(np.uint64(start + i), np.uint64(trial), key[0], key[1]), own
 
 
 @part
-def _is_among(e, rows, places, first, k, i):
-    """Whether e is one of the experts first .. k - 1 of token i."""
-    found = False
-    for j in range(first, k):
-        found |= whole(rows, expert_row(places, j), i) == e
-    return found
-
-
-@part
-def _scan_others(word, group, size, weight, rows, places, first, k, i):
-    """Expert of a group drawn among those that are not the experts first .. k - 1 of token i, by cumulated weights."""
-    lo = np.int64(group) * size
-    total = 0.0
-    for e in range(lo, lo + size):
-        if not _is_among(np.uint32(e), rows, places, first, k, i):
-            total += weight[e]
-    target = (np.float64(word) + 0.5) * 2.0**-32 * total
-    last = -1  # the lowest expert that is left, should all their weights be 0
-    for e in range(lo, lo + size):
-        if not _is_among(np.uint32(e), rows, places, first, k, i) and (last < 0 or weight[e] > 0.0):
-            last = e
-            target -= weight[e]
-            if target < 0.0:
-                break
-    return last
-
-
-@part
-def _redraw(i, token, trial, key, group, layer, rows, places, first, k):
-    """Draw the k-th expert of token i once more until it is none of the experts first .. k - 1; the second try is made."""
-    size = layer.alias.size // layer.gap.size
-    for tries in range(1, TRIES):
-        word = word_at(REDRAWS + 2 * TRIES * k + tries, token, trial, TOKEN, key[0], key[1])
-        e = draw_mark(word, group, size, layer.alias)
-        if not _is_among(e, rows, places, first, k, i):
-            put_whole(rows, expert_row(places, k), i, e)
-            return
-    word = word_at(REDRAWS + 2 * TRIES * k + TRIES, token, trial, TOKEN, key[0], key[1])
-    e = _scan_others(word, group, size, layer.weight, rows, places, first, k, i)
-    put_whole(rows, expert_row(places, k), i, e)
-
-
-@part
-def _redraw_listed(n_listed, start, trial, key, layer, work, first, k):
+def _redraw_listed(n_listed, start, trial, key, size, layer, work, first, k):
     """Draw the k-th experts of the listed tokens again; the words of the first try together."""
-    rows, list_at, word_at_ = work.rows, work.round + row.LISTED, work.round + row.LIST_WORD
+    rows, list_at, words_at = work.rows, work.round + row.LISTED, work.round + row.LIST_WORD
     block, k0, k1 = np.uint64((REDRAWS + 2 * TRIES * k) // 4), key[0], key[1]
     for m in range(n_listed):
         token = np.uint64(start) + np.uint64(whole(rows, list_at, m))
-        put_whole(rows, word_at_, m, philox(block, token, np.uint64(trial), TOKEN, k0, k1)[0])
-    mine, size = expert_row(work.places, k), layer.alias.size // layer.gap.size
-    is_grouped = layer.gap.size > 1
+        put_whole(rows, words_at, m, philox(block, token, np.uint64(trial), TOKEN, k0, k1)[0])
+    mine, is_grouped = expert_row(work.places, k), layer.gap.size > 1
     for m in range(n_listed):
         i = np.int64(whole(rows, list_at, m))
         group = whole(rows, work.places + (k // 2) * row.PLACE_SIZE + row.GROUP, i) if is_grouped else np.uint32(0)
-        e = draw_mark(whole(rows, word_at_, m), group, size, layer.alias)
+        e, repeats = draw_mark(whole(rows, words_at, m), group, size, layer.alias), False
+        for j in range(first, k):
+            repeats |= whole(rows, expert_row(work.places, j), i) == e
+        if repeats:
+            of, own = _of_token(i, start, trial, key, work)
+            e = np.uint32(draw_other(1, of, group, size, layer, own, first, k))
         put_whole(rows, mine, i, e)
-        if _is_among(e, rows, work.places, first, k, i):
-            _redraw(i, start + i, trial, key, group, layer, rows, work.places, first, k)
 
 
 @part
@@ -111,15 +190,15 @@ def drop_kinds(n, top_k, size, work):
 
 
 @part
-def draw_distinct(n, start, trial, key, word, layer, work, k):
+def draw_distinct(n, start, trial, key, word, size, layer, work, k):
     """The k-th experts of n tokens of an ungrouped router: other than all before. Kinds of tokens stand for groups."""
     rows, mine, now = work.rows, expert_row(work.places, k), work.round
     if layer.gap.size > 1:
         kind = work.places + (k // 2) * row.PLACE_SIZE + row.GROUP
-        _draw_marks(n, rows, kind, word, mine, layer.alias.size // layer.gap.size, layer.alias)
+        _draw_marks(n, rows, kind, word, mine, size, layer.alias)
     else:
         for i in range(n):
-            put_whole(rows, mine, i, draw_mark(whole(rows, word, i), np.uint32(0), layer.alias.size, layer.alias))
+            put_whole(rows, mine, i, draw_mark(whole(rows, word, i), np.uint32(0), size, layer.alias))
     for i in range(n):
         put_whole(rows, now + row.TAKES, i, 0)
     for j in range(k):
@@ -131,7 +210,7 @@ def draw_distinct(n, start, trial, key, word, layer, work, k):
     for i in range(n):
         put_whole(rows, now + row.LISTED, n_listed, i)
         n_listed += whole(rows, now + row.TAKES, i)
-    _redraw_listed(n_listed, start, trial, key, layer, work, 0, k)
+    _redraw_listed(n_listed, start, trial, key, size, layer, work, 0, k)
 
 
 @part
@@ -151,7 +230,7 @@ def _draw_second(n, start, trial, key, word, size, layer, work, j):
     for i in range(n):
         put_whole(rows, listed, n_listed, i)
         n_listed += whole(rows, place + row.EXPERT, i) == whole(rows, place + row.EXPERT + row.BATCH, i)
-    _redraw_listed(n_listed, start, trial, key, layer, work, 2 * j, 2 * j + 1)
+    _redraw_listed(n_listed, start, trial, key, size, layer, work, 2 * j, 2 * j + 1)
 
 
 @part
@@ -165,9 +244,10 @@ def _fill_next(n, rows, place, word):
 
 
 @part
-def begin_places(n, start, trial, key, topk_group, words, size, layer, work):
+def begin_places(n, start, trial, key, topk, words, layer, work):
     """Second experts and next arrivals of the kept groups; places that no group has stay open."""
     rows, places, infinite = work.rows, work.places, np.float32(np.inf)
+    size, topk_group = topk.size, topk.topk_group
     for j in range(topk_group):
         place = places + j * row.PLACE_SIZE
         if size > 1:
@@ -276,88 +356,24 @@ def _advance(n, rows, now, place, j):
 
 
 @part
-def run_round(n, word, topk_group, size, alias, work):
+def run_round(n, word, topk, alias, work):
     """Take n tokens through their next arrivals: words of the marks at `word`, of the gaps after them one row further."""
     rows, now = work.rows, work.round
     look(n, work)
-    _draw_marks(n, rows, now + row.NOW_GROUP, word, now + row.NOW_MARK, size, alias)
+    _draw_marks(n, rows, now + row.NOW_GROUP, word, now + row.NOW_MARK, topk.size, alias)
     _begin_takes(n, rows, now)
     for j in range(work.n_places):
         _refuse_repeated(n, rows, now, work.places + j * row.PLACE_SIZE)
     for j in range(work.n_places):
         _replace_latest(n, rows, now, work.places + j * row.PLACE_SIZE)
     _fill_gaps(n, rows, now, word + row.BATCH)
-    for j in range(topk_group):
+    for j in range(topk.topk_group):
         _advance(n, rows, now, work.places + j * row.PLACE_SIZE, j)
 
 
 @part
-def _find_latest(rows, work, i):
-    """Number of the latest expert of token i, and its time."""
-    where, latest = 0, real(rows, work.places + row.TIME, i)
-    for k in range(1, 2 * work.n_places):
-        time = real(rows, _time_row(work.places, k), i)
-        where, latest = (k, time) if time > latest else (where, latest)
-    return where, latest
-
-
-@part
-def _scan_rest(i, token, trial, key, time, topk_group, layer, work):
-    """Draw what is left of the arrivals of token i after `time`, one of each expert that it has not taken."""
-    rows, places = work.rows, work.places
-    size = layer.alias.size // layer.gap.size
-    for j in range(topk_group):
-        place = places + j * row.PLACE_SIZE
-        group = np.int64(whole(rows, place + row.GROUP, i))
-        since, gap = max(time, real(rows, place + row.SINCE, i)), np.float64(real(rows, place + row.PLACE_GAP, i))
-        gap /= layer.gap[group]  # of an expert of weight 1
-        for e in range(group * size, (group + 1) * size):
-            if not _is_among(np.uint32(e), rows, places, 0, 2 * work.n_places, i):
-                word = word_at(SCAN + e, token, trial, TOKEN, key[0], key[1])
-                between = np.float64(exponential(word)) * gap / max(layer.weight[e], 1e-300)
-                arrival = np.float32(min(since + between, np.float64(row.LATE)))
-                where, latest = _find_latest(rows, work, i)
-                if arrival < latest:
-                    put_real(rows, _time_row(places, where), i, arrival)
-                    put_whole(rows, expert_row(places, where), i, e)
-
-
-@part
-def _finish_token(i, token, trial, key, block, topk_group, layer, work):
-    """Take token i through its arrivals until the next is later than its latest expert."""
-    rows, places, alias = work.rows, work.places, layer.alias
-    size, n_repeats = layer.alias.size // layer.gap.size, 0
-    a, b, c, d = np.uint64(0), np.uint64(0), np.uint64(0), np.uint64(0)
-    n_arrivals = 0
-    while n_repeats < TRIES:
-        place, time = places, real(rows, places + row.NEXT, i)
-        for j in range(1, topk_group):
-            next_time = real(rows, places + j * row.PLACE_SIZE + row.NEXT, i)
-            place, time = (places + j * row.PLACE_SIZE, next_time) if next_time < time else (place, time)
-        where, latest = _find_latest(rows, work, i)
-        if not time < latest:
-            return
-        if n_arrivals % 2 == 0:
-            counter = np.uint64(block + n_arrivals // 2)
-            a, b, c, d = philox(counter, np.uint64(token), np.uint64(trial), TOKEN, key[0], key[1])
-        else:
-            a, b = c, d
-        mark = draw_mark(np.uint32(a), whole(rows, place + row.GROUP, i), size, alias)
-        if _is_among(mark, rows, places, 0, 2 * work.n_places, i):
-            n_repeats += 1
-        else:
-            put_real(rows, _time_row(places, where), i, time)
-            put_whole(rows, expert_row(places, where), i, mark)
-        gap = real(rows, place + row.PLACE_GAP, i)
-        put_real(rows, place + row.NEXT, i, min(fma(exponential(np.uint32(b)), gap, time), row.LATE))
-        n_arrivals += 1
-        last = time
-    _scan_rest(i, token, trial, key, last, topk_group, layer, work)
-
-
-@part
-def finish(n, start, trial, key, block, topk_group, layer, work):
-    """Take the tokens through the rest of their arrivals, one by one; words from Philox block `block` on."""
+def finish(n, start, trial, key, topk, layer, work):
+    """Take the tokens through the rest of their arrivals, one by one."""
     rows, now = work.rows, work.round
     look(n, work)
     n_listed = 0
@@ -366,7 +382,8 @@ def finish(n, start, trial, key, block, topk_group, layer, work):
         n_listed += real(rows, now + row.NOW, i) < real(rows, now + row.LATEST, i)
     for m in range(n_listed):
         i = np.int64(whole(rows, now + row.LISTED, m))
-        _finish_token(i, start + i, trial, key, block, topk_group, layer, work)
+        of, own = _of_token(i, start, trial, key, work)
+        add_arrivals(of, topk, np.int32(ROUNDS), layer, own)
 
 
 @part
