@@ -144,16 +144,16 @@ def predict_gain(
         **options,
     )  # fmt: skip
     grid, rows = sample.plan.grid, []
-    for (exchange, kind), (rate, gpu), name in product(kinds.items(), enumerate(chips), names):
+    for exchange, (rate, gpu), name in product(kinds, enumerate(chips), names):
         for base in np.flatnonzero(grid.baseline_cells == np.arange(len(grid.cells))).tolist():
-            old, of = cell_times(sample, base, rate, gpu, dtype, kind), sample
+            old, of = cell_times(sample, base, rate, gpu, dtype, exchange), sample
             if name == PERFECT:
-                cell, new = None, balanced_times(sample, base, gpu, dtype, kind)
+                cell, new = None, balanced_times(sample, base, gpu, dtype, exchange)
             else:
                 of = sample.in_step if name == IN_STEP and sample.in_step else sample
                 placed = sampled.index(sample.copied if name == IN_STEP else name)
                 cell = base + placed * len(grid.cells) // len(sampled)
-                new = cell_times(of, cell, rate, gpu, dtype, kind)
+                new = cell_times(of, cell, rate, gpu, dtype, exchange)
             row: dict[str, object] = {"model": model.name, "workload": grid.workload, "gpu": gpu.name, "dtype": dtype}
             row |= {"exchange": exchange, "baseline": baseline, "placement": name}
             row |= {"ep_size": int(grid.ep_size_of_cell[base]), "tokens": int(grid.tokens_of_cell[base])}
@@ -165,7 +165,7 @@ def predict_gain(
             of_crossover = int(grid.tokens_of_cell[base]) / crossover
             row |= {"crossover_tokens": crossover, "knee": KNEE[dtype][0] <= of_crossover <= KNEE[dtype][1]}
             if name == IN_STEP and cell is not None:
-                row |= _bought_row(sample, cell_times(sample, cell, rate, gpu, dtype, kind), new)
+                row |= _bought_row(sample, cell_times(sample, cell, rate, gpu, dtype, exchange), new)
                 within = int(grid.ep_size_of_cell[base]) <= sample.plan.ranks_per_node
                 row["balancer_us"] = BALANCER_US[0 if within else 1] if balancer_us is None else float(balancer_us)
             rows.append(row)
