@@ -193,7 +193,12 @@ def exchange_time_us(
     if nodes_per_token is None:
         share = np.divide(received, ep * tokens, out=np.zeros(ep.shape), where=tokens > 0).clip(0, 1)
         nodes = ep / on_node * (1 - (1 - share) ** on_node)
-    _check_traffic(model, ep, tokens, received, load)
+    for over, most, text in (
+        (received, ep * tokens, "received_tokens: cannot be above ep_size x tokens_per_rank"),
+        (load, ep * tokens * model.top_k, "pairs: cannot be above ep_size x tokens_per_rank x top_k"),
+    ):
+        if (over > most * (1 + 1e-9)).any():
+            raise InputError(text)
     off_node = 1 - on_node / ep
     if kind != "none" and gpu.scale_out_gb_per_s is None and (off_node > 0).any():
         raise InputError(
@@ -255,18 +260,6 @@ def _copied_rows(
     return [a + b for a, b in zip(of_pairs, of_tokens, strict=True)] if "tokens" in copies else list(of_pairs)
 
 
-def _check_traffic(
-    model: ModelSpec, ep: np.ndarray, tokens: np.ndarray, received: np.ndarray, load: np.ndarray
-) -> None:
-    slack = 1 + 1e-9
-    for wrong, text in (
-        (received > ep * tokens * slack, "received_tokens: cannot be above ep_size x tokens_per_rank"),
-        (load > ep * tokens * model.top_k * slack, "pairs: cannot be above ep_size x tokens_per_rank x top_k"),
-    ):
-        if wrong.any():
-            raise InputError(text)
-
-
 def _is_measured(
     model: ModelSpec,
     gpu: Gpu,
@@ -277,15 +270,18 @@ def _is_measured(
     on_node: np.ndarray,
 ) -> np.ndarray:
     """Where a time is of a published set-up: DeepSeek-V3's sizes, no imbalance, nodes of 8."""
-    v3 = load_model("deepseek-v3")
-    links = (gpu.scale_up_gb_per_s, gpu.scale_out_gb_per_s)
+    v3, (least_ep, most_ep), (least, most) = (
+        load_model("deepseek-v3"),
+        profile.measured_ep_size,
+        profile.measured_tokens,
+    )
+    preset = load_gpu(gpu.name) if gpu.name in profile.measured_on else None
     if (
-        gpu.name not in profile.measured_on
-        or links != (load_gpu(gpu.name).scale_up_gb_per_s, load_gpu(gpu.name).scale_out_gb_per_s)
+        preset is None
+        or (gpu.scale_up_gb_per_s, gpu.scale_out_gb_per_s) != (preset.scale_up_gb_per_s, preset.scale_out_gb_per_s)
         or (model.top_k, expert_width(model)) != (v3.top_k, expert_width(v3))
     ):
         return np.zeros(ep.shape, bool)
-    (least_ep, most_ep), (least, most) = profile.measured_ep_size, profile.measured_tokens
+    is_even = (np.abs(load - tokens * model.top_k) <= 1e-9 * load) | (profile.kind != "pair")
     inside = (ep >= least_ep) & (ep <= most_ep) & (tokens >= least) & (tokens <= most)
-    is_even = np.abs(load - tokens * model.top_k) <= 1e-9 * load
-    return inside & (is_even | (profile.kind != "pair")) & (on_node == np.minimum(ep, 8))
+    return inside & is_even & (on_node == np.minimum(ep, 8))

@@ -11,11 +11,11 @@ import pandas as pd
 from sim.cost.exchange import DEFAULT_EXCHANGE, exchange_kind
 from sim.cost.expert import crossover_tokens, expert_rates
 from sim.cost.gpu import Gpu
-from sim.cost.inputs import as_numbers, dtype_of, with_network
+from sim.cost.inputs import dtype_of, with_network
 from sim.cost.steps import CellTimes, StepSample, balanced_times, cell_times, sample_steps
 from sim.errors import InputError
 from sim.model import ModelSpec, load_model
-from sim.options import StepOptions
+from sim.options import RestOptions, StepOptions
 from sim.options.declare import takes
 from sim.placement import strategy_name
 from sim.stats import bounded_mean_interval, clustered_quantile, moments_of_draws, ratio_interval
@@ -125,16 +125,11 @@ def predict_gain(
     names, baseline = list(dict.fromkeys(names)), own
     exchanges = list(dict.fromkeys(exchange if isinstance(exchange, list) else [exchange]))
     kinds = {name: exchange_kind(name) for name in exchanges}
+    RestOptions(moe_share=moe_share, step_us=step_us, balancer_us=balancer_us)
     if moe_share is not None and step_us is not None:
         raise InputError("`moe_share` and `step_us` say the same: give one of them")
-    if moe_share is not None:
-        as_numbers("`moe_share`", moe_share, 1e-6, 1)
-    if step_us is not None:
-        as_numbers("`step_us`", step_us, 1e-3, 1e9)
-    if balancer_us is not None:
-        as_numbers("`balancer_us`", balancer_us, 0, 1e6)
-        if IN_STEP not in names:
-            raise InputError(f"`balancer_us` goes with `placement` {IN_STEP}, on copies of another placement")
+    if balancer_us is not None and IN_STEP not in names:
+        raise InputError(f"`balancer_us` goes with `placement` {IN_STEP}, on copies of another placement")
     chips = [with_network(gpu, network_gb_per_s) for gpu in (gpus if isinstance(gpus, list) else [gpus])]
     dtype = dtype_of(model, chips, dtype)
     rates = [expert_rates(model, gpu, dtype) for gpu in chips]

@@ -108,7 +108,9 @@ class Exchange:
     measured_tokens: tuple[int, int] = (0, 0)
 
 
-def _read(name: str) -> dict[str, Any]:
+@cache
+def read_table(name: str) -> dict[str, Any]:
+    """A TOML file of this folder."""
     return tomllib.loads(resources.files("sim.cost").joinpath(name).read_text(encoding="utf-8"))
 
 
@@ -119,7 +121,7 @@ MEASURED_KERNELS = {"bf16": "bf16", "fp8": "fp8_torch"}
 @cache
 def grouped_gemm_profile(name: str = "fp8") -> GroupedGemm:
     """The kernel that expert times of a type are computed for, or one of MEASURED_KERNELS."""
-    return GroupedGemm(**_read("kernels.toml")["grouped_gemm"][name])
+    return GroupedGemm(**read_table("kernels.toml")["grouped_gemm"][name])
 
 
 @cache
@@ -127,7 +129,7 @@ def exchange_profiles() -> list[Exchange]:
     """Constants of all kinds of exchange."""
     rows: list[dict[str, Any]] = [
         {key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}
-        for row in _read("kernels.toml")["exchange"]
+        for row in read_table("kernels.toml")["exchange"]
     ]
     return [Exchange(**row) for row in rows]
 
@@ -139,7 +141,6 @@ def exchange_profile(kind: str, gpu: str, backend: str = "") -> Exchange:
     return own[0] if own else next(profile for profile in profiles if profile.kind == kind and not profile.gpus)
 
 
-@cache
 def measured() -> dict[str, Any]:
     """Published measurements by name, each a table with its source, columns in comments of measured.toml."""
-    return _read("measured.toml")
+    return read_table("measured.toml")

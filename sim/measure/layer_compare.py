@@ -64,7 +64,7 @@ def read_layers(path: Path, gpu: Gpu | None = None) -> pd.DataFrame:
         where,
         (
             (~((times > 0) & (times < 1e9)).all(axis=1), "times must be above 0 and below 1e9"),
-            (~rows.exchange.isin(list(EXCHANGES)), f"exchange must be one of {', '.join(EXCHANGES)}"),
+            (~rows.exchange.isin(EXCHANGES), f"exchange must be one of {', '.join(EXCHANGES)}"),
             (~rows.tokens.between(1, 2**20), "tokens must be from 1 to 1048576"),
             ((rows["rank"] < 0) | (rows["rank"] >= rows.ep_size), "rank must be from 0 to ep_size - 1"),
             ((rows.received < 0) | (rows.received > rows.tokens), "received must be from 0 to tokens"),

@@ -13,22 +13,18 @@ from typing import NamedTuple
 import numpy as np
 
 from sim.copies import find_copies, slots_by_hash
+from sim.cost.exchange import KINDS
 from sim.cost.inputs import expert_width
 from sim.cost.links import count_links
 from sim.errors import InputError, unknown
 from sim.measure.experts import DTYPES
-from sim.measure.steps import plan_measurement
+from sim.measure.steps import plan_measurement, turned
 from sim.model import ModelSpec
 from sim.placement import Placement
 from sim.router import draw_trials
 from sim.traffic import SyntheticTraffic, Workload
 
-EXCHANGES = {
-    "token": "all-to-all, a token once to each rank that needs it",
-    "pair": "all-to-all, a token once for each of its experts",
-    "gather": "all-gather before the experts, reduce-scatter after them",
-    "reduce": "all tokens on all ranks, one all-reduce after the experts",
-}
+EXCHANGES = tuple(kind for kind in KINDS if kind != "none")
 
 
 @dataclass(frozen=True, eq=False)
@@ -242,15 +238,10 @@ class LayerSteps:
         that go first change from step to step: the clocks of a warm chip must not favour one.
         """
         for step in range(self.n_steps):
-            placements, exchanges = (_turned(names, step) for names in (self.placements, self.exchanges))
+            placements, exchanges = (turned(names, step) for names in (self.placements, self.exchanges))
             for tokens in self.tokens:
                 for workload in self.ids:
                     yield Cell(workload, tokens, step, placements, exchanges)
-
-
-def _turned(names: list[str], step: int) -> list[str]:
-    first = step % len(names)
-    return names[first:] + names[:first]
 
 
 def sample_layers(
