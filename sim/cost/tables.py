@@ -73,7 +73,7 @@ class Exchange:
     bytes_per_value : pair of float
         FP8 with a 4-byte scale for every 128 values, and BF16.
     scale_up_fraction, scale_out_fraction : pair of float
-        Shares of NVLink and network bandwidth that are reached.
+        Shares of NVLink and network bandwidth that are reached; of the network by default that of token.
     fp8_share : float
         Share of that on NVLink which dispatch reaches in FP8, whose rows are as many and half as large.
     sharpness : float
@@ -94,8 +94,8 @@ class Exchange:
     gpus: tuple[str, ...]
     floor_us: tuple[float, float]
     scale_up_fraction: tuple[float, float]
-    scale_out_fraction: tuple[float, float]
     source: str
+    scale_out_fraction: tuple[float, float] = (0.860, 0.860)
     hop_us: float = 0.0
     floor_falls: tuple[float, float] = (0.0, 0.0)
     fp8_share: float = 1.0
