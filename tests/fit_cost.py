@@ -42,7 +42,7 @@ def fit_deepep():
     ep, dispatch_us, combine_us = table("deepep_low_latency")
     published = measured()["deepep_low_latency"]
     gpu, node = load_gpu(published["gpu"]), published["ranks_per_node"]
-    kilobytes = published["tokens_per_rank"] * V3.top_k * V3.hidden_size / 1e3 * np.array([[1 + 4 / 128], [2]])
+    kilobytes = published["tokens"] * V3.top_k * V3.hidden_size / 1e3 * np.array([[1 + 4 / 128], [2]])
     on_node = np.minimum(ep, node)
     ideal_us = (
         kilobytes * (1 - 1 / on_node) / gpu.scale_up_gb_per_s,

@@ -35,9 +35,7 @@ class Capacities(NamedTuple):
     """Outcome of `size_buffers`."""
 
     table: pd.DataFrame
-    curves: (
-        pd.DataFrame
-    )  # the largest step: placement, ep_size, tokens, quantity, scope, deployments, factor, probability
+    curves: pd.DataFrame  # largest step: placement, ep_size, tokens, quantity, scope, deployments, factor, probability
     n_layers: int
     notes: list[str]  # cells that were left out, and why
 
@@ -281,11 +279,8 @@ def _as_rows(
     plan: Plan, cell: int, quantity: str, balanced: float, solved: list[Any], dropped_beyond: Callable[[int], float]
 ) -> list[dict[str, object]]:
     """Rows of what is `solved`: scope, risk, deployments, capacity and the ends of its interval."""
-    pair, tokens, worst = (
-        plan.grid.cells[cell][0],
-        int(plan.grid.tokens_of_cell[cell]),
-        worst_case(plan, cell, quantity),
-    )
+    pair, tokens = plan.grid.cells[cell][0], int(plan.grid.tokens_of_cell[cell])
+    worst = worst_case(plan, cell, quantity)
     (name, ep_size), placement = plan.grid.pairs[pair], plan.placements[pair]
     keys = dict(zip(("model", "workload", "placement"), plan.grid.keys(cell), strict=False))
     n_slots = plan.model.n_experts + split_name(name)[1] if placement is None else placement.n_slots

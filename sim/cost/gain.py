@@ -155,23 +155,21 @@ def predict_gain(
             row |= _times_row(sample, base, old, new, moe_share, step_us) | _loads_row(sample, base, "baseline_")
             row |= _loads_row(of, cell, "") | {"load_bound": float(sample.load_bound[base][..., rate].mean())}
             if paired_imbalance:
-                row |= _with_ends("imbalance_saved", _evened_out(sample, base, of, cell))
+                loads = sample.max_load[base].astype(float)
+                even = np.full(loads.shape, float(grid.mean_load(base)))
+                saved = saved_share(even if cell is None else of.max_load[cell], loads, _draws(sample, len(loads)))
+                row |= _with_ends("imbalance_saved", saved)
             crossover = crossover_tokens(model, rates[rate])
             of_crossover = int(grid.tokens_of_cell[base]) / crossover
             row |= {"crossover_tokens": crossover, "knee": KNEE[dtype][0] <= of_crossover <= KNEE[dtype][1]}
             if name == IN_STEP and cell is not None:
-                row |= _bought_row(sample, cell_times(sample, cell, rate, gpu, dtype, exchange), new)
+                saved_us = cell_times(sample, cell, rate, gpu, dtype, exchange).layer_us - new.layer_us
+                bought = ratio_of_draws(saved_us, np.ones(saved_us.shape), _draws(sample, len(saved_us)))
+                row |= {"copies_of": sample.copied, **_with_ends("bought_us", bought)}
                 within = int(grid.ep_size_of_cell[base]) <= sample.plan.ranks_per_node
                 row["balancer_us"] = BALANCER_US[0 if within else 1] if balancer_us is None else float(balancer_us)
             rows.append(row)
     return _with_break_even(pd.DataFrame(rows)) if IN_STEP in names else pd.DataFrame(rows)
-
-
-def _bought_row(sample: StepSample, even: CellTimes, split: CellTimes) -> dict[str, object]:
-    """What the best split saves over an even one on the same copies, in microseconds of a layer."""
-    draw = _draws(sample, len(even.layer_us))
-    bought = ratio_of_draws(even.layer_us - split.layer_us, np.ones(even.layer_us.shape), draw)
-    return {"copies_of": sample.copied, **_with_ends("bought_us", bought)}
 
 
 def _with_break_even(gains: pd.DataFrame) -> pd.DataFrame:
@@ -255,13 +253,6 @@ def _loads_row(sample: StepSample, cell: int | None, prefix: str) -> dict[str, o
         ends = (float(end) for end in bounded_mean_interval(moments, design, least, most))
         row |= _with_ends(prefix + name, ends)
     return row
-
-
-def _evened_out(sample: StepSample, base: int, of: StepSample, cell: int | None) -> tuple[float, float, float]:
-    """Share of the busiest rank's load that a cell of a sample, or perfect balance (None), has less than the baseline; paired."""
-    old = sample.max_load[base].astype(float)
-    new = np.full(old.shape, float(sample.plan.grid.mean_load(base))) if cell is None else of.max_load[cell]
-    return saved_share(new, old, _draws(sample, len(old)))
 
 
 def _draws(sample: StepSample, n_steps: int) -> np.ndarray:

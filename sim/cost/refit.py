@@ -34,24 +34,17 @@ class ExpertFit(NamedTuple):
 def expert_rows(name: str = "wideep_experts") -> pd.DataFrame:
     """Expert times of a published table: gpu, ep_size, tokens, measured_us, and a rank's pairs, distinct and local experts."""
     table = measured()[name]
-    rows = _with_loads(pd.DataFrame(table["rows"], columns=["gpu", "ep_size", "tokens", "measured_us"]), table["model"])
-    if name == _RANDOM:
-        n_experts, picks = rows.local * rows.ep_size, rows.pairs * rows.ep_size
-        rows["distinct"] = np.minimum(rows.local * (1 - (1 - 1 / n_experts) ** picks), rows.pairs)
-    return rows
-
-
-def other_expert_rows() -> pd.DataFrame:
-    """The same from an older version of the kernel, which no fit sees."""
-    table = measured()["moe_decode"]
-    rows = pd.DataFrame(table["rows"], columns=["ep_size", "tokens", "measured_us"])
-    return _with_loads(rows.assign(gpu=table["gpu"]), table["model"])
-
-
-def _with_loads(rows: pd.DataFrame, name: str) -> pd.DataFrame:
-    model = load_model(name)
+    rows, model = _frame(table, "gpu ep_size tokens measured_us"), load_model(table["model"])
     pairs, local = rows.tokens * model.top_k / rows.ep_size, model.n_experts / rows.ep_size
-    return rows.assign(pairs=pairs, distinct=np.minimum(local, pairs), local=local)
+    picked = local * (1 - (1 - 1 / model.n_experts) ** (rows.tokens * model.top_k)) if name == _RANDOM else local
+    return rows.assign(pairs=pairs, distinct=np.minimum(picked, pairs), local=local)
+
+
+def _frame(table: dict[str, Any], columns: str) -> pd.DataFrame:
+    """Rows of a published table; columns that are the same in all of them are keys of the table instead."""
+    names = columns.split()
+    same = {name: table[name] for name in names if name in table}
+    return pd.DataFrame(table["rows"], columns=[name for name in names if name not in same]).assign(**same)
 
 
 def _whole_rates(gpus: list[str], kernel: str) -> dict[str, ExpertRates]:
@@ -156,7 +149,7 @@ def exchange_rows(name: str = "low_latency_one_node") -> pd.DataFrame:
     a token that go to experts that are picked at random.
     """
     table = measured()[name]
-    wide = pd.DataFrame(table["rows"], columns=["gpu", "ep_size", "tokens", "dispatch", "combine"])
+    wide = _frame(table, "gpu ep_size tokens dispatch combine")
     top_k, ep = load_model(table["model"]).top_k, wide.ep_size
     wide["sent"] = top_k if exchange_kind(table["exchange"]) == "pair" else ep * (1 - (1 - 1 / ep) ** top_k)
     return wide.melt(["gpu", "ep_size", "tokens", "sent"], var_name="phase", value_name="measured_us")
@@ -242,10 +235,8 @@ def predicted_against_measured() -> pd.DataFrame:
         saw the error itself.
     """
     model = load_model("deepseek-v3")
-    tables = [_experts(expert_rows(name), name, dtype) for name, dtype in FITTED.items()]
-    tables.append(_experts(other_expert_rows(), "moe_decode", "fp8"))
-    tables += [_exchanges(exchange_rows(name), name) for name in _FITTED_LINKS]
-    tables.append(_exchanges(_deepep_rows(), "deepep_low_latency"))
+    tables = [_experts(expert_rows(name), name, dtype) for name, dtype in (FITTED | {"moe_decode": "fp8"}).items()]
+    tables += [_exchanges(exchange_rows(name), name) for name in (*_FITTED_LINKS, "deepep_low_latency")]
     rows = pd.concat(tables, ignore_index=True)
     rows["error"] = rows.predicted_us / rows.measured_us - 1
     rows["fitted"] = rows.source != "moe_decode"
@@ -284,13 +275,6 @@ def _exchanges(rows: pd.DataFrame, source: str) -> pd.DataFrame:
             ranks_per_node=table.get("ranks_per_node", 8), sorts_pairs=False,
         )  # fmt: skip
         times[part.index] = both.dispatch_us if phase == "dispatch" else both.combine_us
-    rows = rows.rename(columns={"phase": "part"}).drop(columns="sent", errors="ignore")
+    rows = rows.rename(columns={"phase": "part"}).drop(columns="sent")
     dtypes = rows.part.map({"dispatch": dtype, "combine": "bf16"})
     return rows.assign(dtype=dtypes, source=source, predicted_us=times)
-
-
-def _deepep_rows() -> pd.DataFrame:
-    table = measured()["deepep_low_latency"]
-    wide = pd.DataFrame(table["rows"], columns=["ep_size", "dispatch", "combine"])
-    rows = wide.melt("ep_size", var_name="phase", value_name="measured_us")
-    return rows.assign(gpu=table["gpu"], tokens=table["tokens_per_rank"])

@@ -234,13 +234,9 @@ def _run_chunk(
     scorer = StepScorer(plan, cells, groups_of(range(first_draw, first_draw + len(trials))), n_draws)
     there = slice(trials.start, trials.stop)
     split_cells: list[int] = []
-    slowest_us = np.empty(
-        (2, len(trials), len(cells), len(constants))
-    )  # as the placements have it, and split in the step
-    load_bound, split = (
-        np.empty(slowest_us.shape, np.bool_),
-        np.empty((len(trials), len(cells), len(METRICS)), np.int32),
-    )
+    slowest_us = np.empty((2, len(trials), len(cells), len(constants)))  # as placed, and split in the step
+    load_bound = np.empty(slowest_us.shape, np.bool_)
+    split = np.empty((len(trials), len(cells), len(METRICS)), np.int32)
 
     def time(group: Group, blocks: Blocks, counts: np.ndarray) -> None:
         time_slowest_ranks(*blocks, constants, slowest_us[0], load_bound[0])

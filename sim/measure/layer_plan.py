@@ -66,10 +66,8 @@ class Routed:
     def links(self) -> np.ndarray:
         """Tokens, and pairs, that each rank sends to each, int64 [2, ranks, ranks]."""
         links = np.zeros((2, self.ep_size, self.ep_size), np.int64)
-        first_source = np.arange(self.ep_size + 1) * self.tokens_per_rank
-        count_links(
-            self.slots, np.arange(self.ep_size * self.slots_per_rank) // self.slots_per_rank, first_source, links
-        )
+        rank_of_slot = np.arange(self.ep_size).repeat(self.slots_per_rank)
+        count_links(self.slots, rank_of_slot, np.arange(self.ep_size + 1) * self.tokens_per_rank, links)
         return links
 
     def own(self, rank: int) -> slice:
@@ -223,9 +221,7 @@ class LayerSteps:
         placed, ids = self.placed[workload, placement], self.ids[workload][step, :tokens]
         row = step % placed.n_rows
         copies = find_copies(placed.experts[row : row + 1], placed.n_experts)
-        of_rank = np.ascontiguousarray(
-            ids.reshape(self.ep_size, -1, ids.shape[1])
-        )  # a token's index is that on its rank
+        of_rank = np.ascontiguousarray(ids.reshape(self.ep_size, -1, ids.shape[1]))  # an index is that on its rank
         slots = np.empty(of_rank.shape, np.int32)
         slots_by_hash(of_rank, np.zeros(self.ep_size, np.int64), copies, slots)
         slots_per_rank = placed.n_slots // self.ep_size

@@ -154,7 +154,7 @@ class TorchExperts:
         with self._torch.inference_mode():
             layers = list(self._layers(dtype, counts))
             layers[0]()
-            return Timing.of(self._timer.times_us(lambda: _run_all(layers)), len(layers))
+            return Timing.of(self._timer.times_us(lambda: [layer() for layer in layers]), len(layers))
 
     def _layers(self, dtype: str, counts: np.ndarray) -> Iterator[Callable[[], Tensor]]:
         """As many layers as make the weights cold, each on its own slice of the pool."""
@@ -189,8 +189,3 @@ class TorchExperts:
                 found["dense_tflops"] = dense_tflops(self._timer, dtype)
             self._torch.cuda.empty_cache()
         return found
-
-
-def _run_all(layers: list[Callable[[], Tensor]]) -> None:
-    for layer in layers:
-        layer()
