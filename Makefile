@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SWEEPS := $(addprefix results/deepseek-v3-,uniform chat gpqa-tilted prefill)  # those of results/sweep.toml
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 export MPLBACKEND := Agg
 
 help:  ## list the targets
@@ -26,10 +27,10 @@ test: $(BIN)/epsim  ## lint, types and tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	NUMBA_CACHE_DIR=$$(mktemp -d) $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
+	$(PYTEST)
 
 quick: $(BIN)/epsim  ## the quick loop, without the slow tests
-	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder -q -x -m 'not slow'
+	$(PYTEST) -q -x -m 'not slow'
 
 tables: $(BIN)/epsim  ## write the tables of the READMEs again, each by the command above it
 	$(BIN)/python tests/readme.py

@@ -23,9 +23,8 @@ class RunError(RuntimeError):
 def unknown(what: str, name: str, known: Iterable[str], more: str = "") -> InputError:
     """Error for a name that is not known, with those that it is part of or near to, else all of a few."""
     known, own = sorted(known), name.lower()
-    near = [one for one in known if len(own) > 2 and own in one][:3] or difflib.get_close_matches(
-        own, known, cutoff=0.6
-    )
+    near = [one for one in known if len(own) > 2 and own in one][:3]
+    near = near or difflib.get_close_matches(own, known, cutoff=0.5)  # eblp is as near to eplb
     if near:
         hint = f"; did you mean {' or '.join(near)}?"
     else:
@@ -38,6 +37,11 @@ def whole_number(option: str, value: Any, least: int, most: int) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral) or not least <= int(value) <= most:
         raise InputError(f"{option} {shown(value)}: must be a whole number from {least} to {most}")
     return int(value)
+
+
+def counted(n: int, noun: str) -> str:
+    """'1 layer', '2 layers'."""
+    return f"{n} {noun}{'' if n == 1 else 's'}"
 
 
 def shown(value: Any) -> str:

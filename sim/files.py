@@ -6,7 +6,6 @@ import json
 import os
 import tomllib
 import warnings
-import zlib
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -71,28 +70,11 @@ def check_regular(path: Path, where: str) -> None:
 
 def read_text(path: Path, where: str) -> str:
     """Text of a regular file of a bounded size, unpacked where its name ends in .gz; `where` begins the message of an error."""
-    check_regular(path, where)
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
-        if path.suffix == ".gz":
-            unpacker = zlib.decompressobj(wbits=31)
-            data = unpacker.decompress(data, MAX_BYTES + 1)
-            if len(data) <= MAX_BYTES and not unpacker.eof:
-                raise InputError(f"{where} is cut off")
+    with reading(where, "text"), open_stream(path, where) as file:
+        data = file.read(MAX_BYTES + 1)
         if len(data) > MAX_BYTES:
             raise InputError(f"{where} is larger than {MAX_BYTES >> 20} MiB")
         return data.decode("utf-8-sig")
-    except InputError:
-        raise
-    except OSError as error:
-        raise InputError(f"{where} cannot be read: {error.strerror or error}") from None
-    except zlib.error:
-        raise InputError(f"{where} is not a sound .gz file") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{where} is not text in UTF-8") from None
-    except ValueError as error:  # a NUL in the name
-        raise InputError(f"{where} cannot be read: {first_line(error)}") from None
 
 
 @contextmanager
@@ -105,7 +87,7 @@ def reading(where: str, kind: str) -> Iterator[None]:
     except InputError:
         raise
     except FileNotFoundError:
-        raise InputError(f"{where} does not exist") from None
+        raise InputError(f"{where} cannot be read: it does not exist") from None
     except EOFError:
         raise InputError(f"{where} is cut off") from None
     except OSError as error:
@@ -135,6 +117,14 @@ def open_stream(path: Path, where: str) -> Iterator[IO[bytes]]:
         most = min(most, max(MOST_UNASKED, MOST_PACKED * path.stat().st_size))
         with gzip.open(file) as unpacked:
             yield io.BufferedReader(_Bounded(unpacked, where, most), 2**18)
+
+
+def numbered_lines(file: IO[bytes], where: str, most: int = 1 << 20) -> Iterator[tuple[int, bytes]]:
+    """The lines of a file, from 1 on; one of `most` bytes or more is refused."""
+    for number, line in enumerate(iter(lambda: file.readline(most), b""), 1):
+        if len(line) >= most:
+            raise InputError(f"{where}, line {number}: longer than {most >> 20} MiB")
+        yield number, line
 
 
 class _Bounded(io.RawIOBase):

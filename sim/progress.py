@@ -27,8 +27,17 @@ _watch: ContextVar[_Watch | None] = ContextVar("watch", default=None)
 
 @contextmanager
 def watching(show: Show) -> Iterator[None]:
-    """Call `show(share of the whole, name of the present part)` at every announcement inside the block."""
-    token = _watch.set(_Watch(show))
+    """Call `show(share of the whole, name of the present part)` at every announcement inside the block; who watches already goes
+    on to.
+    """
+    outer = _watch.get()
+
+    def show_all(share: float, name: str) -> None:
+        show(share, name)
+        if outer is not None:
+            outer.show(outer.low + share * (outer.high - outer.low), name)
+
+    token = _watch.set(_Watch(show_all))
     try:
         yield
     finally:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from sim.errors import InputError, shown
+from sim.errors import InputError, counted, shown
 from sim.files import is_there, read_json, read_text, whole_files
 from sim.stats import CELL, Design, Histogram, Moments, mean_interval, probability_interval
 
@@ -233,8 +233,8 @@ class SweepResult:
     def __repr__(self) -> str:
         first, n = self.summary.iloc[0], self.summary[CELL].nunique()
         return (
-            f"SweepResult: {Path(first.model).name}, {first.workload} traffic, {n.placement} placements x {n.ep_size} EP sizes "
-            f"x {n.tokens} step sizes, {self.summary.trials.max()} trials"
+            f"SweepResult: {Path(first.model).name}, {first.workload} traffic, {counted(n.placement, 'placement')} x "
+            f"{counted(n.ep_size, 'EP size')} x {counted(n.tokens, 'step size')}, {self.summary.trials.max()} trials"
         )
 
     def _repr_html_(self) -> str:
@@ -271,7 +271,10 @@ def write_table(table: pd.DataFrame, folder: Path, name: str, identity: dict[str
 
 def read_table(folder: Path, name: str, verb: str) -> tuple[pd.DataFrame, dict[str, Any]]:
     """What `write_table` wrote, and its provenance. Raises InputError where it is missing, damaged or changed."""
-    path, about = folder / f"{name}.csv", read_json(folder / f"{name}.json", str(folder / f"{name}.json"))
+    path = folder / f"{name}.csv"
+    if not is_there(path.with_suffix(".json")):
+        raise InputError(f"{folder} holds nothing that epsim {verb} wrote ({name}.json is missing)")
+    about = read_json(path.with_suffix(".json"), str(path.with_suffix(".json")))
     text = read_text(path, str(path))
     digests = about.get("sha256") if isinstance(about, dict) else None
     if not isinstance(digests, dict) or hashlib.sha256(text.encode()).hexdigest() != digests.get(path.name):
@@ -391,7 +394,7 @@ def read_result(folder: Path | str, *, sealed: bool = False) -> SweepResult:
     >>> folder = tempfile.mkdtemp()
     >>> sim.sweep("mixtral-8x7b", "chat", ep_sizes=4, tokens=8, placements="linear", trials=64, threads=1).save(folder)
     >>> sim.read_result(folder)
-    SweepResult: mixtral-8x7b, chat traffic, 1 placements x 1 EP sizes x 1 step sizes, 64 trials
+    SweepResult: mixtral-8x7b, chat traffic, 1 placement x 1 EP size x 1 step size, 64 trials
     """
     if not isinstance(folder, str | Path):
         raise InputError(f"`folder` {shown(folder)}: must be the name of a folder")

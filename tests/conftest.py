@@ -3,6 +3,7 @@
 Tests that want the larger reference data look for it beside the checkout, and skip without it.
 """
 
+import gc
 import json
 import os
 import subprocess
@@ -43,13 +44,18 @@ def pytest_configure(config):
         subprocess.run([sys.executable, ROOT / "tests/compile.py"], env=environment, cwd=ROOT, check=True)
 
 
-LONGEST = "notebooks traffic sampler bounds capacity advice cluster rare layer figures cost".split()
+LONGEST = "notebooks sampler traffic bounds capacity cluster sweep rare cost advice figures layer cuda cli".split()
 
 
 def pytest_collection_modifyitems(items):
     """The longest files first, so that `make test` does not wait for one at the end."""
     of_file = [f"test_{name}.py" for name in LONGEST]
     items.sort(key=lambda item: of_file.index(item.path.name) if item.path.name in of_file else len(of_file))
+
+
+def pytest_collection_finish():
+    """Modules and tests stay to the end: the garbage collector need not go through them again and again."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -118,3 +124,13 @@ def assert_same_tables(a, b):
     """Two results of sweeps are equal to the last digit."""
     for name in ("summary", "tail", "counts"):
         pd.testing.assert_frame_equal(getattr(a, name), getattr(b, name))
+
+
+def assert_nothing_overlaps(figure):
+    """Title and legend lie over no axes, nor over each other, and the title ends within the figure."""
+    figure.draw_without_rendering()
+    around = [part.get_window_extent() for part in (figure._suptitle, *figure.legends)]
+    boxes = [*around, *(ax.get_window_extent() for ax in figure.axes)]
+    for i, box in enumerate(around):
+        assert not any(box.overlaps(other) for other in boxes[i + 1 :])
+    assert around[0].x1 <= figure.bbox.x1

@@ -14,14 +14,12 @@ from sim.measure.table import TILE_ROWS
 from sim.model import load_model
 from sim.traffic import load_workload
 
-H100 = load_gpu("h100")
+V3, H100 = load_model("deepseek-v3"), load_gpu("h100")
 
 
-def steps_of(model="deepseek-v3", **changes):
+def steps_of(**changes):
     asked = {"ep_sizes": [8, 32], "tokens": [8, 512], "placements": ["linear", "round_robin"], "steps": 3, "seed": 1}
-    return plan_measurement(
-        load_model(model), [load_workload("chat"), load_workload("gpqa-tilted")], **(asked | changes)
-    )
+    return plan_measurement(V3, [load_workload("chat"), load_workload("gpqa-tilted")], **(asked | changes))
 
 
 usual_steps = cache(steps_of)
@@ -60,7 +58,7 @@ class MadeUp:
             raise RuntimeError("CUDA error: made up")
         pairs, distinct, kernel = counts.sum(), (counts > 0).sum(), grouped_gemm_profile(dtype)
         tiles = {size: (-(-counts // size)).sum() for size in TILE_ROWS}
-        rates, own = expert_rates("deepseek-v3", H100, dtype), reached_fractions(H100, dtype)
+        rates, own = expert_rates(V3, H100, dtype), reached_fractions(H100, dtype)
         rows = counted_rows(rates, pairs, len(counts), tiles)
         memory_us, compute_us = sides_us(rates, pairs, distinct, len(counts), rows)
         launch_us, bandwidth, peak = self.of[dtype] if isinstance(self.of, dict) else self.of

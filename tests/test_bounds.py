@@ -266,6 +266,7 @@ def test_bounds_and_sampling_agree_where_both_see(workload):
     assert workload == "chat" or len(exact) > 10
 
 
+@pytest.mark.slow
 def test_the_worst_case_curve_has_no_gap_down_to_1e12():
     """Uniform traffic: from what sampling sees to below 1e-12, within a factor, rows in falling order."""
     result = sweep(

@@ -31,6 +31,13 @@ def small():
     return size_buffers(V3, "chat", **SMALL, horizon_steps=10**6, capacity_factor=1.25, curves=True)
 
 
+def tail_by_saddle_point(law, n_tokens, least, theta):
+    """P(a sum of so many tokens of the tilted law reaches `least`)."""
+    at = [np.empty(1) for _ in range(3)]
+    saddle_points(law[None], least / n_tokens, *at)
+    return tail_of_tilted(n_tokens, least, *(part[0] for part in at), theta, *tilted_moments(law, theta))
+
+
 @pytest.mark.parametrize("law", [[0.5, 0.5], [0.9, 0.1], [0.3, 0.2, 0.2, 0.1, 0.1, 0.05, 0.03, 0.02]])
 @pytest.mark.parametrize("n_tokens", [16, 128, 4096])
 @pytest.mark.parametrize("theta", [-0.5, 0.0, 0.3])
@@ -42,9 +49,7 @@ def test_tails_of_tilted_laws_equal_exact_ones(law, n_tokens, theta):
     for sds in (1, 2, 4, 8, 20):
         least = int(n_tokens * mean + sds * np.sqrt(n_tokens * variance)) + 1
         if least < n_tokens * (len(law) - 1):
-            at = [np.empty(1) for _ in range(3)]
-            saddle_points(law[None], least / n_tokens, *at)
-            comp = tail_of_tilted(n_tokens, least, *(part[0] for part in at), theta, cumulant, mean, variance)
+            comp = tail_by_saddle_point(law, n_tokens, least, theta)
             ref = tails(tilted[None] / tilted.sum(), n_tokens, least)[0]
             assert comp == pytest.approx(ref, rel=0.01 if n_tokens >= 128 else 0.04)
 
@@ -52,16 +57,16 @@ def test_tails_of_tilted_laws_equal_exact_ones(law, n_tokens, theta):
 def test_tails_of_many_tokens_fall_from_1_to_0():
     """2**20 tokens, at and far beyond where the saddlepoint's exponent leaves the range of doubles, on either side."""
     law = np.array([0.7, 0.3])
-    cumulant, mean, variance = tilted_moments(law, 0.0)
-    tail = []
-    for share in np.linspace(0.01, 0.99, 99):
-        at = [np.empty(1) for _ in range(3)]
-        least = int(share * 2**20)
-        saddle_points(law[None], least / 2**20, *at)
-        tail.append(tail_of_tilted(2**20, least, *(part[0] for part in at), 0.0, cumulant, mean, variance))
+    tail = [tail_by_saddle_point(law, 2**20, int(share * 2**20), 0.0) for share in np.linspace(0.01, 0.99, 99)]
     assert tail[:28] == [1.0] * 28
     assert tail[32:] == [0.0] * 67
     assert (np.diff(tail) <= 0).all()
+
+
+def test_the_family_of_what_happens_or_not_is_binomial():
+    found = tail_by_saddle_point(BERNOULLI.laws[0], 500, 200, np.log(0.25 / 0.75))
+    assert len(BERNOULLI.laws) == 1
+    assert found == pytest.approx(binom.sf(199, 500, 0.25), rel=2e-3)
 
 
 def test_a_law_of_a_family_has_its_mean():
@@ -75,12 +80,12 @@ def test_a_law_of_a_family_has_its_mean():
     np.testing.assert_allclose(found, means, rtol=1e-9)
 
 
+GRID = {"ep_sizes": [8, 32], "tokens": 256, "placements": ["linear", "round_robin", "eplb+32"], "bound_layers": 0}
+
+
 @pytest.fixture(scope="module")
 def deployments():
-    plan = make_plan(
-        V3, "chat", ep_sizes=[8, 32], tokens=256, placements=["linear", "round_robin", "eplb+32"], trials=1,
-        bound_layers=0, received="off",
-    )  # fmt: skip
+    plan = make_plan(V3, "chat", **GRID, trials=1, received="off")
     return plan, sample_deployments(plan, 58, 20, 2)
 
 
@@ -88,10 +93,7 @@ def deployments():
 def test_means_are_those_of_a_sweep(deployments):
     """Mean tokens that a rank receives, from laws by mean load, against all tokens of sampled steps, within 1 %."""
     plan, found = deployments
-    summary = sim.sweep(
-        V3, "chat", ep_sizes=[8, 32], tokens=256, placements=["linear", "round_robin", "eplb+32"], trials=400,
-        bound_layers=0,
-    ).summary  # fmt: skip
+    summary = sim.sweep(V3, "chat", **GRID, trials=400).summary
     for (placement, ep_size), of_pair in zip(plan.grid.pairs, found, strict=True):
         row = summary[(summary.placement == placement) & (summary.ep_size == ep_size)].iloc[0]
         assert 256 * of_pair["received"].mean == pytest.approx(row.received_tokens_mean, rel=0.01)
@@ -109,12 +111,8 @@ def test_probabilities_hold_against_sampled_steps(deployments, quantity):
     15 %, or under EPLB, whose ranks are nearly alike, three quarters: there the sum over groups of ranks is loose.
     """
     plan, found = deployments
-    result = sim.sweep(
-        V3, "chat", ep_sizes=[8, 32], tokens=256, placements=["linear", "round_robin", "eplb+32"], trials=2000,
-        bound_layers=0, seed=9, replica_choice="vllm_hash",
-    )  # fmt: skip
-    metric = {"received": "received_tokens_max", "pairs": "max_load"}[quantity]
-    counts = result.counts[result.counts.metric == metric]
+    counts = sim.sweep(V3, "chat", **GRID, trials=2000, seed=9, replica_choice="vllm_hash").counts
+    counts = counts[counts.metric == {"received": "received_tokens_max", "pairs": "max_load"}[quantity]]
     for (placement, ep_size), of_pair in zip(plan.grid.pairs, found, strict=True):
         of_cell = counts[(counts.placement == placement) & (counts.ep_size == ep_size)].sort_values("value")
         above = 1 - np.cumsum(of_cell["count"].to_numpy()) / 2000
@@ -393,16 +391,6 @@ def test_a_model_without_sizes_is_refused():
         sim.capacity(replace(V3, moe_intermediate_size=0), "chat", **SMALL)
     with pytest.raises(InputError, match="needs the number of MoE layers"):
         sim.capacity(replace(V3, n_moe_layers=0, moe_layer_ids=()), "chat", **SMALL)
-
-
-def test_the_family_of_what_happens_or_not_is_binomial():
-    at = [np.empty(1) for _ in range(3)]
-    saddle_points(BERNOULLI.laws, 0.4, *at)
-    theta = np.log(0.25 / 0.75)
-    cumulant, mean, variance = tilted_moments(BERNOULLI.laws[0], theta)
-    assert tail_of_tilted(500, 200, *(part[0] for part in at), theta, cumulant, mean, variance) == pytest.approx(
-        binom.sf(199, 500, 0.25), rel=2e-3
-    )
 
 
 def test_steps_report_the_worst_of_their_layers():

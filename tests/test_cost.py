@@ -108,11 +108,8 @@ def test_weights_are_read_once_for_each_distinct_expert():
     assert time(8, 8) == pytest.approx(19.19 + 6.49 * 7 / 8 + 88.76 + 0.04, abs=0.03)
 
 
-def test_no_pairs_take_the_launch_time():
+def test_no_pairs_take_the_launch_time_and_idle_experts_take_time():
     assert time(0, 0) == KERNEL.launch_us
-
-
-def test_idle_experts_take_time():
     assert time(8, 8, local=32) == pytest.approx(time(8, 8) + 24 * KERNEL.idle_us)
     assert time(0, 0, local=32) == KERNEL.launch_us + 32 * KERNEL.idle_us
 
@@ -354,6 +351,7 @@ def test_expert_times_without_the_number_of_local_experts():
         assert error.max() <= 0.42
 
 
+@pytest.mark.slow
 def test_pair_exchanges_of_a_size_that_was_left_out(check):
     """Median error at most 12 % for combine, 20 % for dispatch on each GPU: GPUs of one generation share the share of NVLink."""
     rows = check[check.source == "low_latency_one_node"]
@@ -389,6 +387,7 @@ def test_the_command_lists_gpus_with_their_sources(capsys, monkeypatch):
     assert main(["gpus", "--all"]) == 2
 
 
+@pytest.mark.slow
 def test_the_command_checks_every_gpu_fitted_and_held_out_apart(check, monkeypatch, capsys):
     monkeypatch.setattr("sim.cost.refit.predicted_against_measured", lambda: check)
     assert main(["gpus", "--check", "--markdown"]) == 0

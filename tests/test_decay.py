@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import fails, record_of, run, write
+from conftest import assert_nothing_overlaps, fails, record_of, run, write
 from hypothesis import given
 from hypothesis import strategies as st
 from naive import eplb as ref_eplb
@@ -390,12 +390,9 @@ def test_the_figure_shows_the_table(files):
     model = load_model("gpt-oss-20b")
     table = decay(model, cut_windows(read_traffic(files[1], model), 32, 3), ["eplb", "eplb+16"], [4, 8])
     figure = decay_by_age(table, "file:steps.npy", model.name, "steps")
-    figure.draw_without_rendering()
-    legend, title = figure.legends[0].get_window_extent(), figure._suptitle.get_window_extent()
+    assert_nothing_overlaps(figure)
     for ax, ep_size in zip(figure.axes, (4, 8), strict=True):
         assert "windows of 4 steps" in ax.get_xlabel()
-        assert not legend.overlaps(ax.get_window_extent())
-        assert not title.overlaps(ax.get_window_extent())
         rows = table[(table.ep_size == ep_size) & (table.placement == "eplb")]
         stale, fresh = (line for line in ax.get_lines() if line.get_color() == look("eplb")["color"])
         np.testing.assert_array_equal(stale.get_ydata(), rows.imbalance_mean)

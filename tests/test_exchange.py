@@ -129,6 +129,7 @@ def test_a_backend_whose_kernels_were_measured_has_its_own_times():
         assert ours == exchange(**one | {"gpu": gpu}, kind="token").total_us
 
 
+@pytest.mark.slow
 def test_exchanges_of_measured_layers():
     """4 H100s: floors and shares are those of chat and gpqa-tilted traffic. What they did not see, in the median: uniform traffic
     within 9 %, 2 H100s, whose links do two thirds as much and whose own copies as much, within 6 % (a hop of the ring was read

@@ -36,12 +36,17 @@ def path(tmp_path):
     return tmp_path / "my.toml"
 
 
-def test_draws_take_the_layers_in_turn(path):
+def test_draws_take_the_layers_in_turn_however_they_are_grouped(path):
     workload = load_workload(path)
     mu = workload.draw_popularity(KEY, 1 + np.arange(5), 64)
     np.testing.assert_array_equal(mu, workload.layers.mu[[1, 2, 0, 1, 2]])
-    assert workload.n_layers == 3
-    assert workload.request_sigma == 0
+    assert (workload.n_layers, workload.request_sigma) == (3, 0)
+    with pytest.raises(InputError, match="fitted to 64 experts, model deepseek-v3 has 256"):
+        check_pair(load_model("deepseek-v3"), workload)
+    workload = load_workload(path, phase="prefill")
+    mu = workload.draw_popularity(KEY, np.arange(3), 64)
+    whole = workload.draw_logits(KEY, mu, 6 + np.arange(3), np.arange(3), 100)
+    np.testing.assert_array_equal(workload.draw_logits(KEY, mu[1:], np.array([7, 8]), np.array([1, 2]), 100), whole[1:])
 
 
 def test_phases_of_a_fitted_file(path):
@@ -68,13 +73,6 @@ def test_a_request_adds_its_subject_and_its_own_effect(path):
     found = np.cov((logits[:, 0] - mu).T)
     error = np.sqrt((wanted**2 + np.outer(np.diag(wanted), np.diag(wanted))) / n)
     assert np.abs((found - wanted) / error).max() < 5
-
-
-def test_logits_do_not_depend_on_how_trials_are_grouped(path):
-    workload = load_workload(path, phase="prefill")
-    mu = workload.draw_popularity(KEY, np.arange(3), 64)
-    whole = workload.draw_logits(KEY, mu, 6 + np.arange(3), np.arange(3), 100)
-    np.testing.assert_array_equal(workload.draw_logits(KEY, mu[1:], np.array([7, 8]), np.array([1, 2]), 100), whole[1:])
 
 
 def test_a_table_equals_the_popularity_that_it_was_drawn_from():
@@ -133,11 +131,6 @@ def test_bad_tables_are_refused(tmp_path, text, message):
     path.write_text('popularity = "fitted"\n' + text)
     with pytest.raises(InputError, match=message):
         load_workload(path)
-
-
-def test_a_table_goes_with_its_model_only(path):
-    with pytest.raises(InputError, match="fitted to 64 experts, model deepseek-v3 has 256"):
-        check_pair(load_model("deepseek-v3"), load_workload(path))
 
 
 def test_popularity_from_arrays_is_a_workload(tmp_path):

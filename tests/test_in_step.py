@@ -8,7 +8,6 @@ import pytest
 from conftest import fails, run
 from hypothesis import given
 from hypothesis import strategies as st
-from naive import slot_counts
 from scipy.optimize import linprog
 
 from sim import (
@@ -82,16 +81,6 @@ def test_the_split_is_the_linear_programmes_optimum_rounded_up(case, most):
     assert comp.distinct_experts.sum() >= (count > 0).sum()
     if len(single) == placement.n_experts:  # no expert is on two ranks: there is nothing to split
         np.testing.assert_array_equal(comp.loads, even.loads)
-
-
-@given(layouts(12, 12, 6))
-def test_the_split_is_never_above_that_of_vllms_hash(case):
-    placement, rng = case
-    ids = [rng.permutation(placement.n_experts)[:2].tolist() for _ in range(40)]
-    hashed = slot_counts(ids, placement.experts[0].tolist(), placement.n_experts, "vllm_hash")
-    loads = np.bincount(placement.ranks[0], weights=hashed, minlength=placement.ep_size)
-    count = np.bincount(np.ravel(ids), minlength=placement.n_experts)
-    assert score(placement, count, "in_step").max_load <= loads.max()
 
 
 def test_a_chain_of_copies_carries_load_to_a_rank_that_shares_no_expert():

@@ -14,10 +14,10 @@ from naive import slot_counts as ref_slot_counts
 
 from sim import InputError, load_model, load_workload, place, sweep
 from sim.copies import assign_by_hash, assign_evenly, find_copies, pick_slots
-from sim.placement import Placement, place_fixed, placement_text
+from sim.placement import place_fixed, placement_text
 from sim.router import draw_loads, draw_trials
 from sim.sweeps import Journal, combine, executors, make_plan, run_plan
-from sim.traffic import FittedLayers, LoadTable, SyntheticTraffic
+from sim.traffic import FittedLayers, LoadCounts, SyntheticTraffic
 from sim.traffic.counts import build_counts
 
 V3, CHAT = load_model("deepseek-v3"), load_workload("chat")
@@ -49,7 +49,7 @@ def test_pairs_are_assigned_to_copies_as_the_reference_does(seed, n_experts, red
 def test_a_token_of_the_fan_out_goes_to_one_copy_of_each_expert_and_to_all_equally_often():
     maps = np.array([[0, 1, 2, 0, 1, 0]], np.int16)
     copies, n = find_copies(maps, 3), 6000
-    slots = np.empty((n, 3), np.int32)
+    slots = np.empty((n, 3), np.int16)
     pick_slots(np.tile(np.arange(3, dtype=np.int16), (n, 1)), 1000 + np.arange(n), np.zeros(n, np.int64), copies, slots)
     np.testing.assert_array_equal(maps[0][slots], np.tile([0, 1, 2], (n, 1)))
     shares = np.bincount(slots.ravel(), minlength=6) / n
@@ -258,7 +258,8 @@ def test_counts_from_outside_are_checked(tmp_path, capsys, monkeypatch):
     }.items():
         table = np.ones((2, 32))
         table[1, 3] = bad
-        monkeypatch.setattr("sim.traffic.load_table", lambda path, model, table=table: LoadTable("x", table, "x"))
+        counts = LoadCounts("x", table[None], np.arange(2), "x")
+        monkeypatch.setattr("sim.traffic.read_traffic", lambda path, model, counts=counts: counts)
         words = ["export", "--model", "gpt-oss-20b", "--placement", "eplb", "--ep", "4", "--fit-on", "x.npz"]
         fails(capsys, [*words, "--format", "vllm", "--out", tmp_path / "out"], message)
     assert not list(tmp_path.iterdir())
@@ -290,13 +291,6 @@ def test_a_precision_goes_on_with_fresh_layers_and_their_own_fits():
 def test_bad_arguments(change, message):
     with pytest.raises(InputError, match=message):
         make_plan(V3, CHAT, **SMALL | change)
-
-
-def test_slots_of_a_map_are_ranks_in_order():
-    slots = Placement.of_ranks("linear", 2, np.array([[1, 0, 1, 0]], np.int32))
-    assert slots.experts.tolist() == [[1, 3, 0, 2]]
-    assert slots.expert_ranks.tolist() == [[1, 0, 1, 0]]
-    assert not slots.has_replicas
 
 
 def test_fitted_traffic_is_balanced_by_other_traffic_of_its_layers(tmp_path):

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from functools import reduce
 
 import numpy as np
 import pytest
@@ -34,6 +35,7 @@ def csv_forms():
     ):
         rows = [f"{i},{e},{COUNTS[k, e]}" for k, i in enumerate(ids) for e in RNG.permutation(8)]
         yield head + "\n" + "\n".join(rows)
+        yield "\n".join(rows)
         yield (head + "\n" + "\n".join(rows)).replace(",", ";")
         yield (head + "\n" + "\n".join(rows)).replace(",", "\t")
     half = COUNTS // 2
@@ -59,7 +61,7 @@ def test_every_layout_of_a_table_gives_the_same_counts_and_layers(tmp_path):
             assert found.layer_ids.tolist() == [3, 5, 9]
             assert found.n_steps == (2 if text.startswith(("step", "iter", "forward")) else None)
         n += 1
-    assert n == 31
+    assert n == 35
 
 
 def test_experts_without_a_row_have_no_load(tmp_path):
@@ -85,6 +87,8 @@ def test_a_header_of_numbers_is_a_header_and_a_row_of_counts_is_none(tmp_path):
     assert "its first line, 0 to 7, numbers the experts" in found.notes
     path.write_text("1,2,3,4,5,6,7,9\n" + rows)
     assert read_traffic(path).n_layers == 4
+    path.write_text("1.900;40\n1.200;740\n")
+    assert any("taken for the decimal point" in note for note in read_traffic(path).notes)
 
 
 @pytest.mark.parametrize(
@@ -108,6 +112,9 @@ def test_a_header_of_numbers_is_a_header_and_a_row_of_counts_is_none(tmp_path):
         ("layer,e0,e1\n0,1,2\n1,2,3,4\n", "line 3: 4 columns where the first line has 3"),
         ("layer_id,expert_id,count\n0,1,2\nlayer_id,expert_id,count\n", "line 3: 'layer_id' is not a number"),
         ("layer,e0,e1\n0,true,2\n", "'true' is not a number"),
+        ("0,0,0,9\n0,0,1,7\n0,0,2,5\n0,1,0,9\n", "4 columns without names, of which 3 number its rows"),
+        ("layer,e0,e1\n0,1_900,2\n", "line 2: '1_900' is not a number"),
+        ("layer,e0,e1\n0,99999999999999999999,2\n", "line 2: counts above 2**53"),
     ],
 )
 def test_tables_with_slips_are_refused_by_line_and_name(tmp_path, capsys, text, message):
@@ -144,7 +151,10 @@ def test_json_tables(tmp_path):
         found = read_traffic(path)
         np.testing.assert_array_equal(found.expert_counts, 2 * COUNTS)
         assert (found.n_steps, found.layer_ids.tolist()) == (2, [3, 4, 5])
-    for value, steps in ((rows, None), ({"logical_count": [rows, rows]}, 2)):
+    history = {
+        "load_history": [{"step": i, "logical_expert_load": rows} for i in range(2)]
+    }  # of openevolve's EPLB task
+    for value, steps in ((rows, None), ({"logical_count": [rows, rows]}, 2), (history, 2)):
         (tmp_path / "x.json").write_text(json.dumps(value))
         found = read_traffic(tmp_path / "x.json")
         np.testing.assert_array_equal(found.expert_counts, COUNTS * (steps or 1))
@@ -166,6 +176,8 @@ def test_json_tables(tmp_path):
         ([[1, 2], 3], "(regular|whole numbers)"),
         ({"0": [0, 0]}, "every count is 0"),
         ({"0": [1, float("nan")]}, "found NaN"),
+        ({"counts": [[1, 2], [3, 4]], "layer_ids": [3, 3]}, "each by a number of its own"),
+        (reduce(lambda inner, _: [{"layers": inner}], range(300), {"0": [1, 2]}), "not a sound JSON file"),
         ([{"0": [1, 2]}, {"1": [1, 2]}], "differ in their layers"),
         ([{"0": [1, 2]}, {"0": None}], "have no counts"),
         ({"0": None, "3": [[1, 2], [3, 4]]}, "one step"),
@@ -231,6 +243,8 @@ def test_expert_statistics_are_added_up_over_ranks(statistics):
         read_traffic(folder, ModelSpec("m", 16, 2))
     with pytest.raises(InputError, match="give the folder"):
         read_traffic(folder / "rank0.safetensors")
+    (folder / "rank1.safetensors").rename(folder / "rank2.safetensors")
+    assert any("up to rank2.safetensors there are 2" in note for note in read_traffic(folder).notes)
 
 
 def test_bad_statistics_are_refused(statistics):

@@ -111,6 +111,7 @@ def test_bad_usage_is_one_line_and_status_2(words, message, tmp_path, capsys, mo
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_the_preset_has_the_loads_and_the_correlation_of_the_trace(shared):
     """Shares of experts of every layer within 3 % of the mean share, root mean square; imbalance of ranks within 3 %; variance
     over multinomial of 64 tokens of a sequence within 15 %.
@@ -134,6 +135,7 @@ def test_what_cannot_be_made_is_refused():
         make_traffic(load_workload("chat", dummy_tokens=4), load_model("deepseek-v3"), 8, 2)
 
 
+@pytest.mark.slow
 def test_a_normal_popularity_goes_from_the_mean_to_the_worst_layer_of_the_recorded_mix(shared):
     """Why one-subject has that family: scaled to the mix's mean share of the busiest of 8 ranks it has the worst of 24 layers
     within 5 %, Student's t with 6 degrees of freedom is 8 % above it or more. Fixed seed; standard errors are below 1 %.

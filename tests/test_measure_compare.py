@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import fails
+from conftest import assert_nothing_overlaps, fails
 from devices import MadeUp, measured, steps_of
 
 from sim.cli import main
@@ -111,11 +111,7 @@ def test_figures_show_the_tables_numbers(tmp_path):
     rows = with_predictions(read_measured(measured(tmp_path, MadeUp(noise=0.05))[0]))
     figures = [predicted_against_measured(rows), measured_gain(rows, gains(rows))]
     for figure in figures:
-        figure.draw_without_rendering()
-        boxes = [ax.get_window_extent() for ax in figure.axes]
-        legend, title = figure.legends[0].get_window_extent(), figure._suptitle.get_window_extent()
-        assert not any(box.overlaps(other) for box in boxes for other in (legend, title))
-        assert title.x1 <= figure.bbox.x1
+        assert_nothing_overlaps(figure)
         assert any("us" in ax.get_xlabel() or "tokens" in ax.get_xlabel() for ax in figure.axes)
         assert "NVIDIA H100 made up" in figure._suptitle.get_text()
     scatter = figures[0].axes[1]

@@ -52,36 +52,25 @@ def test_an_id_is_one_id():
 @pytest.mark.parametrize(
     ("preset", "names"),
     [
-        (
-            "deepseek-v3",
-            "DeepSeek-V3 deepseek-ai/DeepSeek-V3-0324 DeepSeek-V3-Base nvidia/DeepSeek-V3-0324-NVFP4 mlx/DeepSeek-V3-4bit",
-        ),
-        (
-            "deepseek-r1",
-            "deepseek-ai/DeepSeek-R1-0528 nvidia/DeepSeek-R1-0528-NVFP4-v2 nvidia/DeepSeek-R1-FP4 DeepSeek-R1-Zero",
-        ),
-        (
-            "deepseek-r1",
-            "RedHatAI/DeepSeek-R1-0528-quantized.w4a16 cognitivecomputations/DeepSeek-R1-AWQ unsloth/DeepSeek-R1-GGUF",
-        ),
+        ("deepseek-v3", "DeepSeek-V3 deepseek-ai/DeepSeek-V3-0324 DeepSeek-V3-Base"),
+        ("deepseek-v3", "nvidia/DeepSeek-V3-0324-NVFP4 mlx/DeepSeek-V3-4bit"),
+        ("deepseek-r1", "deepseek-ai/DeepSeek-R1-0528 nvidia/DeepSeek-R1-0528-NVFP4-v2 nvidia/DeepSeek-R1-FP4"),
+        ("deepseek-r1", "DeepSeek-R1-Zero RedHatAI/DeepSeek-R1-0528-quantized.w4a16 unsloth/DeepSeek-R1-GGUF"),
+        ("deepseek-r1", "cognitivecomputations/DeepSeek-R1-AWQ"),
         ("deepseek-v3.1", "deepseek-ai/DeepSeek-V3.1-Terminus DeepSeek-V3.1-Base"),
         ("deepseek-v3.2", "deepseek-ai/DeepSeek-V3.2-Exp DeepSeek-V3.2-Speciale"),
         ("deepseek-v4-flash", "RedHatAI/DeepSeek-V4-Flash-NVFP4-FP8"),
         ("deepseek-v2-lite", "deepseek-ai/DeepSeek-V2-Lite-Chat"),
-        (
-            "kimi-k2",
-            "moonshotai/Kimi-K2-Thinking moonshotai/Kimi-K2-Instruct-0905 Kimi-K2-Base nvidia/Kimi-K2-Thinking-NVFP4",
-        ),
+        ("kimi-k2", "moonshotai/Kimi-K2-Thinking moonshotai/Kimi-K2-Instruct-0905 Kimi-K2-Base"),
+        ("kimi-k2", "nvidia/Kimi-K2-Thinking-NVFP4"),
         ("kimi-k2.5", "moonshotai/Kimi-K2.5 nvidia/Kimi-K2.5-NVFP4"),
         ("glm-4.7", "zai-org/GLM-4.7 zai-org/GLM-4.7-FP8 QuantTrio/GLM-4.7-AWQ"),
         ("glm-4.7-flash", "zai-org/GLM-4.7-Flash"),
         ("glm-4.5-air", "zai-org/GLM-4.5-Air-FP8 GLM-4.5-Air-Base"),
         ("glm-5", "zai-org/GLM-5-FP8 zai-org/GLM-5.1 zai-org/GLM-5.2-FP8"),
         ("minimax-m2", "MiniMaxAI/MiniMax-M2.5 MiniMax-M2.5-BF16"),
-        (
-            "qwen3-235b-a22b",
-            "Qwen/Qwen3-235B-A22B-Instruct-2507-FP8 Qwen/Qwen3-235B-A22B-Thinking-2507 Qwen3-235B-A22B-GPTQ-Int4",
-        ),
+        ("qwen3-235b-a22b", "Qwen/Qwen3-235B-A22B-Instruct-2507-FP8 Qwen/Qwen3-235B-A22B-Thinking-2507"),
+        ("qwen3-235b-a22b", "Qwen3-235B-A22B-GPTQ-Int4"),
         ("qwen3-30b-a3b", "Qwen/Qwen3-30B-A3B-Base Qwen/Qwen3-30B-A3B-Thinking-2507"),
         ("qwen3-next-80b-a3b", "Qwen/Qwen3-Next-80B-A3B-Thinking cpatonn/Qwen3-Next-80B-A3B-Instruct-AWQ-4bit"),
         ("qwen3-coder-480b-a35b", "Qwen/Qwen3-Coder-480B-A35B-Instruct-FP8"),
@@ -103,17 +92,9 @@ def test_hugging_face_ids_with_the_usual_endings(preset, names):
 @pytest.mark.parametrize(
     "name",
     [
-        *(
-            "deepseek-ai/DeepSeek-R1-Distill-Qwen-32B",
-            "deepseek-ai/DeepSeek-R1-0528-Qwen3-8B",
-            "Qwen/Qwen3-32B",
-            "Qwen/Qwen3-8B",
-        ),
-        *(
-            "Qwen/Qwen3-Next", "zai-org/GLM-4.5V", "zai-org/GLM-4-9B-0414", "moonshotai/Kimi-K2.9", "deepseek-v3.3",
-            "FP8", "-", "x" * 9999,
-        ),
-        *("openai/gpt-oss", "Qwen3-VL-235B-A22B-Instruct", "DeepSeek-V4", "MiniMax-M1"),
+        "deepseek-ai/DeepSeek-R1-Distill-Qwen-32B", "deepseek-ai/DeepSeek-R1-0528-Qwen3-8B", "Qwen/Qwen3-32B", "Qwen/Qwen3-8B",
+        "Qwen/Qwen3-Next", "zai-org/GLM-4.5V", "zai-org/GLM-4-9B-0414", "moonshotai/Kimi-K2.9", "deepseek-v3.3", "DeepSeek-V4",
+        "openai/gpt-oss", "Qwen3-VL-235B-A22B-Instruct", "MiniMax-M1", "FP8", "-", "x" * 9999,
     ],
 )  # fmt: skip
 def test_other_models_are_not_taken_for_a_preset(name):
@@ -157,7 +138,7 @@ def test_a_spec_is_returned_as_it_is():
 
 def test_missing_files_are_called_missing():
     for path in ("/no/such/DeepSeek-V3", "./deepseek-v3", "a/b/deepseek-v3"):
-        with pytest.raises(InputError, match="cannot be read: No such file"):
+        with pytest.raises(InputError, match="cannot be read: it does not exist"):
             load_model(path)
 
 
@@ -182,18 +163,10 @@ def test_deepseek_rules():
     assert (v2.scoring, v2.group_score, v2.has_bias) == ("softmax", "max", False)
 
 
-def test_nearest_name_is_suggested():
-    with pytest.raises(InputError, match="did you mean deepseek-v3"):
-        load_model("deepsek-v3")
-
-
-def test_unreadable_configs_are_refused(tmp_path):
-    with pytest.raises(InputError, match="cannot be read"):
-        load_model(tmp_path / "absent.json")
-    path = tmp_path / "config.json"
-    path.write_bytes(b"\xff\xfe not json")
+def test_a_config_that_is_no_text_is_refused(tmp_path):
+    (tmp_path / "config.json").write_bytes(b"\xff\xfe not json")
     with pytest.raises(InputError, match="UTF-8"):
-        load_model(path)
+        load_model(tmp_path / "config.json")
 
 
 def test_a_spec_round_trips_through_its_repr():

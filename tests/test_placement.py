@@ -104,6 +104,7 @@ def test_redundant_slots_fill_more_ranks_than_experts():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
+        ("roundrobin", "did you mean round_robin"),
         (
             "linear",
             "the 256 experts of deepseek-v3; so many ranks need redundant slots that fill them, as in eplb[+]64",
@@ -112,7 +113,7 @@ def test_redundant_slots_fill_more_ranks_than_experts():
         ("linear+100", "256 experts [+] 100 redundant slots do not divide by 320 ranks; linear[+]64 does"),
     ],
 )
-def test_slots_that_do_not_fill_the_ranks_name_what_would(name, message):
+def test_unknown_names_and_slots_that_do_not_fill_the_ranks_name_what_would_do(name, message):
     with pytest.raises(InputError, match=message):
         place(name, V3, 320)
 
@@ -128,11 +129,6 @@ def test_in_a_sweep_each_placement_must_fill_the_ranks():
     }.items():
         with pytest.raises(InputError, match=message):
             make_plan("deepseek-v3", "chat", placements=list(names), **options)
-
-
-def test_unknown_name_suggests_the_nearest():
-    with pytest.raises(InputError, match="did you mean round_robin"):
-        place("roundrobin", V3, 8)
 
 
 def test_file_placements(tmp_path):

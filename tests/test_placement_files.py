@@ -172,6 +172,8 @@ MAPS = {
         [[s // 2 for _, s in sorted((e, s) for s, e in enumerate(row))] for row in rows]
     ),
 }
+DRAFT = "layers past the 4 decoder layers of layered are left out (a draft model's?): [4]"
+OTHER = "has layers past the 8 decoder layers of layered: [8, 9, 10, 11, 12]; another model's map?"
 ROWS = [[3, 2, 1, 0], [0, 1, 2, 3], [1, 0, 3, 2], [0, 2, 1, 3], [2, 0, 1, 3]]
 
 
@@ -180,32 +182,17 @@ ROWS = [[3, 2, 1, 0], [0, 1, 2, 3], [1, 0, 3, 2], [0, 2, 1, 3], [2, 0, 1, 3]]
     [
         ("sglang", range(4), [1, 3], ""),  # decoder layers of a model whose layers 1 and 3 have experts
         ("sglang", range(2), [0, 1], ""),  # as many as MoE layers
-        (
-            "sglang",
-            range(5),
-            [1, 3],
-            "layers past the 4 decoder layers of layered are left out (a draft model's?): [4]",
-        ),
+        ("sglang", range(5), [1, 3], DRAFT),
         ("sglang", range(3), None, "has 3 layers; layered has 4 decoder layers, 2 of them with experts"),
         ("ranks", range(4), [1, 3], ""),
         ("trtllm", [1, 3], [0, 1], ""),
         ("trtllm", [0, 1, 2, 3], [1, 3], ""),
-        (
-            "trtllm",
-            [1, 3, 4],
-            [0, 1],
-            "layers past the 4 decoder layers of layered are left out (a draft model's?): [4]",
-        ),
+        ("trtllm", [1, 3, 4], [0, 1], DRAFT),
         ("trtllm", [0, 1], [0, 1], "layers 0 to 1 taken for the MoE layers in order; TensorRT-LLM looks for 1 to 3"),
         ("trtllm", [0, 1, 2], None, "the 2 MoE layers of layered are 1 to 3, and 3 is not there"),
         ("vllm-ascend", [1, 3], [0, 1], ""),
         ("vllm-ascend", [0, 1], [0, 1], ""),
-        (
-            "vllm-ascend",
-            [0, 1, 2],
-            [0, 1],
-            "layers past the 4 decoder layers of layered are left out (a draft model's?): [4]",
-        ),
+        ("vllm-ascend", [0, 1, 2], [0, 1], DRAFT),
     ],
 )
 def test_rows_of_a_file_become_the_layers_that_the_engine_takes_them_for(tmp_path, form, ids, wanted, note):
@@ -218,12 +205,10 @@ def test_rows_of_a_file_become_the_layers_that_the_engine_takes_them_for(tmp_pat
         return
     found = read_placement(path, model, 2)
     assert found.layer_ids == (1, 3)
-    ref = np.array([np.argsort(np.argsort(ROWS[i])) // 2 if form == "ranks" else ROWS[i] for i in wanted])
-    if form != "ranks":
-        np.testing.assert_array_equal(found.experts, ref)
+    if form == "ranks":
+        assert found.expert_ranks.tolist() == [[ROWS[i].index(e) // 2 for e in range(4)] for i in wanted]
     else:
-        ref_ranks = [[ROWS[i].index(e) // 2 for e in range(4)] for i in wanted]
-        np.testing.assert_array_equal(found.expert_ranks, ref_ranks)
+        assert found.experts.tolist() == [ROWS[i] for i in wanted]
     assert note in " ".join(found.notes)
     assert bool(note) == bool(found.notes)
     assert notes_on(found) == [f"file:{path}: {text}" for text in found.notes]
@@ -232,14 +217,7 @@ def test_rows_of_a_file_become_the_layers_that_the_engine_takes_them_for(tmp_pat
 @pytest.mark.parametrize(
     ("form", "n_rows", "message"),
     [
-        ("sglang", 13, "has layers past the 8 decoder layers of layered: [8, 9, 10, 11, 12]; another model's map?"),
-        ("ranks", 13, "has layers past the 8 decoder layers of layered: [8, 9, 10, 11, 12]; another model's map?"),
-        ("trtllm", 13, "has layers past the 8 decoder layers of layered: [8, 9, 10, 11, 12]; another model's map?"),
-        (
-            "vllm-ascend",
-            13,
-            "has layers past the 8 decoder layers of layered: [8, 9, 10, 11, 12]; another model's map?",
-        ),
+        *((form, 13, OTHER) for form in ("sglang", "ranks", "trtllm", "vllm-ascend")),
         ("sglang", 3, "3 layers for the 8 MoE layers of layered: taken in turn"),
         ("trtllm", 3, "taken in turn; TensorRT-LLM stops at layer 3, which is not there"),
         ("vllm-ascend", 3, "3 layers for the 8 MoE layers of layered: taken in turn"),
@@ -355,6 +333,12 @@ def test_bad_files(tmp_path, content, message):
         read_placement(path, plain(3), 2)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_slots_of_a_map_are_ranks_in_order():
+    slots = Placement.of_ranks("linear", 2, np.array([[1, 0, 1, 0]], np.int32))
+    assert (slots.experts.tolist(), slots.expert_ranks.tolist()) == ([[1, 3, 0, 2]], [[1, 0, 1, 0]])
+    assert not slots.has_replicas
 
 
 def test_huge_and_binary_files(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -25,8 +26,7 @@ def half_widths(summary):
 
 
 def test_each_cell_stops_when_it_is_precise_enough():
-    result = sweep("deepseek-v3", "chat", **GRID, precision=0.015, max_trials=20_000)
-    summary = result.summary
+    summary = sweep("deepseek-v3", "chat", **GRID, precision=0.015, max_trials=20_000).summary
     assert (half_widths(summary) <= 0.015).all()
     assert set(summary.stopped) == {"precision"}
     assert set(summary.trials) <= {1024 * 2**i for i in range(5)}
@@ -111,8 +111,16 @@ def test_bad_precisions_are_refused_by_name(change, message):
         make_plan("deepseek-v3", "chat", **GRID | {"precision": 0.01} | change)
 
 
-def test_a_result_of_another_version_is_refused(tmp_path, capsys):
-    assert main(["sweep", "--ep", "4", "--tokens", "2", "--trials", "20", "--out", str(tmp_path / "a")]) == 0
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory):
+    """Folder of a small sweep."""
+    folder = tmp_path_factory.mktemp("swept") / "a"
+    assert main(["sweep", "--ep", "4", "--tokens", "2", "--trials", "20", "--out", str(folder)]) == 0
+    return folder
+
+
+def test_a_result_of_another_version_is_refused(swept, tmp_path, capsys):
+    shutil.copytree(swept, tmp_path / "a")
     about = json.loads((tmp_path / "a/provenance.json").read_text())
     for schema in (1, None, 99):
         about["sweep"]["schema"] = schema
@@ -121,14 +129,13 @@ def test_a_result_of_another_version_is_refused(tmp_path, capsys):
             fails(capsys, [word if word != "a" else tmp_path / "a" for word in words], "another version")
 
 
-def test_an_identity_that_was_changed_is_refused(tmp_path, capsys):
+def test_an_identity_that_was_changed_is_refused(swept, tmp_path, capsys):
     """With another seed in it, combine would count the same draws twice."""
-    for name in ("a", "b"):
-        assert main(["sweep", "--ep", "4", "--tokens", "2", "--trials", "20", "--out", str(tmp_path / name)]) == 0
+    shutil.copytree(swept, tmp_path / "b")
     about = json.loads((tmp_path / "b/provenance.json").read_text())
     about["sweep"]["seed"] = 1
     (tmp_path / "b/provenance.json").write_text(json.dumps(about))
-    command = ["combine", str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path / "sum")]
+    command = ["combine", str(swept), str(tmp_path / "b"), "--out", str(tmp_path / "sum")]
     capsys.readouterr()
     for words in (command, ["show", str(tmp_path / "b")], ["plot", str(tmp_path / "b")]):
         fails(capsys, words, "provenance.json is damaged or was changed")
@@ -141,9 +148,8 @@ def test_an_identity_that_was_changed_is_refused(tmp_path, capsys):
 
 @pytest.mark.parametrize("name", ["summary.csv", "tail.csv", "counts.parquet"])
 @pytest.mark.parametrize("data", [b"", b"\xff\xfe", b"a,b\n1,2\n"])
-def test_a_table_that_is_none_is_refused_though_its_digest_fits(name, data, tmp_path, capsys):
-    folder = tmp_path / "a"
-    assert main(["sweep", "--ep", "4", "--tokens", "2", "--trials", "20", "--out", str(folder)]) == 0
+def test_a_table_that_is_none_is_refused_though_its_digest_fits(name, data, swept, tmp_path, capsys):
+    folder = shutil.copytree(swept, tmp_path / "a")
     about = json.loads((folder / "provenance.json").read_text())
     about["sha256"][name] = hashlib.sha256(data).hexdigest()
     (folder / "provenance.json").write_text(json.dumps(about))

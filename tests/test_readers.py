@@ -19,18 +19,11 @@ REQUESTS = [
     np.concatenate([np.zeros((n, 1, 4), int), RNG.random((n, 3, 32)).argsort(axis=2)[:, :, :4]], axis=1)
     for n in (5, 7, 4)
 ]
-BY_LAYER = np.concatenate(REQUESTS).transpose(1, 0, 2)[1:]
 COUNTS = RNG.multinomial(4000, np.full(16, 1 / 16), size=(3, 4))  # steps, layers, experts
 
 
 def encoded(ids, dtype="<i4"):
     return base64.b64encode(ids.astype(dtype).tobytes()).decode()
-
-
-def test_sglang_per_token_records_have_layers_first(tmp_path):
-    ids = np.concatenate(REQUESTS).transpose(1, 0, 2)
-    traffic = read_traffic(write(tmp_path / "x.npz", topk_ids_of_layer=ids))
-    np.testing.assert_array_equal(traffic.topk_ids, BY_LAYER)
 
 
 def test_arrays_of_counts(tmp_path):
@@ -47,14 +40,6 @@ def test_arrays_of_counts(tmp_path):
     np.testing.assert_array_equal(read_traffic(plain).counts, COUNTS[:1])
     floats = read_traffic(write(tmp_path / "f.npy", x=COUNTS[0] / 7))
     np.testing.assert_allclose(floats.total, COUNTS[0] / 7)
-
-
-def test_layers_without_load_are_dropped_and_the_others_keep_their_numbers(tmp_path):
-    counts = COUNTS.copy()
-    counts[:, 1] = 0
-    traffic = read_traffic(write(tmp_path / "x.npy", x=counts))
-    assert traffic.layer_ids.tolist() == [0, 2, 3]
-    assert traffic.notes[1:] == ("1 layers without any load are left out",)
 
 
 def test_published_loads_are_read(shared):
@@ -311,6 +296,7 @@ def test_loads_that_may_mean_something_else_are_noted(tmp_path, small, array, no
         ("x.npy", REVERSED, "a map of experts, and no loads"),
         ("x.npy", np.column_stack([REVERSED, [[3, 5]] * 3]), "a map of experts, and no loads"),
         ("x.npz", {"logical_replica_count": LOADS}, "'logical_replica_count' holds no loads by its name"),
+        ("x.npz", {"log2phy": LOADS[..., None]}, "'log2phy' holds no loads by its name, nor ids"),
         ("x.npz", {"expert_load_view": LOADS}, "counts physical experts, and no map"),
         ("x.npy", np.full((4, 3, 8), 1 / 8), "adds up to 1: probabilities"),
         ("x.npy", np.tile(LOADS, (100, 1)), "300 layers"),
@@ -344,7 +330,7 @@ def test_exchanged_axes_and_physical_experts_are_refused(tmp_path, capsys, small
             "shape [3, 20, 2] is taken for [tokens, layers, top_k]: of [layers, tokens, top_k] exchange",
         ),
         (LOADS[:, None], "shape [3, 1, 8] is taken for [steps, layers, experts]: of [layers, steps, experts] exchange"),
-        (LOADS, "shape [3, 8] is taken for [layers, experts]: loads of ranks look the same, and are not read"),
+        (LOADS, "shape [3, 8] is taken for [layers, experts]: loads of ranks, and ids"),
     ],
 )
 def test_an_array_that_only_a_model_can_tell_says_what_its_axes_were_taken_for(tmp_path, small, array, note):
@@ -393,6 +379,7 @@ def test_ids_in_odd_forms_are_the_same_tokens(tmp_path, small):
         {"selected_experts": IDS, "layer": np.arange(3)},
         {"expert_ids": IDS, "cu_seqlens": np.array([0, 20])},
         {"ids": padded},
+        {"topk_ids_of_layer": IDS.transpose(1, 0, 2)},  # SGLang's have layers first
         {"routed_experts": batch},
         {f"layer_{i}": IDS[:, i] for i in range(3)},
     ):

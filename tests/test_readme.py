@@ -5,7 +5,7 @@ import re
 import pytest
 from readme import PATHS, ROOT, printed, tables
 
-SLOW = ("claims",)  # verbs that compute what they print
+SLOW = ("claims", "workloads")  # verbs that compute what they print
 
 
 def cases():

@@ -30,9 +30,9 @@ def figures():
     ],
 )
 def test_independent_figures_are_met(figures, placement, ep_size, mean, busiest):
-    """Share of a step's tokens on a rank, and on the busiest one, by brute force: within 1 and 2.5 %."""
-    table = figures.summary.set_index(["placement", "ep_size"])
-    row = table.loc[(placement, ep_size)]
+    """Share of a step's tokens on a rank, and on the busiest one, by brute force: within 1 and 2.5 %; 8 ranks are one node."""
+    row = figures.summary.set_index(["placement", "ep_size"]).loc[(placement, ep_size)]
+    assert ep_size > 8 or row.received_node_tokens_mean == 1024
     assert row.received_tokens_mean / 1024 == pytest.approx(mean, rel=0.01)
     assert row.received_tokens_max_mean / 1024 == pytest.approx(busiest, rel=0.025)
 
@@ -84,17 +84,10 @@ def test_bounds_hold_where_sampling_sees_too(workload):
 
     95 % intervals of the sample, widened to 4 standard errors, against the bounds: one false alarm in 16,000 for each row.
     """
-    draws = None if workload == "uniform" else 32
     result = sim.sweep(
-        V3,
-        workload,
-        ep_sizes=[8, 16],
-        tokens=[16, 24, 32, 48, 64, 128],
-        placements=["linear", "round_robin"],
-        trials=6400,
-        draws=draws,
-        seed=3,
-    )
+        V3, workload, ep_sizes=[8, 16], tokens=[16, 24, 32, 48, 64, 128], placements=["linear", "round_robin"],
+        trials=6400, draws=None if workload == "uniform" else 32, seed=3,
+    )  # fmt: skip
     rows = result.tail[result.tail.metric == "received"]
     sampled, bound = rows[rows.method == "sampled"], rows[rows.method.isin(["bound", "exact"])]
     both = sampled.merge(bound, on=[*KEYS, "threshold"], suffixes=("", "_bound"))

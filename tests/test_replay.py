@@ -34,13 +34,10 @@ def counts_of(record, phase, tokens, n_steps, first=0):
 
 
 @pytest.mark.parametrize("phase", STEP_PHASES)
-def test_every_step_has_its_tokens_in_every_layer(record, phase):
-    assert (counts_of(record, phase, 25, 12).sum(axis=2) == 50).all()
-
-
-@pytest.mark.parametrize("phase", STEP_PHASES)
-def test_a_step_is_the_same_from_wherever_it_is_sampled(record, phase):
-    np.testing.assert_array_equal(counts_of(record, phase, 25, 12)[7:], counts_of(record, phase, 25, 5, first=7))
+def test_every_step_has_its_tokens_in_every_layer_and_is_the_same_from_wherever_it_is_sampled(record, phase):
+    counts = counts_of(record, phase, 25, 12)
+    assert (counts.sum(axis=2) == 50).all()
+    np.testing.assert_array_equal(counts[7:], counts_of(record, phase, 25, 5, first=7))
 
 
 def test_layers_share_their_tokens_unless_they_are_independent(record):
@@ -140,6 +137,7 @@ def test_first_tokens_of_gpt_oss_are_alike(shared):
     assert alike(OPENING) < 0.1
 
 
+@pytest.mark.slow
 def test_the_product_over_layers_holds_against_recorded_steps(gpt_oss):
     """What capacities assume: given its layers, a step's layers are independent. P(some of 24 layers exceeds), replayed, is at
     most 3 % (and 3 standard errors of far fewer than 1,024 independent steps) above the product, and no less than 0.8 of it;
@@ -186,7 +184,7 @@ def test_bad_arguments(tmp_path, capsys):
     with pytest.raises(InputError, match="recorded routing, not synthetic traffic"):
         replayed(load_workload("chat"))
     for words, message in (
-        ([], "none.npz does not exist"),
+        ([], "none.npz cannot be read: it does not exist"),
         (["--workload", "mixed"], "--traffic goes without --workload"),
         (["--tokens-per-request", "2"], "--tokens-per-request does not go with --traffic"),
         (["--phase", "prefill"], "--phase does not go with --traffic"),

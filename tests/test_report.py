@@ -27,11 +27,14 @@ needs_altair = pytest.mark.skipif(
     importlib.util.find_spec("altair") is None or importlib.util.find_spec("vl_convert") is None,
     reason="Vega-Altair is not installed: pip install 'epsim[report]'",
 )
-needs_browser = pytest.mark.skipif(
-    BROWSER is None or importlib.util.find_spec("playwright") is None,
-    reason="no Chromium or no Playwright: apt-get install chromium; pip install playwright",
-)
+HAS_BROWSER = BROWSER is not None and importlib.util.find_spec("playwright") is not None
 pytestmark = needs_altair
+
+
+def needs_browser(test):
+    """A browser takes seconds of a processor."""
+    reason = "no Chromium or no Playwright: apt-get install chromium; pip install playwright"
+    return pytest.mark.slow(pytest.mark.skipif(not HAS_BROWSER, reason=reason)(test))
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +110,6 @@ def table(page, chart):
     return pd.DataFrame(rows[1:], columns=rows[0])
 
 
-@pytest.mark.slow
 @needs_browser
 def test_the_page_opens_from_a_file_without_an_error_or_a_request(opened):
     page = opened()

@@ -23,9 +23,20 @@ ARGUMENTS = {
 }  # fmt: skip
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def plan():
     return make_plan("deepseek-v3", "chat", **ARGUMENTS)
+
+
+@pytest.fixture(scope="module")
+def whole(plan):
+    """The result of a run that is not stopped."""
+    return run_plan(plan, ONE_THREAD)
+
+
+@pytest.fixture(scope="module")
+def n_chunks(plan):
+    return len(stage_chunks(plan, first_stage(plan)))
 
 
 class Stopped(Exception):  # noqa: N818
@@ -56,9 +67,7 @@ def _stop_after(plan, folder, monkeypatch, n_chunks):
     return sorted((folder / ".partial").glob("*.npz"))
 
 
-def test_finished_chunks_are_not_computed_again(plan, tmp_path, monkeypatch):
-    whole = run_plan(plan, ONE_THREAD)
-    n_chunks = len(stage_chunks(plan, first_stage(plan)))
+def test_finished_chunks_are_not_computed_again(plan, whole, n_chunks, tmp_path, monkeypatch):
     first = _count_chunks(monkeypatch, stop_after=5)
     with pytest.raises(Stopped):
         run_plan(plan, ONE_THREAD, journal=Journal(tmp_path, plan))
@@ -74,9 +83,7 @@ def test_finished_chunks_are_not_computed_again(plan, tmp_path, monkeypatch):
             assert getattr(result, name).equals(getattr(whole, name))
 
 
-def test_a_damaged_chunk_is_computed_again(plan, tmp_path, monkeypatch):
-    whole = run_plan(plan, ONE_THREAD)
-    n_chunks = len(stage_chunks(plan, first_stage(plan)))
+def test_a_damaged_chunk_is_computed_again(plan, whole, n_chunks, tmp_path, monkeypatch):
     files = _stop_after(plan, tmp_path, monkeypatch, 5)
     files[0].write_bytes(files[0].read_bytes()[:-100])
     files[1].write_bytes(b"")
@@ -85,11 +92,9 @@ def test_a_damaged_chunk_is_computed_again(plan, tmp_path, monkeypatch):
     assert len(computed) == n_chunks - len(files) + 2
 
 
-def test_the_number_of_journal_files_is_bounded(plan, tmp_path, monkeypatch):
+def test_the_number_of_journal_files_is_bounded(plan, whole, n_chunks, tmp_path, monkeypatch):
     """Runs of `_FOLD` chunks become one file, runs of runs too, and a stage that is finished is a single file."""
     monkeypatch.setattr(journal, "_FOLD", 3)
-    whole = run_plan(plan, ONE_THREAD)
-    n_chunks = len(stage_chunks(plan, first_stage(plan)))
     most = []
     original = Journal.add
 
@@ -109,8 +114,7 @@ def test_the_number_of_journal_files_is_bounded(plan, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("stop", [1, 4, 8, 11])
-def test_folded_chunks_and_single_ones_go_on_together(plan, tmp_path, monkeypatch, stop):
-    whole = run_plan(plan, ONE_THREAD)
+def test_folded_chunks_and_single_ones_go_on_together(plan, whole, tmp_path, monkeypatch, stop):
     _stop_after(plan, tmp_path, monkeypatch, stop)
     monkeypatch.setattr(journal, "_FOLD", 3)
     assert run_plan(plan, ONE_THREAD, journal=Journal(tmp_path, plan)).counts.equals(whole.counts)
@@ -118,9 +122,8 @@ def test_folded_chunks_and_single_ones_go_on_together(plan, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("head", [b"", b"{", b"\xff", b"[1]", b"{}", b'{"sweep": {"seed": 1}, "sha256": "0"}'])
-def test_a_damaged_head_is_set_aside_and_the_sweep_goes_on(plan, tmp_path, monkeypatch, head):
+def test_a_damaged_head_is_set_aside_and_the_sweep_goes_on(plan, n_chunks, tmp_path, monkeypatch, head):
     n_kept = len(_stop_after(plan, tmp_path, monkeypatch, 5))
-    n_chunks = len(stage_chunks(plan, first_stage(plan)))
     (tmp_path / ".partial" / "sweep.json").write_bytes(head)
     kept = Journal(tmp_path, plan)
     assert len(kept.notes) == 1
@@ -132,14 +135,13 @@ def test_a_damaged_head_is_set_aside_and_the_sweep_goes_on(plan, tmp_path, monke
     assert not Journal(tmp_path, plan).notes
 
 
-def test_chunks_of_another_sweep_under_a_damaged_head_are_not_used(plan, tmp_path, monkeypatch):
+def test_chunks_of_another_sweep_under_a_damaged_head_are_not_used(plan, whole, n_chunks, tmp_path, monkeypatch):
     other = make_plan("deepseek-v3", "chat", **ARGUMENTS, seed=1)
     _stop_after(other, tmp_path, monkeypatch, 5)
     (tmp_path / ".partial" / "sweep.json").write_bytes(b"")
-    whole = run_plan(plan, ONE_THREAD)
     computed = _count_chunks(monkeypatch)
     assert run_plan(plan, ONE_THREAD, journal=Journal(tmp_path, plan)).counts.equals(whole.counts)
-    assert len(computed) == len(stage_chunks(plan, first_stage(plan)))
+    assert len(computed) == n_chunks
 
 
 def test_an_unfinished_sweep_of_an_earlier_version_is_refused(plan, tmp_path):

@@ -263,6 +263,7 @@ def test_two_million_tokens_spread_over_groups_by_the_exact_law(name):
     assert ((seen - expected)[kept] ** 2 / expected[kept]).sum() < chi2.isf(FALSE_ALARM, max(kept.sum() - 1, 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", [[8, 4, 2, 1, 0.5, 0.5], [1000, 1, 1, 1, 1, 0.1], [1, 1, 1, 1, 1, 1]])
 def test_two_million_ungrouped_tokens_are_plackett_luce_in_order(weights):
     """Chi-square over ordered triples against their exact probabilities, false-alarm rate 1e-4 each."""

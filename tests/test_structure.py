@@ -59,6 +59,7 @@ def test_a_room_imports_only_rooms_above_it():
 
 
 def test_public_names_are_all_there_and_documented():
+    assert set(sim.__all__) <= set(dir(sim))
     for name in sim.__all__:
         assert getattr(sim, name).__doc__ or name == "Workload", name
 

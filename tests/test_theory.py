@@ -39,8 +39,9 @@ def test_the_simulator_agrees_with_theory(n_experts, top_k, ep_size, placement):
     model, trials, steps = ModelSpec("plain", n_experts, top_k), 30_000, [1, 3, 8]
     held = np.bincount(place(placement, model, ep_size).rank_of_expert).tolist()
     result = sweep(
-        model, SyntheticTraffic("uniform"), ep_sizes=ep_size, tokens=steps, placements=placement, trials=trials
-    )
+        model, SyntheticTraffic("uniform"), ep_sizes=ep_size, tokens=steps, placements=placement, trials=trials,
+        bound_layers=0, received="off",
+    )  # fmt: skip
     exact = {("max_load", 1, m): p for m, p in enumerate(max_load_of_one_token(held, top_k))}
     for tokens in steps:
         exact |= {("idle_ranks", tokens, m): p for m, p in enumerate(idle_ranks(held, top_k, tokens))}

@@ -11,6 +11,7 @@ import types
 import numpy as np
 import pytest
 from conftest import fails, write
+from safetensors.numpy import save_file
 
 import sim
 from sim import InputError, ModelSpec, load_workload, read_traffic
@@ -153,6 +154,8 @@ def answers(folder):
     ids, lengths = np.concatenate(REQUESTS), np.array([len(x) for x in REQUESTS])
     yield write(folder / "one.npz", topk_ids=ids, sequence_lengths=lengths), False
     yield write(folder / "each.npz", **{f"request_{i}": x.astype(np.int32) for i, x in numbered}), False
+    save_file({"topk_ids": ids, "sequence_lengths": lengths}, folder / "one.safetensors")
+    yield folder / "one.safetensors", False
 
 
 def test_every_form_of_an_answer_gives_the_same_tokens(tmp_path):
@@ -166,12 +169,12 @@ def test_every_form_of_an_answer_gives_the_same_tokens(tmp_path):
             same(read_traffic(path))
             assert load_workload(f"file:{path}", phase="prefill").n_layers == 3
         n += 1
-        if path.suffix == ".npz":
+        if path.suffix in (".npz", ".safetensors"):
             continue
         packed = tmp_path / f"{path.name}.gz"
         packed.write_bytes(gzip.compress(path.read_bytes()))
         same(read_traffic(packed, SMALL))
-    assert (n, len(digests)) == (16, 1)
+    assert (n, len(digests)) == (17, 1)
 
 
 def test_streamed_answers_are_counted_once(tmp_path):
@@ -202,6 +205,14 @@ def test_a_phase_takes_its_own_tokens_of_an_answer_that_counts_them(tmp_path):
         assert "prefill steps; 7 tokens of decode are left out" in prefill.notes[0]
     write(path, lines=[{"usage": {"prompt_tokens": 9, "completion_tokens": 11}, "routed_experts": ids.tolist()}])
     same(read_traffic(path), [ids])
+    other = np.concatenate([ids[:3], REQUESTS[1]])  # two choices of one request, with the prompt in each or by itself
+    usage = {"prompt_tokens": 3, "completion_tokens": 7 + 12 + 2}
+    for prompt, choices in ((None, (ids, other)), (ids[:3].tolist(), (ids[3:], other[3:]))):
+        parts = [{"index": i, "routed_experts": x.tolist()} for i, x in enumerate(choices)]
+        write(path, lines=[{"id": "a", "usage": usage, "prompt_routed_experts": prompt, "choices": parts}])
+        decode, prefill = read_traffic(path), read_traffic(path, phase="prefill")
+        same(decode, [ids[3:], REQUESTS[1]], decode.notes[1:])
+        same(prefill, [ids[:3]], prefill.notes[1:])
 
 
 def test_several_choices_share_one_prompt(tmp_path):
@@ -429,6 +440,10 @@ def torch_files(tmp_path, monkeypatch):
 MAP = np.array([[0, 1, 2, 3, 4, 5, 6, 7, 0, 3], [7, 6, 5, 4, 3, 2, 1, 0, 7, 7], [1, 0, 3, 2, 5, 4, 7, 6, 1, 1]])
 
 
+def recorded(*records, slots=MAP):
+    return {"records": list(records), "last_physical_to_logical_map": Tensor(slots)}
+
+
 def test_per_pass_counts_are_mapped_and_ranks_added_up(torch_files):
     physical = RNG.integers(0, 50, (2, 4, 3, 10))  # ranks, passes, layers, physical experts
     for rank in range(2):
@@ -436,7 +451,7 @@ def test_per_pass_counts_are_mapped_and_ranks_added_up(torch_files):
             {"forward_pass_id": 5 + i, "rank": rank, "global_physical_count": Tensor(physical[rank, i])}
             for i in range(4)
         ]
-        path = torch_files(f"dumps/x_{rank}.pt", {"records": records, "last_physical_to_logical_map": Tensor(MAP)})
+        path = torch_files(f"dumps/x_{rank}.pt", recorded(*records))
     wanted = np.zeros((2, 3, 8), int)
     for rank in range(2):
         for layer in range(3):
@@ -461,19 +476,19 @@ def test_per_token_ids_are_mapped_and_unused_columns_cut(torch_files):
         record = {"forward_pass_id": number, "rank": 0, "extend_seq_lens": [len(ids)], "forward_mode": 1}
         counts = Tensor(np.zeros((4, 8), int))
         records.append({**record, "topk_ids_of_layer": Tensor(wide), "global_physical_count": counts})
-    path = torch_files("t/a.pt", {"records": records, "last_physical_to_logical_map": Tensor(logical)})
+    path = torch_files("t/a.pt", recorded(*records, slots=logical))
     traffic = read_traffic(path)
     np.testing.assert_array_equal(traffic.expert_counts, counts_of(REQUESTS))
     assert (traffic.n_tokens, traffic.n_sequences, traffic.n_steps) == (22, 2, 2)
     assert traffic.layer_ids.tolist() == [1, 2, 3]
     # A second rank with the same tokens (tensor-parallel attention) adds none; in decode each token is of another request.
     twice = [dict(record, rank=1) for record in records]
-    torch_files("t/b.pt", {"records": twice, "last_physical_to_logical_map": Tensor(logical)})
+    torch_files("t/b.pt", recorded(*twice, slots=logical))
     assert read_traffic(path.parent).n_tokens == 22
     decode = [
         {key: value for key, value in dict(r, forward_mode=2).items() if key != "extend_seq_lens"} for r in records
     ]
-    path = torch_files("d/a.pt", {"records": decode, "last_physical_to_logical_map": Tensor(logical)})
+    path = torch_files("d/a.pt", recorded(*decode, slots=logical))
     assert read_traffic(path).n_sequences == 22
 
 
@@ -498,17 +513,14 @@ def test_unfilled_steps_of_the_ring_buffer_are_dropped(torch_files):
         ({"last_physical_to_logical_map": Tensor(MAP)}, "holds no tensor that is known"),
         ({"a": 1, "b": Tensor(COUNTS)}, "holds no tensor that is known"),
         ({"records": [{"global_physical_count": Tensor(COUNTS)}]}, "needs last_physical_to_logical_map"),
-        ({"records": [], "last_physical_to_logical_map": Tensor(MAP)}, "holds no record"),
-        ({"records": [3], "last_physical_to_logical_map": Tensor(MAP)}, "no dict"),
-        ({"records": [{"x": 1}], "last_physical_to_logical_map": Tensor(MAP)}, "neither global_physical_count"),
-        ({"records": [{"global_physical_count": Tensor(COUNTS)}], "last_physical_to_logical_map": Tensor(MAP)},
-         r"shape \[3, 10\]"),
-        ({"records": [{"global_physical_count": Tensor(-MAP)}], "last_physical_to_logical_map": Tensor(MAP)}, "negative"),
-        ({"records": [{"global_physical_count": Tensor(MAP)}], "last_physical_to_logical_map": Tensor(MAP - 1)}, "needs last"),
-        ({"records": [{"topk_ids_of_layer": Tensor(np.full((3, 2, 8), 10))}], "last_physical_to_logical_map": Tensor(MAP)},
-         "has physical experts 0 to 9"),
-        ({"records": [{"topk_ids_of_layer": Tensor(np.full((3, 2, 8), -1))}], "last_physical_to_logical_map": Tensor(MAP)},
-         "no tokens"),
+        (recorded(), "holds no record"),
+        (recorded(3), "no dict"),
+        (recorded({"x": 1}), "neither global_physical_count"),
+        (recorded({"global_physical_count": Tensor(COUNTS)}), r"shape \[3, 10\]"),
+        (recorded({"global_physical_count": Tensor(-MAP)}), "negative"),
+        (recorded({"global_physical_count": Tensor(MAP)}, slots=MAP - 1), "needs last"),
+        (recorded({"topk_ids_of_layer": Tensor(np.full((3, 2, 8), 10))}), "has physical experts 0 to 9"),
+        (recorded({"topk_ids_of_layer": Tensor(np.full((3, 2, 8), -1))}), "no tokens"),
         ([1, 2], "holds no tensor, but a list"),
         (pickle.UnpicklingError("code"), "not unpickled"),
     ],
@@ -569,19 +581,16 @@ def test_layers_are_those_of_the_file_or_of_the_model(tmp_path):
     wide[[1, 3, 5]] = COUNTS
     np.save(tmp_path / "x.npy", wide)
     assert read_traffic(tmp_path / "x.npy").layer_ids.tolist() == [1, 3, 5]
+    assert "3 layers without any load are left out" in read_traffic(tmp_path / "x.npy").notes
     assert read_traffic(tmp_path / "x.npy", model).layer_ids.tolist() == [1, 3, 5]
     header = "layer," + ",".join(f"e{e}" for e in range(8)) + "\n"
     for ids, wanted in (
-        ([1, 3, 5], [1, 3, 5]),
-        ([0, 1, 2], [1, 3, 5]),
-        ([2, 4, 6], [1, 3, 5]),
-        ([1, 2, 3], [1, 3, 5]),
+        *((ids, [1, 3, 5]) for ids in ([1, 3, 5], [0, 1, 2], [2, 4, 6], [1, 2, 3])),
         ([3], [3]),
         ([0, 2], [1, 5]),
     ):
-        path.write_text(
-            header + "".join(f"{i},{','.join(map(str, row))}\n" for i, row in zip(ids, COUNTS, strict=False))
-        )
+        lines = [f"{i},{','.join(map(str, row))}\n" for i, row in zip(ids, COUNTS, strict=False)]
+        path.write_text(header + "".join(lines))
         assert read_traffic(path, model).layer_ids.tolist() == wanted
     path.write_text(header + f"4,{','.join(map(str, COUNTS[0]))}\n")
     with pytest.raises(InputError, match="has routing in layer 4, the 3 MoE layers of model small are 1 to 5"):
@@ -595,17 +604,14 @@ def test_layers_are_those_of_the_file_or_of_the_model(tmp_path):
 
 def test_packed_bombs_and_torn_files_are_refused(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("sim.files.MOST_UNASKED", 1 << 20)
-    bomb = tmp_path / "x.csv.gz"
-    bomb.write_bytes(gzip.compress(b"1,2\n" + b"0,0\n" * (1 << 20)))
-    fails(capsys, ["traffic", "show", bomb], "unpacks to more than 200 times its size")
-    bomb = tmp_path / "x.jsonl.gz"
-    bomb.write_bytes(gzip.compress(bytes(4 << 20)))
-    fails(capsys, ["traffic", "show", bomb], "unpacks to more than 200 times its size")
-    torn = tmp_path / "y.csv.gz"
-    torn.write_bytes(gzip.compress(b"1,2\n" * 1000)[:-20])
-    fails(capsys, ["traffic", "show", torn], "y.csv.gz")
-    torn.write_bytes(b"1,2\n3,4\n")
-    fails(capsys, ["traffic", "show", torn], "cannot be read")
+    for name, data, message in (
+        ("x.csv.gz", gzip.compress(b"1,2\n" + b"0,0\n" * (1 << 20)), "unpacks to more than 200 times its size"),
+        ("x.jsonl.gz", gzip.compress(bytes(4 << 20)), "unpacks to more than 200 times its size"),
+        ("y.csv.gz", gzip.compress(b"1,2\n" * 1000)[:-20], "is cut off"),
+        ("y.csv.gz", b"1,2\n3,4\n", "cannot be read"),
+    ):
+        (tmp_path / name).write_bytes(data)
+        fails(capsys, ["traffic", "show", tmp_path / name], message)
 
 
 def test_large_folders_and_pickles_are_refused(tmp_path, capsys, monkeypatch):
@@ -625,33 +631,28 @@ def test_large_folders_and_pickles_are_refused(tmp_path, capsys, monkeypatch):
 # Logs
 
 
-@pytest.mark.parametrize("metric", ["balancedness_vllm", "balancedness_sglang"])
-def test_logs_of_engines_give_the_balancedness_of_each_step(tmp_path, metric):
-    vllm = (
-        "INFO 08-11 [eplb_state.py:549] EPLB step: {} for model m: avg_tokens=512.00, max_tokens={}, balancedness={:.4f}, steps "
-        "until the next rearrangement: {}"
-    )
-    sglang = (
-        "[2026-08-11 10:00:00 TP0] [Expert Balancedness] forward_pass_id={} current_pass_balancedness={:.03f} "
-        "last_10_average_balancedness=0.123 last_1000_average_balancedness=0.456  gpu_physical_count_sum={}"
-    )
-    values = [0.8, 0.25, 1.0]
-    if metric == "balancedness_vllm":
-        text = [vllm.format(100 * i, 700, x, 1 - i) for i, x in enumerate(values)] + [vllm.format(400, 0, 0, 2600)]
-    else:
-        text = [sglang.format(i, x, 100) for i, x in enumerate(values)] + ["balancedness is logged"]
-    text = ["INFO starting up 3", *text, "Avg generation throughput: 12.0 tokens/s, Running: 1"]
-    for name, data in (("x.log", "\n".join(text).encode()), ("x.log.gz", gzip.compress("\n".join(text).encode()))):
-        (tmp_path / name).write_bytes(data)
+VLLM = (
+    "INFO 08-11 [eplb_state.py:549] EPLB step: {i} for model m: avg_tokens=512.00, max_tokens=700, balancedness={x:.4f}, steps "
+    "until the next rearrangement: {i}"
+)
+SGLANG = (
+    "[2026-08-11 10:00:00 TP0] [Expert Balancedness] forward_pass_id={i} current_pass_balancedness={x:.03f} "
+    "last_10_average_balancedness=0.123 last_1000_average_balancedness=0.456  gpu_physical_count_sum=100"
+)
+
+
+@pytest.mark.parametrize(("engine", "line"), [("vLLM", VLLM), ("SGLang", SGLANG)])
+def test_logs_of_engines_give_the_balancedness_of_each_step(tmp_path, engine, line):
+    values, metric = [0.8, 0.25, 1.0], f"balancedness_{engine.lower()}"
+    lines = ["INFO starting up 3", *(line.format(i=i, x=x) for i, x in enumerate(values)), "balancedness is logged: 1"]
+    data = "\n".join(lines).encode()
+    for name, held in (("x.log", data), ("x.log.gz", gzip.compress(data))):
+        (tmp_path / name).write_bytes(held)
         log = read_log(tmp_path / name, metric)
         assert log.values.tolist() == values
-        assert f"3 lines of {'vLLM' if metric == 'balancedness_vllm' else 'SGLang'} with balancedness" in log.notes[0]
-        assert f"{2 if metric == 'balancedness_vllm' else 3} other lines skipped" in log.notes[0]
+        assert log.notes[0].endswith(f"3 lines of {engine} with balancedness, 2 other lines skipped")
     with pytest.raises(InputError, match="is no balancedness"):
         read_log(tmp_path / "x.log", "moe_ms")
-    (tmp_path / "bad.log").write_text("balancedness=0.5\nbalancedness=1.7\n")
-    with pytest.raises(InputError, match=r"1\.7 is no value"):
-        read_log(tmp_path / "bad.log", metric)
 
 
 @pytest.mark.parametrize(
@@ -661,12 +662,20 @@ def test_logs_of_engines_give_the_balancedness_of_each_step(tmp_path, metric):
         ("1 0.8\n2 0.7\n", [0.8, 0.7], "of 2 columns the last"),
         ("EngineCore_DP0 balancedness=0.8000, x\nEngineCore_DP1 balancedness=0.7000, x\n", [0.8, 0.7], "2 engines"),
         ("balancedness=0.8000, x\nbalancedness=0.", [0.8], "cut off"),
-        ("balancedness=0,8000\n", None, "'0,8000' is no balancedness"),
         (
-            "starting\n[Expert Statistics] step=8 | avg_balancedness=0.8000 | x\n",
-            None,
-            "no line has balancedness",
-        ),  # lmdeploy
+            "args: EPLBConfig(log_balancedness=True, log_balancedness_interval=1)\nbalancedness=0.8, x\n",
+            [0.8],
+            "1 other",
+        ),
+        ("balancedness\x1b[0m=\x1b[1m0.8\x1b[0m, next: 1\n", [0.8], "1 lines of vLLM"),
+        ("\r10%|x\rbalancedness=0.8, x\rbalancedness=0.7, x\n", [0.8, 0.7], "2 lines of vLLM"),
+        ("balancedness=0.8, x balancedness=0.7, x\n", [0.8], "1 lines have several values"),
+        (json.dumps({"log": json.dumps({"balancedness": 0.8})}) + "\n", [0.8], "1 lines of vLLM"),
+        ("balancedness=0.8%\n", None, "'0.8%' is no balancedness"),
+        ("max_tokens=0, balancedness=0.0000, x\nmax_tokens=5, balancedness=0.8, x\n", [0.8], "1 idle steps"),
+        ("balancedness=0,8000\n", None, "'0,8000' is no balancedness"),
+        ("balancedness=0.5\nbalancedness=1.7\n", None, "1.7 is no value"),
+        ("starting\n[Expert Statistics] avg_balancedness=0.8 | x\n", None, "no line has balancedness"),  # lmdeploy
         ("balancedness=0.8\ncurrent_pass_balancedness=0.8\n", None, "of SGLang and of vLLM"),
     ],
 )

@@ -1,5 +1,4 @@
 import functools
-import zipfile
 
 import numpy as np
 import pytest
@@ -34,39 +33,29 @@ def test_overrides_files_and_misspellings(tmp_path):
         load_workload("chat", sgma=1.0)
     with pytest.raises(InputError, match="`phase` goes with"):
         load_workload("chat", phase="prefill")
-    for bad in (
-        'popularity = "zipf"',
-        "sigma = -1",
-        "sigma = nan",
-        "tokens_per_request = 0",
-        "sigma = true",
-        "nonsense",
-    ):
+    bad_laws = 'popularity = "zipf"', "sigma = -1", "sigma = nan", "tokens_per_request = 0", "sigma = true", "nonsense"
+    for bad in bad_laws:
         path.write_text(bad)
         with pytest.raises(InputError, match="mine"):
             load_workload(path)
 
 
-def test_popularity_laws_have_their_moments():
+def test_popularity_laws_have_their_moments_and_draws_do_not_depend_on_how_they_are_grouped():
     """False-alarm rate below 1e-5: five standard errors, fixed seed."""
     n = 4000
     mu = load_workload("chat").draw_popularity(KEY, np.arange(n), 256)
+    np.testing.assert_array_equal(load_workload("chat").draw_popularity(KEY, np.array([7, 5]), 256), mu[[7, 5]])
     assert abs(mu.mean()) < 5 * 0.65 / np.sqrt(mu.size)
     assert abs(mu.std() - 0.65) < 5 * 0.65 / np.sqrt(2 * mu.size)
     assert not load_workload("uniform").draw_popularity(KEY, np.arange(3), 256).any()
     tilted = load_workload("gpqa-tilted").draw_popularity(KEY, np.arange(n), 256)
+    np.testing.assert_array_equal(
+        load_workload("gpqa-tilted").draw_popularity(KEY, np.array([7, 5]), 256), tilted[[7, 5]]
+    )
     u = (np.arange(256) + 0.5) / 256
     slope = (tilted - tilted.mean(axis=1, keepdims=True)) @ (u - u.mean()) / ((u - u.mean()) ** 2).sum()
     # mean tilt: 8/58 of 1.485, else a normal cut at 0 (which adds less than 0.003 to 0.566)
     assert abs(-slope.mean() - (8 / 58 * 1.485 + 50 / 58 * 0.568)) < 5 * slope.std() / np.sqrt(n)
-
-
-def test_draws_do_not_depend_on_how_they_are_grouped():
-    for name in ("chat", "gpqa-tilted"):
-        workload = load_workload(name)
-        np.testing.assert_array_equal(
-            workload.draw_popularity(KEY, np.array([7, 5]), 64), workload.draw_popularity(KEY, np.arange(8), 64)[[7, 5]]
-        )
 
 
 @functools.cache
@@ -99,6 +88,7 @@ def test_presets_reproduce_published_imbalance(name, within):
             assert low * (1 - within) < found < high * (1 + within)
 
 
+@pytest.mark.slow
 def test_chat_has_the_figures_of_the_design():
     np.testing.assert_allclose(swept("chat").summary.imbalance_mean, (1.65, 2.13, 3.01, 4.75), rtol=0.02)
 
@@ -157,11 +147,6 @@ def test_prefill_takes_consecutive_tokens_of_one_sequence(trace):
         assert own[2].sum() == 60
 
 
-def test_layers_of_zeros_are_dense_and_dropped(tmp_path):
-    ids = np.stack([np.zeros((6, 2), int), np.tile([0, 1], (6, 1))], axis=1)
-    assert read_recorded(write_trace(tmp_path / "t.npz", ids, [6])).n_layers == 1
-
-
 GOOD = np.tile([0, 1], (6, 1, 1))
 
 
@@ -169,13 +154,8 @@ GOOD = np.tile([0, 1], (6, 1, 1))
     ("ids", "lengths", "message"),
     [
         (GOOD - 2, [6], "from 0 to 32767"),
-        (GOOD * 0 - 1, [6], "no tokens with routing"),
-        (GOOD + 40000, [6], "from 0 to 32767"),
-        (np.zeros((6, 1, 2), int) + 3, [6], "same expert id twice"),
         (GOOD[:, 0], [6], "shape"),
         (GOOD.astype(float), [6], "whole numbers"),
-        (GOOD.astype(object), [6], "whole numbers"),
-        (GOOD[:0], [6], "shape"),
         (GOOD, [5], "add up to the 6 tokens"),
         (GOOD, [7, -1], "at least 1"),
         (GOOD, [[6]], "at least 1"),
@@ -185,25 +165,9 @@ GOOD = np.tile([0, 1], (6, 1, 1))
     ],
 )
 def test_bad_records_are_refused(tmp_path, ids, lengths, message):
-    path = tmp_path / "bad.npz"
-    np.savez(path, topk_ids=ids, sequence_lengths=np.array(lengths))
+    """Other ids and unsound files: test_readers."""
     with pytest.raises(InputError, match=message):
-        read_recorded(path)
-
-
-def test_unsound_files_are_refused(tmp_path, trace):
-    with pytest.raises(InputError, match="does not exist"):
-        read_recorded(tmp_path / "absent.npz")
-    torn = tmp_path / "torn.npz"
-    torn.write_bytes(trace.read_bytes()[:200])
-    with pytest.raises(InputError, match=r"not a sound \.npz"):
-        read_recorded(torn)
-    with zipfile.ZipFile(torn, "w") as archive, archive.open("topk_ids.npy", "w") as member:
-        np.lib.format.write_array_header_1_0(member, {"descr": "<i2", "fortran_order": False, "shape": (2**40, 60, 8)})
-    with pytest.raises(InputError, match="larger than 8 GiB"):
-        read_recorded(torn)
-    with pytest.raises(InputError, match="`phase` must be"):
-        read_recorded(trace, "train")
+        read_recorded(write_trace(tmp_path / "bad.npz", ids, np.array(lengths)))
 
 
 def test_ids_without_lengths_are_one_request_or_a_request_each(tmp_path):
@@ -218,7 +182,9 @@ def test_ids_without_lengths_are_one_request_or_a_request_each(tmp_path):
         assert note in found.notes[0]
 
 
-def test_a_record_goes_with_its_model_only(trace):
+def test_a_record_goes_with_its_model_and_a_known_phase_only(trace):
+    with pytest.raises(InputError, match="`phase` must be"):
+        read_recorded(trace, "train")
     with pytest.raises(InputError, match="2 experts per token"):
         check_pair(load_model("olmoe-1b-7b"), read_recorded(trace))
     with pytest.raises(InputError, match="expert id 26"):
@@ -229,7 +195,6 @@ def test_real_routing_is_replayed_in_its_own_proportions(shared):
     """Decode over the gpt-oss record: per layer, shares of the experts agree with the record's, sequences weighing alike."""
     workload = load_workload(f"file:{shared / 'traces' / 'gpt-oss-20b-tokens.npz'}")
     n = 24 * 40
-    counts, _ = draw_trials(load_model("gpt-oss-20b"), workload, 0, range(24), 24, np.array([494]))
     total = np.zeros((24, 32))
     for start in range(0, n, 24):
         counts, _ = draw_trials(load_model("gpt-oss-20b"), workload, 0, range(start, start + 24), 24, np.array([494]))

@@ -62,6 +62,13 @@ def _by_share(advice: Advice, least_saved: float) -> str:
     return f"The share of the step that experts and exchange take, here {' to '.join(ends)}: {'; '.join(texts)}."
 
 
+def perfect_text(gains: pd.DataFrame) -> str:
+    """What perfect balance is in a table or a figure."""
+    if perfect_is_best(gains):
+        return PERFECT
+    return f"{PERFECT} of pairs, with the received tokens of {gains.baseline.iloc[0]}"
+
+
 def _by_perfection(advice: Advice, least_saved: float) -> str:
     """What perfect balance saves, which no placement can beat where the exchange does not go by received tokens."""
     rows = _main(advice)[_main(advice).placement == PERFECT]

@@ -72,7 +72,7 @@ class _Parser(ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         required = message.partition("the following arguments are required: ")[2]
-        raise InputError(f"{self.prog} needs {required}; see {self.prog} --help" if required else message)
+        raise InputError(f"needs {required}; see {self.prog} --help" if required else message)
 
     def format_help(self) -> str:
         words = []
@@ -88,7 +88,7 @@ class _Parser(ArgumentParser):
 def add_verbs(parser: ArgumentParser, verbs: dict[str, tuple[Callable[..., None], Callable[..., None]]]) -> None:
     """Give a verb verbs of its own, each by its two functions; `arguments.run` is that of the one that is asked for."""
     parser.set_defaults(verbs=tuple(verbs))
-    several = parser.add_subparsers(metavar="|".join(verbs), required=True)
+    several = parser.add_subparsers(title="verbs", metavar="|".join(verbs), required=True)
     for name, (add, run) in verbs.items():
         text = inspect.getdoc(add) or ""
         of_verb = several.add_parser(name, help=text.partition(".")[0], description=text)
@@ -132,6 +132,8 @@ def main(arguments: list[str] | None = None) -> int:
         add = getattr(module, f"add_{words[0]}")
         parser = _Parser(prog=prog, description=inspect.getdoc(add))
         add(parser)
+        if len(words) > 1 and words[1] in (parser.get_default("verbs") or ()):
+            prog += f" {words[1]}"
         parsed = _parse(parser, words[1:])
         if getattr(parsed, "config", None) is not None:
             parsed = _parse(parser, [*config_words(parsed.config, parser), *words[1:]])  # the command line wins
@@ -165,7 +167,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _parse(parser: ArgumentParser, words: list[str]) -> Namespace:
     verbs = parser.get_default("verbs")
     if verbs and words and words[0] not in verbs and not words[0].startswith("-"):
-        raise unknown(parser.prog.rpartition(" ")[2], words[0], verbs, f"; its verbs: {', '.join(verbs)}")
+        raise unknown("verb", words[0], verbs, f"; its verbs: {', '.join(verbs)}")
     try:
         parsed, rest = parser.parse_known_args(words)
     except ArgumentError as error:

@@ -16,8 +16,8 @@ from sim.cli.terminal import (
     shown_progress,
     write_answer,
 )
-from sim.errors import InputError
-from sim.options import GpuOptions, RestOptions, StepOptions, TimeOptions, TrafficOptions
+from sim.errors import InputError, counted
+from sim.options import GpuOptions, PlacedOptions, RestOptions, StepOptions, TimeOptions, TrafficOptions
 from sim.options.declare import add_options, given, section_of
 from sim.options.kinds import NAMES, Whole
 
@@ -43,11 +43,6 @@ def add_advise(parser: ArgumentParser) -> None:
     add = section_of(parser, TrafficOptions.title).add_argument
     add("--workload", metavar="WORKLOAD", help="file:TRACE of recorded routing or load counts (as epsim traffic reads them), a "
         ".toml file, or a preset")  # fmt: skip
-    add(
-        "--fit-on",
-        metavar="FILE",
-        help="other traffic of the same layers to fit eplb on (default: a part of --workload)",
-    )
     add("--demo", action="store_true", help=f"instead of --workload: a trace that is made from the preset {_DEMO}")
     add_options(parser, GpuOptions, only=("gpu", "least_saved"), least_saved="2%")
     add = section_of(parser, GpuOptions.title).add_argument
@@ -57,6 +52,7 @@ def add_advise(parser: ArgumentParser) -> None:
         "of the placement that has the most)")  # fmt: skip
     add("--redundant", type=Whole(), metavar="R", help="compare eplb with 0, R and 2R redundant slots, and a budget of R for "
         "each layer (default: the EP size)")  # fmt: skip
+    add_options(parser, PlacedOptions, only=("fit_on",))
     add_options(parser, StepOptions, ep_sizes="16", tokens=None, most_steps="128", layer_sets="8")
     add = section_of(parser, TimeOptions.title).add_argument
     add("--exchange", dest="backend", default="allgather_reducescatter", metavar="NAME", help="all2all backend, or a kind of "
@@ -105,12 +101,12 @@ def run_advise(arguments: Namespace) -> None:
     identity = identity_of(model, traffic, options, [gpu], **chosen)
 
     def figures() -> dict[str, Any]:
-        from sim.advice.words import not_run
+        from sim.advice.words import not_run, perfect_text
         from sim.cost.gain import PERFECT
         from sim.figures.gain import advice_by_tokens
 
         drawn = advice.gains[~advice.gains.placement.isin(list(not_run(advice)))]
-        return {"advice": advice_by_tokens(drawn, PERFECT)}
+        return {"advice": advice_by_tokens(drawn, PERFECT, perfect_text(drawn))}
 
     write_answer(arguments.out, arguments, {"advice": advice.table()}, identity, figures)
     if arguments.demo and not (arguments.markdown or arguments.json or arguments.csv):
@@ -151,17 +147,18 @@ def _read(arguments: Namespace, model: Any) -> Any:
 
 
 def _say_about_steps(traffic: Any, parts: int, ep_size: int, options: dict[str, Any]) -> None:
-    """A remark where steps have more tokens than there are sequences to take them from."""
+    """A remark where steps have more tokens than the record, or than it has sequences to take them from."""
     from sim.traffic import RecordedTraffic
 
     largest = max(options["tokens"]) * (ep_size if options["tokens_per_rank"] else 1)
-    if not isinstance(traffic, RecordedTraffic) or traffic.phase != "decode":
+    if not isinstance(traffic, RecordedTraffic):
         return
-    n_sequences = (len(traffic.starts) - 1) // parts
-    if largest > n_sequences:
+    n_tokens, n_sequences = traffic.n_tokens // parts, traffic.n_sequences // parts
+    if largest > n_tokens or (largest > n_sequences and traffic.phase == "decode"):
+        take = "tokens more than once" if largest > n_tokens else "several tokens of each"
         note(
-            f"{traffic.name}: {n_sequences} sequences are scored; decode steps of more tokens take several tokens of each, and "
-            "are as uneven as these sequences together, not as so many requests"
+            f"{traffic.name}: {counted(n_sequences, 'sequence')} scored, of {counted(n_tokens, 'token')}; larger steps "
+            f"take {take}, and are as uneven as these sequences together, not as so many requests"
         )
 
 
@@ -219,15 +216,23 @@ def _print(advice: Any, arguments: Namespace) -> None:
         say(text, "  - ", "    ")
 
 
+_IN_FILE = ("idle ranks", "ranks /token", "nodes /token", "GB /GPU", "verdict")
+
+
 def _print_table(advice: Any, markdown: bool) -> None:
+    from sim.advice.words import perfect_text
+    from sim.cost.gain import PERFECT
+
     main = advice.gains[advice.gains.split == advice.gains.split.iloc[0]]
     row = main.iloc[0]
     title = (
         f"{_exchange_text(row)}\n"
-        f"{_split_text(advice)}; saved: against {row.baseline}, 95 % over {row.layer_draws} layers;\n"
+        f"{_split_text(advice)}; saved: against {row.baseline}, 95 % over {counted(row.layer_draws, 'layer')};\n"
         "step: weakest lower to strongest upper end over all splits of the traffic, of a step of which experts"
         f"{'' if row.exchange == 'none' else ' and exchange'} take {row.moe_share:.0%}"
     )
+    if (text := perfect_text(main)) != PERFECT:
+        title += f"\n{text}: a placement whose ranks receive fewer can save more"
     heads = ["tokens", "placement", "imbalance", "idle ranks", "ranks /token", "nodes /token", "layer us"]
     heads += ["layer saved", "step saved", "GB /GPU", "verdict"]
     judged = {(row.placement, row.tokens): row for row in advice.verdicts.itertuples()}
@@ -240,13 +245,9 @@ def _print_table(advice: Any, markdown: bool) -> None:
     if markdown:
         print_table(title, heads, cells, markdown, align="><" + ">" * 8 + "<")
         return
-    # Idle ranks and fan-out are in advice.csv; memory, and who is not run, stand below.
+    # Some columns are in advice.csv alone; memory, and who is not run, stand below.
     refused = set(advice.verdicts[advice.verdicts.runs_as != advice.verdicts.placement].placement)
-    shown = [
-        i
-        for i, head in enumerate(heads)
-        if head not in ("idle ranks", "ranks /token", "nodes /token", "GB /GPU", "verdict")
-    ]
+    shown = [i for i, head in enumerate(heads) if head not in _IN_FILE]
     cells = [[row[i] for i in shown] for row in cells if row[1] not in refused]
     cells = [["" if i and cells[i - 1][0] == row[0] else row[0], *row[1:]] for i, row in enumerate(cells)]
     print_table(title, [heads[i] for i in shown], cells, markdown, align="><", keys=2)

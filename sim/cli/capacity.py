@@ -5,7 +5,7 @@ from typing import Any
 
 from sim.cli.inputs import read_inputs, say_about_inputs, say_about_layers
 from sim.cli.terminal import add_output, note, note_compiling, print_rows, print_table, say_notes, write_answer
-from sim.errors import InputError
+from sim.errors import InputError, counted
 from sim.options import CapacityOptions, TrafficOptions
 from sim.options.declare import add_options, given, section_of
 from sim.options.kinds import Number, Seconds
@@ -107,8 +107,8 @@ def _print_quantity(rows: Any, text: str, n_layers: int, risk: float, model: Any
     heads += ["worst case", *(f"{_TITLE_EXCHANGE[exchange]} {unit}" for exchange in exchanges), f"worst {unit}"]
     row = rows.iloc[0]
     title = (
-        f"{row.model}, {row.workload} traffic, {n_layers} MoE layers: {text}: the capacity that is exceeded with a probability "
-        f"of at most {risk:g}, and its factor over the balanced load; bytes of the last scope"
+        f"{row.model}, {row.workload} traffic, {counted(n_layers, 'MoE layer')}: {text}: the capacity that is exceeded with a "
+        f"probability of at most {risk:g}, and its factor over the balanced load; bytes of the last scope"
     )
     print_table(
         title, heads, [line + of for line, of in zip(lines, in_unit, strict=True)], markdown, align=">><", keys=3

@@ -4,6 +4,7 @@ from argparse import ArgumentParser, Namespace
 from typing import Any
 
 from sim.cli.terminal import add_output, note_compiling, print_rows, print_table, say, shown_progress, write_answer
+from sim.errors import counted
 from sim.options import ClaimOptions
 from sim.options.declare import add_options, given
 from sim.options.kinds import NAMES
@@ -56,7 +57,7 @@ def _print_blocks(table: Any) -> None:
         print()
     kinds = table.verdict.str.replace(r" when.*", "", regex=True).value_counts()
     listed = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
-    say(f"{table.workload.iloc[0]} traffic, {len(table)} claims: {listed}; intervals are 95 %")
+    say(f"{table.workload.iloc[0]} traffic, {counted(len(table), 'claim')}: {listed}; intervals are 95 %")
 
 
 def _print_markdown(table: Any) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from sim.cli.inputs import check_there, law_of, rows_of, say_about_times, step_options
 from sim.cli.terminal import add_output, estimate, note, print_rows, print_table, say, shown_progress, write_answer
-from sim.errors import InputError
+from sim.errors import InputError, counted
 from sim.options import GpuOptions, StepOptions, TimeOptions, TrafficOptions
 from sim.options.declare import add_options, section_of
 from sim.options.kinds import NAMES, WHOLE_NUMBERS, Choice
@@ -25,12 +25,7 @@ def add_depends(parser: ArgumentParser) -> None:
         "redundant slot on each rank (default: round_robin,eplb,eplb+R)")  # fmt: skip
     add_options(parser, TrafficOptions, only=("model",))
     add = section_of(parser, TrafficOptions.title).add_argument
-    add(
-        "--workload",
-        type=NAMES,
-        metavar="LIST",
-        help="presets or .toml files of synthetic traffic (default: all presets)",
-    )
+    add("--workload", type=NAMES, metavar="LIST", help="presets or .toml files (default: all presets)")
     add("--trace", dest="traces", nargs="+", action="append", default=[], metavar=("MODEL FILE", "FIT_ON"),
         help="also recorded routing or load counts of a model, and optionally another file to fit eplb on; left out, with a "
         "note, where a file is not there (may be repeated)")  # fmt: skip
@@ -42,12 +37,7 @@ def add_depends(parser: ArgumentParser) -> None:
     add("--dtype", default="fp8", help="type of weights and inputs, of all models: fp8, bf16 or fp4 (default: fp8)")
     add_output(parser, "depends.csv and the figure", figures=True)
     add = section_of(parser, "output").add_argument
-    add(
-        "--show",
-        type=Path,
-        metavar="DIR",
-        help="compute nothing; print what --out wrote (of --workload, --ep, --tokens ...)",
-    )
+    add("--show", type=Path, metavar="DIR", help="compute nothing; print what --out wrote (of --ep, --tokens ...)")
     add("--table", type=Choice(names=("conclusions", "saved")), default="conclusions", help="conclusions (default), or "
         "saved: the numbers")  # fmt: skip
 
@@ -192,7 +182,7 @@ def _print_conclusions(table: Any, least: float, markdown: bool) -> None:
         return
     row, sizes = table.iloc[0], ", ".join(map(str, sorted(table.ep_size.unique())))
     say(
-        f"Against {row.baseline}, {_kinds(table.workload.nunique())} of traffic, EP {sizes}, times on {row.gpu} in "
+        f"Against {row.baseline}, {counted(table.workload.nunique(), 'kind')} of traffic, EP {sizes}, times on {row.gpu} in "
         f"{row['dtype']}. A conclusion holds for traffic where at every EP size the whole 95 % interval is beyond "
         f"{100 * least:g} %, or within it where it says so; elsewhere: what is shown there instead, undecided where an interval "
         "crosses that line."
@@ -200,12 +190,8 @@ def _print_conclusions(table: Any, least: float, markdown: bool) -> None:
     for tokens, conclusion, verdict, span, others in cells:
         saved = "" if span == "-" else f", {span} saved"
         elsewhere_text = f". Elsewhere {others}" if others else ""
-        say(f"{tokens} tokens: {conclusion}: {verdict}{saved}{elsewhere_text}", "  ", "    ")
+        say(f"{counted(int(tokens), 'token')}: {conclusion}: {verdict}{saved}{elsewhere_text}", "  ", "    ")
     print("\nThe numbers: --table saved")
-
-
-def _kinds(n: int) -> str:
-    return "1 kind" if n == 1 else f"{n} kinds"
 
 
 def _words(measure: str) -> dict[str, str]:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sim.cli.terminal import note
-from sim.errors import InputError, unknown
+from sim.errors import InputError, counted, unknown
 from sim.options import TrafficOptions
 from sim.options.declare import add_options
 from sim.options.kinds import MAX_TOKENS, Whole
@@ -72,7 +72,8 @@ def run_export(arguments: Namespace) -> None:
     _write_checked(path, placement_text(placement, form, decoder_layers(model) if named else 0), placement, model)
     fewest, most = int(placement.slots_of_row.min()), placement.n_slots
     slots = f"{most}" if fewest == most else f"{fewest} to {most}"
-    print(f"{placement.n_rows} layers x {slots} slots on {placement.ep_size} ranks, {form} format, written to {path}")
+    size = f"{counted(placement.n_rows, 'layer')} x {slots} slots on {counted(placement.ep_size, 'rank')}"
+    print(f"{size}, {form} format, written to {path}")
     print(how_to_load(form, path, most - model.n_experts, not why_linear(model, placement.ep_size)))
     if fewest < most:
         note(
@@ -117,21 +118,18 @@ def _placement(arguments: Namespace, model: "ModelSpec", ep_size: int) -> "Place
 def _fitted(arguments: Namespace, name: str, model: "ModelSpec", ep_size: int, ranks_per_node: int) -> "Placement":
     """A load-aware placement of the layers of --fit-on."""
     from sim.placement import check_loads, place_balanced, spread_copies
-    from sim.traffic import load_table
+    from sim.traffic import read_traffic
+    from sim.traffic.split import load_of
 
     if arguments.fit_on is None:
         raise InputError(f"--placement {name} needs --fit-on FILE to be fitted on")
     if arguments.layers is not None:
         raise InputError("--layers goes with placements that are not fitted: --fit-on has its own layers")
-    table = load_table(Path(arguments.fit_on.removeprefix("file:")), model)
-    note(*table.notes)
-    loads = check_loads(table.loads, model.n_experts, f"--fit-on {arguments.fit_on}", layers=True)
-    moe, ids = model.moe_layer_ids, getattr(table, "layer_ids", None)
-    if len(loads) == len(moe):
-        ids = moe
-    elif ids is not None:
-        ids = tuple(int(layer) for layer in ids)
-        ids = ids if set(ids) <= set(moe) else None
+    data = read_traffic(Path(arguments.fit_on.removeprefix("file:")), model)
+    note(*data.notes)
+    loads = check_loads(load_of(data, model.n_experts), model.n_experts, f"--fit-on {arguments.fit_on}", layers=True)
+    moe, of_file = model.moe_layer_ids, tuple(data.layer_ids.tolist())
+    ids = moe if len(loads) == len(moe) else of_file if set(of_file) <= set(moe) else None
     placement = place_balanced(name, model, ep_size, ranks_per_node, loads, ids, _layer_cost(arguments, model, ep_size))
     if arguments.format != "vllm-ascend" or not placement.idle_copies.any():
         return placement

@@ -27,13 +27,10 @@ def add_show(parser: ArgumentParser) -> None:
     add("--tokens", type=WHOLE_NUMBERS, metavar="LIST", help="some of the step sizes")
     add("--placement", type=NAMES, metavar="LIST", help="placements, compared with the first of them (default: all of up to "
         "three, else the baseline and round_robin)")  # fmt: skip
+    add = parser.add_mutually_exclusive_group().add_argument
     add("--worst", action="store_true", help="the worst cases instead: all load on one rank, and at least half of the ranks "
         "idle (all placements)")  # fmt: skip
-    add(
-        "--tail",
-        action="store_true",
-        help="P(imbalance >= x) instead: sampled, exact and between bounds (all placements)",
-    )
+    add("--tail", action="store_true", help="P(imbalance >= x) instead, sampled and computed (all placements)")
     add_output(parser)
 
 
@@ -43,8 +40,6 @@ def run_show(arguments: Namespace) -> None:
     from sim.results import read_result
 
     result = read_result(arguments.folder)
-    if arguments.worst and arguments.tail:
-        raise InputError("--worst and --tail are two tables: give one of them")
     named = None if arguments.placement is None else [ALIASES.get(name, name) for name in arguments.placement]
     chosen = {"ep_size": arguments.ep_sizes, "tokens": arguments.tokens}
     chosen["placement"] = None if named is None else list(dict.fromkeys(named))

@@ -2,6 +2,7 @@
 
 import textwrap
 from argparse import ArgumentParser, Namespace
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,25 @@ from sim.options.kinds import Listed, Whole
 
 def add_models(parser: ArgumentParser) -> None:
     """List the model presets: their router, and whether every field was read from the checkpoint."""
+    add_output(parser)
+
+
+def _are_rows(rows: Iterable[dict[str, Any]], arguments: Namespace) -> bool:
+    """Print rows as --json or --csv if one of them is given; whether it is."""
+    if not (arguments.json or arguments.csv):
+        return False
+    import pandas as pd
+
+    return print_rows(pd.DataFrame(rows, dtype=object), arguments)
 
 
 def run_models(arguments: Namespace) -> None:
     """Run `epsim models`."""
     from sim.model import load_model, model_names
 
+    models = list(map(load_model, model_names()))
+    if _are_rows(map(vars, models), arguments):
+        return
     columns: dict[str, Any] = {
         "model": "name",
         "groups kept": lambda row: f"{row.topk_group} of {row.n_group}" if row.is_grouped else "no",
@@ -32,7 +46,7 @@ def run_models(arguments: Namespace) -> None:
         "not verified": lambda row: textwrap.shorten("; ".join(row.unverified) or "-", 60, placeholder="..."),
     }
     title = "groups kept: of the router's expert groups, those that a token may use; not verified: not read from the checkpoint"
-    print_table(title, *cells(map(load_model, model_names()), columns), markdown=False, align="<<<<<>>><")
+    print_table(title, *cells(models, columns), arguments.markdown, align="<<<<<>>><")
 
 
 def add_workloads(parser: ArgumentParser) -> None:
@@ -130,12 +144,18 @@ def _fit_text(figure: Any, found: Any) -> str:
 
 def add_placements(parser: ArgumentParser) -> None:
     """List the placements, and say when vLLM runs another one than was asked for."""
+    add_output(parser)
 
 
 def run_placements(arguments: Namespace) -> None:
     """Run `epsim placements`."""
     from sim.placement import LINEAR_BACKENDS, ROUND_ROBIN_BACKENDS, STRATEGIES
 
+    if _are_rows(({"placement": name, "about": text} for name, text in STRATEGIES.items()), arguments):
+        return
+    if arguments.markdown:
+        print_table("", ["placement", "about"], list(map(list, STRATEGIES.items())), markdown=True, align="<<")
+        return
     for name, text in STRATEGIES.items():
         say(text, f"{name:<15}", " " * 15)
     print()
@@ -159,8 +179,8 @@ def add_gpus(parser: ArgumentParser) -> None:
     """List GPUs and kinds of exchange, with the sources of their numbers; or check predicted times against published ones."""
     add = parser.add_argument
     add("--check", action="store_true", help="how far predicted times are from published ones instead")
-    add("--markdown", action="store_true", help="with --check: a Markdown table")
     add("--plot", type=Path, metavar="FILE", help="with --check: draw them too, as .png or .svg")
+    add_output(parser)
 
 
 def run_gpus(arguments: Namespace) -> None:
@@ -173,16 +193,20 @@ def run_gpus(arguments: Namespace) -> None:
     if arguments.check:
         _check(arguments)
         return
-    if arguments.markdown or arguments.plot is not None:
-        raise InputError("--markdown and --plot go with --check")
+    if arguments.plot is not None:
+        raise InputError("--plot goes with --check")
     gpus = [load_gpu(name) for name in gpu_names()]
+    if _are_rows(map(vars, gpus), arguments):
+        return
     columns: dict[str, Any] = {
         "gpu": "name", "HBM TB/s": "hbm_tb_per_s:g", "BF16 TFLOPS": "bf16_tflops:g", "FP8 TFLOPS": "fp8_tflops:g",
         "FP4 TFLOPS": "fp4_tflops:g", "NVLink GB/s": "scale_up_gb_per_s:g", "network GB/s": "scale_out_gb_per_s:g",
         "not verified": lambda row: ", ".join(row.unverified) or "-",
     }  # fmt: skip
     title = "Peaks are dense; links are per GPU and direction"
-    print_table(title, *cells(gpus, columns), markdown=False, align="<>>>>>><")
+    print_table(title, *cells(gpus, columns), arguments.markdown, align="<>>>>>><")
+    if arguments.markdown:
+        return
     print("\nSources:")
     for gpu in gpus:
         say(f"{gpu.name}: {gpu.source}", "  ", "    ")
@@ -206,6 +230,8 @@ def _check(arguments: Namespace) -> None:
     if arguments.plot is not None and arguments.plot.suffix not in (".png", ".svg"):
         raise InputError(f"--plot {arguments.plot}: must end in .png or .svg")
     check = predicted_against_measured()
+    if print_rows(check, arguments):
+        return
     lines = []
     for (part, gpu, dtype, source), rows in check.groupby(["part", "gpu", "dtype", "source"], sort=False):
         seen, held_out = rows.error[rows.fitted].abs(), rows.held_out_error.dropna().abs()

@@ -37,9 +37,7 @@ def add_measure(parser: ArgumentParser) -> None:
     add_options(parser, TrafficOptions, only=("model",))
     add_options(parser, MeasureOptions)
     add = section_of(parser, MeasureOptions.title).add_argument
-    add(
-        "--layer", action="store_true", help="measure whole layers, one rank on each GPU (--ep: how many; default: all)"
-    )
+    add("--layer", action="store_true", help="measure whole layers, one rank on each GPU (--ep; default: all GPUs)")
     add("--out", metavar="FILE.csv", help="where the rows go; what the device reaches goes to FILE.json")
     add = section_of(parser, "what was measured").add_argument
     add("--show", type=Path, metavar="FILE.csv", help="measure nothing; print the tables of a file that was written")
@@ -92,7 +90,15 @@ def _measure_ranks(arguments: Namespace, out: Path, started: float) -> None:
     )
     backend = _backend(arguments.device, Shape.of(model, steps.most_local_experts, steps.most_pairs), steps.seed)
     say_notes()
-    reached = measure(steps, backend, gpu, dtypes, out, time_limit_s=_left_s(arguments, started), say=_say)
+    reached = measure(
+        steps,
+        backend,
+        gpu,
+        dtypes,
+        out,
+        time_limit_s=_left_s(arguments, started),
+        say=_say,
+    )
     about = out.with_suffix(".json")
     with whole_files(about) as (temporary,):
         temporary.write_text(json.dumps(reached, indent=1) + "\n")
@@ -125,7 +131,13 @@ def _measure_layers(arguments: Namespace, out: Path, started: float) -> None:
     if arguments.device == "cpu":
         note("times on a CPU test the path, and say nothing about a GPU")
     say_notes()
-    measure_layers(steps, arguments.device, out, time_limit_s=_left_s(arguments, started), say=_say)
+    measure_layers(
+        steps,
+        arguments.device,
+        out,
+        time_limit_s=_left_s(arguments, started),
+        say=_say,
+    )
     print(f"written to {out}; tables and figures: epsim measure --show {out} --plot")
 
 

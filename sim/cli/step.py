@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from sim.cli.inputs import identity_of, read_inputs, say_about_layers, say_about_maps, say_about_times, step_options
-from sim.cli.terminal import add_output, cells, note, print_rows, print_table, shown_progress, write_answer
-from sim.errors import InputError
+from sim.cli.terminal import add_output, cells, note, print_rows, print_table, say, shown_progress, write_answer
+from sim.errors import InputError, counted
 from sim.options import GpuOptions, LayerOptions, StepOptions, SweepOptions, TimeOptions, TrafficOptions
 from sim.options.declare import add_options, section_of
 from sim.options.kinds import Choice
@@ -121,8 +121,8 @@ def _print_steps(steps: Any, markdown: bool) -> None:
 def _print_log(table: Any, arguments: Namespace) -> None:
     row = table.iloc[0]
     title = (
-        f"\nyour log: {row.log_steps} values of {arguments.log_metric}, mean {_digits(row.log_mean)}; inside: share of them "
-        "between p1 and p99 of the\nsimulated steps; sds apart: its mean from the simulated one, in standard deviations "
+        f"\nyour log: {counted(row.log_steps, 'value')} of {arguments.log_metric}, mean {_digits(row.log_mean)}; inside: share "
+        "of them between p1 and p99 of the\nsimulated steps; sds apart: its mean from the simulated one, in standard deviations "
         "between deployments"
     )
     columns = _CELL | {
@@ -173,9 +173,10 @@ def _print_replay(replayed: Any, arguments: Namespace) -> None:
     print_table(title, heads, lines, arguments.markdown, align=">><", keys=3)
     low, middle, high = measured_correlation(steps)
     if middle == middle:
-        print(
-            f"\nMeasured: --layer-correlation {max(middle, 1):.2f} (geometric mean of the rows' variance of imbalance under "
-            f"continuous batching,\nwhich are {low:.2f} to {high:.2f})"
+        print()
+        say(
+            f"Measured: --layer-correlation {max(middle, 1):.2f} (geometric mean of the rows' variance of imbalance under "
+            f"continuous batching, which are {low:.2f} to {high:.2f})"
         )
 
 

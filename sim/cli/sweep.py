@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from sim.cli.finished import print_result
 from sim.cli.inputs import say_about_inputs
 from sim.cli.terminal import add_output, note, note_compiling, print_rows, say_notes, say_written, shown_progress
-from sim.errors import InputError
+from sim.errors import InputError, counted
 from sim.options import LinkOptions, RunOptions, SweepOptions, TrafficOptions
 from sim.options.declare import add_options, given, section_of
 from sim.options.kinds import Folder
@@ -104,21 +104,17 @@ def run_sweep(arguments: Namespace) -> None:
                 write_traffic(traffic_of_plan(plan, sources, n_threads), folder / "rank_traffic")
     import pandas as pd
 
-    if print_rows(pd.concat([result.summary for result in results if result], ignore_index=True), arguments):
-        for folder in folders:
-            say_written(f"written to {folder}", arguments)
-        return
-    files = "summary.csv, tail.csv, counts.parquet, provenance.json" + (
-        "" if sources is None else ", rank_traffic/*.npz"
-    )
+    is_alone = print_rows(pd.concat([result.summary for result in results if result], ignore_index=True), arguments)
     for i, (folder, result) in enumerate(zip(folders, results, strict=True)):
-        if i and not arguments.markdown:
+        if i and not (is_alone or arguments.markdown):
             print()
-        if i not in computed:
-            print(f"{folder} holds this sweep already; nothing was computed.\n")
-        print_result(result, arguments.markdown)
-        if not arguments.markdown:
-            say_written(f"written to {folder}: {files}; figures: epsim plot {folder}", arguments)
+        if not is_alone:
+            print_result(result, arguments.markdown)
+        files = ["summary.csv", "tail.csv", "counts.parquet", "provenance.json"] if i in computed else []
+        files += [] if sources is None else ["rank_traffic/*.npz"]
+        text = f"written to {folder}: {', '.join(files)}"
+        text = text if files else f"nothing was computed, {folder} holds this sweep already"
+        say_written(f"{text}; figures: epsim plot {folder}", arguments)
 
 
 def _folder(out: Path | None, plan: "Plan") -> Path:
@@ -235,15 +231,15 @@ def _check_same(folder: Path, held: dict[str, Any] | None, wanted: dict[str, Any
 def _outcome(result: "SweepResult", seconds: float) -> str:
     """How much was done, and which cells did not get to the precision that was asked for."""
     summary = result.summary
-    text = f"up to {summary.trials.max()} trials of up to {summary.tokens.max()} tokens, {len(summary)} cells, "
-    text += f"in {seconds:.1f} s"
+    text = f"up to {counted(summary.trials.max(), 'trial')} of up to {counted(summary.tokens.max(), 'token')}, "
+    text += f"{counted(len(summary), 'cell')}, in {seconds:.1f} s"
     for reason, why in _NOT_MET.items():
         short = summary[summary.stopped == reason]
         if len(short):
             worst = short.iloc[((short.imbalance_mean_high - short.imbalance_mean) / short.imbalance_mean).argmax()]
             half = (worst.imbalance_mean_high - worst.imbalance_mean) / worst.imbalance_mean
             text += (
-                f". {len(short)} cells are short of the precision: {why}; the widest mean, {worst.placement} at EP "
+                f". {counted(len(short), 'cell')} short of the precision: {why}; the widest mean, {worst.placement} at EP "
                 f"{worst.ep_size} and {worst.tokens} tokens, is known to {half:.2%} (column `stopped` of summary.csv)"
             )
     return text

@@ -151,7 +151,7 @@ def write_answer(
             from sim.figures import save_as
 
             files += [path.name for path in save_as(figure, folder / stem, arguments.formats)]
-    names = [f"{name}.csv" for name in tables] + [f"{next(reversed(tables))}.json (what made it)"]
+    names = [f"{name}.csv" for name in tables] + [f"{name}.json (what made it)" for name in list(tables)[-1:]]
     say_written(f"written to {folder}: {', '.join(names + files)}", arguments)
 
 
@@ -209,19 +209,21 @@ def _clock(seconds: float) -> str:
 
 @contextmanager
 def shown_progress() -> Iterator[None]:
-    """Print the remarks, and show what is announced inside the block (`sim.progress`), on stderr if that is a terminal; then wipe
-    it out.
+    """Print the remarks once the work of the block begins, and show what it announces (`sim.progress`), on stderr if that is a
+    terminal; then wipe it out.
     """
-    say_notes()
+    from sim.progress import watching
+
     if not sys.stderr.isatty():
-        yield
+        with watching(lambda share, name: say_notes()):
+            yield
         return
+    say_notes()
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
     from rich.table import Column
 
     from sim.kernels import is_cold
-    from sim.progress import watching
 
     cold, started_s, start_share = is_cold(), time.monotonic(), 0.0
     columns = (

@@ -15,12 +15,12 @@ from sim.cli.terminal import (
     print_rows,
     print_table,
     say,
-    say_written,
     shown_progress,
+    write_answer,
 )
 from sim.cli.traffic_decay import add_decay, run_decay
 from sim.cli.traffic_make import add_make, add_match, run_make, run_match
-from sim.errors import InputError
+from sim.errors import InputError, counted
 from sim.options import FigureOptions, FileOptions
 from sim.options.declare import add_options
 from sim.options.kinds import FILE
@@ -68,19 +68,23 @@ def _run_show(arguments: Namespace) -> None:
     data = read_file(arguments.file, model, arguments.phase)
     other = None if arguments.against is None else read_file(arguments.against, model, arguments.phase)
     about = describe(data, model, other)
-    if arguments.plot is not None:
-        _plot(arguments, data.name, about)
-    if print_rows(_by_layer(about), arguments):
-        return
+    if not print_rows(_by_layer(about), arguments):
+        _print_description(data.name, about, arguments)
+    write_answer(arguments.plot, arguments, {}, {}, lambda: _figures(data.name, about))
+
+
+def _print_description(name: str, about: Any, arguments: Namespace) -> None:
     columns, chosen = about.by_layer, list(range(len(about.layers)))
     if len(chosen) > _LAYERS_SHOWN and not arguments.all_layers:
         chosen = [round(i * (len(chosen) - 1) / (_LAYERS_SHOWN - 1)) for i in range(_LAYERS_SHOWN)]
     rows = [[str(about.layers[i]), *(_or_dash(values[i]) for values in columns.values())] for i in chosen]
     rows.append(["mean", *(_or_dash(_mean(values)) for values in columns.values())])
-    per_token = "" if about.top_k is None else f", {about.n_tokens} tokens in {about.n_sequences} sequences"
-    steps = f", {about.n_steps} steps" if about.n_steps > 1 else ""
-    experts = f"{about.n_experts} experts" + ("" if about.top_k is None else f", top-{about.top_k}")
-    title = f"{data.name}: {len(about.layers)} layers, {experts}{per_token}{steps}"
+    parts = [counted(len(about.layers), "layer"), f"{about.n_experts} experts"]
+    if about.top_k is not None:
+        tokens = f"{counted(about.n_tokens, 'token')} in {counted(about.n_sequences, 'sequence')}"
+        parts += [f"top-{about.top_k}", tokens]
+    parts += [f"{about.n_steps} steps"] if about.n_steps > 1 else []
+    title = f"{name}: {', '.join(parts)}"
     print_table(title, ["layer", *columns], rows, arguments.markdown)
     if arguments.markdown:
         return
@@ -185,15 +189,10 @@ def _print_together(found: Any) -> None:
         )  # fmt: skip
 
 
-def _plot(arguments: Namespace, name: str, about: Any) -> None:
-    from sim.figures import save_as
+def _figures(name: str, about: Any) -> dict[str, Any]:
     from sim.figures.traffic import load_map, traffic_page
-    from sim.files import writable_folder
 
-    with writable_folder(arguments.plot):
-        for stem, figure in (("load_map", load_map(name, about)), ("traffic", traffic_page(name, about))):
-            for path in save_as(figure, arguments.plot / stem, arguments.formats):
-                say_written(str(path), arguments)
+    return {"load_map": load_map(name, about), "traffic": traffic_page(name, about)}
 
 
 def _run_fit(arguments: Namespace) -> None:
@@ -236,7 +235,7 @@ def _run_fit(arguments: Namespace) -> None:
         temporary.write_text(fit_text(fit), encoding="utf-8")
     what = "all of the file" if whole else "the first half (--half)"
     say(
-        f"fitted to {what}: {fit.decode.n_layers} layers, shares to {_rms(fit, 0)} on fresh random numbers, "
+        f"fitted to {what}: {counted(len(fit.rms[0]), 'layer')}, shares to {_rms(fit, 0)} on fresh random numbers, "
         f"{fit.seconds.mean():.1f} s per layer of a thread"
     )
     layers = fit.decode.layers
@@ -270,10 +269,9 @@ def _print_held(rows: list[Any]) -> None:
     halves = "steps" if rows[0].phase == "steps" else "sequences"
     which = "the first half of the steps predicts the second" if halves == "steps" else "even predict odd ones"
     columns: dict[str, Any] = {
-        "blocks": "phase", "tokens": "tokens", "EP": "ep_size",
-        "measured": lambda row: _range(row.real, ".3f"), "predicted": lambda row: _range(row.simulated, ".3f"),
-        "error": lambda row: _range(row.error, "+z.1%"), "halves": "halves:+z.1%",
-        "both ways": lambda row: estimate(row.both_ways.value, row.both_ways.high, "+z.1%"),
+        "tokens": "tokens", "EP": "ep_size", "measured": lambda row: f"{row.real.value:.3f}",
+        "predicted": lambda row: f"{row.simulated.value:.3f}", "error": lambda row: _range(row.error, "+z.1%"),
+        "halves": "halves:+z.1%", "both ways": lambda row: estimate(row.both_ways.value, row.both_ways.high, "+z.1%"),
     }  # fmt: skip
     print(f"held-out {halves}, linear placement: {which}")
     by_part: dict[tuple[str, str, str], list[Any]] = {}
@@ -308,19 +306,17 @@ def _print_held(rows: list[Any]) -> None:
         f"{len(missed)} of {len(rows)} errors are beyond chance (their 95 % interval leaves out 0; of right predictions, "
         f"about {len(rows) / 20:.0f} are)" + (f"; the largest is {_where(max(missed, key=_size))}" if missed else "")
     )
-    for figure, statistic in dict.fromkeys((row.figure, row.statistic) for row in rows):
+    for (phase, figure, statistic), part in by_part.items():
         # The ranks of a token do not depend on the block that it lies in.
-        shown = [row for row in rows if (row.figure, row.statistic) == (figure, statistic)]
-        least = {row.phase: row.tokens for row in reversed(shown)}
-        shown = [row for row in shown if figure != "ranks_per_token" or row.tokens == least[row.phase]]
+        shown = [row for row in part if figure != "ranks_per_token" or row.tokens == part[0].tokens]
         of = "mean over blocks and layers" if statistic == "mean" else f"{statistic} of blocks of all layers"
         print()
-        print_table(f"{_HELD[figure]}, {of}:", *cells(shown, columns), markdown=False, align="<", keys=3)
+        print_table(f"{phase}: {_HELD[figure]}, {of}", *cells(shown, columns), markdown=False, keys=2)
     print()
     for head, text in (
-        ("measured", f"the held-out half, with its 95 % interval over {halves} (- : too few for a bound)"),
-        ("predicted", "traffic fitted to the other half, as uncertain as that half is"),
-        ("error", "predicted / measured - 1, with the chance of both halves"),
+        ("measured", "the held-out half"),
+        ("predicted", "traffic fitted to the other half"),
+        ("error", "predicted / measured - 1, 95 %, with the chance of both halves (- : too few for a bound)"),
         ("halves", "the measured fitted half / the measured held-out one - 1: a difference that no fit can know"),
         ("both ways", "mean error with each half predicted from the other, ± over layers: the halves' difference is out of it, "
          "what is left is the model's own"),

@@ -6,27 +6,15 @@ from typing import Any
 
 from sim.cli.inputs import read_file
 from sim.cli.terminal import add_output, cells, estimate, print_rows, print_table, say, shown_progress, write_answer
-from sim.errors import InputError
-from sim.options import FigureOptions, FileOptions
+from sim.errors import InputError, counted
+from sim.options import FigureOptions, FileOptions, PlacedOptions
 from sim.options.declare import add_options
-from sim.options.kinds import NAMES, WHOLE_NUMBERS, Whole
 
 
 def add_decay(parser: ArgumentParser) -> None:
     """Fit a load-aware placement on a part of the file and score it on later ones, or on another file."""
-    add = parser.add_argument
-    add("file", type=Path, metavar="FILE", help="recorded routing or load counts, as epsim traffic show takes them")
-    add(
-        "--ep",
-        dest="ep_sizes",
-        type=WHOLE_NUMBERS,
-        required=True,
-        metavar="LIST",
-        help="EP sizes, which must divide the slots",
-    )
-    add("--placement", dest="placements", type=NAMES, default="eplb", metavar="LIST", help="load-aware placements (default: "
-        "eplb)")  # fmt: skip
-    add("--ranks-per-node", type=Whole(), default=8, metavar="N", help="ranks joined by NVLink, for eplb (default: 8)")
+    parser.add_argument("file", type=Path, metavar="FILE", help="recorded routing or load counts (epsim traffic show)")
+    add_options(parser, PlacedOptions, only=("ep_sizes", "placements", "ranks_per_node"), placements="eplb")
     add_options(parser, FileOptions, only=("model", "phase", "against", "n_windows", "seed", "plot"))
     add_options(parser, FigureOptions)
     add_output(parser)
@@ -148,7 +136,7 @@ def _say_ages(name: str, rows: Any, unit: str) -> None:
         distance, pairs = of_age[f"age_{unit}"].iloc[0], of_age.pairs.iloc[0]
         lost = ", ".join(f"{_known(row.lost_mean, row.lost_high)} at EP {row.ep_size}" for row in of_age.itertuples())
         say(
-            f"{name} at age {age} ({distance:,.0f} {unit}; {pairs} pair{'s' if pairs > 1 else ''} of windows): of the gain of a "
+            f"{name} at age {age} ({distance:,.0f} {unit}; {counted(pairs, 'pair')} of windows): of the gain of a "
             f"fresh fit it has lost {lost}."
         )
     if rows.change_high.isna().any():

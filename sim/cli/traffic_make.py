@@ -6,7 +6,7 @@ from typing import Any
 
 from sim.cli.inputs import read_inputs, say_about_inputs
 from sim.cli.terminal import add_output, cells, note, note_compiling, print_rows, print_table, say, shown_progress
-from sim.errors import InputError
+from sim.errors import InputError, counted
 from sim.options import MadeOptions, MatchOptions, TrafficOptions
 from sim.options.declare import add_options
 from sim.options.kinds import FILE
@@ -52,8 +52,8 @@ def run_make(arguments: Namespace) -> None:
     write_trace(trace, out)
     n_layers, n_tokens, top_k = trace.topk_ids.shape
     say(
-        f"{n_tokens} tokens in {len(trace.starts) - 1} sequences, {n_layers} layers, top-{top_k} of {model.n_experts} experts, "
-        f"of {workload.name} traffic"
+        f"{n_tokens} tokens in {counted(len(trace.starts) - 1, 'sequence')}, {counted(n_layers, 'layer')}, top-{top_k} of "
+        f"{model.n_experts} experts, of {workload.name} traffic"
         + ("" if arguments.imbalance is None else f" with its popularity scaled by {scale:.4g}")
         + f", seed {arguments.seed}"
     )

@@ -20,7 +20,7 @@ from sim.cost.gpu import Gpu
 from sim.cost.inputs import dtype_of, with_network
 from sim.cost.steps import StepSample, cell_times, sample_steps
 from sim.errors import InputError, shown
-from sim.files import open_stream, reading
+from sim.files import numbered_lines, open_stream, reading
 from sim.model import ModelSpec, load_model
 from sim.options import LayerOptions, StepOptions
 from sim.options.declare import takes
@@ -36,13 +36,14 @@ METRICS = {
     "worst_imbalance": "the largest over layers, which buffers must hold",
 }
 _BALANCEDNESS = re.compile(
-    r"(?<![a-z])(?<!average_)(?<!avg_)(?:current_pass_)?balancedness\"?\s*[=:]\s*([-+.\w]+(?:,\d+)?)"
+    r"(?<![a-z])(?<!average[_ ])(?<!avg[_ ])(?<!log_)(?:current_pass_)?balancedness\\?[\"']?\s*[=:]\s*([-+.\w]+(?:,\d+)?%?)"
 )
-"""The step's own value in a line of an engine's log; averages over passes (last_10_average_balancedness), or over
-layers (lmdeploy's avg_balancedness), are not."""
+"""The step's own value in a line of an engine's log; averages over passes (last_10_average_balancedness) or over
+layers (lmdeploy's avg_balancedness), and vLLM's option log_balancedness, are not."""
+_COLOUR = re.compile(r"\x1b\[[\d;]*[A-Za-z]")
 _SOURCE = re.compile(r"EngineCore\w*|for model [^\s:]+|\bDP\d+\b|\bTP\d+\b")
 """Which engine or rank a line is of, and which model."""
-_MAX_LINE = 1 << 20
+_MAX_LINE = 64 << 20
 _MOST_STEPS = 10**8
 QUANTILES = (0.01, 0.05, 0.5, 0.95, 0.99)
 OPENING = 16
@@ -367,27 +368,26 @@ def read_log(path: Path, metric: str) -> StepLog:
     where = f"--log {path}"
     engine: list[float] = []
     plain: list[float] = []
-    n_lines = n_idle = n_sglang = 0
+    n_lines = n_idle = n_sglang = n_several = n_cut = longest = 0
     bad_line, place, n_columns = 0, -1, 1  # of a plain log
-    n_cut = longest = 0
     sources: set[str] = set()
     with reading(where, "log"), open_stream(path, where) as file:
-        for raw in iter(lambda: file.readline(_MAX_LINE), b""):
-            line = raw.decode("utf-8", "replace").strip().lstrip("\ufeff")
-            if not line:
-                continue
-            n_lines += 1
-            found = _BALANCEDNESS.search(line)
-            if found is not None:
-                n_sglang += found[0].startswith("current_pass")
+        pieces = ((raw, line) for _, raw in numbered_lines(file, where, _MAX_LINE) for line in _shown_lines(raw))
+        for n_lines, (raw, line) in enumerate(pieces, 1):
+            if values := _BALANCEDNESS.findall(line):
+                n_sglang += "current_pass_balancedness" in line
+                n_several += len(set(values)) > 1
                 sources.add(" ".join(_SOURCE.findall(line)))
-                longest = max(longest, len(found[1]))
+                longest = max(longest, len(values[0]))
                 if re.search(r"\bmax_tokens=0\b(?!\.)", line):
                     n_idle += 1
-                elif len(found[1]) < longest and line.endswith(found[1]) and not raw.endswith(b"\n"):
+                elif len(values[0]) < longest and line.endswith(values[0]) and not raw.endswith(b"\n"):
                     n_cut += 1
                 else:
-                    engine.append(_value(found[1], where, n_lines))
+                    try:
+                        engine.append(float(values[0]))
+                    except ValueError:
+                        raise InputError(f"{where}: line {n_lines}: '{shown(values[0])}' is no balancedness") from None
             elif not engine and not bad_line:
                 try:
                     cells = line.replace(",", " ").replace(";", " ").split()
@@ -396,38 +396,35 @@ def read_log(path: Path, metric: str) -> StepLog:
                 except (ValueError, IndexError):
                     bad_line = n_lines if n_lines > 1 else 0
                     named = [cell.strip('"').lower() for cell in cells]
-                    place = next(
-                        (named.index(name) for name in (metric, metric.partition("_")[0]) if name in named), -1
-                    )
+                    known = (name for name in (metric, metric.partition("_")[0]) if name in named)
+                    place = next(map(named.index, known), -1)
             if len(engine) + len(plain) > _MOST_STEPS:
                 raise InputError(f"{where} has more than {_MOST_STEPS} steps; keep a part of it")
-    notes = []
-    if n_cut:
-        notes.append(f"{path}: its last line is cut off and left out")
-    if 0 < n_sglang < len(engine) + n_idle + n_cut:
+    n_engine = len(engine) + n_idle + n_cut
+    if 0 < n_sglang < n_engine:
         raise InputError(f"{where} holds lines of SGLang and of vLLM, which mean different things by balancedness")
-    sources.discard("")
-    if len(sources) > 1:
-        notes.append(
-            f"{path}: lines of {len(sources)} engines or models, taken together: {shown(', '.join(sorted(sources)))}"
-        )
-    if plain and not engine and n_columns > 1 and place == -1:
-        notes.append(f"{path}: of {n_columns} columns the last is taken")
+    notes = [f"{path}: its last line is cut off and left out"] if n_cut else []
+    if len(sources - {""}) > 1:
+        those = shown(", ".join(sorted(sources - {""})))
+        notes.append(f"{path}: lines of {len(sources - {''})} engines or models, taken together: {those}")
     if engine or n_idle:
-        engine_name = "SGLang" if n_sglang else "vLLM"
-        n_others = n_lines - len(engine) - n_idle - n_cut
-        notes.append(f"{path}: {len(engine)} lines of {engine_name} with balancedness, {n_others} other lines skipped")
+        name, wanted = ("SGLang", "balancedness_sglang") if n_sglang else ("vLLM", "balancedness_vllm")
+        notes.append(
+            f"{path}: {len(engine)} lines of {name} with balancedness, {n_lines - n_engine} other lines skipped"
+        )
+        notes += [f"{n_several} lines have several values: the first is taken"] if n_several else []
         notes += [f"{n_idle} idle steps (max_tokens=0) are left out"] if n_idle else []
         if not metric.startswith("balancedness"):
             raise InputError(
-                f"{where} holds lines of {engine_name} with balancedness: --log-metric {metric} is no balancedness"
+                f"{where} holds lines of {name} with balancedness: --log-metric {metric} is no balancedness"
             )
-        wanted = "balancedness_sglang" if n_sglang else "balancedness_vllm"
         if metric != wanted:
-            notes.append(f"{engine_name} logs what --log-metric {wanted} is; it is laid beside {metric}")
+            notes.append(f"{name} logs what --log-metric {wanted} is; it is laid beside {metric}")
         plain = engine
     elif bad_line:
         raise InputError(f"{where}: line {bad_line} does not end with a number, and no line has balancedness=")
+    elif plain and n_columns > 1 and place == -1:
+        notes.append(f"{path}: of {n_columns} columns the last is taken")
     if not plain:
         raise InputError(f"{where} holds no numbers")
     log = np.array(plain)
@@ -438,11 +435,10 @@ def read_log(path: Path, metric: str) -> StepLog:
     return StepLog(log, notes)
 
 
-def _value(text: str, where: str, number: int) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise InputError(f"{where}: line {number}: '{shown(text)}' is no balancedness") from None
+def _shown_lines(raw: bytes) -> list[str]:
+    """What a terminal shows of a line, without its colours: a progress bar writes several over each other."""
+    pieces = _COLOUR.sub("", raw.decode("utf-8", "replace")).lstrip("\ufeff").split("\r")
+    return [piece.strip() for piece in pieces if piece.strip()]
 
 
 def compare_log(steps: pd.DataFrame, metric: str, log: np.ndarray) -> pd.DataFrame:

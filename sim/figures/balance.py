@@ -130,7 +130,7 @@ def _ratio_axes(axes: Sequence[Axes]) -> None:
 
 
 def _percent(value: float, _: object) -> str:
-    return "0 %" if abs(value) < 1e-9 else f"{100 * value:+.0f} %".replace("-", "\N{MINUS SIGN}")
+    return "0 %" if abs(value) < 1e-9 else f"{100 * value:+g} %".replace("-", "\N{MINUS SIGN}")
 
 
 @styled

@@ -55,7 +55,7 @@ def capacity_curves(curves: pd.DataFrame, risk: float, of: str) -> Figure:
                         line.factor, line.probability, color=look(placement)["color"], linestyle=dashes, linewidth=width
                     )
                     if dashes == "-":
-                        safe.append(f"{placement} {_factor_at(line, risk):.2f}")
+                        safe.append(f"{placement} {np.ceil(100 * _factor_at(line, risk)) / 100:.2f}")
             title_panel(ax, f"EP {size}: {what}\n")
             ax.text(0, 1.02, ", ".join(safe), transform=ax.transAxes, fontsize=7.5, va="bottom")
             ax.axhline(risk, color="#888888", linewidth=1.0, zorder=0)

@@ -9,6 +9,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from sim.errors import counted
 from sim.figures.style import (
     band,
     imbalance_axis,
@@ -59,7 +60,9 @@ def gain_by_tokens(gains: pd.DataFrame) -> Figure:
         ax.axhline(0, color="#555555", linewidth=0.8)
         log2_ticks(ax, list(gains.tokens))
         title_panel(ax, f"EP {ep_size}, {exchange}" if gains.exchange.nunique() > 1 else f"EP {ep_size}")
-    label_outer(axes, "tokens per step (whole EP group)", "layer time saved (%)")
+    low, high = 100 * gains.layer_saved_low.min(), 100 * gains.layer_saved_high.max()
+    axes[0].set_ylim(bottom=max(axes[0].get_ylim()[0], low - (high - low)))  # thin lines far below tell nothing
+    label_outer(axes, "tokens per step\n(whole EP group)", "layer time saved (%)")
     _title(figure, gains, ", ".join(dict.fromkeys(gains.exchange)))
     legend_below(figure, [Line2D([], [], label=gpu, **style) for gpu, style in looks.items()])
     return figure
@@ -98,7 +101,9 @@ def gain_by_traffic(table: pd.DataFrame) -> Figure:
         ax.set_xlim(*(ends + np.array([-0.05, 0.05]) * (ends[1] - ends[0])))
         ax.set_ylim(len(names) - 0.5, -0.5)
         ax.set_yticks(range(len(names)), [_two_lines(name) for name in names], fontsize=8)
-        title_panel(ax, f"{n} tokens: " + ("imbalance" if measure == "imbalance" else f"layer time, {measure}"))
+        title_panel(
+            ax, f"{counted(n, 'token')}: " + ("imbalance" if measure == "imbalance" else f"layer time, {measure}")
+        )
     label_outer(axes, "saved (%)", "")
     row = table.iloc[0]
     title_figure(
@@ -140,10 +145,11 @@ def _title(figure: Figure, gains: pd.DataFrame, exchanges: str) -> None:
 
 
 @styled
-def advice_by_tokens(gains: pd.DataFrame, reference: str) -> Figure:
+def advice_by_tokens(gains: pd.DataFrame, reference: str, reference_text: str = "") -> Figure:
     """Share of the layer's time saved (left), and mean imbalance (right), against tokens per step, in the main split.
 
-    `reference` is the row of perfect balance, whose experts' time no placement can beat; it has no line at the right.
+    `reference` is the row of perfect balance, whose experts' time no placement can beat, and `reference_text` what a legend
+    says of it; it has no line at the right.
     """
     rows = gains[gains.split == gains.split.iloc[0]]
     names = list(dict.fromkeys(rows.placement))
@@ -186,6 +192,7 @@ def advice_by_tokens(gains: pd.DataFrame, reference: str) -> Figure:
     )
     copied = "".join(rows.copies_of[rows.placement == "in_step"].head(1))
     labels = {name: label(name) for name in {current: 0} | looks} | {"in_step": f"in_step (copies of {copied})"}
+    labels[reference] = reference_text or reference
     handles = [
         Line2D([], [], label=labels[name], **style) for name, style in ({current: looks[current]} | looks).items()
     ]

@@ -16,6 +16,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 from matplotlib.transforms import ScaledTranslation, Transform
 
+from sim.errors import counted
 from sim.files import whole_files
 from sim.placement import split_name
 
@@ -87,7 +88,8 @@ def look(placement: str) -> dict[str, Any]:
     """Colour, dashes and marker of a placement."""
     base, redundant = split_name(placement)
     if redundant:
-        color, (dashes, marker) = _WITH_REDUNDANT[base], _BY_NUMBER[redundant.bit_length() % len(_BY_NUMBER)]
+        apart = 2 * (base == "eplb_budget")  # it often lies on eplb with as many
+        color, (dashes, marker) = _WITH_REDUNDANT[base], _BY_NUMBER[(redundant.bit_length() + apart) % len(_BY_NUMBER)]
     else:
         color, dashes, marker = _LOOKS.get(placement, _OTHER)
     return {"color": color, "linestyle": dashes, "marker": marker}
@@ -130,7 +132,8 @@ def twins_text(result: Sweep, ep_sizes: Iterable[int]) -> str:
         for pair in distinct_placements(result, ep_size)[1].items():
             where.setdefault(pair, []).append(ep_size)
     parts = [
-        f"{name} = {twin}" + (f" at EP\N{NO-BREAK SPACE}{', '.join(map(str, at))}" if len(at) < len(sizes) else "")
+        f"{name} = {twin}".replace(" ", "\N{NO-BREAK SPACE}")
+        + (f" at EP\N{NO-BREAK SPACE}{', '.join(map(str, at))}" if len(at) < len(sizes) else "")
         for (name, twin), at in where.items()
     ]
     return f"equal placements are drawn once: {'; '.join(parts)}" if parts else ""
@@ -157,7 +160,7 @@ def tokens_near(result: Sweep, wanted: int) -> dict[int, int]:
 def tokens_text(tokens: dict[int, int]) -> str:
     """'64 tokens per step', or the range."""
     low, high = min(tokens.values()), max(tokens.values())
-    return f"{low} token{'s' if low > 1 else ''} per step" if low == high else f"{low} to {high} tokens per step"
+    return f"{counted(low, 'token')} per step" if low == high else f"{low} to {high} tokens per step"
 
 
 def differing_sizes(result: Sweep, wanted: Sequence[int], most: int) -> list[int]:

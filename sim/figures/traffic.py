@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from sim.errors import counted
 from sim.figures.style import (
     band,
     handle,
@@ -50,7 +51,9 @@ def load_map(name: str, about: Description) -> Figure:
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     bar = figure.colorbar(image, ax=ax, extend="max" if relative.max() > most else "neither", pad=0.01)
     bar.set_label("load / mean of the layer")
-    _title(figure, name, f"Load of each expert by layer: {len(about.load)} layers, {about.n_experts} experts")
+    _title(
+        figure, name, f"Load of each expert by layer: {counted(len(about.load), 'layer')}, {about.n_experts} experts"
+    )
     return figure
 
 
@@ -172,8 +175,8 @@ def _drift(ax: Any, about: Description) -> None:
     ax.plot([0, most], [0, most], color="black", linewidth=0.8, linestyle=":")
     ax.set_xlim(0, most)
     ax.set_ylim(0, most)
-    ax.set_xlabel(f"load / mean, {about.drift.names[0]}")
-    ax.set_ylabel(f"load / mean, {about.drift.names[1]}")
+    for set_label, name in zip((ax.set_xlabel, ax.set_ylabel), about.drift.names, strict=True):
+        set_label(f"load / mean, {name.removeprefix('file:')[-24:]}")
     title_panel(ax, "Drift", f"{about.drift.distance.mean():.1%} of the load moves; a dot per layer and expert")
 
 

@@ -24,6 +24,8 @@ from sim.options.kinds import (
     MAX_TOKENS,
     NAME,
     NAMES,
+    PRECISION,
+    RISK,
     SEED,
     THREADS,
     WHOLE_NUMBERS,
@@ -37,8 +39,6 @@ from sim.options.kinds import (
     PerRank,
     Placements,
     Positive,
-    Precision,
-    Risk,
     Seconds,
     Share,
     Whole,
@@ -72,8 +72,8 @@ class TrafficOptions(Options):
     workload: str = option(NAME, _WORKLOAD, default="chat")
     phase: str | None = option(
         NAME,
-        "of recorded or fitted routing: decode (default), each token of a step from another sequence, or prefill, consecutive "
-        "tokens of one; of answers that count their tokens it takes those after the prompt, or the prompt's",
+        "of recorded or fitted routing: decode (default), the tokens of a step are of different sequences, after the prompt "
+        "where answers count their tokens; or prefill, consecutive ones of a sequence, of the prompt",
         default=None,
     )
     tokens_per_request: int | None = option(
@@ -102,8 +102,9 @@ class CellOptions(Options):
         "ranks joined by NVLink, for node_aware placement and for nodes per token",
         default=8,
         identifies=True,
+        is_last=True,
     )
-    seed: int = option(SEED, "same seed, same rows, on any number of threads", default=0, identifies=True)
+    seed: int = option(SEED, "same seed, same rows, on any number of threads", default=0, identifies=True, is_last=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,11 +118,13 @@ class PlacedOptions(CellOptions):
         Whole(1, MAX_TOKENS),
         "of synthetic traffic: tokens of each layer draw, other than those scored, that eplb is fitted on (default: 16384)",
         default=None,
+        is_last=True,
     )
     fit_on: Any = option(
         FILE,
-        "of recorded or fitted traffic: other traffic of the same layers to fit eplb on (default: every second sequence)",
+        "of recorded or fitted traffic: other traffic of the same layers to fit eplb on (default: a part of the traffic itself)",
         default=None,
+        is_last=True,
     )
 
 
@@ -142,12 +145,12 @@ class SweepOptions(PlacedOptions):
         default=None,
     )
     precision: float | None = option(
-        Precision(),
+        PRECISION,
         "instead of `trials`: go on until the 95% interval of each mean imbalance has at most this relative half-width, as in 1%",
         default=None,
     )
     precision_tail: float | None = option(
-        Precision(),
+        PRECISION,
         "the same for each P(imbalance >= x) that is not shown to be below 1e-3, as in 10%",
         default=None,
     )
@@ -244,7 +247,7 @@ class LayerOptions(Options):
 class CapacityOptions(LayerOptions, PlacedOptions):
     """What `sim.capacity` takes beside model and workload."""
 
-    risk: float = option(Risk(), "probability with which a capacity may be exceeded", default=1e-3)
+    risk: float = option(RISK, "probability with which a capacity may be exceeded", default=1e-3)
     horizon_steps: int | None = option(
         Whole(1, 10**15), "steps of a horizon; without it there are no rows of scope 'horizon'", default=None
     )
@@ -265,6 +268,7 @@ class CapacityOptions(LayerOptions, PlacedOptions):
 class LinkOptions(PlacedOptions):
     """What `sim.rank_traffic` takes beside model and workload."""
 
+    title = "output"
     trials: int = option(Whole(1, MAX_TRIALS), "steps of each cell", default=1000)
     draws: int | None = option(
         Whole(),
@@ -303,7 +307,8 @@ class TimeOptions(Options):
     title = "times"
     exchange: str = option(
         NAME,
-        "dispatch and combine: pair, token, gather, reduce or none, or a backend that is one of them (epsim gpus)",
+        "dispatch and combine: pair, token, gather, reduce or none, or a backend that is one of them (epsim gpus; gain and "
+        "depends take several, with commas)",
         default="pair",
     )
     dtype: str | None = option(

@@ -28,12 +28,15 @@ class Option:
         On the command line; empty for the field's own name.
     identifies : bool
         Whether the value as it is belongs to what identifies a result.
+    is_last : bool
+        Whether it stands behind the others in a help, as few need it.
     """
 
     kind: Kind
     help: str
     flag: str = ""
     identifies: bool = False
+    is_last: bool = False
 
 
 def option(kind: Kind, help: str, *, default: Any = MISSING, **more: Any) -> Any:
@@ -91,7 +94,7 @@ def add_options(
     flags = {name: flag_of(name, declared) for name, (declared, _) in declarations(group).items()}
     section = section_of(parser, group.title)
     tokens = section.add_mutually_exclusive_group() if "tokens_per_rank" in chosen else section
-    for name, (declared, default) in chosen.items():
+    for name, (declared, default) in sorted(chosen.items(), key=lambda item: item[1][0].is_last):
         value = lines.get(name, None if default is MISSING or isinstance(declared.kind, PerRank) else default)
         typed = ",".join(f"{item:g}" for item in value) if isinstance(value, tuple) else value
         typed = f"{value:g}" if isinstance(value, float) else typed

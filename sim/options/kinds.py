@@ -136,25 +136,6 @@ class Share(Number):
 
 
 @dataclass(frozen=True)
-class Precision(Share):
-    """A relative half-width that can be reached."""
-
-    least: float = 1e-6
-    most: float = _BELOW_1
-    allowed: str = "a share from 0.0001% to below 100%, as in 1% or 0.01"
-
-
-@dataclass(frozen=True)
-class Risk(Share):
-    """A probability between 0 and 1, neither of them."""
-
-    least: float = _ABOVE_0
-    most: float = _BELOW_1
-    metavar: str = field(default="P", kw_only=True)
-    allowed: str = "a probability above 0 and below 1, as in 1e-3"
-
-
-@dataclass(frozen=True)
 class Seconds(Kind):
     """A time, as in 90s, 10m or 2h."""
 
@@ -222,27 +203,14 @@ class Listed(Kind):
 
     def __call__(self, text: str) -> list[Any]:
         """See `Kind`. Whole numbers take ranges: `8..64` doubles; `2..12:2` counts up by 2."""
-        if isinstance(self.of, Whole):
-            values = [value for part in text.split(",") for value in _range(part.strip())]
-        else:
-            values = self._parts(text)
-        if len(values) > _MAX_VALUES:
-            raise ArgumentTypeError(f"{text}: more than {_MAX_VALUES} values")
-        for value in values:
-            if (problem := self.of.problem(value)) is not None:
-                raise ArgumentTypeError(f"{shown(value)}: {problem}")
-        return values
-
-    def _parts(self, text: str) -> list[Any]:
-        parts = [part.strip() for part in text.split(",")]
-        if isinstance(self.of, Number):
-            try:
-                return [float(part) for part in parts]
-            except ValueError:
-                raise ArgumentTypeError(f"'{text}': expected numbers as in 1.5,2") from None
+        parts: list[Any] = [part.strip() for part in text.split(",")]
         if not all(parts):
-            raise ArgumentTypeError(f"'{text}': expected names with commas between them")
-        return [self.of(part) for part in parts] if isinstance(self.of, Choice) else parts
+            raise ArgumentTypeError(f"'{text}': expected values with commas between them")
+        if isinstance(self.of, Whole):
+            parts = [value for part in parts for value in _range(part)]
+        if len(parts) > _MAX_VALUES:
+            raise ArgumentTypeError(f"{text}: more than {_MAX_VALUES} values")
+        return [self.of(part) for part in parts]
 
     def check(self, name: str, value: Any) -> list[Any]:
         several = isinstance(value, Iterable) and not isinstance(value, str) and getattr(value, "ndim", 1) > 0
@@ -309,3 +277,5 @@ class Flag(Kind):
 NAME, FILE, NAMES, WHOLE_NUMBERS = Kind(), Kind(metavar="FILE"), Listed(), Listed(of=Whole())
 """Kinds without a range of their own: what they name or number is checked where it is known."""
 SEED, THREADS = Whole(0, 2**63 - 1), Whole(1, 4096)
+PRECISION = Share(1e-6, _BELOW_1, allowed="a share from 0.0001% to below 100%, as in 1% or 0.01")
+RISK = Share(_ABOVE_0, _BELOW_1, metavar="P", allowed="a probability above 0 and below 1, as in 1e-3")

@@ -71,7 +71,7 @@ class Placement:
         """Equal numbers of slots on each rank: the expert of each, int16 [rows, slots], -1 where a row has fewer."""
         n_slots = experts.shape[1]
         rank = np.arange(n_slots, dtype=np.int32) // (n_slots // ep_size)
-        ranks = np.ascontiguousarray(np.broadcast_to(rank, experts.shape))
+        ranks = np.tile(rank, (len(experts), 1))
         return cls(strategy, ep_size, n_experts, ranks, experts, layer_ids, notes)
 
     @property

@@ -43,7 +43,7 @@ def _curves(placements: list[str], x: str, title: str) -> dict[str, Any]:
     """Lines with bands and points; exact values and intervals on hover."""
     style = _style(placements)
     base = alt.Chart(alt.NamedData("rows")).encode(
-        x=alt.X(f"{x}:Q", title=title, axis=alt.Axis(format="d", labelOverlap=True)).scale(
+        x=alt.X(f"{x}:Q", title=title, axis=alt.Axis(format="d", labelOverlap="greedy", labelSeparation=6)).scale(
             type="log", base=2, nice=False
         ),
         color=style["color"],

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from sim.errors import InputError
+from sim.errors import InputError, counted
 from sim.files import is_there, read_json
 from sim.results import PROVENANCE, SweepResult, read_result, read_table
 
@@ -66,7 +66,10 @@ def _of_sweep(folder: Path) -> dict[str, Any]:
         "baseline": str(first.baseline),
         **_cells(cells),
         "tail": _tail_of(result),
-        "notes": [*result.notes, f"{first.trials} steps in each cell, of {first.draws} independent layers."],
+        "notes": [
+            *result.notes,
+            f"{first.trials} steps in each cell, of {counted(first.draws, 'independent layer')}.",
+        ],
         "provenance": read_json(folder / PROVENANCE, str(folder / PROVENANCE)),
         "folder": str(folder),
     }

@@ -24,7 +24,8 @@ from sim.placement import (
     split_name,
     strategy_name,
 )
-from sim.traffic import RecordedTraffic, SyntheticTraffic, Workload, load_table
+from sim.traffic import RecordedTraffic, SyntheticTraffic, Workload, read_traffic
+from sim.traffic.split import load_of
 
 MAX_TOKENS = 2**24
 DEFAULT_FIT_TOKENS = 2**14
@@ -192,16 +193,18 @@ def fitted_on(names: list[str], model: ModelSpec, workload: Workload, tokens: in
         return FittedOn(
             scored, "even sequences of the record", loads=fitted.count_experts(model.n_experts).astype(float)
         )
-    table = load_table(Path(other.removeprefix("file:")) if isinstance(other, str) else other, model)
-    about = f"`fit_on` {table.name.removeprefix('file:')}"
-    loads = check_loads(table.loads, model.n_experts, about, layers=True)
+    data = read_traffic(str(other).removeprefix("file:"), model) if isinstance(other, str | Path) else other
+    if isinstance(data, RecordedTraffic):
+        data.check_model(model.n_experts, model.top_k, model.name)
+    about = f"`fit_on` {data.name.removeprefix('file:')}"
+    loads = check_loads(load_of(data, model.n_experts), model.n_experts, about, layers=True)
     if len(loads) != workload.n_layers:
         raise InputError(f"{about} has {len(loads)} layers, workload {workload.name} has {workload.n_layers}")
-    if (
-        table.digest == getattr(workload, "digest", "") or table.digest in workload.source
+    if data.digest in (
+        getattr(workload, "digest", "") or workload.source
     ):  # synthetic traffic names what it is fitted to
         raise InputError(f"{about} is the traffic that is scored; leave it out to fit on other tokens")
-    return FittedOn(workload, f"{table.name.removeprefix('file:')} ({table.digest[:16]})", loads=loads)
+    return FittedOn(workload, f"{data.name.removeprefix('file:')} ({data.digest[:16]})", loads=loads)
 
 
 def check_replica_choice(choice: str, workload: Workload, largest_step: int) -> None:

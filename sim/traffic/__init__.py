@@ -3,7 +3,7 @@
 from sim.traffic.counts import LoadCounts
 from sim.traffic.fitted import FittedLayers
 from sim.traffic.presets import load_workload, workload_names
-from sim.traffic.read import LoadTable, load_table, read_traffic
+from sim.traffic.read import read_traffic
 from sim.traffic.recorded import STEP_PHASES, RecordedTraffic
 from sim.traffic.synthetic import SyntheticTraffic, synthetic_traffic
 
@@ -13,11 +13,9 @@ __all__ = [
     "STEP_PHASES",
     "FittedLayers",
     "LoadCounts",
-    "LoadTable",
     "RecordedTraffic",
     "SyntheticTraffic",
     "Workload",
-    "load_table",
     "load_workload",
     "read_traffic",
     "synthetic_traffic",

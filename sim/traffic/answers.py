@@ -10,17 +10,17 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, groupby
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
 from sim.errors import InputError, shown
-from sim.files import first_line, open_stream, reading, unique
+from sim.files import first_line, numbered_lines, open_stream, reading, unique
 from sim.model import ModelSpec
 from sim.traffic.arrays import array_of_bytes, narrow_ids
-from sim.traffic.tables import depth_of, layer_of_key, numbered_lines
+from sim.traffic.tables import depth_of, layer_of_key
 
 TOKEN_NAMES = (
     "routed_experts", "topk_ids", "rollout_routed_experts", "selected_experts", "expert_ids", "topk_indices", "topk_idx",
@@ -70,6 +70,7 @@ class Requests:
     passes: set[Any] = field(default_factory=set)
     is_by_shape: bool = False
     n_repeated: int = 0
+    n_same_id: int = 0
     n_null_tokens: int = 0
     n_ids: int = 0
     _of_key: dict[Any, int] = field(default_factory=dict)
@@ -100,6 +101,7 @@ class Requests:
                     self.arrays[at], self.lengths[at] = ids, lengths
                     self.n_ids += ids.size - earlier.size
                 return
+            self.n_same_id += 1
         if key is not None:
             self._of_key[key] = len(self.arrays)
         self.arrays.append(ids)
@@ -131,6 +133,8 @@ class Requests:
             found.append(
                 f"{self.n_repeated} parts of streamed answers, or of ranks, that others hold too are counted once"
             )
+        if self.n_same_id:
+            found.append(f"{self.n_same_id} have the id of another, and other routing: each is a sequence of its own")
         if self.n_null_tokens:
             found.append(f"{self.n_null_tokens} tokens without routing (null) are left out")
         return found
@@ -190,26 +194,34 @@ def add_answer(requests: Requests, held: Any, here: str, phase: str) -> bool:
     Where the answer counts its tokens, and its ids are those of prompt and completion, the tokens of the phase are taken.
     """
     if isinstance(held, list) and not any(isinstance(value, dict) for value in held):
-        requests.add(_nested(held, here, requests), here)
+        requests.add(_nested(held, f"{here}: a list", requests), here)
         return True
     if not isinstance(held, dict | list):
         raise InputError(
             f"{here}: a request is an object with 'routed_experts', or whole numbers [tokens][layers][top_k]"
         )
     n_found = 0
-    for key, parts, counted in _parts(held, None, None, _DEEPEST):
-        n_found += 1
-        ids = [_ids(value, beside, here, requests) for value, beside in parts if value not in (None, "")]
-        ids = [part for part in ids if part.size]
-        if not ids:
-            requests.without(key)
-        elif any(part.shape[1:] != ids[0].shape[1:] for part in ids):
-            raise InputError(f"{here}: the prompt has other layers x top_k than the completion")
-        else:
-            joined = np.concatenate(ids) if len(ids) > 1 else ids[0]
-            taken = _of_phase(joined, counted, phase)
-            if len(taken) < len(joined):
-                requests.leave(len(joined) - len(taken), key)
+    for _, group in groupby(_parts(held, None, None, _DEEPEST), lambda found: id(found[2])):
+        request, choices = list(group), list[Choice]()
+        for key, parts, _ in request:
+            n_found += 1
+            ids = [_ids(value, beside, here, requests) for value, beside in parts if value not in (None, "")]
+            n_prompt = len(ids[0]) if len(ids) > 1 and parts[0][0] is parts[0][1].get(PROMPT) else 0
+            ids = [part for part in ids if part.size]
+            if not ids:
+                requests.without(key)
+            elif any(part.shape[1:] != ids[0].shape[1:] for part in ids):
+                raise InputError(f"{here}: the prompt has other layers x top_k than the completion")
+            else:
+                choices.append((key, np.concatenate(ids) if len(ids) > 1 else ids[0], n_prompt))
+        prompts = _prompts(choices, request[0][2])
+        for place, (key, whole, _) in enumerate(choices):
+            taken, left = whole, 0
+            if prompts:
+                prompt, made = whole[: prompts[place] if place == 0 else 0], whole[prompts[place] :]
+                taken, left = (prompt, len(made)) if phase == "prefill" else (made, len(prompt))
+            if left:
+                requests.leave(left, key)
             if len(taken):
                 requests.add(taken, here, key)
     if not n_found:
@@ -217,14 +229,24 @@ def add_answer(requests: Requests, held: Any, here: str, phase: str) -> bool:
     return n_found > 0
 
 
-def _of_phase(ids: np.ndarray, counted: dict[str, Any] | None, phase: str) -> np.ndarray:
-    """Tokens of a phase, where an engine's counts say which those of the prompt are; else all. The last token that was made
-    is not routed, but for engines that route one ahead.
+Choice = tuple[Any, np.ndarray, int]
+"""Of one of a request's choices: what tells it, its ids, and how many of them are of a prompt that stands by itself."""
+
+
+def _prompts(choices: list[Choice], counted: dict[str, Any] | None) -> list[int]:
+    """Tokens of the prompt at the head of each choice's ids, where an engine's counts are of these ids; else none. Choices
+    repeat the prompt, but for one that stands by itself. The last token that was made is not routed, but for engines that
+    route one ahead.
     """
     prompt, made = ((counted or {}).get(name) for name in ("prompt_tokens", "completion_tokens"))
-    if not (type(prompt) is type(made) is int and prompt > 0 < made and 0 <= prompt + made - len(ids) <= 1):
-        return ids
-    return ids[:prompt] if phase == "prefill" else ids[prompt:]
+    if not choices or not (type(prompt) is type(made) is int and prompt > 0 < made):
+        return []
+    heads = [n for _, _, n in choices]
+    heads = heads if any(heads) else [prompt] * len(choices)
+    if any(not np.array_equal(ids[:n], choices[0][1][:n]) for (_, ids, _), n in zip(choices, heads, strict=True)):
+        return []
+    n_last = sum(heads) + made - sum(len(ids) for _, ids, _ in choices)
+    return heads if max(heads) == prompt and 0 <= n_last <= len(choices) else []
 
 
 Part = tuple[Any, dict[str, Any]]
@@ -261,14 +283,13 @@ def _parts(
 
 def _ids(value: Any, beside: dict[str, Any], here: str, requests: Requests) -> np.ndarray:
     """Ids int16 [tokens, layers, top_k] of a nested list, of base64, or of an object {data, shape, dtype}."""
-    name = "routed_experts"
-    shape, dtype = beside.get(f"{name}_shape", beside.get("shape")), beside.get(f"{name}_dtype", beside.get("dtype"))
+    name = next((key for key in beside if beside[key] is value), "routed_experts")
+    shape, dtype = (beside.get(f"routed_experts_{key}", beside.get(key)) for key in ("shape", "dtype"))
+    here = f"{here}: {name}"
     if isinstance(value, dict):
         shape, dtype = value.get("shape", shape), value.get("dtype", dtype)
         if "data" not in value:
-            raise InputError(
-                f"{here}: routed_experts is an object without 'data': it has {shown(', '.join(map(str, value)))}"
-            )
+            raise InputError(f"{here} is an object without 'data': it has {shown(', '.join(map(str, value)))}")
         value = value["data"]
     if isinstance(value, str):
         return narrow_ids(_of_base64(value, shape, dtype, here, requests.model), here)
@@ -279,7 +300,10 @@ def _ids(value: Any, beside: dict[str, Any], here: str, requests: Requests) -> n
 
 def _nested(value: Any, here: str, requests: Requests) -> np.ndarray:
     """Ids of a nested list; a token or a layer may be null."""
-    what = f"{here}: routed_experts must be whole numbers [tokens][layers][top_k]"
+    depth = depth_of(value)
+    what = f"{here} must be whole numbers [tokens][layers][top_k]" + (
+        f", not {depth} levels of lists" if depth != 3 else ""
+    )
     if not isinstance(value, list) or not all(isinstance(token, list | None) for token in value):
         raise InputError(what)
     tokens = [token for token in value if token is not None]
@@ -293,11 +317,11 @@ def _nested(value: Any, here: str, requests: Requests) -> np.ndarray:
     }:  # booleans too
         raise InputError(what)
     if len(listed) < len(rows):
-        tokens = [[[0] * len(listed[0]) if row is None else row for row in token] for token in tokens]
+        tokens = [[[-1] * len(listed[0]) if row is None else row for row in token] for token in tokens]
     try:
         ids = np.asarray(tokens)
     except (ValueError, OverflowError):
-        raise InputError(f"{here}: routed_experts is not a regular list [tokens][layers][top_k]") from None
+        raise InputError(f"{here} is not a regular list [tokens][layers][top_k]") from None
     if ids.ndim != 3 or ids.dtype.kind not in "iu" or 0 in ids.shape:
         raise InputError(what)
     return narrow_ids(ids, here)
@@ -308,11 +332,11 @@ def _of_base64(text: str, shape: Any, dtype: Any, here: str, model: ModelSpec | 
     try:
         data = base64.b64decode("".join(text.split()), validate=True)
     except (binascii.Error, ValueError):
-        raise InputError(f"{here}: routed_experts is not base64") from None
+        raise InputError(f"{here} is not base64") from None
     if data.startswith(b"\x93NUMPY"):
-        ids = array_of_bytes(data, f"{here}: routed_experts, base64 of a .npy file")
+        ids = array_of_bytes(data, f"{here}, base64 of a .npy file")
         if ids.ndim != 3:
-            raise InputError(f"{here}: routed_experts must have shape [tokens, layers, top_k], not {list(ids.shape)}")
+            raise InputError(f"{here} must have shape [tokens, layers, top_k], not {list(ids.shape)}")
         return ids
     if dtype is None and shape is not None:  # the bytes of an id follow
         dtype = {1: "uint8", 2: "uint16", 4: "int32", 8: "int64"}.get(len(data) // _size(shape, here))
@@ -322,10 +346,10 @@ def _of_base64(text: str, shape: Any, dtype: Any, here: str, model: ModelSpec | 
     kind = "int32" if dtype is None else str(dtype).rpartition(".")[2].strip("'|=")
     plain = kind.lstrip("<>")
     if plain not in _DTYPES and not re.fullmatch("[iu][1248]", plain):
-        raise InputError(f"{here}: routed_experts of dtype {shown(dtype)}: must be one of {', '.join(_DTYPES)}")
+        raise InputError(f"{here} of dtype {shown(dtype)}: must be one of {', '.join(_DTYPES)}")
     found = np.dtype(plain).newbyteorder(">" if kind.startswith(">") else "<")
     if len(data) % found.itemsize or not data:
-        raise InputError(f"{here}: routed_experts is cut off: {len(data)} bytes are not whole {kind} ids")
+        raise InputError(f"{here} is cut off: {len(data)} bytes are not whole {kind} ids")
     flat = np.frombuffer(data, found)
     if shape is not None:
         return _reshaped(flat, shape, here)
@@ -391,14 +415,9 @@ def is_trace(held: Any) -> bool:
 
 def is_step(held: Any) -> bool:
     """Whether this is a step of a trace set: {layer: [[expert ids] of each token]}, null for dense layers."""
-    return (
-        isinstance(held, dict)
-        and bool(held)
-        and all(
-            layer_of_key(key) is not None and (value in (None, []) or depth_of(value) == 2)
-            for key, value in held.items()
-        )
-    )
+    if not isinstance(held, dict) or not held or None in map(layer_of_key, held):
+        return False
+    return all(value in (None, []) or depth_of(value) == 2 for value in held.values())
 
 
 def add_trace(requests: Requests, steps: list[Any], here: str, phase: str) -> None:
@@ -432,4 +451,4 @@ def add_trace(requests: Requests, steps: list[Any], here: str, phase: str) -> No
     requests.layer_ids = layers
     if chosen:
         joined = [list(chain.from_iterable(parts)) for parts in zip(*chosen, strict=True)]
-        requests.add(_nested(joined, here, requests).transpose(1, 0, 2), here)
+        requests.add(_nested(joined, f"{here}: its experts", requests).transpose(1, 0, 2), here)

@@ -197,11 +197,15 @@ def as_array(value: Any, where: str) -> np.ndarray | None:
             return np.asarray(value.detach().float().numpy())
 
 
-def read_safetensors(path: Path, where: str) -> dict[str, np.ndarray]:
-    """The arrays of a .safetensors file by name. Needs the extra epsim[safetensors]."""
-    library = _library("safetensors.numpy", "safetensors", path, where)
+def read_safetensors(path: Path, where: str, is_read: Callable[[list[str]], bool]) -> dict[str, Any]:
+    """The arrays of a .safetensors file by name; where its names are not those of what is read, None instead of each: a model's
+    weights are not read. Needs the extra epsim[safetensors].
+    """
+    library = _library("safetensors", "safetensors", path, where)
     with reading(where, ".safetensors"):
         try:
-            return dict(library.load_file(path))
+            with library.safe_open(path, "numpy") as file:
+                names = list(file.keys())
+                return {name: file.get_tensor(name) for name in names} if is_read(names) else dict.fromkeys(names)
         except (TypeError, KeyError) as error:  # bfloat16, float8
             raise InputError(f"{where} has arrays of a type that numpy lacks ({error}); save int64") from None

@@ -14,13 +14,15 @@ from sim.traffic.recorded import MOST_LAYERS
 _MOST_TOP_K = 32  # columns: no router takes more experts
 COUNT_NAMES = (
     "logical_count", "counts", "count", "load", "loads", "expert_load", "expert_loads", "expert_counts", "token_counts",
-    "tokens_per_expert", "num_tokens_per_expert", "logical_load", "expert_usage", "activation_counts",
+    "tokens_per_expert", "num_tokens_per_expert", "logical_load", "expert_usage", "activation_counts", "activation_count",
+    "expert_count", "expert_frequency", "expert_hotness", "moe_load", "logical_expert_load", "logical_expert_counts",
 )  # fmt: skip
 """Names that arrays of counts go by; `logical_count` is that of SGLang's expert distribution recorder."""
 PHYSICAL_NAMES = (
-    "physical_count", "global_physical_count", "physical_load", "expert_load_window", "expert_load_view", "expert_load_pass"
+    "physical_count", "global_physical_count", "physical_load", "expert_load_window", "expert_load_view", "expert_load_pass",
+    "window_expert_load", "latest_expert_load",
 )  # fmt: skip
-"""The same of physical experts; the last three are of vLLM's EPLB state."""
+"""The same of physical experts; those with `expert_load` are of vLLM's EPLB state."""
 MAP_NAMES = ("physical_to_logical_map", "last_physical_to_logical_map", "phy2log")
 
 
@@ -107,11 +109,12 @@ def build_counts(
             counts = counts.astype(float)
     if counts.min() < 0:
         step, layer, expert = np.unravel_index(int(counts.argmin()), counts.shape)
+        logits = ": a router's logits?" if counts.dtype.kind == "f" and counts.min() % 1 else ""
         raise InputError(
             f"{where}: counts must not be negative, found {shown(counts.min().item())} (step {step}, layer {layer}, "
-            f"expert {expert})"
+            f"expert {expert}){logits}"
         )
-    if counts.max() > 2**53:
+    if counts.max() >= 2**53:
         raise InputError(f"{where}: counts above 2**53, found {shown(counts.max().item())}")
     if counts.shape[1] > MOST_LAYERS:
         raise InputError(
@@ -124,14 +127,16 @@ def build_counts(
             f"{where}: each of its {counts.shape[0]} x {counts.shape[1]} rows adds up to 1: probabilities or weights of tokens, "
             "or shares, and no loads; of shares give one table [layers, experts]"
         )
-    numbers = np.arange(counts.shape[1]) if layer_ids is None else layer_ids
+    numbers = np.arange(counts.shape[1]) if layer_ids is None else np.asarray(layer_ids)
+    if numbers.min() < 0 or len(np.unique(numbers)) < len(numbers):
+        raise InputError(f"{where}: layers must be numbered from 0 on, each by a number of its own")
     used = counts.any(axis=(0, 2))
     if not used.any():
         raise InputError(f"{where}: every count is 0")
     _check_axes(counts.sum(axis=0, dtype=float)[used], where)
     counts = np.ascontiguousarray(counts[:, used] if counts.dtype.kind == "f" else counts[:, used].astype(np.int64))
     digest = hashlib.sha256(f"{counts.shape}{counts.dtype}".encode() + counts.tobytes()).hexdigest()[:32]
-    return LoadCounts(name, counts, np.asarray(numbers)[used], digest, n_steps), int((~used).sum())
+    return LoadCounts(name, counts, numbers[used], digest, n_steps), int((~used).sum())
 
 
 def logical_counts(name: str, counts: np.ndarray, table: np.ndarray | None, where: str) -> np.ndarray:
@@ -235,12 +240,8 @@ def _check_axes(total: np.ndarray, where: str) -> None:
     ordered = np.sort(total, axis=1)  # of a map: each expert has a slot, and a few have several
     steps = np.diff(ordered, axis=1)
     last = ordered[0, -1]
-    if (
-        2 * last > width > 3
-        and not ordered[:, 0].any()
-        and (ordered[:, -1] == last).all()
-        and set(np.unique(steps)) <= {0, 1}
-    ):
+    has_all = not ordered[:, 0].any() and (ordered[:, -1] == last).all() and set(np.unique(steps)) <= {0, 1}
+    if 2 * last > width > 3 and has_all:
         raise InputError(f"{where}: each row has all numbers from 0 to {last:g}: a map of experts, and no loads")
 
 
@@ -251,7 +252,7 @@ def doubts_about(data: LoadCounts) -> list[str]:
     of_each = of_layer / last if last.all() else np.full(len(last), np.inf)  # a shared expert has one of a token's few
     if len(last) > 1 and 2 * of_each[0] <= data.n_experts and of_each[0] % 1 == 0 == np.ptp(of_each):
         found.append(
-            f"expert {data.n_experts - 1} has one in {of_each[0]:g} of the loads of every layer: a shared expert?"
+            f"expert {data.n_experts - 1} has one in {of_each[0]:g} of the loads of every layer: a shared expert? Or a sum?"
         )
     if np.ptp(of_layer) > 1e-3 * of_layer.max() or (counts.dtype.kind == "i" and np.ptp(of_layer)):
         found.append(
@@ -343,6 +344,8 @@ def add_tables(tables: list[CountTable], where: str, what: str = "files") -> Cou
         found.notes.append(f"the steps of {len(tables)} tables follow each other")
     else:
         found.notes += [f"{len(tables)} {what} are added up", *_doubts_about_sum(tables, what)]
+        n_lacking = sum(len(set(table.steps)) < len(steps) for table in tables if table.steps is not None)
+        found.notes += [f"{n_lacking} of them lack some of the {len(steps)} steps"] if n_lacking else []
     return found
 
 

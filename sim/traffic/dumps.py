@@ -34,7 +34,8 @@ from sim.traffic.tables import layer_of_key
 _MAP = "last_physical_to_logical_map"
 _SAMPLE = 4096  # first rows of an array that tell what it is
 _LENGTHS = ("sequence_lengths", "seq_lens", "seqlens", "extend_seq_lens")
-_NO_LOADS = re.compile(r"map$|log2phy|phy2log|logcnt|replica|logit|prob|weight|score")
+_NO_LOADS = re.compile(r"map$|log2phy|phy2log|logcnt|replica|logit|prob(s|$|abilit)|weight|score")
+_NAMES = f"loads go by {', '.join(COUNT_NAMES[:6])} ..., ids by {', '.join(TOKEN_NAMES[:4])} ..."
 STAT = "SGLang's recorder in mode stat"
 _DECODE = 2  # SGLang's ForwardMode of a step with one token of each request
 
@@ -52,10 +53,7 @@ def read_torch(path: Path, where: str, requests: Requests) -> CountTable | Reque
     """
     held = read_pt(path, where)
     if not isinstance(held, dict) or not isinstance(held.get("records"), list):
-        archive = _tensors(held, path, where)
-        found = read_archive(archive, requests)
-        found.form = STAT if "logical_count" in archive.names else f"a torch file: {found.form}"
-        return found
+        return read_tensors(held, path, where, requests)
     records, logical = held["records"], as_array(held.get(_MAP), where)
     if not records or any(not isinstance(record, dict) for record in records):
         raise InputError(f"{where}: SGLang's recorder, but it holds no record, or one that is no dict")
@@ -73,26 +71,34 @@ def read_torch(path: Path, where: str, requests: Requests) -> CountTable | Reque
     )
 
 
-def _tensors(held: Any, path: Path, where: str) -> Archive:
-    """The tensors of a torch file without records: one, a list of them, or those of a dict with a key that is known."""
+def read_tensors(held: Any, path: Path, where: str, requests: Requests) -> CountTable | Requests:
+    """Loads or tokens of the tensors of a file: one, a list of them, or those of a dict with a key that is known."""
     parts = held if isinstance(held, dict) else dict(enumerate(held if isinstance(held, list | tuple) else [held]))
     arrays = {str(key): array for key, part in parts.items() if (array := as_array(part, where)) is not None}
     if not arrays and not isinstance(held, dict):
         raise InputError(f"{where} holds no tensor, but a {type(held).__name__}")
-    names = (*COUNT_NAMES, *PHYSICAL_NAMES, *TOKEN_NAMES, BY_LAYER)
-    if isinstance(held, dict) and not (arrays and (_are_layers(arrays) or any(name in arrays for name in names))):
+    if isinstance(held, dict) and not (arrays and are_known(arrays)):
         raise InputError(
-            f"{where} holds no tensor that is known ({', '.join(names)}; or SGLang's records): it has "
+            f"{where} holds no tensor that is known ({_NAMES}; or SGLang's records): it has "
             f"{shown(', '.join(map(str, held)))}"
         )
     file = io.BytesIO()
     np.savez(file, allow_pickle=False, **arrays)
-    return Archive(path, where, zipfile.ZipFile(file))
+    archive = Archive(path, where, zipfile.ZipFile(file))
+    found = read_archive(archive, requests)
+    found.form = STAT if "logical_count" in archive.names else f"a {path.suffix} file: {found.form}"
+    return found
 
 
 def _are_layers(names: Iterable[str]) -> bool:
     """Whether each name is a layer's."""
     return all(layer_of_key(name) is not None for name in names)
+
+
+def are_known(names: Iterable[str]) -> bool:
+    """Whether arrays of these names hold loads or ids: one has a name that they go by, or each is named by its layer."""
+    known = {*COUNT_NAMES, *PHYSICAL_NAMES, *TOKEN_NAMES, BY_LAYER}
+    return not known.isdisjoint(names) or (_are_layers(names) and not any(map(_NO_LOADS.search, names)))
 
 
 def successive(tables: list[CountTable]) -> list[CountTable]:
@@ -190,14 +196,13 @@ def read_archive(archive: Archive, requests: Requests) -> CountTable | Requests:
         table.counts = logical_counts(counted[0], table.counts, slots, where)
         table.form += _not_read(names, {counted[0], own, *MAP_NAMES})
         return table
+    other = next((name for name in names if _NO_LOADS.search(name)), None)
+    if other is not None:
+        raise InputError(f"{where}: its array '{shown(other)}' holds no loads by its name, nor ids: {_NAMES}")
     shape, _ = archive.shape(names[0])
     if len(names) > 1 and _are_layers(names) and len(shape) in (1, 2):
         return _of_layers(archive, requests)
     if len(names) == 1 and (len(shape) == 2 or (len(shape) == 3 and are_counts(archive.head(names[0], _SAMPLE)))):
-        if _NO_LOADS.search(names[0]):
-            raise InputError(
-                f"{where}: its array '{names[0]}' holds no loads by its name; loads go by {', '.join(COUNT_NAMES)}"
-            )
         return _array_counts(archive, names[0])
     for name in names:
         _add_ids(requests, archive, name)
@@ -225,10 +230,10 @@ def _add_ids(requests: Requests, archive: Archive, name: str) -> Requests:
     elif name in TOKEN_NAMES and PROMPT in archive.names:
         ids = np.concatenate([archive.read_ids(PROMPT), ids])
     requests.add(ids, archive.where, lengths=lengths)
-    known = (
-        f" named {name}{_not_read(archive.names, {name, PROMPT})}" if name in TOKEN_NAMES or name == BY_LAYER else ""
-    )
-    requests.form = f"an array of expert ids [{axes}]{known}: {'a request each' if is_batch else 'one request'}"
+    is_named = name in TOKEN_NAMES or name == BY_LAYER
+    named = f" named {name}" if is_named else ""
+    others = _not_read(archive.names, {name, PROMPT}) if is_named else ""
+    requests.form = f"an array of expert ids [{axes}]{named}: {'a request each' if is_batch else 'one request'}{others}"
     return requests
 
 
@@ -292,7 +297,7 @@ def read_statistics(path: Path, where: str, model: ModelSpec | None) -> CountTab
         raise InputError(
             f"{where} has {top_k} experts per token, model {model.name} has top_k {model.top_k}: another model?"
         )
-    arrays = read_safetensors(path, where)
+    arrays = read_safetensors(path, where, lambda names: True)
     if not arrays or len(arrays) > 10 * MAX_ARRAYS:
         raise InputError(f"{where} has {len(arrays)} arrays")
     entries, n_experts = [], n_experts or len(np.ravel(next(iter(arrays.values()))))

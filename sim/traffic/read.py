@@ -6,16 +6,16 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
 from sim.errors import InputError, shown
-from sim.files import check_regular, is_folder
+from sim.files import check_regular, is_folder, reading
 from sim.model import ModelSpec, load_model
 from sim.model.spec import MOST_DRAFTS
 from sim.traffic.answers import Requests, add_answer, add_trace, is_step, is_trace, json_values
-from sim.traffic.arrays import open_archive
+from sim.traffic.arrays import open_archive, read_safetensors
 from sim.traffic.counts import (
     COUNT_NAMES,
     PHYSICAL_NAMES,
@@ -26,13 +26,13 @@ from sim.traffic.counts import (
     doubts_about,
     of_experts,
 )
-from sim.traffic.dumps import STAT, read_archive, read_statistics, read_torch, successive
+from sim.traffic.dumps import STAT, are_known, read_archive, read_statistics, read_tensors, read_torch, successive
 from sim.traffic.recorded import MOST_LAYERS, PHASES, RecordedTraffic, build_record
 from sim.traffic.tables import read_csv, table_of_json
 
 _KINDS = {
     ".npz": "archive", ".npy": "archive", ".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".tsv": "csv",
-    ".pt": "pt",
+    ".pt": "pt", ".safetensors": "safetensors",
 }  # fmt: skip
 SUFFIXES = (*_KINDS, ".jsonl.gz", ".ndjson.gz", ".json.gz", ".csv.gz", ".tsv.gz")
 """Endings of the files that `read_traffic` reads."""
@@ -64,12 +64,12 @@ def read_traffic(
     What the file is, is recognised before its numbers are read, and said in `notes` with all that is left out.
 
     * Experts of tokens, to `RecordedTraffic`: answers of vLLM and SGLang with `routed_experts` (JSON, JSON lines, a stream of
-      events; nested lists, base64, {data, shape, dtype}); arrays [tokens, layers, top_k] in .npy, .npz and .pt, one request
-      each, a batch [requests, tokens, layers, top_k], [tokens, top_k] for each layer, or `topk_ids` with `sequence_lengths`;
-      SGLang's recorder in mode per_token (.pt); a folder of JSON files, one for each request, a list of steps
-      {layer: [[expert ids] of each token]}, of which step 0 is the prefill.
-    * Loads of experts, to `LoadCounts`: arrays [layers, experts] or [steps, layers, experts] in .npy, .npz and .pt; tables in
-      CSV and JSON, with a row per layer or per layer and expert; SGLang's recorder in modes stat and per_pass (.pt); vLLM's
+      events; nested lists, base64, {data, shape, dtype}); arrays [tokens, layers, top_k] in .npy, .npz, .safetensors and .pt,
+      one request each, a batch [requests, tokens, layers, top_k], [tokens, top_k] for each layer, or `topk_ids` with
+      `sequence_lengths`; SGLang's recorder in mode per_token (.pt); a folder of JSON files, one for each request, a list of
+      steps {layer: [[expert ids] of each token]}, of which step 0 is the prefill.
+    * Loads of experts, to `LoadCounts`: arrays [layers, experts] or [steps, layers, experts] in the same; tables in CSV and JSON,
+      with a row per layer or per layer and expert; SGLang's recorder in modes stat and per_pass (.pt); vLLM's
       `expert_load_window` beside its map; the folder of TensorRT-LLM's EXPERT_STATISTIC_PATH.
 
     Text may be packed as .gz. Of a folder (or a list of paths) all files are read: ranks are added up, requests put together.
@@ -121,9 +121,8 @@ def read_traffic(
     more: list[str] = []
     if len(paths) == 1 and is_folder(paths[0]):
         where = f"workload folder {paths[0]}"
-        paths, n_ignored = _listed(paths[0], where)
-        more = [f"{n_ignored} other files of the folder are not read"] if n_ignored else []
-    elif any(path.suffix == ".safetensors" for path in paths):
+        paths, more = _listed(paths[0], where)
+    elif any(re.fullmatch(_STATISTICS, path.name) for path in paths):
         raise InputError(f"{where}: of TensorRT-LLM's expert statistics give the folder, with meta_info.json in it")
     found = _read_files(paths, Requests(where, model), phase)
     if isinstance(found, CountTable):
@@ -148,13 +147,17 @@ def _check_shape(
     if not is_by_shape or (len(shape) == 3 and not 1 < shape[0] <= MOST_LAYERS):
         return ""
     other = f"[{axes[1]}, {axes[0]}, {axes[-1]}]"
-    told = f"of {other} exchange the axes" if len(shape) == 3 else "loads of ranks look the same, and are not read"
+    told = (
+        f"of {other} exchange the axes"
+        if len(shape) == 3
+        else "loads of ranks, and ids [tokens, top_k] of one layer, look the same, and are not read"
+    )
     return f"; without --model its shape {list(shape)} is taken for [{', '.join(axes)}]: {told}"
 
 
-def _listed(folder: Path, where: str) -> tuple[list[Path], int]:
-    """The files of a folder that are read, in natural order, and how many others there are: TensorRT-LLM's statistics of ranks,
-    or else all whose endings are known.
+def _listed(folder: Path, where: str) -> tuple[list[Path], list[str]]:
+    """The files of a folder that are read, in natural order: TensorRT-LLM's statistics of ranks, or else all whose endings are
+    known; and notes on others that there are, or are not.
     """
     try:
         with os.scandir(folder) as entries:
@@ -170,7 +173,11 @@ def _listed(folder: Path, where: str) -> tuple[list[Path], int]:
     if not chosen:
         raise InputError(f"{where} has no file that is known: their endings are {', '.join(SUFFIXES)}")
     chosen.sort(key=lambda name: [part.zfill(20) for part in re.split(r"(\d+)", name)])
-    return [folder / name for name in chosen], len(set(names) - {*chosen, "meta_info.json"})
+    n_ignored = len(set(names) - {*chosen, "meta_info.json"})
+    notes = [f"{n_ignored} other files of the folder are not read"] if n_ignored else []
+    if statistics and chosen[-1] != f"rank{len(chosen) - 1}.safetensors":
+        notes.append(f"of ranks up to {chosen[-1]} there are {len(chosen)}: the loads of others are missing")
+    return [folder / name for name in chosen], notes
 
 
 def _kind(path: Path, where: str) -> str:
@@ -178,7 +185,7 @@ def _kind(path: Path, where: str) -> str:
     suffix = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
     if suffix in (".pkl", ".pickle"):
         raise InputError(f"{where}: a pickle may run any code and is not read; save arrays as .npy or .npz")
-    kind = "statistics" if suffix == ".safetensors" else _KINDS.get(suffix)
+    kind = "statistics" if re.fullmatch(_STATISTICS, path.name) else _KINDS.get(suffix)
     if kind is None or (path.suffix == ".gz" and kind not in ("json", "csv")):
         raise InputError(f"{where}: the ending must be one of {', '.join(SUFFIXES)}")
     check_regular(path, where)
@@ -228,10 +235,13 @@ def _read_file(kind: str, path: Path, here: str, requests: Requests, phase: str)
         return read_torch(path, here, requests)
     if kind == "statistics":
         return read_statistics(path, here, requests.model)
+    if kind == "safetensors":
+        return read_tensors(read_safetensors(path, here, are_known), path, here, requests)
     if kind == "archive":
         with open_archive(path, here) as archive:
             return read_archive(archive, requests)
-    return _read_json(path, here, requests, phase)
+    with reading(here, "JSON"):  # which may be nested too deep
+        return _read_json(path, here, requests, phase)
 
 
 def _read_json(path: Path, where: str, requests: Requests, phase: str) -> CountTable | Requests:
@@ -405,52 +415,10 @@ def _decoder_layers(
 
 
 def read_recorded(path: Path, phase: str = "decode", model: ModelSpec | Path | str | None = None) -> RecordedTraffic:
-    """Experts of tokens of a file that `read_traffic` reads; load counts are refused.
-
-    Raises
-    ------
-    InputError
-        As `read_traffic`, or the file holds load counts.
-    """
+    """Experts of tokens of a file that `read_traffic` reads. Raises InputError as it does, and for load counts."""
     data = read_traffic(path, model, phase)
     if isinstance(data, LoadCounts):
         raise InputError(
             f"workload file {path} holds load counts, not tokens: fit them first (epsim traffic fit {path} --out my.toml)"
         )
     return data
-
-
-class LoadTable(NamedTuple):
-    """Loads of experts by layer: what a load balancer is fitted on.
-
-    Attributes
-    ----------
-    name, digest : str
-        Of what was read.
-    loads : float64 [layers, n_experts]
-    layer_ids : int64 [layers]
-        Decoder layers, where the file or the model tells them, else 0, 1, ...
-    notes : tuple of str
-        What the file was recognised as, and what was left out.
-    """
-
-    name: str
-    loads: np.ndarray
-    digest: str
-    layer_ids: np.ndarray | None = None
-    notes: tuple[str, ...] = ()
-
-
-def load_table(source: Path | str | RecordedTraffic | LoadCounts, model: ModelSpec) -> LoadTable:
-    """Loads by layer of recorded routing or of load counts, or of a file that holds either.
-
-    Raises InputError where the file is neither, or is of another model.
-    """
-    if isinstance(source, Path | str):
-        source = read_traffic(source, model)
-    if isinstance(source, RecordedTraffic):
-        source.check_model(model.n_experts, model.top_k, model.name)
-        loads = source.count_experts(model.n_experts).astype(float)
-    else:
-        loads = source.total
-    return LoadTable(source.name, loads, source.digest, source.layer_ids, source.notes)

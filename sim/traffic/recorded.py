@@ -295,9 +295,9 @@ def _digest(by_layer: np.ndarray, starts: np.ndarray) -> str:
 
 
 @kernel
-def _below(n, index, trial, key):
-    """Whole number from 0 to n - 1, from word `index` of the trial's replay stream."""
-    return np.int64(np.uint64(word_at(index, 0, trial, REPLAY, key[0], key[1])) * np.uint64(n) >> np.uint64(32))
+def _below(n, index, row, trial, key):
+    """Whole number from 0 to n - 1, from word `index` of a row of the trial's replay stream."""
+    return np.int64(np.uint64(word_at(index, row, trial, REPLAY, key[0], key[1])) * np.uint64(n) >> np.uint64(32))
 
 
 @kernel
@@ -305,7 +305,7 @@ def _next_sequence(place, trial, key, order):
     """Sequence at `place` of an endless series of shuffles: within a shuffle each comes once; `order` is its state."""
     n = order.size
     i = place % n
-    j = i + _below(n - i, 2 * place, trial, key)
+    j = i + _below(n - i, 2 * place, 0, trial, key)
     order[i], order[j] = order[j], order[i]
     return order[i]
 
@@ -326,7 +326,7 @@ def _replay_decode(trials, key, topk_ids, starts, run, tokens, counts, ids):
             request = i // run
             if i == request * run:
                 s = _next_sequence(request, trial, key, order)
-                token = starts[s] + _below(starts[s + 1] - starts[s] - run + 1, 2 * request + 1, trial, key)
+                token = starts[s] + _below(starts[s + 1] - starts[s] - run + 1, 2 * request + 1, 0, trial, key)
             else:
                 token += 1
             for k in range(layer.shape[1]):
@@ -343,22 +343,17 @@ def _in_flight(slot, step, way, starts, key):
     """Token that a slot gives to a step: the stream's row 1 + slot has its sequences, one after the other."""
     n = starts.size - 1
     if way == 0:
-        token = _below_of_slot(starts[n], 0, slot, key)
+        token = _below(starts[n], 0, 1 + slot, 0, key)
         s = np.searchsorted(starts, token, side="right") - 1
         place = token - starts[s] + step
     else:
-        s, place = _below_of_slot(n, 0, slot, key), step
+        s, place = _below(n, 0, 1 + slot, 0, key), step
     index = 1
     while place >= starts[s + 1] - starts[s]:
         place -= starts[s + 1] - starts[s]
-        s = _below_of_slot(n, index, slot, key)
+        s = _below(n, index, 1 + slot, 0, key)
         index += 1
     return starts[s] + place
-
-
-@kernel
-def _below_of_slot(n, index, slot, key):
-    return np.int64(np.uint64(word_at(index, 1 + slot, 0, REPLAY, key[0], key[1])) * np.uint64(n) >> np.uint64(32))
 
 
 @kernel
@@ -371,7 +366,7 @@ def _replay_steps(trials, key, topk_ids, starts, way, tokens, counts, ids):
         step, layer = trial // n_layers, topk_ids[trial % n_layers]
         if way == 2 or step != last:
             for i in range(at.size):
-                at[i] = _below(starts[-1], i, trial, key) if way == 2 else _in_flight(i, step, way, starts, key)
+                at[i] = _below(starts[-1], i, 0, trial, key) if way == 2 else _in_flight(i, step, way, starts, key)
         last = step
         running[:] = 0
         snapshot = 0
@@ -400,7 +395,7 @@ def _replay_prefill(trials, key, topk_ids, starts, tokens, counts, ids):
                 s = _next_sequence(place, trial, key, order)
                 length = starts[s + 1] - starts[s]
                 n = min(length, missing)
-                first = starts[s] + _below(length - n + 1, 2 * place + 1, trial, key)
+                first = starts[s] + _below(length - n + 1, 2 * place + 1, 0, trial, key)
                 for token in range(first, first + n):
                     for k in range(layer.shape[1]):
                         counts[t, j, layer[token, k]] += 1
@@ -409,4 +404,4 @@ def _replay_prefill(trials, key, topk_ids, starts, tokens, counts, ids):
         for q in range(order.size):
             order[q] = q
         s = _next_sequence(0, trial, key, order)  # the token of the step of one token, for the fan-out
-        ids[t, 0] = layer[starts[s] + _below(starts[s + 1] - starts[s], 1, trial, key)]
+        ids[t, 0] = layer[starts[s] + _below(starts[s + 1] - starts[s], 1, 0, trial, key)]

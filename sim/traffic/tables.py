@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any
 
@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from sim.errors import InputError, shown
-from sim.files import open_stream, reading
+from sim.files import numbered_lines, open_stream, reading
 from sim.traffic.arrays import MOST_COUNTS
 from sim.traffic.counts import (
     COUNT_NAMES,
@@ -23,14 +23,13 @@ from sim.traffic.counts import (
     tabulate,
 )
 
-_MAX_LINE = 1 << 20
 _ROLES = {
-    "layer": r"(moe_|decoder_)?layers?(_?(id|idx|index|num|number|no))?",
+    "layer": r"(moe_|decoder_)?layers?(_?(id|idx|index|num|number|no|name))?",
     "step": r"(step|iter|iteration|pass|forward_pass|window|time_?step)(_?(id|idx|index|num|number|no))?",
     "rank": r"((ep|dp|tp|world|gpu)_)?(rank|gpu|device)(_?(id|idx|index))?",
     "expert": r"(logical_)?experts?(_?(id|idx|index|num|number|no))?",
-    "count": r"((token|expert|n|num|logical|activation)_)?(counts?|loads?|tokens|hits?|usage|frequency|value)"
-    r"|(num_)?tokens_per_expert",
+    "count": r"((token|expert|n|num|logical|activation)_)?(counts?|loads?|tokens|hits?|usage|freq(uency)?|value)"
+    r"|(num_)?tokens_per_expert|activations|selections|hotness",
 }
 """What a column holds, by its name in lower case: `layer_id`, `iteration`, `ep_rank`, `expert_idx`, `count` ..."""
 _EXPERT_COLUMN = r"((logical_)?(experts?|exp|e)_?((id|idx)_)?)?(\d{1,6})"  # 3, e3, expert_3
@@ -42,6 +41,8 @@ _BESIDE = re.compile(
     r"|date)(_.+)?"
 )
 """Columns that only describe the others: they are not read."""
+_AROUND = ("layers", "load_history", "snapshots")
+"""Keys of JSON whose value is the table; the last two hold steps: of the EPLB workloads of openevolve, and of vLLM's dumps."""
 _MOST_RANKS = 4096
 _COLUMNS = "'layer', 'step', 'rank', and 'expert_0', 'expert_1', ... or 'expert' and 'count'"
 
@@ -96,15 +97,9 @@ def read_csv(path: Path, where: str) -> CountTable:
         _name_fault(path, where, number, width, wanted, separator)
     found = _table_of_columns(table, names and list(wanted.values()), where, "CSV")
     found.notes += notes
+    if separator == ";" and found.counts.dtype.kind == "f" and (found.counts * 1000 % 1 < 1e-6).all():
+        found.notes.append("a dot in its numbers is taken for the decimal point, not for thousands")
     return found
-
-
-def numbered_lines(file: IO[bytes], where: str, most: int = _MAX_LINE) -> Iterator[tuple[int, bytes]]:
-    """The lines of a file, from 1 on; one of `most` bytes or more is refused."""
-    for number, line in enumerate(iter(lambda: file.readline(most), b""), 1):
-        if len(line) >= most:
-            raise InputError(f"{where}, line {number}: longer than {most >> 20} MiB")
-        yield number, line
 
 
 def _cells(text: str, separator: str) -> list[str]:
@@ -138,6 +133,8 @@ def _name_fault(path: Path, where: str, first: int, width: int, wanted: dict[int
             bad = [cells[i] for i, role in wanted.items() if i < len(cells) and _value(cells[i], role) is None]
             if bad:
                 raise InputError(f"{where}, line {number}: '{shown(bad[0])}' is not a number")
+            if any(abs(_number(cell) or 0) > 2**63 for cell in cells):
+                raise InputError(f"{where}, line {number}: counts above 2**53")
             if len(cells) != width:
                 raise InputError(f"{where}, line {number}: {len(cells)} columns where the first line has {width}")
 
@@ -191,15 +188,11 @@ def _check_columns(names: list[str], here: str) -> None:
     by_expert = any(name.isdigit() for name in names)
     if not by_expert and "expert" not in names and "count" not in names:
         raise InputError(f"{here}: no column is an expert ({_COLUMNS})")
-    for name, other in (
-        ("step", "layer"),
-        ("rank", "layer"),
-        ("expert", "layer"),
-        ("expert", "count"),
-        ("count", "expert"),
-    ):
-        if name in names and other not in names:
-            raise InputError(f"{here}: a column '{name}' needs a column '{other}' beside it")
+    needed = {"step": ["layer"], "rank": ["layer"], "expert": ["layer", "count"], "count": ["expert"]}
+    for role, others in needed.items():
+        lacking = [other for other in others if role in names and other not in names]
+        if lacking:
+            raise InputError(f"{here}: a column '{role}' needs a column '{lacking[0]}' beside it")
     if by_expert and "expert" in names:
         raise InputError(f"{here}: columns 'expert' and 'count' do not go with a column for each expert")
 
@@ -207,6 +200,15 @@ def _check_columns(names: list[str], here: str) -> None:
 def _table_of_columns(table: np.ndarray, names: list[str] | None, where: str, kind: str) -> CountTable:
     """Counts of a table [rows, columns] of numbers whose columns have these roles."""
     if names is None:
+        width = table.shape[1]
+        if width in (3, 4) and (n_keys := _keys_of_rows(table)):
+            if width == 4:
+                raise InputError(
+                    f"{where}: 4 columns without names, of which {n_keys} number its rows: name them ({_COLUMNS})"
+                )
+            found = _table_of_columns(table, ["layer", "expert", "count"], where, kind)
+            found.notes.append("its three columns, which have no names, are taken for layer, expert and count")
+            return found
         form = f"a {kind} table of loads without names: a row per layer, a column per expert"
         index, rest = table[:, 0], table[:, 1:].sum(axis=1)
         if len(table) > 1 and (np.diff(index) == 1).all() and np.ptp(rest) < 1e-6 * rest.max(initial=0):
@@ -251,8 +253,21 @@ def _table_of_columns(table: np.ndarray, names: list[str] | None, where: str, ki
     return found
 
 
+def _keys_of_rows(table: np.ndarray) -> int:
+    """How many columns before the counts tell a row of a table without names: 2 (layer and expert) or 3, where they are whole
+    numbers that come together once each, and make up most of a grid; else 0.
+    """
+    for n_keys in range(2, min(table.shape[1], 4)):
+        keys = table[:, :n_keys]
+        sizes = [np.unique(column).size for column in keys.T]
+        is_grid = max(sizes[:-1]) < len(table) >= np.prod(sizes) / 2 and sizes[-1] > 2
+        if is_grid and ((keys >= 0) & (np.floor(keys) == keys)).all() and len(np.unique(keys, axis=0)) == len(table):
+            return n_keys
+    return 0
+
+
 def _ids(values: np.ndarray, what: str, where: str) -> np.ndarray:
-    if not ((values >= 0) & (values < 2**31) & (values % 1 == 0)).all():
+    if not ((values >= 0) & (values < 2**31) & (np.floor(values) == values)).all():
         raise InputError(f"{where}: {what} must be whole numbers from 0 on")
     return values.astype(np.int64)
 
@@ -263,9 +278,10 @@ def _whole(counts: np.ndarray) -> np.ndarray:
     return counts.astype(np.int64) if is_whole else counts
 
 
-def _number(text: str) -> float | None:
+def _number(cell: Any) -> float | None:
+    text = str(cell)
     try:
-        return float(text)
+        return float(text) if text.isascii() and "_" not in text else None
     except ValueError:
         return None
 
@@ -304,7 +320,7 @@ def _named_table(held: dict[str, Any], where: str) -> CountTable | None:
     """Counts under a known name of an object, and perhaps beside them the layers' ids, or a map of physical experts."""
     name = next((name for name in (*COUNT_NAMES, *PHYSICAL_NAMES) if isinstance(held.get(name), list | dict)), None)
     if name is None:
-        inner = held.get("layers")
+        inner = next((held[key] for key in _AROUND if key in held), None)
         is_table = isinstance(inner, dict) or (isinstance(inner, list) and all(isinstance(row, dict) for row in inner))
         return table_of_json(inner, where) if is_table else None
     inner = held[name]
@@ -339,10 +355,8 @@ def _table_of_rows(held: list[Any], where: str) -> CountTable | None:
     table = _regular(rows, where)
     if table.shape[1] != len(names):
         raise InputError(f"{where}: a list of counts stands where a number should")
-    found, beside = (
-        _table_of_columns(table.astype(float), names, where, "JSON"),
-        [key for key in held[0] if not _column(key)],
-    )
+    found = _table_of_columns(table.astype(float), names, where, "JSON")
+    beside = [key for key in held[0] if not _column(key)]
     found.notes += [f"keys that are not read: {shown(', '.join(beside))}"] if beside else []
     return found
 
@@ -377,24 +391,22 @@ def _table_of_layers(held: dict[str, Any], where: str) -> CountTable | None:
     rows = list(of_layer.values())
     if all(isinstance(row, dict) for row in rows):  # {layer: {expert_counts: ..., and what describes them}}
         rows = [next((row[name] for name in COUNT_NAMES if name in row), row) for row in rows]
-    if all(isinstance(row, list) and depth_of(row) == 1 for row in rows):
-        form, is_open = "JSON {layer: [count of each expert]}", False
-        table = _regular(rows, where)
-        experts = [list(range(table.shape[1]))] * len(rows)
+    if all(isinstance(row, list) and row and depth_of(row) == 1 for row in rows):
+        form = "JSON {layer: [count of each expert]}"
+        table = np.column_stack([np.array(list(of_layer), int), _regular(rows, where)])
+        names = ["layer", *map(str, range(table.shape[1] - 1))]
     elif all(isinstance(row, dict) and row for row in rows):
-        form, is_open = "JSON {layer: {expert: count}}", True
-        experts = [[expert for key in row if (expert := _expert_of_key(key)) is not None] for row in rows]
-        if list(map(len, experts)) != list(map(len, rows)):
+        form, names = "JSON {layer: {expert: count}}", ["layer", "expert", "count"]
+        of_row = zip(of_layer, rows, strict=True)
+        cells = [[layer, _expert_of_key(key), n] for layer, row in of_row for key, n in row.items()]
+        if any(cell[1] is None for cell in cells):
             return None
-        rows = [list(row.values()) for row in rows]
+        table = _regular(cells, where)
     else:
         return None
-    entries = [
-        (0, layer, np.array(of_row, int), _regular([row], where)[0])
-        for layer, of_row, row in zip(of_layer, experts, rows, strict=True)
-    ]
-    counts, _, layers = tabulate(entries, where)
-    return CountTable(_whole(counts[0]), form, layers, is_open=is_open)
+    found = _table_of_columns(table.astype(float), names, where, "JSON")
+    found.form = form
+    return found
 
 
 def _steps(held: list[Any], where: str) -> CountTable | None:
