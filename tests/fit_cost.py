@@ -14,7 +14,7 @@ from scipy.optimize import least_squares
 from sim.cost.exchange import exchange_time_us
 from sim.cost.expert import tile_padded_rows
 from sim.cost.gpu import gpu_names, load_gpu
-from sim.cost.refit import expert_rows, fit_experts, fit_pairs, pair_groups, pair_rows
+from sim.cost.refit import expert_rows, fit_experts, fit_links, link_groups
 from sim.cost.tables import PAIR_SHARPNESS, exchange_profile, grouped_gemm_profile, measured
 from sim.measure.layer_compare import read_layers
 from sim.measure.table import read_measured
@@ -42,7 +42,7 @@ def fit_deepep():
     ep, dispatch_us, combine_us = table("deepep_low_latency")
     published = measured()["deepep_low_latency"]
     gpu, node = load_gpu(published["gpu"]), published["ranks_per_node"]
-    kilobytes = published["tokens_per_rank"] * V3.top_k * V3.hidden_size / 1e3 * np.array([[1 + 4 / 128], [2]])
+    kilobytes = published["tokens"] * V3.top_k * V3.hidden_size / 1e3 * np.array([[1 + 4 / 128], [2]])
     on_node = np.minimum(ep, node)
     ideal_us = (
         kilobytes * (1 - 1 / on_node) / gpu.scale_up_gb_per_s,
@@ -58,16 +58,22 @@ def fit_deepep():
     return np.exp(least_squares(misfit, np.log([31, 0.94, 0.89])).x)
 
 
-def fit_one_node():
-    """Floors, their falls and shares of NVLink of pair exchanges on one node, by GPU, each of dispatch and combine."""
-    rows, found = pair_rows(), {}
-    for phase, falls, part in pair_groups(rows):
-        fit = fit_pairs(part, falls=falls)
+def fit_one_node(name):
+    """Floors, their falls and shares of NVLink of exchanges on one node, by GPU, each of dispatch and combine."""
+    found = {}
+    for part, how in link_groups(name):
+        fit, phase = fit_links(part, **how), part.phase.iloc[0]
         for gpu in part.gpu.unique():
-            value_bytes = {"dispatch": 1 + 4 / 128, "combine": 2}[phase]
-            token_us = V3.top_k * V3.hidden_size * value_bytes / (load_gpu(gpu).scale_up_gb_per_s * 1e3)
-            share = token_us / fit.token_us
-            found.setdefault(gpu, {})[phase] = fit.floor_us[gpu], fit.falls, share
+            row_us = (
+                V3.hidden_size
+                * {"dispatch": 1 + 4 / 128, "combine": 2}[phase]
+                / (load_gpu(gpu).scale_up_gb_per_s * 1e3)
+            )
+            found[gpu, phase] = {
+                "floor_us": fit.floor_us[gpu],
+                "floor_falls": fit.falls,
+                "scale_up_fraction": row_us / fit.row_us,
+            }
     return found
 
 
@@ -141,10 +147,9 @@ def fit_all():
             found |= {f"{kernel}.{gpu}.{name}": share for gpu, share in shares.items()}
     found["h20.peak_fraction"] = fit_peak_fraction("deepgemm_h20")
     found |= {"h800.floor_us": floor, "h800.scale_up_fraction": up, "h800.scale_out_fraction": out}
-    for gpu, phases in fit_one_node().items():
-        for phase, (floor, falls, share) in phases.items():
-            found |= {f"{gpu}.{phase}.floor_us": floor, f"{gpu}.{phase}.floor_falls": falls}
-            found[f"{gpu}.{phase}.scale_up_fraction"] = share
+    for name, kind in (("low_latency_one_node", "pair"), ("deepep_normal", "deepep_high_throughput")):
+        for of, constants in fit_one_node(name).items():
+            found |= {".".join((kind, *of, constant)): value for constant, value in constants.items()}
     return found
 
 

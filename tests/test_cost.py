@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from sim import InputError, ModelSpec, expert_time_us, gpu_names, load_gpu, load_model
 from sim.cli import main
-from sim.cost.exchange import BACKENDS, KINDS
+from sim.cost.exchange import BACKENDS, KINDS, exchange_kind
 from sim.cost.expert import counted_rows, expert_rates, least_time_us, reached_fractions, sides_us, time_ranks
-from sim.cost.refit import expert_rows, experts_left_out, pair_rows, predicted_against_measured
+from sim.cost.refit import exchange_rows, expert_rows, experts_left_out, predicted_against_measured
 from sim.cost.tables import MEASURED_KERNELS, exchange_profile, grouped_gemm_profile, measured
 from sim.model import model_names
 
@@ -255,11 +255,13 @@ def test_shipped_constants_are_the_fitted_ones():
             reached = reached_fractions(load_gpu(gpu), dtype)
             shipped |= {f"{dtype}.{gpu}.{share}": value for share, value in zip(of_shares, reached, strict=False)}
     shipped["h20.peak_fraction"] = load_gpu("h20").peak_fraction
-    for name in ("h100", "h200", "b200", "gb200"):
-        own = exchange_profile("pair", name)
+    one_node = [("pair", name) for name in ("h100", "h200", "b200", "gb200")]
+    for kind, name in one_node + [("deepep_high_throughput", name) for name in ("h100", "b200", "gb200")]:
+        own = exchange_profile(exchange_kind(kind), name, kind)
         for direction, phase in enumerate(("dispatch", "combine")):
             for constant in ("floor_us", "floor_falls", "scale_up_fraction"):
-                shipped[f"{name}.{phase}.{constant}"] = getattr(own, constant)[direction]
+                fp8 = own.fp8_share if (constant, phase) == ("scale_up_fraction", "dispatch") else 1
+                shipped[f"{kind}.{name}.{phase}.{constant}"] = getattr(own, constant)[direction] * fp8
     h800 = exchange_profile("pair", "h800")
     shipped |= {
         f"h800.{name}": getattr(h800, name)[0] for name in ("floor_us", "scale_up_fraction", "scale_out_fraction")
@@ -285,7 +287,7 @@ def test_the_measured_files_give_the_same_rows(shared):
     with (folder / "deepep-low-latency.csv").open() as file:
         keys = ("gpu", "ep", "tokens_per_rank", "phase", "us")
         given = {tuple(r[key] for key in keys) for r in csv.DictReader(file)}
-    ours = {(r.gpu, str(r.ep_size), str(r.tokens), r.phase, f"{r.measured_us:g}") for r in pair_rows().itertuples()}
+    ours = {(r.gpu, str(r.ep_size), str(r.tokens), r.phase, f"{r.measured_us:g}") for r in exchange_rows().itertuples()}
     assert ours == {(gpu.removesuffix("_sxm"), *rest, f"{float(us):g}") for gpu, *rest, us in given}
     with (folder / "h200-moe-decode.csv").open() as file:
         given = [(r["moe_ep_size"], r["num_tokens"], r["latency_ms"]) for r in csv.DictReader(file)]

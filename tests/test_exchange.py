@@ -112,6 +112,23 @@ def test_backends_stand_for_kinds():
         exchange(kind="nccl")
 
 
+def test_a_backend_whose_kernels_were_measured_has_its_own_times():
+    """DeepEP's normal kernels, 4,096 tokens on B200: 515 and 882 us, pairs sorted beside them. Others go by their kind."""
+    one = {"gpu": "b200", "ep_size": 8, "tokens_per_rank": 4096, "dtype": "fp8"}
+    alone = exchange(**one, kind="deepep_high_throughput", sorts_pairs=False)
+    assert (alone.dispatch_us, alone.combine_us) == (pytest.approx(515.0, rel=0.05), pytest.approx(882.3, rel=0.05))
+    assert not alone.extrapolated
+    copy_us = 4096 * 7168 / (7.7e6 * 0.648)
+    received = 8 * (1 - (7 / 8) ** 8)
+    times = exchange(**one, kind="deepep_high_throughput")
+    assert times.dispatch_us - alone.dispatch_us == pytest.approx(16 * (1 + 4 / 128) * copy_us)
+    assert times.combine_us - alone.combine_us == pytest.approx((8 + received) * 2 * copy_us)
+    assert exchange(**one | {"dtype": "bf16"}, kind="deepep_high_throughput").dispatch_us < 1.5 * times.dispatch_us
+    for gpu, backend in (("h800", "deepep_high_throughput"), ("b200", "deepep_v2")):
+        ours = exchange(**one | {"gpu": gpu}, kind=backend).total_us
+        assert ours == exchange(**one | {"gpu": gpu}, kind="token").total_us
+
+
 @pytest.mark.slow
 def test_exchanges_of_measured_layers():
     """4 H100s: floors and shares are those of chat and gpqa-tilted traffic. What they did not see, in the median: uniform traffic

@@ -140,22 +140,20 @@ def test_pytorch_rounds_as_numpy_does():
         )
 
 
-@pytest.mark.parametrize("align", [1, 16])
-def test_pytorchs_own_grouped_gemm_passes_the_check(align):
+def test_pytorchs_own_grouped_gemm_passes_the_check():
     """The kernel that runs on a GPU has a CPU version for BF16, with uneven groups and empty ones."""
     torch = torch_or_skip()
     from sim.measure.torch_experts import TorchExperts
-    from sim.measure.torch_kernels import gemm_choices, plain_activation
+    from sim.measure.torch_kernels import gemms, plain_activation
 
     if not hasattr(torch.nn.functional, "grouped_mm"):
         pytest.skip(f"torch {torch.__version__} has no grouped_mm")
     backend = TorchExperts(SHAPE, "cpu")
     backend.prepare("bf16", print)
-    choice = next(choice for choice in gemm_choices("bf16", "cuda") if choice.align == align)
+    _, gemm = gemms("bf16", "cuda")[0]
     with torch.inference_mode():
-        assert backend._gemm_error("bf16", choice, plain_activation, COUNTS) < 1e-2
-        wrong = choice._replace(gemm=lambda *arguments: 1.05 * choice.gemm(*arguments))
-        assert backend._gemm_error("bf16", wrong, plain_activation, COUNTS) > 1e-2
+        assert backend._gemm_error("bf16", gemm, plain_activation, COUNTS) < 1e-2
+        assert backend._gemm_error("bf16", lambda *of: 1.05 * gemm(*of), plain_activation, COUNTS) > 1e-2
 
 
 def test_layers_of_a_replay_have_weights_of_their_own():
@@ -175,19 +173,19 @@ def test_layers_of_a_replay_have_weights_of_their_own():
 def test_kernels_that_do_not_work_are_passed_over_and_named(monkeypatch):
     torch_or_skip()
     from sim.measure import torch_experts
-    from sim.measure.torch_kernels import GemmChoice, gemm_choices
+    from sim.measure.torch_kernels import gemms
 
     def absent(*arguments):
         raise NotImplementedError("no such kernel\nhere")
 
-    right = gemm_choices("bf16", "cpu")[0]
-    wrong = GemmChoice("wrong", lambda *arguments: 2 * right.gemm(*arguments), 1)
-    missing = GemmChoice("missing", absent, 1)
-    empty = GemmChoice("empty", lambda *arguments: right.gemm(*arguments) * float("nan"), 1)
+    name, right = gemms("bf16", "cpu")[0]
+    wrong = "wrong", lambda *arguments: 2 * right(*arguments)
+    missing = "missing", absent
+    empty = "empty", lambda *arguments: right(*arguments) * float("nan")
     backend = torch_experts.TorchExperts(SHAPE, "cpu")
-    monkeypatch.setattr(torch_experts, "gemm_choices", lambda *a: [missing, wrong, empty, right])
-    assert backend.prepare("bf16", print).startswith(right.name)
-    monkeypatch.setattr(torch_experts, "gemm_choices", lambda *a: [missing, wrong, empty])
+    monkeypatch.setattr(torch_experts, "gemms", lambda *a: [missing, wrong, empty, (name, right)])
+    assert backend.prepare("bf16", print).startswith(name)
+    monkeypatch.setattr(torch_experts, "gemms", lambda *a: [missing, wrong, empty])
     said = []
     with pytest.raises(BackendError, match="no grouped GEMM comes out right"):
         backend.prepare("fp8", said.append)

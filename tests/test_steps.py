@@ -190,7 +190,7 @@ def test_the_exchange_counts_or_is_left_out():
 
 
 def test_each_kind_of_exchange_has_rows_of_its_own():
-    """round_robin evens pairs out and raises received tokens; gather and reduce do not see it. A backend is its kind."""
+    """round_robin evens pairs out and raises received tokens; gather and reduce do not see it. Backends go by their kind."""
     kinds = ["pair", "token", "gather", "reduce", "none"]
     table = gain(tokens=[8192], exchange=kinds)
     assert table.exchange.tolist() == [kind for kind in kinds for _ in ("h20", "h200")]
@@ -200,7 +200,7 @@ def test_each_kind_of_exchange_has_rows_of_its_own():
     assert new["token"] > 1.1 * old["token"]
     assert (new[["gather", "reduce", "none"]] == old[["gather", "reduce", "none"]]).all()
     assert rows.experts_saved.nunique() == 1
-    by_name = gain(tokens=[8192], exchange=["deepep_low_latency", "deepep_high_throughput", "allgather_reducescatter"])
+    by_name = gain(tokens=[8192], exchange=["deepep_low_latency", "deepep_v2", "allgather_reducescatter"])
     of_kind = gain(tokens=[8192], exchange=["pair", "token", "gather"])
     pd.testing.assert_frame_equal(by_name.drop(columns="exchange"), of_kind.drop(columns="exchange"))
 

@@ -224,7 +224,7 @@ def run_gpus(arguments: Namespace) -> None:
 
 
 def _check(arguments: Namespace) -> None:
-    from sim.cost.refit import predicted_against_measured
+    from sim.cost.refit import exchanges_of_others, predicted_against_measured
     from sim.cost.tables import measured
 
     if arguments.plot is not None and arguments.plot.suffix not in (".png", ".svg"):
@@ -243,6 +243,15 @@ def _check(arguments: Namespace) -> None:
         "EP size (experts) or tokens per rank (exchange); moe_decode: no fit saw it"
     )
     print_table(title, heads, lines, arguments.markdown, align="<<<<>>>>>", keys=4)
+    others = exchanges_of_others()
+    lines = [
+        [part, gpu, dtype, source, str(len(rows)), *(f"{rows.error.quantile(q):+.0%}" for q in (0, 0.5, 1))]
+        for (part, gpu, dtype, source), rows in others.groupby(["part", "gpu", "dtype", "source"], sort=False)
+    ]
+    print()
+    title = "Predicted against exchange times of other versions and backends, which no fit saw"
+    heads = ["part", "gpu", "type", "published table", "rows", "least", "median", "most"]
+    print_table(title, heads, lines, arguments.markdown, align="<<<<>>>>", keys=4)
     if not arguments.markdown:
         print("\nHeld out by more than 25 %, so take such cells as extrapolated:")
         for row in check[check.held_out_error.abs() > 0.25].itertuples():
@@ -250,7 +259,7 @@ def _check(arguments: Namespace) -> None:
                 f"  {row.part} {row.gpu} {row.dtype}: EP {row.ep_size}, {row.tokens} tokens, {row.held_out_error:+.0%}"
             )
         print("\nPublished tables:")
-        for source in check.source.unique():
+        for source in (*check.source.unique(), *others.source.unique()):
             say(f"{source}: {measured()[source]['source']}", "  ", "    ")
         say(
             "Not in them, so not verified: h20. In bf16, and token, gather and reduce: epsim measure --show, results/measured"

@@ -35,9 +35,7 @@ class Capacities(NamedTuple):
     """Outcome of `size_buffers`."""
 
     table: pd.DataFrame
-    curves: (
-        pd.DataFrame
-    )  # the largest step: placement, ep_size, tokens, quantity, scope, deployments, factor, probability
+    curves: pd.DataFrame  # largest step: placement, ep_size, tokens, quantity, scope, deployments, factor, probability
     n_layers: int
     notes: list[str]  # cells that were left out, and why
     slots: dict[str, int]  # of a layer, by placement
@@ -289,11 +287,8 @@ def _as_rows(
     plan: Plan, cell: int, quantity: str, balanced: float, solved: list[Any], dropped_beyond: Callable[[int], float]
 ) -> list[dict[str, object]]:
     """Rows of what is `solved`: scope, risk, deployments, capacity and the ends of its interval."""
-    pair, tokens, worst = (
-        plan.grid.cells[cell][0],
-        int(plan.grid.tokens_of_cell[cell]),
-        worst_case(plan, cell, quantity),
-    )
+    pair, tokens = plan.grid.cells[cell][0], int(plan.grid.tokens_of_cell[cell])
+    worst = worst_case(plan, cell, quantity)
     ep_size, n_slots = plan.grid.pairs[pair][1], _slots(plan, pair)
     keys = dict(zip(("model", "workload", "placement"), plan.grid.keys(cell), strict=False))
     dropped: dict[int, float] = {}

@@ -106,13 +106,17 @@ def exchange_time_us(
     nodes_per_token: ArrayLike | None = None,
     dtype: str = "bf16",
     profile: Exchange | None = None,
+    sorts_pairs: bool = True,
 ) -> ExchangeTime:
     """Dispatch and combine of one layer, for the rank with the most traffic, in microseconds.
 
     Each direction takes (floor^p + max(NVLink, network)^p)^(1/p): a floor for small messages, the bandwidth that is reached
     for large ones, the slower of the two links. `token`, `gather` and `reduce` also copy inside the GPU: rows are
     packed, sorted by expert, and summed; which does not become less with fewer ranks, as the links' work does. The constants
-    of `exchange_profile(kind, gpu)` say what they were fitted to. Dispatch of `pair` is counted in FP8 with scales, and
+    of `exchange_profile(kind, gpu, backend)` say what they were fitted to, and `epsim gpus --check` how far others' times are
+    from them: `token` are NCCL's, which TensorRT-LLM's all-to-all over NVLink keeps to; DeepEP's high-throughput kernels have
+    their own, for they are slower, on Blackwell up to twice. Newer low-latency kernels than those of `pair` take half the
+    time to dispatch within a node. Dispatch of `pair` is counted in FP8 with scales, and
     so is that of `token` for experts in fp8; all else in BF16. What each kind moves, out of and into the busiest rank:
 
     - token: `received_tokens` over NVLink; over the network a token once to each node that needs it.
@@ -129,7 +133,7 @@ def exchange_time_us(
     gpu : Gpu, str or Path
         Needs scale_out_gb_per_s where the EP group is larger than a node.
     kind : str
-        One of KINDS, or a backend of BACKENDS that stands for one.
+        One of KINDS, or a backend of BACKENDS that stands for one, by whose own constants where it has them.
     ep_size, tokens_per_rank : array
         Ranks, and tokens that each of them sends.
     received_tokens : float array
@@ -146,6 +150,8 @@ def exchange_time_us(
         Type of the experts, see DISPATCHED_FP8.
     profile : Exchange
         Constants; by default those of the kind and GPU.
+    sorts_pairs : bool
+        Whether a GPU's sorting of pairs by expert, and the sums of a token's, are counted in.
 
     Returns
     -------
@@ -168,7 +174,7 @@ def exchange_time_us(
     >>> [total_us(kind) for kind in ("token", "pair", "gather", "reduce")]
     [660.0, 1360.0, 940.0, 800.0]
     """
-    model, gpu, kind = load_model(model), load_gpu(gpu), exchange_kind(kind)
+    model, gpu, backend, kind = load_model(model), load_gpu(gpu), kind, exchange_kind(kind)
     width = expert_width(model)
     ep, tokens = together(
         ep_size=as_numbers("ep_size", ep_size, 1, 1e6, whole=True),
@@ -187,7 +193,12 @@ def exchange_time_us(
     if nodes_per_token is None:
         share = np.divide(received, ep * tokens, out=np.zeros(ep.shape), where=tokens > 0).clip(0, 1)
         nodes = ep / on_node * (1 - (1 - share) ** on_node)
-    _check_traffic(model, ep, tokens, received, load)
+    for over, most, text in (
+        (received, ep * tokens, "received_tokens: cannot be above ep_size x tokens_per_rank"),
+        (load, ep * tokens * model.top_k, "pairs: cannot be above ep_size x tokens_per_rank x top_k"),
+    ):
+        if (over > most * (1 + 1e-9)).any():
+            raise InputError(text)
     off_node = 1 - on_node / ep
     if kind != "none" and gpu.scale_out_gb_per_s is None and (off_node > 0).any():
         raise InputError(
@@ -206,10 +217,17 @@ def exchange_time_us(
         "reduce": (2 * everything * (1 - 1 / ep), 2 * everything * off_node / on_node),
     }[kind]
     if profile is None:
-        profile = exchange_profile(kind, gpu.name)
+        profile = exchange_profile(kind, gpu.name, backend)
         if (kind, dtype) == DISPATCHED_FP8:
-            profile = replace(profile, bytes_per_value=(FP8_WITH_SCALES, 2.0))
-    copied, times = _copied_rows(model, kind, ep, tokens, received), []
+            dispatch, combine = profile.scale_up_fraction
+            profile = replace(
+                profile,
+                bytes_per_value=(FP8_WITH_SCALES, 2.0),
+                scale_up_fraction=(dispatch * profile.fp8_share, combine),
+            )
+    copies = {*profile.copies} - ({"pairs"} if not sorts_pairs else set())
+    copied, times = _copied_rows(copies, kind, ep, tokens, tokens * model.top_k, received), []
+    copy_us_per_byte = 1 / (gpu.hbm_tb_per_s * 1e6 * (gpu.copy_fraction or profile.copy_fraction))
     for direction in (0, 1):
         value_bytes = width * profile.bytes_per_value[direction]
         up_us = up * value_bytes / (gpu.scale_up_gb_per_s * 1e3 * profile.scale_up_fraction[direction])
@@ -219,45 +237,27 @@ def exchange_time_us(
         passes = 2 if kind == "reduce" else 1  # an all-reduce is a reduce-scatter and an all-gather
         floor_us = floor_us + profile.hop_us * passes * (on_node - 1)
         p = profile.sharpness
-        copy_us = copied[direction] * value_bytes * _copy_us_per_byte(gpu, profile)
+        copy_us = copied[direction] * value_bytes * copy_us_per_byte
         times.append((floor_us**p + link_us**p) ** (1 / p) + copy_us)
     if kind == "reduce":  # nothing is dispatched, but pairs are sorted
-        sort_us = copied[0] * width * profile.bytes_per_value[0] * _copy_us_per_byte(gpu, profile)
+        sort_us = copied[0] * width * profile.bytes_per_value[0] * copy_us_per_byte
         times = [np.zeros(ep.shape), times[1] + sort_us]
     return ExchangeTime(times[0], times[1], ~_is_measured(model, gpu, profile, ep, tokens, load, on_node))
 
 
 def _copied_rows(
-    model: ModelSpec, kind: str, ep: np.ndarray, tokens: np.ndarray, received: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+    copies: set[str], kind: str, ep: np.ndarray, tokens: np.ndarray, pairs: np.ndarray, received: np.ndarray
+) -> list[np.ndarray]:
     """Rows that a rank reads or writes in its own memory for dispatch and combine, as `epsim measure --layer` runs them.
 
-    Pairs are sorted by expert (a row read, one written) and summed (read): those of the mean rank, since the imbalance of
-    pairs is the experts'. `token`: each row that is sent is packed (read, written), what goes back is written, and read and
-    summed where it arrives. `gather` and `reduce`: a sum is written for every token.
+    Pairs, those of the mean rank, since the imbalance of pairs is the experts': sorted by expert (a row read, one written), and
+    read to be summed. Tokens of `token`: each row that is sent is packed (read, written), and what comes back is read and
+    summed; of `gather` and `reduce`: all sums are written.
     """
-    pairs = tokens * model.top_k
-    if kind == "token":
-        return 2 * pairs + 2 * received, pairs + 2 * received + tokens
-    return 2 * pairs, pairs + ep * tokens
-
-
-def _copy_us_per_byte(gpu: Gpu, profile: Exchange) -> float:
-    if not profile.copy_fraction:
-        return 0.0
-    return 1 / (gpu.hbm_tb_per_s * 1e6 * (gpu.copy_fraction or profile.copy_fraction))
-
-
-def _check_traffic(
-    model: ModelSpec, ep: np.ndarray, tokens: np.ndarray, received: np.ndarray, load: np.ndarray
-) -> None:
-    slack = 1 + 1e-9
-    for wrong, text in (
-        (received > ep * tokens * slack, "received_tokens: cannot be above ep_size x tokens_per_rank"),
-        (load > ep * tokens * model.top_k * slack, "pairs: cannot be above ep_size x tokens_per_rank x top_k"),
-    ):
-        if wrong.any():
-            raise InputError(text)
+    nothing = np.zeros(ep.shape)
+    of_pairs = (2 * pairs, pairs + (received if kind == "token" else 0)) if "pairs" in copies else (nothing, nothing)
+    of_tokens = (2 * received, received + tokens) if kind == "token" else (nothing, ep * tokens)
+    return [a + b for a, b in zip(of_pairs, of_tokens, strict=True)] if "tokens" in copies else list(of_pairs)
 
 
 def _is_measured(
@@ -270,15 +270,18 @@ def _is_measured(
     on_node: np.ndarray,
 ) -> np.ndarray:
     """Where a time is of a published set-up: DeepSeek-V3's sizes, no imbalance, nodes of 8."""
-    v3 = load_model("deepseek-v3")
-    links = (gpu.scale_up_gb_per_s, gpu.scale_out_gb_per_s)
+    v3, (least_ep, most_ep), (least, most) = (
+        load_model("deepseek-v3"),
+        profile.measured_ep_size,
+        profile.measured_tokens,
+    )
+    preset = load_gpu(gpu.name) if gpu.name in profile.measured_on else None
     if (
-        profile.measured_on != gpu.name
-        or links != (load_gpu(gpu.name).scale_up_gb_per_s, load_gpu(gpu.name).scale_out_gb_per_s)
+        preset is None
+        or (gpu.scale_up_gb_per_s, gpu.scale_out_gb_per_s) != (preset.scale_up_gb_per_s, preset.scale_out_gb_per_s)
         or (model.top_k, expert_width(model)) != (v3.top_k, expert_width(v3))
     ):
         return np.zeros(ep.shape, bool)
-    (least_ep, most_ep), (least, most) = profile.measured_ep_size, profile.measured_tokens
+    is_even = (np.abs(load - tokens * model.top_k) <= 1e-9 * load) | (profile.kind != "pair")
     inside = (ep >= least_ep) & (ep <= most_ep) & (tokens >= least) & (tokens <= most)
-    is_even = np.abs(load - tokens * model.top_k) <= 1e-9 * load
-    return inside & (is_even | (profile.kind != "pair")) & (on_node == np.minimum(ep, 8))
+    return inside & is_even & (on_node == np.minimum(ep, 8))

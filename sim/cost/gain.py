@@ -11,11 +11,11 @@ import pandas as pd
 from sim.cost.exchange import DEFAULT_EXCHANGE, exchange_kind
 from sim.cost.expert import crossover_tokens, expert_rates
 from sim.cost.gpu import Gpu
-from sim.cost.inputs import as_numbers, dtype_of, with_network
+from sim.cost.inputs import dtype_of, with_network
 from sim.cost.steps import CellTimes, StepSample, balanced_times, cell_times, sample_steps
 from sim.errors import InputError
 from sim.model import ModelSpec, load_model
-from sim.options import StepOptions
+from sim.options import RestOptions, StepOptions
 from sim.options.declare import takes
 from sim.placement import strategy_name
 from sim.stats import bounded_mean_interval, clustered_quantile, moments_of_draws, ratio_interval
@@ -125,16 +125,11 @@ def predict_gain(
     names, baseline = list(dict.fromkeys(names)), own
     exchanges = list(dict.fromkeys(exchange if isinstance(exchange, list) else [exchange]))
     kinds = {name: exchange_kind(name) for name in exchanges}
+    RestOptions(moe_share=moe_share, step_us=step_us, balancer_us=balancer_us)
     if moe_share is not None and step_us is not None:
         raise InputError("`moe_share` and `step_us` say the same: give one of them")
-    if moe_share is not None:
-        as_numbers("`moe_share`", moe_share, 1e-6, 1)
-    if step_us is not None:
-        as_numbers("`step_us`", step_us, 1e-3, 1e9)
-    if balancer_us is not None:
-        as_numbers("`balancer_us`", balancer_us, 0, 1e6)
-        if IN_STEP not in names:
-            raise InputError(f"`balancer_us` goes with `placement` {IN_STEP}, on copies of another placement")
+    if balancer_us is not None and IN_STEP not in names:
+        raise InputError(f"`balancer_us` goes with `placement` {IN_STEP}, on copies of another placement")
     chips = [with_network(gpu, network_gb_per_s) for gpu in (gpus if isinstance(gpus, list) else [gpus])]
     dtype = dtype_of(model, chips, dtype)
     rates = [expert_rates(model, gpu, dtype) for gpu in chips]
@@ -144,39 +139,37 @@ def predict_gain(
         **options,
     )  # fmt: skip
     grid, rows = sample.plan.grid, []
-    for (exchange, kind), (rate, gpu), name in product(kinds.items(), enumerate(chips), names):
+    for exchange, (rate, gpu), name in product(kinds, enumerate(chips), names):
         for base in np.flatnonzero(grid.baseline_cells == np.arange(len(grid.cells))).tolist():
-            old, of = cell_times(sample, base, rate, gpu, dtype, kind), sample
+            old, of = cell_times(sample, base, rate, gpu, dtype, exchange), sample
             if name == PERFECT:
-                cell, new = None, balanced_times(sample, base, gpu, dtype, kind)
+                cell, new = None, balanced_times(sample, base, gpu, dtype, exchange)
             else:
                 of = sample.in_step if name == IN_STEP and sample.in_step else sample
                 placed = sampled.index(sample.copied if name == IN_STEP else name)
                 cell = base + placed * len(grid.cells) // len(sampled)
-                new = cell_times(of, cell, rate, gpu, dtype, kind)
+                new = cell_times(of, cell, rate, gpu, dtype, exchange)
             row: dict[str, object] = {"model": model.name, "workload": grid.workload, "gpu": gpu.name, "dtype": dtype}
             row |= {"exchange": exchange, "baseline": baseline, "placement": name}
             row |= {"ep_size": int(grid.ep_size_of_cell[base]), "tokens": int(grid.tokens_of_cell[base])}
             row |= _times_row(sample, base, old, new, moe_share, step_us) | _loads_row(sample, base, "baseline_")
             row |= _loads_row(of, cell, "") | {"load_bound": float(sample.load_bound[base][..., rate].mean())}
             if paired_imbalance:
-                row |= _with_ends("imbalance_saved", _evened_out(sample, base, of, cell))
+                loads = sample.max_load[base].astype(float)
+                even = np.full(loads.shape, float(grid.mean_load(base)))
+                saved = saved_share(even if cell is None else of.max_load[cell], loads, _draws(sample, len(loads)))
+                row |= _with_ends("imbalance_saved", saved)
             crossover = crossover_tokens(model, rates[rate])
             of_crossover = int(grid.tokens_of_cell[base]) / crossover
             row |= {"crossover_tokens": crossover, "knee": KNEE[dtype][0] <= of_crossover <= KNEE[dtype][1]}
             if name == IN_STEP and cell is not None:
-                row |= _bought_row(sample, cell_times(sample, cell, rate, gpu, dtype, kind), new)
+                saved_us = cell_times(sample, cell, rate, gpu, dtype, exchange).layer_us - new.layer_us
+                bought = ratio_of_draws(saved_us, np.ones(saved_us.shape), _draws(sample, len(saved_us)))
+                row |= {"copies_of": sample.copied, **_with_ends("bought_us", bought)}
                 within = int(grid.ep_size_of_cell[base]) <= sample.plan.ranks_per_node
                 row["balancer_us"] = BALANCER_US[0 if within else 1] if balancer_us is None else float(balancer_us)
             rows.append(row)
     return _with_break_even(pd.DataFrame(rows)) if IN_STEP in names else pd.DataFrame(rows)
-
-
-def _bought_row(sample: StepSample, even: CellTimes, split: CellTimes) -> dict[str, object]:
-    """What the best split saves over an even one on the same copies, in microseconds of a layer."""
-    draw = _draws(sample, len(even.layer_us))
-    bought = ratio_of_draws(even.layer_us - split.layer_us, np.ones(even.layer_us.shape), draw)
-    return {"copies_of": sample.copied, **_with_ends("bought_us", bought)}
 
 
 def _with_break_even(gains: pd.DataFrame) -> pd.DataFrame:
@@ -260,13 +253,6 @@ def _loads_row(sample: StepSample, cell: int | None, prefix: str) -> dict[str, o
         ends = (float(end) for end in bounded_mean_interval(moments, design, least, most))
         row |= _with_ends(prefix + name, ends)
     return row
-
-
-def _evened_out(sample: StepSample, base: int, of: StepSample, cell: int | None) -> tuple[float, float, float]:
-    """Share of the busiest rank's load that a cell of a sample, or perfect balance (None), has less than the baseline; paired."""
-    old = sample.max_load[base].astype(float)
-    new = np.full(old.shape, float(sample.plan.grid.mean_load(base))) if cell is None else of.max_load[cell]
-    return saved_share(new, old, _draws(sample, len(old)))
 
 
 def _draws(sample: StepSample, n_steps: int) -> np.ndarray:

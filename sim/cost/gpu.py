@@ -1,13 +1,10 @@
 """GPUs by preset name or from a TOML file of the presets' keys."""
 
 import dataclasses
-import tomllib
 from dataclasses import dataclass
-from functools import cache
-from importlib import resources
 from pathlib import Path
-from typing import Any
 
+from sim.cost.tables import read_table
 from sim.errors import InputError, shown, unknown
 from sim.files import read_toml
 
@@ -81,14 +78,9 @@ class Gpu:
         return float(peaks[dtype])
 
 
-@cache
-def _presets() -> dict[str, dict[str, Any]]:
-    return tomllib.loads(resources.files("sim.cost").joinpath("gpus.toml").read_text(encoding="utf-8"))
-
-
 def gpu_names() -> list[str]:
     """Names of the presets, in the order of the table."""
-    return list(_presets())
+    return list(read_table("gpus.toml"))
 
 
 def load_gpu(name_or_path: str | Path | Gpu) -> Gpu:
@@ -111,17 +103,18 @@ def load_gpu(name_or_path: str | Path | Gpu) -> Gpu:
     name = str(name_or_path)
     if name.endswith(".toml"):
         fields = {"name": Path(name).stem, **read_toml(Path(name), f"gpu file {name}")}
-    elif name.lower() in _presets():
-        fields = {"name": name.lower(), **_presets()[name.lower()]}
+    elif name.lower() in read_table("gpus.toml"):
+        fields = {"name": name.lower(), **read_table("gpus.toml")[name.lower()]}
     else:
-        raise unknown("`gpu`", name, _presets(), " (or the path of a .toml file; `epsim gpus` lists the presets)")
+        raise unknown(
+            "`gpu`", name, read_table("gpus.toml"), " (or the path of a .toml file; `epsim gpus` lists the presets)"
+        )
     known = [field.name for field in dataclasses.fields(Gpu)]
     for key in fields:
         if key not in known:
             raise unknown(f"field of gpu {name}", key, known)
-    for key in _NEEDED:
-        if key not in fields:
-            raise InputError(f"gpu file {name} lacks {key}")
+    if missing := [key for key in _NEEDED if key not in fields]:
+        raise InputError(f"gpu file {name} lacks {missing[0]}")
     marks = fields.get("unverified", [])
     if not isinstance(marks, list):
         raise InputError(f"gpu {name}: unverified must be a list of field names, not {shown(marks)}")

@@ -71,23 +71,22 @@ def together(**arrays: np.ndarray) -> list[np.ndarray]:
 
 def expert_width(model: ModelSpec) -> int:
     """Width of what goes into and comes out of a routed expert; InputError where it is unknown."""
-    width = model.expert_hidden_size or model.hidden_size
-    if not width:
-        raise _unknown_sizes(model, ["hidden_size"])
-    return width
+    return _sizes(model)[0]
 
 
 def expert_parameters(model: ModelSpec) -> int:
     """Parameters of one routed expert; InputError where a size is unknown."""
-    needed = ("moe_intermediate_size", "expert_matrices")
-    missing = [field for field in needed if not getattr(model, field)]
-    if not model.expert_hidden_size and not model.hidden_size:
-        missing.insert(0, "hidden_size")
-    if missing:
-        raise _unknown_sizes(model, missing)
-    return model.expert_matrices * expert_width(model) * model.moe_intermediate_size
+    width, inner, matrices = _sizes(model, "moe_intermediate_size", "expert_matrices")
+    return matrices * width * inner
 
 
-def _unknown_sizes(model: ModelSpec, missing: list[str]) -> InputError:
-    more = f" (not verified: {'; '.join(model.unverified)})" if model.unverified else ""
-    return InputError(f"model {model.name}: times need sizes that are not known: {', '.join(missing)}{more}")
+def _sizes(model: ModelSpec, *more: str) -> list[int]:
+    """The width of experts, and further sizes."""
+    sizes = {
+        "hidden_size": model.expert_hidden_size or model.hidden_size,
+        **{name: getattr(model, name) for name in more},
+    }
+    if missing := [name for name, size in sizes.items() if not size]:
+        unread = f" (not verified: {'; '.join(model.unverified)})" if model.unverified else ""
+        raise InputError(f"model {model.name}: times need sizes that are not known: {', '.join(missing)}{unread}")
+    return list(sizes.values())

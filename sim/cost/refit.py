@@ -2,13 +2,13 @@
 out in turn; and what the model predicts for each of their rows.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 from scipy.optimize import least_squares
 
-from sim.cost.exchange import exchange_time_us
+from sim.cost.exchange import exchange_kind, exchange_time_us
 from sim.cost.expert import ExpertRates, counted_rows, expert_rates, expert_time_us, reached_fractions, time_ranks
 from sim.cost.gpu import load_gpu
 from sim.cost.tables import PAIR_SHARPNESS, grouped_gemm_profile, measured
@@ -34,24 +34,17 @@ class ExpertFit(NamedTuple):
 def expert_rows(name: str = "wideep_experts") -> pd.DataFrame:
     """Expert times of a published table: gpu, ep_size, tokens, measured_us, and a rank's pairs, distinct and local experts."""
     table = measured()[name]
-    rows = _with_loads(pd.DataFrame(table["rows"], columns=["gpu", "ep_size", "tokens", "measured_us"]), table["model"])
-    if name == _RANDOM:
-        n_experts, picks = rows.local * rows.ep_size, rows.pairs * rows.ep_size
-        rows["distinct"] = np.minimum(rows.local * (1 - (1 - 1 / n_experts) ** picks), rows.pairs)
-    return rows
-
-
-def other_expert_rows() -> pd.DataFrame:
-    """The same from an older version of the kernel, which no fit sees."""
-    table = measured()["moe_decode"]
-    rows = pd.DataFrame(table["rows"], columns=["ep_size", "tokens", "measured_us"])
-    return _with_loads(rows.assign(gpu=table["gpu"]), table["model"])
-
-
-def _with_loads(rows: pd.DataFrame, name: str) -> pd.DataFrame:
-    model = load_model(name)
+    rows, model = _frame(table, "gpu ep_size tokens measured_us"), load_model(table["model"])
     pairs, local = rows.tokens * model.top_k / rows.ep_size, model.n_experts / rows.ep_size
-    return rows.assign(pairs=pairs, distinct=np.minimum(local, pairs), local=local)
+    picked = local * (1 - (1 - 1 / model.n_experts) ** (rows.tokens * model.top_k)) if name == _RANDOM else local
+    return rows.assign(pairs=pairs, distinct=np.minimum(picked, pairs), local=local)
+
+
+def _frame(table: dict[str, Any], columns: str) -> pd.DataFrame:
+    """Rows of a published table; columns that are the same in all of them are keys of the table instead."""
+    names = columns.split()
+    same = {name: table[name] for name in names if name in table}
+    return pd.DataFrame(table["rows"], columns=[name for name in names if name not in same]).assign(**same)
 
 
 def _whole_rates(gpus: list[str], kernel: str) -> dict[str, ExpertRates]:
@@ -151,69 +144,86 @@ def experts_left_out(rows: pd.DataFrame, kernel: str = "fp8") -> np.ndarray:
     return times
 
 
-def pair_rows() -> pd.DataFrame:
-    """Published times of pair exchanges on one node: gpu, ep_size, tokens (per rank), phase, measured_us."""
-    table = measured()["low_latency_one_node"]
-    wide = pd.DataFrame(table["rows"], columns=["gpu", "ep_size", "tokens", "dispatch", "combine"])
-    return wide.melt(["gpu", "ep_size", "tokens"], var_name="phase", value_name="measured_us")
+def exchange_rows(name: str = "low_latency_one_node") -> pd.DataFrame:
+    """Published times of an exchange within a node: gpu, ep_size, tokens (per rank), phase, measured_us, and `sent`, the rows of
+    a token that go to experts that are picked at random.
+    """
+    table = measured()[name]
+    wide = _frame(table, "gpu ep_size tokens dispatch combine")
+    top_k, ep = load_model(table["model"]).top_k, wide.ep_size
+    wide["sent"] = top_k if exchange_kind(table["exchange"]) == "pair" else ep * (1 - (1 - 1 / ep) ** top_k)
+    return wide.melt(["gpu", "ep_size", "tokens", "sent"], var_name="phase", value_name="measured_us")
 
 
-class PairFit(NamedTuple):
-    """Constants of one phase on the GPUs of one generation."""
+class LinkFit(NamedTuple):
+    """Constants of one phase of an exchange on GPUs that are fitted together."""
 
     floor_us: dict[str, float]  # by GPU
     falls: float  # of the floor, with the tokens
-    token_us: float  # of a token all of whose copies leave the rank: one NVLink, one share of it
+    row_us: float  # of a row that leaves its rank
+    sharpness: float
 
 
-def pair_times(fit: PairFit, rows: pd.DataFrame) -> np.ndarray:
+def link_times(fit: LinkFit, rows: pd.DataFrame) -> np.ndarray:
     """Times of published rows of one phase with the constants of a fit."""
-    p, tokens = PAIR_SHARPNESS, rows.tokens.to_numpy(float)
+    p, tokens = fit.sharpness, rows.tokens.to_numpy(float)
     floor_us = rows.gpu.map(fit.floor_us).to_numpy(float) * tokens**-fit.falls
-    return (floor_us**p + (fit.token_us * (1 - 1 / rows.ep_size.to_numpy()) * tokens) ** p) ** (1 / p)
+    moved = (rows.sent * (1 - 1 / rows.ep_size)).to_numpy() * tokens
+    return (floor_us**p + (fit.row_us * moved) ** p) ** (1 / p)
 
 
-def fit_pairs(rows: pd.DataFrame, *, falls: bool) -> PairFit:
-    """Constants of one phase of one generation, with the least soft absolute log error."""
+def fit_links(rows: pd.DataFrame, *, falls: bool, sharpness: float = PAIR_SHARPNESS) -> LinkFit:
+    """Constants with the least soft absolute log error."""
     gpus = list(dict.fromkeys(rows.gpu))
 
-    def of(x: np.ndarray) -> PairFit:
+    def of(x: np.ndarray) -> LinkFit:
         floors = dict(zip(gpus, np.exp(x), strict=False))
-        return PairFit(floors, float(x[-1]) if falls else 0.0, float(np.exp(x[len(gpus)])))
+        return LinkFit(floors, float(x[-1]) if falls else 0.0, float(np.exp(x[len(gpus)])), sharpness)
 
     def misfit(x: np.ndarray) -> np.ndarray:
-        return np.log(pair_times(of(x), rows) / rows.measured_us.to_numpy())
+        return np.log(link_times(of(x), rows) / rows.measured_us.to_numpy())
 
-    start = [*np.log([55] * len(gpus) + [0.7]), *([0.05] if falls else [])]
+    start = [*np.log([55] * len(gpus) + [0.09]), *([0.05] if falls else [])]
     return of(least_squares(misfit, start, loss="soft_l1", f_scale=0.1).x)
 
 
-def pair_groups(rows: pd.DataFrame) -> list[tuple[str, bool, pd.DataFrame]]:
-    """Rows that are fitted together: phase, whether its floor falls with the tokens (combine on Blackwell), rows."""
-    is_hopper = rows.gpu.str.startswith("h")
+_TWINS = {"h200": "h100", "b300": "b200", "gb300": "gb200"}
+"""GPUs with the links of another."""
+
+
+def link_groups(name: str = "low_latency_one_node") -> list[tuple[pd.DataFrame, dict[str, Any]]]:
+    """Rows of a table that are fitted together, and how: those of pair by generation, whose combine falls with the tokens on
+    Blackwell; of DeepEP's normal kernels, whose floor and links add up, by the GPUs' links.
+    """
+    rows = exchange_rows(name)
+    is_pair, is_hopper = (rows.sent == rows.sent.iloc[0]).all(), rows.gpu.str.startswith("h")
+    if not is_pair:
+        rows["gpu"] = rows.gpu.replace(_TWINS)
     return [
-        (phase, phase == "combine" and not hopper, rows[(rows.phase == phase) & (is_hopper == hopper)])
+        (part, {"falls": phase == "combine" and not one} if is_pair else {"falls": False, "sharpness": 1.0})
         for phase in ("dispatch", "combine")
-        for hopper in (True, False)
+        for one in ((True, False) if is_pair else rows.gpu.unique())
+        if len(part := rows[(rows.phase == phase) & ((is_hopper if is_pair else rows.gpu) == one)])
     ]
 
 
-def pairs_left_out(rows: pd.DataFrame) -> np.ndarray:
-    """Times of each row predicted by a fit without the rows of its number of tokens, in microseconds."""
-    times = pd.Series(np.nan, rows.index)
-    for _, falls, part in pair_groups(rows):
-        for tokens in part.tokens.unique():
-            fit, out = fit_pairs(part[part.tokens != tokens], falls=falls), part[part.tokens == tokens]
-            times[out.index] = pair_times(fit, out)
-    return times.to_numpy()
+def links_left_out(name: str) -> pd.Series:
+    """Times of each row of a table predicted by a fit without the rows of its number of tokens, in microseconds."""
+    times: list[pd.Series] = []
+    for part, how in link_groups(name):
+        for tokens, out in part.groupby("tokens"):
+            times.append(pd.Series(link_times(fit_links(part[part.tokens != tokens], **how), out), out.index))
+    return pd.concat(times).sort_index()
 
 
 FITTED = {"wideep_experts": "fp8", "wideep_nvfp4": "fp4"}
 """Published tables of expert times that constants are fitted to, and their types."""
+_FITTED_LINKS = ("low_latency_one_node", "deepep_normal")
+_OTHER_LINKS = ("deepep_normal_others", "flashinfer_two_sided", "low_latency_others")
 
 
 def predicted_against_measured() -> pd.DataFrame:
-    """Published times of DeepSeek-V3's experts and of its pair exchange, and the model's; takes some seconds.
+    """Published times of DeepSeek-V3's experts and of their exchange, and the model's; takes some seconds.
 
     Returns
     -------
@@ -225,15 +235,14 @@ def predicted_against_measured() -> pd.DataFrame:
         saw the error itself.
     """
     model = load_model("deepseek-v3")
-    tables = [_experts(expert_rows(name), name, dtype) for name, dtype in FITTED.items()]
-    tables.append(_experts(other_expert_rows(), "moe_decode", "fp8"))
-    tables += [_pairs(pair_rows(), "low_latency_one_node"), _pairs(_deepep_rows(), "deepep_low_latency")]
+    tables = [_experts(expert_rows(name), name, dtype) for name, dtype in (FITTED | {"moe_decode": "fp8"}).items()]
+    tables += [_exchanges(exchange_rows(name), name) for name in (*_FITTED_LINKS, "deepep_low_latency")]
     rows = pd.concat(tables, ignore_index=True)
     rows["error"] = rows.predicted_us / rows.measured_us - 1
     rows["fitted"] = rows.source != "moe_decode"
     rows["held_out_error"] = rows.error.where(~rows.fitted)
     left_out = {name: experts_left_out(expert_rows(name), dtype) for name, dtype in FITTED.items()}
-    for source, times in (left_out | {"low_latency_one_node": pairs_left_out(pair_rows())}).items():
+    for source, times in (left_out | {name: links_left_out(name).to_numpy() for name in _FITTED_LINKS}).items():
         mine = rows.source == source
         rows.loc[mine, "held_out_error"] = times / rows.measured_us[mine] - 1
     is_expert = rows.part == "experts"
@@ -241,34 +250,31 @@ def predicted_against_measured() -> pd.DataFrame:
     return rows
 
 
+def exchanges_of_others() -> pd.DataFrame:
+    """Published times of other versions and backends, which no fit saw, and the model's: the columns part to error."""
+    rows = pd.concat([_exchanges(exchange_rows(name), name) for name in _OTHER_LINKS], ignore_index=True)
+    return rows.assign(error=rows.predicted_us / rows.measured_us - 1)
+
+
 def _experts(rows: pd.DataFrame, source: str, dtype: str) -> pd.DataFrame:
-    times = [
-        expert_time_us(
-            measured()[source]["model"],
-            row.gpu,
-            pairs=row.pairs,
-            distinct_experts=row.distinct,
-            local_experts=row.local,
-            dtype=dtype,
-        ).item()
-        for row in rows.itertuples()
-    ]
+    loads = {"pairs": rows.pairs, "distinct_experts": rows.distinct, "local_experts": rows.local}
+    model, times = measured()[source]["model"], pd.Series(0.0, rows.index)
+    for gpu, i in rows.groupby("gpu").groups.items():
+        times[i] = expert_time_us(model, str(gpu), **{name: values[i] for name, values in loads.items()}, dtype=dtype)
     rows = rows.rename(columns={"distinct": "distinct_experts"}).drop(columns="local")
     return rows.assign(part="experts", dtype=dtype, source=source, predicted_us=times)
 
 
-def _pairs(rows: pd.DataFrame, source: str) -> pd.DataFrame:
-    model, times = measured()[source]["model"], []
-    for row in rows.itertuples():
-        both = exchange_time_us(model, row.gpu, ep_size=row.ep_size, tokens_per_rank=row.tokens)
-        times.append((both.dispatch_us if row.phase == "dispatch" else both.combine_us).item())
-    rows = rows.rename(columns={"phase": "part"})
-    dtype = {"dispatch": "fp8" if source == "deepep_low_latency" else "not named", "combine": "bf16"}
-    return rows.assign(dtype=rows.part.map(dtype), source=source, predicted_us=times)
-
-
-def _deepep_rows() -> pd.DataFrame:
-    table = measured()["deepep_low_latency"]
-    wide = pd.DataFrame(table["rows"], columns=["ep_size", "dispatch", "combine"])
-    rows = wide.melt("ep_size", var_name="phase", value_name="measured_us")
-    return rows.assign(gpu=table["gpu"], tokens=table["tokens_per_rank"])
+def _exchanges(rows: pd.DataFrame, source: str) -> pd.DataFrame:
+    """Without sorting pairs by expert and summing them, which is not in the published times."""
+    table, times = measured()[source], pd.Series(0.0, rows.index)
+    backend, dtype = table["exchange"], table.get("dtype", "not named")
+    for (gpu, phase), part in rows.groupby(["gpu", "phase"]):
+        both = exchange_time_us(
+            table["model"], str(gpu), kind=backend, ep_size=part.ep_size, tokens_per_rank=part.tokens, dtype=dtype,
+            ranks_per_node=table.get("ranks_per_node", 8), sorts_pairs=False,
+        )  # fmt: skip
+        times[part.index] = both.dispatch_us if phase == "dispatch" else both.combine_us
+    rows = rows.rename(columns={"phase": "part"}).drop(columns="sent")
+    dtypes = rows.part.map({"dispatch": dtype, "combine": "bf16"})
+    return rows.assign(dtype=dtypes, source=source, predicted_us=times)

@@ -103,7 +103,7 @@ def predict_steps(
     for cell in range(len(sample.plan.grid.cells)):
         keys = _keys(sample, cell, chip, dtype, exchange)
         layer_set = sample.set_of_step(cell)
-        for metric, values in metrics_of_steps(sample, cell, chip, dtype, kind).items():
+        for metric, values in metrics_of_steps(sample, cell, chip, dtype, exchange).items():
             if layers.layer_correlation is not None and metric != "worst_imbalance":
                 values = _spread(values, layer_set, layers.layer_correlation)
             rows.append({**keys, "metric": metric, **_distribution(values, layer_set)})
@@ -157,9 +157,9 @@ def balancedness_sglang(mean_load: float, max_load: np.ndarray) -> np.ndarray:
     return np.mean((mean_load + 1e-5) / (max_load + 1e-5), axis=-1)
 
 
-def metrics_of_steps(sample: StepSample, cell: int, gpu: Gpu, dtype: str, kind: str) -> dict[str, np.ndarray]:
+def metrics_of_steps(sample: StepSample, cell: int, gpu: Gpu, dtype: str, exchange: str) -> dict[str, np.ndarray]:
     """Each of METRICS of a cell's steps, float64 [steps]."""
-    times, mean_load = cell_times(sample, cell, 0, gpu, dtype, kind), float(sample.plan.grid.mean_load(cell))
+    times, mean_load = cell_times(sample, cell, 0, gpu, dtype, exchange), float(sample.plan.grid.mean_load(cell))
     return {
         "balancedness_vllm": balancedness_vllm(mean_load, sample.max_load[cell]),
         "balancedness_sglang": balancedness_sglang(mean_load, sample.max_load[cell]),
@@ -248,7 +248,7 @@ def replay_steps(
     of_steps: list[dict[str, Any]] = []
     exceeded: list[dict[str, Any]] = []
     for cell in range(len(continuous.plan.grid.cells)):
-        found = {phase: metrics_of_steps(sample, cell, chip, dtype, kind) for phase, sample in samples.items()}
+        found = {phase: metrics_of_steps(sample, cell, chip, dtype, exchange) for phase, sample in samples.items()}
         found["after the opening"] = {metric: values[OPENING:longest] for metric, values in found["together"].items()}
         keys = _keys(continuous, cell, chip, dtype, exchange)
         rows = [

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sim.cost.exchange import exchange_time_us
+from sim.cost.exchange import exchange_kind, exchange_time_us
 from sim.cost.expert import ExpertRates, expert_rates, least_time_us, rank_time_us, tile_of, time_ranks
 from sim.cost.gpu import Gpu
 from sim.errors import InputError
@@ -234,13 +234,9 @@ def _run_chunk(
     scorer = StepScorer(plan, cells, groups_of(range(first_draw, first_draw + len(trials))), n_draws)
     there = slice(trials.start, trials.stop)
     split_cells: list[int] = []
-    slowest_us = np.empty(
-        (2, len(trials), len(cells), len(constants))
-    )  # as the placements have it, and split in the step
-    load_bound, split = (
-        np.empty(slowest_us.shape, np.bool_),
-        np.empty((len(trials), len(cells), len(METRICS)), np.int32),
-    )
+    slowest_us = np.empty((2, len(trials), len(cells), len(constants)))  # as placed, and split in the step
+    load_bound = np.empty(slowest_us.shape, np.bool_)
+    split = np.empty((len(trials), len(cells), len(METRICS)), np.int32)
 
     def time(group: Group, blocks: Blocks, counts: np.ndarray) -> None:
         time_slowest_ranks(*blocks, constants, slowest_us[0], load_bound[0])
@@ -318,15 +314,17 @@ class CellTimes(NamedTuple):
         return self.experts_us + self.exchange_us
 
 
-def cell_times(sample: StepSample, cell: int, rate: int, gpu: Gpu, dtype: str, kind: str) -> CellTimes:
-    """Times of the layers of a cell on a GPU whose rates are number `rate` of the sample's, under a kind of exchange."""
+def cell_times(sample: StepSample, cell: int, rate: int, gpu: Gpu, dtype: str, exchange: str) -> CellTimes:
+    """Times of the layers of a cell on a GPU whose rates are number `rate` of the sample's, under an exchange, by kind or
+    backend.
+    """
     return CellTimes(
         sample.slowest_us[cell][..., rate],
-        *_exchange_us(sample, cell, gpu, dtype, kind, sample.max_load[cell].astype(float), sample.received[cell]),
+        *_exchange_us(sample, cell, gpu, dtype, exchange, sample.max_load[cell].astype(float), sample.received[cell]),
     )
 
 
-def balanced_times(sample: StepSample, cell: int, gpu: Gpu, dtype: str, kind: str) -> CellTimes:
+def balanced_times(sample: StepSample, cell: int, gpu: Gpu, dtype: str, exchange: str) -> CellTimes:
     """Times of the layers of a cell if pairs, and the experts that have any, were spread evenly over the ranks.
 
     No placement, with replicas or without, has faster experts: the time of a rank is convex in both but for `spread_us`, and
@@ -338,11 +336,11 @@ def balanced_times(sample: StepSample, cell: int, gpu: Gpu, dtype: str, kind: st
     pairs = np.full(active.shape, float(grid.mean_load(cell)))
     local = np.full(active.shape, model.n_experts / ep_size)
     experts_us = least_time_us(expert_rates(model, gpu, dtype), pairs, active / ep_size, local)
-    return CellTimes(experts_us, *_exchange_us(sample, cell, gpu, dtype, kind, pairs, sample.received[cell]))
+    return CellTimes(experts_us, *_exchange_us(sample, cell, gpu, dtype, exchange, pairs, sample.received[cell]))
 
 
 def _exchange_us(
-    sample: StepSample, cell: int, gpu: Gpu, dtype: str, kind: str, pairs: np.ndarray, received: np.ndarray
+    sample: StepSample, cell: int, gpu: Gpu, dtype: str, exchange: str, pairs: np.ndarray, received: np.ndarray
 ) -> tuple[np.ndarray, bool]:
     """Times of the exchange, of the pairs' shape, and whether they lie beyond what was measured.
 
@@ -352,11 +350,11 @@ def _exchange_us(
     ep_size, tokens = int(grid.ep_size_of_cell[cell]), int(grid.tokens_of_cell[cell])
     per_rank = (tokens + grid.dummy_tokens) / ep_size
     traffic: dict[str, Any] = {"pairs": pairs}
-    if kind == "token":
+    if exchange_kind(exchange) == "token":
         nodes = float(sample.reached[int(grid.pair_of_cell[cell])][..., 1].mean())
         traffic = {"received_tokens": received * (1 + grid.dummy_tokens / tokens), "nodes_per_token": nodes}
     times = exchange_time_us(
-        sample.plan.model, gpu, kind=kind, ep_size=ep_size, tokens_per_rank=per_rank,
+        sample.plan.model, gpu, kind=exchange, ep_size=ep_size, tokens_per_rank=per_rank,
         ranks_per_node=sample.plan.ranks_per_node, dtype=dtype, **traffic,
     )  # fmt: skip
     return np.broadcast_to(times.total_us, pairs.shape), bool(np.any(times.extrapolated))

@@ -61,7 +61,7 @@ class Exchange:
     Attributes
     ----------
     kind : str
-        token, pair, gather or reduce.
+        token, pair, gather or reduce, or a backend whose kernels were measured apart.
     gpus : tuple of str
         Presets that it is for; empty: all others.
     floor_us : pair of float
@@ -73,14 +73,18 @@ class Exchange:
     bytes_per_value : pair of float
         FP8 with a 4-byte scale for every 128 values, and BF16.
     scale_up_fraction, scale_out_fraction : pair of float
-        Shares of NVLink and network bandwidth that are reached.
+        Shares of NVLink and network bandwidth that are reached; of the network by default that of token.
+    fp8_share : float
+        Share of that on NVLink which dispatch reaches in FP8, whose rows are as many and half as large.
     sharpness : float
         Exponent of the sum of the times of floor and links: they add up at 1, the longer one counts at infinity.
     copy_fraction : float
-        Share of the memory bandwidth that copies inside a GPU reach, where it has none of its own: rows packed, sorted by
-        expert and summed beside the exchange. 0 where the exchange's kernels do that themselves.
-    measured_on : str
-        GPU that the constants were fitted to; empty where there was none.
+        Share of the memory bandwidth that copies inside a GPU reach, where it has none of its own.
+    copies : tuple of str
+        What is copied beside the exchange, unless its kernels do it: 'tokens', packed and summed; 'pairs', sorted by expert
+        and summed.
+    measured_on : tuple of str
+        GPUs that the constants were fitted to.
     measured_ep_size, measured_tokens : pair of int
         From and to: EP sizes and tokens per rank of that fit.
     source : str
@@ -90,19 +94,23 @@ class Exchange:
     gpus: tuple[str, ...]
     floor_us: tuple[float, float]
     scale_up_fraction: tuple[float, float]
-    scale_out_fraction: tuple[float, float]
     source: str
+    scale_out_fraction: tuple[float, float] = (0.860, 0.860)
     hop_us: float = 0.0
     floor_falls: tuple[float, float] = (0.0, 0.0)
+    fp8_share: float = 1.0
     bytes_per_value: tuple[float, float] = (FP8_WITH_SCALES, 2.0)
     sharpness: float = PAIR_SHARPNESS
-    copy_fraction: float = 0.0
-    measured_on: str = ""
+    copy_fraction: float = 0.648
+    copies: tuple[str, ...] = ()
+    measured_on: tuple[str, ...] = ()
     measured_ep_size: tuple[int, int] = (0, 0)
     measured_tokens: tuple[int, int] = (0, 0)
 
 
-def _read(name: str) -> dict[str, Any]:
+@cache
+def read_table(name: str) -> dict[str, Any]:
+    """A TOML file of this folder."""
     return tomllib.loads(resources.files("sim.cost").joinpath(name).read_text(encoding="utf-8"))
 
 
@@ -113,27 +121,26 @@ MEASURED_KERNELS = {"bf16": "bf16", "fp8": "fp8_torch"}
 @cache
 def grouped_gemm_profile(name: str = "fp8") -> GroupedGemm:
     """The kernel that expert times of a type are computed for, or one of MEASURED_KERNELS."""
-    return GroupedGemm(**_read("kernels.toml")["grouped_gemm"][name])
+    return GroupedGemm(**read_table("kernels.toml")["grouped_gemm"][name])
 
 
 @cache
 def exchange_profiles() -> list[Exchange]:
     """Constants of all kinds of exchange."""
-    rows: list[dict[str, Any]] = _read("kernels.toml")["exchange"]
-    pairs: list[dict[str, Any]] = [
-        {key: tuple(value) if isinstance(value, list) else value for key, value in row.items()} for row in rows
+    rows: list[dict[str, Any]] = [
+        {key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}
+        for row in read_table("kernels.toml")["exchange"]
     ]
-    return [Exchange(**row) for row in pairs]
+    return [Exchange(**row) for row in rows]
 
 
-def exchange_profile(kind: str, gpu: str) -> Exchange:
-    """Constants of a kind on a GPU: its own, or those for all others."""
-    of_kind = [profile for profile in exchange_profiles() if profile.kind == kind]
-    own = [profile for profile in of_kind if gpu in profile.gpus]
-    return own[0] if own else next(profile for profile in of_kind if not profile.gpus)
+def exchange_profile(kind: str, gpu: str, backend: str = "") -> Exchange:
+    """Constants of a backend on a GPU where it has its own there, else of its kind: the GPU's, or those for all others."""
+    profiles = exchange_profiles()
+    own = [profile for name in (backend, kind) for profile in profiles if profile.kind == name and gpu in profile.gpus]
+    return own[0] if own else next(profile for profile in profiles if profile.kind == kind and not profile.gpus)
 
 
-@cache
 def measured() -> dict[str, Any]:
     """Published measurements by name, each a table with its source, columns in comments of measured.toml."""
-    return _read("measured.toml")
+    return read_table("measured.toml")

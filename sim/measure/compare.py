@@ -101,17 +101,6 @@ def errors(predicted: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(table, columns=[*names, "error_p10", "error_p50", "error_p90", "within_20"])
 
 
-def layer_times(predicted: pd.DataFrame) -> pd.DataFrame:
-    """Time of each layer: that of the slowest measured rank.
-
-    Returns
-    -------
-    DataFrame
-        Index dtype, workload, ep_size, tokens, step, placement; columns time_us and predicted_us.
-    """
-    return predicted.groupby([*CELL, "step", "placement"])[["time_us", "predicted_us"]].max()
-
-
 def gains(predicted: pd.DataFrame, baseline: str = "linear", other: str = "round_robin") -> pd.DataFrame:
     """Gain of one placement over another in the mean time of a layer, paired over steps.
 
@@ -134,9 +123,8 @@ def gains(predicted: pd.DataFrame, baseline: str = "linear", other: str = "round
     for name in (baseline, other):
         if name not in there:
             raise InputError(f"`placements` {name}: measured were {', '.join(there)}")
-    wide = layer_times(predicted).unstack("placement")[
-        [(c, p) for c in ("time_us", "predicted_us") for p in (baseline, other)]
-    ]
+    slowest = predicted.groupby([*CELL, "step", "placement"])[["time_us", "predicted_us"]].max()
+    wide = slowest.unstack("placement")[[(c, p) for c in ("time_us", "predicted_us") for p in (baseline, other)]]
     table = []
     for cell, part in wide.dropna().groupby(level=CELL):
         measured, parts = ratio_parts(*(part["time_us", name].to_numpy() for name in (baseline, other)))

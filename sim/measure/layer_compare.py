@@ -47,8 +47,8 @@ def read_layers(path: Path, gpu: Gpu | None = None) -> pd.DataFrame:
     -------
     DataFrame
         One row per layer (exchange, workload, tokens, step, placement): the layer_us, experts_us, exchange_us, pairs and
-        received of the rank that had the most of each, and mean_received; with model, gpu, dtype, ep_size. With a `gpu`
-        also predicted_experts_us and predicted_exchange_us, as the cost model has them.
+        received of the rank that had the most of each; with model, gpu, dtype, ep_size. With a `gpu` also
+        predicted_experts_us and predicted_exchange_us, as the cost model has them.
 
     Raises
     ------
@@ -64,7 +64,7 @@ def read_layers(path: Path, gpu: Gpu | None = None) -> pd.DataFrame:
         where,
         (
             (~((times > 0) & (times < 1e9)).all(axis=1), "times must be above 0 and below 1e9"),
-            (~rows.exchange.isin(list(EXCHANGES)), f"exchange must be one of {', '.join(EXCHANGES)}"),
+            (~rows.exchange.isin(EXCHANGES), f"exchange must be one of {', '.join(EXCHANGES)}"),
             (~rows.tokens.between(1, 2**20), "tokens must be from 1 to 1048576"),
             ((rows["rank"] < 0) | (rows["rank"] >= rows.ep_size), "rank must be from 0 to ep_size - 1"),
             ((rows.received < 0) | (rows.received > rows.tokens), "received must be from 0 to tokens"),
@@ -77,8 +77,6 @@ def read_layers(path: Path, gpu: Gpu | None = None) -> pd.DataFrame:
     )
     grouped = rows.groupby(key, sort=False)
     layers = grouped[[*_TIMES, "pairs", "received"]].max()
-    layers["mean_received"] = grouped.received.mean()
-    layers["mean_pairs"] = grouped.pairs.mean()
     if gpu is not None:
         layers["predicted_experts_us"] = rows.assign(us=_experts_us(rows, gpu)).groupby(key, sort=False).us.max()
     layers = layers.reset_index().assign(**rows.iloc[0][["model", "gpu", "dtype", "ep_size"]].to_dict())

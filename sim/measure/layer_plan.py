@@ -13,22 +13,18 @@ from typing import NamedTuple
 import numpy as np
 
 from sim.copies import find_copies, slots_by_hash
+from sim.cost.exchange import KINDS
 from sim.cost.inputs import expert_width
 from sim.cost.links import count_links
 from sim.errors import InputError, unknown
 from sim.measure.experts import DTYPES
-from sim.measure.steps import plan_measurement
+from sim.measure.steps import plan_measurement, turned
 from sim.model import ModelSpec
 from sim.placement import Placement
 from sim.router import draw_trials
 from sim.traffic import SyntheticTraffic, Workload
 
-EXCHANGES = {
-    "token": "all-to-all, a token once to each rank that needs it",
-    "pair": "all-to-all, a token once for each of its experts",
-    "gather": "all-gather before the experts, reduce-scatter after them",
-    "reduce": "all tokens on all ranks, one all-reduce after the experts",
-}
+EXCHANGES = tuple(kind for kind in KINDS if kind != "none")
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,10 +66,8 @@ class Routed:
     def links(self) -> np.ndarray:
         """Tokens, and pairs, that each rank sends to each, int64 [2, ranks, ranks]."""
         links = np.zeros((2, self.ep_size, self.ep_size), np.int64)
-        first_source = np.arange(self.ep_size + 1) * self.tokens_per_rank
-        count_links(
-            self.slots, np.arange(self.ep_size * self.slots_per_rank) // self.slots_per_rank, first_source, links
-        )
+        rank_of_slot = np.arange(self.ep_size).repeat(self.slots_per_rank)
+        count_links(self.slots, rank_of_slot, np.arange(self.ep_size + 1) * self.tokens_per_rank, links)
         return links
 
     def own(self, rank: int) -> slice:
@@ -227,9 +221,7 @@ class LayerSteps:
         placed, ids = self.placed[workload, placement], self.ids[workload][step, :tokens]
         row = step % placed.n_rows
         copies = find_copies(placed.experts[row : row + 1], placed.n_experts)
-        of_rank = np.ascontiguousarray(
-            ids.reshape(self.ep_size, -1, ids.shape[1])
-        )  # a token's index is that on its rank
+        of_rank = np.ascontiguousarray(ids.reshape(self.ep_size, -1, ids.shape[1]))  # an index is that on its rank
         slots = np.empty(of_rank.shape, np.int32)
         slots_by_hash(of_rank, np.zeros(self.ep_size, np.int64), copies, slots)
         slots_per_rank = placed.n_slots // self.ep_size
@@ -242,15 +234,10 @@ class LayerSteps:
         that go first change from step to step: the clocks of a warm chip must not favour one.
         """
         for step in range(self.n_steps):
-            placements, exchanges = (_turned(names, step) for names in (self.placements, self.exchanges))
+            placements, exchanges = (turned(names, step) for names in (self.placements, self.exchanges))
             for tokens in self.tokens:
                 for workload in self.ids:
                     yield Cell(workload, tokens, step, placements, exchanges)
-
-
-def _turned(names: list[str], step: int) -> list[str]:
-    first = step % len(names)
-    return names[first:] + names[:first]
 
 
 def sample_layers(

@@ -55,17 +55,24 @@ def measure(
     InputError
         The file is there already, or no type can be measured.
     """
-    started = time.monotonic()
+    started, versions = time.monotonic(), f"{software()}; {backend.versions}"
+    fixed = {
+        "model": steps.model.name,
+        "gpu": gpu.name,
+        "device": backend.device,
+        "versions": versions,
+        "seed": steps.seed,
+    }
     with growing_table(out) as table:
         reached = _prepared(backend, dtypes, say)
         if not reached:
             raise InputError("--dtype: nothing that was asked for can be measured on this device (see above)")
         with _no_collection():
-            _measure_all(steps, backend, gpu, reached, table, started + time_limit_s, say)
+            _measure_all(steps, backend, gpu, reached, fixed, table, started + time_limit_s, say)
         if not table.written:
             raise InputError("nothing was measured: --time-limit was reached first, or every type failed (see above)")
     say(f"{table.written} rows in {time.monotonic() - started:.0f} s")
-    return {"device": backend.device, "versions": versions(backend), "dtypes": reached}
+    return {"device": backend.device, "versions": versions, "dtypes": reached}
 
 
 def _prepared(backend: Backend, dtypes: Sequence[str], say: Say) -> dict[str, dict[str, Any]]:
@@ -87,11 +94,10 @@ def _prepared(backend: Backend, dtypes: Sequence[str], say: Say) -> dict[str, di
 
 
 def _measure_all(
-    steps: Measurement, backend: Backend, gpu: Gpu, reached: dict[str, Any], table: Rows, deadline: float, say: Say
-) -> None:
+    steps: Measurement, backend: Backend, gpu: Gpu, reached: dict[str, Any], fixed: dict[str, Any], table: Rows,
+    deadline: float, say: Say,
+) -> None:  # fmt: skip
     left = list(reached)
-    fixed: dict[str, Any] = {"model": steps.model.name, "gpu": gpu.name, "device": backend.device}
-    fixed |= {"versions": versions(backend), "seed": steps.seed}
     begun, step = time.monotonic(), -1
     for layers in steps.compared(gpu, list(reached)):
         if layers[0].step != step:
@@ -142,11 +148,6 @@ def _no_collection() -> Iterator[None]:
         yield
     finally:
         gc.enable()
-
-
-def versions(backend: Backend) -> str:
-    """Versions of what computes, as one text."""
-    return f"{software()}; {backend.versions}"
 
 
 def software() -> str:

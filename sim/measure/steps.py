@@ -99,11 +99,10 @@ class Measurement:
         names = list(dict.fromkeys(name for _, name, _ in self.groups))
         sizes = list(dict.fromkeys(size for _, _, size in self.groups))
         for step in range(self.n_steps):
-            turned = names[step % len(names) :] + names[: step % len(names)]
             for i, tokens in enumerate(self.tokens):
                 for workload in self.counts:
                     for size in sizes:
-                        cells = [(workload, tokens, step, size, name) for name in turned]
+                        cells = [(workload, tokens, step, size, name) for name in turned(names, step)]
                         yield [MeasuredLayer(*cell, self._ranks(cell, i, gpu, dtypes)) for cell in cells]
 
     def _ranks(
@@ -119,6 +118,12 @@ class Measurement:
             word = int(words(stream_key(self.seed, f"measured rank of {cell}"), PERMUTATION, 0, (1, 1))[0, 0])
             chosen.append((int(others[word * others.size >> 32]), "random"))
         return [MeasuredRank(rank, why, counts[rank_of_slot == rank]) for rank, why in chosen]
+
+
+def turned(names: list[str], step: int) -> list[str]:
+    """The names from another one on in each step."""
+    first = step % len(names)
+    return names[first:] + names[:first]
 
 
 def busiest_ranks(

@@ -9,12 +9,13 @@ from sim.measure.experts import ACTIVATION_TOLERANCE, GEMM_TOLERANCE, BackendErr
 from sim.measure.timers import GraphTimer, ProcessorTimer, Timer, copy_tb_per_s, cuda_torch, dense_tflops
 from sim.measure.torch_kernels import (
     Activation,
-    GemmChoice,
+    Gemm,
     Rounded,
     Tensor,
     activations,
     dequantise,
-    gemm_choices,
+    first_right,
+    gemms,
     quantise,
     reference_gemm,
     relative_error,
@@ -36,7 +37,7 @@ class _Experts(NamedTuple):
 
 
 class _Kernels(NamedTuple):
-    gemm: GemmChoice
+    gemm: Gemm
     activation: Activation
 
 
@@ -72,20 +73,19 @@ class TorchExperts:
             self._experts[dtype] = self._make_experts(dtype)
             try:
                 name, activation = self._choose_activation(dtype, say)
-                choice = self._choose_gemm(dtype, activation, say)
+                gemm_name, gemm = self._choose_gemm(dtype, activation, say)
             except BackendError:
                 del self._experts[dtype]  # its memory is for the other type
                 raise
-        self._kernels[dtype] = _Kernels(choice, activation)
-        return f"{choice.name} + {name}"
+        self._kernels[dtype] = _Kernels(gemm, activation)
+        return f"{gemm_name} + {name}"
 
     def _make_experts(self, dtype: str) -> _Experts:
         shape, value = self._shape, 2 if dtype == "bf16" else 1
         n_experts = max(shape.local_experts, min(self._pool_bytes() // (shape.expert_values * value), 8192))
         gate_up = self._random((n_experts, 2 * shape.inner, shape.width), shape.width**-0.5, dtype)
         down = self._random((n_experts, shape.width, shape.inner), shape.inner**-0.5, dtype)
-        rows = shape.pairs + 16 * shape.local_experts  # where each expert's rows are padded
-        rows = max(rows, *(sum(counts) + 16 * len(counts) for counts in _CHECKED_COUNTS))
+        rows = max(shape.pairs, 16, *map(sum, _CHECKED_COUNTS))
         x = self._random((1, rows, shape.width), 1.0, dtype)
         return _Experts(gate_up, down, x.at(0))
 
@@ -113,46 +113,39 @@ class TorchExperts:
         gate_up = torch.randn((33, 2 * self._shape.inner), device=self._device).to(torch.bfloat16)
         gate, up = gate_up.float().chunk(2, dim=-1)
         wanted = gate * torch.sigmoid(gate) * up
-        for name, activation in activations(self._device.type):
+        return first_right(
+            "activation",
+            activations(self._device.type),
+            lambda activation: relative_error(dequantise(Rounded(*activation(gate_up, dtype))), wanted),
+            ACTIVATION_TOLERANCE[dtype],
+            say,
+        )
 
-            def error(activation: Activation = activation) -> float:
-                return relative_error(dequantise(Rounded(*activation(gate_up, dtype))), wanted)
+    def _choose_gemm(self, dtype: str, activation: Activation, say: Say) -> tuple[str, Gemm]:
+        def error(gemm: Gemm) -> float:
+            return float(np.max([self._gemm_error(dtype, gemm, activation, tokens) for tokens in _CHECKED_COUNTS]))
 
-            if _is_right(name, error, ACTIVATION_TOLERANCE[dtype], say):
-                return name, activation
-        raise BackendError("no activation comes out right")
+        return first_right("grouped GEMM", gemms(dtype, self._device.type), error, GEMM_TOLERANCE, say)
 
-    def _choose_gemm(self, dtype: str, activation: Activation, say: Say) -> GemmChoice:
-        for choice in gemm_choices(dtype, self._device.type):
-
-            def error(choice: GemmChoice = choice) -> float:
-                return float(
-                    np.max([self._gemm_error(dtype, choice, activation, tokens) for tokens in _CHECKED_COUNTS])
-                )
-
-            if _is_right(choice.name, error, GEMM_TOLERANCE, say):
-                return choice
-        raise BackendError("no grouped GEMM comes out right")
-
-    def _gemm_error(self, dtype: str, choice: GemmChoice, activation: Activation, tokens: tuple[int, ...]) -> float:
+    def _gemm_error(self, dtype: str, gemm: Gemm, activation: Activation, tokens: tuple[int, ...]) -> float:
         """Larger relative error of the two GEMMs at the sizes that are measured, for experts with so many tokens."""
         experts = self._experts[dtype]
         counts = np.array(tokens[: self._shape.local_experts])
-        ends, rows = self._ends(counts, choice.align)
+        ends, rows = self._ends(counts)
         x = experts.x.at(slice(rows))
         gate_up, down = (weights.at(slice(len(counts))) for weights in (experts.gate_up, experts.down))
-        first = choice.gemm(*x, *gate_up, ends)
+        first = gemm(*x, *gate_up, ends)
         middle = Rounded(*activation(first, dtype))
-        second = choice.gemm(*middle, *down, ends)
+        second = gemm(*middle, *down, ends)
         of_first = relative_error(first, reference_gemm(x, gate_up, ends))
         of_second = relative_error(second, reference_gemm(middle, down, ends))
         return float(np.max([of_first, of_second]))  # NaN where one of them is
 
-    def _ends(self, counts: np.ndarray, align: int) -> tuple[Tensor, int]:
+    def _ends(self, counts: np.ndarray) -> tuple[Tensor, int]:
         """Where each expert's rows end, on the device, and all rows. Without tokens there are rows that belong to nobody,
         so that the kernels run all the same, as they do in serving.
         """
-        ends = np.cumsum(-(-counts // align) * align)
+        ends = np.cumsum(counts)
         tensor = self._torch.tensor(ends, dtype=self._torch.int32, device=self._device)
         return tensor, int(ends[-1]) or 16
 
@@ -161,12 +154,12 @@ class TorchExperts:
         with self._torch.inference_mode():
             layers = list(self._layers(dtype, counts))
             layers[0]()
-            return Timing.of(self._timer.times_us(lambda: _run_all(layers)), len(layers))
+            return Timing.of(self._timer.times_us(lambda: [layer() for layer in layers]), len(layers))
 
     def _layers(self, dtype: str, counts: np.ndarray) -> Iterator[Callable[[], Tensor]]:
         """As many layers as make the weights cold, each on its own slice of the pool."""
         experts, kernels = self._experts[dtype], self._kernels[dtype]
-        ends, rows = self._ends(counts, kernels.gemm.align)
+        ends, rows = self._ends(counts)
         x = experts.x.at(slice(rows))
         slices = len(experts.down.values) // len(counts)
         for _ in range(self._n_layers(dtype, counts, slices)):
@@ -176,8 +169,8 @@ class TorchExperts:
             gate_up, down = (weights.at(mine) for weights in (experts.gate_up, experts.down))
 
             def layer(gate_up: Rounded = gate_up, down: Rounded = down) -> Tensor:
-                middle = kernels.activation(kernels.gemm.gemm(*x, *gate_up, ends), dtype)
-                return kernels.gemm.gemm(*middle, *down, ends)
+                middle = kernels.activation(kernels.gemm(*x, *gate_up, ends), dtype)
+                return kernels.gemm(*middle, *down, ends)
 
             yield layer
 
@@ -196,21 +189,3 @@ class TorchExperts:
                 found["dense_tflops"] = dense_tflops(self._timer, dtype)
             self._torch.cuda.empty_cache()
         return found
-
-
-def _is_right(name: str, error: Callable[[], float], tolerance: float, say: Say) -> bool:
-    """Whether a kernel runs, and its relative error is within the tolerance; says why not."""
-    try:
-        found = error()
-    except Exception as reason:  # a kernel that the library lacks, or Triton without a compiler: the next may work
-        say(f"{name} is passed over: {(str(reason).splitlines() or [type(reason).__name__])[0][:200]}")
-        return False
-    if not found <= tolerance:  # so that NaN is wrong
-        say(f"{name} is passed over: relative error {found:.2g}")
-        return False
-    return True
-
-
-def _run_all(layers: list[Callable[[], Tensor]]) -> None:
-    for layer in layers:
-        layer()

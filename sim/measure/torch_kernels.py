@@ -8,19 +8,13 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any, NamedTuple
 
+from sim.measure.experts import BackendError, Say
+
 Tensor = Any
 Gemm = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 Activation = Callable[[Tensor, str], tuple[Tensor, Tensor]]
 WeightedSum = Callable[[Tensor, Tensor, Tensor], Tensor]
 Pack = Callable[[Tensor], Tensor]
-
-
-class GemmChoice(NamedTuple):
-    """A GEMM, and the multiple that each expert's rows are padded to for it."""
-
-    name: str
-    gemm: Gemm
-    align: int
 
 
 class Rounded(NamedTuple):
@@ -34,16 +28,44 @@ class Rounded(NamedTuple):
         return Rounded(self.values[where], None if self.scale is None else self.scale[where])
 
 
-def gemm_choices(dtype: str, device_type: str) -> list[GemmChoice]:
+def first_right(
+    what: str,
+    choices: list[tuple[str, Any]],
+    error: Callable[[Any], float],
+    tolerance: float = float("inf"),
+    say: Say = lambda _: None,
+) -> tuple[str, Any]:
+    """The first of the named kernels that runs with an error within the tolerance; says why others are passed over.
+
+    Raises
+    ------
+    BackendError
+        None does.
+    """
+    why = ""
+    for name, kernel in choices:
+        try:
+            found = error(kernel)
+        except Exception as reason:  # a kernel that the library lacks, or Triton without a compiler: the next may work
+            why = (str(reason).splitlines() or [type(reason).__name__])[0][:200]
+        else:
+            if found <= tolerance:
+                return name, kernel
+            why = f"relative error {found:.2g}"  # NaN too
+        say(f"{name} is passed over: {why}")
+    raise BackendError(f"no {what} comes out right; {why}")
+
+
+def gemms(dtype: str, device_type: str) -> list[tuple[str, Gemm]]:
     """What may compute a type's GEMMs on a device, the one to prefer first."""
     if device_type == "cpu":  # arithmetic only, for tests
-        return [GemmChoice("torch, a loop of float32 matmuls", _loop, 1)]
+        return [("torch, a loop of float32 matmuls", _loop)]
     if dtype == "bf16":
-        named = [("torch.nn.functional.grouped_mm", _grouped_mm), ("torch._grouped_mm", _grouped_mm_private)]
-    else:
-        named = [("torch._scaled_grouped_mm", _scaled_private), ("torch.nn.functional.scaled_grouped_mm", _scaled)]
-    whole = [GemmChoice(f"{name}{' rowwise' if dtype == 'fp8' else ''}", gemm, 1) for name, gemm in named]
-    return whole + [GemmChoice(f"{name}, rows padded to 16", gemm, 16) for name, gemm, _ in whole]
+        return [("torch.nn.functional.grouped_mm", _grouped_mm), ("torch._grouped_mm", _grouped_mm_private)]
+    return [
+        ("torch._scaled_grouped_mm rowwise", _scaled_private),
+        ("torch.nn.functional.scaled_grouped_mm rowwise", _scaled),
+    ]
 
 
 def _grouped_mm(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, ends: Tensor) -> Tensor:

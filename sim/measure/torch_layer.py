@@ -17,7 +17,8 @@ from sim.measure.torch_kernels import (
     Tensor,
     activations,
     dequantise,
-    gemm_choices,
+    first_right,
+    gemms,
     packings,
     quantise,
     relative_error,
@@ -151,13 +152,16 @@ class TorchLayer:
         x, ends = self._random((16, width), 1.0, "x"), torch.tensor([16], dtype=torch.int32, device=self._device)
         index = torch.zeros((16, 1), dtype=torch.int32, device=self._device)
         kind, inputs = self._device.type, (*quantise(x, self._dtype), *quantise(weights, self._dtype))
-        gemms = [(choice.name, choice.gemm) for choice in gemm_choices(self._dtype, kind) if choice.align == 1]
-        gemm, self._gemm = _first(gemms, lambda gemm: gemm(*inputs, ends))
-        activation, self._activation = _first(activations(kind), lambda activation: activation(rows, self._dtype))
-        total, self._sum = _first(weighted_sums(kind), lambda total: total(x, index, index.float()))
+
+        def first(what: str, choices: list[tuple[str, Any]], *arguments: Any) -> tuple[str, Any]:
+            return first_right(what, choices, lambda kernel: 0.0 * (kernel(*arguments) is None))
+
+        gemm, self._gemm = first("grouped GEMM", gemms(self._dtype, kind), *inputs, ends)
+        activation, self._activation = first("activation", activations(kind), rows, self._dtype)
+        total, self._sum = first("weighted sum", weighted_sums(kind), x, index, index.float())
         self._kernel = f"{gemm} + {activation} + {total}"
         if self._dtype == "fp8":
-            pack, self._pack = _first(packings(kind), lambda pack: pack(x))
+            pack, self._pack = first("packing", packings(kind), x)
             self._kernel += f" + {pack}"
 
     def _on_device(self, plan: RankPlan) -> RankPlan:
@@ -300,16 +304,3 @@ class TorchLayer:
             middle = dequantise(quantise(gate * torch.sigmoid(gate) * up, self._dtype))
             out[token] += weights[token, place, None] * (middle @ down.T)
         return out
-
-
-def _first(choices: list[tuple[str, Any]], trial: Callable[[Any], Any]) -> tuple[str, Any]:
-    """The first of the named kernels that runs."""
-    reason = ""
-    for name, kernel in choices:
-        try:
-            trial(kernel)
-        except Exception as error:  # a kernel that the library lacks: the next may work
-            reason = f"{name}: {(str(error).splitlines() or [type(error).__name__])[0][:200]}"
-        else:
-            return name, kernel
-    raise BackendError(f"no kernel runs; {reason}")

@@ -332,7 +332,7 @@ class RestOptions(Options):
     title = "the rest of a step"
     moe_share: float | None = option(Share(), "share of a step that experts and exchange take, as in 40%", default=None)
     step_us: float | None = option(
-        Positive(scale=1e3, metavar="MS"),
+        Positive(most=1e9, scale=1e3, metavar="MS", allowed="a number above 0, and at most 1e9"),
         "instead of `moe_share`: the baseline's measured step time",
         flag="--step-ms",
         default=None,
