@@ -11,7 +11,7 @@ from conftest import ROOT, fails, run
 
 from sim import InputError, advise, load_model, predict_gain
 from sim.advice.compare import KNEE_ERROR, NOT, UNSURE, WORTH, best_of, candidates, judge, judged_ends, rule_text
-from sim.advice.engines import BACKENDS, SGLANG, engine_of
+from sim.advice.engines import BACKENDS, SGLANG, engine_of, exchange_of
 from sim.advice.splits import splits_of
 from sim.advice.words import changes, not_run, verdict_text
 from sim.cost.expert import crossover_tokens, expert_rates
@@ -135,6 +135,15 @@ def test_what_vllm_runs_where_round_robin_is_asked_for():
     assert "no engine has it as an option" in engine_of("eplb_refined", V3, 16, "nixl_ep", 1).how
 
 
+def test_a_backend_is_priced_by_its_own_times_where_it_has_some():
+    """Else by those of its kind; with one data-parallel rank no backend is used."""
+    wanted = {"h200": "deepep_high_throughput", "h800": "token", "my-gpu": "token"}
+    assert {gpu: exchange_of("deepep_high_throughput", 8, gpu) for gpu in wanted} == wanted
+    assert exchange_of("deepep_high_throughput", 1, "h200") == "reduce"
+    kinds = {"allgather_reducescatter": "gather", "deepep_low_latency": "pair", "hybridep": "token", "none": "none"}
+    assert {name: exchange_of(name, 8, "h200") for name in kinds} == kinds
+
+
 # Splits
 
 
@@ -173,9 +182,11 @@ def test_skewed_traffic_is_worth_a_trial_and_even_traffic_is_not(hot):
 
 
 def test_gains_are_those_of_predict_gain_on_the_same_halves():
-    advice = advise(TOY, HOT, "h20", ep_size=4, redundant=8, backend="deepep_low_latency", **SMALL)
+    backend = "deepep_high_throughput"  # which has times of its own
+    advice = advise(TOY, HOT, "h20", ep_size=4, redundant=8, backend=backend, **SMALL)
     even, odd = HOT.halves()
-    direct = predict_gain(TOY, odd, "h20", placement=["eplb+8"], fit_on=even, ep_sizes=4, budget_tokens=2**23, **SMALL)
+    options = {"placement": ["eplb+8"], "exchange": backend, "fit_on": even, "ep_sizes": 4, "budget_tokens": 2**23}
+    direct = predict_gain(TOY, odd, "h20", **options, **SMALL)
     of_split = advice.gains.split == "fitted on even sequences, scored on odd ones"
     mine = advice.gains[(advice.gains.placement == "eplb+8") & of_split]
     for column in ("layer_saved", "layer_saved_low", "imbalance", "layer_us", "ranks_per_token"):
@@ -303,8 +314,9 @@ def test_an_imbalance_is_shown_with_its_digits(toy_files, capsys):
     """Only perfect balance is 1: another placement's mean keeps its digits where its interval has no width."""
     assert run(*TOY_ADVICE, "--markdown") == 0
     rows = [line.split("|")[2:4] for line in capsys.readouterr().out.splitlines()[2:]]
-    assert {name.strip() for name, imbalance in rows if "." not in imbalance and imbalance.strip()} == {PERFECT}
-    assert {name.strip() for name, imbalance in rows if not imbalance.strip()} == {"round_robin", "random"}  # not run
+    assert {name.strip() for name, imbalance in rows if imbalance.strip() == "1"} == {PERFECT}
+    unknown = {name.strip() for name, imbalance in rows if imbalance.strip() == "-"}
+    assert unknown == {"round_robin", "random"}
 
 
 def test_the_verdict_stands_first_lines_fit_the_terminal_and_what_is_not_run_has_no_gain(

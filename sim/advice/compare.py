@@ -9,7 +9,8 @@ import pandas as pd
 
 from sim.advice.engines import DEFAULT_BACKEND, engine_of, exchange_of
 from sim.advice.splits import Split, splits_of
-from sim.cost import Gpu, predict_gain
+from sim.cost import Gpu, load_gpu, predict_gain
+from sim.cost.exchange import exchange_kind
 from sim.cost.expert import BYTES_PER_VALUE
 from sim.cost.gain import IN_STEP, PERFECT
 from sim.cost.inputs import as_numbers, expert_parameters
@@ -131,7 +132,8 @@ def advise(
         default linear and those of `candidates`. Budgets of copies are compared and not judged: of engines vllm-ascend alone
         loads such a map.
     backend : str
-        All2all backend, or a kind of exchange, where the backend is not known (`epsim gpus`).
+        All2all backend, or a kind of exchange, where the backend is not known (`epsim gpus`); times are the backend's own where
+        it has some, else those of its kind.
     data_parallel : int
         Data-parallel ranks; by default `ep_size`.
     redundant : int
@@ -160,7 +162,7 @@ def advise(
     >>> advice.best.placement.item(), advice.best.verdict.item()
     ('eplb', 'worth a trial')
     """
-    model = load_model(model)
+    model, gpu = load_model(model), load_gpu(gpu)
     scored: Workload | LoadCounts = _as_traffic("traffic", traffic, model)
     other: MeasuredTraffic | None = None if fit_on is None else _as_traffic("fit_on", fit_on, model)
     check_ep_size(model, ep_size)
@@ -179,7 +181,7 @@ def advise(
     ends = [IN_STEP, PERFECT] if copied or asked else [PERFECT]
     share = ASSUMED_SHARE if moe_share is None and step_us is None else moe_share
     setup: dict[str, Any] = SAMPLED | (PER_RANK if "tokens" not in options else {}) | options
-    setup |= {"ep_sizes": ep_size, "exchange": exchange_of(backend, ranks), "seed": seed}
+    setup |= {"ep_sizes": ep_size, "exchange": exchange_of(backend, ranks, gpu.name), "seed": seed}
     setup |= {
         "baseline": baseline,
         "placement": [*names, *ends],
@@ -232,7 +234,7 @@ def _as_traffic(parameter: str, value: Any, model: ModelSpec) -> Any:
     return value
 
 
-def _gains(model: ModelSpec, gpu: Gpu | str | Path, splits: list[Split], setup: dict[str, Any]) -> pd.DataFrame:
+def _gains(model: ModelSpec, gpu: Gpu, splits: list[Split], setup: dict[str, Any]) -> pd.DataFrame:
     """Gains in all splits, the hardest first."""
     is_fitted = any(map(is_load_aware, [setup["baseline"], *setup["placement"]]))
     names = [f"split {i} of {len(splits)}" for i in range(1, len(splits) + 1)]
@@ -316,7 +318,7 @@ def perfect_is_best(gains: pd.DataFrame) -> bool:
     """Whether no placement can beat perfect balance: not where tokens are sent once to each rank, since it is taken to receive as
     many as the baseline's busiest rank, and a placement may receive fewer.
     """
-    return not (gains.exchange == "token").any()
+    return not (gains.exchange.map(exchange_kind) == "token").any()
 
 
 def judge(low: np.ndarray, high: np.ndarray, least_saved: float, *, is_enough: bool) -> str:

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 from sim.cost.exchange import BACKENDS, KINDS, SGLANG, exchange_kind
+from sim.cost.tables import exchange_profile
 from sim.model import ModelSpec
 from sim.placement import BUDGET, is_load_aware, split_name, why_linear
 
@@ -10,14 +11,17 @@ DEFAULT_BACKEND = "allgather_reducescatter"
 """vLLM's own default."""
 
 
-def exchange_of(backend: str, data_parallel: int) -> str:
-    """The kind of exchange that vLLM runs: that of its backend, and an all-reduce where there is no data parallelism.
+def exchange_of(backend: str, data_parallel: int, gpu: str) -> str:
+    """The exchange that vLLM runs, as times name it: the backend where it has times of its own on a GPU, else its kind; and an
+    all-reduce where there is no data parallelism.
 
     With one data-parallel rank attention is tensor parallel, all ranks have all tokens and no all2all backend is used
     (`FusedMoEParallelConfig.use_all2all_kernels`).
     """
     kind = exchange_kind(backend, "backend")
-    return "reduce" if backend in BACKENDS and data_parallel == 1 else kind
+    if backend in BACKENDS and data_parallel == 1:
+        return "reduce"
+    return kind if kind == "none" else exchange_profile(kind, gpu, backend).kind
 
 
 class Engine(NamedTuple):

@@ -7,7 +7,9 @@ from sim.cli.gain import EXTRAPOLATED_TEXT, knee_text, layer_saved, say_break_ev
 from sim.cli.inputs import identity_of, read_file, say_about_maps, say_about_times, step_options
 from sim.cli.terminal import (
     add_output,
+    cells,
     estimate,
+    is_alone,
     note,
     note_compiling,
     print_rows,
@@ -93,8 +95,8 @@ def run_advise(arguments: Namespace) -> None:
     with shown_progress():
         advice = advise(model, traffic, gpu, ep_size=sizes[0], fit_on=other, **chosen, **options)
     note(*advice.notes)
-    if arguments.markdown or arguments.json or arguments.csv:  # without the words
-        note(*([f"{advice.verdict}: {advice.why}"] if advice.why else []))
+    if is_alone(arguments) and advice.why:  # without the words
+        note(f"{advice.verdict}: {advice.why}")
     if not print_rows(advice.table(), arguments):
         _print(advice, arguments)
     chosen |= {"ep_size": sizes[0], "fit_on": None if other is None else other.digest}
@@ -109,7 +111,7 @@ def run_advise(arguments: Namespace) -> None:
         return {"advice": advice_by_tokens(drawn, PERFECT, perfect_text(drawn))}
 
     write_answer(arguments.out, arguments, {"advice": advice.table()}, identity, figures)
-    if arguments.demo and not (arguments.markdown or arguments.json or arguments.csv):
+    if arguments.demo and not is_alone(arguments):
         print(f"\n{_RECORD_TEXT}")
 
 
@@ -168,7 +170,7 @@ def _print(advice: Any, arguments: Namespace) -> None:
 
     least, row = arguments.least_saved, advice.gains.iloc[0]
     if arguments.markdown:
-        _print_table(advice, markdown=True)
+        _print_table(advice, arguments)
         return
     say(f"{row.model} in {row['dtype']}, EP {row.ep_size} on {row.gpu}, {row.workload}, against {row.baseline}")
     first, *lines = verdict_text(advice).splitlines()
@@ -183,7 +185,7 @@ def _print(advice: Any, arguments: Namespace) -> None:
     for line in lines:
         say(line, "  ", "      ")
     print()
-    _print_table(advice, markdown=False)
+    _print_table(advice, arguments)
     refused = not_run(advice)
     if refused:
         print("\nNot run, so without a gain:")
@@ -217,46 +219,72 @@ def _print(advice: Any, arguments: Namespace) -> None:
 
 
 _IN_FILE = ("idle ranks", "ranks /token", "nodes /token", "GB /GPU", "verdict")
+"""Columns that the terminal leaves to advice.csv: memory, and who is not run, stand below the table."""
 
 
-def _print_table(advice: Any, markdown: bool) -> None:
+def _print_table(advice: Any, arguments: Namespace) -> None:
     from sim.advice.words import perfect_text
     from sim.cost.gain import PERFECT
 
     main = advice.gains[advice.gains.split == advice.gains.split.iloc[0]]
     row = main.iloc[0]
     title = (
-        f"{_exchange_text(row)}\n"
+        f"{_exchange_text(row, arguments)}\n"
         f"{_split_text(advice)}; saved: against {row.baseline}, 95 % over {counted(row.layer_draws, 'layer')};\n"
         "step: weakest lower to strongest upper end over all splits of the traffic, of a step of which experts"
         f"{'' if row.exchange == 'none' else ' and exchange'} take {row.moe_share:.0%}"
     )
     if (text := perfect_text(main)) != PERFECT:
         title += f"\n{text}: a placement whose ranks receive fewer can save more"
-    heads = ["tokens", "placement", "imbalance", "idle ranks", "ranks /token", "nodes /token", "layer us"]
-    heads += ["layer saved", "step saved", "GB /GPU", "verdict"]
-    judged = {(row.placement, row.tokens): row for row in advice.verdicts.itertuples()}
-    cells = []
-    for tokens, rows in main.groupby("tokens", sort=False):
-        first = rows.iloc[0]
-        layer = _layer_us(first.baseline_layer_us, first)
-        cells.append([str(tokens), first.baseline, *_loads(first, "baseline_"), layer, "", "", "", ""])
-        cells += [_candidate(row, judged.get((row.placement, tokens))) for row in rows.itertuples()]
-    if markdown:
-        print_table(title, heads, cells, markdown, align="><" + ">" * 8 + "<")
-        return
-    # Some columns are in advice.csv alone; memory, and who is not run, stand below.
-    refused = set(advice.verdicts[advice.verdicts.runs_as != advice.verdicts.placement].placement)
-    shown = [i for i, head in enumerate(heads) if head not in _IN_FILE]
-    cells = [[row[i] for i in shown] for row in cells if row[1] not in refused]
-    cells = [["" if i and cells[i - 1][0] == row[0] else row[0], *row[1:]] for i, row in enumerate(cells)]
-    print_table(title, [heads[i] for i in shown], cells, markdown, align="><", keys=2)
+    columns: dict[str, Any] = {
+        "tokens": "tokens",
+        "placement": "placement",
+        "imbalance": lambda row: (
+            "1" if row.placement == PERFECT else estimate(row.imbalance, row.imbalance_high, ".2f")
+        ),
+        "idle ranks": "idle_ranks:.2f",
+        "ranks /token": "ranks_per_token:.2f",
+        "nodes /token": "nodes_per_token:.2f",
+        "layer us": lambda row: f"{row.layer_us:.0f}" + ("*" if row.extrapolated else ""),
+        "layer saved": layer_saved,
+        "step saved": _ends,
+        "GB /GPU": lambda row: f"{row.redundant_bytes / 1e9:.2f}" if row.redundant_bytes > 0 else "-",
+        "verdict": _verdict,
+    }
+    rows = _with_baseline(main).merge(advice.verdicts, how="left", on=["placement", "tokens"], suffixes=("_here", ""))
+    is_run = (rows.runs_as.isna() | (rows.runs_as == rows.placement)).tolist()
+    if arguments.markdown:
+        heads, lines = cells(rows.itertuples(), columns)
+        lines = [line if run else [*line[:2], *["-"] * 8, line[-1]] for line, run in zip(lines, is_run, strict=True)]
+    else:
+        shown = {head: what for head, what in columns.items() if head not in _IN_FILE}
+        heads, lines = cells(rows[is_run].itertuples(), shown)
+        lines = [["" if i and lines[i - 1][0] == line[0] else line[0], *line[1:]] for i, line in enumerate(lines)]
+    print_table(title, heads, lines, arguments.markdown, align="><" + ">" * 8 + "<", keys=2)
 
 
-def _exchange_text(row: Any) -> str:
+def _with_baseline(gains: Any) -> Any:
+    """Gains with a row for the baseline above those of each number of tokens."""
+    import pandas as pd
+
+    first = gains.drop_duplicates("tokens")
+    own = {name.removeprefix("baseline_"): first[name] for name in first if name.startswith("baseline_")}
+    nothing = dict.fromkeys(["layer_saved", "redundant_bytes"], float("nan"))
+    baseline = first.assign(placement=first.baseline, knee=False, **own, **nothing)
+    return pd.concat([baseline, gains]).sort_values("tokens", kind="stable")
+
+
+def _exchange_text(row: Any, arguments: Namespace) -> str:
+    """What a layer's time is, and whose times the exchange has."""
+    from sim.cost.exchange import exchange_kind
+    from sim.cost.tables import exchange_profile
+
     if row.exchange == "none":
         return "layer: experts of the slowest rank (the exchange does not depend on the placement)"
-    return f"layer: experts of the slowest rank, dispatch and combine ({row.exchange})"
+    kernels = exchange_profile(exchange_kind(row.exchange), row.gpu, row.exchange).kernels
+    asked = row.exchange if arguments.data_parallel == 1 else arguments.backend
+    name = row.exchange if asked == row.exchange else f"{asked}, as {row.exchange}"
+    return f"layer: experts of the slowest rank, dispatch and combine ({name}: times of {kernels})"
 
 
 def _split_text(advice: Any) -> str:
@@ -265,28 +293,8 @@ def _split_text(advice: Any) -> str:
     return (f"eplb is {name}" if fitted else f"traffic {name}") + (f" (the hardest of {n} splits)" if n > 1 else "")
 
 
-def _candidate(row: Any, judged: Any) -> list[str]:
-    """Cells of a candidate, or of perfect balance, which is not judged."""
-    if judged is not None and judged.runs_as != judged.placement:
-        return [str(row.tokens), row.placement, *[""] * 8, _verdict(judged)]
-    return [
-        str(row.tokens),
-        row.placement,
-        *_loads(row, ""),
-        _layer_us(row.layer_us, row),
-        layer_saved(row),
-        "" if judged is None else _ends(judged),
-        f"{row.redundant_bytes / 1e9:.2f}" if row.redundant_bytes else "",
-        _verdict(judged),
-    ]
-
-
-def _layer_us(value: float, row: Any) -> str:
-    return f"{value:.0f}" + ("*" if row.extrapolated else "")
-
-
 def _ends(row: Any) -> str:
-    """Ends of the step's saved share; - where one layer has no interval."""
+    """Ends of the step's saved share; - where one layer has no interval, and of what is not judged."""
     if row.step_saved_low != row.step_saved_low:
         return "-"
     return f"{row.step_saved_low:+z.1%} to {row.step_saved_high:+z.1%}"
@@ -294,18 +302,9 @@ def _ends(row: Any) -> str:
 
 def _verdict(row: Any) -> str:
     """The verdict as a cell, or why there is none."""
-    if row is None:
-        return ""
+    if row.verdict != row.verdict:
+        return "-"
     if row.runs_as != row.placement:
         return f"vLLM runs {row.runs_as}" if row.runs_as else "no engine's option"
-    return row.verdict + (
-        f" (worth it in {row.splits_worth} of {row.splits} splits)" if 0 < row.splits_worth < row.splits else ""
-    )
-
-
-def _loads(row: Any, prefix: str) -> list[str]:
-    """Imbalance with its interval, idle ranks and fan-out, as cells; of perfect balance the imbalance alone."""
-    imbalance = estimate(getattr(row, f"{prefix}imbalance"), getattr(row, f"{prefix}imbalance_high"), ".2f")
-    others = [getattr(row, prefix + name) for name in ("idle_ranks", "ranks_per_token", "nodes_per_token")]
-    texts = ["" if value != value else f"{value:.2f}" for value in others]
-    return ["1" if not any(texts) else imbalance, *texts]
+    worth_in = f" (worth it in {row.splits_worth:.0f} of {row.splits:.0f} splits)"
+    return row.verdict + (worth_in if 0 < row.splits_worth < row.splits else "")

@@ -188,7 +188,7 @@ def run_gpus(arguments: Namespace) -> None:
     from sim.cost import gpu_names, load_gpu
     from sim.cost.exchange import BACKENDS, KINDS, REFUSED
     from sim.cost.gpu import DTYPES
-    from sim.cost.tables import grouped_gemm_profile
+    from sim.cost.tables import exchange_profiles, grouped_gemm_profile
 
     if arguments.check:
         _check(arguments)
@@ -212,10 +212,14 @@ def run_gpus(arguments: Namespace) -> None:
         say(f"{gpu.name}: {gpu.source}", "  ", "    ")
     kernels = "; ".join(f"{dtype}, {grouped_gemm_profile(dtype).name}" for dtype in DTYPES)
     say(f"Expert times: {kernels}.")
+    own = {name: [gpu for of in exchange_profiles() if of.kind == name for gpu in of.gpus] for name in BACKENDS}
+    own = {name: gpus for name, gpus in own.items() if gpus}
     print("Exchanges (--exchange), by kind or backend:")
     for kind, about in KINDS.items():
-        backends = ", ".join(backend for backend, of in BACKENDS.items() if of == kind)
-        say(f"{kind}: {about}" + (f" ({backends})" if backends else ""), "  ", "    ")
+        backends = [backend + ("*" if backend in own else "") for backend, of in BACKENDS.items() if of == kind]
+        say(f"{kind}: {about}" + (f" ({', '.join(backends)})" if backends else ""), "  ", "    ")
+    listed = "; ".join(f"{name} on {', '.join(of)}" for name, of in own.items())
+    say(f"* has times of its own, {listed}; all others are taken to have those of their kind.")
     say(f"Not among them: {'; '.join(f'{name}: {why}' for name, why in REFUSED.items())}.")
     say(
         "Your own GPU: a .toml file with hbm_tb_per_s, bf16_tflops, scale_up_gb_per_s, and fp8_tflops, fp4_tflops, "

@@ -115,6 +115,11 @@ def add_output(parser: ArgumentParser, out: str = "", *, figures: bool = False) 
         section_of(parser, "output").add_argument("--out", type=Folder(), metavar="DIR", help=f"write {out} there")
 
 
+def is_alone(arguments: Namespace) -> bool:
+    """Whether stdout holds the rows, or the Markdown table, alone."""
+    return bool(arguments.markdown or arguments.json or arguments.csv)
+
+
 def print_rows(frame: Any, arguments: Namespace) -> bool:
     """Print a table as --json or --csv if one of them is given; whether it is."""
     if arguments.json:
@@ -157,7 +162,7 @@ def write_answer(
 
 def say_written(text: str, arguments: Namespace) -> None:
     """Say what was written, on stderr where stdout holds the rows alone."""
-    if arguments.markdown or arguments.json or arguments.csv:
+    if is_alone(arguments):
         print(text, file=sys.stderr)
     else:
         print(f"\n{filled(text)}")

@@ -5,7 +5,17 @@ from pathlib import Path
 from typing import Any
 
 from sim.cli.inputs import read_file
-from sim.cli.terminal import add_output, cells, estimate, print_rows, print_table, say, shown_progress, write_answer
+from sim.cli.terminal import (
+    add_output,
+    cells,
+    estimate,
+    is_alone,
+    print_rows,
+    print_table,
+    say,
+    shown_progress,
+    write_answer,
+)
 from sim.errors import InputError, counted
 from sim.options import FigureOptions, FileOptions, PlacedOptions
 from sim.options.declare import add_options
@@ -67,7 +77,7 @@ def _of_ages(arguments: Namespace, model: Any, data: Any, chosen: dict[str, Any]
             "pairs": "pairs",
         }
         print_table(title, *cells(table.itertuples(), columns | _FIGURES), arguments.markdown, align="<", keys=4)
-    if not (arguments.markdown or arguments.json or arguments.csv):
+    if not is_alone(arguments):
         _explain("window", halves.fitted.shape[1])
         for name in _fitted_names(table):
             _say_ages(name, table[table.placement == name], unit)

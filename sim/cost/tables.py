@@ -64,6 +64,8 @@ class Exchange:
         token, pair, gather or reduce, or a backend whose kernels were measured apart.
     gpus : tuple of str
         Presets that it is for; empty: all others.
+    kernels : str
+        Whose times the constants stand for.
     floor_us : pair of float
         Time of a direction with hardly any traffic.
     hop_us : float
@@ -92,6 +94,7 @@ class Exchange:
 
     kind: str
     gpus: tuple[str, ...]
+    kernels: str
     floor_us: tuple[float, float]
     scale_up_fraction: tuple[float, float]
     source: str
