@@ -1,7 +1,7 @@
 """Copies of experts, where a placement has replicas: which of them a step's pairs go to.
 
 Physical experts (slots) then stand in for experts: a step's pairs are assigned to them first, and distinct experts are slots
-with at least one token. Which copy a token goes to is one of REPLICA_CHOICES:
+with at least one token. Which copy a token goes to is the replica choice:
 
 even
     A step's pairs of an expert are split over its copies as evenly as whole numbers allow, the first copies taking the
@@ -23,7 +23,6 @@ import numpy as np
 
 from sim.kernels import kernel
 
-REPLICA_CHOICES = ("even", "vllm_hash", "in_step")
 _MULTIPLIER, _LOW = np.uint64(2654435769), np.uint64(0xFFFFFFFF)
 
 

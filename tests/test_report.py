@@ -290,7 +290,7 @@ def test_what_is_no_result_is_refused_in_one_line(folder, tmp_path, capsys, monk
     with pytest.raises(InputError, match="is damaged or was changed"):
         write_report([copy], tmp_path / "r.html")
     assert main(["report", str(folder), "--out", str(tmp_path / "r.pdf")]) == 2
-    assert "must end in .html" in capsys.readouterr().err
+    assert "must be the name of a .html or .htm file" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "altair", None)
     with pytest.raises(InputError, match=r"pip install 'epsim\[report\]'"):
         write_report([folder], tmp_path / "r.html")

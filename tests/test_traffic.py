@@ -319,7 +319,7 @@ def test_bad_options_write_nothing(tmp_path, capsys):
     before = set(tmp_path.iterdir())
     out, model = ["--out", tmp_path / "my.toml"], ["--model", "olmoe-1b-7b"]
     fails(capsys, ["traffic", "fit", path, *out], "needs --model")
-    fails(capsys, ["traffic", "fit", path, *model], "must be the name of a .toml file")
+    fails(capsys, ["traffic", "fit", path, *model], "needs --out")
     fails(capsys, ["traffic", "fit", path, *model, "--out", tmp_path / "x.npz"], "must be the name of a .toml file")
     fails(capsys, ["traffic", "fit", path, *model, "--out", tmp_path / "no" / "x.toml"], "does not exist")
     fails(capsys, ["traffic", "fit", path, *model, *out, "--half"], "--half goes with --hold-out")

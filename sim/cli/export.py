@@ -4,48 +4,22 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sim.cli.inputs import read_file
 from sim.cli.terminal import note
 from sim.errors import InputError, counted, unknown
 from sim.options import TrafficOptions
 from sim.options.declare import add_options
-from sim.options.kinds import MAX_TOKENS, Whole
+from sim.options.of_files import ExportOptions
 
 if TYPE_CHECKING:
     from sim.model import ModelSpec
-    from sim.placement import LayerCost, Placement
+    from sim.placement import Placement
 
 
 def add_export(parser: ArgumentParser) -> None:
     """Write a placement as a file in a serving engine's form: vLLM, SGLang, TensorRT-LLM or vllm-ascend."""
     add_options(parser, TrafficOptions, only=("model",))
-    add = parser.add_argument
-    add("--placement", required=True, metavar="P", help="a placement (epsim placements), as in eplb+32")
-    add("--ep", type=Whole(), required=True, metavar="R", help="EP size")
-    add("--format", required=True, metavar="F", help="vllm, sglang, trtllm or vllm-ascend")
-    add("--out", required=True, metavar="FILE", help="file to write")
-    add(
-        "--fit-on",
-        "--traffic",
-        metavar="FILE",
-        help="traffic that eplb is fitted on, layer by layer: recorded routing or load counts (as epsim traffic reads them)",
-    )
-    add("--gpu", metavar="GPU", help="of eplb_budget: spend copies by the predicted time on this GPU (epsim gpus), as advise "
-        "does (default: by the busiest rank's load)")  # fmt: skip
-    add(
-        "--tokens",
-        type=Whole(1, MAX_TOKENS),
-        metavar="N",
-        help="with --gpu: tokens per step over the EP group (default: 512 on each rank)",
-    )
-    add("--ranks-per-node", type=Whole(1, 2**15), default=8, metavar="N", help="for node_aware and eplb (default: 8)")
-    add(
-        "--layers",
-        type=Whole(1, 1024),
-        metavar="N",
-        help="layers of other placements (default: the model's MoE layers)",
-    )
-    add("--first-layer", type=Whole(0, 2**20), metavar="N", help="decoder layer of the first MoE layer, for a model that does "
-        "not say which of its layers are MoE layers; those of the map follow one another from there")  # fmt: skip
+    add_options(parser, ExportOptions)
 
 
 def run_export(arguments: Namespace) -> None:
@@ -61,7 +35,7 @@ def run_export(arguments: Namespace) -> None:
     if arguments.first_layer is not None and form == "vllm":
         raise InputError("--first-layer: vllm does not name layers; its rows are the MoE layers in order")
     model = load_model(arguments.model)
-    placement = _placement(arguments, model, arguments.ep)
+    placement = _placement(arguments, model)
     note(*notes_on(placement))
     moe, ids = model.moe_layer_ids, placement.layer_ids or ()
     named = ids == moe or ids != tuple(range(len(ids)))  # others are numbers of rows, not of decoder layers
@@ -84,55 +58,35 @@ def run_export(arguments: Namespace) -> None:
         )
 
 
-def _placement(arguments: Namespace, model: "ModelSpec", ep_size: int) -> "Placement":
-    """Placement with a row for each layer, and the decoder layers that these are."""
-    from sim.placement import BUDGET, check_ep_size, check_slots, is_load_aware, place_fixed, split_name, strategy_name
-
-    name = strategy_name(arguments.placement)
-    ranks_per_node = arguments.ranks_per_node
-    check_ep_size(model, ep_size, [name])
-    check_slots(name, model, ep_size)
-    if name == "random":
-        raise InputError("--placement random: is drawn anew for each layer draw; there is none to export")
-    if split_name(name)[0] != BUDGET and (arguments.gpu, arguments.tokens) != (None, None):
-        raise InputError(f"--gpu and --tokens go with eplb_budget, whose copies are spent by time, not with {name}")
-    if is_load_aware(name):
-        placement = _fitted(arguments, name, model, ep_size, ranks_per_node)
-    elif arguments.fit_on is not None:
-        raise InputError(f"--fit-on goes with a load-aware placement (eplb, eplb_refined), not with {name}")
-    else:
-        placement = place_fixed(name, model, ep_size, ranks_per_node)
-    n_layers = placement.n_rows
-    if n_layers > 1 and arguments.layers is not None:
-        raise InputError(f"--layers goes with placements of one layer: {name} has {n_layers}")
-    if n_layers == 1 and not is_load_aware(name):
-        n_layers = arguments.layers or model.n_moe_layers or 0
-        if not n_layers:
-            raise InputError(f"--layers is needed: {model.name} does not say how many MoE layers it has")
-    first = arguments.first_layer
-    if first is not None:
-        return placement.for_layers(tuple(range(first, first + n_layers)))
-    moe = model.moe_layer_ids
-    ids = placement.layer_ids or (moe if len(moe) == n_layers else tuple(range(n_layers)))
-    return placement.for_layers(ids)
-
-
-def _fitted(arguments: Namespace, name: str, model: "ModelSpec", ep_size: int, ranks_per_node: int) -> "Placement":
-    """A load-aware placement of the layers of --fit-on."""
-    from sim.placement import check_loads, place_balanced, spread_copies
-    from sim.traffic import read_traffic
+def _placement(arguments: Namespace, model: "ModelSpec") -> "Placement":
+    """The placement that is asked for, load-aware ones fitted on the traffic of --fit-on."""
+    from sim.placement import BUDGET, check_loads, is_load_aware, place_layers, split_name, spread_copies, strategy_name
     from sim.traffic.split import load_of
 
+    name, ep_size, ranks_per_node = strategy_name(arguments.placement), arguments.ep_size, arguments.ranks_per_node
+    chosen = {"layers": arguments.layers, "first_layer": arguments.first_layer}
+    if split_name(name)[0] != BUDGET and (arguments.gpu, arguments.tokens) != (None, None):
+        raise InputError(f"--gpu and --tokens go with eplb_budget, whose copies are spent by time, not with {name}")
+    if arguments.tokens is not None and arguments.gpu is None:
+        raise InputError("--tokens goes with --gpu: the load of ranks is spent alike at any number of them")
+    if not is_load_aware(name):
+        if arguments.fit_on is not None:
+            raise InputError(f"--fit-on goes with a load-aware placement (eplb, eplb_refined), not with {name}")
+        return place_layers(name, model, ep_size, ranks_per_node, **chosen)
     if arguments.fit_on is None:
         raise InputError(f"--placement {name} needs --fit-on FILE to be fitted on")
-    if arguments.layers is not None:
-        raise InputError("--layers goes with placements that are not fitted: --fit-on has its own layers")
-    data = read_traffic(Path(arguments.fit_on.removeprefix("file:")), model)
-    note(*data.notes)
+    data = read_file(arguments.fit_on, model, None)
     loads = check_loads(load_of(data, model.n_experts), model.n_experts, f"--fit-on {arguments.fit_on}", layers=True)
-    moe, of_file = model.moe_layer_ids, tuple(data.layer_ids.tolist())
-    ids = moe if len(loads) == len(moe) else of_file if set(of_file) <= set(moe) else None
-    placement = place_balanced(name, model, ep_size, ranks_per_node, loads, ids, _layer_cost(arguments, model, ep_size))
+    cost = None
+    if arguments.gpu is not None:
+        from sim.cost.expert import expert_rates
+        from sim.cost.steps import time_cost
+
+        cost = time_cost(expert_rates(model, arguments.gpu), model, arguments.tokens or 512 * ep_size)
+    of_file = tuple(data.layer_ids.tolist())
+    placement = place_layers(
+        name, model, ep_size, ranks_per_node, loads=loads, loads_of=of_file, layer_cost=cost, **chosen
+    )
     if arguments.format != "vllm-ascend" or not placement.idle_copies.any():
         return placement
     note(
@@ -140,18 +94,6 @@ def _fitted(arguments: Namespace, name: str, model: "ModelSpec", ep_size: int, r
         "vllm-ascend counts distinct experts as slots"
     )
     return spread_copies(placement, loads)
-
-
-def _layer_cost(arguments: Namespace, model: "ModelSpec", ep_size: int) -> "LayerCost | None":
-    """What copies are spent by: the time of --gpu, where there is one."""
-    if arguments.gpu is None:
-        if arguments.tokens is not None:
-            raise InputError("--tokens goes with --gpu: the load of ranks is spent alike at any number of them")
-        return None
-    from sim.cost.expert import expert_rates
-    from sim.cost.steps import time_cost
-
-    return time_cost(expert_rates(model, arguments.gpu), model, arguments.tokens or 512 * ep_size)
 
 
 def _listed(layers: tuple[int, ...]) -> str:

@@ -11,7 +11,7 @@ from sim.cli.terminal import add_output, print_rows, print_table
 from sim.errors import InputError
 from sim.options import PlotOptions
 from sim.options.declare import add_options, given
-from sim.options.kinds import NAMES, WHOLE_NUMBERS, Folder
+from sim.options.kinds import NAMES, WHOLE_NUMBERS, Folder, NewFile
 
 _MAX_ROWS, _MAX_LINES = 28, 40
 _FEW = 3  # placements that are all shown where nobody chooses
@@ -279,9 +279,7 @@ def run_plot(arguments: Namespace) -> None:
         result = read_result(folder)
         if result.counts.empty:
             raise InputError(f"{folder} lacks counts.parquet, which the figures are drawn from; run the sweep again")
-        if options.tokens is not None and options.tokens not in set(result.summary.tokens):
-            have = ", ".join(map(str, sorted(result.summary.tokens.unique())))
-            raise InputError(f"`tokens` {options.tokens}: the sweep has {have}")
+        check_there(result.summary, {"tokens": None if options.tokens is None else [options.tokens]}, "the sweep")
         for name in chosen:
             figure = draw(name, result, **(worst_case if name in ("exceedance", "worst_case_by_ep") else {}))
             if figure is None:
@@ -295,13 +293,12 @@ def add_report(parser: ArgumentParser) -> None:
     """Write one page to explore sweeps and advice in a browser: pickers, curves, tables, provenance. It needs no network."""
     add = parser.add_argument
     add("folders", nargs="+", type=Path, metavar="DIR", help="folders that epsim sweep or epsim advise wrote")
-    add("--out", type=Path, default="report.html", metavar="FILE", help="the page (default: report.html)")
+    page = NewFile(endings=(".html", ".htm"))
+    add("--out", type=page, default="report.html", metavar="FILE", help="the page (default: report.html)")
 
 
 def run_report(arguments: Namespace) -> None:
     """Run `epsim report`."""
-    if arguments.out.suffix.lower() not in (".html", ".htm"):
-        raise InputError(f"--out {arguments.out}: must end in .html")
     from sim.report import write_report
 
     page = write_report(arguments.folders, arguments.out)

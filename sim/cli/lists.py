@@ -3,14 +3,13 @@
 import textwrap
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from sim.cli.terminal import add_output, cells, note_compiling, print_rows, print_table, say, shown_progress
 from sim.errors import InputError
 from sim.options import TrafficOptions
 from sim.options.declare import add_options
-from sim.options.kinds import Listed, Whole
+from sim.options.kinds import Listed, NewFile, Whole
 
 
 def add_models(parser: ArgumentParser) -> None:
@@ -179,7 +178,12 @@ def add_gpus(parser: ArgumentParser) -> None:
     """List GPUs and kinds of exchange, with the sources of their numbers; or check predicted times against published ones."""
     add = parser.add_argument
     add("--check", action="store_true", help="how far predicted times are from published ones instead")
-    add("--plot", type=Path, metavar="FILE", help="with --check: draw them too, as .png or .svg")
+    add(
+        "--plot",
+        type=NewFile(endings=(".png", ".svg")),
+        metavar="FILE",
+        help="with --check: draw them too, as .png or .svg",
+    )
     add_output(parser)
 
 
@@ -231,8 +235,6 @@ def _check(arguments: Namespace) -> None:
     from sim.cost.refit import exchanges_of_others, predicted_against_measured
     from sim.cost.tables import measured
 
-    if arguments.plot is not None and arguments.plot.suffix not in (".png", ".svg"):
-        raise InputError(f"--plot {arguments.plot}: must end in .png or .svg")
     check = predicted_against_measured()
     if print_rows(check, arguments):
         return

@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 from sim.cli.inputs import check_there, rows_of
 from sim.cli.terminal import add_output, cells, note, note_compiling, print_rows, print_table, say_notes
 from sim.errors import InputError, unknown
-from sim.options import MeasureOptions, TrafficOptions
-from sim.options.declare import add_options, section_of
+from sim.options import TrafficOptions
+from sim.options.declare import add_options
+from sim.options.of_files import OF_LAYERS, OF_RANKS, MeasuredOptions, MeasureOptions
 
 _PLACEMENTS, _WORKLOADS = ["linear", "round_robin"], ["chat", "gpqa-tilted"]
 _EP_SIZES, _TOKENS, _DTYPES = [8, 16, 32, 64], [2**i for i in range(3, 15)], ["bf16", "fp8"]
 _LAYER_TOKENS = [8, 64, 512, 2048, 8192, 16384]
-_OF_RANKS, _OF_LAYERS = ("error", "constants", "missed", "gain"), ("sum", "gain", "predicted")
 
 
 class _Table(NamedTuple):
@@ -36,13 +36,7 @@ def add_measure(parser: ArgumentParser) -> None:
     """
     add_options(parser, TrafficOptions, only=("model",))
     add_options(parser, MeasureOptions)
-    add = section_of(parser, MeasureOptions.title).add_argument
-    add("--layer", action="store_true", help="measure whole layers, one rank on each GPU (--ep; default: all GPUs)")
-    add("--out", metavar="FILE.csv", help="where the rows go; what the device reaches goes to FILE.json")
-    add = section_of(parser, "what was measured").add_argument
-    add("--show", type=Path, metavar="FILE.csv", help="measure nothing; print the tables of a file that was written")
-    add("--table", metavar="NAME", help=f"one of them: {', '.join(_OF_RANKS)}; of layers: {', '.join(_OF_LAYERS)}")
-    add("--plot", action="store_true", help="draw the figures beside the file")
+    add_options(parser, MeasuredOptions)
     add_output(parser, figures=True)
 
 
@@ -52,6 +46,7 @@ def run_measure(arguments: Namespace) -> None:
         for option in ("out", "layer"):
             if getattr(arguments, option):
                 raise InputError(f"--{option} goes without --show: what was measured is only read")
+        arguments.show = Path(arguments.show)
         _show(arguments)
         return
     for option in ("plot", "markdown", "json", "csv", "table"):
@@ -196,7 +191,7 @@ def _show(arguments: Namespace) -> None:
             f"--show {arguments.show}: is what the device reaches; the times lie beside it, in a .csv or .csv.gz"
         )
     of_layers = is_of_layers(arguments.show)
-    known = _OF_LAYERS if of_layers else _OF_RANKS
+    known = OF_LAYERS if of_layers else OF_RANKS
     if arguments.table is not None and arguments.table not in known:
         raise unknown("--table", arguments.table, known)
     if arguments.table is None and (arguments.json or arguments.csv):

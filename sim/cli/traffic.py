@@ -21,9 +21,10 @@ from sim.cli.terminal import (
 from sim.cli.traffic_decay import add_decay, run_decay
 from sim.cli.traffic_make import add_make, add_match, run_make, run_match
 from sim.errors import InputError, counted
-from sim.options import FigureOptions, FileOptions
+from sim.options import FigureOptions
 from sim.options.declare import add_options
-from sim.options.kinds import FILE
+from sim.options.kinds import NewFile
+from sim.options.of_files import FileOptions
 
 _LAYERS_SHOWN = 12
 _COLUMNS = {
@@ -57,7 +58,8 @@ def _add_fit(parser: ArgumentParser) -> None:
     """Fit a workload that has these loads."""
     parser.add_argument("file", type=Path, metavar="FILE", help=_FILE_HELP)
     add_options(parser, FileOptions, only=("model", "phase", "hold_out", "half", "group_sigma", "seed", "threads"))
-    parser.add_argument("--out", type=FILE, default="", metavar="FILE.toml", help="the workload that is written")
+    out = NewFile(endings=(".toml",))
+    parser.add_argument("--out", type=out, required=True, metavar="FILE.toml", help="the workload that is written")
 
 
 def _run_show(arguments: Namespace) -> None:
@@ -204,13 +206,8 @@ def _run_fit(arguments: Namespace) -> None:
     from sim.model import load_model
     from sim.progress import phase
 
-    out = Path(arguments.out)
-    if out.suffix != ".toml":
-        raise InputError(f"--out '{arguments.out}': must be the name of a .toml file")
     if arguments.half and not arguments.hold_out:
         raise InputError("--half goes with --hold-out")
-    if not out.parent.is_dir():
-        raise InputError(f"--out {out}: the folder {out.parent} does not exist")
     model = load_model(arguments.model)
     data = read_file(arguments.file, model, arguments.phase)
     how = {"seed": arguments.seed, "threads": arguments.threads}
@@ -231,7 +228,7 @@ def _run_fit(arguments: Namespace) -> None:
     with shown_progress(), phase("fit", sizes):
         fit = fit or fit_traffic(model, data, **how)
     note(*fit.notes)
-    with whole_files(out) as (temporary,):
+    with whole_files(arguments.out) as (temporary,):
         temporary.write_text(fit_text(fit), encoding="utf-8")
     what = "all of the file" if whole else "the first half (--half)"
     say(
@@ -251,7 +248,7 @@ def _run_fit(arguments: Namespace) -> None:
             f"{of.passage_tokens:g}; shares to {_rms(fit, 1)}"
         )
     phases = "" if fit.prefill is None else " (--phase decode or prefill)"
-    say(f"written to {out}; use it as --workload {out}{phases}")
+    say(f"written to {arguments.out}; use it as --workload {arguments.out}{phases}")
 
 
 def _rms(fit: Any, phase: int) -> str:

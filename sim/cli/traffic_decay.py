@@ -17,8 +17,9 @@ from sim.cli.terminal import (
     write_answer,
 )
 from sim.errors import InputError, counted
-from sim.options import FigureOptions, FileOptions, PlacedOptions
+from sim.options import FigureOptions, PlacedOptions
 from sim.options.declare import add_options
+from sim.options.of_files import FileOptions
 
 
 def add_decay(parser: ArgumentParser) -> None:

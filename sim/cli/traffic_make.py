@@ -7,9 +7,10 @@ from typing import Any
 from sim.cli.inputs import read_inputs, say_about_inputs
 from sim.cli.terminal import add_output, cells, note, note_compiling, print_rows, print_table, say, shown_progress
 from sim.errors import InputError, counted
-from sim.options import MadeOptions, MatchOptions, TrafficOptions
+from sim.options import TrafficOptions
 from sim.options.declare import add_options
-from sim.options.kinds import FILE
+from sim.options.kinds import NewFile
+from sim.options.of_files import MadeOptions, MatchOptions
 
 _NEAR = 0.02  # of what is asked for: a scale reaches it
 
@@ -18,7 +19,8 @@ def add_make(parser: ArgumentParser) -> None:
     """Write synthetic recorded routing, with a wanted imbalance."""
     add_options(parser, TrafficOptions, only=("model", "workload", "phase"))
     add_options(parser, MadeOptions)
-    parser.add_argument("--out", type=FILE, required=True, metavar="TRACE.npz", help="the trace that is written")
+    out = NewFile(endings=(".npz",))
+    parser.add_argument("--out", type=out, required=True, metavar="TRACE.npz", help="the trace that is written")
 
 
 def run_make(arguments: Namespace) -> None:
@@ -27,11 +29,6 @@ def run_make(arguments: Namespace) -> None:
     from sim.progress import phase
     from sim.traffic import SyntheticTraffic
 
-    out = Path(arguments.out)
-    if out.suffix != ".npz" or out.is_dir():
-        raise InputError(f"`out` {out}: must be the name of a .npz file")
-    if not out.parent.is_dir():
-        raise InputError(f"`out` {out}: the folder {out.parent} does not exist")
     if (arguments.imbalance is None) != (arguments.ep_sizes is None):
         raise InputError("`imbalance` and `ep_sizes` go together")
     model, workload = read_inputs(arguments)
@@ -49,7 +46,7 @@ def run_make(arguments: Namespace) -> None:
                 scale = found.scale
         with phase("tokens", sizes):
             trace = make_traffic(workload, model, arguments.tokens, arguments.sequences, arguments.seed, scale)
-    write_trace(trace, out)
+    write_trace(trace, arguments.out)
     n_layers, n_tokens, top_k = trace.topk_ids.shape
     say(
         f"{n_tokens} tokens in {counted(len(trace.starts) - 1, 'sequence')}, {counted(n_layers, 'layer')}, top-{top_k} of "
@@ -65,7 +62,7 @@ def run_make(arguments: Namespace) -> None:
         )
         if abs(reached / arguments.imbalance - 1) > _NEAR:
             note(f"the nearest that this workload and this number of tokens reach is {reached:.3f}")
-    say(f"written to {out}; use it as --workload file:{out} --model {arguments.model}")
+    say(f"written to {arguments.out}; use it as --workload file:{arguments.out} --model {arguments.model}")
 
 
 def write_trace(trace: Any, path: Path) -> None:

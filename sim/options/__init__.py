@@ -30,8 +30,6 @@ from sim.options.kinds import (
     THREADS,
     WHOLE_NUMBERS,
     Choice,
-    Flag,
-    Folder,
     Kind,
     Listed,
     Measured,
@@ -58,9 +56,9 @@ DEFAULT_TRIALS = 10_000
 DEFAULT_MAX_TRIALS = 1_000_000
 
 
-_MODEL = "preset (epsim models) or path of a Hugging Face config.json"
+MODEL_HELP = "preset (epsim models) or path of a Hugging Face config.json"
 _WORKLOAD = "preset (epsim workloads), file:TRACE of recorded routing, or a .toml file, as epsim traffic fit writes it"
-_THREADS = "threads (default: all processors of this process)"
+THREADS_HELP = "threads (default: all processors of this process)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +66,7 @@ class TrafficOptions(Options):
     """The model, and what comes in: arguments of `load_model` and `load_workload`."""
 
     title = "model and traffic"
-    model: str = option(NAME, _MODEL, default="deepseek-v3")
+    model: str = option(NAME, MODEL_HELP, default="deepseek-v3")
     workload: str = option(NAME, _WORKLOAD, default="chat")
     phase: str | None = option(
         NAME,
@@ -173,7 +171,7 @@ class SweepOptions(PlacedOptions):
         default=None,
     )
     replica_choice: str = option(
-        NAME,
+        Choice(names=("even", "vllm_hash", "in_step")),
         "copy of a replicated expert that a token goes to: even; vllm_hash of the token's index in the step; or in_step, the "
         "best split of each step's pairs that there is, as balancers within the step (LPLB) strive for",
         default="even",
@@ -220,7 +218,7 @@ class StepOptions(CellOptions):
     most_steps: int = option(
         Whole(1, 10**6), "steps of each size, fewer where they are large", flag="--steps", default=MOST_STEPS
     )
-    threads: int | None = option(THREADS, _THREADS, default=None)
+    threads: int | None = option(THREADS, THREADS_HELP, default=None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,7 +259,7 @@ class CapacityOptions(LayerOptions, PlacedOptions):
         "deployments to draw of synthetic traffic whose layers are not known (at most 80 where placements are fitted)",
         default=400,
     )
-    threads: int | None = option(THREADS, _THREADS, default=None)
+    threads: int | None = option(THREADS, THREADS_HELP, default=None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -281,7 +279,7 @@ class LinkOptions(PlacedOptions):
         "one before), or a list of all shares",
         default=1.0,
     )
-    threads: int | None = option(THREADS, _THREADS, default=None)
+    threads: int | None = option(THREADS, THREADS_HELP, default=None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -332,7 +330,7 @@ class RestOptions(Options):
     title = "the rest of a step"
     moe_share: float | None = option(Share(), "share of a step that experts and exchange take, as in 40%", default=None)
     step_us: float | None = option(
-        Positive(most=1e9, scale=1e3, metavar="MS", allowed="a number above 0, and at most 1e9"),
+        Positive(most=1e9, scale=1e3, metavar="MS"),
         "instead of `moe_share`: the baseline's measured step time",
         flag="--step-ms",
         default=None,
@@ -358,7 +356,7 @@ class ClaimOptions(Options):
         "the most of a step that routed experts and exchange may take for a gain to be put down to them",
         default=0.8,
     )
-    threads: int | None = option(THREADS, _THREADS, default=None)
+    threads: int | None = option(THREADS, THREADS_HELP, default=None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -378,88 +376,4 @@ class PlotOptions(FigureOptions):
     )
     deepest: float = option(
         Number(1e-300, 0.1, metavar="P"), "probability down to which worst cases are drawn", default=1e-6
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class FileOptions(Options):
-    """A file of recorded routing or load counts: how it is read, and what it is compared with."""
-
-    model: str = option(NAME, f"the model that the file was taken on: {_MODEL}")
-    phase: str | None = option(
-        NAME, "decode (default) or prefill: the steps that are read of a set of traces", default=None
-    )
-    against: Any = option(FILE, "another file of the same layers, to compare with", default=None)
-    plot: Any = option(Folder(), "draw figures there", default=None)
-    all_layers: bool = option(Flag(), "a row for every layer", default=False)
-    hold_out: bool = option(Flag(), "first fit each half and predict the rank imbalance of the other", default=False)
-    half: bool = option(
-        Flag(), "with `hold_out`: write the fit of the first half (even sequences, or first steps)", default=False
-    )
-    group_sigma: float | None = option(
-        Number(0, 5), "group effect of a grouped router, which loads do not tell (default: 0.4)", default=None
-    )
-    n_windows: int | None = option(
-        Whole(), "windows that the file is cut into (default: 8)", flag="--windows", default=None
-    )
-    threads: int | None = option(THREADS, _THREADS, default=None)
-    seed: int = option(SEED, "same seed, same answer", default=0)
-
-
-_IMBALANCE = "mean over layers of a step's max / mean rank load, under linear placement"
-
-
-@dataclass(frozen=True, kw_only=True)
-class MadeOptions(Options):
-    """A trace of synthetic traffic."""
-
-    title = "the trace"
-    tokens: int = option(Whole(1, MAX_TOKENS), "tokens of the trace", default=65536)
-    sequences: int = option(Whole(1, MAX_TOKENS), "sequences of the trace", default=256)
-    imbalance: float | None = option(Number(1, 2**15), f"scale the popularity to this {_IMBALANCE}", default=None)
-    ep_sizes: int | None = option(Whole(1, 2**15), "EP size of `imbalance`", flag="--ep", default=None)
-    seed: int = option(SEED, "same seed, same trace", default=0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class MatchOptions(Options):
-    """An imbalance that was read off a log."""
-
-    title = "your log"
-    imbalance: float = option(Number(1, 2**15), _IMBALANCE)
-    ep_sizes: int = option(Whole(2, 2**15), "its EP size", flag="--ep")
-    tokens: int = option(Whole(1, MAX_TOKENS), "its tokens per step, in all ranks", default=16384)
-    workloads: Any = option(
-        NAMES, "workloads to compare (default: every preset that fits the model)", flag="--workload", default=None
-    )
-    seed: int = option(SEED, "same seed, same answer", default=0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class MeasureOptions(Options):
-    """What is measured on GPUs, or shown of what was measured. The defaults of lists are those of `epsim measure`."""
-
-    title = "what is measured"
-    workload: Any = option(NAMES, "traffic (default: chat,gpqa-tilted)", default=None)
-    ep_sizes: Any = option(
-        WHOLE_NUMBERS, "EP sizes (default: 8,16,32,64; with --layer one, the number of GPUs)", flag="--ep", default=None
-    )
-    tokens: Any = option(
-        WHOLE_NUMBERS,
-        "tokens per step over the EP group (default: 8..16384; with --layer 8,64,512,2048,8192,16384)",
-        default=None,
-    )
-    placement: Any = option(NAMES, "placements (default: linear,round_robin)", default=None)
-    dtype: Any = option(NAMES, "types of the weights (default: bf16,fp8; with --layer one, bf16)", default=None)
-    exchange: Any = option(NAMES, "with --layer: kinds of exchange (default: token,pair,gather,reduce)", default=None)
-    steps: int = option(Whole(), "steps to sample, each of a fresh layer", default=16)
-    seed: int = option(Whole(), "same seed, same steps and ranks", default=0)
-    device: str = option(
-        Choice(names=("cuda", "cpu")), "cuda (needs PyTorch: epsim[gpu]), or cpu for toy sizes", default="cuda"
-    )
-    gpu: str | None = option(
-        NAME, "GPU that predictions are for (epsim gpus; default: by the device's name)", default=None
-    )
-    time_limit: float | None = option(
-        Seconds(), "stop after this time, as in 90s or 8m; steps that were measured are kept", default=None
     )

@@ -30,6 +30,8 @@ class Option:
         Whether the value as it is belongs to what identifies a result.
     is_last : bool
         Whether it stands behind the others in a help, as few need it.
+    alias : str
+        Another name of it on the command line.
     """
 
     kind: Kind
@@ -37,6 +39,7 @@ class Option:
     flag: str = ""
     identifies: bool = False
     is_last: bool = False
+    alias: str = ""
 
 
 def option(kind: Kind, help: str, *, default: Any = MISSING, **more: Any) -> Any:
@@ -112,7 +115,7 @@ def add_options(
         if metavar == "NAME" and "-" not in flags[name][2:]:
             metavar = flags[name][2:].upper()
         add = (tokens if name in ("tokens", "tokens_per_rank") else section).add_argument
-        add(flags[name], type=declared.kind, default=typed, metavar=metavar, **more)
+        add(*filter(None, (declared.alias, flags[name])), type=declared.kind, default=typed, metavar=metavar, **more)
 
 
 def given(arguments: Namespace, group: type[Options]) -> dict[str, Any]:

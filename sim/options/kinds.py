@@ -88,20 +88,26 @@ class Number(Kind):
     python = "float"
 
     def __call__(self, text: str) -> float:
-        return self.scale * float(super().__call__(text))
+        value = self.read(text)
+        if (problem := self.problem(value * self.scale, self.scale)) is not None:
+            raise ArgumentTypeError(f"{shown(value)}: {problem}")
+        return value * self.scale
 
     def read(self, text: str) -> float:
         try:
             return float(text)
         except ValueError:
-            raise ArgumentTypeError(f"{text}: {self.problem(None)}") from None
+            raise ArgumentTypeError(f"{text}: {self.problem(None, self.scale)}") from None
 
     def check(self, name: str, value: Any) -> float:
         return float(super().check(name, value))
 
-    def problem(self, value: Any) -> str | None:
-        fits = not isinstance(value, bool) and isinstance(value, Real) and self.least <= float(value) <= self.most
-        return None if fits else f"must be {self.allowed or f'a number from {self.least:g} to {self.most:g}'}"
+    def problem(self, value: Any, unit: float = 1.0) -> str | None:
+        """See `Kind`; the range is told in this unit."""
+        if not isinstance(value, bool) and isinstance(value, Real) and self.least <= float(value) <= self.most:
+            return None
+        least, most = (f"{end / unit:g}".replace("e+0", "e") for end in (self.least, self.most))
+        return f"must be {self.allowed or 'a number from {least} to {most}'}".format(least=least, most=most)
 
 
 @dataclass(frozen=True)
@@ -113,11 +119,11 @@ class Measured(Number):
 
 @dataclass(frozen=True)
 class Positive(Number):
-    """A number above 0, and at most 1e6."""
+    """A number above 0."""
 
     least: float = _ABOVE_0
     most: float = 1e6
-    allowed: str = "a number above 0, and at most 1e6"
+    allowed: str = "a number above 0, and at most {most}"
 
 
 @dataclass(frozen=True)
@@ -186,6 +192,22 @@ class Folder(Kind):
         if is_there(Path(text)) and not Path(text).is_dir():
             raise ArgumentTypeError(f"{text} is a file, not a folder")
         return Path(text)
+
+
+@dataclass(frozen=True)
+class NewFile(Kind):
+    """Name of a file that is written, with one of some endings, in a folder that is there."""
+
+    metavar: str = field(default="FILE", kw_only=True)
+    endings: tuple[str, ...] = ()
+
+    def read(self, text: str) -> Path:
+        path = Path(text)
+        if path.suffix.lower() not in self.endings or path.is_dir():
+            raise ArgumentTypeError(f"'{text}': must be the name of a {' or '.join(self.endings)} file")
+        if not path.parent.is_dir():
+            raise ArgumentTypeError(f"{text}: the folder {path.parent} does not exist")
+        return path
 
 
 @dataclass(frozen=True)

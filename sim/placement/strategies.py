@@ -242,6 +242,45 @@ def place_fixed(name: str, model: ModelSpec, ep_size: int, ranks_per_node: int) 
     return Placement.of_ranks(name, ep_size, ranks[None])
 
 
+def place_layers(
+    name: str,
+    model: ModelSpec,
+    ep_size: int,
+    ranks_per_node: int,
+    *,
+    loads: np.ndarray | None = None,
+    loads_of: tuple[int, ...] = (),
+    layer_cost: LayerCost | None = None,
+    layers: int | None = None,
+    first_layer: int | None = None,
+) -> Placement:
+    """A placement with a row for each layer, and the decoder layers that these are: the model's MoE layers where it knows them.
+
+    Load-aware ones are of checked `loads`, float64 [layers, n_experts], of the layers `loads_of`; `layers` is how many layers a
+    placement of one row is for (default: the model's), `first_layer` the decoder layer of the first.
+    """
+    check_ep_size(model, ep_size, [name])
+    check_slots(name, model, ep_size)
+    if name == "random":
+        raise InputError("`placement` random: is drawn anew for each layer draw; there is none to export")
+    moe = model.moe_layer_ids
+    if loads is None:
+        placement = place_fixed(name, model, ep_size, ranks_per_node)
+    else:
+        ids = moe if len(loads) == len(moe) else loads_of if set(loads_of) <= set(moe) else None
+        placement = place_balanced(name, model, ep_size, ranks_per_node, loads, ids, layer_cost)
+    n_rows = placement.n_rows
+    if layers is not None and (n_rows > 1 or loads is not None):
+        raise InputError(f"`layers` goes with placements that are not fitted, of one layer: {name} has {n_rows}")
+    if n_rows == 1 and loads is None:
+        n_rows = layers or model.n_moe_layers or 0
+        if not n_rows:
+            raise InputError(f"`layers` is needed: {model.name} does not say how many MoE layers it has")
+    if first_layer is not None:
+        return placement.for_layers(tuple(range(first_layer, first_layer + n_rows)))
+    return placement.for_layers(placement.layer_ids or (moe if len(moe) == n_rows else tuple(range(n_rows))))
+
+
 @lru_cache(maxsize=4)  # all EP sizes of a chunk ask for the same
 def _random_places(n_experts: int, seed: int, first_draw: int, n_draws: int) -> np.ndarray:
     """Place of each expert in one random permutation per layer draw, int64 [n_draws, n_experts]."""

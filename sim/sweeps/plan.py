@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sim.copies import REPLICA_CHOICES
-from sim.errors import InputError, shown, unknown, whole_number
+from sim.errors import InputError, shown, whole_number
 from sim.model import ModelSpec, load_model
 from sim.options import DEFAULT_MAX_TRIALS, DEFAULT_TRIALS, SweepOptions
 from sim.options.declare import identity
@@ -51,7 +50,7 @@ class Plan:
     fit : str
         What load-aware placements are fitted on, in words; empty without any.
     replica_choice : str
-        One of REPLICA_CHOICES.
+        As in `SweepOptions`.
     precision : Precision, optional
     bound_layers : int
         Layer draws that bounds past sampling are taken over; 0 for no bounds.
@@ -200,8 +199,6 @@ def _choose_received(workload: Workload, chosen: SweepOptions) -> bool:
     """Whether received tokens are counted. Raises InputError where what was asked for needs single tokens, which are not to be
     had.
     """
-    if chosen.replica_choice not in REPLICA_CHOICES:
-        raise unknown("`replica_choice`", shown(chosen.replica_choice), REPLICA_CHOICES)
     largest_step = max(chosen.tokens) * (max(chosen.ep_sizes) if chosen.tokens_per_rank else 1)
     reason = no_single_tokens_because(workload, largest_step)
     for asked, option in (
