@@ -182,12 +182,7 @@ def advise(
     share = ASSUMED_SHARE if moe_share is None and step_us is None else moe_share
     setup: dict[str, Any] = SAMPLED | (PER_RANK if "tokens" not in options else {}) | options
     setup |= {"ep_sizes": ep_size, "exchange": exchange_of(backend, ranks, gpu.name), "seed": seed}
-    setup |= {
-        "baseline": baseline,
-        "placement": [*names, *ends],
-        "moe_share": share,
-        "step_us": step_us,
-    }
+    setup |= {"baseline": baseline, "placement": [*names, *ends], "moe_share": share, "step_us": step_us}
     splits = splits_of(model, scored, other, seed, options.get("threads"))
     gains = _gains(model, gpu, splits, setup)
     engines = {name: engine_of(name, model, ep_size, backend, ranks) for name in [baseline, *names]}

@@ -7,16 +7,15 @@ from sim.cli.gain import EXTRAPOLATED_TEXT, knee_text, layer_saved, say_break_ev
 from sim.cli.inputs import identity_of, read_file, say_about_maps, say_about_times, step_options
 from sim.cli.terminal import (
     add_output,
+    answer,
     cells,
     estimate,
     is_alone,
     note,
     note_compiling,
-    print_rows,
-    print_table,
+    print_lines,
     say,
     shown_progress,
-    write_answer,
 )
 from sim.errors import InputError, counted
 from sim.options import GpuOptions, PlacedOptions, RestOptions, StepOptions, TimeOptions, TrafficOptions
@@ -97,8 +96,6 @@ def run_advise(arguments: Namespace) -> None:
     note(*advice.notes)
     if is_alone(arguments) and advice.why:  # without the words
         note(f"{advice.verdict}: {advice.why}")
-    if not print_rows(advice.table(), arguments):
-        _print(advice, arguments)
     chosen |= {"ep_size": sizes[0], "fit_on": None if other is None else other.digest}
     identity = identity_of(model, traffic, options, [gpu], **chosen)
 
@@ -110,7 +107,8 @@ def run_advise(arguments: Namespace) -> None:
         drawn = advice.gains[~advice.gains.placement.isin(list(not_run(advice)))]
         return {"advice": advice_by_tokens(drawn, PERFECT, perfect_text(drawn))}
 
-    write_answer(arguments.out, arguments, {"advice": advice.table()}, identity, figures)
+    tables = {"advice": advice.table()}
+    answer(arguments.out, arguments, lambda: _print(advice, arguments), tables, identity, figures)
     if arguments.demo and not is_alone(arguments):
         print(f"\n{_RECORD_TEXT}")
 
@@ -260,7 +258,7 @@ def _print_table(advice: Any, arguments: Namespace) -> None:
         shown = {head: what for head, what in columns.items() if head not in _IN_FILE}
         heads, lines = cells(rows[is_run].itertuples(), shown)
         lines = [["" if i and lines[i - 1][0] == line[0] else line[0], *line[1:]] for i, line in enumerate(lines)]
-    print_table(title, heads, lines, arguments.markdown, align="><" + ">" * 8 + "<", keys=2)
+    print_lines(title, heads, lines, arguments.markdown, align="><" + ">" * 8 + "<", keys=2)
 
 
 def _with_baseline(gains: Any) -> Any:

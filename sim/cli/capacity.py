@@ -4,12 +4,13 @@ from argparse import ArgumentParser, Namespace
 from typing import Any
 
 from sim.cli.inputs import read_inputs, say_about_inputs, say_about_layers
-from sim.cli.terminal import add_output, note, note_compiling, print_rows, print_table, say_notes, write_answer
+from sim.cli.terminal import add_output, answer, note, note_compiling, pivoted, print_lines, say_notes
 from sim.errors import InputError, counted
 from sim.options import CapacityOptions, TrafficOptions
 from sim.options.declare import add_options, given, section_of
 from sim.options.kinds import Number, Seconds
 
+_KEYS = ["ep_size", "tokens", "placement"]
 _PER_SECOND, _MOST_PER_SECOND = 20.0, 1e6
 _SHORT = {"received": "received tokens", "pairs": "rows of a rank", "expert_rows": "rows of an expert"}
 _TITLE_EXCHANGE = {"token": "buffer", "pair": "buffer", "workspace": "workspace", "deepep_low_latency": "low latency"}
@@ -24,8 +25,8 @@ def add_capacity(parser: ArgumentParser) -> None:
     less.
     """
     add_options(parser, TrafficOptions)
-    only = [name for name in CapacityOptions.__dataclass_fields__ if name != "horizon_steps"]
-    add_options(parser, CapacityOptions, only=only, ep_sizes="16,32,64", tokens="2048", placements="linear,round_robin")
+    cells = {"ep_sizes": "16,32,64", "tokens": "2048", "placements": "linear,round_robin"}
+    add_options(parser, CapacityOptions, without="horizon_steps", **cells)
     add = section_of(parser, CapacityOptions.title).add_argument
     add("--horizon", type=Seconds(), metavar="TIME", help="also of any step of so long, as in 24h")
     add("--steps-per-second", type=Number(1e-6, _MOST_PER_SECOND), metavar="X", help=f"steps of the horizon (default: "
@@ -56,8 +57,6 @@ def run_capacity(arguments: Namespace) -> None:
     say_notes()
     found = size_buffers(model, workload, curves=arguments.out is not None, **options)
     note(*found.notes)
-    if not print_rows(found.table, arguments):
-        _print(found, model, options, arguments.markdown)
     identity = {name: value for name, value in options.items() if name not in ("threads", "fit_on")}
     identity |= {"fit_on": None if options["fit_on"] is None else str(options["fit_on"])}
     identity |= {"model": model.name, "workload": workload.name, "law": routing_law(model, workload)}
@@ -68,7 +67,10 @@ def run_capacity(arguments: Namespace) -> None:
         of = f"{model.name}, {workload.name} traffic"
         return {"capacity": capacity_curves(found.curves, options["risk"], of)} if len(found.curves) else {}
 
-    write_answer(arguments.out, arguments, {"capacity": found.table}, identity, figures)
+    tables = {"capacity": found.table}
+    answer(
+        arguments.out, arguments, lambda: _print(found, model, options, arguments.markdown), tables, identity, figures
+    )
 
 
 def _print(found: Any, model: Any, options: dict[str, Any], markdown: bool) -> None:
@@ -90,16 +92,16 @@ def _print_quantity(rows: Any, text: str, found: Any, risk: float, model: Any, m
 
     exchanges = list(dict.fromkeys(rows.exchange))
     first = rows[rows.exchange == exchanges[0]]
-    scopes = list(dict.fromkeys(zip(first.scope, first.deployments, strict=True)))
-    lines, sizes = [], []
-    for keys, cell in first.groupby(["ep_size", "tokens", "placement"], sort=False):
-        at = cell.set_index(["scope", "deployments"])
-        capacities = [f"{at.capacity_tokens[scope]:.0f} ({at.factor[scope]:.2f}x)" for scope in scopes]
-        worst = cell.worst_case_tokens.iloc[0]
-        lines.append([*map(str, keys), _count(cell.balanced_tokens.iloc[0]), *capacities, f"{worst}"])
-        same = rows[(rows.ep_size == keys[0]) & (rows.tokens == keys[1]) & (rows.placement == keys[2])]
-        at_worst = buffer_bytes(model, exchanges[-1], worst, int(keys[0]), found.slots[keys[2]])
-        sizes.append([*(same[same.exchange == exchange].bytes.iloc[-1] for exchange in exchanges), at_worst])
+    scopes, lines = pivoted(
+        first.assign(balanced=first.balanced_tokens.map(_count)), [*_KEYS, "balanced"], ["scope", "deployments"],
+        lambda row: f"{row.capacity_tokens:.0f} ({row.factor:.2f}x)",
+    )  # fmt: skip
+    sizes = []
+    for line, ((ep_size, _, placement), of) in zip(lines, rows.groupby(_KEYS, sort=False), strict=True):
+        worst = of.worst_case_tokens.iloc[0]
+        line.append(f"{worst}")
+        at_worst = buffer_bytes(model, exchanges[-1], worst, int(ep_size), found.slots[placement])
+        sizes.append([*of.groupby("exchange", sort=False).bytes.last(), at_worst])
     unit, in_unit = _in_bytes(sizes)
     heads = ["EP", "tokens", "placement", "balanced"]
     heads += [f"{scope} {'layers drawn afresh' if of == 'all' else of.replace('_', ' ')}" for scope, of in scopes]
@@ -109,7 +111,7 @@ def _print_quantity(rows: Any, text: str, found: Any, risk: float, model: Any, m
         f"{row.model}, {row.workload} traffic, {counted(found.n_layers, 'MoE layer')}: {text}: the capacity that is exceeded "
         f"with a probability of at most {risk:g}, and its factor over the balanced load; bytes of the last scope"
     )
-    print_table(
+    print_lines(
         title, heads, [line + of for line, of in zip(lines, in_unit, strict=True)], markdown, align=">><", keys=3
     )
 
@@ -131,11 +133,10 @@ def _print_engines(asked: Any, slots: dict[str, int], model: Any, markdown: bool
     from sim.cost.buffers import DEEPEP_LIMIT_BYTES, deepep_low_latency_bytes
     from sim.cost.inputs import expert_width
 
-    keys = ["ep_size", "tokens", "placement"]
-    last = asked.groupby([*keys, "quantity"], sort=False).tail(1)
+    last = asked.groupby([*_KEYS, "quantity"], sort=False).tail(1)
     heads = ["EP", "tokens", "placement", "vLLM fraction", "torchtitan factor", "Megatron-LM factor"]
     lines, sizes = [], []
-    for of_cell, rows in last.groupby(keys, sort=False):
+    for of_cell, rows in last.groupby(_KEYS, sort=False):
         (ep_size, tokens, placement), at = of_cell, rows.set_index("quantity")
         line = [str(ep_size), str(tokens), str(placement)]
         line.append(f"{at.capacity_tokens['received'] / tokens:.2f}" if "received" in at.index else "-")
@@ -152,7 +153,7 @@ def _print_engines(asked: Any, slots: dict[str, int], model: Any, markdown: bool
         "with its static low-latency buffer (! above its limit of 32 GiB)"
     )
     lines = [[*line, size + mark] for line, (size,), mark in zip(lines, in_unit, marks, strict=True)]
-    print_table(title, [*heads, "DeepEP tokens", f"DeepEP {unit}"], lines, markdown, align=">><", keys=3)
+    print_lines(title, [*heads, "DeepEP tokens", f"DeepEP {unit}"], lines, markdown, align=">><", keys=3)
 
 
 def _print_factor(rows: Any, factor: float, markdown: bool) -> None:
@@ -162,12 +163,12 @@ def _print_factor(rows: Any, factor: float, markdown: bool) -> None:
     heads = ["EP", "tokens", "placement", "of", "capacity", "dropped share"]
     heads += [f"P({scope}) {'all' if of == 'all' else of.replace('_', ' ')}" for scope, of in scopes]
     cells = []
-    for keys, cell in rows.groupby(["ep_size", "tokens", "placement", "quantity"], sort=False):
+    for keys, cell in rows.groupby([*_KEYS, "quantity"], sort=False):
         first = cell.iloc[0]
         line = [*map(str, keys[:3]), _SHORT[str(keys[3])], f"{first.capacity_tokens:.0f}"]
         line.append("-" if first.dropped_share != first.dropped_share else f"{first.dropped_share:.2g}")
         at = cell.set_index(["scope", "deployments"]).risk
         cells.append([*line, *(f"{at[scope]:.2g}" for scope in scopes)])
     title = f"Capacity factor {factor:g}: what it drops, and the probability that it is exceeded in a layer, a step, a horizon"
-    print_table(title, heads, cells, markdown, align=">><<", keys=4)
+    print_lines(title, heads, cells, markdown, align=">><<", keys=4)
     print()

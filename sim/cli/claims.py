@@ -3,7 +3,7 @@
 from argparse import ArgumentParser, Namespace
 from typing import Any
 
-from sim.cli.terminal import add_output, note_compiling, print_rows, print_table, say, shown_progress, write_answer
+from sim.cli.terminal import add_output, answer, note_compiling, print_table, say, shown_progress
 from sim.errors import counted
 from sim.options import ClaimOptions
 from sim.options.declare import add_options, given
@@ -29,12 +29,10 @@ def run_claims(arguments: Namespace) -> None:
     note_compiling()
     with shown_progress():
         table = claims(workload, **options)
-    if not print_rows(table, arguments):
-        (_print_markdown if arguments.markdown else _print_blocks)(table)
-    identity = {name: value for name, value in options.items() if name != "threads"}
-    write_answer(
-        arguments.out, arguments, {"claims": table}, {"workload": workload.name, "law": workload.law, **identity}
-    )
+    identity = {"workload": workload.name, "law": workload.law, **options}
+    del identity["threads"]
+    show = _print_markdown if arguments.markdown else _print_blocks
+    answer(arguments.out, arguments, lambda: show(table), {"claims": table}, identity)
 
 
 def _needs(row: Any) -> str:
@@ -61,6 +59,6 @@ def _print_blocks(table: Any) -> None:
 
 
 def _print_markdown(table: Any) -> None:
-    heads = ["id", "claim", "computed (95 %)", "needs of the step", "verdict"]
-    cells = [[row.id, row.claim, row.computed, _needs(row), f"**{row.verdict}**"] for row in table.itertuples()]
-    print_table("", heads, cells, markdown=True, align="<<<<<")
+    columns: dict[str, Any] = {"id": "id", "claim": "claim", "computed (95 %)": "computed", "needs of the step": _needs}
+    columns["verdict"] = lambda row: f"**{row.verdict}**"
+    print_table("", table.itertuples(), columns, markdown=True, align="<<<<<")

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from sim.cli.inputs import check_there, law_of, rows_of, say_about_times, step_options
-from sim.cli.terminal import add_output, estimate, note, print_rows, print_table, say, shown_progress, write_answer
+from sim.cli.terminal import add_output, answer, estimate, note, pivoted, print_lines, say, shown_progress
 from sim.errors import InputError, counted
 from sim.options import GpuOptions, StepOptions, TimeOptions, TrafficOptions
 from sim.options.declare import add_options, section_of
@@ -29,9 +29,8 @@ def add_depends(parser: ArgumentParser) -> None:
     add("--trace", dest="traces", nargs="+", action="append", default=[], metavar=("MODEL FILE", "FIT_ON"),
         help="also recorded routing or load counts of a model, and optionally another file to fit eplb on; left out, with a "
         "note, where a file is not there (may be repeated)")  # fmt: skip
-    only = [name for name in StepOptions.__dataclass_fields__ if name != "tokens_per_rank"]
-    sizes = {"ep_sizes": _EP_SIZES, "tokens": _TOKENS}
-    add_options(parser, StepOptions, only=only, most_steps="64", layer_sets="16", **sizes)
+    steps = {"ep_sizes": _EP_SIZES, "tokens": _TOKENS, "most_steps": "64", "layer_sets": "16"}
+    add_options(parser, StepOptions, without="tokens_per_rank", **steps)
     add_options(parser, TimeOptions, only=("exchange", "network_gb_per_s"), exchange="pair,token")
     add = section_of(parser, TimeOptions.title).add_argument
     add("--dtype", default="fp8", help="type of weights and inputs, of all models: fp8, bf16 or fp4 (default: fp8)")
@@ -50,7 +49,8 @@ def run_depends(arguments: Namespace) -> None:
         raise InputError("`out` goes without `show`: what was computed is only read")
     else:
         table, identity = _read(arguments), {}
-    if not print_rows(table, arguments):
+
+    def show() -> None:
         if arguments.table == "saved":
             _print_saved(table, arguments.markdown)
         else:
@@ -61,7 +61,7 @@ def run_depends(arguments: Namespace) -> None:
 
         return {"depends": gain_by_traffic(table)}
 
-    write_answer(arguments.out, arguments, {"depends": table}, identity, figures)
+    answer(arguments.out, arguments, show, {"depends": table}, identity, figures)
 
 
 def _compute(arguments: Namespace) -> tuple[Any, dict[str, Any]]:
@@ -132,29 +132,21 @@ def _read(arguments: Namespace) -> Any:
     return rows_of(table, chosen)
 
 
-def _measure(name: str) -> str:
-    return "imbalance" if name == "imbalance" else f"time, {name}"
-
-
 def _print_saved(table: Any, markdown: bool) -> None:
     row = table.iloc[0]
     title = (
         f"Saved over {row.baseline}: share of the busiest rank's load (imbalance), and of a layer's time by exchange ({row.gpu}, "
         f"{row['dtype']}); ± 95 %, paired, over layers. {row.baseline}: its imbalance"
     )
-    pairs = list(dict.fromkeys(zip(table.measure, table.placement, strict=True)))
-    heads = ["tokens", "workload", "EP", row.baseline, *(f"{_measure(measure)}: {name}" for measure, name in pairs)]
-    cells = []
-    for (tokens, workload, size), rows in table.groupby(["tokens", "workload", "ep_size"], sort=False):
-        of = {(row.measure, row.placement): _saved(row) for row in rows.itertuples()}
-        even = rows[rows.measure == "imbalance"].of.iloc[0]
-        cells.append([str(tokens), workload, str(size), f"{even:.2f}", *(of.get(pair, "-") for pair in pairs)])
-    cells.sort(key=lambda cell: int(cell[0]))
-    print_table(title, heads, cells, markdown, align="><", keys=3)
-
-
-def _saved(row: Any) -> str:
-    return estimate(row.saved, row.high, "+z.1%") + ("~" if row.knee else "")
+    keys = ["tokens", "workload", "ep_size"]
+    before = table[table.measure == "imbalance"].drop_duplicates(keys)
+    before = before[keys].assign(before=before.of.map("{:.2f}".format))
+    pairs, lines = pivoted(
+        table.merge(before, on=keys).sort_values("tokens", kind="stable"), [*keys, "before"], ["measure", "placement"],
+        lambda row: estimate(row.saved, row.high, "+z.1%") + ("~" if row.knee else ""),
+    )  # fmt: skip
+    measures = [f"{'' if measure == 'imbalance' else 'time, '}{measure}: {name}" for measure, name in pairs]
+    print_lines(title, ["tokens", "workload", "EP", row.baseline, *measures], lines, markdown, align="><", keys=3)
 
 
 def _print_conclusions(table: Any, least: float, markdown: bool) -> None:
@@ -178,7 +170,7 @@ def _print_conclusions(table: Any, least: float, markdown: bool) -> None:
         ]
         cells.append([str(one.tokens), said, verdict, span, "; ".join(elsewhere)])
     if markdown:
-        print_table("", ["tokens", "conclusion", "verdict", "saved there", "elsewhere"], cells, markdown, align="><<<<")
+        print_lines("", ["tokens", "conclusion", "verdict", "saved there", "elsewhere"], cells, markdown, align="><<<<")
         return
     row, sizes = table.iloc[0], ", ".join(map(str, sorted(table.ep_size.unique())))
     say(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sim.cli.inputs import check_there, rows_of
-from sim.cli.terminal import add_output, print_rows, print_table
+from sim.cli.terminal import add_output, print_lines, print_rows
 from sim.errors import InputError
 from sim.options import PlotOptions
 from sim.options.declare import add_options, given
@@ -73,13 +73,13 @@ def print_result(result: Any, markdown: bool, chosen: dict[str, Any] | None = No
     shown = rows if chosen.get("tokens") else _fewer_steps(rows, most)
     where = list(zip(shown.ep_size, shown.tokens, strict=True))
     if markdown:
-        print_table("", *_columns(result, placements, where), markdown)
+        print_lines("", *_columns(result, placements, where), markdown)
         return
     names = " against ".join(filter(None, (placements[0], ", ".join(placements[1:]))))
     title = (
         f"{_about(result)}: {names}; imbalance = max / mean rank load of a layer in a step, change: of its mean, 95 %"
     )
-    print_table(title, *_lines(result, placements, where), markdown, align=">><", keys=3)
+    print_lines(title, *_lines(result, placements, where), markdown, align=">><", keys=3)
     left = ["other step sizes (--tokens)"] if len(shown) < len(rows) else []
     others = [name for name in there if name not in placements]
     left += [f"{', '.join(others)} (--placement)"] if others else []
@@ -111,7 +111,7 @@ def _print_worst_cases(result: Any, markdown: bool, chosen: dict[str, Any]) -> N
     short = [_SHORT.get(name, name) for name in names]
     heads = ["EP", "tokens", *[f"{what} {name}" for what in ("one-rank", "half-idle") for name in short]]
     title = f"{_about(result)}: P(all of a step's load on one rank), and P(at least half of the ranks idle)"
-    print_table(title, heads, lines, markdown, keys=2)
+    print_lines(title, heads, lines, markdown, keys=2)
 
 
 def _print_tail(result: Any, markdown: bool, chosen: dict[str, Any]) -> None:
@@ -133,13 +133,13 @@ def _print_tail(result: Any, markdown: bool, chosen: dict[str, Any]) -> None:
     heads = ["placement", "EP", "tokens", "x", "sampled P", "sampled 95 %", "method", "method's P", "method holds for"]
     title = f"{_about(result)}: P(imbalance >= x)"
     if markdown:
-        print_table(title, heads, lines, markdown)
+        print_lines(title, heads, lines, markdown)
         return
     given = dict.fromkeys(row[-1] for row in lines if row[-1])
     title += ", sampled, and exact (one number) or between bounds"
     title += f", which hold for {', '.join(given)}" if given else ""
     narrow = [[*row[:6], row[7]] for row in lines]
-    print_table(title, [*heads[:4], "P", "95 %", "exact, bounds"], narrow, markdown, align="<", keys=4)
+    print_lines(title, [*heads[:4], "P", "95 %", "exact, bounds"], narrow, markdown, align="<", keys=4)
 
 
 def _interval(row: Any, digits: int) -> str:

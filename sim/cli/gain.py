@@ -5,16 +5,7 @@ from argparse import ArgumentParser, Namespace
 from typing import Any
 
 from sim.cli.inputs import identity_of, read_inputs, say_about_maps, say_about_times, step_options
-from sim.cli.terminal import (
-    add_output,
-    cells,
-    estimate,
-    print_rows,
-    print_table,
-    say,
-    shown_progress,
-    write_answer,
-)
+from sim.cli.terminal import add_output, answer, estimate, print_table, say, shown_progress
 from sim.errors import InputError
 from sim.options import GpuOptions, RestOptions, StepOptions, TimeOptions, TrafficOptions
 from sim.options.declare import add_options, given, section_of
@@ -69,10 +60,11 @@ def run_gain(arguments: Namespace) -> None:
     say_about_times(model, workload, gpus, options)
     with shown_progress():
         gains = predict_gain(model, workload, gpus, **chosen, **options)
-    if not print_rows(gains, arguments):
-        _print(gains, arguments.markdown)
     identity = identity_of(model, workload, options, gpus, **chosen)
-    write_answer(arguments.out, arguments, {"gain": gains}, identity, lambda: _figures(gains))
+    answer(
+        arguments.out, arguments, lambda: _print(gains, arguments.markdown), {"gain": gains}, identity,
+        lambda: _figures(gains),
+    )  # fmt: skip
 
 
 def _figures(gains: Any) -> dict[str, Any]:
@@ -116,8 +108,8 @@ def _print(gains: Any, markdown: bool) -> None:
     }
     if gains.moe_share.notna().any():
         columns |= {"MoE share": "moe_share:.0%", "step saved": "step_saved:+z.1%"}
-    heads, lines = cells(gains.itertuples(), columns)
-    print_table(title, heads, lines, markdown, align="<" * (1 + len(varying)), keys=3 + len(varying))
+    n = len(varying)
+    print_table(title, gains.itertuples(), columns, markdown, align="<" * (1 + n), keys=3 + n)
     if markdown:
         return
     if gains.extrapolated.any():

@@ -2,10 +2,9 @@
 
 import textwrap
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterable
 from typing import Any
 
-from sim.cli.terminal import add_output, cells, note_compiling, print_rows, print_table, say, shown_progress
+from sim.cli.terminal import add_output, note_compiling, print_lines, print_rows, print_table, say, shown_progress
 from sim.errors import InputError
 from sim.options import TrafficOptions
 from sim.options.declare import add_options
@@ -17,21 +16,12 @@ def add_models(parser: ArgumentParser) -> None:
     add_output(parser)
 
 
-def _are_rows(rows: Iterable[dict[str, Any]], arguments: Namespace) -> bool:
-    """Print rows as --json or --csv if one of them is given; whether it is."""
-    if not (arguments.json or arguments.csv):
-        return False
-    import pandas as pd
-
-    return print_rows(pd.DataFrame(rows, dtype=object), arguments)
-
-
 def run_models(arguments: Namespace) -> None:
     """Run `epsim models`."""
     from sim.model import load_model, model_names
 
     models = list(map(load_model, model_names()))
-    if _are_rows(map(vars, models), arguments):
+    if print_rows(map(vars, models), arguments):
         return
     columns: dict[str, Any] = {
         "model": "name",
@@ -45,7 +35,7 @@ def run_models(arguments: Namespace) -> None:
         "not verified": lambda row: textwrap.shorten("; ".join(row.unverified) or "-", 60, placeholder="..."),
     }
     title = "groups kept: of the router's expert groups, those that a token may use; not verified: not read from the checkpoint"
-    print_table(title, *cells(models, columns), arguments.markdown, align="<<<<<>>><")
+    print_table(title, models, columns, arguments.markdown, align="<<<<<>>><")
 
 
 def add_workloads(parser: ArgumentParser) -> None:
@@ -81,7 +71,7 @@ def run_workloads(arguments: Namespace) -> None:
         of_size = {row.ep_size: f"{row.imbalance:.2f} ± {row.high - row.imbalance:.2f}" for row in of.itertuples()}
         lines.append([name, model, *(of_size.get(size, "-") for size in arguments.ep)])
     heads = ["workload", "model", *(f"EP {size}" for size in arguments.ep)]
-    print_table(title, heads, lines, arguments.markdown, align="<<")
+    print_lines(title, heads, lines, arguments.markdown, align="<<")
     if arguments.markdown:
         return
     for workload in map(load_workload, workload_names()):
@@ -150,10 +140,10 @@ def run_placements(arguments: Namespace) -> None:
     """Run `epsim placements`."""
     from sim.placement import LINEAR_BACKENDS, ROUND_ROBIN_BACKENDS, STRATEGIES
 
-    if _are_rows(({"placement": name, "about": text} for name, text in STRATEGIES.items()), arguments):
+    if print_rows(({"placement": name, "about": text} for name, text in STRATEGIES.items()), arguments):
         return
     if arguments.markdown:
-        print_table("", ["placement", "about"], list(map(list, STRATEGIES.items())), markdown=True, align="<<")
+        print_lines("", ["placement", "about"], list(map(list, STRATEGIES.items())), markdown=True, align="<<")
         return
     for name, text in STRATEGIES.items():
         say(text, f"{name:<15}", " " * 15)
@@ -200,7 +190,7 @@ def run_gpus(arguments: Namespace) -> None:
     if arguments.plot is not None:
         raise InputError("--plot goes with --check")
     gpus = [load_gpu(name) for name in gpu_names()]
-    if _are_rows(map(vars, gpus), arguments):
+    if print_rows(map(vars, gpus), arguments):
         return
     columns: dict[str, Any] = {
         "gpu": "name", "HBM TB/s": "hbm_tb_per_s:g", "BF16 TFLOPS": "bf16_tflops:g", "FP8 TFLOPS": "fp8_tflops:g",
@@ -208,7 +198,7 @@ def run_gpus(arguments: Namespace) -> None:
         "not verified": lambda row: ", ".join(row.unverified) or "-",
     }  # fmt: skip
     title = "Peaks are dense; links are per GPU and direction"
-    print_table(title, *cells(gpus, columns), arguments.markdown, align="<>>>>>><")
+    print_table(title, gpus, columns, arguments.markdown, align="<>>>>>><")
     if arguments.markdown:
         return
     print("\nSources:")
@@ -238,26 +228,27 @@ def _check(arguments: Namespace) -> None:
     check = predicted_against_measured()
     if print_rows(check, arguments):
         return
-    lines = []
-    for (part, gpu, dtype, source), rows in check.groupby(["part", "gpu", "dtype", "source"], sort=False):
-        seen, held_out = rows.error[rows.fitted].abs(), rows.held_out_error.dropna().abs()
-        lines.append([part, gpu, dtype, source, str(len(rows)), *_errors(seen), *_errors(held_out)])
+    keys = ["part", "gpu", "dtype", "source"]
+    lines = [
+        [*of, str(len(rows)), *_errors(rows.error[rows.fitted]), *_errors(rows.held_out_error.dropna())]
+        for of, rows in check.groupby(keys, sort=False)
+    ]
     heads = ["part", "gpu", "type", "published table", "rows", "fitted: median", "worst", "held out: median", "worst"]
     title = (
         "Predicted against published times of DeepSeek-V3, absolute errors.\n"
         "Fitted: by the constants that epsim uses. Held out: by a fit without the row's\n"
         "EP size (experts) or tokens per rank (exchange); moe_decode: no fit saw it"
     )
-    print_table(title, heads, lines, arguments.markdown, align="<<<<>>>>>", keys=4)
+    print_lines(title, heads, lines, arguments.markdown, align="<<<<>>>>>", keys=4)
     others = exchanges_of_others()
     lines = [
-        [part, gpu, dtype, source, str(len(rows)), *(f"{rows.error.quantile(q):+.0%}" for q in (0, 0.5, 1))]
-        for (part, gpu, dtype, source), rows in others.groupby(["part", "gpu", "dtype", "source"], sort=False)
+        [*of, str(len(rows)), *(f"{rows.error.quantile(q):+.0%}" for q in (0, 0.5, 1))]
+        for of, rows in others.groupby(keys, sort=False)
     ]
     print()
     title = "Predicted against exchange times of other versions and backends, which no fit saw"
     heads = ["part", "gpu", "type", "published table", "rows", "least", "median", "most"]
-    print_table(title, heads, lines, arguments.markdown, align="<<<<>>>>", keys=4)
+    print_lines(title, heads, lines, arguments.markdown, align="<<<<>>>>", keys=4)
     if not arguments.markdown:
         print("\nHeld out by more than 25 %, so take such cells as extrapolated:")
         for row in check[check.held_out_error.abs() > 0.25].itertuples():
@@ -279,4 +270,5 @@ def _check(arguments: Namespace) -> None:
 
 
 def _errors(values: Any) -> list[str]:
-    return [f"{values.median():.1%}", f"{values.max():.1%}"] if len(values) else ["-", "-"]
+    """Median and largest of some errors, absolute."""
+    return [f"{values.abs().median():.1%}", f"{values.abs().max():.1%}"] if len(values) else ["-", "-"]

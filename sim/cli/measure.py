@@ -1,6 +1,7 @@
 """`epsim measure`: one rank's experts, or whole layers, timed on GPUs; and what was measured, beside the model's predictions."""
 
 import json
+import re
 import sys
 import time
 from argparse import ArgumentParser, Namespace
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sim.cli.inputs import check_there, rows_of
-from sim.cli.terminal import add_output, cells, note, note_compiling, print_rows, print_table, say_notes
+from sim.cli.terminal import add_output, note, note_compiling, print_rows, print_table, say_notes
 from sim.errors import InputError, unknown
 from sim.options import TrafficOptions
 from sim.options.declare import add_options
@@ -85,15 +86,7 @@ def _measure_ranks(arguments: Namespace, out: Path, started: float) -> None:
     )
     backend = _backend(arguments.device, Shape.of(model, steps.most_local_experts, steps.most_pairs), steps.seed)
     say_notes()
-    reached = measure(
-        steps,
-        backend,
-        gpu,
-        dtypes,
-        out,
-        time_limit_s=_left_s(arguments, started),
-        say=_say,
-    )
+    reached = measure(steps, backend, gpu, dtypes, out, time_limit_s=_left_s(arguments, started), say=_say)
     about = out.with_suffix(".json")
     with whole_files(about) as (temporary,):
         temporary.write_text(json.dumps(reached, indent=1) + "\n")
@@ -126,13 +119,7 @@ def _measure_layers(arguments: Namespace, out: Path, started: float) -> None:
     if arguments.device == "cpu":
         note("times on a CPU test the path, and say nothing about a GPU")
     say_notes()
-    measure_layers(
-        steps,
-        arguments.device,
-        out,
-        time_limit_s=_left_s(arguments, started),
-        say=_say,
-    )
+    measure_layers(steps, arguments.device, out, time_limit_s=_left_s(arguments, started), say=_say)
     print(f"written to {out}; tables and figures: epsim measure --show {out} --plot")
 
 
@@ -152,23 +139,22 @@ def _say(line: str) -> None:
 
 
 def preset_of_device(device: str) -> str:
-    """GPU preset whose name is in the device's, the longest first; on a CPU, h200."""
+    """GPU preset that the device's name has as a word; on a CPU, h200."""
     if device == "cpu":
         return "h200"
-    from sim.cost import gpu_names
     from sim.measure.timers import cuda_torch
 
-    name = str(cuda_torch().cuda.get_device_name(0))
-    for preset in sorted(gpu_names(), key=len, reverse=True):
-        if preset in name.lower():
+    return _preset_in(str(cuda_torch().cuda.get_device_name(0)))
+
+
+def _preset_in(name: str) -> str:
+    from sim.cost import gpu_names
+
+    words = re.split(r"[\s-]+", name.lower())
+    for preset in gpu_names():
+        if preset in words:
             return preset
-    raise _no_preset(name)
-
-
-def _no_preset(device: str) -> InputError:
-    return InputError(
-        f"--gpu must say which GPU predicts the times of {device} (epsim gpus lists them, or a .toml file)"
-    )
+    raise InputError(f"--gpu must say which GPU predicts the times of {name} (epsim gpus lists them, or a .toml file)")
 
 
 def _backend(device: str, shape: Any, seed: int) -> Any:
@@ -207,7 +193,7 @@ def _show(arguments: Namespace) -> None:
             continue
         if arguments.table is None:
             print(f"\n{one.title}\n" if arguments.markdown else "")
-        print_table(one.title, *cells(rows.itertuples(), one.columns), arguments.markdown, keys=one.keys)
+        print_table(one.title, rows.itertuples(), one.columns, arguments.markdown, keys=one.keys)
         if name == "predicted" and not arguments.markdown:
             _say_errors(rows)
     if arguments.plot:
@@ -340,7 +326,7 @@ def _gpu_of(arguments: Namespace, layers: Any) -> Any:
     InputError
         It is asked for by name, and is not there.
     """
-    from sim.cost import gpu_names, load_gpu
+    from sim.cost import load_gpu
     from sim.model import model_names
 
     device, model = str(layers.gpu.iloc[0]), str(layers.model.iloc[0])
@@ -349,10 +335,12 @@ def _gpu_of(arguments: Namespace, layers: Any) -> Any:
         if asked:
             raise InputError(f"--gpu: times are predicted for presets of models (epsim models), and {model} is none")
         return None
-    names = [arguments.gpu] if arguments.gpu else [name for name in gpu_names() if name in device.lower().split()]
-    if not names and asked:
-        raise _no_preset(device)
-    return load_gpu(names[0]) if names else None
+    try:
+        return load_gpu(arguments.gpu or _preset_in(device))
+    except InputError:
+        if asked:
+            raise
+        return None
 
 
 def _say_errors(found: Any) -> None:

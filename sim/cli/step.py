@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from sim.cli.inputs import identity_of, read_inputs, say_about_layers, say_about_maps, say_about_times, step_options
-from sim.cli.terminal import add_output, cells, note, print_rows, print_table, say, shown_progress, write_answer
+from sim.cli.terminal import add_output, answer, note, print_lines, print_table, say, shown_progress
 from sim.errors import InputError, counted
 from sim.options import GpuOptions, LayerOptions, StepOptions, SweepOptions, TimeOptions, TrafficOptions
 from sim.options.declare import add_options, section_of
@@ -74,16 +74,18 @@ def run_step(arguments: Namespace) -> None:
 
             replayed = replay_steps(model, workload, gpu, placements=placements, **options)
     compared = None if log is None else compare_log(steps, arguments.log_metric, log.values)
-    if not print_rows(steps if compared is None else compared, arguments):
+
+    def show() -> None:
         _print_steps(steps, arguments.markdown)
         if compared is not None:
             _print_log(compared, arguments)
         if replayed is not None:
             _print_replay(replayed, arguments)
+
     tables = {} if replayed is None else {"replay": replayed.steps, "replay_exceeded": replayed.exceeded}
     identity = identity_of(model, workload, options, [gpu], placements=placements)
     identity |= {} if correlation is None else {"layer_correlation": correlation}
-    write_answer(arguments.out, arguments, tables | {"steps": steps}, identity)
+    answer(arguments.out, arguments, show, tables | {"steps": steps}, identity, rows=compared)
 
 
 _CELL: dict[str, Any] = {"EP": "ep_size", "tokens": "tokens", "placement": "placement"}
@@ -115,7 +117,7 @@ def _print_steps(steps: Any, markdown: bool) -> None:
         "sd within": _in_digits("sd_within_set"),
     }
     rows = steps.sort_values(["ep_size", "tokens"], kind="stable").itertuples()
-    print_table(title, *cells(rows, columns), markdown, align=">><<", keys=4)
+    print_table(title, rows, columns, markdown, align=">><<", keys=4)
 
 
 def _print_log(table: Any, arguments: Namespace) -> None:
@@ -129,7 +131,7 @@ def _print_log(table: Any, arguments: Namespace) -> None:
         "simulated mean": _in_digits("mean"), "p1": _in_digits("p01"), "p99": _in_digits("p99"), "inside": "inside:.0%",
         "sds apart": "sds_apart:+.1f",
     }  # fmt: skip
-    print_table(title, *cells(table.itertuples(), columns), arguments.markdown, align=">><", keys=3)
+    print_table(title, table.itertuples(), columns, arguments.markdown, align=">><", keys=3)
 
 
 _KEYS = ["ep_size", "tokens", "placement"]
@@ -153,7 +155,7 @@ def _print_replay(replayed: Any, arguments: Namespace) -> None:
         "variance of imbalance (95 %)": lambda row: _ratio(row.imbalance),
     }  # fmt: skip
     rows = steps[steps.metric == "moe_ms"].assign(imbalance=of_imbalance).itertuples()
-    print_table(title, *cells(rows, columns), arguments.markdown, align=">><<", keys=4)
+    print_table(title, rows, columns, arguments.markdown, align=">><<", keys=4)
     title = (
         "\nThe worst layer of a step, continuous batching | independent layers: imbalance, mean and p99 over steps;\n"
         "P(some layer exceeds x), replayed | product over layers of each one's own, as capacities take it"
@@ -170,7 +172,7 @@ def _print_replay(replayed: Any, arguments: Namespace) -> None:
             rows = exceeded[(exceeded[_KEYS] == list(keys)).all(axis=1) & (exceeded["share"] == share)]
             line += [f"{row.above:.2f}: {row.replayed:.3f} | {row.product:.3f}" for row in rows.itertuples()] or ["-"]
         lines.append(line)
-    print_table(title, heads, lines, arguments.markdown, align=">><", keys=3)
+    print_lines(title, heads, lines, arguments.markdown, align=">><", keys=3)
     low, middle, high = measured_correlation(steps)
     if middle == middle:
         print()

@@ -47,7 +47,7 @@ def estimate(mean: float, high: float, form: str) -> str:
 
 
 def cells(rows: Iterable[Any], columns: Mapping[str, str | Callable[[Any], str]]) -> tuple[list[str], list[list[str]]]:
-    """Heads and lines of a table of objects, rows of a DataFrame say, for `print_table`.
+    """Heads and lines of a table of objects, rows of a DataFrame say, for `print_lines`.
 
     Each head has an attribute, `NAME` as it is, `NAME:FORMAT`, `NAME±FORMAT` for a mean with the interval that `NAME_high` ends,
     or a function of the object. What has no value is -.
@@ -65,7 +65,25 @@ def cells(rows: Iterable[Any], columns: Mapping[str, str | Callable[[Any], str]]
     return list(columns), [[text(row, what) for what in columns.values()] for row in rows]
 
 
+def pivoted(
+    rows: Any, keys: list[str], across: list[str], text: Callable[[Any], str]
+) -> tuple[list[tuple[Any, ...]], list[list[str]]]:
+    """The values of the columns `across`, and lines with the `keys` and a cell for each of these values; - without a row."""
+    columns, lines = list(dict.fromkeys(zip(*(rows[name] for name in across), strict=True))), []
+    for key, of in rows.groupby(keys, sort=False):
+        at = {tuple(getattr(row, name) for name in across): text(row) for row in of.itertuples()}
+        lines.append([*map(str, key), *(at.get(column, "-") for column in columns)])
+    return columns, lines
+
+
 def print_table(
+    title: str, rows: Iterable[Any], columns: Mapping[str, str | Callable[[Any], str]], markdown: bool, **how: Any
+) -> None:
+    """Print a table of objects by its `cells`, as `print_lines` does."""
+    print_lines(title, *cells(rows, columns), markdown, **how)
+
+
+def print_lines(
     title: str, heads: list[str], cells: list[list[str]], markdown: bool, align: str = "", keys: int = 1
 ) -> None:
     """Print a table under its title, or as Markdown; column heads are split at the first blank into two lines.
@@ -120,29 +138,40 @@ def is_alone(arguments: Namespace) -> bool:
     return bool(arguments.markdown or arguments.json or arguments.csv)
 
 
-def print_rows(frame: Any, arguments: Namespace) -> bool:
-    """Print a table as --json or --csv if one of them is given; whether it is."""
+def print_rows(rows: Any, arguments: Namespace) -> bool:
+    """Print a table, or a list of rows, as --json or --csv if one of them is given; whether it is."""
+    if not (arguments.json or arguments.csv):
+        return False
+    import pandas as pd
+
+    frame = rows if isinstance(rows, pd.DataFrame) else pd.DataFrame(rows, dtype=object)
     if arguments.json:
-        rows = [
+        records = [
             {key: None if value != value or value == float("inf") else value for key, value in row.items()}
             for row in frame.to_dict(orient="records")
         ]
-        print(json.dumps(rows, indent=1, default=lambda value: value.item()))
-    elif arguments.csv:
+        print(json.dumps(records, indent=1, default=lambda value: value.item()))
+    else:
         from sim.results import csv_of
 
         print(csv_of(frame).decode(), end="")
-    return bool(arguments.json or arguments.csv)
+    return True
 
 
-def write_answer(
+def answer(
     folder: Path | None,
     arguments: Namespace,
+    show: Callable[[], None],
     tables: dict[str, Any],
     identity: dict[str, Any],
     figures: Callable[[], dict[str, Any]] = dict,
+    rows: Any = None,
 ) -> None:
-    """Write tables with what made them, and figures, into a folder, if one is given; and say so."""
+    """Show the answer of a verb, or print its `rows` for programs (default: the last table); and write its tables with what made
+    them, and figures, into a folder, if one is given.
+    """
+    if not print_rows(list(tables.values())[-1] if rows is None else rows, arguments):
+        show()
     if folder is None:
         return
     from sim.files import writable_folder

@@ -7,17 +7,7 @@ from typing import Any
 
 from sim.cli import add_verbs
 from sim.cli.inputs import read_file
-from sim.cli.terminal import (
-    add_output,
-    cells,
-    estimate,
-    note,
-    print_rows,
-    print_table,
-    say,
-    shown_progress,
-    write_answer,
-)
+from sim.cli.terminal import add_output, answer, estimate, note, print_lines, print_table, say, shown_progress
 from sim.cli.traffic_decay import add_decay, run_decay
 from sim.cli.traffic_make import add_make, add_match, run_make, run_match
 from sim.errors import InputError, counted
@@ -49,7 +39,7 @@ def add_traffic(parser: ArgumentParser) -> None:
 def _add_show(parser: ArgumentParser) -> None:
     """Print the statistics of a file."""
     parser.add_argument("file", type=Path, metavar="FILE", help=_FILE_HELP)
-    add_options(parser, FileOptions, only=("model", "phase", "against", "all_layers", "plot"), model=None)
+    add_options(parser, FileOptions, only=("model", "phase", "against", "plot", "all_layers"), model=None)
     add_options(parser, FigureOptions)
     add_output(parser)
 
@@ -57,7 +47,7 @@ def _add_show(parser: ArgumentParser) -> None:
 def _add_fit(parser: ArgumentParser) -> None:
     """Fit a workload that has these loads."""
     parser.add_argument("file", type=Path, metavar="FILE", help=_FILE_HELP)
-    add_options(parser, FileOptions, only=("model", "phase", "hold_out", "half", "group_sigma", "seed", "threads"))
+    add_options(parser, FileOptions, only=("model", "phase", "hold_out", "half", "group_sigma", "threads", "seed"))
     out = NewFile(endings=(".toml",))
     parser.add_argument("--out", type=out, required=True, metavar="FILE.toml", help="the workload that is written")
 
@@ -70,24 +60,28 @@ def _run_show(arguments: Namespace) -> None:
     data = read_file(arguments.file, model, arguments.phase)
     other = None if arguments.against is None else read_file(arguments.against, model, arguments.phase)
     about = describe(data, model, other)
-    if not print_rows(_by_layer(about), arguments):
-        _print_description(data.name, about, arguments)
-    write_answer(arguments.plot, arguments, {}, {}, lambda: _figures(data.name, about))
+    answer(
+        arguments.plot, arguments, lambda: _print_description(data.name, about, arguments), {}, {},
+        lambda: _figures(data.name, about), _by_layer(about),
+    )  # fmt: skip
 
 
 def _print_description(name: str, about: Any, arguments: Namespace) -> None:
+    import pandas as pd
+
     columns, chosen = about.by_layer, list(range(len(about.layers)))
     if len(chosen) > _LAYERS_SHOWN and not arguments.all_layers:
         chosen = [round(i * (len(chosen) - 1) / (_LAYERS_SHOWN - 1)) for i in range(_LAYERS_SHOWN)]
-    rows = [[str(about.layers[i]), *(_or_dash(values[i]) for values in columns.values())] for i in chosen]
-    rows.append(["mean", *(_or_dash(_mean(values)) for values in columns.values())])
+    table = pd.DataFrame(columns, index=about.layers, dtype=float)
+    table = pd.concat([table.iloc[chosen], table.mean().to_frame("mean").T])
+    rows = [[str(layer), *(f"{x:.3f}" if x == x else "-" for x in values)] for layer, *values in table.itertuples()]
     parts = [counted(len(about.layers), "layer"), f"{about.n_experts} experts"]
     if about.top_k is not None:
         tokens = f"{counted(about.n_tokens, 'token')} in {counted(about.n_sequences, 'sequence')}"
         parts += [f"top-{about.top_k}", tokens]
     parts += [f"{about.n_steps} steps"] if about.n_steps > 1 else []
     title = f"{name}: {', '.join(parts)}"
-    print_table(title, ["layer", *columns], rows, arguments.markdown)
+    print_lines(title, ["layer", *columns], rows, arguments.markdown)
     if arguments.markdown:
         return
     if len(chosen) < len(about.layers):
@@ -122,7 +116,7 @@ def _print_correlation(about: Any) -> None:
             rows.append(["fitted", *(f"{x:.3f}" for x in about.decay.at(lags).mean(axis=0))])
         print()
         title = "correlation of the experts of two tokens of a sequence by their distance, mean of layers:"
-        print_table(title, ["tokens", *map(str, lags)], rows, markdown=False, align="<")
+        print_lines(title, ["tokens", *map(str, lags)], rows, markdown=False, align="<")
     if about.decay is not None:
         decay = about.decay
         parts = [f"{t:g} ({s:.0%})" for t, s in zip(decay.tokens, decay.shares, strict=True)]
@@ -141,16 +135,6 @@ def _print_drift(drift: Any) -> None:
         f"{drift.distance.min():.1%}, most {drift.distance.max():.1%}); correlation of shares "
         + (f"{alike.mean():.3f} (least {alike.min():.3f})" if len(alike) else "-: the loads are level"), "", "  ",
     )  # fmt: skip
-
-
-def _mean(values: Any) -> float:
-    """Mean over layers that have a value; NaN where none has."""
-    held = [value for value in values if value == value]
-    return sum(held) / len(held) if held else float("nan")
-
-
-def _or_dash(x: float) -> str:
-    return f"{x:.3f}" if x == x else "-"
 
 
 def _by_layer(about: Any) -> Any:
@@ -296,7 +280,7 @@ def _print_held(rows: list[Any]) -> None:
     print()
     tokens, sizes = ([getattr(row, name) for row in rows] for name in ("tokens", "ep_size"))
     title = f"the largest of blocks of {min(tokens)} to {max(tokens)} tokens and EP {min(sizes)} to {max(sizes)}:"
-    print_table(title, *cells(by_part.values(), verdict), markdown=False, align="<<")
+    print_table(title, by_part.values(), verdict, markdown=False, align="<<")
     missed = [row for row in rows if _is_missed(row)]
     print()
     say(
@@ -308,7 +292,7 @@ def _print_held(rows: list[Any]) -> None:
         shown = [row for row in part if figure != "ranks_per_token" or row.tokens == part[0].tokens]
         of = "mean over blocks and layers" if statistic == "mean" else f"{statistic} of blocks of all layers"
         print()
-        print_table(f"{phase}: {_HELD[figure]}, {of}", *cells(shown, columns), markdown=False, keys=2)
+        print_table(f"{phase}: {_HELD[figure]}, {of}", shown, columns, markdown=False, keys=2)
     print()
     for head, text in (
         ("measured", "the held-out half"),

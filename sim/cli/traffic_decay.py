@@ -5,17 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from sim.cli.inputs import read_file
-from sim.cli.terminal import (
-    add_output,
-    cells,
-    estimate,
-    is_alone,
-    print_rows,
-    print_table,
-    say,
-    shown_progress,
-    write_answer,
-)
+from sim.cli.terminal import add_output, answer, estimate, print_rows, print_table, say, shown_progress
 from sim.errors import InputError, counted
 from sim.options import FigureOptions, PlacedOptions
 from sim.options.declare import add_options
@@ -26,7 +16,7 @@ def add_decay(parser: ArgumentParser) -> None:
     """Fit a load-aware placement on a part of the file and score it on later ones, or on another file."""
     parser.add_argument("file", type=Path, metavar="FILE", help="recorded routing or load counts (epsim traffic show)")
     add_options(parser, PlacedOptions, only=("ep_sizes", "placements", "ranks_per_node"), placements="eplb")
-    add_options(parser, FileOptions, only=("model", "phase", "against", "n_windows", "seed", "plot"))
+    add_options(parser, FileOptions, only=("model", "phase", "against", "plot", "n_windows", "seed"))
     add_options(parser, FigureOptions)
     add_output(parser)
 
@@ -66,7 +56,8 @@ def _of_ages(arguments: Namespace, model: Any, data: Any, chosen: dict[str, Any]
     halves, unit = windows.halves, windows.unit
     with shown_progress():
         table = decay(model, windows, **chosen)
-    if not print_rows(table, arguments):
+
+    def show() -> None:
         title = (
             f"{halves.name}, {model.name}: max / mean rank load of placements that are fitted on one of {n_windows} windows and "
             "scored on it or on a later one\nage: from the fitted window to the scored one, in file order; of each window one "
@@ -77,11 +68,13 @@ def _of_ages(arguments: Namespace, model: Any, data: Any, chosen: dict[str, Any]
             f"age {unit}": _unless_linear(lambda row: f"{getattr(row, f'age_{unit}'):,.0f}"),
             "pairs": "pairs",
         }
-        print_table(title, *cells(table.itertuples(), columns | _FIGURES), arguments.markdown, align="<", keys=4)
-    if not is_alone(arguments):
+        print_table(title, table.itertuples(), columns | _FIGURES, arguments.markdown, align="<", keys=4)
+        if arguments.markdown:
+            return
         _explain("window", halves.fitted.shape[1])
         for name in _fitted_names(table):
             _say_ages(name, table[table.placement == name], unit)
+
     about = {"model": model.name, "file": halves.name, "digest": halves.digest, "windows": n_windows, **chosen}
 
     def figures() -> dict[str, Any]:
@@ -89,7 +82,7 @@ def _of_ages(arguments: Namespace, model: Any, data: Any, chosen: dict[str, Any]
 
         return {"decay": decay_by_age(table, halves.name, model.name, unit)}
 
-    write_answer(arguments.plot, arguments, {"decay": table}, about, figures)
+    answer(arguments.plot, arguments, show, {"decay": table}, about, figures)
 
 
 def _of_files(arguments: Namespace, model: Any, data: Any, chosen: dict[str, Any]) -> None:
@@ -114,7 +107,7 @@ def _of_files(arguments: Namespace, model: Any, data: Any, chosen: dict[str, Any
         "fitted on": lambda row: "any" if row.placement == "linear" else row.fitted,
         "scored on": "scored",
     }
-    print_table(title, *cells(table.itertuples(), columns | _FIGURES), arguments.markdown, align="<><<", keys=4)
+    print_table(title, table.itertuples(), columns | _FIGURES, arguments.markdown, align="<><<", keys=4)
     if not arguments.markdown:
         _explain("file", first.fitted.shape[1])
         for name in _fitted_names(table):

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from sim.cli.inputs import read_inputs, say_about_inputs
-from sim.cli.terminal import add_output, cells, note, note_compiling, print_rows, print_table, say, shown_progress
+from sim.cli.terminal import add_output, note, note_compiling, print_rows, print_table, say, shown_progress
 from sim.errors import InputError, counted
 from sim.options import TrafficOptions
 from sim.options.declare import add_options
@@ -135,7 +135,7 @@ def run_match(arguments: Namespace) -> None:
         "popularity scale": "scale:.3f",
         "imbalance with it": "reached:.3f",
     }
-    print_table(title, *cells(found, columns), arguments.markdown, align="<")
+    print_table(title, found, columns, arguments.markdown, align="<")
     if not arguments.markdown and found:
         near = [one.name for one in found if abs(one.unscaled - x) <= one.unscaled_half]
         reaching = [one for one in found if abs(one.reached / x - 1) < _NEAR]

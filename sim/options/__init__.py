@@ -148,9 +148,7 @@ class SweepOptions(PlacedOptions):
         default=None,
     )
     precision_tail: float | None = option(
-        PRECISION,
-        "the same for each P(imbalance >= x) that is not shown to be below 1e-3, as in 10%",
-        default=None,
+        PRECISION, "the same for each P(imbalance >= x) that is not shown to be below 1e-3, as in 10%", default=None
     )
     max_trials: int | None = option(
         Whole(1, MAX_TRIALS), f"the most trials under a precision (default: {DEFAULT_MAX_TRIALS})", default=None

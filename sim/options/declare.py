@@ -88,13 +88,19 @@ def section_of(parser: ArgumentParser, title: str) -> Any:
 
 
 def add_options(
-    parser: ArgumentParser, group: type[Options], *, only: Sequence[str] | None = None, **lines: str | None
+    parser: ArgumentParser,
+    group: type[Options],
+    *,
+    only: Sequence[str] | None = None,
+    without: str = "",
+    **lines: str | None,
 ) -> None:
-    """Add options of a class to a parser; `lines` are defaults of this verb, as they would be typed, None for none. What has no
-    default must be given.
+    """Add options of a class to a parser, `only` some or all `without` one; `lines` are defaults of this verb, as they would be
+    typed, None for none. What has no default must be given.
     """
-    chosen = {name: found for name, found in declarations(group).items() if only is None or name in only}
-    flags = {name: flag_of(name, declared) for name, (declared, _) in declarations(group).items()}
+    there = declarations(group)
+    flags = {name: flag_of(name, declared) for name, (declared, _) in there.items()}
+    chosen = {name: there[name] for name in (there if only is None else only) if name != without}
     section = section_of(parser, group.title)
     tokens = section.add_mutually_exclusive_group() if "tokens_per_rank" in chosen else section
     for name, (declared, default) in sorted(chosen.items(), key=lambda item: item[1][0].is_last):
@@ -172,9 +178,7 @@ def takes(group: type[Options], *more: str) -> Callable[[Callable[..., Any]], Ca
         before = [item for item in own.parameters.values() if item.kind is not inspect.Parameter.VAR_KEYWORD]
         declared = [
             inspect.Parameter(
-                name,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=inspect.Parameter.empty if default is MISSING else default,
+                name, inspect.Parameter.KEYWORD_ONLY, default=inspect.Parameter.empty if default is MISSING else default
             )
             for name, (_, default) in declarations(group).items()
         ]
