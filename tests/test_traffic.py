@@ -28,7 +28,7 @@ from sim.fit.correlation import (
     within_sequences,
 )
 from sim.fit.description import describe
-from sim.fit.effects import RequestEffect, draw_effects, fill_ranks
+from sim.fit.effects import RequestEffect, draw_effects
 from sim.fit.fitting import wanted_shares
 from sim.fit.hold_out import fill_figures
 from sim.fit.popularity import Noise, Popularity, exp_of_minus, fill_latest, fit_popularity, sum_selection
@@ -238,17 +238,6 @@ def test_a_known_request_effect_is_found_again():
     taste = fit.prefill.layers
     variance = taste.request_sd**2 + (taste.request_loadings**2).sum(axis=1)
     assert variance.mean() == pytest.approx(1, abs=0.01)
-
-
-def test_ranks_equal_a_sort():
-    """Uniform words, and words in few buckets; equal ones keep their order."""
-    rng = np.random.default_rng(3)
-    for most, n in ((2**32, 1000), (2**32, 1024), (2**28, 1000), (40, 1000), (2**32, 1)):
-        words = rng.integers(0, most, n, dtype=np.uint32)
-        comp, ref = np.empty(n, np.int32), np.empty(n, np.int32)
-        fill_ranks(words, comp)
-        ref[np.argsort(words, kind="stable")] = np.arange(n)
-        np.testing.assert_array_equal(comp, ref)
 
 
 def test_tastes_are_a_latin_hypercube_of_the_stream():

@@ -76,6 +76,11 @@ def count_sequences(layer, starts, counts):
                 counts[s, layer[t, k]] += 1
 
 
+def evenly(n: int, most: int) -> np.ndarray:
+    """Numbers below n, int64: all, or `most` of them at even distances."""
+    return np.linspace(0, n - 1, min(n, most)).astype(np.int64)
+
+
 def run_starts(record: RecordedTraffic, n: int) -> np.ndarray:
     """First tokens of the blocks of n tokens that sequences are cut into, int64; 20,000 of them, evenly, where there are
     more.
@@ -85,9 +90,14 @@ def run_starts(record: RecordedTraffic, n: int) -> np.ndarray:
     of_block = np.repeat(np.arange(len(lengths)), per_sequence)
     place = np.arange(len(of_block)) - np.repeat(np.cumsum(per_sequence) - per_sequence, per_sequence)
     first = record.starts[of_block] + n * place
-    if len(first) > _MOST_BLOCKS:
-        first = first[np.linspace(0, len(first) - 1, _MOST_BLOCKS).astype(np.int64)]
-    return first
+    return first[evenly(len(first), _MOST_BLOCKS)]
+
+
+def places(record: RecordedTraffic, n: int, most: int) -> np.ndarray:
+    """First tokens of all runs of n tokens of a sequence, int64; `most` of them, evenly, where there are more."""
+    ends = np.repeat(record.starts[1:], np.diff(record.starts))
+    first = np.flatnonzero(np.arange(len(ends)) + n <= ends)
+    return first[evenly(len(first), most)]
 
 
 def sequence_counts(record: RecordedTraffic, n_experts: int) -> np.ndarray:
@@ -168,11 +178,7 @@ def lag_correlation(record: RecordedTraffic, n_experts: int) -> dict[int, np.nda
     for lag in LAGS:
         if (lengths > lag).sum() < LEAST_SEQUENCES:
             break
-        left = np.maximum(lengths - lag, 0)
-        place = np.arange(left.sum()) - np.repeat(np.cumsum(left) - left, left)
-        first = np.repeat(record.starts[:-1], left) + place
-        if len(first) > _MOST_PLACES:
-            first = first[np.linspace(0, len(first) - 1, _MOST_PLACES).astype(np.int64)]
+        first = places(record, lag + 1, _MOST_PLACES)
         alike, counts = np.zeros(1, np.int64), np.zeros((2, n_experts), np.int64)
         found[lag] = np.zeros(record.n_layers)
         for i, layer in enumerate(record.topk_ids):
@@ -225,12 +231,10 @@ def block_correlation(record: RecordedTraffic, n_experts: int) -> dict[int, np.n
     that fewer than 16 sequences have are left out.
     """
     lengths, found = np.diff(record.starts), {}
-    ends = np.repeat(record.starts[1:], lengths)
     for n in SIZES:
         if (lengths >= n).sum() < LEAST_SEQUENCES:
             break
-        first = np.flatnonzero(np.arange(len(ends)) + n <= ends)
-        first = first[np.linspace(0, len(first) - 1, min(len(first), _MOST_BLOCKS)).astype(np.int64)]
+        first = places(record, n, _MOST_BLOCKS)
         counts, found[n] = np.empty((len(first), n_experts), np.int32), np.zeros(record.n_layers)
         for i, layer in enumerate(record.topk_ids):
             count_runs(layer, first, n, counts)
