@@ -380,7 +380,7 @@ def test_blocks_have_the_figures_of_the_scorer():
     ids=lambda x: x.name if isinstance(x, ModelSpec) else "",
 )
 def test_records_of_other_shapes_are_held_out(model, lengths, monkeypatch):
-    """One layer; every figure is a number, and prefill is compared where 16 sequences of a half are long enough."""
+    """One layer of two; every figure is a number, and prefill is compared where 16 sequences of a half are long enough."""
     monkeypatch.setattr(popularity, "_MOST_REQUESTS", 512)
     monkeypatch.setattr(popularity, "_LEAST_REQUESTS", 512)
     monkeypatch.setattr(effects, "_REQUESTS", 512)
@@ -391,8 +391,9 @@ def test_records_of_other_shapes_are_held_out(model, lengths, monkeypatch):
         best = logits.reshape(-1, 1, 4, 8).max(axis=3).argsort(axis=2)[..., :2]
         np.put_along_axis(logits.reshape(-1, 1, 4, 8), best[..., None], -np.inf, axis=2)
     ids = logits.argsort(axis=2)[:, :, -model.top_k :]
-    record = build_record("x", "x", ids, np.array(lengths), "decode", "")
-    _, rows = hold_out(model, record, threads=1)
+    record = build_record("x", "x", ids.repeat(2, axis=1), np.array(lengths), "decode", "")
+    fit, rows = hold_out(model, record, threads=1, most_layers=1)
+    assert fit.decode.n_layers == 1
     assert {row.phase for row in rows} == ({"decode", "prefill"} if lengths[-1] >= 16 else {"decode"})
     for row in rows:
         for found in (row.real, row.simulated, row.error):

@@ -81,23 +81,14 @@ def evenly(n: int, most: int) -> np.ndarray:
     return np.linspace(0, n - 1, min(n, most)).astype(np.int64)
 
 
-def run_starts(record: RecordedTraffic, n: int) -> np.ndarray:
-    """First tokens of the blocks of n tokens that sequences are cut into, int64; 20,000 of them, evenly, where there are
-    more.
+def run_starts(record: RecordedTraffic, n: int, apart: int | None = None, most: int | None = None) -> np.ndarray:
+    """First tokens of runs of n tokens of a sequence, int64, each `apart` tokens after the one before (default n, which cuts
+    sequences into blocks); `most` of them (default 20,000), evenly, where there are more.
     """
     lengths = np.diff(record.starts)
-    per_sequence = lengths // n
-    of_block = np.repeat(np.arange(len(lengths)), per_sequence)
-    place = np.arange(len(of_block)) - np.repeat(np.cumsum(per_sequence) - per_sequence, per_sequence)
-    first = record.starts[of_block] + n * place
-    return first[evenly(len(first), _MOST_BLOCKS)]
-
-
-def places(record: RecordedTraffic, n: int, most: int) -> np.ndarray:
-    """First tokens of all runs of n tokens of a sequence, int64; `most` of them, evenly, where there are more."""
-    ends = np.repeat(record.starts[1:], np.diff(record.starts))
-    first = np.flatnonzero(np.arange(len(ends)) + n <= ends)
-    return first[evenly(len(first), most)]
+    place = np.arange(record.n_tokens) - np.repeat(record.starts[:-1], lengths)
+    first = np.flatnonzero((place % (apart or n) == 0) & (place + n <= np.repeat(lengths, lengths)))
+    return first[evenly(len(first), most or _MOST_BLOCKS)]
 
 
 def sequence_counts(record: RecordedTraffic, n_experts: int) -> np.ndarray:
@@ -178,7 +169,7 @@ def lag_correlation(record: RecordedTraffic, n_experts: int) -> dict[int, np.nda
     for lag in LAGS:
         if (lengths > lag).sum() < LEAST_SEQUENCES:
             break
-        first = places(record, lag + 1, _MOST_PLACES)
+        first = run_starts(record, lag + 1, 1, _MOST_PLACES)
         alike, counts = np.zeros(1, np.int64), np.zeros((2, n_experts), np.int64)
         found[lag] = np.zeros(record.n_layers)
         for i, layer in enumerate(record.topk_ids):
@@ -234,7 +225,7 @@ def block_correlation(record: RecordedTraffic, n_experts: int) -> dict[int, np.n
     for n in SIZES:
         if (lengths >= n).sum() < LEAST_SEQUENCES:
             break
-        first = places(record, n, _MOST_BLOCKS)
+        first = run_starts(record, n, 1)
         counts, found[n] = np.empty((len(first), n_experts), np.int32), np.zeros(record.n_layers)
         for i, layer in enumerate(record.topk_ids):
             count_runs(layer, first, n, counts)

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.special import expit, logit
 
-from sim.fit.correlation import BLOCKS, LEAST_SEQUENCES, evenly
+from sim.fit.correlation import BLOCKS, LEAST_SEQUENCES, evenly, run_starts
 from sim.fit.fitting import GROUP_SIGMA, FittedTraffic, fit_traffic, without_shared_prefix
 from sim.fit.staleness import imbalances
 from sim.kernels import kernel, usable_processors
@@ -249,7 +249,7 @@ def _real_figures(
     if phase == "prefill":
         long_enough = lengths >= n_tokens
         group = np.repeat((np.cumsum(long_enough) - 1) % _GROUPS, lengths)
-        places = token[token + n_tokens <= np.repeat(record.starts[1:], lengths)]
+        places = run_starts(record, n_tokens, 1, record.n_tokens)
         u = uniforms(key, REPLAY, 0, (record.n_layers, n_blocks))
         first = places[(u * len(places)).astype(np.int64)]
         ids = [layer[at[:, None] + np.arange(n_tokens)] for layer, at in zip(record.topk_ids, first, strict=True)]
