@@ -163,11 +163,12 @@ def lag_correlation(record: RecordedTraffic, n_experts: int) -> dict[int, np.nda
     """Correlation of the experts of two tokens of a sequence by the distance between them, float64 [layers] by lag.
 
     The sum over experts of the covariance of picks, over that of their variance; 0 for independent tokens. Of 131,072 pairs,
-    evenly, where there are more; lags that fewer than 16 sequences have are left out.
+    evenly, where there are more. Lags are left out where fewer than 16 sequences are 1.25 times as long: other pairs would
+    mostly be of the first tokens of sequences, which are like no others.
     """
     lengths, found = np.diff(record.starts), {}
     for lag in LAGS:
-        if (lengths > lag).sum() < LEAST_SEQUENCES:
+        if (lengths > 1.25 * lag).sum() < LEAST_SEQUENCES:
             break
         first = run_starts(record, lag + 1, 1, _MOST_PLACES)
         alike, counts = np.zeros(1, np.int64), np.zeros((2, n_experts), np.int64)
