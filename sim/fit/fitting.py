@@ -108,8 +108,8 @@ def fit_traffic(
     group_sigma = group_sigma if model.is_grouped else 0.0
     n_layers = len(load)
     kinds: list[Kinds] | None = None
-    layers = [1.0] * n_layers, [f"layer {i} of {n_layers}" for i in range(1, n_layers + 1)]
-    parts = {"correlation": 0.2, "kinds of tokens": 0.3, "popularity": 1.0}  # of the time, about
+    layers = [1.0] * n_layers, [f"{i} of {n_layers}" for i in range(1, n_layers + 1)]
+    parts = {"correlation": 0.2, "kinds": 0.3, "layers": 1.0}  # of the time, about
     with phase("correlation", parts):
         effect_of, decay = _request_effects(model, data, wanted, group_sigma, notes)
 
@@ -120,9 +120,9 @@ def fit_traffic(
 
     with ThreadPoolExecutor(threads or usable_processors()) as pool:
         if isinstance(data, RecordedTraffic) and not model.is_grouped:
-            with phase("kinds of tokens", parts):
+            with phase("kinds", parts):
                 kinds = fit_kinds(data, model.n_experts, lambda of, numbers: track(pool.map(of, numbers), *layers))
-        with phase("popularity", parts):
+        with phase("layers", parts):
             found = list(track(pool.map(fit_one, range(n_layers)), *layers))
     rms = np.array([layer.rms for layer in found]).T
     for name, of_phase, why in zip(("decode", "prefill"), rms, ("", ", for want of random requests"), strict=False):

@@ -107,7 +107,7 @@ def hold_out(
     if n < 2 * LEAST_SEQUENCES:
         return None
     halves = [data.only_sequences(np.arange(first, n, 2)) for first in (0, 1)]
-    parts = {"one half": 1.0, "the other half": 1.0, "predictions": 0.5}
+    parts = {"one half": 1.0, "other half": 1.0, "predictions": 0.5}
     fits = _fit_both(halves, fit_half, parts)
     cells = [
         (name, tokens, workloads)
@@ -333,7 +333,7 @@ def _hold_out_steps(
     used = used[evenly(len(used), most_layers or len(used))]
     parts = [part[:, used] for part in (counts[:middle], counts[middle:])]
     halves = [build_counts(data.name, data.name, part, data.layer_ids[used])[0] for part in parts]
-    fits = _fit_both(halves, fit_half, {"one half": 1.0, "the other half": 1.0})
+    fits = _fit_both(halves, fit_half, {"one half": 1.0, "other half": 1.0})
     real, tokens = [], []
     for part in parts:
         part = part[(part.sum(axis=2) > 0).all(axis=1)]
