@@ -8,8 +8,8 @@ A class of options is a frozen dataclass whose fields are made by `option`. From
 - signature and docstring of the functions that take them: `@takes(SweepOptions)`;
 - what identifies a result in its provenance: `identity(values)`.
 
-To add an option, add a field. To add a verb, see `sim.cli`; it takes the classes that it needs, and gives `type=` one of
-`sim.options.kinds` to options of its own.
+To add an option, add a field; those of verbs about files are in `sim.options.of_files`. To add a verb, see `sim.cli`; it takes
+the classes that it needs, and gives `type=` one of `sim.options.kinds` to options of its own.
 A message about a parameter names it in backquotes, as in "`ep_sizes` 300: ...". The command line writes the option in its place.
 """
 
