@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING
 from sim.cli.inputs import read_file
 from sim.cli.terminal import note
 from sim.errors import InputError, counted, unknown
-from sim.options import TrafficOptions
+from sim.options import ExportOptions, TrafficOptions
 from sim.options.declare import add_options
-from sim.options.of_files import ExportOptions
 
 if TYPE_CHECKING:
     from sim.model import ModelSpec

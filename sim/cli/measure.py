@@ -12,9 +12,8 @@ from typing import Any, NamedTuple
 from sim.cli.inputs import check_there, rows_of
 from sim.cli.terminal import add_output, note, note_compiling, print_rows, print_table, say_notes
 from sim.errors import InputError, unknown
-from sim.options import TrafficOptions
+from sim.options import TABLES_OF_LAYERS, TABLES_OF_RANKS, MeasuredOptions, MeasureOptions, TrafficOptions
 from sim.options.declare import add_options
-from sim.options.of_files import OF_LAYERS, OF_RANKS, MeasuredOptions, MeasureOptions
 
 _PLACEMENTS, _WORKLOADS = ["linear", "round_robin"], ["chat", "gpqa-tilted"]
 _EP_SIZES, _TOKENS, _DTYPES = [8, 16, 32, 64], [2**i for i in range(3, 15)], ["bf16", "fp8"]
@@ -177,7 +176,7 @@ def _show(arguments: Namespace) -> None:
             f"--show {arguments.show}: is what the device reaches; the times lie beside it, in a .csv or .csv.gz"
         )
     of_layers = is_of_layers(arguments.show)
-    known = OF_LAYERS if of_layers else OF_RANKS
+    known = TABLES_OF_LAYERS if of_layers else TABLES_OF_RANKS
     if arguments.table is not None and arguments.table not in known:
         raise unknown("--table", arguments.table, known)
     if arguments.table is None and (arguments.json or arguments.csv):

@@ -11,10 +11,9 @@ from sim.cli.terminal import add_output, answer, estimate, note, print_lines, pr
 from sim.cli.traffic_decay import add_decay, run_decay
 from sim.cli.traffic_make import add_make, add_match, run_make, run_match
 from sim.errors import InputError, counted
-from sim.options import FigureOptions
+from sim.options import FigureOptions, FileOptions
 from sim.options.declare import add_options
 from sim.options.kinds import NewFile
-from sim.options.of_files import FileOptions
 
 _LAYERS_SHOWN = 12
 _COLUMNS = {

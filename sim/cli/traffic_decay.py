@@ -7,9 +7,8 @@ from typing import Any
 from sim.cli.inputs import read_file
 from sim.cli.terminal import add_output, answer, estimate, print_rows, print_table, say, shown_progress
 from sim.errors import InputError, counted
-from sim.options import FigureOptions, PlacedOptions
+from sim.options import FigureOptions, FileOptions, PlacedOptions
 from sim.options.declare import add_options
-from sim.options.of_files import FileOptions
 
 
 def add_decay(parser: ArgumentParser) -> None:

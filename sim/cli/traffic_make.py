@@ -7,10 +7,9 @@ from typing import Any
 from sim.cli.inputs import read_inputs, say_about_inputs
 from sim.cli.terminal import add_output, note, note_compiling, print_rows, print_table, say, shown_progress
 from sim.errors import InputError, counted
-from sim.options import TrafficOptions
+from sim.options import MadeOptions, MatchOptions, TrafficOptions
 from sim.options.declare import add_options
 from sim.options.kinds import NewFile
-from sim.options.of_files import MadeOptions, MatchOptions
 
 _NEAR = 0.02  # of what is asked for: a scale reaches it
 

@@ -8,8 +8,8 @@ A class of options is a frozen dataclass whose fields are made by `option`. From
 - signature and docstring of the functions that take them: `@takes(SweepOptions)`;
 - what identifies a result in its provenance: `identity(values)`.
 
-To add an option, add a field; those of verbs about files are in `sim.options.of_files`. To add a verb, see `sim.cli`; it takes
-the classes that it needs, and gives `type=` one of `sim.options.kinds` to options of its own.
+To add an option, add a field. To add a verb, see `sim.cli`; it takes the classes that it needs, and gives `type=` one of
+`sim.options.kinds` to options of its own.
 A message about a parameter names it in backquotes, as in "`ep_sizes` 300: ...". The command line writes the option in its place.
 """
 
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sim.errors import InputError
-from sim.options.declare import Options, option
+from sim.options.declare import Options, option, optional
 from sim.options.kinds import (
     FILE,
     MAX_TOKENS,
@@ -30,6 +30,8 @@ from sim.options.kinds import (
     THREADS,
     WHOLE_NUMBERS,
     Choice,
+    Flag,
+    Folder,
     Kind,
     Listed,
     Measured,
@@ -54,11 +56,13 @@ epsim step --model gpt-oss-20b --traffic FILE --ep 4,8,16 --tokens 8,64,256 --st
 2.5."""
 DEFAULT_TRIALS = 10_000
 DEFAULT_MAX_TRIALS = 1_000_000
+TABLES_OF_RANKS, TABLES_OF_LAYERS = ("error", "constants", "missed", "gain"), ("sum", "gain", "predicted")
+"""Tables of measured ranks, and of measured layers."""
 
 
-MODEL_HELP = "preset (epsim models) or path of a Hugging Face config.json"
+_MODEL = "preset (epsim models) or path of a Hugging Face config.json"
 _WORKLOAD = "preset (epsim workloads), file:TRACE of recorded routing, or a .toml file, as epsim traffic fit writes it"
-THREADS_HELP = "threads (default: all processors of this process)"
+_THREADS = "threads (default: all processors of this process)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,22 +70,20 @@ class TrafficOptions(Options):
     """The model, and what comes in: arguments of `load_model` and `load_workload`."""
 
     title = "model and traffic"
-    model: str = option(NAME, MODEL_HELP, default="deepseek-v3")
+    model: str = option(NAME, _MODEL, default="deepseek-v3")
     workload: str = option(NAME, _WORKLOAD, default="chat")
-    phase: str | None = option(
+    phase: str | None = optional(
         NAME,
         "of recorded or fitted routing: decode (default), the tokens of a step are of different sequences, after the prompt "
         "where answers count their tokens; or prefill, consecutive ones of a sequence, of the prompt",
-        default=None,
     )
-    tokens_per_request: int | None = option(
+    tokens_per_request: int | None = optional(
         Whole(1, MAX_TOKENS),
         "consecutive tokens of each request in a decode step, as speculative decoding verifies them, usually 2 to 8: they share "
         "the request's effect; must divide the tokens of a step (default: 1)",
-        default=None,
     )
-    dummy_tokens: int | None = option(
-        Whole(), "padding tokens per step, as idle data-parallel ranks run them (default: 0)", default=None
+    dummy_tokens: int | None = optional(
+        Whole(), "padding tokens per step, as idle data-parallel ranks run them (default: 0)"
     )
 
 
@@ -112,16 +114,14 @@ class PlacedOptions(CellOptions):
     placements: Any = option(
         Placements(), "placements (epsim placements); changes, where shown, are against the first", flag="--placement"
     )
-    fit_tokens: int | None = option(
+    fit_tokens: int | None = optional(
         Whole(1, MAX_TOKENS),
         "of synthetic traffic: tokens of each layer draw, other than those scored, that eplb is fitted on (default: 16384)",
-        default=None,
         is_last=True,
     )
-    fit_on: Any = option(
+    fit_on: Any = optional(
         FILE,
         "of recorded or fitted traffic: other traffic of the same layers to fit eplb on (default: a part of the traffic itself)",
-        default=None,
         is_last=True,
     )
 
@@ -130,43 +130,38 @@ class PlacedOptions(CellOptions):
 class SweepOptions(PlacedOptions):
     """What `sim.sweep` takes beside model and workload, and what decides its rows."""
 
-    trials: int | None = option(
+    trials: int | None = optional(
         Whole(1, MAX_TRIALS),
         f"steps scored in each cell (default: {DEFAULT_TRIALS}); not with a precision",
-        default=None,
         identifies=True,
     )
-    draws: int | None = option(
+    draws: int | None = optional(
         Whole(),
         "independent layer draws that the trials come from (default: a fresh layer for every step; of recorded traffic its "
         "layers). Intervals rest on the variation between draws",
-        default=None,
     )
-    precision: float | None = option(
+    precision: float | None = optional(
         PRECISION,
         "instead of `trials`: go on until the 95% interval of each mean imbalance has at most this relative half-width, as in 1%",
-        default=None,
     )
-    precision_tail: float | None = option(
-        PRECISION, "the same for each P(imbalance >= x) that is not shown to be below 1e-3, as in 10%", default=None
+    precision_tail: float | None = optional(
+        PRECISION, "the same for each P(imbalance >= x) that is not shown to be below 1e-3, as in 10%"
     )
-    max_trials: int | None = option(
-        Whole(1, MAX_TRIALS), f"the most trials under a precision (default: {DEFAULT_MAX_TRIALS})", default=None
+    max_trials: int | None = optional(
+        Whole(1, MAX_TRIALS), f"the most trials under a precision (default: {DEFAULT_MAX_TRIALS})"
     )
     thresholds: Sequence[float] = option(
         Listed(of=Number(1, 2**15)), "imbalance thresholds of the tail", default=THRESHOLDS
     )
-    bound_layers: int | None = option(
+    bound_layers: int | None = optional(
         Whole(0, 4096),
         "layers used for analytic tail bounds (default: up to 32, none where that takes long; 0: no bounds)",
-        default=None,
         identifies=True,
     )
-    tail_floor: float | None = option(
+    tail_floor: float | None = optional(
         Number(1e-12, 0.1),
         "of synthetic traffic with drawn popularity: estimate tails over all layers down to this probability, as in 1e-8 (some "
         "ten seconds a cell)",
-        default=None,
     )
     replica_choice: str = option(
         Choice(names=("even", "vllm_hash", "in_step")),
@@ -187,13 +182,12 @@ class RunOptions(Options):
     """Where and how long a sweep runs: nothing that changes its rows."""
 
     title = "where and how long it runs"
-    time_limit: float | None = option(
+    time_limit: float | None = optional(
         Seconds(),
         "stop a precision run after this time (not before 1024 trials), as in 90s or 10m; the same command goes on",
-        default=None,
     )
-    threads: int | None = option(
-        THREADS, "threads, or workers of a local cluster (default: all processors of this process)", default=None
+    threads: int | None = optional(
+        THREADS, "threads, or workers of a local cluster (default: all processors of this process)"
     )
     executor: str = option(
         Choice(names=("threads", "cuda", "dask")),
@@ -201,9 +195,7 @@ class RunOptions(Options):
         "`scheduler` (extra: epsim[cluster])",
         default="threads",
     )
-    scheduler: str | None = option(
-        Kind(metavar="ADDRESS"), "address of a Dask scheduler, as in tcp://HOST:8786", default=None
-    )
+    scheduler: str | None = optional(Kind(metavar="ADDRESS"), "address of a Dask scheduler, as in tcp://HOST:8786")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,7 +208,7 @@ class StepOptions(CellOptions):
     most_steps: int = option(
         Whole(1, 10**6), "steps of each size, fewer where they are large", flag="--steps", default=MOST_STEPS
     )
-    threads: int | None = option(THREADS, THREADS_HELP, default=None)
+    threads: int | None = optional(THREADS, _THREADS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,11 +216,10 @@ class LayerOptions(Options):
     """What layers of a step have to do with each other."""
 
     title = CellOptions.title
-    layer_correlation: float | None = option(
+    layer_correlation: float | None = optional(
         Measured(1, 1e4, alone=LAYER_CORRELATION),
         "variance of a step's mean imbalance over its layers, relative to independent layers (default: independent). Without a "
         f"number {LAYER_CORRELATION:g}, as on gpt-oss-20b's recorded steps; epsim step --traffic FILE measures yours",
-        default=None,
     )
 
     def check_layers(self, n_layers: int) -> None:
@@ -244,20 +235,19 @@ class CapacityOptions(LayerOptions, PlacedOptions):
     """What `sim.capacity` takes beside model and workload."""
 
     risk: float = option(RISK, "probability with which a capacity may be exceeded", default=1e-3)
-    horizon_steps: int | None = option(
-        Whole(1, 10**15), "steps of a horizon; without it there are no rows of scope 'horizon'", default=None
+    horizon_steps: int | None = optional(
+        Whole(1, 10**15), "steps of a horizon; without it there are no rows of scope 'horizon'"
     )
-    capacity_factor: float | None = option(
+    capacity_factor: float | None = optional(
         Number(1, 1e4),
         "also judge a given capacity, a factor of the balanced load of at least 1: what it risks and drops",
-        default=None,
     )
     deployments: int = option(
         Whole(2, 10**5),
         "deployments to draw of synthetic traffic whose layers are not known (at most 80 where placements are fitted)",
         default=400,
     )
-    threads: int | None = option(THREADS, THREADS_HELP, default=None)
+    threads: int | None = optional(THREADS, _THREADS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,10 +256,8 @@ class LinkOptions(PlacedOptions):
 
     title = "output"
     trials: int = option(Whole(1, MAX_TRIALS), "steps of each cell", default=1000)
-    draws: int | None = option(
-        Whole(),
-        "independent layer draws that the trials come from (default: a fresh layer for every step)",
-        default=None,
+    draws: int | None = optional(
+        Whole(), "independent layer draws that the trials come from (default: a fresh layer for every step)"
     )
     source_imbalance: Any = option(
         Listed(of=Number(), may_repeat=True),
@@ -277,7 +265,7 @@ class LinkOptions(PlacedOptions):
         "one before), or a list of all shares",
         default=1.0,
     )
-    threads: int | None = option(THREADS, THREADS_HELP, default=None)
+    threads: int | None = optional(THREADS, _THREADS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -307,17 +295,15 @@ class TimeOptions(Options):
         "depends take several, with commas)",
         default="pair",
     )
-    dtype: str | None = option(
+    dtype: str | None = optional(
         NAME,
         "type of weights and inputs: fp8, bf16 or fp4 (default: what the model's experts are stored in; fp8 where that is none "
         "of them, or a GPU does not compute in it)",
-        default=None,
     )
-    network_gb_per_s: float | None = option(
+    network_gb_per_s: float | None = optional(
         Positive(metavar="GB/S"),
         "network bandwidth of a GPU per direction (default: the GPU's; 50 if it has none)",
         flag="--network-gb",
-        default=None,
     )
 
 
@@ -326,18 +312,16 @@ class RestOptions(Options):
     """What a step does beside routed experts and their exchange: one of the first two; and what a balancer takes of it."""
 
     title = "the rest of a step"
-    moe_share: float | None = option(Share(), "share of a step that experts and exchange take, as in 40%", default=None)
-    step_us: float | None = option(
+    moe_share: float | None = optional(Share(), "share of a step that experts and exchange take, as in 40%")
+    step_us: float | None = optional(
         Positive(most=1e9, scale=1e3, metavar="MS"),
         "instead of `moe_share`: the baseline's measured step time",
         flag="--step-ms",
-        default=None,
     )
-    balancer_us: float | None = option(
+    balancer_us: float | None = optional(
         Number(0, 1e6, metavar="US"),
         "of placement in_step: what the balancer takes of each layer (default: 100 within a node, 200 across nodes, as LPLB's "
         "authors say; not verified)",
-        default=None,
     )
 
 
@@ -354,7 +338,7 @@ class ClaimOptions(Options):
         "the most of a step that routed experts and exchange may take for a gain to be put down to them",
         default=0.8,
     )
-    threads: int | None = option(THREADS, THREADS_HELP, default=None)
+    threads: int | None = optional(THREADS, _THREADS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -369,9 +353,135 @@ class FigureOptions(Options):
 class PlotOptions(FigureOptions):
     """How the figures of a sweep are drawn."""
 
-    tokens: int | None = option(
-        Whole(1, MAX_TOKENS), "tokens per step of the worst-case figures (default: nearest to 64)", default=None
+    tokens: int | None = optional(
+        Whole(1, MAX_TOKENS), "tokens per step of the worst-case figures (default: nearest to 64)"
     )
     deepest: float = option(
         Number(1e-300, 0.1, metavar="P"), "probability down to which worst cases are drawn", default=1e-6
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileOptions(Options):
+    """A file of recorded routing or load counts: how it is read, and what it is compared with."""
+
+    model: str = option(NAME, f"the model that the file was taken on: {_MODEL}")
+    phase: str | None = optional(NAME, "decode (default) or prefill: the steps that are read of a set of traces")
+    against: Any = optional(FILE, "another file of the same layers, to compare with")
+    plot: Any = optional(Folder(), "draw figures there")
+    all_layers: bool = option(Flag(), "a row for every layer", default=False)
+    hold_out: bool = option(Flag(), "first fit each half and predict the rank imbalance of the other", default=False)
+    half: bool = option(
+        Flag(), "with `hold_out`: write the fit of the first half (even sequences, or first steps)", default=False
+    )
+    group_sigma: float | None = optional(
+        Number(0, 5), "group effect of a grouped router, which loads do not tell (default: 0.4)"
+    )
+    n_windows: int | None = optional(Whole(), "windows that the file is cut into (default: 8)", flag="--windows")
+    threads: int | None = optional(THREADS, _THREADS)
+    seed: int = option(SEED, "same seed, same answer", default=0)
+
+
+_IMBALANCE = "mean over layers of a step's max / mean rank load, under linear placement"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MadeOptions(Options):
+    """A trace of synthetic traffic."""
+
+    title = "the trace"
+    tokens: int = option(Whole(1, MAX_TOKENS), "tokens of the trace", default=65536)
+    sequences: int = option(Whole(1, MAX_TOKENS), "sequences of the trace", default=256)
+    imbalance: float | None = optional(Number(1, 2**15), f"scale the popularity to this {_IMBALANCE}")
+    ep_sizes: int | None = optional(Whole(1, 2**15), "EP size of `imbalance`", flag="--ep")
+    seed: int = option(SEED, "same seed, same trace", default=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatchOptions(Options):
+    """An imbalance that was read off a log."""
+
+    title = "your log"
+    imbalance: float = option(Number(1, 2**15), _IMBALANCE)
+    ep_sizes: int = option(Whole(2, 2**15), "its EP size", flag="--ep")
+    tokens: int = option(Whole(1, MAX_TOKENS), "its tokens per step, in all ranks", default=16384)
+    workloads: Any = optional(
+        NAMES, "workloads to compare (default: every preset that fits the model)", flag="--workload"
+    )
+    seed: int = option(SEED, "same seed, same answer", default=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasureOptions(Options):
+    """What is measured on GPUs, or shown of what was measured. The defaults of lists are those of `epsim measure`."""
+
+    title = "what is measured"
+    workload: Any = optional(NAMES, "traffic (default: chat,gpqa-tilted)")
+    ep_sizes: Any = optional(
+        WHOLE_NUMBERS, "EP sizes (default: 8,16,32,64; with --layer one, the number of GPUs)", flag="--ep"
+    )
+    tokens: Any = optional(
+        WHOLE_NUMBERS, "tokens per step over the EP group (default: 8..16384; with --layer 8,64,512,2048,8192,16384)"
+    )
+    placement: Any = optional(NAMES, "placements (default: linear,round_robin)")
+    dtype: Any = optional(NAMES, "types of the weights (default: bf16,fp8; with --layer one, bf16)")
+    exchange: Any = optional(NAMES, "with --layer: kinds of exchange (default: token,pair,gather,reduce)")
+    steps: int = option(Whole(), "steps to sample, each of a fresh layer", default=16)
+    seed: int = option(Whole(), "same seed, same steps and ranks", default=0)
+    device: str = option(
+        Choice(names=("cuda", "cpu")), "cuda (needs PyTorch: epsim[gpu]), or cpu for toy sizes", default="cuda"
+    )
+    gpu: str | None = optional(NAME, "GPU that predictions are for (epsim gpus; default: by the device's name)")
+    time_limit: float | None = optional(
+        Seconds(), "stop after this time, as in 90s or 8m; steps that were measured are kept"
+    )
+    layer: bool = option(
+        Flag(), "measure whole layers, one rank on each GPU (`ep_sizes`; default: all GPUs)", default=False
+    )
+    out: str | None = optional(Kind(metavar="FILE.csv"), "where the rows go; what the device reaches goes to FILE.json")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasuredOptions(Options):
+    """A file of what was measured, and what is shown of it."""
+
+    title = "what was measured"
+    show: str | None = optional(
+        Kind(metavar="FILE.csv"), "measure nothing; print the tables of a file that was written"
+    )
+    table: str | None = optional(
+        NAME, f"one of them: {', '.join(TABLES_OF_RANKS)}; of layers: {', '.join(TABLES_OF_LAYERS)}"
+    )
+    plot: bool = option(Flag(), "draw the figures beside the file", default=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions(Options):
+    """A placement of a model's layers, and the file of an engine that it becomes."""
+
+    title = "the map"
+
+    placement: str = option(Kind(metavar="P"), "a placement (epsim placements), as in eplb+32")
+    ep_size: int = option(Whole(metavar="R"), "EP size", flag="--ep")
+    format: str = option(Kind(metavar="F"), "vllm, sglang, trtllm or vllm-ascend")
+    out: str = option(FILE, "file to write")
+    fit_on: str | None = optional(
+        FILE,
+        "traffic that eplb is fitted on, layer by layer: recorded routing or load counts (as epsim traffic reads them)",
+        alias="--traffic",
+    )
+    gpu: str | None = optional(
+        NAME,
+        "of eplb_budget: spend copies by the predicted time on this GPU (epsim gpus), as advise does (default: by the busiest "
+        "rank's load)",
+    )
+    tokens: int | None = optional(
+        Whole(1, MAX_TOKENS), "with `gpu`: tokens per step over the EP group (default: 512 on each rank)"
+    )
+    ranks_per_node: int = option(Whole(1, MAX_RANKS_PER_NODE), "for node_aware and eplb", default=8)
+    layers: int | None = optional(Whole(1, 1024), "layers of other placements (default: the model's MoE layers)")
+    first_layer: int | None = optional(
+        Whole(0, 2**20),
+        "decoder layer of the first MoE layer, for a model that does not say which of its layers are MoE layers; those of the "
+        "map follow one another from there",
     )

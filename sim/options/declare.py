@@ -48,6 +48,11 @@ def option(kind: Kind, help: str, *, default: Any = MISSING, **more: Any) -> Any
     return field(default=default, metadata={"option": declared})
 
 
+def optional(kind: Kind, help: str, **more: Any) -> Any:
+    """An option that may be left out: None stands for that."""
+    return option(kind, help, default=None, **more)
+
+
 class Options:
     """Base of all classes of options: what is given is checked, and converted. `title` stands above them in a help."""
 
