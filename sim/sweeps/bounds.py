@@ -48,7 +48,7 @@ _BATCH_TOKENS = 2**13
 _MOST_BATCHES = 16  # per layer
 _LEAST_BATCHES, _TRIALS_PER_BATCH = 4, 625  # a larger sweep has more precise ones
 _HOT = 8  # ranks of a layer whose pairs are looked at
-_PER_LAYER, _PER_RANK, _PER_RARE_CELL = 150_000.0, 420.0, 2.5e7
+_PER_LAYER, _PER_RANK, _PER_RARE_CELL = 150_000.0, 420.0, 8e7
 """Work in the time of a sampled token: to count the tokens of a layer, to bound one of its ranks in a cell, and to estimate a
 cell's rare events; measured on DeepSeek-V3.
 """
