@@ -113,7 +113,7 @@ def _put_expert(own, k, time, e):
     _put_whole(own, _slot(own, k) + _EXPERT, e)
 
 
-@kernel
+@kernel(forceinline=True)
 def is_among(e, own, first, k):
     """Whether e is one of the experts first .. k - 1."""
     found = False
