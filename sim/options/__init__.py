@@ -59,7 +59,10 @@ DEFAULT_MAX_TRIALS = 1_000_000
 
 
 _MODEL = "preset (epsim models) or path of a Hugging Face config.json"
-_WORKLOAD = "preset (epsim workloads), file:TRACE of recorded routing, or a .toml file, as epsim traffic fit writes it"
+_WORKLOAD = (
+    "preset (epsim workloads), file:TRACE of recorded routing, or a .toml file, as epsim traffic fit writes it of recorded "
+    "routing or load counts"
+)
 _THREADS = "threads (default: all processors of this process)"
 
 
