@@ -267,7 +267,7 @@ def test_a_log_is_laid_beside(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("", "holds no numbers"), ("1\nx\n", "line 2 does not end"), ("0.5\nnan\n", "nan is no value"), ("-1\n", "-1 is no value"),
+    [("", "holds no numbers"), ("1\n\nx\n", "line 3 does not end"), ("0.5\nnan\n", "nan is no value"), ("-1\n", "-1 is no value"),
      ("0.5\n1.5\n", "1.5 is no value of balancedness_vllm: they are numbers from 0 to 1")],
 )  # fmt: skip
 def test_bad_logs_are_refused(tmp_path, text, message):
