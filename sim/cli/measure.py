@@ -90,15 +90,7 @@ def _measure_ranks(arguments: Namespace, out: Path, started: float) -> None:
     )
     backend = _backend(arguments.device, Shape.of(model, steps.most_local_experts, steps.most_pairs), steps.seed)
     say_notes()
-    reached = measure(
-        steps,
-        backend,
-        gpu,
-        dtypes,
-        out,
-        time_limit_s=_left_s(arguments, started),
-        say=_say,
-    )
+    reached = measure(steps, backend, gpu, dtypes, out, time_limit_s=_left_s(arguments, started), say=_say)
     about = out.with_suffix(".json")
     with whole_files(about) as (temporary,):
         temporary.write_text(json.dumps(reached, indent=1) + "\n")
@@ -131,13 +123,7 @@ def _measure_layers(arguments: Namespace, out: Path, started: float) -> None:
     if arguments.device == "cpu":
         note("times on a CPU test the path, and say nothing about a GPU")
     say_notes()
-    measure_layers(
-        steps,
-        arguments.device,
-        out,
-        time_limit_s=_left_s(arguments, started),
-        say=_say,
-    )
+    measure_layers(steps, arguments.device, out, time_limit_s=_left_s(arguments, started), say=_say)
     print(f"written to {out}; tables and figures: epsim measure --show {out} --plot")
 
 

@@ -59,7 +59,10 @@ DEFAULT_MAX_TRIALS = 1_000_000
 
 
 _MODEL = "preset (epsim models) or path of a Hugging Face config.json"
-_WORKLOAD = "preset (epsim workloads), file:TRACE of recorded routing, or a .toml file, as epsim traffic fit writes it"
+_WORKLOAD = (
+    "preset (epsim workloads), file:TRACE of recorded routing, or a .toml file, as epsim traffic fit writes it of recorded "
+    "routing or load counts"
+)
 _THREADS = "threads (default: all processors of this process)"
 
 
@@ -330,9 +333,13 @@ class RestOptions(Options):
     """What a step does beside routed experts and their exchange: one of the first two; and what a balancer takes of it."""
 
     title = "the rest of a step"
-    moe_share: float | None = option(Share(), "share of a step that experts and exchange take, as in 40%", default=None)
+    moe_share: float | None = option(
+        Share(1e-6, allowed="a share from 0.0001% to 100%, as in 40%"),
+        "share of a step that experts and exchange take, as in 40%",
+        default=None,
+    )
     step_us: float | None = option(
-        Positive(most=1e9, scale=1e3, metavar="MS", allowed="a number above 0, and at most 1e9"),
+        Positive(most=1e9, scale=1e3, metavar="MS", allowed="a time above 0, and at most 1000 seconds"),
         "instead of `moe_share`: the baseline's measured step time",
         flag="--step-ms",
         default=None,

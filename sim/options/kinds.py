@@ -88,7 +88,10 @@ class Number(Kind):
     python = "float"
 
     def __call__(self, text: str) -> float:
-        return self.scale * float(super().__call__(text))
+        value = self.scale * float(super().__call__(text))
+        if self.scale != 1 and (problem := self.problem(value)) is not None:  # later it would be told in Python's unit
+            raise ArgumentTypeError(f"{text}: {problem}")
+        return value
 
     def read(self, text: str) -> float:
         try:
