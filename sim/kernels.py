@@ -30,7 +30,9 @@ def _cache_folder() -> Path:
             return folder
     except (OSError, RuntimeError):
         pass
-    return Path(tempfile.mkdtemp(prefix="epsim-"))
+    temporary = tempfile.mkdtemp(prefix="epsim-")
+    os.environ["NUMBA_CACHE_DIR"] = temporary  # else processes that this one starts compile in folders of their own
+    return Path(temporary)
 
 
 # numba checks a cached kernel against its own file only, so an edited callee in another file would be missed.

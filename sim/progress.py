@@ -5,11 +5,13 @@ of the whole, from 0 to 1, holds for all phases.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, as_completed
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TypeVar
 
+S = TypeVar("S")
 T = TypeVar("T")
 Show = Callable[[float, str], None]
 
@@ -91,3 +93,20 @@ def track(items: Iterable[T], sizes: Sequence[float], names: Sequence[str] = ())
                 return
         done += size
     watch.show(watch.high, watch.name)
+
+
+def map_on(pool: Executor, work: Callable[[S], T], items: Iterable[S], sizes: Sequence[float]) -> list[T]:
+    """What `work` makes of each item, in their order. What is done is announced by size, whatever ends first; after an error
+    nothing that waits is begun.
+    """
+    futures = [pool.submit(work, item) for item in items]
+    size_of, whole, done = dict(zip(futures, sizes, strict=True)), sum(sizes) or 1.0, 0.0
+    try:
+        for future in as_completed(futures):
+            future.result()
+            done += size_of[future]
+            advance(done / whole)
+    except BaseException:
+        pool.shutdown(cancel_futures=True)
+        raise
+    return [future.result() for future in futures]

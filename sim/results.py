@@ -38,6 +38,7 @@ class SweepResult:
     ----------
     summary : DataFrame
         One row per cell: model, workload, placement, EP size, tokens.
+        An estimate has its 95 % interval beside it: `imbalance_mean`, `imbalance_mean_low`, `imbalance_mean_high`.
     tail : DataFrame
         One row per cell and event: probability of the worst cases.
     counts : DataFrame

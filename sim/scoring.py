@@ -377,10 +377,11 @@ def score(placement: Placement, counts: Any, replica_choice: str = "even") -> Sc
     if table.ndim < 1 + (rows > 1) or table.shape[-1] != n_experts or (rows > 1 and table.shape[-2] != rows):
         wanted = f"[..., {rows}, {n_experts}]" if rows > 1 else f"[..., {n_experts}]"
         raise InputError(f"`counts` must have shape {wanted} under {placement.strategy}, not {list(table.shape)}")
-    blocks = np.ascontiguousarray(table.reshape(-1, n_experts), np.int64)
+    counts_type = np.int32 if table.max(initial=0) < 2**31 else np.int64  # as in sweeps, whose kernels may be there
+    blocks = np.ascontiguousarray(table.reshape(-1, n_experts), counts_type)
     loads = np.zeros((len(blocks), placement.ep_size), np.int64)
     distinct = np.zeros_like(loads)
-    assigned = np.zeros((len(blocks), 1, placement.n_slots), np.int64)
+    assigned = np.zeros((len(blocks), 1, placement.n_slots), counts_type)
     copies, row_of_block = find_copies(placement.experts, n_experts), np.arange(len(blocks)) % rows
     if replica_choice == "in_step":
         assign_in_step(blocks[:, None], row_of_block, copies, placement.ranks, placement.ep_size, assigned)
@@ -463,8 +464,8 @@ def _whole_numbers(what: str, values: Any, most: int) -> np.ndarray:
 
 @kernel
 def _add_loads(assigned, ranks, loads, distinct):
-    """Loads and distinct slots of each rank, int64 [blocks, ranks]: assigned int64 [blocks, slots]; ranks int32 [rows, slots];
-    block b lies under row b % rows.
+    """Loads and distinct slots of each rank, int64 [blocks, ranks]: assigned int32 or int64 [blocks, slots]; ranks int32
+    [rows, slots]; block b lies under row b % rows.
     """
     for b in range(assigned.shape[0]):
         rank = ranks[b % ranks.shape[0]]

@@ -405,7 +405,7 @@ def test_load_counts_are_advised_on_too(toy_files, capsys):
         (["--tokens", ""], "--tokens '': expected whole numbers"),
         (["--phase", ""], "--phase must be one of decode, prefill, not ''"),
         (["--redundant", "16384"], "--redundant 16384: must be a whole number from 1 to 8192"),
-        (["--step-ms", "1e30"], "at most 1e6"),
+        (["--step-ms", "1e30"], "at most 1000 seconds"),
         (
             ["--placement", "linear,in_step", "--tokens", "8"],
             "--placement in_step splits the pairs of a step over copies",

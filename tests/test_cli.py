@@ -5,6 +5,8 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,7 @@ from sim.cli.terminal import note, time_left_s
 from sim.figures import FIGURES
 from sim.options import SweepOptions
 from sim.options.declare import declarations, flag_of
-from sim.progress import advance, phase, track, watching
+from sim.progress import advance, map_on, phase, track, watching
 
 RUN = ["sweep", "--ep", "2,12", "--tokens", "1,16", "--trials", "40", "--placement", "linear,linear_legacy,group_aware"]
 SUMMARY = ["model", "workload", "placement", "ep_size", "tokens", "trials", "draws", "mean_load", "max_load_mean",
@@ -439,6 +441,22 @@ def test_progress_is_one_share_of_the_whole_over_nested_parts():
     assert list(track("abc", [1.0])) == ["a", "b", "c"]  # nobody watches: nothing is counted
 
 
+def test_progress_on_threads_counts_what_has_ended_by_size_not_in_order():
+    small_ended, seen = threading.Event(), []
+
+    def work(size):
+        assert size < 3 or small_ended.wait(60)  # the largest, begun first, ends last
+        return size
+
+    def show(share, _):
+        seen.append(share)
+        small_ended.set()
+
+    with watching(show), ThreadPoolExecutor(2) as pool:
+        assert map_on(pool, work, [3.0, 1.0], [3.0, 1.0]) == [3.0, 1.0]
+    assert seen == [0.25, 1.0]
+
+
 def test_a_sweep_announces_all_of_its_phases(tmp_path):
     seen = []
     with watching(lambda share, name: seen.append((share, name))):
@@ -446,6 +464,8 @@ def test_a_sweep_announces_all_of_its_phases(tmp_path):
     shares = [share for share, _ in seen]
     assert shares == sorted(shares)
     assert shares[-1] == pytest.approx(1)
-    assert [name for name in dict.fromkeys(name for _, name in seen) if name] == ["sampling", "bounds", "writing"]
+    assert [name for name in dict.fromkeys(name for _, name in seen) if name] == [
+        "sampling", "bounds", "bounds: layers", "bounds: ranks", "rare events", "writing"
+    ]  # fmt: skip
     assert time_left_s(10.0, 0.25) == 30.0
     assert time_left_s(10.0, 0.0) == float("inf")

@@ -219,6 +219,20 @@ def test_an_expert_without_a_gate_has_two_matrices(tmp_path, keys, matrices):
     assert load_config(tmp_path, BASE | keys).expert_matrices == matrices
 
 
+@pytest.mark.parametrize(
+    ("keys", "n_shared"),
+    [
+        ({"model_type": "llama4"}, 1),
+        ({"model_type": "llama4", "num_shared_experts": 0}, 0),
+        ({"shared_expert_intermediate_size": 64}, 1),
+        ({"shared_expert_intermediate_size": [0] + [64] * 11}, 1),
+        ({"shared_expert_intermediate_size": 0}, 0),
+    ],
+)
+def test_shared_experts_are_those_of_the_file_else_of_the_type(tmp_path, keys, n_shared):
+    assert load_config(tmp_path, BASE | keys).n_shared_experts == n_shared
+
+
 _NVFP4 = {"num_bits": 4, "type": "float", "group_size": 16}
 _INT4 = {"num_bits": 4, "type": "int", "group_size": 32}
 _MIXED = {

@@ -350,6 +350,7 @@ ASCEND = (
         (YAML.replace("  - 2", "  - x"), "line 6: expected a whole number, not x"),
         (YAML.replace("  - 2", "  - &a 2"), "line 6: expected 'key: value'"),
         (YAML.replace("2, 0]", "2, 0"), "a list is not closed"),
+        (YAML.replace("'3': [", "'3': *a ["), "line 10: *a must be the anchor of a list above"),
         (YAML + "num_slots: 4\n", "line 13: num_slots stands twice"),
         (YAML + "ep_size: 4\n", "says ep_size 4: it is no map for `ep_size` 2"),
         (YAML.replace("2, 0]", "2, , 0]"), "expected a whole number"),

@@ -267,7 +267,7 @@ def test_a_log_is_laid_beside(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("", "holds no numbers"), ("1\nx\n", "line 2 does not end"), ("0.5\nnan\n", "nan is no value"), ("-1\n", "-1 is no value"),
+    [("", "holds no numbers"), ("1\n\nx\n", "line 3 does not end"), ("0.5\nnan\n", "nan is no value"), ("-1\n", "-1 is no value"),
      ("0.5\n1.5\n", "1.5 is no value of balancedness_vllm: they are numbers from 0 to 1")],
 )  # fmt: skip
 def test_bad_logs_are_refused(tmp_path, text, message):
@@ -365,7 +365,9 @@ def test_gain_prints_and_writes(tmp_path, capsys):
         ("gain --moe-share 40% --step-ms 20", "give one of them"),
         ("gain --moe-share 140%", "--moe-share 1.4"),
         ("gain --step-ms 0.1 --steps 1 --layer-sets 1 --ep 8 --tokens 1", "--step-ms: 0.1 ms is below the"),
-        ("gain --step-ms 0", "--step-ms 0.0: must be a number above 0"),
+        ("gain --step-ms 0", "--step-ms 0.0: must be a time above 0"),
+        ("gain --step-ms 2e6", "--step-ms 2e6: must be a time above 0, and at most 1000 seconds"),
+        ("gain --moe-share 0", "--moe-share 0.0: must be a share from 0.0001% to 100%"),
         ("gain --network-gb x", "--network-gb x: must be a number above 0"),
         ("gain --tokens 0", "--tokens 0"),
         ("gain --ep 300", "--ep 300"),

@@ -109,7 +109,7 @@ def _print_quantity(rows: Any, text: str, found: Any, risk: float, model: Any, m
     row = rows.iloc[0]
     title = (
         f"{row.model}, {row.workload} traffic, {counted(found.n_layers, 'MoE layer')}: {text}: the capacity that is exceeded "
-        f"with a probability of at most {risk:g}, and its factor over the balanced load; bytes of the last scope"
+        f"with a probability of at most {risk:g}, and its factor over the balanced load; bytes of the last of these"
     )
     print_lines(
         title, heads, [line + of for line, of in zip(lines, in_unit, strict=True)], markdown, align=">><", keys=3
@@ -147,7 +147,7 @@ def _print_engines(asked: Any, slots: dict[str, int], model: Any, markdown: bool
     unit, in_unit = _in_bytes(sizes)
     marks = ["!" if size > DEEPEP_LIMIT_BYTES else "" for (size,) in sizes]
     title = (
-        "What engines call it, for the last scope\n"
+        "What engines call it, for the last of these capacities\n"
         "vLLM: receive fraction, received tokens of a rank / tokens of the step; torchtitan: capacity factor, of a rank's rows;\n"
         "Megatron-LM: moe_expert_capacity_factor; DeepEP, SGLang: num_max_dispatch_tokens_per_rank, what a rank sends at most,\n"
         "with its static low-latency buffer (! above its limit of 32 GiB)"

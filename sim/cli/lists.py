@@ -4,7 +4,16 @@ import textwrap
 from argparse import ArgumentParser, Namespace
 from typing import Any
 
-from sim.cli.terminal import add_output, note_compiling, print_lines, print_rows, print_table, say, shown_progress
+from sim.cli.terminal import (
+    add_output,
+    note_compiling,
+    print_lines,
+    print_rows,
+    print_table,
+    say,
+    say_written,
+    shown_progress,
+)
 from sim.errors import InputError
 from sim.options import TrafficOptions
 from sim.options.declare import add_options
@@ -222,12 +231,23 @@ def run_gpus(arguments: Namespace) -> None:
 
 
 def _check(arguments: Namespace) -> None:
-    from sim.cost.refit import exchanges_of_others, predicted_against_measured
-    from sim.cost.tables import measured
+    from sim.cost.refit import predicted_against_measured
 
     check = predicted_against_measured()
-    if print_rows(check, arguments):
-        return
+    if not print_rows(check, arguments):
+        _print_check(check, arguments.markdown)
+    if arguments.plot is not None:
+        from sim.figures import save
+        from sim.figures.measured import published_kernels
+
+        save(published_kernels(check[check.source == "moe_decode"]), arguments.plot)
+        say_written(f"written to {arguments.plot}", arguments)
+
+
+def _print_check(check: Any, markdown: bool) -> None:
+    from sim.cost.refit import exchanges_of_others
+    from sim.cost.tables import measured
+
     keys = ["part", "gpu", "dtype", "source"]
     lines = [
         [*of, str(len(rows)), *_errors(rows.error[rows.fitted]), *_errors(rows.held_out_error.dropna())]
@@ -239,7 +259,7 @@ def _check(arguments: Namespace) -> None:
         "Fitted: by the constants that epsim uses. Held out: by a fit without the row's\n"
         "EP size (experts) or tokens per rank (exchange); moe_decode: no fit saw it"
     )
-    print_lines(title, heads, lines, arguments.markdown, align="<<<<>>>>>", keys=4)
+    print_lines(title, heads, lines, markdown, align="<<<<>>>>>", keys=4)
     others = exchanges_of_others()
     lines = [
         [*of, str(len(rows)), *(f"{rows.error.quantile(q):+.0%}" for q in (0, 0.5, 1))]
@@ -248,8 +268,8 @@ def _check(arguments: Namespace) -> None:
     print()
     title = "Predicted against exchange times of other versions and backends, which no fit saw"
     heads = ["part", "gpu", "type", "published table", "rows", "least", "median", "most"]
-    print_lines(title, heads, lines, arguments.markdown, align="<<<<>>>>", keys=4)
-    if not arguments.markdown:
+    print_lines(title, heads, lines, markdown, align="<<<<>>>>", keys=4)
+    if not markdown:
         print("\nHeld out by more than 25 %, so take such cells as extrapolated:")
         for row in check[check.held_out_error.abs() > 0.25].itertuples():
             print(
@@ -261,12 +281,6 @@ def _check(arguments: Namespace) -> None:
         say(
             "Not in them, so not verified: h20. In bf16, and token, gather and reduce: epsim measure --show, results/measured"
         )
-    if arguments.plot is not None:
-        from sim.figures import save
-        from sim.figures.measured import published_kernels
-
-        save(published_kernels(check[check.source == "moe_decode"]), arguments.plot)
-        print(arguments.plot)
 
 
 def _errors(values: Any) -> list[str]:

@@ -124,7 +124,7 @@ def _print_log(table: Any, arguments: Namespace) -> None:
     row = table.iloc[0]
     title = (
         f"\nyour log: {counted(row.log_steps, 'value')} of {arguments.log_metric}, mean {_digits(row.log_mean)}; inside: share "
-        "of them between p1 and p99 of the\nsimulated steps; sds apart: its mean from the simulated one, in standard deviations "
+        "of them between p1 and p99 of the simulated steps; sds apart: its mean from the simulated one, in standard deviations "
         "between deployments"
     )
     columns = _CELL | {

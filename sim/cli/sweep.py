@@ -48,7 +48,7 @@ def add_sweep(parser: ArgumentParser) -> None:
     add("--out", type=Folder(), metavar="DIR", help="folder of the result; {model} and {workload} in it stand for their names "
         "(default: results/MODEL-WORKLOAD-ID, the id of what is sampled)")  # fmt: skip
     add("--rank-traffic", action="store_true", help="also write rank_traffic/*.npz: what each rank sends to each, mean and 99th "
-        "percentile (keys: sim.rank_traffic)")  # fmt: skip
+        "percentile (keys: help(sim.rank_traffic))")  # fmt: skip
     add_options(parser, LinkOptions, only=("source_imbalance",), source_imbalance="1")
 
 

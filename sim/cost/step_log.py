@@ -372,8 +372,10 @@ def read_log(path: Path, metric: str) -> StepLog:
     bad_line, place, n_columns = 0, -1, 1  # of a plain log
     sources: set[str] = set()
     with reading(where, "log"), open_stream(path, where) as file:
-        pieces = ((raw, line) for _, raw in numbered_lines(file, where, _MAX_LINE) for line in _shown_lines(raw))
-        for n_lines, (raw, line) in enumerate(pieces, 1):
+        lines = numbered_lines(file, where, _MAX_LINE)
+        pieces = ((number, raw, piece) for number, raw in lines for piece in _shown_lines(raw))
+        for number, raw, line in pieces:
+            n_lines += 1
             if values := _BALANCEDNESS.findall(line):
                 n_sglang += "current_pass_balancedness" in line
                 n_several += len(set(values)) > 1
@@ -387,14 +389,14 @@ def read_log(path: Path, metric: str) -> StepLog:
                     try:
                         engine.append(float(values[0]))
                     except ValueError:
-                        raise InputError(f"{where}: line {n_lines}: '{shown(values[0])}' is no balancedness") from None
+                        raise InputError(f"{where}: line {number}: '{shown(values[0])}' is no balancedness") from None
             elif not engine and not bad_line:
                 try:
                     cells = line.replace(",", " ").replace(";", " ").split()
                     n_columns = max(n_columns, len(cells))
                     plain.append(float(cells[place]))
                 except (ValueError, IndexError):
-                    bad_line = n_lines if n_lines > 1 else 0
+                    bad_line = number if n_lines > 1 else 0  # the first may name columns
                     named = [cell.strip('"').lower() for cell in cells]
                     known = (name for name in (metric, metric.partition("_")[0]) if name in named)
                     place = next(map(named.index, known), -1)

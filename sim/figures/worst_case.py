@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from sim.errors import counted
 from sim.figures.style import (
     Sweep,
     add_legend,
@@ -174,7 +175,7 @@ def unlucky_steps(result: Sweep) -> Figure | None:
         _reach_down(ax, rows)
         log2_ticks(ax, sorted(rows.ep_size.unique()))
         event = "all load on one rank" if metric == "one_rank" else "half of the ranks idle"
-        title_panel(ax, f"{step} token{'s' if step > 1 else ''}: {event}")
+        title_panel(ax, f"{counted(step, 'token')}: {event}")
     label_outer(axes, "EP size (ranks)", "probability")
     set_title(
         figure,

@@ -154,7 +154,11 @@ class TorchLayer:
         kind, inputs = self._device.type, (*quantise(x, self._dtype), *quantise(weights, self._dtype))
 
         def first(what: str, choices: list[tuple[str, Any]], *arguments: Any) -> tuple[str, Any]:
-            return first_right(what, choices, lambda kernel: 0.0 * (kernel(*arguments) is None))
+            def error(kernel: Callable[..., Any]) -> float:
+                kernel(*arguments)
+                return 0.0
+
+            return first_right(what, choices, error)
 
         gemm, self._gemm = first("grouped GEMM", gemms(self._dtype, kind), *inputs, ends)
         activation, self._activation = first("activation", activations(kind), rows, self._dtype)

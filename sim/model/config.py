@@ -261,9 +261,12 @@ def _matrices(read: Reader, known: Type) -> int:
 def _shared_experts(read: Reader, known: Type) -> int:
     """Experts that every token takes; one where only its size is said."""
     n_shared, (key, size) = read.whole("n_shared"), read.take("shared_width")
-    if n_shared is not None or size in (None, []):
-        return n_shared or known.n_shared
-    return int(read.checked(key, size[0] if isinstance(size, list) else size, 0, 2**40) > 0)
+    if n_shared is not None:
+        return n_shared
+    if size in (None, []):
+        return known.n_shared
+    sizes = size if isinstance(size, list) else [size or 0]  # of each layer
+    return int(any([read.checked(key, one, 0, 2**40) for one in sizes]))
 
 
 def _hash_layers(read: Reader, known: Type) -> int:

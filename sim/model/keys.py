@@ -169,7 +169,7 @@ _RULES = (
         "minimax_m3 minimax_m3_vl muse_spark solar_open xllm",
     ),
     (Type("sigmoid", True, {"layers_block_type": None}, matrices=2), "nemotron_h"),  # the file must say
-    (Type("sigmoid", False), "flint pangupromoev2 panguultramoe pangu_ultra_moe"),
+    (Type("sigmoid", False), "flint pangupromoev2 pangu_ultra_moe"),
     (Type("sigmoid", False, {"first_k_dense_replace": 1}), "step5"),
     (Type("sigmoid", False, n_shared=1), "llama4"),
     (Type("sqrtsoftplus", True, {"num_hash_layers": 3}), "deepseek_v4"),

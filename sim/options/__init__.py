@@ -61,7 +61,10 @@ TABLES_OF_RANKS, TABLES_OF_LAYERS = ("error", "constants", "missed", "gain"), ("
 
 
 _MODEL = "preset (epsim models) or path of a Hugging Face config.json"
-_WORKLOAD = "preset (epsim workloads), file:TRACE of recorded routing, or a .toml file, as epsim traffic fit writes it"
+_WORKLOAD = (
+    "preset (epsim workloads), file:TRACE of recorded routing, or a .toml file, as epsim traffic fit writes it of recorded "
+    "routing or load counts"
+)
 _THREADS = "threads (default: all processors of this process)"
 
 
@@ -312,9 +315,12 @@ class RestOptions(Options):
     """What a step does beside routed experts and their exchange: one of the first two; and what a balancer takes of it."""
 
     title = "the rest of a step"
-    moe_share: float | None = optional(Share(), "share of a step that experts and exchange take, as in 40%")
+    moe_share: float | None = optional(
+        Share(1e-6, allowed="a share from 0.0001% to 100%, as in 40%"),
+        "share of a step that experts and exchange take, as in 40%",
+    )
     step_us: float | None = optional(
-        Positive(most=1e9, scale=1e3, metavar="MS"),
+        Positive(most=1e9, scale=1e3, metavar="MS", allowed="a time above 0, and at most 1000 seconds"),
         "instead of `moe_share`: the baseline's measured step time",
         flag="--step-ms",
     )

@@ -88,26 +88,23 @@ class Number(Kind):
     python = "float"
 
     def __call__(self, text: str) -> float:
-        value = self.read(text)
-        if (problem := self.problem(value * self.scale, self.scale)) is not None:
-            raise ArgumentTypeError(f"{shown(value)}: {problem}")
-        return value * self.scale
+        value = self.scale * float(super().__call__(text))
+        if self.scale != 1 and (problem := self.problem(value)) is not None:  # later it would be told in Python's unit
+            raise ArgumentTypeError(f"{text}: {problem}")
+        return value
 
     def read(self, text: str) -> float:
         try:
             return float(text)
         except ValueError:
-            raise ArgumentTypeError(f"{text}: {self.problem(None, self.scale)}") from None
+            raise ArgumentTypeError(f"{text}: {self.problem(None)}") from None
 
     def check(self, name: str, value: Any) -> float:
         return float(super().check(name, value))
 
-    def problem(self, value: Any, unit: float = 1.0) -> str | None:
-        """See `Kind`; the range is told in this unit."""
-        if not isinstance(value, bool) and isinstance(value, Real) and self.least <= float(value) <= self.most:
-            return None
-        least, most = (f"{end / unit:g}".replace("e+0", "e") for end in (self.least, self.most))
-        return f"must be {self.allowed or 'a number from {least} to {most}'}".format(least=least, most=most)
+    def problem(self, value: Any) -> str | None:
+        fits = not isinstance(value, bool) and isinstance(value, Real) and self.least <= float(value) <= self.most
+        return None if fits else f"must be {self.allowed or f'a number from {self.least:g} to {self.most:g}'}"
 
 
 @dataclass(frozen=True)
@@ -119,11 +116,11 @@ class Measured(Number):
 
 @dataclass(frozen=True)
 class Positive(Number):
-    """A number above 0."""
+    """A number above 0, and at most 1e6."""
 
     least: float = _ABOVE_0
     most: float = 1e6
-    allowed: str = "a number above 0, and at most {most}"
+    allowed: str = "a number above 0, and at most 1e6"
 
 
 @dataclass(frozen=True)

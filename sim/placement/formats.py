@@ -405,7 +405,9 @@ def parse_assignments(text: str, where: str) -> dict[str, Any]:
             if not isinstance(layers, dict) or layer in layers or len(layers) >= _MOST_LAYERS:
                 raise InputError(f"{at}: layer {layer} is out of place, there twice, or beyond {_MOST_LAYERS} layers")
             mark, name, value = _ANCHOR.fullmatch(value).groups()  # type: ignore[union-attr]
-            row = layers[layer] = anchors.get(name, []) if mark == "*" else _flow_list(value, at) if value else []
+            if mark == "*" and (name not in anchors or value):
+                raise InputError(f"{at}: *{name} must be the anchor of a list above, and stand alone")
+            row = layers[layer] = anchors[name] if mark == "*" else _flow_list(value, at) if value else []
             anchors |= {name: row} if mark == "&" else {}
             continue
         if key in content:

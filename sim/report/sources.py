@@ -190,7 +190,7 @@ def _change(ratio: float) -> str:
 
 
 def _tokens(tokens: int) -> str:
-    return f"{tokens} token{'s' if tokens > 1 else ''} per step"
+    return f"{counted(tokens, 'token')} per step"
 
 
 def _answer_of_advice(rows: pd.DataFrame, left: list[str]) -> str:

@@ -139,10 +139,10 @@ def expert_row(places, k):
 
 
 @part
-def _of_token(i, start, trial, key, work):
-    """Token i of the batch, by itself, and the address of its words."""
+def _of_token(i, start, trial, key, reals, wholes, work):
+    """Token i of the batch, by itself, and the address of its words: reals float32 and wholes int32 are the rows."""
     numbers = np.uint32(i), np.uint32(row.BATCH), np.uint32(work.places // row.BATCH), np.uint32(2 * work.n_places)
-    own = Token(work.rows.view(np.float32), work.rows.view(np.int32), numbers[0], numbers[1], numbers[2], numbers[3])
+    own = Token(reals, wholes, numbers[0], numbers[1], numbers[2], numbers[3])
     return Address(np.uint64(start + i), np.uint64(trial), key[0], key[1]), own
 
 
@@ -155,6 +155,7 @@ def _redraw_listed(n_listed, start, trial, key, size, layer, work, first, k):
         token = np.uint64(start) + np.uint64(whole(rows, list_at, m))
         put_whole(rows, words_at, m, philox(block, token, np.uint64(trial), TOKEN, k0, k1)[0])
     mine, is_grouped = expert_row(work.places, k), layer.gap.size > 1
+    reals, wholes = rows.view(np.float32), rows.view(np.int32)
     for m in range(n_listed):
         i = np.int64(whole(rows, list_at, m))
         group = whole(rows, work.places + (k // 2) * row.PLACE_SIZE + row.GROUP, i) if is_grouped else np.uint32(0)
@@ -162,7 +163,7 @@ def _redraw_listed(n_listed, start, trial, key, size, layer, work, first, k):
         for j in range(first, k):
             repeats |= whole(rows, expert_row(work.places, j), i) == e
         if repeats:
-            of, own = _of_token(i, start, trial, key, work)
+            of, own = _of_token(i, start, trial, key, reals, wholes, work)
             e = np.uint32(draw_other(1, of, group, size, layer, own, first, k))
         put_whole(rows, mine, i, e)
 
@@ -380,9 +381,10 @@ def finish(n, start, trial, key, topk, layer, work):
     for i in range(n):
         put_whole(rows, now + row.LISTED, n_listed, i)
         n_listed += real(rows, now + row.NOW, i) < real(rows, now + row.LATEST, i)
+    reals, wholes = rows.view(np.float32), rows.view(np.int32)
     for m in range(n_listed):
         i = np.int64(whole(rows, now + row.LISTED, m))
-        of, own = _of_token(i, start, trial, key, work)
+        of, own = _of_token(i, start, trial, key, reals, wholes, work)
         add_arrivals(of, topk, np.int32(ROUNDS), layer, own)
 
 

@@ -27,6 +27,7 @@ _EXPERT, _GAP, _SINCE, _NEXT, _GROUP, _PLACE = (
 )
 _NOBODY = np.int32(-1)
 _INFINITE, _ONE, _ZERO = np.float32(np.inf), np.float32(1), np.float32(0)
+_0 = np.int64(0)  # typed: a literal would compile what it is given to twice
 
 
 class Address(NamedTuple):
@@ -112,7 +113,7 @@ def _put_expert(own, k, time, e):
     _put_whole(own, _slot(own, k) + _EXPERT, e)
 
 
-@kernel
+@kernel(forceinline=True)
 def is_among(e, own, first, k):
     """Whether e is one of the experts first .. k - 1."""
     found = False
@@ -121,7 +122,7 @@ def is_among(e, own, first, k):
     return found
 
 
-@kernel
+@kernel(forceinline=True)
 def draw_other(tries, of, group, size, layer, own, first, k):
     """The k-th expert of a token, of this group and none of the experts first .. k - 1, after so many tries."""
     index = REDRAWS + 2 * TRIES * k
@@ -129,17 +130,23 @@ def draw_other(tries, of, group, size, layer, own, first, k):
         e = np.int32(draw_mark(word_at(index + i, of.token, of.trial, TOKEN, of.k0, of.k1), group, size, layer.alias))
         if not is_among(e, own, first, k):
             return e
+    word = word_at(index + TRIES, of.token, of.trial, TOKEN, of.k0, of.k1)
+    return _scan_others(word, group, size, layer.weight, own, first, k)
+
+
+@kernel
+def _scan_others(word, group, size, weight, own, first, k):
+    """An expert of a group, and none of the experts first .. k - 1, by cumulated weights."""
     lo, total = np.int64(group) * size, 0.0
     for e in range(lo, lo + size):
-        if not is_among(e, own, first, k):
-            total += layer.weight[e]
-    word = word_at(index + TRIES, of.token, of.trial, TOKEN, of.k0, of.k1)
+        if not is_among(np.int32(e), own, first, k):
+            total += weight[e]
     target = max((np.float64(word) + 0.5) * 2.0**-32 * total, 0.0)  # max: a product that is not fused
     last = -1  # the lowest expert that is left, should all their weights be 0
     for e in range(lo, lo + size):
-        if not is_among(e, own, first, k) and (last < 0 or layer.weight[e] > 0.0):
+        if not is_among(np.int32(e), own, first, k) and (last < 0 or weight[e] > 0.0):
             last = e
-            target -= layer.weight[e]
+            target -= weight[e]
             if target < 0.0:
                 break
     return np.int32(last)
@@ -154,7 +161,7 @@ def _draw_rest(of, topk, now, layer, own):
         since = np.float64(max(now, _real(own, place + _SINCE)))
         of_weight_1 = np.float64(_real(own, place + _GAP)) / np.float64(layer.gap[g])
         for e in range(g * topk.size, (g + 1) * topk.size):
-            if not is_among(e, own, 0, own.n_slots):
+            if not is_among(np.int32(e), own, _0, np.int64(own.n_slots)):
                 word = word_at(_SCAN + e, of.token, of.trial, TOKEN, of.k0, of.k1)
                 between = np.float64(exponential(word)) * of_weight_1 / max(layer.weight[e], 1e-300)
                 arrival = np.float32(min(since + between, np.float64(LATE)))
@@ -163,7 +170,7 @@ def _draw_rest(of, topk, now, layer, own):
                     time = _real(own, _slot(own, k))
                     where, latest = (np.uint32(k), time) if time > latest else (where, latest)
                 if arrival < latest:
-                    _put_expert(own, where, arrival, np.int32(e))
+                    _put_expert(own, np.int64(where), arrival, np.int32(e))
 
 
 @kernel
@@ -186,7 +193,7 @@ def add_arrivals(of, topk, arrival, layer, own):
             place, now = (_place(own, j), time) if time < now else (place, now)
         g = np.uint32(_whole(own, place + _GROUP))
         e = np.int32(draw_mark(np.uint32(a if is_first else c), g, topk.size, layer.alias))
-        where, latest, repeats = np.uint32(0), _real(own, own.places), expert_of(own, 0) == e
+        where, latest, repeats = np.uint32(0), _real(own, own.places), expert_of(own, _0) == e
         for k in range(1, own.n_slots):
             time = _real(own, _slot(own, k))
             where, latest = (np.uint32(k), time) if time > latest else (where, latest)
@@ -194,7 +201,7 @@ def add_arrivals(of, topk, arrival, layer, own):
         if not now < latest:
             return
         if not repeats:
-            _put_expert(own, where, now, e)
+            _put_expert(own, np.int64(where), now, e)
         elif arrival >= ROUNDS:
             n_repeats = np.int32(n_repeats + 1)
             if n_repeats == TRIES:
@@ -288,7 +295,7 @@ def _begin_places(of, topk, layer, own):
     for j in range(topk_group):
         if expert_of(own, 2 * j) == expert_of(own, 2 * j + 1):
             group, time = np.uint32(_whole(own, _place(own, j) + _GROUP)), _real(own, _slot(own, 2 * j + 1))
-            _put_expert(own, 2 * j + 1, time, draw_other(0, of, group, size, layer, own, 2 * j, 2 * j + 1))
+            _put_expert(own, 2 * j + 1, time, draw_other(_0, of, group, size, layer, own, 2 * j, 2 * j + 1))
 
 
 @kernel
@@ -312,8 +319,8 @@ def route_token(of, topk, layer, own):
             if k % 4 == 0:
                 a, b, c, d = philox(np.uint64(k // 4), of.token, of.trial, TOKEN, of.k0, of.k1)
             e = np.int32(draw_mark(_lane(k % 4, a, b, c, d), np.uint32(0), topk.size, layer.alias))
-            if is_among(e, own, 0, k):
-                e = draw_other(0, of, np.uint32(0), topk.size, layer, own, 0, k)
+            if is_among(e, own, _0, k):
+                e = draw_other(_0, of, np.uint32(0), topk.size, layer, own, _0, k)
             _put_expert(own, k, _ZERO, e)
         return
     _score_groups(of, topk, layer, own)

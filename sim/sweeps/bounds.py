@@ -17,7 +17,7 @@ from typing import TypeAlias
 import numpy as np
 import pandas as pd
 
-from sim.progress import track
+from sim.progress import map_on, phase, track
 from sim.router import draw_trials
 from sim.sweeps.grid import Events, events_of
 from sim.sweeps.plan import Plan
@@ -48,6 +48,10 @@ _BATCH_TOKENS = 2**13
 _MOST_BATCHES = 16  # per layer
 _LEAST_BATCHES, _TRIALS_PER_BATCH = 4, 625  # a larger sweep has more precise ones
 _HOT = 8  # ranks of a layer whose pairs are looked at
+_PER_LAYER, _PER_RANK, _PER_RARE_CELL = 150_000.0, 420.0, 8e7
+"""Work in the time of a sampled token: to count the tokens of a layer, to bound one of its ranks in a cell, and to estimate a
+cell's rare events; measured on DeepSeek-V3.
+"""
 _FIRST_TRIAL = 3072 * 2**20  # beyond any trial of a sweep; trial t runs layer t % 2**20
 
 Source: TypeAlias = UniformLayer | DrawnLayers
@@ -77,6 +81,12 @@ def replicas_have_no_bounds(plan: Plan) -> str | None:
     return f"{', '.join(names)}: the copy that a token goes to depends on the others, so tokens are not independent"
 
 
+def work_of_bounds(plan: Plan) -> dict[str, float]:
+    """About how long `build_bounds` takes to count tokens of layers, and to bound ranks, in the time of a sampled token."""
+    layers = 0 if no_bounds_because(plan) else min(plan.bound_layers, plan.draws or plan.trials)
+    return {"layers": _PER_LAYER * layers, "ranks": _PER_RANK * layers * int(plan.grid.ep_size_of_cell.sum())}
+
+
 def build_bounds(plan: Plan, tally: Tally, n_threads: int) -> tuple[pd.DataFrame, list[str]]:
     """Rows of tail.csv with method 'exact' (both bounds agree) or 'bound' (probability and high are the upper bound).
 
@@ -93,19 +103,17 @@ def build_bounds(plan: Plan, tally: Tally, n_threads: int) -> tuple[pd.DataFrame
     layouts = [(layout, ep_size) for layout, (_, ep_size) in zip(grid.layouts, grid.pairs, strict=True)]
     plain = [p for p in range(len(layouts)) if not plan.has_replicas[p]]
     first = {layouts[p]: p for p in reversed(plain)}  # equal placements have equal rows
+    work = work_of_bounds(plan)
     try:
-        sources = _sources(plan, list(first.values()), n_layers, n_threads)
+        with phase("layers", work):
+            sources = _sources(plan, list(first.values()), n_layers, n_threads)
     except Exception as error:
         return pd.DataFrame(), [f"no bounds past sampling: {_reason(error)}"]
     largest_first = sorted(sources, key=lambda p: -grid.pairs[p][1])  # no thread is left with a large one at the end
-    sizes = [grid.pairs[p][1] * len(grid.steps) for p in largest_first]
-    with ThreadPoolExecutor(n_threads) as pool:
-        rows_of = pool.map(lambda p: _try_rows(plan, p, sources[p]), largest_first)
-        try:
-            found = dict(zip(largest_first, track(rows_of, sizes), strict=True))
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    sizes = [float(grid.pairs[p][1]) for p in largest_first]
+    with phase("ranks", work), ThreadPoolExecutor(n_threads) as pool:
+        rows_of = map_on(pool, lambda p: _try_rows(plan, p, sources[p]), largest_first, sizes)
+    found = dict(zip(largest_first, rows_of, strict=True))
     keys, rows_out = cell_keys(grid, tally), []
     all_layers = plan.workload.popularity == "none" or plan.workload.n_layers == n_layers
     for cell, (pair, step) in enumerate(grid.cells):
@@ -220,7 +228,7 @@ def sample_token_loads(plan: Plan, pairs: list[int], n_layers: int, n_threads: i
     n_batches = min(max(plan.trials // _TRIALS_PER_BATCH, _LEAST_BATCHES), _MOST_BATCHES)
     n_tokens = n_batches * _BATCH_TOKENS
     with ThreadPoolExecutor(n_threads) as pool:
-        layers = list(pool.map(lambda i: _count(plan, group, i, n_batches), range(n_layers)))
+        layers = map_on(pool, lambda i: _count(plan, group, i, n_batches), range(n_layers), [1.0] * n_layers)
         of_pairs = zip(*layers, strict=True)
         return list(pool.map(lambda of_pair: DrawnLayers.of_counts(of_pair, n_tokens), of_pairs))
 
@@ -250,6 +258,11 @@ def _tokens(plan: Plan, layer: int, batch: int) -> tuple[np.ndarray, np.ndarray]
     return draw_trials(plan.model, plan.workload, plan.seed, range(trial, trial + 1), 2**20, tokens, _BATCH_TOKENS)
 
 
+def work_of_rare(plan: Plan) -> float:
+    """About how long `build_rare` takes, in the time of a sampled token."""
+    return _PER_RARE_CELL * len(_rare_cells(plan))
+
+
 def build_rare(plan: Plan, tally: Tally, n_threads: int) -> tuple[pd.DataFrame, list[str]]:
     """Rows of tail.csv from `plan.tail_floor` on, of all cells that have any.
 
@@ -262,33 +275,46 @@ def build_rare(plan: Plan, tally: Tally, n_threads: int) -> tuple[pd.DataFrame, 
         return pd.DataFrame(), []
     if not isinstance(plan.workload, SyntheticTraffic):
         return pd.DataFrame(), ["no rare-event estimates: recorded traffic has no other layers than its own"]
-    keys, grid = cell_keys(plan.grid, tally), plan.grid
-    known: dict[tuple[str, int, int], RareTail] = {}  # equal placements have equal rows
+    cells = _rare_cells(plan)
+    tails = track((_of_cell(plan, cell, n_threads) for cell in cells.values()), [1.0] * len(cells))
+    found, keys = dict(zip(cells, tails, strict=True)), cell_keys(plan.grid, tally)
     rows: list[tuple[object, ...]] = []
     notes: list[str] = []
-    for cell, (pair, step) in enumerate(grid.cells):
-        ep_size, tokens = int(grid.ep_size_of_cell[cell]), int(grid.tokens_of_cell[cell])
-        where = f"{grid.pairs[pair][0]} at EP {ep_size} and {tokens} tokens"
-        reason = _no_rare_rows_because(plan, pair) or no_rare_events_because(plan.workload, tokens)
+    for cell, (pair, step) in enumerate(plan.grid.cells):
+        placement, ep_size = plan.grid.pairs[pair]
+        where = f"{placement} at EP {ep_size} and {plan.grid.steps[step]} tokens"
+        tail = found.get((plan.grid.layouts[pair], ep_size, step))
+        reason = _no_rare_rows_because(plan, cell)
         if reason is not None:
             notes.append(f"no rare-event estimates for {where}: {reason}")
-        elif ep_size > 1:
-            layout = (grid.layouts[pair], ep_size, step)
-            if layout not in known:
-                known[layout] = _of_cell(plan, cell, n_threads)
-            rows += [(*keys[cell], *row, "rare", "") for row in known[layout].rows]
-            notes += list(_refusals(where, known[layout]))
+        elif tail is not None:
+            rows += [(*keys[cell], *row, "rare", "") for row in tail.rows]
+            notes += list(_refusals(where, tail))
     return _table(rows), list(dict.fromkeys(notes))
 
 
-def _no_rare_rows_because(plan: Plan, pair: int) -> str | None:
-    """Why a pair (placement, EP size) stays with sampling; None if it does not."""
+def _rare_cells(plan: Plan) -> dict[tuple[str, int, int], int]:
+    """Cells whose rare events are estimated, by layout, EP size and step: equal placements have equal rows."""
+    if plan.tail_floor is None or not isinstance(plan.workload, SyntheticTraffic):
+        return {}
+    found: dict[tuple[str, int, int], int] = {}
+    for cell, (pair, step) in enumerate(plan.grid.cells):
+        ep_size = plan.grid.pairs[pair][1]
+        if ep_size > 1 and _no_rare_rows_because(plan, cell) is None:
+            found.setdefault((plan.grid.layouts[pair], ep_size, step), cell)
+    return found
+
+
+def _no_rare_rows_because(plan: Plan, cell: int) -> str | None:
+    """Why a cell of synthetic traffic stays with sampling; None if it does not."""
+    pair = plan.grid.cells[cell][0]
     placement = plan.placements[pair]
     if plan.has_replicas[pair]:
         return "the copy of an expert that a token goes to depends on the other tokens"
     if placement is None or placement.n_rows > 1:
         return "the placement differs between layers"
-    return None
+    assert isinstance(plan.workload, SyntheticTraffic)
+    return no_rare_events_because(plan.workload, int(plan.grid.tokens_of_cell[cell]))
 
 
 def _of_cell(plan: Plan, cell: int, n_threads: int) -> RareTail:

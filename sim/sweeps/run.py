@@ -26,7 +26,7 @@ from sim.router import routing_law
 from sim.scoring import METRICS
 from sim.stats import Moments, effective_blocks, mean_interval, probability_interval
 from sim.sweeps import executors
-from sim.sweeps.bounds import build_bounds, build_rare, no_bounds_because
+from sim.sweeps.bounds import build_bounds, build_rare, work_of_bounds, work_of_rare
 from sim.sweeps.chunk import Stage, first_stage, stage_chunks, stage_of
 from sim.sweeps.grid import events_of
 from sim.sweeps.journal import Journal
@@ -106,10 +106,11 @@ def sample_plan(
 
 
 def finish_plan(plan: Plan, sampled: Sampled, n_threads: int) -> SweepResult:
-    """The tables of what was sampled, with the bounds past it."""
+    """The tables of what was sampled, with bounds and rare-event estimates past it."""
     work, (tally, stopped) = work_of(plan), sampled
     with phase("bounds", work):
         bounds, notes = build_bounds(plan, tally, n_threads)
+    with phase("rare events", work):
         rare, about_rare = build_rare(plan, tally, n_threads)
     with phase("writing", work):
         tail = [build_tail(plan.grid, tally), bounds, rare]
@@ -127,10 +128,12 @@ def work_of(plan: Plan) -> dict[str, float]:
     grid = plan.grid
     tokens = plan.trials * int(grid.steps[-1]) + plan.fit_tokens * (plan.draws or plan.trials)
     blocks = plan.trials * int(grid.ep_size_of_cell.sum())
-    layers = 0 if no_bounds_because(plan) else min(plan.bound_layers, plan.draws or plan.trials)
-    bounds = layers * (_TOKENS_PER_LAYER + _TOKENS_PER_BOUND * int(grid.ep_size_of_cell.sum()))
-    sampling = _TOKENS_TO_START + tokens + _TOKENS_PER_RANK * blocks
-    return {"sampling": sampling, "bounds": bounds, "writing": _TOKENS_PER_ROW * len(grid.cells)}
+    return {
+        "sampling": _TOKENS_TO_START + tokens + _TOKENS_PER_RANK * blocks,
+        "bounds": sum(work_of_bounds(plan).values()),
+        "rare events": work_of_rare(plan),
+        "writing": _TOKENS_PER_ROW * len(grid.cells),
+    }
 
 
 def cell_ids(plan: Plan) -> list[str]:
@@ -144,9 +147,8 @@ def cell_ids(plan: Plan) -> list[str]:
 
 
 _TOKENS_TO_START, _TOKENS_PER_RANK, _TOKENS_PER_ROW = 1e6, 0.02, 3000.0
-_TOKENS_PER_LAYER, _TOKENS_PER_BOUND = 150_000.0, 420.0
-"""What it takes in the time of a sampled token to start, to score a rank of a block, to write a cell, to count the tokens of a
-layer that bounds rest on, and to bound one of its ranks in a cell; measured on DeepSeek-V3.
+"""What it takes in the time of a sampled token to start, to score a rank of a block, and to write a cell; measured on
+DeepSeek-V3.
 """
 
 

@@ -119,7 +119,8 @@ def _bounded(counts: np.ndarray, n_tokens: int, log_odds: float, up: bool) -> np
 @kernel
 def _fill_bounds(hits, n, log_odds, up, out):
     """Chernoff's bound of a probability seen in `hits` of n tokens, wrong with probability exp(-log_odds) at most."""
-    known = np.full(n + 1, -1.0)  # few numbers of hits are met once
+    known = np.empty(n + 1)  # few numbers of hits are met once
+    known[:] = -1.0
     for i in range(hits.size):
         if known[hits[i]] >= 0.0:
             out[i] = known[hits[i]]
@@ -160,8 +161,7 @@ def tally_loads(ids, rank, hot, single, together):
             for i in range(n):
                 single[ranks[k, i], of_rank[i]] += 1
         for a in range(hot.size):
-            _count_equal(n, ranks, np.uint16(hot[a]), of_hot[a])
-            most[a] = of_hot[a, :n].max()
+            most[a] = _count_equal(n, ranks, np.uint16(hot[a]), of_hot[a])
         pair = 0
         for a in range(hot.size):
             for b in range(a + 1, hot.size):
@@ -189,12 +189,16 @@ def _count_same(n, ranks, k, out):
 
 @kernel
 def _count_equal(n, ranks, rank, out):
-    """Experts of each token on a rank."""
+    """Experts of each token on a rank; returns the most."""
+    most = np.uint16(0)
     out[:n] = 0
     for k in range(ranks.shape[0]):
         of_expert = ranks[k]
         for i in range(n):
             out[i] = out[i] + np.uint16(of_expert[i] == rank)
+    for i in range(n):
+        most = max(most, out[i])
+    return np.int64(most)
 
 
 @kernel

@@ -350,9 +350,11 @@ def join_layer_bounds(upper, hot_lower, pair_upper, out):
     [layers, pairs of hot ranks] at 2 * least; out float64 [layers, 2].
     """
     for layer in range(upper.shape[0]):
-        single, pairs = min(hot_lower[layer].sum(), 1.0), pair_upper[layer].sum()
+        single, pairs, hottest = min(hot_lower[layer].sum(), 1.0), pair_upper[layer].sum(), 0.0
+        for p in hot_lower[layer]:
+            hottest = max(hottest, p)
         out[layer, 1] = min(upper[layer].sum(), 1.0)
-        low = hot_lower[layer].max() if single > _NEAR_1 or pairs >= 1.0 else at_least_one(single, pairs)
+        low = hottest if single > _NEAR_1 or pairs >= 1.0 else at_least_one(single, pairs)
         out[layer, 0] = min(low, out[layer, 1])
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from sim.cost.gain import PERFECT, predict_gain
+from sim.errors import counted
 from sim.model import load_model
 from sim.traffic import SyntheticTraffic
 from sim.verdicts.verdict import (
@@ -78,10 +79,6 @@ def _verdict(
     return (DOES_NOT_FOLLOW if (saved[:, 2] <= 0).all() else NOT_BY_LOAD), remark
 
 
-def _tokens_text(tokens: int) -> str:
-    return f"{tokens} token{'s' if tokens > 1 else ''}"
-
-
 def _of_sizes(conditions: Conditions, gains: pd.DataFrame, run: list[str], claimed: float, note: str) -> Finding:
     """Finding over all step sizes: `run` are the kinds of exchange under which the engine runs the placement, so the verdict is
     over them; the others in `gains` are what it would be.
@@ -113,11 +110,11 @@ def _of_sizes(conditions: Conditions, gains: pd.DataFrame, run: list[str], claim
     return Finding(
         f"layer time saved, by exchange and tokens: {'; '.join(texts)}",
         _saved_of(row),
-        f"share of the layer's time that is saved, {row.exchange}, {_tokens_text(row.tokens)}",
+        f"share of the layer's time that is saved, {row.exchange}, {counted(row.tokens, 'token')}",
         verdict,
         f"A step must save {percent(claimed)}, so experts and exchange must take {share_text(shares[best, 0])} of it at "
-        f"{_tokens_text(row.tokens)} under {row.exchange}, where most is saved, and {share_text(at_64)} at 64 under {run[0]}; up "
-        f"to {percent(conditions.plausible_share, 0)} is taken as plausible. "
+        f"{counted(row.tokens, 'token')} under {row.exchange}, where most is saved, and {share_text(at_64)} at 64 under "
+        f"{run[0]}; up to {percent(conditions.plausible_share, 0)} is taken as plausible. "
         + (f"Under {run[0]} less than {percent(_LITTLE, 0)} is saved at {little}. " if little else "")
         + note
         + remark,
