@@ -349,7 +349,7 @@ ASCEND = (
         (YAML.replace("  - 2", "  - 1"), "layer 11: expert 2 of the model's 3 has no slot"),
         (YAML.replace("  - 2", "  - x"), "line 6: expected a whole number, not x"),
         (YAML.replace("  - 2", "  - &a 2"), "line 6: expected 'key: value'"),
-        (YAML.replace("2, 0]", "2, 0"), "a list is not closed"),
+        (YAML.replace("2, 0]", "2, 0"), "a list or map is not closed"),
         (YAML + "num_slots: 4\n", "line 13: num_slots stands twice"),
         (YAML + "ep_size: 4\n", "says ep_size 4: it is no map for `ep_size` 2"),
         (YAML.replace("2, 0]", "2, , 0]"), "expected a whole number"),
@@ -357,7 +357,8 @@ ASCEND = (
         (YAML.replace("'3': [", "'3': !!python/object ["), "expected a list of experts"),
         (MAP % f"[{[0, 1, 2, 0] * 9000}]", "its 36000 slots must be from the model's 3 experts to 32771"),
         ("num_slots: 4\ninitial_global_assignments:\n", "must be {layer: [expert of each slot]}, not {}"),
-        ("initial_global_assignments: {3: [0, 1, 2, 0]}\n", "expected a line 'layer: [experts]'"),
+        ("num_slots: 4\ninitial_global_assignments: {3: [0, 1, 2, 0], 3: []}\n", "the key '3' stands twice"),
+        ("num_slots: 4\ninitial_global_assignments: {3: &a [0, 1]}\n", "line 2: expected a map {layer: [experts]}"),
     ],
 )  # fmt: skip
 def test_bad_files(tmp_path, content, message):

@@ -135,7 +135,8 @@ def test_bad_arrays_are_refused_in_one_line(tmp_path, capsys, name, array, messa
         ("x.jsonl", '{"routed_experts": "AAAAAA==", "shape": 3}', "shape must be a list"),
         ("x.npz", "PK", "not a sound .npz"),
         ("x.npy", "\x93NUMPY", "not a sound .npy"),
-        ("x.txt", "1,2", "the ending must be one of"),
+        ("x.bin", "1,2", "the ending must be one of"),
+        ("x.txt", "INFO 08-11 starting up\n", "neither counts nor a name for each column"),
     ],
 )  # fmt: skip
 def test_bad_text_is_refused_in_one_line(tmp_path, capsys, name, text, message):
@@ -306,7 +307,7 @@ def test_loads_that_may_mean_something_else_are_noted(tmp_path, small, array, no
         ("x.csv", "layer,expert,count\nlayer_0,0,5\nfoo,1,7\n", "line 3: 'foo' is not a number"),
         ("x.npz", {"physical_count": LOADS}, "counts physical experts, and no map"),
         ("x.npz", {"counts": LOADS, "phy2log": REVERSED[:2]}, "it must be [layers, slots]"),
-        ("x.csv", "layer,token,expert\n0,0,1\n", "'token' is not known"),
+        ("x.csv", "layer,token,expert,count\n0,0,1,2\n", "'token' is not known"),
         ("x.json", '{"0": [1, 2], "0": [3, 4]}', "the key '0' stands twice"),
     ],
 )
