@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -279,6 +280,13 @@ def test_yaml_in_block_and_flow_style(tmp_path):
     found = read_placement(path, plain(2), 2)
     assert found.experts.tolist() == [[0, 1], [0, 1]]
     assert "moves experts as it runs" in found.notes[0]
+    flow = "{11: [2, 1, 0, 1],\n '3': [0, 1, 2, 0,]}"
+    for text in (
+        f"num_slots: 4\ninitial_global_assignments: {flow}\n",
+        f"{{initial_global_assignments: {flow}, num_slots: 4}}",
+    ):
+        path.write_text(text)
+        assert read_placement(path, plain(3), 2).experts.tolist() == [[0, 1, 2, 0], [2, 1, 0, 1]]
 
 
 def test_vllm_ascend_takes_devices_in_the_order_of_the_list_and_says_what_goes_wrong(tmp_path):
@@ -292,6 +300,9 @@ def test_vllm_ascend_takes_devices_in_the_order_of_the_list_and_says_what_goes_w
     assert "in the order of the list" in found.notes[0]
     path.write_text(MAPS["vllm-ascend"]([0], [[0, 0, 1, 0]]))
     assert "holds an expert twice" in read_placement(path, plain(2), 2).notes[0]
+    for n_moe, told in ((2, "starts as without a file"), (3, "(Invalid EPLB Table): the file needs all 3")):
+        model = replace(plain(2), n_layers=n_moe, n_moe_layers=n_moe, moe_layer_ids=tuple(range(n_moe)))
+        assert read_placement(path, model, 2).notes[0].endswith(told)
 
 
 def test_a_map_in_a_torch_file_is_that_of_sglang(tmp_path, monkeypatch):
@@ -301,6 +312,9 @@ def test_a_map_in_a_torch_file_is_that_of_sglang(tmp_path, monkeypatch):
     path = tmp_path / "map.pt"
     path.write_bytes(b"x")
     assert read_placement(path, plain(4), 2).experts.tolist() == ROWS[:2]
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(InputError, match="or save the map as JSON"):
+        read_placement(path, plain(4), 2)
 
 
 MAP = '{"physical_to_logical_map": %s}'
