@@ -228,24 +228,19 @@ def test_a_phase_counts_from_sglangs_start_of_an_answer(tmp_path):
 
 
 def test_requests_and_tokens_without_routing_are_left_out_and_counted(tmp_path):
-    zeros = np.zeros((5, 3, 2), int)
     values = [
-        {"routed_experts": np.concatenate([zeros, REQUESTS[0]]).tolist()},
+        {"routed_experts": np.concatenate([np.zeros((5, 3, 2), int), REQUESTS[0]]).tolist()},
         {"choices": [{"index": 0, "routed_experts": None}]},
         {"error": "aborted"},
         {"routed_experts": [*REQUESTS[1].tolist(), [[0, 0]] * 3, None]},
     ]
-    traffic = read_traffic(write(tmp_path / "x.jsonl", lines=values))
-    same(
-        traffic,
-        notes=(
-            "2 requests without routing (null, or aborted) are left out",
-            "1 tokens without routing (null) are left out",
-            "6 tokens without routing (all 0) are left out",
-        ),
+    found = read_traffic(write(tmp_path / "x.jsonl", lines=values))
+    left = (
+        "2 requests without routing (null, or aborted)",
+        "1 tokens without routing (null)",
+        "6 tokens without routing (all 0)",
     )
-    np.save(tmp_path / "x.npy", np.concatenate([zeros, REQUESTS[0]]))
-    same(read_traffic(tmp_path / "x.npy"), REQUESTS[:1], ("5 tokens without routing (all 0) are left out",))
+    same(found, notes=tuple(f"{told} are left out" for told in left))
 
 
 @pytest.mark.parametrize(
@@ -333,38 +328,24 @@ def test_bad_answers_are_refused_by_name_and_nothing_is_unpickled(tmp_path, valu
 
 
 def rows(requests=REQUESTS):
-    """[request, token, layer, experts] of each row."""
-    return [
-        (i, t, layer, token[layer].tolist())
-        for i, ids in enumerate(requests)
-        for t, token in enumerate(ids)
-        for layer in range(3)
-    ]
+    """(request, token, layer, experts) of each row."""
+    return [(i, *at, ids[at].tolist()) for i, ids in enumerate(requests) for at in np.ndindex(len(ids), 3)]
+
+
+def jsonl(values):
+    return "\n".join(map(json.dumps, values))
 
 
 def forms_of_rows(requests):
     """Text of a log of tokens, by the ending of its file; of those without a request only the order tells the tokens."""
-    listed, one = rows(requests), rows(requests[:1])
+    listed, one, joined = rows(requests), rows(requests[:1]), [np.concatenate(requests)]
     lines = [{"type": "route", "req_id": f"r{i}", "token_idx": t, "layer": at, "topk_ids": x} for i, t, at, x in listed]
-    yield (
-        "jsonl",
-        "\n".join(map(json.dumps, [{"type": "meta", "layers_logged": [0, 1, 2], "top_k": 2}, *lines])),
-        requests,
-    )
+    yield "jsonl", jsonl([{"type": "meta", "layers_logged": [0, 1, 2], "top_k": 2}, *lines]), requests
     yield "json", json.dumps(lines[::-1]), requests[::-1]
-    yield (
-        "log",
-        "\n".join(json.dumps({"layer": at, "token_idx": t, "topk_ids": x}) for _, t, at, x in one),
-        requests[:1],
-    )
-    restart = [json.dumps({"layer": at, "token_id": t % 3, "experts": x}) for _, t, at, x in listed]
-    yield "jsonl", "\n".join(restart), [np.concatenate(requests)]
-    batch = [
-        {"step": i, "layer": layer, "topk_ids": ids[:, layer].tolist()}
-        for i, ids in enumerate(requests)
-        for layer in range(3)
-    ]
-    yield "ndjson", "\n".join(map(json.dumps, batch)), [np.concatenate(requests)]
+    yield "log", jsonl({"layer": at, "token_idx": t, "topk_ids": x} for _, t, at, x in one), requests[:1]
+    yield "jsonl", jsonl({"layer": at, "token_id": t % 3, "experts": x} for _, t, at, x in listed), joined
+    batches = [(i, at, requests[i][:, at].tolist()) for i, at in np.ndindex(2, 3)]
+    yield "ndjson", jsonl({"step": i, "layer": at, "topk_ids": x} for i, at, x in batches), joined
     for mark in ('"[{}, {}]"', "{},{}", "{} {}", '"{},{}"'):
         yield "csv", "layer_id,expert_ids\n" + "".join(f"{at},{mark.format(*x)}\n" for _, _, at, x in one), requests[:1]
     pairs = [(i, t, f"layer_{at}", expert, 0.5) for i, t, at, x in listed for expert in x]
@@ -387,21 +368,22 @@ def test_every_log_with_a_row_for_a_token_or_pair_gives_the_same_tokens(tmp_path
     for table in (frame, frame.explode("experts").astype({"experts": int})):
         table.to_parquet(tmp_path / "x.parquet")
         same(read_traffic(tmp_path / "x.parquet"))
-    table = [
-        {"layer": 3 + i, "expert": e, "count": n} for i, row in enumerate(COUNTS.tolist()) for e, n in enumerate(row)
-    ]
-    pd.DataFrame(table).to_parquet(tmp_path / "x.parquet")
-    np.testing.assert_array_equal(read_traffic(tmp_path / "x.parquet", SMALL).expert_counts, COUNTS)
+    frame = pd.DataFrame(COUNTS, [3, 5, 9], list("01234567"))
+    for table in (frame, frame.rename_axis("layer"), frame.rename_axis("layer").reset_index()):
+        table.to_parquet(tmp_path / "x.parquet")
+        found = read_traffic(tmp_path / "x.parquet")
+        np.testing.assert_array_equal(found.expert_counts, COUNTS)
+        assert found.layer_ids.tolist() == [3, 5, 9]
 
 
 def test_what_a_killed_server_left_is_read_with_a_note(tmp_path):
     """Of lines without an end, and of a token without all layers."""
-    lines = [json.dumps({"layer": at, "token": t, "topk_ids": x}) for _, t, at, x in rows(REQUESTS[:1])]
+    lines = [{"layer": at, "token": t, "topk_ids": x} for _, t, at, x in rows(REQUESTS[:1])]
     answers = [json.dumps({"routed_experts": ids.tolist()}) for ids in REQUESTS]
-    for text, wanted, n_notes in (("\n".join(lines[:-1]), REQUESTS[0][:-1], 2), ("\n".join(answers), REQUESTS[0], 1)):
+    for text, n_tokens, n_notes in ((jsonl(lines[:-1]), 9, 2), ("\n".join(answers), 10, 1)):
         (tmp_path / "x.jsonl").write_text(text[:-5])
         found = read_traffic(tmp_path / "x.jsonl")
-        same(found, [wanted] if n_notes == 1 else [REQUESTS[0][:-1]], found.notes[1:])
+        same(found, [REQUESTS[0][:n_tokens]], found.notes[1:])
         assert "the last one, is torn off and left out" in found.notes[1]
         assert len(found.notes) == 1 + n_notes
     (tmp_path / "x.jsonl").write_text("\n".join([answers[0], answers[1][:-5], answers[1]]))
@@ -439,10 +421,8 @@ def trace(ids, n_prefill, dense=(0, 2)):
     """A request's steps {layer: [[expert ids] of each token]}, null for dense layers, and its decoder layers."""
     moe = [layer for layer in range(ids.shape[1] + len(dense)) if layer not in dense]
     parts = [ids[:n_prefill], *ids[n_prefill:, None]]
-    return [
-        {str(layer): None for layer in dense} | {str(layer): part[:, i].tolist() for i, layer in enumerate(moe)}
-        for part in parts
-    ]
+    none = {str(layer): None for layer in dense}
+    return [none | {str(layer): part[:, i].tolist() for i, layer in enumerate(moe)} for part in parts]
 
 
 @pytest.fixture
@@ -542,10 +522,8 @@ def test_per_pass_counts_are_mapped_and_ranks_added_up(torch_files):
         ]
         path = torch_files(f"dumps/x_{rank}.pt", recorded(*records))
     wanted = np.zeros((2, 3, 8), int)
-    for rank in range(2):
-        for layer in range(3):
-            for slot, expert in enumerate(MAP[layer]):
-                wanted[rank, layer, expert] += physical[rank, :, layer, slot].sum()
+    for rank, layer, slot in np.ndindex(2, 3, 10):
+        wanted[rank, layer, MAP[layer, slot]] += physical[rank, :, layer, slot].sum()
     found = read_traffic(path.parent, SMALL)
     np.testing.assert_array_equal(found.expert_counts, wanted.sum(axis=0))
     assert (found.n_steps, found.notes[1]) == (4, "2 ranks are added up")
@@ -744,18 +722,22 @@ def test_logs_of_engines_give_the_balancedness_of_each_step(tmp_path, engine, li
         read_log(tmp_path / "x.log", "moe_ms")
 
 
+def test_field_case_of_vllms_log_has_three_values(shared):
+    assert read_log(shared / "cases" / "d12-vllm-eplb.log", "balancedness_vllm").values.tolist() == [
+        0.8,
+        0.7004,
+        0.9014,
+    ]
+
+
 @pytest.mark.parametrize(
     ("text", "values", "note"),
     [
-        ("step,balancedness,ms\n1,0.8,0.1\n2,0.7,0.2\n", [0.8, 0.7], None),
+        ("step,balancedness,ms\n1,0.8,0.1\n2,0.7,0.2\n", [0.8, 0.7], ""),
         ("1 0.8\n2 0.7\n", [0.8, 0.7], "of 2 columns the last"),
         ("EngineCore_DP0 balancedness=0.8000, x\nEngineCore_DP1 balancedness=0.7000, x\n", [0.8, 0.7], "2 engines"),
         ("balancedness=0.8000, x\nbalancedness=0.", [0.8], "cut off"),
-        (
-            "args: EPLBConfig(log_balancedness=True, log_balancedness_interval=1)\nbalancedness=0.8, x\n",
-            [0.8],
-            "1 other",
-        ),
+        ("EPLBConfig(log_balancedness=True, log_balancedness_interval=1)\nbalancedness=0.8, x\n", [0.8], "1 other"),
         ("balancedness\x1b[0m=\x1b[1m0.8\x1b[0m, next: 1\n", [0.8], "1 lines of vLLM"),
         ("\r10%|x\rbalancedness=0.8, x\rbalancedness=0.7, x\n", [0.8, 0.7], "2 lines of vLLM"),
         ("balancedness=0.8, x balancedness=0.7, x\n", [0.8], "1 lines have several values"),
@@ -776,7 +758,7 @@ def test_a_logs_other_columns_engines_and_torn_lines_are_not_taken_for_steps(tmp
         return
     log = read_log(tmp_path / "x.log", "balancedness_vllm")
     assert log.values.tolist() == values
-    assert note is None or any(note in said for said in log.notes)
+    assert any(note in said for said in ("", *log.notes))
 
 
 def test_read_traffic_is_public_and_takes_a_models_name(tmp_path):

@@ -230,7 +230,9 @@ def parquet_as_text(path: Path, where: str) -> Iterator[Path]:
                 n_bytes += batch.nbytes
                 if n_bytes > _MAX_FILE_BYTES:
                     raise InputError(f"{where} unpacks to more than {_MAX_FILE_BYTES >> 30} GiB")
-                frame = batch.to_pandas()
+                frame = batch.to_pandas(ignore_metadata=True)
+                index = [name for name in frame if name.startswith("__index_level_")]  # of a data frame
+                frame = frame[[*index, *frame.columns.drop(index)]].rename(columns=dict.fromkeys(index, ""))
                 if has_lists:
                     frame.to_json(file, orient="records", lines=True)
                 else:
