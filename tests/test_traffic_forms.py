@@ -348,9 +348,9 @@ def forms_of_rows(requests):
     yield "ndjson", jsonl({"step": i, "layer": at, "topk_ids": x} for i, at, x in batches), joined
     for mark in ('"[{}, {}]"', "{},{}", "{} {}", '"{},{}"'):
         yield "csv", "layer_id,expert_ids\n" + "".join(f"{at},{mark.format(*x)}\n" for _, _, at, x in one), requests[:1]
-    pairs = [(i, t, f"layer_{at}", expert, 0.5) for i, t, at, x in listed for expert in x]
+    pairs = [(i, t, f"layer_{at}", f"{expert} ", 0.5) for i, t, at, x in listed for expert in x]
     for mark, ending in ((",", "txt"), ("\t", "tsv"), (";", "csv")):
-        head = ["request_id", "token", "layer", "expert", "weight"]
+        head = ["request_id", "token", "layer", "expert ", "weight"]
         yield ending, "\n".join(mark.join(map(str, row)) for row in (head, *pairs)), requests
 
 
@@ -401,6 +401,7 @@ def test_what_a_killed_server_left_is_read_with_a_note(tmp_path):
         (["layer,token,topk_ids", "0,Hello,1 2"], "token must be whole numbers from 0 on, found Hello"),
         (["layer,token,topk_ids", "0,0,1 x"], "topk_ids of row 1 must be whole numbers, or a list of them, not 1 x"),
         (["layer,token,topk_ids", "0,0,1 40000"], "from 0 to 32767"),
+        (["layer,token,topk_ids", f"0,0,{list(range(33))}"], "more than 32 experts"),
         (["layer,token,topk_ids", "0,0"], "line 2: 2 columns where the first line has 3"),
         (["layer,token,expert"], "holds no tokens"),
         (['{"layer": 0, "topk_ids": [1, 2]}', '{"layer": 0}'], "line 2: its keys are not those of the first row"),

@@ -19,6 +19,7 @@ from sim.errors import InputError, shown
 from sim.files import numbered_lines, open_stream, reading
 from sim.traffic.answers import TOKEN_NAMES, Requests
 from sim.traffic.arrays import narrow_ids
+from sim.traffic.counts import MOST_TOP_K
 from sim.traffic.tables import ROLES, depth_of, first_row, layer_of_key, number_of
 
 _NUMBER = r"(_?(id|idx|index|pos(ition)?|num|number|no))?"
@@ -32,7 +33,8 @@ _ROLES = {role: ROLES[role] for role in ("layer", "rank", "count")} | {
 """What a column of a table of tokens holds, by its name in lower case."""
 _TOLD = "a row of tokens has 'layer', 'token' and 'expert' or 'topk_ids', and may have 'request' and 'step'"
 _LIST = re.compile(r"[\s\[(]*(\d+|-1)(?:[\s,;|/]+(?:\d+|-1))*[\s\])]*")
-_MOST_PAIRS = 2**28
+_ONE = re.compile(r"\s*-?\d{1,18}\s*")
+_MOST_ROWS = 2**26
 _ROWS = 2**16  # at a time
 
 
@@ -117,16 +119,17 @@ def _add_rows(
     parts: list[list[np.ndarray]] = []
     while some := list(islice(rows, _ROWS)):
         parts.append([_packed(column) for column in zip(*some, strict=True)])
-        if len(parts) * _ROWS > _MOST_PAIRS:
-            raise InputError(f"{where} holds more than {_MOST_PAIRS} rows; keep a part of it")
+        if len(parts) * _ROWS > _MOST_ROWS:
+            raise InputError(f"{where} holds more than {_MOST_ROWS} rows; keep a part of it")
     if not parts:
         raise InputError(f"{where} holds no tokens")
     columns = dict(zip(roles.values(), map(np.concatenate, zip(*parts, strict=True)), strict=True))
     key_of = {role: f"{where}: {key}" for key, role in roles.items()}
     cells = columns.pop("expert")
-    is_pair = cells.dtype != object and "token" in columns
-    if cells.dtype != object:
-        experts, widths = cells, np.ones(len(cells), np.int64)
+    is_single = cells.dtype != object or all(type(cell) is int or _ONE.fullmatch(str(cell)) for cell in cells)
+    is_pair = is_single and "token" in columns
+    if is_single:
+        experts, widths = cells.astype(np.int64), np.ones(len(cells), np.int64)
     else:
         held = [_experts(cell, f"{key_of['expert']} of row {row}") for row, cell in enumerate(cells, 1)]
         n_tokens = [len(of_row) for of_row in held]
@@ -211,6 +214,8 @@ def _tokens(
     cell = token * len(layers) + layer
     if is_pair and np.count_nonzero(np.diff(cell)) + 1 > len(np.unique(cell)):
         raise InputError(f"{here}the rows of a token and layer do not stand together; {_TOLD}")
+    if np.bincount(cell, widths).max() > MOST_TOP_K:
+        raise InputError(f"{here}a token has more than {MOST_TOP_K} experts in a layer; {_TOLD}")
     cells = np.repeat(cell, widths)
     order = np.argsort(cells, kind="stable")
     experts, cells = experts[order], cells[order]
