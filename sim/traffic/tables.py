@@ -208,7 +208,7 @@ def _names(cells: list[str], here: str) -> list[str]:
     odd = [cell for cell, name in zip(cells, names, strict=True) if name is None or not (name or is_told)]
     if odd:
         raise InputError(
-            f"{here}: neither counts nor a name for each column ({_COLUMNS}): '{shown(odd[0])}' is not known"
+            f"{here}: '{shown(odd[0])}' is not known: neither counts nor a name for each column ({_COLUMNS})"
         )
     found = [name for name in names if name is not None]
     _check_columns(found, here)
