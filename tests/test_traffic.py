@@ -28,7 +28,7 @@ from sim.fit.correlation import (
     within_sequences,
 )
 from sim.fit.description import describe
-from sim.fit.effects import RequestEffect, draw_effects, fill_ranks
+from sim.fit.effects import RequestEffect, draw_effects
 from sim.fit.fitting import wanted_shares
 from sim.fit.hold_out import fill_figures
 from sim.fit.popularity import Noise, Popularity, exp_of_minus, fill_latest, fit_popularity, sum_selection
@@ -240,17 +240,6 @@ def test_a_known_request_effect_is_found_again():
     assert variance.mean() == pytest.approx(1, abs=0.01)
 
 
-def test_ranks_equal_a_sort():
-    """Uniform words, and words in few buckets; equal ones keep their order."""
-    rng = np.random.default_rng(3)
-    for most, n in ((2**32, 1000), (2**32, 1024), (2**28, 1000), (40, 1000), (2**32, 1)):
-        words = rng.integers(0, most, n, dtype=np.uint32)
-        comp, ref = np.empty(n, np.int32), np.empty(n, np.int32)
-        fill_ranks(words, comp)
-        ref[np.argsort(words, kind="stable")] = np.arange(n)
-        np.testing.assert_array_equal(comp, ref)
-
-
 def test_tastes_are_a_latin_hypercube_of_the_stream():
     """Against the plain formula, scaled as `of_one_strength` says."""
     n, n_experts, key = 1000, 6, stream_key(0, "x")
@@ -391,7 +380,7 @@ def test_blocks_have_the_figures_of_the_scorer():
     ids=lambda x: x.name if isinstance(x, ModelSpec) else "",
 )
 def test_records_of_other_shapes_are_held_out(model, lengths, monkeypatch):
-    """One layer; every figure is a number, and prefill is compared where 16 sequences of a half are long enough."""
+    """One layer of two; every figure is a number, and prefill is compared where 16 sequences of a half are long enough."""
     monkeypatch.setattr(popularity, "_MOST_REQUESTS", 512)
     monkeypatch.setattr(popularity, "_LEAST_REQUESTS", 512)
     monkeypatch.setattr(effects, "_REQUESTS", 512)
@@ -402,8 +391,9 @@ def test_records_of_other_shapes_are_held_out(model, lengths, monkeypatch):
         best = logits.reshape(-1, 1, 4, 8).max(axis=3).argsort(axis=2)[..., :2]
         np.put_along_axis(logits.reshape(-1, 1, 4, 8), best[..., None], -np.inf, axis=2)
     ids = logits.argsort(axis=2)[:, :, -model.top_k :]
-    record = build_record("x", "x", ids, np.array(lengths), "decode", "")
-    _, rows = hold_out(model, record, threads=1)
+    record = build_record("x", "x", ids.repeat(2, axis=1), np.array(lengths), "decode", "")
+    fit, rows = hold_out(model, record, threads=1, most_layers=1)
+    assert fit.decode.n_layers == 1
     assert {row.phase for row in rows} == ({"decode", "prefill"} if lengths[-1] >= 16 else {"decode"})
     for row in rows:
         for found in (row.real, row.simulated, row.error):

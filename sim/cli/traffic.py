@@ -201,6 +201,7 @@ def _run_fit(arguments: Namespace) -> None:
     from sim.files import whole_files
     from sim.fit import fit_text, fit_traffic, hold_out
     from sim.fit.fitting import GROUP_SIGMA
+    from sim.fit.hold_out import MOST_LAYERS
     from sim.model import load_model
     from sim.progress import phase
 
@@ -221,11 +222,14 @@ def _run_fit(arguments: Namespace) -> None:
     sizes = {"hold-out": 2.0 if arguments.hold_out else 0.0, "fit": 0.0 if arguments.half else 1.0}
     if arguments.hold_out:
         with shown_progress(), phase("hold-out", sizes):
-            held = hold_out(model, data, **how)
+            held = hold_out(model, data, **how, most_layers=None if arguments.half else MOST_LAYERS)
         if held is None:
             note("there is too little to hold out: it takes 32 sequences, or 4 steps of loads")
         else:
             _print_held(held[1])
+            n_layers, n_held = len(data.layer_ids), held[0].decode.n_layers or 0
+            if n_held < n_layers:
+                note(f"held out: {n_held} of the {n_layers} layers, at even distances")
             fit = held[0] if arguments.half else None
     whole = fit is None
     with shown_progress(), phase("fit", sizes):

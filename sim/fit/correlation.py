@@ -76,18 +76,19 @@ def count_sequences(layer, starts, counts):
                 counts[s, layer[t, k]] += 1
 
 
-def run_starts(record: RecordedTraffic, n: int) -> np.ndarray:
-    """First tokens of the blocks of n tokens that sequences are cut into, int64; 20,000 of them, evenly, where there are
-    more.
+def evenly(n: int, most: int) -> np.ndarray:
+    """Numbers below n, int64: all, or `most` of them at even distances."""
+    return np.linspace(0, n - 1, min(n, most)).astype(np.int64)
+
+
+def run_starts(record: RecordedTraffic, n: int, apart: int | None = None, most: int | None = None) -> np.ndarray:
+    """First tokens of runs of n tokens of a sequence, int64, each `apart` tokens after the one before (default n, which cuts
+    sequences into blocks); `most` of them (default 20,000), evenly, where there are more.
     """
     lengths = np.diff(record.starts)
-    per_sequence = lengths // n
-    of_block = np.repeat(np.arange(len(lengths)), per_sequence)
-    place = np.arange(len(of_block)) - np.repeat(np.cumsum(per_sequence) - per_sequence, per_sequence)
-    first = record.starts[of_block] + n * place
-    if len(first) > _MOST_BLOCKS:
-        first = first[np.linspace(0, len(first) - 1, _MOST_BLOCKS).astype(np.int64)]
-    return first
+    place = np.arange(record.n_tokens) - np.repeat(record.starts[:-1], lengths)
+    first = np.flatnonzero((place % (apart or n) == 0) & (place + n <= np.repeat(lengths, lengths)))
+    return first[evenly(len(first), most or _MOST_BLOCKS)]
 
 
 def sequence_counts(record: RecordedTraffic, n_experts: int) -> np.ndarray:
@@ -162,17 +163,14 @@ def lag_correlation(record: RecordedTraffic, n_experts: int) -> dict[int, np.nda
     """Correlation of the experts of two tokens of a sequence by the distance between them, float64 [layers] by lag.
 
     The sum over experts of the covariance of picks, over that of their variance; 0 for independent tokens. Of 131,072 pairs,
-    evenly, where there are more; lags that fewer than 16 sequences have are left out.
+    evenly, where there are more. Lags are left out where fewer than 16 sequences are 1.25 times as long: other pairs would
+    mostly be of the first tokens of sequences, which are like no others.
     """
     lengths, found = np.diff(record.starts), {}
     for lag in LAGS:
-        if (lengths > lag).sum() < LEAST_SEQUENCES:
+        if (lengths > 1.25 * lag).sum() < LEAST_SEQUENCES:
             break
-        left = np.maximum(lengths - lag, 0)
-        place = np.arange(left.sum()) - np.repeat(np.cumsum(left) - left, left)
-        first = np.repeat(record.starts[:-1], left) + place
-        if len(first) > _MOST_PLACES:
-            first = first[np.linspace(0, len(first) - 1, _MOST_PLACES).astype(np.int64)]
+        first = run_starts(record, lag + 1, 1, _MOST_PLACES)
         alike, counts = np.zeros(1, np.int64), np.zeros((2, n_experts), np.int64)
         found[lag] = np.zeros(record.n_layers)
         for i, layer in enumerate(record.topk_ids):
@@ -225,12 +223,10 @@ def block_correlation(record: RecordedTraffic, n_experts: int) -> dict[int, np.n
     that fewer than 16 sequences have are left out.
     """
     lengths, found = np.diff(record.starts), {}
-    ends = np.repeat(record.starts[1:], lengths)
     for n in SIZES:
         if (lengths >= n).sum() < LEAST_SEQUENCES:
             break
-        first = np.flatnonzero(np.arange(len(ends)) + n <= ends)
-        first = first[np.linspace(0, len(first) - 1, min(len(first), _MOST_BLOCKS)).astype(np.int64)]
+        first = run_starts(record, n, 1)
         counts, found[n] = np.empty((len(first), n_experts), np.int32), np.zeros(record.n_layers)
         for i, layer in enumerate(record.topk_ids):
             count_runs(layer, first, n, counts)

@@ -12,7 +12,7 @@ import pandas as pd
 
 from sim.errors import InputError
 from sim.fit import correlation
-from sim.fit.together import LEAST_SEQUENCES, co_selection
+from sim.fit.together import co_selection
 from sim.model import ModelSpec
 from sim.traffic import LoadCounts, RecordedTraffic
 from sim.traffic.split import cut_in_order, load_of
@@ -113,7 +113,7 @@ def describe(
         if recorded is not None and model.top_k > 1:
             by_layer["same group"] = correlation.same_group(recorded, model.n_group, n_experts)
     together = None
-    if recorded is not None and recorded.n_sequences >= LEAST_SEQUENCES:
+    if recorded is not None and recorded.n_sequences >= correlation.LEAST_SEQUENCES:
         together = co_selection(recorded, model)
         lifts = {"pair lift": "pair_lift", "next lift": "next_lift"}
         of_layers = {name: together[column].to_numpy(float)[:-1] for name, column in lifts.items()}

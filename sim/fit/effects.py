@@ -106,35 +106,6 @@ def count_picks(ids: np.ndarray, n_experts: int) -> np.ndarray:
 
 
 @kernel
-def fill_ranks(words, ranks):
-    """Place of each word in ascending order, equal ones as they lie: words uint32 [n], ranks int32 [n].
-
-    By buckets of the leading bits, about one uniform word in each, then by insertion.
-    """
-    n, shift = words.size, 32
-    while 1 << (32 - shift) < n:
-        shift -= 1
-    start = np.zeros((1 << (32 - shift)) + 1, np.int32)
-    for word in words:
-        start[(np.int64(word) >> shift) + 1] += 1
-    for b in range(start.size - 1):
-        start[b + 1] += start[b]
-    order = np.empty(n, np.int32)
-    for i in range(n):
-        b = np.int64(words[i]) >> shift
-        order[start[b]] = i
-        start[b] += 1
-    for i in range(1, n):
-        row, place = order[i], i
-        while place > 0 and words[order[place - 1]] > words[row]:
-            order[place] = order[place - 1]
-            place -= 1
-        order[place] = row
-    for i in range(n):
-        ranks[order[i]] = i
-
-
-@kernel
 def fill_own(ranks, quantiles, sd, own):
     """Experts' own effects: ranks int32 [2 experts, n], of the effect and then of its strata; quantiles float64
     [n, 1 + strata], of one and the other; sd float64 [experts]; own float32 [n, 1 + strata, experts].
@@ -157,7 +128,7 @@ def draw_effects(effect: RequestEffect, key: np.ndarray, layer: int, n: int) -> 
     fill_words(key, REQUEST, layer, np.arange(n), words)
     ranks = np.empty((2 * n_experts + n_factors, n), np.int32)
     for of_effect, out in zip(words, ranks, strict=False):  # the last block has words to spare
-        fill_ranks(of_effect, out)
+        out[np.argsort(of_effect, kind="stable")] = np.arange(n)
     levels = (np.arange(n) + 0.5) / n
     quantiles = ndtri(np.stack([levels, *((stratum + levels) / _OWN for stratum in range(_OWN))], axis=1))
     own = np.empty((n, 1 + _OWN, n_experts), np.float32)

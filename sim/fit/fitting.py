@@ -10,20 +10,13 @@ import numpy as np
 import tomli_w
 
 from sim.errors import InputError
-from sim.fit.correlation import (
-    LEAST_SEQUENCES,
-    Decay,
-    decay_of,
-    pick_covariance,
-    run_starts,
-    sequence_counts,
-)
+from sim.fit.correlation import LEAST_SEQUENCES, Decay, decay_of, evenly, pick_covariance, run_starts, sequence_counts
 from sim.fit.effects import RequestEffect, match_covariance
 from sim.fit.kinds import Kinds, fit_kinds
 from sim.fit.popularity import LayerFit, fit_layer
 from sim.kernels import usable_processors
 from sim.model import ModelSpec
-from sim.progress import track
+from sim.progress import phase, track
 from sim.traffic import FittedLayers, LoadCounts, RecordedTraffic, SyntheticTraffic
 from sim.traffic.split import load_of
 
@@ -81,11 +74,11 @@ def fit_traffic(
 ) -> FittedTraffic:
     """Fit traffic to the measured loads of each layer, and to the correlation within sequences where tokens are known.
 
-    Popularity is such that the router picks each expert as often as measured (see `fit_layer`). Of the request effect the
-    covariance between experts is that for which the picks of two tokens of a sequence covary as measured
-    (`match_covariance`); its strength, its local share and the lengths of contexts are such that the correlation within
-    blocks of 2 to 256 tokens is the measured one (`fit_decay`). Tokens are of several kinds where these predict which experts
-    other sequences take together (`fit_kinds`); routers with groups have none.
+    Popularity is such that the router picks each expert as often as measured (see `fit_layer`). The request effect varies as
+    the experts do that sequences favour, and with several experts a token such that the picks of two tokens of a sequence
+    covary as measured (`match_covariance`); its strength, its local share and the lengths of contexts are such that the
+    correlation within blocks of 2 to 256 tokens is the measured one (`fit_decay`). Tokens are of several kinds where these
+    predict which experts other sequences take together (`fit_kinds`); routers with groups have none.
 
     Parameters
     ----------
@@ -113,8 +106,12 @@ def fit_traffic(
             f"all sequences begin with the same {n_shared} tokens, which are left out: prefix caching computes them once"
         )
     group_sigma = group_sigma if model.is_grouped else 0.0
-    effect_of, decay = _request_effects(model, data, wanted, group_sigma, notes)
+    n_layers = len(load)
     kinds: list[Kinds] | None = None
+    layers = [1.0] * n_layers, [f"{i} of {n_layers}" for i in range(1, n_layers + 1)]
+    parts = {"correlation": 0.2, "kinds": 0.3, "layers": 1.0}  # of the time, about
+    with phase("correlation", parts):
+        effect_of, decay = _request_effects(model, data, wanted, group_sigma, notes)
 
     def fit_one(layer: int) -> LayerFit:
         effect = None if effect_of is None else effect_of(layer)
@@ -123,14 +120,15 @@ def fit_traffic(
 
     with ThreadPoolExecutor(threads or usable_processors()) as pool:
         if isinstance(data, RecordedTraffic) and not model.is_grouped:
-            kinds = fit_kinds(data, model.n_experts, pool.map)
-        fits = pool.map(fit_one, range(len(load)))
-        found = list(track(fits, [1.0] * len(load), [f"layer {i} of {len(load)}" for i in range(1, len(load) + 1)]))
+            with phase("kinds", parts):
+                kinds = fit_kinds(data, model.n_experts, lambda of, numbers: track(pool.map(of, numbers), *layers))
+        with phase("layers", parts):
+            found = list(track(pool.map(fit_one, range(n_layers)), *layers))
     rms = np.array([layer.rms for layer in found]).T
-    for phase, of_phase, why in zip(("decode", "prefill"), rms, ("", ", for want of random requests"), strict=False):
+    for name, of_phase, why in zip(("decode", "prefill"), rms, ("", ", for want of random requests"), strict=False):
         if (n_bad := int((of_phase > _WANTED_RMS).sum())) > 0:
             off = f"to worse than {_WANTED_RMS:.0%} (rms of shares {of_phase.max():.1%}{why})"
-            notes.append(f"{phase}: {n_bad} of {len(load)} layers are fitted {off}")
+            notes.append(f"{name}: {n_bad} of {n_layers} layers are fitted {off}")
     of_kinds: dict[str, Any] = {}
     if kinds is not None:
         of_kinds = {
@@ -149,7 +147,7 @@ def fit_traffic(
         prefill = [(layer.prefill, layer.effect) for layer in found if layer.prefill and layer.effect]
         request_sigma = float(np.sqrt(np.mean([popularity.strength**2 for popularity, _ in prefill])))
         request_sigma = min(request_sigma, _MOST_SIGMA)  # the tables hold what is beyond
-        layers = FittedLayers.of(
+        tables = FittedLayers.of(
             np.round([popularity.mu for popularity, _ in prefill], 4),
             np.round([popularity.strength / request_sigma * effect.sd for popularity, effect in prefill], 4),
             np.round([popularity.strength / request_sigma * effect.loadings for popularity, effect in prefill], 4),
@@ -160,7 +158,7 @@ def fit_traffic(
             request_sigma=round(request_sigma, 4), tokens_per_request=round(float(np.diff(data.starts).mean())),
             local_share=tuple(max(round(layer.local_share, 4), _LEAST_LOCAL) for layer in found), context_tokens=decay.tokens,
             context_shares=decay.shares, passage_share=tuple(round(layer.passage_share, 4) for layer in found),
-            passage_tokens=decay.passage_tokens, layers=layers,
+            passage_tokens=decay.passage_tokens, layers=tables,
         )  # fmt: skip
     return FittedTraffic(of_decode, of_prefill, rms, np.array([layer.seconds for layer in found]), notes)
 
@@ -227,14 +225,15 @@ def _request_effects(
         return None, None
     correlations = np.maximum([decay.near, decay.passage, decay.far], _LEAST_CORRELATION)
     of_sequence = np.maximum(decay.at([_SEQUENCE])[:, 0], _LEAST_CORRELATION)
-    chosen = np.unique(np.linspace(0, len(lengths) - 1, min(len(lengths), _MOST_SEQUENCES)).astype(np.int64))
+    chosen = evenly(len(lengths), _MOST_SEQUENCES)
     counts = sequence_counts(data, model.n_experts)[:, chosen]
     block = _BLOCK if len(run_starts(data, _BLOCK)) >= _LEAST_BLOCKS else _SHORT_BLOCK
     first = run_starts(data, block)
 
     def effect(layer: int) -> RequestEffect:
         covariance = _logit_covariance(counts[layer], lengths[chosen], float(of_sequence[layer]))
-        if len(first) >= _LEAST_BLOCKS:
+        # With one expert a token shares already are the logits, and matching predicts no better in twice the time.
+        if model.top_k > 1 and len(first) >= _LEAST_BLOCKS:
             measured = pick_covariance(data, layer, block, model.n_experts)
             covariance = match_covariance(model, group_sigma, p[layer], *measured, covariance)
         return _factors(covariance, *map(float, correlations[:, layer]))

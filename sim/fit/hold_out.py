@@ -21,13 +21,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.special import expit, logit
 
-from sim.fit.correlation import BLOCKS, LEAST_SEQUENCES
+from sim.fit.correlation import BLOCKS, LEAST_SEQUENCES, evenly, run_starts
 from sim.fit.fitting import GROUP_SIGMA, FittedTraffic, fit_traffic, without_shared_prefix
 from sim.fit.staleness import imbalances
 from sim.kernels import kernel, usable_processors
 from sim.model import ModelSpec
 from sim.placement import place
 from sim.progress import phase as progress_phase
+from sim.progress import track
 from sim.router import draw_trials
 from sim.stats import half_width, quantile_shares, ratio_interval, student_quantile
 from sim.streams import REPLAY, stream_key, uniforms
@@ -35,6 +36,8 @@ from sim.traffic import LoadCounts, RecordedTraffic, SyntheticTraffic
 from sim.traffic.counts import build_counts
 
 EP_SIZES = (4, 8, 16, 32, 64)
+MOST_LAYERS = 24
+"""Layers that are held out by default: their mean is known well by then, and a fit takes seconds for each."""
 FIGURES = ("imbalance", "received", "ranks_per_token")
 """What is compared under linear placement: max / mean load of ranks; of the rank that receives the most tokens, their share of
 the block's tokens; ranks that a token is sent to, which is also the mean share of a rank times the ranks."""
@@ -83,8 +86,11 @@ def hold_out(
     seed: int = 0,
     group_sigma: float = GROUP_SIGMA,
     threads: int | None = None,
+    most_layers: int | None = MOST_LAYERS,
 ) -> tuple[FittedTraffic, list[Held]] | None:
     """Fit each half and predict the other: the even-numbered sequences and the odd ones, or the first and the last steps.
+
+    Of many layers `most_layers` are taken, at even distances; None takes all.
 
     Real decode blocks are tokens drawn from all of a half, with equal chances; real prefill blocks are consecutive tokens of
     one sequence, with equal chances for each place where such a block lies. Rows are of the second half, predicted from the
@@ -93,13 +99,16 @@ def hold_out(
     sizes = [size for size in EP_SIZES if 2 * size <= model.n_experts] or [model.n_experts]
     fit_half = partial(fit_traffic, model, seed=seed, group_sigma=group_sigma, threads=threads)
     if isinstance(data, LoadCounts):
-        return _hold_out_steps(model, data, sizes, seed, fit_half)
+        return _hold_out_steps(model, data, sizes, seed, fit_half, most_layers)
+    chosen = evenly(data.n_layers, most_layers or data.n_layers)
+    data = replace(data, topk_ids=data.topk_ids[chosen], layer_ids=data.layer_ids[chosen])
     data, _ = without_shared_prefix(data)
     n = data.n_sequences
     if n < 2 * LEAST_SEQUENCES:
         return None
     halves = [data.only_sequences(np.arange(first, n, 2)) for first in (0, 1)]
-    fits = _fit_both(halves, fit_half)
+    parts = {"one half": 1.0, "other half": 1.0, "predictions": 0.5}
+    fits = _fit_both(halves, fit_half, parts)
     cells = [
         (name, tokens, workloads)
         for name, workloads in (("decode", [fit.decode for fit in fits]), ("prefill", [fit.prefill for fit in fits]))
@@ -107,15 +116,18 @@ def hold_out(
         if name == "decode"
         or (None not in workloads and all((np.diff(half.starts) >= tokens).sum() >= LEAST_SEQUENCES for half in halves))
     ]
-    with ThreadPoolExecutor(threads or usable_processors()) as pool:
-        rows = list(pool.map(lambda cell: _compare(model, halves, sizes, seed, *cell), cells))
+    with ThreadPoolExecutor(threads or usable_processors()) as pool, progress_phase("predictions", parts):
+        found = pool.map(lambda cell: _compare(model, halves, sizes, seed, *cell), cells)
+        rows = list(track(found, [1.0] * len(cells), [f"{name} of {tokens} tokens" for name, tokens, _ in cells]))
     return fits[0], [row for of_cell in rows for row in of_cell]
 
 
-def _fit_both(halves: Sequence[Any], fit_half: Callable[[Any], FittedTraffic]) -> list[FittedTraffic]:
-    """Fits of two halves, with their progress."""
-    fits, parts = [], {"one half": 1.0, "the other half": 1.0}
-    for name, half in zip(parts, halves, strict=True):
+def _fit_both(
+    halves: Sequence[Any], fit_half: Callable[[Any], FittedTraffic], parts: dict[str, float]
+) -> list[FittedTraffic]:
+    """Fits of two halves, with their progress: the first two of the parts."""
+    fits = []
+    for name, half in zip(parts, halves, strict=False):
         with progress_phase(name, parts):
             fits.append(fit_half(half))
     return fits
@@ -237,7 +249,7 @@ def _real_figures(
     if phase == "prefill":
         long_enough = lengths >= n_tokens
         group = np.repeat((np.cumsum(long_enough) - 1) % _GROUPS, lengths)
-        places = token[token + n_tokens <= np.repeat(record.starts[1:], lengths)]
+        places = run_starts(record, n_tokens, 1, record.n_tokens)
         u = uniforms(key, REPLAY, 0, (record.n_layers, n_blocks))
         first = places[(u * len(places)).astype(np.int64)]
         ids = [layer[at[:, None] + np.arange(n_tokens)] for layer, at in zip(record.topk_ids, first, strict=True)]
@@ -305,29 +317,33 @@ def _simulated(model: ModelSpec, workload: SyntheticTraffic, n_tokens: int, seed
 
 
 def _hold_out_steps(
-    model: ModelSpec, data: LoadCounts, sizes: list[int], seed: int, fit_half: Callable[[LoadCounts], FittedTraffic]
+    model: ModelSpec,
+    data: LoadCounts,
+    sizes: list[int],
+    seed: int,
+    fit_half: Callable[[LoadCounts], FittedTraffic],
+    most_layers: int | None,
 ) -> tuple[FittedTraffic, list[Held]] | None:
     """Each half of the steps predicted from the other, each step with as many tokens as it had."""
     counts = data.counts
     if len(counts) < _LEAST_STEPS:
         return None
     middle = len(counts) // 2
-    used = counts[:middle].any(axis=(0, 2)) & counts[middle:].any(axis=(0, 2))
+    used = np.flatnonzero(counts[:middle].any(axis=(0, 2)) & counts[middle:].any(axis=(0, 2)))
+    used = used[evenly(len(used), most_layers or len(used))]
     parts = [part[:, used] for part in (counts[:middle], counts[middle:])]
     halves = [build_counts(data.name, data.name, part, data.layer_ids[used])[0] for part in parts]
-    fits = _fit_both(halves, fit_half)
+    fits = _fit_both(halves, fit_half, {"one half": 1.0, "other half": 1.0})
     real, tokens = [], []
     for part in parts:
         part = part[(part.sum(axis=2) > 0).all(axis=1)]
-        chosen = (
-            part[np.linspace(0, len(part) - 1, min(len(part), _MOST_STEPS)).astype(np.int64)] if len(part) else part
-        )
+        chosen = part[evenly(len(part), _MOST_STEPS)]
         real.append(chosen)
-        mean = chosen.sum(axis=2, dtype=float).mean(axis=1) if len(part) else np.zeros(0)
+        mean = chosen.sum(axis=2, dtype=float).mean(axis=1)
         tokens.append(np.maximum(np.round(mean / model.top_k), 1).astype(np.int64))
     if min(map(len, real)) == 0 or max(x.max() for x in tokens) > 2**20:
         return None
-    n_layers, drawn = int(used.sum()), []
+    n_layers, drawn = len(used), []
     for fit, of_other in zip(fits, reversed(tokens), strict=True):
         steps, of_step = np.unique(of_other, return_inverse=True)
         drawn.append(draw_trials(model, fit.decode, seed, range(8 * n_layers), n_layers, steps)[0][:, of_step])

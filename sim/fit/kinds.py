@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from sim.fit.correlation import evenly
 from sim.fit.together import fit_odds, others
 from sim.kernels import kernel
 from sim.streams import TOKEN, stream_key, uniforms
@@ -57,7 +58,7 @@ def fit_kinds(
         tokens = np.flatnonzero(np.repeat(np.arange(record.n_sequences) % 2 == half, np.diff(record.starts)))
         if len(tokens) < LEAST_TOKENS * n_experts:
             return None
-        chosen.append(tokens[np.linspace(0, len(tokens) - 1, min(len(tokens), _MOST_TOKENS)).astype(np.int64)])
+        chosen.append(tokens[evenly(len(tokens), _MOST_TOKENS)])
 
     def fit_layer(layer: int) -> tuple[Kinds, float]:
         fitted, held = (record.topk_ids[layer, tokens] for tokens in chosen)

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from sim.errors import InputError
+from sim.fit.correlation import LEAST_SEQUENCES, evenly
 from sim.kernels import kernel
 from sim.model import ModelSpec
 from sim.stats import half_width, ratio_parts
@@ -22,7 +23,6 @@ from sim.traffic import RecordedTraffic
 
 FEW = 0.05
 """Share of the pairs of experts that are called few."""
-LEAST_SEQUENCES = 16
 _PARTS = 16  # of the sequences, that intervals are taken over: the even ones are of one half, the odd ones of the other
 _MOST_TOKENS = 2**18  # of a record with more, some sequences are looked at
 _PRIOR = 1.0  # tokens that are added to a pair as seen and as expected: a pair that is hardly seen has no lift
@@ -201,7 +201,7 @@ def co_selection(record: RecordedTraffic, model: ModelSpec | None = None) -> pd.
         raise InputError(f"{record.name} has {record.n_sequences} sequences; co-selection takes {LEAST_SEQUENCES}")
     if (every := record.n_tokens // _MOST_TOKENS) > 1:
         n = max(record.n_sequences // every, LEAST_SEQUENCES)
-        record = record.only_sequences(np.linspace(0, record.n_sequences - 1, n).astype(np.int64))
+        record = record.only_sequences(evenly(record.n_sequences, n))
     n_experts = model.n_experts if model else record.n_experts
     n_group = model.n_group if model and model.is_grouped else 1
     part = np.repeat(np.arange(record.n_sequences) % _PARTS, np.diff(record.starts))
