@@ -48,14 +48,13 @@ def test_published_loads_are_read(shared):
     assert data.total.sum(axis=1).tolist() == [1671168] * 3
 
 
-def test_what_needs_torch_or_pyarrow_or_is_not_there_says_so(tmp_path, monkeypatch, capsys):
+def test_what_needs_torch_or_is_torn_or_not_there_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "torch", None)
     path = tmp_path / "x.pt"
     path.write_bytes(b"PK")
     fails(capsys, ["traffic", "show", path], "pip install 'epsim[torch]' (or save the arrays as .npz)")
-    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     (tmp_path / "x.parquet").write_bytes(b"PAR1")
-    fails(capsys, ["traffic", "show", tmp_path / "x.parquet"], "needs pyarrow, which is not installed")
+    fails(capsys, ["traffic", "show", tmp_path / "x.parquet"], "is not a sound .parquet file")
     fails(capsys, ["traffic", "show", tmp_path / "nothing"], "does not exist")
 
 

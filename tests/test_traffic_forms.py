@@ -9,6 +9,7 @@ import sys
 import types
 
 import numpy as np
+import pandas as pd
 import pytest
 from conftest import fails, write
 from safetensors.numpy import save_file
@@ -355,7 +356,6 @@ def forms_of_rows(requests):
 
 
 def test_every_log_with_a_row_for_a_token_or_pair_gives_the_same_tokens(tmp_path):
-    pd = pytest.importorskip("pandas")
     for ending, text, wanted in forms_of_rows(REQUESTS):
         for coding in ("utf-8", "utf-8-sig", "utf-16"):
             (tmp_path / f"x.{ending}").write_text(text, encoding=coding)
@@ -363,7 +363,6 @@ def test_every_log_with_a_row_for_a_token_or_pair_gives_the_same_tokens(tmp_path
             same(found, wanted, found.notes[1:])
             assert len(found.notes) == 1
             assert ("one sequence" in found.notes[0]) == (len(wanted) == 1)
-    pytest.importorskip("pyarrow")
     frame = pd.DataFrame(rows(), columns=["request", "token", "layer", "experts"])
     for table in (frame, frame.explode("experts").astype({"experts": int})):
         table.to_parquet(tmp_path / "x.parquet")

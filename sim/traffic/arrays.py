@@ -160,7 +160,7 @@ def read_pt(path: Path, where: str, instead: str = "save the arrays as .npz") ->
     """What a torch file holds: tensors in dicts and lists, unpickled with no code allowed. Needs the extra epsim[torch], or else
     what `instead` says.
     """
-    torch = _library("torch", "epsim[torch]", path, where, instead)
+    torch = _library("torch", path, where, instead)
     with reading(where, ".pt"):
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
@@ -174,7 +174,7 @@ def read_pt(path: Path, where: str, instead: str = "save the arrays as .npz") ->
         raise
 
 
-def _library(name: str, package: str, path: Path, where: str, instead: str) -> Any:
+def _library(name: str, path: Path, where: str, instead: str = "save the arrays as .npz") -> Any:
     """What reads a file whole, where it is installed and the file is not too large for that."""
     with reading(where, path.suffix):
         if path.stat().st_size > _MAX_FILE_BYTES:
@@ -183,8 +183,8 @@ def _library(name: str, package: str, path: Path, where: str, instead: str) -> A
         return importlib.import_module(name)
     except ImportError:
         raise InputError(
-            f"{where}: reading {path.suffix} files needs {name.partition('.')[0]}, which is not installed: pip install "
-            f"'{package}' (or {instead})"
+            f"{where}: reading {path.suffix} files needs {name}, which is not installed: pip install "
+            f"'epsim[{name}]' (or {instead})"
         ) from None
 
 
@@ -205,7 +205,7 @@ def read_safetensors(path: Path, where: str, is_read: Callable[[list[str]], bool
     """The arrays of a .safetensors file by name; where its names are not those of what is read, None instead of each: a model's
     weights are not read. Needs the extra epsim[safetensors].
     """
-    library = _library("safetensors", "epsim[safetensors]", path, where, "save the arrays as .npz")
+    library = _library("safetensors", path, where)
     with reading(where, ".safetensors"):
         try:
             with library.safe_open(path, "numpy") as file:
@@ -217,8 +217,8 @@ def read_safetensors(path: Path, where: str, is_read: Callable[[list[str]], bool
 
 @contextmanager
 def parquet_as_text(path: Path, where: str) -> Iterator[Path]:
-    """A Parquet file as one of JSON lines, where a column holds lists, else of CSV, for the block. Needs pyarrow."""
-    library = _library("pyarrow.parquet", "pyarrow", path, where, "save it as .csv or .jsonl")
+    """A Parquet file as one of JSON lines, where a column holds lists, else of CSV, for the block."""
+    library = _library("pyarrow.parquet", path, where)
     with TemporaryDirectory() as folder, reading(where, ".parquet"):
         held, n_bytes = library.ParquetFile(path), 0
         has_lists = any(
