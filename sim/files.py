@@ -1,5 +1,6 @@
 """Files: those from outside are read with bounds (regular, of a bounded size, also unpacked), our own are written whole."""
 
+import codecs
 import gzip
 import io
 import json
@@ -104,7 +105,7 @@ def reading(where: str, kind: str) -> Iterator[None]:
 
 @contextmanager
 def open_stream(path: Path, where: str) -> Iterator[IO[bytes]]:
-    """The bytes of a regular file that is read piece by piece, unpacked where its name ends in .gz.
+    """The bytes of a regular file that is read piece by piece, unpacked where its name ends in .gz; text in UTF-16 as UTF-8.
 
     Reading raises InputError beyond MOST_STREAMED bytes, or where a .gz file unpacks to more than MOST_PACKED times its size.
     """
@@ -112,11 +113,17 @@ def open_stream(path: Path, where: str) -> Iterator[IO[bytes]]:
     most = MOST_STREAMED
     with path.open("rb") as file:
         if path.suffix != ".gz":
-            yield io.BufferedReader(_Bounded(file, where, most))
+            yield _in_utf8(io.BufferedReader(_Bounded(file, where, most)))
             return
         most = min(most, max(MOST_UNASKED, MOST_PACKED * path.stat().st_size))
         with gzip.open(file) as unpacked:
-            yield io.BufferedReader(_Bounded(unpacked, where, most), 2**18)
+            yield _in_utf8(io.BufferedReader(_Bounded(unpacked, where, most), 2**18))
+
+
+def _in_utf8(file: io.BufferedReader) -> io.BufferedReader:
+    """The same bytes, but text in UTF-16, which begins with its byte order mark, in UTF-8."""
+    is_utf16 = file.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    return io.BufferedReader(_Recoded(file)) if is_utf16 else file
 
 
 def numbered_lines(file: IO[bytes], where: str, most: int = 1 << 20) -> Iterator[tuple[int, bytes]]:
@@ -141,6 +148,25 @@ class _Bounded(io.RawIOBase):
         self.left -= n
         if self.left < 0:
             raise InputError(f"{self.where} is too large, or unpacks to more than {MOST_PACKED} times its size")
+        return n
+
+
+class _Recoded(io.RawIOBase):
+    """A file in UTF-16 as UTF-8."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file, self.decoder, self.held = file, codecs.getincrementaldecoder("utf-16")(), b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = b"."
+        while data and not self.held:
+            data = self.file.read(2**16)
+            self.held = self.decoder.decode(data, final=not data).encode()
+        n = min(len(buffer), len(self.held))
+        buffer[:n], self.held = self.held[:n], self.held[n:]
         return n
 
 

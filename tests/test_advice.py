@@ -374,6 +374,14 @@ def test_placements_that_no_engine_here_runs_are_compared_and_not_judged(placeme
     assert placements.split(",")[1] in said
 
 
+def test_a_record_of_one_sequence_is_an_error_without_a_remark_on_its_steps(toy_files, capsys):
+    np.save("one.npy", np.random.default_rng(0).random((40, 3, 16)).argsort(axis=2)[..., :2])
+    assert run(*TOY_ADVICE, "--workload", "one.npy") == 2
+    err = capsys.readouterr().err
+    assert "has one sequence" in err
+    assert "scored, of" not in err
+
+
 def test_load_counts_are_advised_on_too(toy_files, capsys):
     assert run(*TOY_ADVICE, "--workload", "load.csv", "--fit-on", "hot.npz") == 0
     assert "eplb is fitted on hot.npz" in capsys.readouterr().out

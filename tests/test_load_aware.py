@@ -311,6 +311,8 @@ def test_fitted_traffic_is_balanced_by_other_traffic_of_its_layers(tmp_path):
     assert change["b"].imbalance_change_mean > change["a"].imbalance_change_mean + 0.5
     with pytest.raises(InputError, match="exclude each other"):
         make_plan(model, law, ep_sizes=8, tokens=8, placements="eplb", fit_tokens=9, fit_on=loads["a"])
+    other = dataclasses.replace(loads["a"], digest="23abc")  # a part of the digest that the law names
+    make_plan(model, law, ep_sizes=8, tokens=8, placements="eplb", fit_on=other)
     same = dataclasses.replace(law, source=f"fitted to a, digest {loads['a'].digest}")
     with pytest.raises(InputError, match="`fit_on` a is the traffic that is scored"):
         make_plan(model, same, ep_sizes=8, tokens=8, placements="eplb", fit_on=loads["a"])

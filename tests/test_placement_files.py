@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -279,6 +280,13 @@ def test_yaml_in_block_and_flow_style(tmp_path):
     found = read_placement(path, plain(2), 2)
     assert found.experts.tolist() == [[0, 1], [0, 1]]
     assert "moves experts as it runs" in found.notes[0]
+    flow = "{11: [2, 1, 0, 1],\n '3': [0, 1, 2, 0,]}"
+    for text in (
+        f"num_slots: 4\ninitial_global_assignments: {flow}\n",
+        f"{{initial_global_assignments: {flow}, num_slots: 4}}",
+    ):
+        path.write_text(text)
+        assert read_placement(path, plain(3), 2).experts.tolist() == [[0, 1, 2, 0], [2, 1, 0, 1]]
 
 
 def test_vllm_ascend_takes_devices_in_the_order_of_the_list_and_says_what_goes_wrong(tmp_path):
@@ -292,6 +300,9 @@ def test_vllm_ascend_takes_devices_in_the_order_of_the_list_and_says_what_goes_w
     assert "in the order of the list" in found.notes[0]
     path.write_text(MAPS["vllm-ascend"]([0], [[0, 0, 1, 0]]))
     assert "holds an expert twice" in read_placement(path, plain(2), 2).notes[0]
+    for n_moe, told in ((2, "starts as without a file"), (3, "(Invalid EPLB Table): the file needs all 3")):
+        model = replace(plain(2), n_layers=n_moe, n_moe_layers=n_moe, moe_layer_ids=tuple(range(n_moe)))
+        assert read_placement(path, model, 2).notes[0].endswith(told)
 
 
 def test_a_map_in_a_torch_file_is_that_of_sglang(tmp_path, monkeypatch):
@@ -301,6 +312,9 @@ def test_a_map_in_a_torch_file_is_that_of_sglang(tmp_path, monkeypatch):
     path = tmp_path / "map.pt"
     path.write_bytes(b"x")
     assert read_placement(path, plain(4), 2).experts.tolist() == ROWS[:2]
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(InputError, match="or save the map as JSON"):
+        read_placement(path, plain(4), 2)
 
 
 MAP = '{"physical_to_logical_map": %s}'
@@ -349,7 +363,7 @@ ASCEND = (
         (YAML.replace("  - 2", "  - 1"), "layer 11: expert 2 of the model's 3 has no slot"),
         (YAML.replace("  - 2", "  - x"), "line 6: expected a whole number, not x"),
         (YAML.replace("  - 2", "  - &a 2"), "line 6: expected 'key: value'"),
-        (YAML.replace("2, 0]", "2, 0"), "a list is not closed"),
+        (YAML.replace("2, 0]", "2, 0"), "a list or map is not closed"),
         (YAML.replace("'3': [", "'3': *a ["), "line 10: *a must be the anchor of a list above"),
         (YAML + "num_slots: 4\n", "line 13: num_slots stands twice"),
         (YAML + "ep_size: 4\n", "says ep_size 4: it is no map for `ep_size` 2"),
@@ -358,7 +372,8 @@ ASCEND = (
         (YAML.replace("'3': [", "'3': !!python/object ["), "expected a list of experts"),
         (MAP % f"[{[0, 1, 2, 0] * 9000}]", "its 36000 slots must be from the model's 3 experts to 32771"),
         ("num_slots: 4\ninitial_global_assignments:\n", "must be {layer: [expert of each slot]}, not {}"),
-        ("initial_global_assignments: {3: [0, 1, 2, 0]}\n", "expected a line 'layer: [experts]'"),
+        ("num_slots: 4\ninitial_global_assignments: {3: [0, 1, 2, 0], 3: []}\n", "the key '3' stands twice"),
+        ("num_slots: 4\ninitial_global_assignments: {3: &a [0, 1]}\n", "line 2: expected a map {layer: [experts]}"),
     ],
 )  # fmt: skip
 def test_bad_files(tmp_path, content, message):

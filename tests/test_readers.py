@@ -48,11 +48,14 @@ def test_published_loads_are_read(shared):
     assert data.total.sum(axis=1).tolist() == [1671168] * 3
 
 
-def test_a_torch_file_without_torch(tmp_path, monkeypatch, capsys):
+def test_what_needs_torch_or_is_torn_or_not_there_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "torch", None)
     path = tmp_path / "x.pt"
     path.write_bytes(b"PK")
-    fails(capsys, ["traffic", "show", path], "pip install 'epsim[torch]'")
+    fails(capsys, ["traffic", "show", path], "pip install 'epsim[torch]' (or save the arrays as .npz)")
+    (tmp_path / "x.parquet").write_bytes(b"PAR1")
+    fails(capsys, ["traffic", "show", tmp_path / "x.parquet"], "is not a sound .parquet file")
+    fails(capsys, ["traffic", "show", tmp_path / "nothing"], "does not exist")
 
 
 def test_torch_itself(tmp_path):
@@ -110,8 +113,8 @@ def test_bad_arrays_are_refused_in_one_line(tmp_path, capsys, name, array, messa
         ("x.csv", "step,layer,e0,e1\n0,0,1,2\n1,1,3,4\n", "2 rows are not one for each of 2 layers in 2 steps"),
         ("x.csv", "layer,e0,e1\nnan,1,2\n", "layers must be whole numbers"),
         ("x.csv", "layer,e0,e1\n-1,1,2\n", "layers must be whole numbers"),
-        ("x.csv", "1O,2\n3,4\n", "line 1: neither counts nor a name for each column"),
-        ("x.csv", "layer,a,b\n0,3,4\n", "line 1: neither counts nor a name for each column"),
+        ("x.csv", "1O,2\n3,4\n", "is not known: neither counts nor a name for each column"),
+        ("x.csv", "layer,a,b\n0,3,4\n", "is not known: neither counts nor a name for each column"),
         ("x.csv", "step,e0,e1\n0,3,4\n", "line 1: a column 'step' needs a column 'layer'"),
         ("x.csv", "", "no rows"),
         ("x.csv", "e0,e1\n", "no rows"),
@@ -135,7 +138,8 @@ def test_bad_arrays_are_refused_in_one_line(tmp_path, capsys, name, array, messa
         ("x.jsonl", '{"routed_experts": "AAAAAA==", "shape": 3}', "shape must be a list"),
         ("x.npz", "PK", "not a sound .npz"),
         ("x.npy", "\x93NUMPY", "not a sound .npy"),
-        ("x.txt", "1,2", "the ending must be one of"),
+        ("x.bin", "1,2", "the ending must be one of"),
+        ("x.txt", "INFO 08-11 starting up\n", "neither counts nor a name for each column"),
     ],
 )  # fmt: skip
 def test_bad_text_is_refused_in_one_line(tmp_path, capsys, name, text, message):
@@ -250,6 +254,10 @@ def csv_of(table, head=""):
         ("x.csv", "".join(",".join(map(str, row)) + ",\n" for row in LOADS), "without names"),
         ("x.csv", "layer,expert,count\n" + "".join(f"model.layers.{i}.mlp,expert_{e},{LOADS[i, e]}\n" for i in range(3)
          for e in range(8)), "per layer and expert"),
+        ("x.csv", csv_of([[f"{n / 16}%" for n in row] for row in LOADS]), "its loads are percentages"),
+        ("x.csv", csv_of([[f'"{n * 10**6:,}"' for n in row] for row in LOADS]), "commas in its numbers are taken for thousands"),
+        ("x.tsv", csv_of(np.column_stack([range(8), LOADS.T]), "expert,L0,L1,L2\n").replace(",", "\t"), "row per expert"),
+        ("x.csv", csv_of(LOADS.T, "model.layers.0,model.layers.1,model.layers.2\n"), "a row per expert, a column per layer"),
         ("x.csv", "rank,layer,expert,count\n" + "".join(f"{e // 4},{i},{e},{LOADS[i, e]}\n" for i in range(3)
          for e in range(8)), "2 ranks are added up"),
     ],
@@ -263,7 +271,8 @@ def test_loads_in_odd_forms_are_read_right_and_said(tmp_path, small, name, conte
     else:
         path.write_text(json.dumps(content))
     found = read_traffic(path, small)
-    np.testing.assert_array_equal(found.expert_counts, LOADS)
+    np.testing.assert_array_equal(found.expert_counts * LOADS.sum(), LOADS * found.expert_counts.sum())
+    assert "%" in str(content) or "," in str(content)[:9] or found.expert_counts.sum() == LOADS.sum()
     assert any(note in text for text in found.notes), found.notes
 
 
@@ -302,11 +311,14 @@ def test_loads_that_may_mean_something_else_are_noted(tmp_path, small, array, no
         ("x.npy", np.tile(LOADS, (100, 1)), "300 layers"),
         ("x.npy", np.tile(IDS.transpose(1, 0, 2), (1, 20, 1)), "are the axes exchanged"),
         ("x.npy", IDS.astype(np.float32), "must be of whole numbers, not float32"),
+        ("x.csv", "layer,e0,e1\n0,50%,3\n", "some of its numbers have a percent sign"),
+        ("x.csv", "layer;e0;e1\n0;1,234;5,678\n", "commas in its numbers, of thousands or decimals?"),
+        ("x.csv", "expert,layer_0,count\n0,1,2\n", "a column for each layer goes with a row for each expert"),
         ("x.csv", "5,6,\n7,8,9\n", "other lines have a value behind it"),
         ("x.csv", "layer,expert,count\nlayer_0,0,5\nfoo,1,7\n", "line 3: 'foo' is not a number"),
         ("x.npz", {"physical_count": LOADS}, "counts physical experts, and no map"),
         ("x.npz", {"counts": LOADS, "phy2log": REVERSED[:2]}, "it must be [layers, slots]"),
-        ("x.csv", "layer,token,expert\n0,0,1\n", "'token' is not known"),
+        ("x.csv", "layer,token,expert,count\n0,0,1,2\n", "'token' is not known"),
         ("x.json", '{"0": [1, 2], "0": [3, 4]}', "the key '0' stands twice"),
     ],
 )

@@ -151,7 +151,7 @@ def _say_about_steps(traffic: Any, parts: int, ep_size: int, options: dict[str, 
     from sim.traffic import RecordedTraffic
 
     largest = max(options["tokens"]) * (ep_size if options["tokens_per_rank"] else 1)
-    if not isinstance(traffic, RecordedTraffic):
+    if not isinstance(traffic, RecordedTraffic) or traffic.n_sequences < parts:  # which is an error
         return
     n_tokens, n_sequences = traffic.n_tokens // parts, traffic.n_sequences // parts
     if largest > n_tokens or (largest > n_sequences and traffic.phase == "decode"):

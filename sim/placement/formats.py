@@ -41,6 +41,7 @@ FORMATS = ("vllm", "sglang", "trtllm", "vllm-ascend")
 _MOST_SLOTS = 2**15  # experts are int16, and beyond a copy of each for each no model goes
 _MOST_LAYERS = 4096
 _YAML = re.compile(r"^(num_slots|initial_global_assignments) *:", re.MULTILINE)
+_YAML_MAP = re.compile(r"\s*\{\s*[a-z_]+ *:")
 _KEY = re.compile(r"^(?P<indent> *)(?P<quote>['\"]?)(?P<key>\w+)(?P=quote) *:(?: +(?P<value>.*)|)$")
 _ANCHOR = re.compile(r"(?:([&*])(\w+) *)?(.*)")
 _NUMBERS = ("num_slots", "ep_size", "layer_updates_per_iter")
@@ -93,14 +94,16 @@ def _content(path: Path, where: str) -> Any:
     if path.suffix == ".pt":  # torch.save({"physical_to_logical_map": tensor}), which SGLang loads, too
         from sim.traffic.arrays import as_array, read_pt
 
-        content = read_pt(path, where)
+        content = read_pt(
+            path, where, 'save the map as JSON, {"physical_to_logical_map": [[expert of each slot], ...]}'
+        )
         arrays = {key: as_array(value, where) for key, value in content.items()} if isinstance(content, dict) else {}
         return {key: array.tolist() for key, array in arrays.items() if array is not None}
     text = read_text(path, where)
     if _YAML.search(text) and not text.lstrip().startswith(("{", "[")):
         return parse_assignments(text, where)
     try:
-        return parse_json(text, where)
+        return _flow_map(text, where) if _YAML_MAP.match(text) else parse_json(text, where)
     except InputError as error:
         raise InputError(
             f"{error}; maps are JSON, or TensorRT-LLM's YAML with num_slots at the beginning of a line"
@@ -347,6 +350,13 @@ def _from_ascend(content: dict[str, Any], file: _File) -> Placement:
     found = file.by_layer({layer: slots for layer, (slots, _) in zip(ids, read, strict=True)})
     placement = file.of_slots(*found, may_differ=True)
     notes = placement.notes
+    if len(ids) < len(moe):  # `expert_file_to_tensor`
+        stops = (
+            f", and stops at the next (Invalid EPLB Table): the file needs all {len(moe)}"
+            if len(ids) + 1 < len(moe)
+            else ""
+        )
+        notes += (f"vllm-ascend has no map for MoE layer {len(ids)} (from 0), which starts as without a file{stops}",)
     if not all(in_order for _, in_order in read):
         notes += ("devices are taken in the order of the list, as vllm-ascend does, not by device_id",)
     if placement.idle_copies.any():
@@ -384,9 +394,9 @@ def parse_assignments(text: str, where: str) -> dict[str, Any]:
     """What JSON would have of a TensorRT-LLM load balancer file: its numbers, and `initial_global_assignments`, the expert of
     each slot by layer, where that key has any.
 
-    The one shape of YAML that these files have, read strictly: no tags or nested maps. Lists may be flow lists, over several
-    lines too, or block lists of `- expert`, or an anchor's (`&id001`) again (`*id001`), as PyYAML writes a list that several
-    layers share. Raises InputError for anything else.
+    The one shape of YAML that these files have, read strictly: no tags. The map of layers may be a flow map; lists may be flow
+    lists, both over several lines too, or block lists of `- expert`, or an anchor's (`&id001`) again (`*id001`), as PyYAML
+    writes a list that several layers share. Raises InputError for anything else.
     """
     content: dict[str, Any] = {}
     anchors: dict[str, list[Any]] = {}
@@ -416,9 +426,7 @@ def parse_assignments(text: str, where: str) -> dict[str, Any]:
         if key in _NUMBERS:
             content[key] = _whole(value, at)
         elif key == "initial_global_assignments":
-            if value not in ("", "null", "~"):
-                raise InputError(f"{at}: expected a line 'layer: [experts]' for each layer below {key}")
-            content[key] = None if value else {}
+            content[key] = {} if not value else None if value in ("null", "~") else _flow_map(value, at)
     return content
 
 
@@ -432,12 +440,18 @@ def _logical_lines(text: str, where: str) -> Iterator[tuple[int, str]]:
             continue
         first = first if held else number
         held.append(line.strip() if held else line)
-        n_open += line.count("[") - line.count("]")
+        n_open += sum(map(line.count, "[{")) - sum(map(line.count, "]}"))
         if n_open <= 0:
             yield first, " ".join(held)
             held, n_open = [], 0
     if held:
-        raise InputError(f"{where}, line {first}: a list is not closed")
+        raise InputError(f"{where}, line {first}: a list or map is not closed")
+
+
+def _flow_map(text: str, at: str) -> Any:
+    """What a map in YAML's flow style holds, `{0: [1, 2], 1: [2, 1]}`: JSON once its keys have quotes."""
+    quoted = re.sub(r"(['\"]?)\b(\w+)\1 *:", r'"\2":', re.sub(r", *([\]}])", r"\1", text))
+    return parse_json(quoted, f"{at}: expected a map {{layer: [experts]}}, which")
 
 
 def _flow_list(text: str, at: str) -> list[Any]:

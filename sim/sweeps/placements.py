@@ -198,8 +198,7 @@ def fitted_on(names: list[str], model: ModelSpec, workload: Workload, tokens: in
     loads = check_loads(load_of(data, model.n_experts), model.n_experts, about, layers=True)
     if len(loads) != workload.n_layers:
         raise InputError(f"{about} has {len(loads)} layers, workload {workload.name} has {workload.n_layers}")
-    if data.digest in (
-        getattr(workload, "digest", "") or workload.source
-    ):  # synthetic traffic names what it is fitted to
+    # synthetic traffic names what it is fitted to
+    if data.digest in (getattr(workload, "digest", "") or workload.source).split():
         raise InputError(f"{about} is the traffic that is scored; leave it out to fit on other tokens")
     return FittedOn(workload, f"{data.name.removeprefix('file:')} ({data.digest[:16]})", loads=loads)

@@ -30,9 +30,10 @@ BY_LAYER = "topk_ids_of_layer"
 """The same as SGLang's recorder has it, [layers, tokens, top_k]."""
 PROMPT = "prompt_routed_experts"
 _WHOLE = ("routed_experts", "completion_routed_experts")
+_START = "routed_experts_start_len"
 _IDENTITIES = ("id", "request_id", "rid")
 _DTYPES = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64")
-_MAX_LINE = 256 << 20
+MAX_LINE = 256 << 20
 _MOST_IDS = 2**31  # 4 GiB as int16
 _DEEPEST = 6  # levels of JSON that are searched for `routed_experts`
 _MOST_LAYERS = 4096
@@ -57,6 +58,8 @@ class Requests:
         What the last file was recognised as.
     passes : set
         Forward passes, where the file numbers them.
+    torn : list of str
+        Notes on files that end within a line.
     is_by_shape : bool
         Whether nothing but their shape tells which axis of an array is tokens, and which layers.
     """
@@ -68,6 +71,7 @@ class Requests:
     layer_ids: list[int] | None = None
     form: str = ""
     passes: set[Any] = field(default_factory=set)
+    torn: list[str] = field(default_factory=list)
     is_by_shape: bool = False
     n_repeated: int = 0
     n_same_id: int = 0
@@ -76,6 +80,7 @@ class Requests:
     _of_key: dict[Any, int] = field(default_factory=dict)
     _other_phase: dict[Any, int] = field(default_factory=dict)
     _without: set[Any] = field(default_factory=set)
+    _choices: set[Any] = field(default_factory=set)
 
     def add(self, ids: np.ndarray, here: str, key: Any = None, lengths: np.ndarray | None = None) -> None:
         """Take a request's ids [tokens, layers, top_k], and the lengths of its sequences if it has several.
@@ -114,6 +119,13 @@ class Requests:
         """Count a request that has no routing, unless more of its answer brings some."""
         self._without.add(object() if key is None else key)
 
+    def share(self, choices: "list[Choice]") -> None:
+        """Count the requests that have several choices, each of them with the prompt."""
+        found: dict[Any, np.ndarray] = {}
+        for key, ids, n_prompt in choices:
+            if key is not None and not n_prompt and np.array_equal(found.setdefault(key[0], ids)[:1], ids[:1]):
+                self._choices |= {key[0]} if found[key[0]] is not ids else set()
+
     def leave(self, n_tokens: int, key: Any = None) -> None:
         """Count a request's tokens of the phase that is not read; of parts with the same key the most."""
         key = object() if key is None else key
@@ -128,7 +140,12 @@ class Requests:
     def notes(self) -> list[str]:
         """What was left out."""
         n = len(self._without - set(self._of_key))
-        found = [f"{n} requests without routing (null, or aborted) are left out"] if n else []
+        found = [*self.torn, *([f"{n} requests without routing (null, or aborted) are left out"] if n else [])]
+        if self._choices:
+            found.append(
+                f"{len(self._choices)} requests have several choices and no token counts (usage): the tokens of their prompts "
+                "count once for each choice"
+            )
         if self.n_repeated:
             found.append(
                 f"{self.n_repeated} parts of streamed answers, or of ranks, that others hold too are counted once"
@@ -148,28 +165,32 @@ class Requests:
         return ids, lengths[lengths > 0]
 
 
-def json_values(path: Path, where: str) -> Iterator[tuple[Any, str]]:
+def json_values(path: Path, where: str, torn: list[str]) -> Iterator[tuple[Any, str]]:
     """Values of a file of JSON lines, a line at a time, or the one value of a JSON file; each with where it stands.
 
-    A line may be one of a stream of server-sent events (`data: {...}`, the last one `data: [DONE]`).
+    A line may be one of a stream of server-sent events (`data: {...}`, the last one `data: [DONE]`). The last line, where it is
+    torn off, is left out; `torn` gets a note on that.
     """
     with reading(where, "JSON"), open_stream(path, where) as file:
         is_first = True
-        for number, text in _lines(file, where):
+        for number, text, is_whole in _lines(file, where):
             try:
                 value = json.loads(text, object_pairs_hook=unique)
             except (ValueError, RecursionError) as error:
                 if is_first:  # a JSON text over several lines, or none
                     break
+                if not is_whole:
+                    torn.append(f"line {number}, the last one, is torn off and left out")
+                    return
                 raise InputError(f"{where}, line {number} is not JSON: {first_line(error)}") from None
             is_first = False
             yield value, f"{where}, line {number}"
         else:
             return
     with reading(where, "JSON"), open_stream(path, where) as file:
-        data = file.read(_MAX_LINE + 1)
-        if len(data) > _MAX_LINE:
-            raise InputError(f"{where}: a JSON text of more than {_MAX_LINE >> 20} MiB; write each request on a line")
+        data = file.read(MAX_LINE + 1)
+        if len(data) > MAX_LINE:
+            raise InputError(f"{where}: a JSON text of more than {MAX_LINE >> 20} MiB; write each request on a line")
         try:
             value = json.loads(data, object_pairs_hook=unique)
         except (ValueError, RecursionError) as error:
@@ -179,12 +200,12 @@ def json_values(path: Path, where: str) -> Iterator[tuple[Any, str]]:
     yield value, where
 
 
-def _lines(file: IO[bytes], where: str) -> Iterator[tuple[int, bytes]]:
-    """Lines that hold something, with their numbers; of server-sent events only the data."""
-    for number, line in numbered_lines(file, where, _MAX_LINE):
+def _lines(file: IO[bytes], where: str) -> Iterator[tuple[int, bytes, bool]]:
+    """Lines that hold something, with their numbers, and whether they end; of server-sent events only the data."""
+    for number, line in numbered_lines(file, where, MAX_LINE):
         text = line.removeprefix(b"\xef\xbb\xbf").strip().removeprefix(b"data:").strip()
         if text and text != b"[DONE]" and not text.startswith((b"event:", b"id:", b"retry:", b": ")):
-            yield number, text
+            yield number, text, line.endswith(b"\n")
 
 
 def add_answer(requests: Requests, held: Any, here: str, phase: str) -> bool:
@@ -214,7 +235,9 @@ def add_answer(requests: Requests, held: Any, here: str, phase: str) -> bool:
                 raise InputError(f"{here}: the prompt has other layers x top_k than the completion")
             else:
                 choices.append((key, np.concatenate(ids) if len(ids) > 1 else ids[0], n_prompt))
-        prompts = _prompts(choices, request[0][2])
+        prompts = _prompts(choices, request[0][2], [parts[-1][1] for _, parts, _ in request])
+        if not prompts:
+            requests.share(choices)
         for place, (key, whole, _) in enumerate(choices):
             taken, left = whole, 0
             if prompts:
@@ -233,20 +256,23 @@ Choice = tuple[Any, np.ndarray, int]
 """Of one of a request's choices: what tells it, its ids, and how many of them are of a prompt that stands by itself."""
 
 
-def _prompts(choices: list[Choice], counted: dict[str, Any] | None) -> list[int]:
+def _prompts(choices: list[Choice], counted: dict[str, Any] | None, beside: list[dict[str, Any]]) -> list[int]:
     """Tokens of the prompt at the head of each choice's ids, where an engine's counts are of these ids; else none. Choices
-    repeat the prompt, but for one that stands by itself. The last token that was made is not routed, but for engines that
-    route one ahead.
+    repeat the prompt, but for one that stands by itself; SGLang leaves its first `routed_experts_start_len` tokens out. The last
+    token that was made is not routed, but for engines that route one ahead.
     """
     prompt, made = ((counted or {}).get(name) for name in ("prompt_tokens", "completion_tokens"))
     if not choices or not (type(prompt) is type(made) is int and prompt > 0 < made):
         return []
+    start = max((n for n in (held.get(_START) for held in beside) if type(n) is int), default=0)
+    if not 0 <= start <= prompt:
+        return []
     heads = [n for _, _, n in choices]
-    heads = heads if any(heads) else [prompt] * len(choices)
+    heads = heads if any(heads) else [prompt - start] * len(choices)
     if any(not np.array_equal(ids[:n], choices[0][1][:n]) for (_, ids, _), n in zip(choices, heads, strict=True)):
         return []
     n_last = sum(heads) + made - sum(len(ids) for _, ids, _ in choices)
-    return heads if max(heads) == prompt and 0 <= n_last <= len(choices) else []
+    return heads if max(heads) == prompt - start and 0 <= n_last <= len(choices) else []
 
 
 Part = tuple[Any, dict[str, Any]]

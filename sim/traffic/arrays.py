@@ -7,6 +7,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import IO, Any
 
 import numpy as np
@@ -20,6 +21,7 @@ MOST_COUNTS = 2**27  # of an array that is no list of expert ids
 _MOST_UNASKED = 1 << 30  # bytes that a small file may unpack to
 _MAX_FILE_BYTES = 4 << 30  # of a file that a library reads whole
 _PIECE = 2**20
+_PARQUET_ROWS = 2**12  # at a time
 
 
 class Archive:
@@ -154,9 +156,11 @@ def array_of_bytes(data: bytes, here: str) -> np.ndarray:
         return np.lib.format.read_array(file, allow_pickle=False)
 
 
-def read_pt(path: Path, where: str) -> Any:
-    """What a torch file holds: tensors in dicts and lists, unpickled with no code allowed. Needs the extra epsim[torch]."""
-    torch = _library("torch", "torch", path, where)
+def read_pt(path: Path, where: str, instead: str = "save the arrays as .npz") -> Any:
+    """What a torch file holds: tensors in dicts and lists, unpickled with no code allowed. Needs the extra epsim[torch], or else
+    what `instead` says.
+    """
+    torch = _library("torch", path, where, instead)
     with reading(where, ".pt"):
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
@@ -170,7 +174,7 @@ def read_pt(path: Path, where: str) -> Any:
         raise
 
 
-def _library(name: str, extra: str, path: Path, where: str) -> Any:
+def _library(name: str, path: Path, where: str, instead: str = "save the arrays as .npz") -> Any:
     """What reads a file whole, where it is installed and the file is not too large for that."""
     with reading(where, path.suffix):
         if path.stat().st_size > _MAX_FILE_BYTES:
@@ -179,8 +183,8 @@ def _library(name: str, extra: str, path: Path, where: str) -> Any:
         return importlib.import_module(name)
     except ImportError:
         raise InputError(
-            f"{where}: reading {path.suffix} files needs {extra}, which is not installed: pip install 'epsim[{extra}]' (or save "
-            "the arrays as .npz)"
+            f"{where}: reading {path.suffix} files needs {name}, which is not installed: pip install "
+            f"'epsim[{name}]' (or {instead})"
         ) from None
 
 
@@ -201,7 +205,7 @@ def read_safetensors(path: Path, where: str, is_read: Callable[[list[str]], bool
     """The arrays of a .safetensors file by name; where its names are not those of what is read, None instead of each: a model's
     weights are not read. Needs the extra epsim[safetensors].
     """
-    library = _library("safetensors", "safetensors", path, where)
+    library = _library("safetensors", path, where)
     with reading(where, ".safetensors"):
         try:
             with library.safe_open(path, "numpy") as file:
@@ -209,3 +213,28 @@ def read_safetensors(path: Path, where: str, is_read: Callable[[list[str]], bool
                 return {name: file.get_tensor(name) for name in names} if is_read(names) else dict.fromkeys(names)
         except (TypeError, KeyError) as error:  # bfloat16, float8
             raise InputError(f"{where} has arrays of a type that numpy lacks ({error}); save int64") from None
+
+
+@contextmanager
+def parquet_as_text(path: Path, where: str) -> Iterator[Path]:
+    """A Parquet file as one of JSON lines, where a column holds lists, else of CSV, for the block."""
+    library = _library("pyarrow.parquet", path, where)
+    with TemporaryDirectory() as folder, reading(where, ".parquet"):
+        held, n_bytes = library.ParquetFile(path), 0
+        has_lists = any(
+            str(kind).startswith(("list", "large_list", "fixed_size_list")) for kind in held.schema_arrow.types
+        )
+        text = Path(folder, "rows.jsonl" if has_lists else "rows.csv")
+        with text.open("w", encoding="utf-8") as file:
+            for n, batch in enumerate(held.iter_batches(_PARQUET_ROWS)):
+                n_bytes += batch.nbytes
+                if n_bytes > _MAX_FILE_BYTES:
+                    raise InputError(f"{where} unpacks to more than {_MAX_FILE_BYTES >> 30} GiB")
+                frame = batch.to_pandas(ignore_metadata=True)
+                index = [name for name in frame if name.startswith("__index_level_")]  # of a data frame
+                frame = frame[[*index, *frame.columns.drop(index)]].rename(columns=dict.fromkeys(index, ""))
+                if has_lists:
+                    frame.to_json(file, orient="records", lines=True)
+                else:
+                    frame.to_csv(file, index=False, header=n == 0)
+        yield text

@@ -11,7 +11,7 @@ from sim.errors import InputError, shown
 from sim.traffic.arrays import MOST_COUNTS
 from sim.traffic.recorded import MOST_LAYERS
 
-_MOST_TOP_K = 32  # columns: no router takes more experts
+MOST_TOP_K = 32  # columns: no router takes more experts
 COUNT_NAMES = (
     "logical_count", "counts", "count", "load", "loads", "expert_load", "expert_loads", "expert_counts", "token_counts",
     "tokens_per_expert", "num_tokens_per_expert", "logical_load", "expert_usage", "activation_counts", "activation_count",
@@ -196,7 +196,7 @@ def are_counts(sample: np.ndarray) -> bool:
         return True
     if sample.size == 0 or sample.shape[2] == 1:
         return False
-    if sample.shape[2] > _MOST_TOP_K:
+    if sample.shape[2] > MOST_TOP_K:
         return True
     alike = (sample == sample[..., :1]).all(axis=2)  # padding, of ids
     ordered = np.sort(sample, axis=2)

@@ -3,7 +3,7 @@
 import itertools
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,11 +11,11 @@ from typing import Any, TypeVar
 import numpy as np
 
 from sim.errors import InputError, shown
-from sim.files import check_regular, is_folder, reading
+from sim.files import check_regular, is_folder, is_there, numbered_lines, open_stream, reading
 from sim.model import ModelSpec, load_model
 from sim.model.spec import MOST_DRAFTS
-from sim.traffic.answers import Requests, add_answer, add_trace, is_step, is_trace, json_values
-from sim.traffic.arrays import open_archive, read_safetensors
+from sim.traffic.answers import MAX_LINE, Requests, add_answer, add_trace, is_step, is_trace, json_values
+from sim.traffic.arrays import open_archive, parquet_as_text, read_safetensors
 from sim.traffic.counts import (
     COUNT_NAMES,
     PHYSICAL_NAMES,
@@ -28,13 +28,15 @@ from sim.traffic.counts import (
 )
 from sim.traffic.dumps import STAT, are_known, read_archive, read_statistics, read_tensors, read_torch, successive
 from sim.traffic.recorded import MOST_LAYERS, PHASES, RecordedTraffic, build_record
+from sim.traffic.rows import add_csv, add_json, roles_of_json
 from sim.traffic.tables import read_csv, table_of_json
 
 _KINDS = {
     ".npz": "archive", ".npy": "archive", ".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".tsv": "csv",
-    ".pt": "pt", ".safetensors": "safetensors",
+    ".pt": "pt", ".safetensors": "safetensors", ".parquet": "parquet", ".txt": "text", ".log": "text",
 }  # fmt: skip
-SUFFIXES = (*_KINDS, ".jsonl.gz", ".ndjson.gz", ".json.gz", ".csv.gz", ".tsv.gz")
+_IS_TEXT = ("json", "csv", "text")
+SUFFIXES = (*_KINDS, *(f"{suffix}.gz" for suffix, kind in _KINDS.items() if kind in _IS_TEXT))
 """Endings of the files that `read_traffic` reads."""
 _MOST_FILES = 50_000
 _MOST_ROWS = 1 << 22  # of a table in JSON
@@ -66,13 +68,15 @@ def read_traffic(
     * Experts of tokens, to `RecordedTraffic`: answers of vLLM and SGLang with `routed_experts` (JSON, JSON lines, a stream of
       events; nested lists, base64, {data, shape, dtype}); arrays [tokens, layers, top_k] in .npy, .npz, .safetensors and .pt,
       one request each, a batch [requests, tokens, layers, top_k], [tokens, top_k] for each layer, or `topk_ids` with
-      `sequence_lengths`; SGLang's recorder in mode per_token (.pt); a folder of JSON files, one for each request, a list of
-      steps {layer: [[expert ids] of each token]}, of which step 0 is the prefill.
-    * Loads of experts, to `LoadCounts`: arrays [layers, experts] or [steps, layers, experts] in the same; tables in CSV and JSON,
-      with a row per layer or per layer and expert; SGLang's recorder in modes stat and per_pass (.pt); vLLM's
-      `expert_load_window` beside its map; the folder of TensorRT-LLM's EXPERT_STATISTIC_PATH.
+      `sequence_lengths`; SGLang's recorder in mode per_token (.pt); JSON lines and CSV with a row for each token and layer, or
+      each pair (`token`, `layer`, `expert` or `topk_ids`; perhaps `request`, `step`); a folder of JSON files, one for each
+      request, a list of steps {layer: [[expert ids] of each token]}, of which step 0 is the prefill.
+    * Loads of experts, to `LoadCounts`: arrays [layers, experts] or [steps, layers, experts] in the same; tables in CSV and
+      JSON, with a row per layer, per layer and expert, or per expert (`layer_0`, `layer_1`, ...); SGLang's recorder in modes
+      stat and per_pass (.pt); vLLM's `expert_load_window` beside its map; the folder of TensorRT-LLM's EXPERT_STATISTIC_PATH.
 
-    Text may be packed as .gz. Of a folder (or a list of paths) all files are read: ranks are added up, requests put together.
+    Text may be packed as .gz, or be in UTF-16; .txt and .log are read by what they hold. Of a folder (or a list of paths) all
+    files are read: ranks are added up, requests put together.
     An unnamed array [a, b, c] is taken for ids unless it has what only counts have: fractions, a value twice in a row, values
     above 32767, more than 32 columns, or the same sum in every layer of a step. Maps of experts, probabilities of a router and
     axes that are exchanged are refused where they show.
@@ -167,9 +171,11 @@ def _listed(folder: Path, where: str) -> tuple[list[Path], list[str]]:
     if len(names) > _MOST_FILES:
         raise InputError(f"{where} has more than {_MOST_FILES} files; give a part of them")
     statistics = [name for name in names if re.fullmatch(_STATISTICS, name)]
-    chosen = statistics or [
-        name for name in names if name.endswith(SUFFIXES) and name[0] != "." and name != "meta_info.json"
-    ]
+    known = [name for name in names if name.endswith(SUFFIXES) and name[0] != "." and name != "meta_info.json"]
+    about = [
+        name for name in known if _KINDS.get(Path(name.removesuffix(".gz")).suffix) == "text"
+    ]  # README.txt, server.log
+    chosen = statistics or [name for name in known if name not in set(about)] or about
     if not chosen:
         raise InputError(f"{where} has no file that is known: their endings are {', '.join(SUFFIXES)}")
     chosen.sort(key=lambda name: [part.zfill(20) for part in re.split(r"(\d+)", name)])
@@ -186,10 +192,19 @@ def _kind(path: Path, where: str) -> str:
     if suffix in (".pkl", ".pickle"):
         raise InputError(f"{where}: a pickle may run any code and is not read; save arrays as .npy or .npz")
     kind = "statistics" if re.fullmatch(_STATISTICS, path.name) else _KINDS.get(suffix)
-    if kind is None or (path.suffix == ".gz" and kind not in ("json", "csv")):
+    if not is_there(path):
+        raise InputError(f"{where} cannot be read: it does not exist")
+    if kind is None or (path.suffix == ".gz" and kind not in _IS_TEXT):
         raise InputError(f"{where}: the ending must be one of {', '.join(SUFFIXES)}")
     check_regular(path, where)
-    return kind
+    return kind if kind != "text" else "json" if _begins_json(path, where) else "csv"
+
+
+def _begins_json(path: Path, where: str) -> bool:
+    """Whether the first line of a text that holds something is one of JSON, or of a stream of events."""
+    with reading(where, "text"), open_stream(path, where) as file:
+        lines = (line.removeprefix(b"\xef\xbb\xbf").strip() for _, line in numbered_lines(file, where, MAX_LINE))
+        return next(filter(None, lines), b"").startswith((b"{", b"[", b"data:", b"event:"))
 
 
 def _read_files(paths: list[Path], requests: Requests, phase: str) -> CountTable | Requests:
@@ -229,8 +244,11 @@ def _read_files(paths: list[Path], requests: Requests, phase: str) -> CountTable
 
 def _read_file(kind: str, path: Path, here: str, requests: Requests, phase: str) -> CountTable | Requests:
     """Loads of a file, or `requests` with its requests and its form."""
+    if kind == "parquet":
+        with parquet_as_text(path, here) as text:
+            return _read_file("json" if text.suffix == ".jsonl" else "csv", text, here, requests, phase)
     if kind == "csv":
-        return read_csv(path, here)
+        return add_csv(path, here, requests) or read_csv(path, here)
     if kind == "pt":
         return read_torch(path, here, requests)
     if kind == "statistics":
@@ -245,11 +263,35 @@ def _read_file(kind: str, path: Path, here: str, requests: Requests, phase: str)
 
 
 def _read_json(path: Path, where: str, requests: Requests, phase: str) -> CountTable | Requests:
-    """Loads of a JSON file, of one value or with a row, a layer or a step on each line; or `requests` with its requests."""
-    values = json_values(path, where)
-    first, here = next(values, (None, ""))
-    if not here:
+    """Loads of a JSON file, of one value or with a row, a layer or a step on each line; or `requests` with its requests.
+    A line that is torn off at the end, as by a server that was killed, is left out with a note.
+    """
+    torn = list[str]()
+    values = json_values(path, where, torn)
+    ahead = list(itertools.islice(values, 2))
+    if not ahead:
         raise InputError(f"{where} holds no tokens")
+    (first, here), values = ahead[0], itertools.chain(ahead[1:], values)
+    found = _rows_of_json(ahead, values, where, requests) or _other_json(first, here, values, where, requests, phase)
+    (found.notes if isinstance(found, CountTable) else found.torn).extend(torn)
+    return found
+
+
+def _rows_of_json(
+    ahead: list[tuple[Any, str]], values: Iterable[tuple[Any, str]], where: str, requests: Requests
+) -> Requests | None:
+    """`requests` with the tokens of rows: JSON lines, perhaps below one of metadata, or a list; else None."""
+    rows = [(row, ahead[0][1]) for row in ahead[0][0]] if isinstance(ahead[0][0], list) else ahead[:1]
+    for some in (rows, ahead[1:] if isinstance(ahead[0][0], dict) else []):
+        if some and (roles := roles_of_json(some[0][0])):
+            return add_json(requests, itertools.chain(rows if some is rows else [], values), roles, some[0][0], where)
+    return None
+
+
+def _other_json(
+    first: Any, here: str, values: Iterator[tuple[Any, str]], where: str, requests: Requests, phase: str
+) -> CountTable | Requests:
+    """Loads, or `requests` with requests of answers or of a trace set."""
     _refuse_known(first, here)
     table = None if is_trace(first) else table_of_json(first, here)
     if table is not None:
@@ -269,7 +311,8 @@ def _read_json(path: Path, where: str, requests: Requests, phase: str) -> CountT
             n_keyed += add_answer(requests, held, at, phase)
     if not n_keyed:
         raise InputError(
-            f"{where} has no key 'routed_experts', and is no table of loads {{layer: [count of each expert]}}"
+            f"{where} has no key 'routed_experts', is no table of loads {{layer: [count of each expert]}}, and has no rows of "
+            "tokens {layer, token, topk_ids}"
         )
     return requests
 

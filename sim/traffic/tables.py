@@ -1,5 +1,6 @@
 """Tables of load counts, before they are checked: CSV and JSON, with a row per layer, or per layer and expert."""
 
+import csv
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -23,7 +24,7 @@ from sim.traffic.counts import (
     tabulate,
 )
 
-_ROLES = {
+ROLES = {
     "layer": r"(moe_|decoder_)?layers?(_?(id|idx|index|num|number|no|name))?",
     "step": r"(step|iter|iteration|pass|forward_pass|window|time_?step)(_?(id|idx|index|num|number|no))?",
     "rank": r"((ep|dp|tp|world|gpu)_)?(rank|gpu|device)(_?(id|idx|index))?",
@@ -41,30 +42,29 @@ _BESIDE = re.compile(
     r"|date)(_.+)?"
 )
 """Columns that only describe the others: they are not read."""
+_THOUSANDS = re.compile(r"\d{1,3}(,\d{3})+(\.\d*)?")
 _AROUND = ("layers", "load_history", "snapshots")
 """Keys of JSON whose value is the table; the last two hold steps: of the EPLB workloads of openevolve, and of vLLM's dumps."""
 _MOST_RANKS = 4096
-_COLUMNS = "'layer', 'step', 'rank', and 'expert_0', 'expert_1', ... or 'expert' and 'count'"
+_COLUMNS = (
+    "'layer', 'step', 'rank', and 'expert_0', 'expert_1', ... or 'expert' and 'count', or 'expert' and 'layer_0', ...; "
+    "of tokens 'token', 'layer' and 'expert' or 'expert_ids'"
+)
+_LAYER = "of layer "
+"""Begins the role of a column with the loads of one layer, in a table with a row for each expert."""
 
 
 def read_csv(path: Path, where: str) -> CountTable:
     """Counts of a CSV file: a row per layer (and step), a column per expert, or a row per layer and expert.
 
-    A first line of names says what the columns are (`_ROLES`); 0, 1, ..., E-1 is such a line too, and 1, 2, ..., E. Without
+    A first line of names says what the columns are (`ROLES`); 0, 1, ..., E-1 is such a line too, and 1, 2, ..., E. Without
     names every column is an expert and every row a layer.
     """
     with reading(where, "CSV"), open_stream(path, where) as file:
-        lines = ((number, line.decode("utf-8-sig").rstrip("\r\n")) for number, line in numbered_lines(file, where))
-        filled = ((number, line) for number, line in lines if line.strip(",; \t") and not line.startswith("#"))
-        number, line = next(filled, (0, ""))
-        if not line:
-            raise InputError(f"{where} has no rows of counts")
-        separator = next((mark for mark in ",;\t" if mark in line), r"\s+" if re.search(r"\S\s+\S", line) else ",")
-        cells = _cells(line, separator)
-        width = len(cells)
-        cells = cells[: -1 if width > 1 and not cells[-1] else width]  # each line ends with a separator
+        number, cells, separator, width = first_row(file, where)
         names, notes = _header(cells, f"{where}, line {number}")
-        rows = [] if names else [np.array([cells], float)]
+        rows = [] if names else [np.array([[number_of(cell) for cell in cells]], float)]
+        marks = set() if names else _marks(cells)
         wanted = {place: names[place] if names else "" for place in range(len(cells)) if names is None or names[place]}
         n_numbers = 0
         try:
@@ -75,8 +75,13 @@ def read_csv(path: Path, where: str) -> CountTable:
                     )
                 chunk = whole[list(wanted)].copy() if len(wanted) < width else whole
                 for place, role in wanted.items():
-                    if len(chunk) and role in ("layer", "expert") and chunk[place].dtype.kind not in "iufb":
-                        chunk[place] = chunk[place].map({name: _value(name, role) for name in chunk[place].unique()})
+                    if role not in ("layer", "expert") and chunk[place].any():
+                        marks |= {""} if chunk[place].dtype.kind in "iufb" else _marks(chunk[place].unique())
+                    if len(chunk) and chunk[place].dtype.kind not in "iufb":
+                        numbers = {cell: _value(cell, role) for cell in chunk[place].unique()}
+                        if any(abs(number or 0) > 2**63 for number in numbers.values()):
+                            raise ValueError("too large")
+                        chunk[place] = chunk[place].map(numbers)
                 if len(chunk) and any(kind.kind not in "iuf" for kind in chunk.dtypes):  # text, or booleans
                     raise ValueError("a column is not of numbers")
                 rows.append(chunk.to_numpy(float))
@@ -96,14 +101,41 @@ def read_csv(path: Path, where: str) -> CountTable:
     if np.isnan(table).any():
         _name_fault(path, where, number, width, wanted, separator)
     found = _table_of_columns(table, names and list(wanted.values()), where, "CSV")
-    found.notes += notes
+    if {"", "%"} <= marks:
+        raise InputError(f"{where}: some of its numbers have a percent sign, others have none")
+    if "," in marks and separator != ",":
+        raise InputError(f"{where}: commas in its numbers, of thousands or decimals? Write 1234 or 1.234")
+    told = {"%": "its loads are percentages", ",": "commas in its numbers are taken for thousands"}
+    found.notes += [*notes, *(text for mark, text in told.items() if mark in marks)]
     if separator == ";" and found.counts.dtype.kind == "f" and (found.counts * 1000 % 1 < 1e-6).all():
         found.notes.append("a dot in its numbers is taken for the decimal point, not for thousands")
     return found
 
 
+def first_row(file: IO[bytes], where: str) -> tuple[int, list[str], str, int]:
+    """The first line of a table that holds something: its number, its cells, what separates them, and their number where each
+    line ends with a separator, too. The file stands behind it.
+    """
+    lines = ((number, line.decode("utf-8-sig").rstrip("\r\n")) for number, line in numbered_lines(file, where))
+    filled = ((number, line) for number, line in lines if line.strip(",; \t") and not line.startswith("#"))
+    number, line = next(filled, (0, ""))
+    if not line:
+        raise InputError(f"{where} has no rows of counts")
+    separator = next((mark for mark in "\t,;" if mark in line), r"\s+" if re.search(r"\S\s+\S", line) else ",")
+    cells = _cells(line, separator)
+    width = len(cells)
+    return number, cells[: -1 if width > 1 and not cells[-1] else width], separator, width
+
+
 def _cells(text: str, separator: str) -> list[str]:
-    return [cell.strip().strip('"') for cell in re.split(separator, text.strip() if separator == r"\s+" else text)]
+    mark, text = (" ", text.strip()) if separator == r"\s+" else (separator, text)
+    return [cell.strip() for cell in next(csv.reader([text], delimiter=mark, skipinitialspace=True), [])]
+
+
+def _marks(cells: Iterable[str]) -> set[str]:
+    """What stands in cells beside the digits of their numbers, zeros aside: a percent sign, commas, or nothing ('')."""
+    found = {mark for cell in cells for mark in "%," if mark in str(cell)}
+    return found | ({""} if any("%" not in str(cell) and number_of(cell) for cell in cells) else set())
 
 
 def _chunks(file: IO[bytes], width: int, separator: str) -> Iterable[pd.DataFrame]:
@@ -116,7 +148,7 @@ def _chunks(file: IO[bytes], width: int, separator: str) -> Iterable[pd.DataFram
 
 def _value(cell: str, role: str) -> float | None:
     """The number of a cell, or of the layer or expert that it names: layer_3, model.layers.3.mlp, expert_5."""
-    number = _number(cell)
+    number = number_of(cell)
     named = {"layer": layer_of_key, "expert": _expert_of_key}.get(role)
     return named(cell) if number is None and named else number
 
@@ -133,7 +165,7 @@ def _name_fault(path: Path, where: str, first: int, width: int, wanted: dict[int
             bad = [cells[i] for i, role in wanted.items() if i < len(cells) and _value(cells[i], role) is None]
             if bad:
                 raise InputError(f"{where}, line {number}: '{shown(bad[0])}' is not a number")
-            if any(abs(_number(cell) or 0) > 2**63 for cell in cells):
+            if any(abs(number_of(cell) or 0) > 2**63 for cell in cells):
                 raise InputError(f"{where}, line {number}: counts above 2**53")
             if len(cells) != width:
                 raise InputError(f"{where}, line {number}: {len(cells)} columns where the first line has {width}")
@@ -142,7 +174,7 @@ def _name_fault(path: Path, where: str, first: int, width: int, wanted: dict[int
 def _column(name: str) -> str | None:
     """What a column holds by its name: a role, an expert by its number, '' for what only describes the others; None: unknown."""
     name = re.sub(r"[ .\-]+", "_", str(name).lower())
-    role = next((role for role, pattern in _ROLES.items() if re.fullmatch(pattern, name)), None)
+    role = next((role for role, pattern in ROLES.items() if re.fullmatch(pattern, name)), None)
     if role is None and (expert := _expert_of_key(name)) is not None:
         return str(expert)
     return "" if role is None and _BESIDE.fullmatch(name) else role
@@ -150,7 +182,7 @@ def _column(name: str) -> str | None:
 
 def _header(cells: list[str], here: str) -> tuple[list[str] | None, list[str]]:
     """What each column holds by a first line, None where that is a row of numbers already; and notes."""
-    numbers = [_number(cell) for cell in cells]
+    numbers = [number_of(cell) for cell in cells]
     for first in (0, 1):
         if numbers == list(range(first, first + len(cells))) and len(cells) > 1 + first:
             note = f"its first line, {first} to {first + len(cells) - 1}, numbers the experts"
@@ -167,12 +199,16 @@ def _header(cells: list[str], here: str) -> tuple[list[str] | None, list[str]]:
 def _names(cells: list[str], here: str) -> list[str]:
     """What each column holds; what only describes the others needs a layer's column beside it."""
     names = [_column(cell) for cell in cells]
+    of_layer = [None if number_of(cell) is not None else layer_of_key(cell) for cell in cells]
+    names = [name if layer is None else f"{_LAYER}{layer}" for name, layer in zip(names, of_layer, strict=True)]
+    is_told = "layer" in names or any(layer is not None for layer in of_layer)
     if names[0] is None and cells[0].lower() in ("", "unnamed: 0", "index"):
-        names[0] = "" if "layer" in names else "layer"
-    odd = [cell for cell, name in zip(cells, names, strict=True) if name is None or (not name and "layer" not in names)]
+        names[0] = "" if "layer" in names else "expert" if is_told else "layer"
+        is_told = True
+    odd = [cell for cell, name in zip(cells, names, strict=True) if name is None or not (name or is_told)]
     if odd:
         raise InputError(
-            f"{here}: neither counts nor a name for each column ({_COLUMNS}): '{shown(odd[0])}' is not known"
+            f"{here}: '{shown(odd[0])}' is not known: neither counts nor a name for each column ({_COLUMNS})"
         )
     found = [name for name in names if name is not None]
     _check_columns(found, here)
@@ -185,10 +221,17 @@ def _check_columns(names: list[str], here: str) -> None:
         if n > 1 and name:
             told = "an expert has two columns" if name.isdigit() else f"{n} columns name a {name}"
             raise InputError(f"{here}: {told}: {shown(','.join(names))}")
-    by_expert = any(name.isdigit() for name in names)
-    if not by_expert and "expert" not in names and "count" not in names:
+    by_expert, by_layer = any(name.isdigit() for name in names), any(name.startswith(_LAYER) for name in names)
+    if by_layer and (by_expert or {"layer", "count"} & set(names)):
+        raise InputError(f"{here}: a column for each layer goes with a row for each expert, and no other counts")
+    if not by_expert and not by_layer and "expert" not in names and "count" not in names:
         raise InputError(f"{here}: no column is an expert ({_COLUMNS})")
-    needed = {"step": ["layer"], "rank": ["layer"], "expert": ["layer", "count"], "count": ["expert"]}
+    needed = {
+        "step": ["layer"],
+        "rank": ["layer"],
+        "expert": [] if by_layer else ["layer", "count"],
+        "count": ["expert"],
+    }
     for role, others in needed.items():
         lacking = [other for other in others if role in names and other not in names]
         if lacking:
@@ -227,7 +270,11 @@ def _table_of_columns(table: np.ndarray, names: list[str] | None, where: str, ki
         raise InputError(f"{where}: steps must be numbers")
     layer = _ids(keys.get("layer", np.arange(len(table))), "layers", where)[:, None]
     step, is_long, notes = keys.get("step", np.zeros(len(table)))[:, None], "expert" in keys, []
-    if is_long:
+    columns = [place for place, name in enumerate(names) if name.startswith(_LAYER)]
+    if columns:
+        layer, is_long = np.array([int(names[place].removeprefix(_LAYER)) for place in columns]), True
+        expert, values = _ids(keys.get("expert", np.arange(len(table))), "experts", where)[:, None], table[:, columns]
+    elif is_long:
         expert, values = _ids(keys["expert"], "experts", where)[:, None], keys["count"][:, None]
     else:
         columns = [place for place, name in enumerate(names) if name.isdigit()]
@@ -235,7 +282,8 @@ def _table_of_columns(table: np.ndarray, names: list[str] | None, where: str, ki
     counts, steps, layers = tabulate([(step, layer, expert, values)], where)
     n_rows, _, _ = tabulate([(step, layer, expert, np.ones(values.shape))], where)
     if is_long:
-        form = f"a {kind} table of loads: a row per layer and expert{' of a step' if 'step' in keys else ''}"
+        form = "a row per expert, a column per layer" if columns else "a row per layer and expert"
+        form = f"a {kind} table of loads: {form}{' of a step' if 'step' in keys else ''}"
         n_repeated = int((n_rows - 1).clip(0).sum())
         notes += [f"{n_repeated} rows repeat a layer and expert: they are added up"] if n_repeated else []
     else:
@@ -248,7 +296,7 @@ def _table_of_columns(table: np.ndarray, names: list[str] | None, where: str, ki
         told = f"{missing} experts below {expert.max()} have no column: they are taken to have no load"
         notes += [told] if missing else []
     found = CountTable(_whole(counts if "step" in keys else counts[0]), form, is_open=is_long, notes=notes)
-    found.layer_ids = layers if "layer" in keys else None
+    found.layer_ids = layers if "layer" in keys or columns else None
     found.steps = steps if "step" in keys else None
     return found
 
@@ -278,8 +326,10 @@ def _whole(counts: np.ndarray) -> np.ndarray:
     return counts.astype(np.int64) if is_whole else counts
 
 
-def _number(cell: Any) -> float | None:
-    text = str(cell)
+def number_of(cell: Any) -> float | None:
+    """The number of a cell, also `12.5%` or `1,234`; None where it is none."""
+    text = str(cell).strip().removesuffix("%")
+    text = text.replace(",", "") if _THOUSANDS.fullmatch(text) else text
     try:
         return float(text) if text.isascii() and "_" not in text else None
     except ValueError:
