@@ -23,7 +23,7 @@ from numba.extending import intrinsic
 from sim.kernels import kernel
 
 # What a word is drawn for: the last counter word, so that no two purposes share a word.
-POPULARITY, REQUEST, TOKEN, PERMUTATION, REPLAY, GROUP, CONTEXT, LOCAL = (np.uint64(purpose) for purpose in range(8))
+POPULARITY, REQUEST, TOKEN, PERMUTATION, REPLAY, GROUP, CONTEXT, LOCAL, STRENGTH = map(np.uint64, range(9))
 
 _MUL_0, _MUL_1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 _WEYL_0, _WEYL_1 = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)

@@ -223,6 +223,33 @@ def test_counts_of_pairs_equal_a_loop():
 SMALL = ModelSpec("small", 16, 2)
 
 
+def test_strengths_of_requests_differ_as_is_said():
+    """Of 4000 requests of 64 experts, each with its own: mean and sd of the logarithm of the effect's norm, to 5 standard errors
+    (the logarithm is a capped exponential: mean 0, sd 1, less what the cap takes off). All else is the same traffic.
+    """
+    n = 4000
+    mu = np.zeros((n, 64))
+    args = (KEY, mu, np.arange(n), np.arange(n), 400)
+    strong = replace(MIXED, strength_sd=0.4)
+    found = np.log(strong.draw_logits(*args) / MIXED.draw_logits(*args)).reshape(n, -1)
+    np.testing.assert_allclose(found, np.repeat(found[:, :1], found.shape[1], axis=1), atol=1e-9)
+    assert abs(found[:, 0].mean()) < 0.4 * (5 / np.sqrt(n) + np.exp(-5))
+    assert found[:, 0].std() == pytest.approx(0.4 * 0.966, abs=0.4 * 5 * np.sqrt(2 / n))  # sd of min(x, 5): 0.966
+    assert strong.law != MIXED.law
+
+
+@pytest.mark.slow
+def test_requests_that_differ_in_strength_are_told_from_those_of_one():
+    """Top-1 of 32 experts, 400 sequences of 128 tokens, made with an sd of 0.6 or none: over 0.3, and below 0.2."""
+    model = replace(SMALL, n_experts=32, top_k=1)
+    layers = FittedLayers.of(np.random.default_rng(8).normal(0, 0.4, (4, 32)))
+    for strength_sd, low, high in ((0.6, 0.3, 0.9), (0.0, 0.0, 0.2)):
+        traffic = SyntheticTraffic(
+            "s", popularity="fitted", layers=layers, request_sigma=1.2, tokens_per_request=128, strength_sd=strength_sd
+        )
+        assert low <= fit_traffic(model, make_traffic(traffic, model, 51_200, 400)).prefill.strength_sd <= high
+
+
 @pytest.fixture(scope="module")
 def decaying():
     """Routing of 300 sequences of 200 tokens whose effect decays over 12 tokens, in two layers."""

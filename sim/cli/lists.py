@@ -97,7 +97,8 @@ def run_workloads(arguments: Namespace) -> None:
         "Fitted to a record or to load counts: the .toml file of epsim traffic fit.\n"
         "Your own law: a .toml file with the keys popularity, sigma, group_sigma,\n"
         "  request_sigma, tokens_per_request; local_share, context_tokens, context_shares,\n"
-        "  passage_share and passage_tokens where the effect of a request decays.\n"
+        "  passage_share and passage_tokens where the effect of a request decays, and\n"
+        "  strength_sd where requests differ in its strength.\n"
         "Which is nearest to a number in your log: epsim traffic match."
     )
 

@@ -232,7 +232,7 @@ def _run_fit(arguments: Namespace) -> None:
         say(
             f"prefill: request_sigma {of.request_sigma:.2f}, {of.tokens_per_request} tokens per request, "
             f"{np.mean(of.local_share):.0%} of its variance local, in contexts of {lengths} tokens and passages of "
-            f"{of.passage_tokens:g}; shares to {_rms(fit, 1)}"
+            f"{of.passage_tokens:g}; sd of the logarithm of its strength {of.strength_sd:g}; shares to {_rms(fit, 1)}"
         )
     phases = "" if fit.prefill is None else " (--phase decode or prefill)"
     say(f"written to {arguments.out}; use it as --workload {arguments.out}{phases}")

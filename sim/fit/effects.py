@@ -10,9 +10,9 @@ from scipy.special import ndtri
 from sim.kernels import kernel
 from sim.model import ModelSpec
 from sim.router import route_layers
-from sim.streams import REQUEST, fill_words, stream_key, uniforms
+from sim.streams import REQUEST, STRENGTH, fill_words, stream_key, uniforms
 from sim.traffic import SyntheticTraffic
-from sim.traffic.synthetic import of_one_strength
+from sim.traffic.synthetic import of_one_strength, strengths
 
 _REQUESTS, _TOKENS = 2048, 8  # drawn in a turn, and half of the tokens of each
 _SCALINGS, _MATCHINGS = 6, 14  # turns
@@ -29,6 +29,7 @@ class RequestEffect(NamedTuple):
     correlation: float  # of two tokens' picks, that the strength is to give: covariance / variance, summed over experts
     passage: float  # the same of two tokens that share a passage and no context
     far: float  # the same of two tokens that share the topic alone
+    strength_sd: float = 0.0  # between requests, of the logarithm of their strength
 
     @property
     def variance(self) -> float:
@@ -136,5 +137,7 @@ def draw_effects(effect: RequestEffect, key: np.ndarray, layer: int, n: int) -> 
     shared = quantiles[ranks[2 * n_experts :], 0].T @ effect.loadings
     square = ((shared + own[:, 0]) ** 2).mean(axis=1, keepdims=True)
     scale = np.sqrt(effect.variance / np.maximum(square, 1e-30))
+    if effect.strength_sd:
+        scale *= strengths(effect.strength_sd, uniforms(key, STRENGTH, layer, (1, n)).reshape(n, 1))
     own *= scale[:, None].astype(np.float32)
     return DrawnEffects(shared * scale, own)

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from sim.fit.correlation import LEAST_SEQUENCES, Decay, decay_of, evenly, pick_c
 from sim.fit.effects import RequestEffect, match_covariance
 from sim.fit.kinds import Kinds, fit_kinds
 from sim.fit.popularity import LayerFit, fit_layer
+from sim.fit.strength import fit_strength_sd
 from sim.kernels import usable_processors
 from sim.model import ModelSpec
 from sim.progress import phase, track
@@ -29,9 +32,10 @@ _LEAST_BLOCKS = 64
 _SEQUENCE = 64  # lag of two tokens of a sequence whose correlation is that of its shares
 _OF_REQUESTS = (
     *("about", "request_sigma", "tokens_per_request"),
-    *("local_share", "context_tokens", "context_shares", "passage_share", "passage_tokens"),
+    *("local_share", "context_tokens", "context_shares", "passage_share", "passage_tokens", "strength_sd"),
 )
 _MOST_SEQUENCES = 20_000
+_LAYERS_OF_STRENGTH = 4
 _LEAST_CORRELATION = 1e-3
 _LEAST_LOCAL = 0.001  # so that effects are of one strength, as they are fitted, also where nothing decays
 _MOST_SIGMA = 5.0
@@ -75,10 +79,11 @@ def fit_traffic(
     """Fit traffic to the measured loads of each layer, and to the correlation within sequences where tokens are known.
 
     Popularity is such that the router picks each expert as often as measured (see `fit_layer`). The request effect varies as
-    the experts do that sequences favour, and with several experts a token such that the picks of two tokens of a sequence
-    covary as measured (`match_covariance`); its strength, its local share and the lengths of contexts are such that the
-    correlation within blocks of 2 to 256 tokens is the measured one (`fit_decay`). Tokens are of several kinds where these
-    predict which experts other sequences take together (`fit_kinds`); routers with groups have none.
+    the experts do that sequences favour. With several experts a token, the picks of two tokens of a sequence covary as
+    measured (`match_covariance`); with one, requests differ in strength (`fit_strength_sd`). Strength, local share and the
+    lengths of contexts are such that the correlation within blocks of 2 to 256 tokens is the measured one (`fit_decay`).
+    Tokens are of several kinds where these predict which experts other sequences take together (`fit_kinds`); routers with
+    groups have none.
 
     Parameters
     ----------
@@ -109,12 +114,27 @@ def fit_traffic(
     n_layers = len(load)
     kinds: list[Kinds] | None = None
     layers = [1.0] * n_layers, [f"{i} of {n_layers}" for i in range(1, n_layers + 1)]
-    parts = {"correlation": 0.2, "kinds": 0.3, "layers": 1.0}  # of the time, about
+    differs = model.top_k == 1  # with several experts a token, requests of one strength predict other sequences as well
+    parts = {
+        "correlation": 0.2,
+        "kinds": 0.3,
+        "strength": min(_LAYERS_OF_STRENGTH / n_layers, 1.0) if differs else 0.0,
+        "layers": 1.0,
+    }  # of the time, about
     with phase("correlation", parts):
         effect_of, decay = _request_effects(model, data, wanted, group_sigma, notes)
 
-    def fit_one(layer: int) -> LayerFit:
-        effect = None if effect_of is None else effect_of(layer)
+    about = f"fitted to {data.name}, digest {data.digest}"
+    common: dict[str, Any] = {
+        "source": about,
+        "fitted_to": model.name,
+        "popularity": "fitted",
+        "group_sigma": group_sigma,
+    }
+    common["name"] = Path(data.name.removeprefix("file:")).stem
+
+    def fit_one(layer: int, strength_sd: float) -> LayerFit:
+        effect = None if effect_of is None else effect_of(layer)._replace(strength_sd=strength_sd)
         of_tokens = None if kinds is None else kinds[layer]
         return fit_layer(model, layer, wanted[layer], effect, of_tokens, seed=seed, group_sigma=group_sigma)
 
@@ -122,45 +142,62 @@ def fit_traffic(
         if isinstance(data, RecordedTraffic) and not model.is_grouped:
             with phase("kinds", parts):
                 kinds = fit_kinds(data, model.n_experts, lambda of, numbers: track(pool.map(of, numbers), *layers))
+        strength_sd = 0.0
+        if differs and decay is not None and isinstance(data, RecordedTraffic):
+            some, fitted = (
+                evenly(n_layers, _LAYERS_OF_STRENGTH),
+                partial(_prefill, data=data, decay=decay, common=common),
+            )
+            with phase("strength", parts):
+                strength_sd = fit_strength_sd(
+                    model, replace(data, topk_ids=data.topk_ids[some]),
+                    lambda sd: fitted(list(pool.map(fit_one, some, repeat(sd)))), seed,
+                )  # fmt: skip
         with phase("layers", parts):
-            found = list(track(pool.map(fit_one, range(n_layers)), *layers))
+            found = list(track(pool.map(fit_one, range(n_layers), repeat(strength_sd)), *layers))
     rms = np.array([layer.rms for layer in found]).T
     for name, of_phase, why in zip(("decode", "prefill"), rms, ("", ", for want of random requests"), strict=False):
         if (n_bad := int((of_phase > _WANTED_RMS).sum())) > 0:
             off = f"to worse than {_WANTED_RMS:.0%} (rms of shares {of_phase.max():.1%}{why})"
             notes.append(f"{name}: {n_bad} of {n_layers} layers are fitted {off}")
-    of_kinds: dict[str, Any] = {}
-    if kinds is not None:
-        of_kinds = {
-            "kind_shares": [of_layer.shares for of_layer in kinds],
-            "kind_effects": [layer.kind_effects for layer in found],
-        }
-    about = f"fitted to {data.name}, digest {data.digest}"
-    common = {"source": about, "fitted_to": model.name, "popularity": "fitted", "group_sigma": group_sigma}
-    name = Path(data.name.removeprefix("file:")).stem
     of_decode = SyntheticTraffic(
-        name, about="decode: tokens independent given the layer", **common,  # type: ignore[arg-type]
-        layers=FittedLayers.of(np.round([layer.decode.mu for layer in found], 4), **of_kinds),
+        about="decode: tokens independent given the layer", **common,
+        layers=FittedLayers.of(np.round([layer.decode.mu for layer in found], 4), **_kind_tables(found)),
     )  # fmt: skip
     of_prefill = None
     if decay is not None and isinstance(data, RecordedTraffic):
-        prefill = [(layer.prefill, layer.effect) for layer in found if layer.prefill and layer.effect]
-        request_sigma = float(np.sqrt(np.mean([popularity.strength**2 for popularity, _ in prefill])))
-        request_sigma = min(request_sigma, _MOST_SIGMA)  # the tables hold what is beyond
-        tables = FittedLayers.of(
-            np.round([popularity.mu for popularity, _ in prefill], 4),
-            np.round([popularity.strength / request_sigma * effect.sd for popularity, effect in prefill], 4),
-            np.round([popularity.strength / request_sigma * effect.loadings for popularity, effect in prefill], 4),
-            **of_kinds,
-        )
-        of_prefill = SyntheticTraffic(
-            name, about="prefill: the tokens of a request share its effect", **common,  # type: ignore[arg-type]
-            request_sigma=round(request_sigma, 4), tokens_per_request=round(float(np.diff(data.starts).mean())),
-            local_share=tuple(max(round(layer.local_share, 4), _LEAST_LOCAL) for layer in found), context_tokens=decay.tokens,
-            context_shares=decay.shares, passage_share=tuple(round(layer.passage_share, 4) for layer in found),
-            passage_tokens=decay.passage_tokens, layers=tables,
-        )  # fmt: skip
+        of_prefill = _prefill(found, data, decay, common)
     return FittedTraffic(of_decode, of_prefill, rms, np.array([layer.seconds for layer in found]), notes)
+
+
+def _kind_tables(found: list[LayerFit]) -> dict[str, Any]:
+    """Kinds of tokens of fitted layers, as `FittedLayers.of` takes them."""
+    if found[0].kind_shares is None:
+        return {}
+    return {
+        "kind_shares": [layer.kind_shares for layer in found],
+        "kind_effects": [layer.kind_effects for layer in found],
+    }
+
+
+def _prefill(found: list[LayerFit], data: RecordedTraffic, decay: Decay, common: dict[str, Any]) -> SyntheticTraffic:
+    """Traffic of fitted layers whose tokens share the effect of their request."""
+    prefill = [(layer.prefill, layer.effect) for layer in found if layer.prefill and layer.effect]
+    request_sigma = float(np.sqrt(np.mean([popularity.strength**2 for popularity, _ in prefill])))
+    request_sigma = min(request_sigma, _MOST_SIGMA)  # the tables hold what is beyond
+    tables = FittedLayers.of(
+        np.round([popularity.mu for popularity, _ in prefill], 4),
+        np.round([popularity.strength / request_sigma * effect.sd for popularity, effect in prefill], 4),
+        np.round([popularity.strength / request_sigma * effect.loadings for popularity, effect in prefill], 4),
+        **_kind_tables(found),
+    )
+    return SyntheticTraffic(
+        about="prefill: the tokens of a request share its effect", **common,
+        request_sigma=round(request_sigma, 4), tokens_per_request=round(float(np.diff(data.starts).mean())),
+        local_share=tuple(max(round(layer.local_share, 4), _LEAST_LOCAL) for layer in found), context_tokens=decay.tokens,
+        context_shares=decay.shares, passage_share=tuple(round(layer.passage_share, 4) for layer in found),
+        passage_tokens=decay.passage_tokens, strength_sd=prefill[0][1].strength_sd, layers=tables,
+    )  # fmt: skip
 
 
 def without_shared_prefix(data: RecordedTraffic) -> tuple[RecordedTraffic, int]:

@@ -23,9 +23,9 @@ from sim.fit.kinds import Kinds
 from sim.kernels import kernel
 from sim.model import ModelSpec
 from sim.router import score_law
-from sim.streams import GROUP, REQUEST, TOKEN, stream_key, uniforms
+from sim.streams import GROUP, REQUEST, STRENGTH, TOKEN, stream_key, uniforms
 from sim.traffic.fitted import MOST_LOGIT
-from sim.traffic.synthetic import of_one_strength
+from sim.traffic.synthetic import of_one_strength, strengths
 
 _NUMBERS, _OF_GROUPED = 2**20, 4  # experts times requests; as often as that where groups are kept, which adds noise
 _MOST_REQUESTS, _LEAST_REQUESTS = 2**13, 2**12
@@ -37,6 +37,7 @@ _TOLERANCE = 1e-3  # rms of p fitted / p measured - 1
 _MOST_PAIRS = 2**13  # of tokens, for a correlation
 _MOST_STEP, _MOST_RATE = 2.0, 10.0
 _MOST_STRENGTH = 10.0
+_MOST_EFFECT = 40.0  # in logits: the exponential of two such is a float32
 _MOST = 700.0  # beyond it an expert is picked, and exp(-x) is hardly a number
 _LOG2E = 1 / np.log(2)
 _LN2_HIGH, _LN2_LOW = 6.93147180369123816490e-01, 1.90821492927058770002e-10
@@ -61,6 +62,7 @@ class LayerFit(NamedTuple):
 
     decode: Popularity
     prefill: Popularity | None  # with the request effect
+    kind_shares: np.ndarray | None  # float64 [kinds]
     kind_effects: np.ndarray | None  # float64 [kinds, experts], to 3 digits
     effect: RequestEffect | None
     local_share: float  # of its variance
@@ -108,8 +110,10 @@ class Noise:
         model, sums, n = self.model, np.empty((3, len(mu))), n or self.n
         shared, own = self.groups[:n], np.zeros((1, 2, len(mu)), np.float32)
         if drawn is not None:
-            shared = (shared + strength * drawn.shared[:n, None, :]).astype(np.float32)
-            own = np.float32(strength) * drawn.own[:n]
+            shared = np.clip(shared + strength * drawn.shared[:n, None, :], -_MOST_EFFECT, _MOST_EFFECT).astype(
+                np.float32
+            )
+            own = np.clip(np.float32(strength) * drawn.own[:n], -_MOST_EFFECT, _MOST_EFFECT)
         router = np.array([model.n_group, model.topk_group, model.top_k])
         sum_selection(np.exp(mu), self.noise[:n], np.exp(shared), np.exp(own, out=own), router, self.law, sums)
         sums /= n
@@ -123,6 +127,7 @@ class Noise:
         n = min(self.n, _MOST_PAIRS)
         drawn = ndtri(uniforms(self.key, REQUEST, 2**20 + self.layer, (n, 3 * (len(mu) + len(effect.loadings)))))
         of_both, *of_one = np.split(drawn, 3, axis=1)
+        of_request = strengths(effect.strength_sd, uniforms(self.key, STRENGTH, 2**20 + self.layer, (1, n)))[0]
         router, own = (
             np.array([self.model.n_group, self.model.topk_group, self.model.top_k]),
             np.ones((1, 2, len(mu)), np.float32),
@@ -131,12 +136,10 @@ class Noise:
         for parts in ([of_both], [np.sqrt(0.5) * (of_both + other) for other in of_one]):
             normals = np.stack(parts, axis=1)
             effects = normals[..., : len(mu)] * effect.sd + normals[..., len(mu) :] @ effect.loadings
-            effects = of_one_strength(effects, effect.variance)
+            effects = of_one_strength(effects, effect.variance) * of_request[:, None, None]
+            logits = np.clip(self.groups[:n] + strength * effects, -_MOST_EFFECT, _MOST_EFFECT)
             sums = np.empty((3, len(mu)))
-            sum_selection(
-                np.exp(mu), self.noise[:n], np.exp(self.groups[:n] + strength * effects).astype(np.float32), own, router,
-                self.law, sums,
-            )  # fmt: skip
+            sum_selection(np.exp(mu), self.noise[:n], np.exp(logits).astype(np.float32), own, router, self.law, sums)
             share, both = sums[0] / n, sums[2] / n
             found.append(float((both - share**2).sum()))
         return found[1] / found[0] if found[0] > 0 else 0.5
@@ -215,10 +218,10 @@ def fit_layer(
     """
     started = time.perf_counter()
     noise, check = (Noise(model, group_sigma, seed, layer, what) for what in ("fit", "check"))
-    kind_effects = None
+    kind_shares = kind_effects = None
     if kinds is not None:
-        kind_effects = np.round(fit_kind_effects(noise, kinds), 3)
-        noise, check = (x.of_kinds(kinds.shares, kind_effects) for x in (noise, check))
+        kind_shares, kind_effects = kinds.shares, np.round(fit_kind_effects(noise, kinds), 3)
+        noise, check = (x.of_kinds(kind_shares, kind_effects) for x in (noise, check))
     phases: tuple[RequestEffect | None, ...] = (None,) if effect is None else (None, effect)
     found, rms = [], []
     for of_phase in phases:
@@ -235,7 +238,8 @@ def fit_layer(
         local_share, passage_share = 1 - in_request, (in_passage - in_request) / (1 - in_request)
     seconds = time.perf_counter() - started
     prefill = found[1] if len(found) > 1 else None
-    return LayerFit(found[0], prefill, kind_effects, effect, float(local_share), float(passage_share), rms, seconds)
+    shares = float(local_share), float(passage_share)
+    return LayerFit(found[0], prefill, kind_shares, kind_effects, effect, *shares, rms, seconds)
 
 
 @kernel(forceinline=True)

@@ -76,6 +76,8 @@ def no_rare_events_because(workload: SyntheticTraffic, tokens: int) -> str | Non
         return "the tokens of a step belong to several requests"
     if workload.n_contexts > 1:
         return "the tokens of a step belong to several contexts of a request"
+    if workload.request_sigma and workload.strength_sd:
+        return "the requests of layers differ in strength"
     if workload.request_sigma and workload.popularity == "tilted":
         return "request effects under a tilted popularity are not tilted together"
     if sigma_of(workload) == 0 and workload.popularity != "tilted":

@@ -10,7 +10,7 @@ from scipy.special import ndtri
 
 from sim.errors import InputError, shown, whole_number
 from sim.kernels import kernel
-from sim.streams import CONTEXT, LOCAL, POPULARITY, REQUEST, fill_words, normals, uniforms
+from sim.streams import CONTEXT, LOCAL, POPULARITY, REQUEST, STRENGTH, fill_words, normals, uniforms
 from sim.traffic.fitted import FittedLayers
 
 X0 = -4.0
@@ -25,6 +25,7 @@ MOST_KINDS = 8
 """Lengths of contexts that traffic may mix."""
 
 FROM_ARRAYS = "popularity as an array goes through sim.synthetic_traffic(popularity=...)"
+_MOST_STRENGTH = 4.0  # standard deviations above the mean, so that no logit leaves the range of floats
 _LEAST_POPULARITY = 1e-9  # over the mean of the layer: a zero is never seen, and its logarithm is finite
 
 # The tilted popularity, fitted to DeepSeek-R1 on GPQA: see `_tilted`.
@@ -52,6 +53,9 @@ class SyntheticTraffic:
     context is one of the passage. What all tokens have of the long scale then lies beside what they have of the short one,
     where a mixture of long and short stretches has either.
 
+    Requests may differ in how strongly they favour experts, a few much more than others: B then is times
+    exp(strength_sd * (x - 1)), x the request's standard exponential.
+
     Attributes
     ----------
     name, about, source, fitted_to : str
@@ -73,6 +77,8 @@ class SyntheticTraffic:
         Share of the local variance that a passage's contexts have in common, 0 (no passages) to 1.
     passage_tokens : float
         Mean length of a passage, at least 1.
+    strength_sd : float
+        Standard deviation, between requests, of the logarithm of the strength of their effect, 0 to 1.5.
     dummy_tokens : int
         Padding tokens per step, as run by idle data-parallel ranks: all take the experts of one token, which is drawn once
         for each layer draw.
@@ -96,6 +102,7 @@ class SyntheticTraffic:
     context_shares: tuple[float, ...] = (0.5, 0.5)
     passage_share: float | tuple[float, ...] = 0.0
     passage_tokens: float = 64.0
+    strength_sd: float = 0.0
     dummy_tokens: int = 0
     layers: FittedLayers | None = field(default=None, repr=False)
     whole_requests: bool = field(default=False, repr=False)
@@ -114,10 +121,10 @@ class SyntheticTraffic:
             )
         if (self.popularity == "fitted") != isinstance(self.layers, FittedLayers):
             raise InputError(f"{where}popularity 'fitted' and a table mu [layers, n_experts] go together")
-        for name in ("sigma", "group_sigma", "request_sigma"):
+        for name, most in (("sigma", 5), ("group_sigma", 5), ("request_sigma", 5), ("strength_sd", 1.5)):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) <= 5:
-                raise InputError(f"{where}{name} must be a number from 0 to 5, not {shown(value)}")
+            if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) <= most:
+                raise InputError(f"{where}{name} must be a number from 0 to {most}, not {shown(value)}")
         whole_number(f"{where}tokens_per_request", self.tokens_per_request, 1, 2**31)
         self._check_local(where)
         whole_number(f"{where}dummy_tokens", self.dummy_tokens, 0, 2**24)
@@ -182,6 +189,7 @@ class SyntheticTraffic:
             law |= {} if self.layers.kind_shares is None else {"kinds": self.layers.kind_shares.shape[1]}
         if self.request_sigma > 0:
             law |= {"request_sigma": self.request_sigma, "tokens_per_request": self.tokens_per_request}
+            law |= {"strength_sd": self.strength_sd} if self.strength_sd else {}
         if self.n_contexts > 1:
             law |= {"local_share": self.local_share, "contexts": self.n_contexts}
             law |= {"context_tokens": self.context_tokens, "context_shares": self.context_shares}
@@ -220,15 +228,24 @@ class SyntheticTraffic:
             for request in range(-(-n_tokens // self.tokens_per_request))
         ]
         if self.n_contexts > 1:
-            return self._draw_local(key, mu, trials, draws, topics)
-        if self.layers is not None:
-            topics = [self.layers.request_effect(topic, draws) for topic in topics]
-        return mu[:, None, :] + self.request_sigma * np.stack(topics, axis=1)
+            effects = self._draw_local(key, trials, draws, topics)
+        else:
+            if self.layers is not None:
+                topics = [self.layers.request_effect(topic, draws) for topic in topics]
+            effects = np.stack(topics, axis=1)[:, :, None]
+        effects *= self.request_sigma
+        if self.strength_sd:
+            of_request = uniforms(key, STRENGTH, 0, (len(mu), len(topics)), trials)
+            effects *= strengths(self.strength_sd, of_request)[:, :, None, None]
+        effects += mu[:, None, None, :]
+        return effects.reshape(len(mu), -1, mu.shape[1])
 
     def _draw_local(
-        self, key: np.ndarray, mu: np.ndarray, trials: np.ndarray, draws: np.ndarray, topics: list[np.ndarray]
+        self, key: np.ndarray, trials: np.ndarray, draws: np.ndarray, topics: list[np.ndarray]
     ) -> np.ndarray:
-        """`draw_logits` where each context of a request has a local effect beside the topic, float64 [trials, normals]."""
+        """B of the contexts of requests, each with a local effect beside the topic, float64 [trials, normals]: float64 [trials,
+        requests, contexts, n_experts].
+        """
         of_layers = np.resize(self.local_share, self.n_layers or 1), np.resize(self.passage_share, self.n_layers or 1)
         share, in_passage = (x[draws % len(x), None] for x in of_layers)
         n_contexts, n_passages = self.n_contexts, self.n_passages
@@ -237,7 +254,8 @@ class SyntheticTraffic:
         of_topic, of_local = np.sqrt(1 - share), np.sqrt(share * (1 - in_passage)).astype(np.float32)
         of_passage = np.sqrt(share * in_passage).astype(np.float32)
         variance = 1.0 if self.layers is None else self.layers.request_variance[draws % len(self.layers.mu)]
-        logits = np.empty((len(mu), len(topics), n_contexts, mu.shape[1]))
+        n_factors = 0 if self.layers is None else self.layers.request_loadings.shape[1]
+        found = np.empty((len(trials), len(topics), n_contexts, topics[0].shape[1] - n_factors))
         for request, topic in enumerate(topics):
             drawn: np.ndarray = np.empty((n_contexts + n_passages, *topic.shape), np.float32)
             for i, effect in enumerate(drawn):
@@ -249,10 +267,8 @@ class SyntheticTraffic:
                 effects += of_passage * np.repeat(drawn[n_contexts:], OF_PASSAGE, axis=0)
             if self.layers is not None:
                 effects = self.layers.request_effect(effects, draws)
-            effects = of_one_strength(effects, variance)
-            np.multiply(effects.transpose(1, 0, 2), self.request_sigma, out=logits[:, request])
-        logits += mu[:, None, None, :]
-        return logits.reshape(len(mu), -1, mu.shape[1])
+            found[:, request] = of_one_strength(effects, variance).transpose(1, 0, 2)
+        return found
 
     def draw_contexts(self, key: np.ndarray, trials: np.ndarray, n_tokens: int) -> np.ndarray:
         """Context of each token of trials int64 [trials], uint8 [trials, n_tokens]; [trials, 0] where there is but one."""
@@ -304,6 +320,11 @@ def of_one_strength(effects: np.ndarray, variance: Any) -> np.ndarray:
     """Effects [..., n_experts], each scaled so that its mean square over experts is `variance` [...]."""
     square = np.einsum("...e,...e->...", effects, effects) / effects.shape[-1]
     return effects * np.sqrt(variance / np.maximum(square, 1e-30))[..., None]
+
+
+def strengths(strength_sd: float, u: np.ndarray) -> np.ndarray:
+    """Strengths of requests from uniforms."""
+    return np.exp(strength_sd * np.minimum(-np.log1p(-u) - 1, _MOST_STRENGTH))
 
 
 def _in_words(probabilities: np.ndarray) -> np.ndarray:
