@@ -259,7 +259,7 @@ def test_counts_from_outside_are_checked(tmp_path, capsys, monkeypatch):
         table = np.ones((2, 32))
         table[1, 3] = bad
         counts = LoadCounts("x", table[None], np.arange(2), "x")
-        monkeypatch.setattr("sim.traffic.read_traffic", lambda path, model, counts=counts: counts)
+        monkeypatch.setattr("sim.traffic.read_traffic", lambda *_, counts=counts: counts)
         words = ["export", "--model", "gpt-oss-20b", "--placement", "eplb", "--ep", "4", "--fit-on", "x.npz"]
         fails(capsys, [*words, "--format", "vllm", "--out", tmp_path / "out"], message)
     assert not list(tmp_path.iterdir())

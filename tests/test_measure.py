@@ -236,7 +236,7 @@ def test_other_files_are_refused(tmp_path, text):
         out.write_text(broken)
         with pytest.raises(InputError, match=message):
             read_measured(out)
-    out.write_bytes(b"\xff\xfe")
+    out.write_bytes(b"\xff\xff")
     with pytest.raises(InputError, match="UTF-8"):
         read_measured(out)
     with pytest.raises(InputError, match="cannot be read"):

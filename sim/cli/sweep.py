@@ -184,6 +184,8 @@ def _sample_into(folder: Path, plan: "Plan", options: RunOptions, n_threads: int
         Journal(folder, plan, executor.chunk_size(plan)) as journal,
     ):
         note(*journal.notes)
+        if journal.goes_on:
+            note(f"goes on from the trials that {folder} holds of this sweep")
         say_notes()
         sampled = sample_plan(plan, executor, journal, options.time_limit)
     return partial(_finish_into, folder, plan, sampled, journal, n_threads, started_s)

@@ -167,26 +167,25 @@ def answer(
     figures: Callable[[], dict[str, Any]] = dict,
     rows: Any = None,
 ) -> None:
-    """Show the answer of a verb, or print its `rows` for programs (default: the last table); and write its tables with what made
-    them, and figures, into a folder, if one is given.
+    """Write the tables of a verb with what made them, and figures, into a folder, if one is given; and show its answer, or print
+    its `rows` for programs (default: the last table). A reader that closes the pipe loses no file.
     """
-    if not print_rows(list(tables.values())[-1] if rows is None else rows, arguments):
-        show()
-    if folder is None:
-        return
     from sim.files import writable_folder
     from sim.results import write_table
 
-    files = []
-    with writable_folder(folder):
-        for name, rows in tables.items():
-            write_table(rows, folder, name, identity)
-        for stem, figure in figures().items():
-            from sim.figures import save_as
+    files = [f"{name}.csv" for name in tables] + [f"{name}.json (what made it)" for name in list(tables)[-1:]]
+    if folder is not None:
+        with writable_folder(folder):
+            for name, table in tables.items():
+                write_table(table, folder, name, identity)
+            for stem, figure in figures().items():
+                from sim.figures import save_as
 
-            files += [path.name for path in save_as(figure, folder / stem, arguments.formats)]
-    names = [f"{name}.csv" for name in tables] + [f"{name}.json (what made it)" for name in list(tables)[-1:]]
-    say_written(f"written to {folder}: {', '.join(names + files)}", arguments)
+                files += [path.name for path in save_as(figure, folder / stem, arguments.formats)]
+    if not print_rows(list(tables.values())[-1] if rows is None else rows, arguments):
+        show()
+    if folder is not None:
+        say_written(f"written to {folder}: {', '.join(files)}", arguments)
 
 
 def say_written(text: str, arguments: Namespace) -> None:

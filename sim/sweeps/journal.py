@@ -39,6 +39,8 @@ class Journal:
     ----------
     notes : list of str
         What was found damaged, for the user.
+    goes_on : bool
+        Whether chunks of the sweep were there.
     """
 
     def __init__(self, folder: Path, plan: Plan, chunk_size: ChunkSize = CPU_CHUNKS) -> None:
@@ -64,6 +66,7 @@ class Journal:
                 f"`out` {folder} holds another unfinished sweep, or one of an earlier version; choose another folder, or "
                 f"delete {self._folder}"
             )
+        self.goes_on = any(self._folder.glob("*.npz"))
 
     def _read_head(self) -> str | None:
         """Digest of the sweep that the head names; None where it is damaged."""
