@@ -115,23 +115,14 @@ def fit_traffic(
     kinds: list[Kinds] | None = None
     layers = [1.0] * n_layers, [f"{i} of {n_layers}" for i in range(1, n_layers + 1)]
     differs = model.top_k == 1  # with several experts a token, requests of one strength predict other sequences as well
-    parts = {
-        "correlation": 0.2,
-        "kinds": 0.3,
-        "strength": min(_LAYERS_OF_STRENGTH / n_layers, 1.0) if differs else 0.0,
-        "layers": 1.0,
-    }  # of the time, about
+    of_strength = 3 * min(_LAYERS_OF_STRENGTH / n_layers, 1.0) if differs else 0.0
+    parts = {"correlation": 0.2, "kinds": 0.3, "strength": of_strength, "layers": 1.0}  # of the time, about
     with phase("correlation", parts):
         effect_of, decay = _request_effects(model, data, wanted, group_sigma, notes)
 
     about = f"fitted to {data.name}, digest {data.digest}"
-    common: dict[str, Any] = {
-        "source": about,
-        "fitted_to": model.name,
-        "popularity": "fitted",
-        "group_sigma": group_sigma,
-    }
-    common["name"] = Path(data.name.removeprefix("file:")).stem
+    common: dict[str, Any] = {"name": Path(data.name.removeprefix("file:")).stem, "fitted_to": model.name}
+    common |= {"source": about, "popularity": "fitted", "group_sigma": group_sigma}
 
     def fit_one(layer: int, strength_sd: float) -> LayerFit:
         effect = None if effect_of is None else effect_of(layer)._replace(strength_sd=strength_sd)
@@ -144,15 +135,15 @@ def fit_traffic(
                 kinds = fit_kinds(data, model.n_experts, lambda of, numbers: track(pool.map(of, numbers), *layers))
         strength_sd = 0.0
         if differs and decay is not None and isinstance(data, RecordedTraffic):
-            some, fitted = (
-                evenly(n_layers, _LAYERS_OF_STRENGTH),
-                partial(_prefill, data=data, decay=decay, common=common),
-            )
+            some = evenly(n_layers, _LAYERS_OF_STRENGTH)
+            traffic_of = partial(_prefill, data=data, decay=decay, common=common)
             with phase("strength", parts):
                 strength_sd = fit_strength_sd(
-                    model, replace(data, topk_ids=data.topk_ids[some]),
-                    lambda sd: fitted(list(pool.map(fit_one, some, repeat(sd)))), seed,
-                )  # fmt: skip
+                    model,
+                    replace(data, topk_ids=data.topk_ids[some]),
+                    lambda sd: traffic_of(list(pool.map(fit_one, some, repeat(sd)))),
+                    seed,
+                )
         with phase("layers", parts):
             found = list(track(pool.map(fit_one, range(n_layers), repeat(strength_sd)), *layers))
     rms = np.array([layer.rms for layer in found]).T
