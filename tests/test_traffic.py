@@ -355,6 +355,15 @@ def test_held_out_steps_of_counts(tmp_path):
     assert hold_out(model, build_counts("x", "file:x", counts[:3])[0]) is None
 
 
+def test_equal_sequences_are_not_held_out():
+    """40 of them are 20 twice, or one, however many tokens they have: no verdict from so few."""
+    ids = np.random.default_rng(3).integers(0, 8, (3, 20 * 64, 1)).astype(np.int16)
+    for n_different in (1, 20):
+        repeated = np.tile(ids[:, : n_different * 64], (1, 40 // n_different, 1))
+        record = RecordedTraffic("x", "decode", repeated, np.arange(41) * 64, "d")
+        assert hold_out(replace(load_model("mixtral-8x7b"), top_k=1), record) is None
+
+
 def test_blocks_have_the_figures_of_the_scorer():
     model = ModelSpec("m", 12, 3)
     rng = np.random.default_rng(0)

@@ -204,7 +204,7 @@ def _run_fit(arguments: Namespace) -> None:
         with shown_progress(), phase("hold-out", sizes):
             held = hold_out(model, data, **how, most_layers=None if arguments.half else MOST_LAYERS)
         if held is None:
-            note("there is too little to hold out: it takes 32 sequences, or 4 steps of loads")
+            note("there is too little to hold out: it takes 32 different sequences, or 4 steps of loads")
         else:
             _print_held(held[1])
             n_layers, n_held = len(data.layer_ids), held[0].decode.n_layers or 0

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -94,7 +95,7 @@ def hold_out(
 
     Real decode blocks are tokens drawn from all of a half, with equal chances; real prefill blocks are consecutive tokens of
     one sequence, with equal chances for each place where such a block lies. Rows are of the second half, predicted from the
-    first, whose fit is returned. None where there is too little to hold out: fewer than 32 sequences, or 4 steps.
+    first, whose fit is returned. None where there is too little to hold out: fewer than 32 different sequences, or 4 steps.
     """
     sizes = [size for size in EP_SIZES if 2 * size <= model.n_experts] or [model.n_experts]
     fit_half = partial(fit_traffic, model, seed=seed, group_sigma=group_sigma, threads=threads)
@@ -104,8 +105,8 @@ def hold_out(
     data = replace(data, topk_ids=data.topk_ids[chosen], layer_ids=data.layer_ids[chosen])
     data, _ = without_shared_prefix(data)
     n = data.n_sequences
-    if n < 2 * LEAST_SEQUENCES:
-        return None
+    if len({data.topk_ids[:, start:stop].tobytes() for start, stop in pairwise(data.starts)}) < 2 * LEAST_SEQUENCES:
+        return None  # equal sequences are no other ones
     halves = [data.only_sequences(np.arange(first, n, 2)) for first in (0, 1)]
     parts = {"one half": 1.0, "other half": 1.0, "predictions": 0.5}
     fits = _fit_both(halves, fit_half, parts)
