@@ -37,7 +37,7 @@ _TOLERANCE = 1e-3  # rms of p fitted / p measured - 1
 _MOST_PAIRS = 2**13  # of tokens, for a correlation
 _MOST_STEP, _MOST_RATE = 2.0, 10.0
 _MOST_STRENGTH = 10.0
-_MOST_EFFECT = 40.0  # in logits: the exponential of two such is a float32
+_MOST_EFFECT = 80.0  # in logits: its exponential is a float32
 _MOST = 700.0  # beyond it an expert is picked, and exp(-x) is hardly a number
 _LOG2E = 1 / np.log(2)
 _LN2_HIGH, _LN2_LOW = 6.93147180369123816490e-01, 1.90821492927058770002e-10
@@ -110,9 +110,8 @@ class Noise:
         model, sums, n = self.model, np.empty((3, len(mu))), n or self.n
         shared, own = self.groups[:n], np.zeros((1, 2, len(mu)), np.float32)
         if drawn is not None:
-            shared = np.clip(shared + strength * drawn.shared[:n, None, :], -_MOST_EFFECT, _MOST_EFFECT).astype(
-                np.float32
-            )
+            logits = np.clip(shared + strength * drawn.shared[:n, None, :], -_MOST_EFFECT, _MOST_EFFECT)
+            shared = logits.astype(np.float32)
             own = np.clip(np.float32(strength) * drawn.own[:n], -_MOST_EFFECT, _MOST_EFFECT)
         router = np.array([model.n_group, model.topk_group, model.top_k])
         sum_selection(np.exp(mu), self.noise[:n], np.exp(shared), np.exp(own, out=own), router, self.law, sums)
