@@ -103,10 +103,12 @@ def hold_out(
         return _hold_out_steps(model, data, sizes, seed, fit_half, most_layers)
     chosen = evenly(data.n_layers, most_layers or data.n_layers)
     data = replace(data, topk_ids=data.topk_ids[chosen], layer_ids=data.layer_ids[chosen])
-    data, _ = without_shared_prefix(data)
     n = data.n_sequences
-    if len({data.topk_ids[:, start:stop].tobytes() for start, stop in pairwise(data.starts)}) < 2 * LEAST_SEQUENCES:
-        return None  # equal sequences are no other ones
+    long = [part for part in pairwise(data.starts) if part[1] - part[0] >= BLOCKS[0]]  # short ones may be alike
+    n_equal = len(long) - len({data.topk_ids[:, start:stop].tobytes() for start, stop in long})
+    if n - n_equal < 2 * LEAST_SEQUENCES:
+        return None
+    data, _ = without_shared_prefix(data)
     halves = [data.only_sequences(np.arange(first, n, 2)) for first in (0, 1)]
     parts = {"one half": 1.0, "other half": 1.0, "predictions": 0.5}
     fits = _fit_both(halves, fit_half, parts)
