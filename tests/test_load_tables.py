@@ -87,8 +87,9 @@ def test_a_header_of_numbers_is_a_header_and_a_row_of_counts_is_none(tmp_path):
     assert "its first line, 0 to 7, numbers the experts" in found.notes
     path.write_text("1,2,3,4,5,6,7,9\n" + rows)
     assert read_traffic(path).n_layers == 4
-    path.write_text("1.900;40\n1.200;740\n")
-    assert any("taken for the decimal point" in note for note in read_traffic(path).notes)
+    for text in ("1.900;40\n1.200;740\n", "1.001;2.002\n1.003;2.004\n"):  # 1000 times 1.001 is a little below 1001
+        path.write_text(text)
+        assert any("taken for the decimal point" in note for note in read_traffic(path).notes)
 
 
 @pytest.mark.parametrize(

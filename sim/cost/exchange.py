@@ -269,7 +269,7 @@ def _is_measured(
     load: np.ndarray,
     on_node: np.ndarray,
 ) -> np.ndarray:
-    """Where a time is of a published set-up: DeepSeek-V3's sizes, no imbalance, nodes of 8."""
+    """Where a time is of a published set-up: DeepSeek-V3's sizes, no imbalance, nodes of 8; of any type."""
     v3, (least_ep, most_ep), (least, most) = (
         load_model("deepseek-v3"),
         profile.measured_ep_size,

@@ -25,6 +25,7 @@ LENGTHS = (2, 4, 8, 16, 32)
 PASSAGE_LENGTHS = (16, 32, 64, 128, 256)
 """Mean lengths of passages, of which a fit takes one."""
 _LEAST_BLOCKS = 8
+_BLOCK, _SHORT_BLOCK, _TO_FIT = 64, 16, 64  # tokens, and blocks that a layer's effect is fitted to
 LEAST_SEQUENCES = 16
 _LEAST_SIZES = 7  # up to 16 tokens
 _MOST_PLACES = 2**17
@@ -89,6 +90,17 @@ def run_starts(record: RecordedTraffic, n: int, apart: int | None = None, most: 
     place = np.arange(record.n_tokens) - np.repeat(record.starts[:-1], lengths)
     first = np.flatnonzero((place % (apart or n) == 0) & (place + n <= np.repeat(lengths, lengths)))
     return first[evenly(len(first), most or _MOST_BLOCKS)]
+
+
+def fitted_blocks(record: RecordedTraffic) -> tuple[int, np.ndarray]:
+    """Tokens of the blocks that a layer's request effect is fitted to, 64, or 16 where too few sequences are as long, and the
+    first tokens of these blocks, int64: none where there are too few.
+    """
+    for n_tokens in (_BLOCK, _SHORT_BLOCK):
+        first = run_starts(record, n_tokens)
+        if len(first) >= _TO_FIT:
+            return n_tokens, first
+    return _SHORT_BLOCK, first[:0]
 
 
 def sequence_counts(record: RecordedTraffic, n_experts: int) -> np.ndarray:

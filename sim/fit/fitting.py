@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,15 @@ import numpy as np
 import tomli_w
 
 from sim.errors import InputError
-from sim.fit.correlation import LEAST_SEQUENCES, Decay, decay_of, evenly, pick_covariance, run_starts, sequence_counts
+from sim.fit.correlation import (
+    LEAST_SEQUENCES,
+    Decay,
+    decay_of,
+    evenly,
+    fitted_blocks,
+    pick_covariance,
+    sequence_counts,
+)
 from sim.fit.effects import RequestEffect, match_covariance
 from sim.fit.kinds import Kinds, fit_kinds
 from sim.fit.popularity import LayerFit, fit_layer
@@ -27,8 +35,6 @@ GROUP_SIGMA = 0.4
 """Group effect of grouped routers, which loads do not identify: that of the presets, fitted to DeepSeek-R1."""
 FACTORS = 8
 """Factors that experts share in a request's effect."""
-_BLOCK, _SHORT_BLOCK = 64, 16
-_LEAST_BLOCKS = 64
 _SEQUENCE = 64  # lag of two tokens of a sequence whose correlation is that of its shares
 _OF_REQUESTS = (
     *("about", "request_sigma", "tokens_per_request"),
@@ -255,13 +261,13 @@ def _request_effects(
     of_sequence = np.maximum(decay.at([_SEQUENCE])[:, 0], _LEAST_CORRELATION)
     chosen = evenly(len(lengths), _MOST_SEQUENCES)
     counts = sequence_counts(data, model.n_experts)[:, chosen]
-    block = _BLOCK if len(run_starts(data, _BLOCK)) >= _LEAST_BLOCKS else _SHORT_BLOCK
-    first = run_starts(data, block)
+    block, first = fitted_blocks(data)
 
+    @cache
     def effect(layer: int) -> RequestEffect:
         covariance = _logit_covariance(counts[layer], lengths[chosen], float(of_sequence[layer]))
         # With one expert a token shares already are the logits, and matching predicts no better in twice the time.
-        if model.top_k > 1 and len(first) >= _LEAST_BLOCKS:
+        if model.top_k > 1 and len(first):
             measured = pick_covariance(data, layer, block, model.n_experts)
             covariance = match_covariance(model, group_sigma, p[layer], *measured, covariance)
         return _factors(covariance, *map(float, correlations[:, layer]))

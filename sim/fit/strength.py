@@ -4,12 +4,11 @@ from collections.abc import Callable
 
 import numpy as np
 
-from sim.fit.correlation import count_runs, run_starts
+from sim.fit.correlation import count_runs, fitted_blocks
 from sim.model import ModelSpec
 from sim.router import draw_trials
 from sim.traffic import RecordedTraffic, SyntheticTraffic
 
-_BLOCK, _SHORT_BLOCK, _LEAST_BLOCKS = 64, 16, 64  # tokens, and blocks of a layer
 _TRIALS = 1024  # of a layer
 _TRIED = (0.0, 0.2, 0.4, 0.7)
 _LEAST = 0.05  # less is not told from none
@@ -30,9 +29,8 @@ def fit_strength_sd(
     fit_at : callable
         Prefill fitted to these layers with this standard deviation.
     """
-    n_tokens = _BLOCK if len(run_starts(data, _BLOCK)) >= _LEAST_BLOCKS else _SHORT_BLOCK
-    first = run_starts(data, n_tokens)
-    if len(first) < _LEAST_BLOCKS:
+    n_tokens, first = fitted_blocks(data)
+    if not len(first):
         return 0.0
     counts = np.empty((len(first), model.n_experts), np.int32)
     measured = []

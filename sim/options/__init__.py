@@ -102,7 +102,7 @@ class CellOptions(Options):
     tokens_per_rank: bool = option(PerRank(), "instead of `tokens`: tokens per step on each rank", default=False)
     ranks_per_node: int = option(
         Whole(1, MAX_RANKS_PER_NODE),
-        "ranks joined by NVLink, for node_aware placement and for nodes per token",
+        "ranks joined by NVLink: the nodes of placements (node_aware, eplb) and of nodes per token",
         default=8,
         identifies=True,
         is_last=True,

@@ -107,7 +107,7 @@ def read_csv(path: Path, where: str) -> CountTable:
         raise InputError(f"{where}: commas in its numbers, of thousands or decimals? Write 1234 or 1.234")
     told = {"%": "its loads are percentages", ",": "commas in its numbers are taken for thousands"}
     found.notes += [*notes, *(text for mark, text in told.items() if mark in marks)]
-    if separator == ";" and found.counts.dtype.kind == "f" and (found.counts * 1000 % 1 < 1e-6).all():
+    if separator == ";" and (x := found.counts).dtype.kind == "f" and np.allclose(x, x.round(3), 0, 1e-9):
         found.notes.append("a dot in its numbers is taken for the decimal point, not for thousands")
     return found
 
