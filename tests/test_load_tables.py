@@ -64,6 +64,16 @@ def test_every_layout_of_a_table_gives_the_same_counts_and_layers(tmp_path):
     assert n == 35
 
 
+@pytest.mark.parametrize("head", ["1,2,3\n", ",1,2,3\n"])
+def test_exchanged_axes_are_refused_where_a_dense_layer_is_a_column_of_zeros(tmp_path, head):
+    loads = RNG.multinomial(1600, np.arange(1, 9) / 36, size=3).T  # of layers 1 to 3
+    index = [[e] if head.startswith(",") else [] for e in range(8)]
+    rows = [",".join(map(str, [*left, *row])) for left, row in zip(index, loads.tolist(), strict=True)]
+    (tmp_path / "x.csv").write_text(head + "\n".join(rows))
+    with pytest.raises(InputError, match="its columns all add up to 1600, its rows do not: are the axes exchanged"):
+        read_traffic(tmp_path / "x.csv")
+
+
 def test_experts_without_a_row_have_no_load(tmp_path):
     path = tmp_path / "x.csv"
     path.write_text("layer_id,expert_id,count\n3,0,7\n3,2,1\n4,1,5\n")
@@ -182,7 +192,7 @@ def test_json_tables(tmp_path):
         ([{"0": [1, 2]}, {"1": [1, 2]}], "differ in their layers"),
         ([{"0": [1, 2]}, {"0": None}], "have no counts"),
         ({"0": None, "3": [[1, 2], [3, 4]]}, "one step"),
-        ({"layer": 0, "counts": [1, 2], "slot": 3}, "no key 'routed_experts'"),
+        ({"layer": 0, "counts": [1, 2], "slot": 3}, "not known beside a layer: slot"),
     ],
 )
 def test_bad_json_tables_are_refused(tmp_path, value, message):

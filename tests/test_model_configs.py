@@ -90,7 +90,7 @@ def test_what_a_type_has_by_default_is_used_and_said(tmp_path, kind, layers):
     "strange",
     [
         {"moe_layer_parity": "odd"}, {"mlp_layer_types": "sparse"}, {"mlp_layer_types": [0, 1] * 6},
-        {"hybrid_override_pattern": [1, 2]}, {"block_configs": [3]}, {"moe_layers": 6},
+        {"hybrid_override_pattern": [1, 2]}, {"block_configs": [3]}, {"moe_layers": 6}, {"moe_layers": []},
         {"every_third_layer_is_dense": True}, {"expert_block_stride": 3}, {"sparse_layer_mask_name": "a"},
         {"no_split_block_types": ["MoEBlock", "moe_layer"]},
         {"layers_block_type": "MEME"}, {"layer_types": 3}, {"layer_ffn_types": "MDMD"},
@@ -196,6 +196,7 @@ def test_scoring_and_bias_by_any_of_their_names(tmp_path, keys, scoring, has_bia
         ({"n_group": 4, "topk_group": 2, "topk_method": "noaux_tc"}, 4, "top2_sum"),
         ({"n_group": 4, "topk_group": 2, "topk_method": "greedy"}, 1, "max"),
         ({"n_group": None, "topk_group": None}, 1, "max"),
+        ({"moe_router_num_groups": 4, "moe_router_group_topk": None}, 1, "max"),  # Megatron: no group_limited_topk
     ],
 )
 def test_groups_are_those_of_the_top_k_method(tmp_path, keys, n_group, group_score):
@@ -325,6 +326,8 @@ def test_deepseeks_own_config(tmp_path):
     }  # fmt: skip
     comp = load_config(tmp_path, config)
     assert {field: getattr(comp, field) for field in FIELDS} == {field: getattr(ref, field) for field in FIELDS}
+    v4 = load_config(tmp_path, config | {"n_dense_layers": 0, "score_func": "sqrtsoftplus", "n_hash_layers": 3})
+    assert (v4.scoring, v4.has_bias, "first 3 MoE layers" in v4.caveat) == ("sqrtsoftplus", True, True)
 
 
 def test_params_json_in_a_folder(tmp_path):
@@ -431,6 +434,12 @@ def test_malformed_values_of_any_field_end_in_one_line(tmp_path):
         ({"num_experts": 8, "num_experts_per_tok": 2, "scoring_func": 3}, "must be a name"),
         (BASE | {"enable_moe_block": False}, "has no experts: enable_moe_block is false"),
         (BASE | {"use_expert_bias": "yes"}, "use_expert_bias must be true or false"),
+        (
+            {"peft_type": "LORA", "base_model_name_or_path": "a/b"},
+            "an adapter of a/b; give the config.json of that model",
+        ),
+        ({"general.architecture": "deepseek2", "deepseek2.expert_count": 256}, "GGUF metadata are not read"),
+        ({"metadata": {"general.architecture": {"value": "qwen3moe"}}}, "GGUF metadata are not read"),
     ],
 )
 def test_configs_that_cannot_be_right_are_refused(tmp_path, content, message):

@@ -182,7 +182,8 @@ def test_streamed_answers_are_counted_once(tmp_path):
 
 
 def test_a_phase_takes_its_own_tokens_of_an_answer_that_counts_them(tmp_path):
-    """vLLM counts in `usage`, SGLang beside the ids; the last token made is not routed. Other counts are of other ids."""
+    """vLLM counts in `usage`, SGLang beside the ids; the last token made is not routed. Fewer ids lack the first of the prompt
+    (vLLM's routed_experts_prompt_start), other counts are of other ids: both are said."""
     ids, chunks = REQUESTS[0], (3, 6, 10)  # a streamed answer with a prompt of 3 tokens
     usage = [{"prompt_tokens": 3, "completion_tokens": n - 2} for n in chunks]
     parts = [ids[:n].tolist() for n in chunks]
@@ -195,8 +196,14 @@ def test_a_phase_takes_its_own_tokens_of_an_answer_that_counts_them(tmp_path):
         same(prefill, [ids[:3]], prefill.notes[1:])
         assert "decode steps; 3 tokens of prefill are left out (--phase prefill reads them)" in decode.notes[0]
         assert "prefill steps; 7 tokens of decode are left out" in prefill.notes[0]
-    write(path, lines=[{"usage": {"prompt_tokens": 9, "completion_tokens": 11}, "routed_experts": ids.tolist()}])
-    same(read_traffic(path), [ids])
+    for prompt, made, kept, told in ((9, 11, ids, "lack"), (30, 8, ids[3:], "lack"), (3, 3, ids, "told apart")):
+        write(
+            path,
+            lines=[{"usage": {"prompt_tokens": prompt, "completion_tokens": made}, "routed_experts": ids.tolist()}],
+        )
+        found = read_traffic(path)
+        same(found, [kept], found.notes[1:])
+        assert told in found.notes[1]
     other = np.concatenate([ids[:3], REQUESTS[1]])  # two choices of one request, with the prompt in each or by itself
     usage = {"prompt_tokens": 3, "completion_tokens": 7 + 12 + 2}
     for prompt, choices in ((None, (ids, other)), (ids[:3].tolist(), (ids[3:], other[3:]))):
@@ -242,6 +249,21 @@ def test_requests_and_tokens_without_routing_are_left_out_and_counted(tmp_path):
         "6 tokens without routing (all 0)",
     )
     same(found, notes=tuple(f"{told} are left out" for told in left))
+
+
+@pytest.mark.parametrize("n_layers", [3, 4])  # of 4 the first is dense, but for padding
+def test_padding_by_the_first_experts_in_every_layer_is_left_out(tmp_path, n_layers):
+    """SkyRL's `replay_padding_row`: routing that is replayed in training is padded with arange(top_k)."""
+    ids = np.concatenate([np.zeros((10, n_layers - 3, 2), int), REQUESTS[0]], axis=1)
+    np.save(tmp_path / "x.npy", np.concatenate([np.tile([0, 1], (25, n_layers, 1)), ids]))
+    found = read_traffic(tmp_path / "x.npy", SMALL)
+    same(found, REQUESTS[:1], found.notes[1:])
+    assert found.notes[1] == "25 tokens that take experts 0 to 1 in every layer, as padding does, are left out"
+    top_1 = np.concatenate([np.zeros((25, 3, 1), int), REQUESTS[0][..., :1] % 7 + 1])
+    assert read_traffic(write(tmp_path / "z.npz", routed_experts=top_1)).n_tokens == 10
+    stride = (np.arange(32)[:, None] * 2 + [0, 1]) % 8  # simulated routing: all layers alike, and no padding
+    path = write(tmp_path / "y.npz", routed_experts=np.repeat(stride[:, None], 3, axis=1))
+    assert read_traffic(path).n_tokens == 32
 
 
 @pytest.mark.parametrize(

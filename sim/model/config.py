@@ -53,6 +53,7 @@ def read_config(path: Path) -> ModelSpec:
     content = read_json(path, where)
     if not isinstance(content, dict):
         raise InputError(f"{where} is not a JSON object")
+    _refuse_known(content, where)
     read = Reader(_language_model(content, where), where)
     name, implied = type_of(read.config)
     known = implied or Type()
@@ -99,6 +100,18 @@ def read_config(path: Path) -> ModelSpec:
         source=(str(path),),
         caveat=caveat_of(known.n_zero if n_zero is None else n_zero, n_hash, top_k, known.caveat),
     )
+
+
+def _refuse_known(content: dict[str, Any], where: str) -> None:
+    """Refuse by name what stands beside a model's config and is none."""
+    metadata = content.get("metadata")
+    if "general.architecture" in content | (metadata if isinstance(metadata, dict) else {}):
+        raise InputError(
+            f"{where}: GGUF metadata are not read; give the config.json of the original model, or its name"
+        )
+    if "peft_type" in content:
+        base = shown(content.get("base_model_name_or_path"))
+        raise InputError(f"{where}: an adapter of {base}; give the config.json of that model, or its name")
 
 
 def caveat_of(n_zero: int, n_hash: int, top_k: int, more: str = "") -> str:
@@ -223,6 +236,9 @@ def _groups(read: Reader, known: Type, name: str, n_experts: int) -> tuple[int, 
         read.notes.append(
             f"n_group, topk_group (not in config.json; {n_group} and {topk_group} as {name} has by default)"
         )
+    elif n_group and n_group > 1 and topk_group is None and "moe_router_num_groups" in read.config:
+        read.notes.append("topk_group (not in config.json; Megatron limits no groups without moe_router_group_topk)")
+        return 1, 1
     elif n_group and n_group > 1 and topk_group is None:
         is_default = n_group == known.groups[0]
         topk_group, why = (known.groups[1], f"as {name} has by default") if is_default else (1, "assumed")

@@ -222,7 +222,8 @@ def type_of(config: dict[str, Any]) -> tuple[str, Type | None]:
             if known in _SQUEEZED:
                 return _SQUEEZED[known], TYPES[_SQUEEZED[known]]
     if not told and not named and "n_activated_experts" in config:  # DeepSeek's own inference code
-        told = "deepseek_v3" if config.get("score_func") == "sigmoid" else "deepseek_v2"
+        by_score = {"sigmoid": "deepseek_v3", "sqrtsoftplus": "deepseek_v4"}
+        told = by_score.get(str(config.get("score_func")), "deepseek_v2")
     return told, TYPES.get(told)
 
 

@@ -130,9 +130,9 @@ def _named(read: Reader, n_layers: int, drafts: int, counts: list[int]) -> tuple
         said.append((key, {i for i, is_moe in enumerate(flags[:n_layers]) if is_moe}))
 
     key, ids = read.take("moe_ids")
-    if isinstance(ids, int) and not isinstance(ids, bool):
-        read.odd(key)  # a number of layers does not tell which
-    elif ids not in (None, []):
+    if ids == [] or (isinstance(ids, int) and not isinstance(ids, bool)):
+        read.odd(key)  # no layer, or a number of them, does not tell which
+    elif ids is not None:
         said.append((key, _ids(read, key, ids, n_layers, drafts)))
     if words := _words(read):
         key, listed = words

@@ -230,9 +230,12 @@ def of_experts(counts: np.ndarray, n_experts: int, top_k: int, is_open: bool) ->
 
 def _check_axes(total: np.ndarray, where: str) -> None:
     """Refuse loads [layers, experts] that are [experts, layers], or a map: a run's layers all have the same sum."""
-    n_layers, width = total.shape
+    width = total.shape[1]
     of_layer, of_expert = total.sum(axis=1), total.sum(axis=0)
-    if n_layers > 1 and np.ptp(of_expert) < 1e-9 * of_expert.max() < np.ptp(of_layer) and np.ptp(total, axis=1).any():
+    used = total[:, of_expert > 0]  # where axes are exchanged, a dense layer is a column of zeros
+    of_expert = of_expert[of_expert > 0]
+    is_level = min(used.shape) > 1 and np.ptp(of_expert) < 1e-9 * of_expert[0] < np.ptp(of_layer)
+    if is_level and np.ptp(used, axis=1).any():
         raise InputError(
             f"{where}: its columns all add up to {of_expert[0]:g}, its rows do not: are the axes exchanged? Loads are "
             "[layers, experts]: a row for each layer"

@@ -78,9 +78,9 @@ def read_tensors(held: Any, path: Path, where: str, requests: Requests) -> Count
     if not arrays and not isinstance(held, dict):
         raise InputError(f"{where} holds no tensor, but a {type(held).__name__}")
     if isinstance(held, dict) and not (arrays and are_known(arrays)):
+        or_else = "; or SGLang's records" if path.suffix == ".pt" else ""
         raise InputError(
-            f"{where} holds no tensor that is known ({_NAMES}; or SGLang's records): it has "
-            f"{shown(', '.join(map(str, held)))}"
+            f"{where} holds no tensor that is known ({_NAMES}{or_else}): it has {shown(', '.join(map(str, held)))}"
         )
     file = io.BytesIO()
     np.savez(file, allow_pickle=False, **arrays)

@@ -29,7 +29,7 @@ from sim.traffic.counts import (
 from sim.traffic.dumps import STAT, are_known, read_archive, read_statistics, read_tensors, read_torch, successive
 from sim.traffic.recorded import MOST_LAYERS, PHASES, RecordedTraffic, build_record
 from sim.traffic.rows import add_csv, add_json, roles_of_json
-from sim.traffic.tables import read_csv, table_of_json
+from sim.traffic.tables import column_role, read_csv, table_of_json
 
 _KINDS = {
     ".npz": "archive", ".npy": "archive", ".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".tsv": "csv",
@@ -309,6 +309,13 @@ def _other_json(
             n_keyed += 1
         else:
             n_keyed += add_answer(requests, held, at, phase)
+    row = first[0] if isinstance(first, list) and first else first
+    roles = {key: column_role(key) for key in row} if isinstance(row, dict) else {}
+    if not n_keyed and "layer" in roles.values() and None in roles.values():
+        odd = shown(", ".join(key for key, role in roles.items() if role is None))
+        raise InputError(
+            f"{here}: not known beside a layer: {odd}; a row has layer, expert and count, or layer and counts"
+        )
     if not n_keyed:
         raise InputError(
             f"{where} has no key 'routed_experts', is no table of loads {{layer: [count of each expert]}}, and has no rows of "
