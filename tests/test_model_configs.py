@@ -27,6 +27,9 @@ EVEN, ODD = list(range(0, 12, 2)), list(range(1, 12, 2))
         ({"moe_layer_freq": [0] * 10 + [1, 1, 1], "num_nextn_predict_layers": 1}, [10, 11]),
         ({"moe_layer_freq": "([0]*10+[1]*2)"}, [10, 11]),  # Megatron
         ({"moe_layer_freq": "[0, 1]*6"}, ODD),
+        ({"moe_layer_freq": "([0] * 10 + [1] * 2)"}, [10, 11]),
+        ({"moe_layer_freq": "2"}, EVEN),
+        ({"model_type": "longcat_flash", "num_layers": 12, "num_hidden_layers": 24}, list(range(12))),
         ({"decoder_sparse_step": 2}, ODD),  # Qwen
         ({"decoder_sparse_step": 2, "mlp_only_layers": [1, 3]}, [5, 7, 9, 11]),
         ({"interleave_moe_layer_step": 4}, [3, 7, 11]),  # Llama 4
@@ -181,6 +184,8 @@ def test_a_type_that_is_not_known_says_what_is_assumed(tmp_path):
         ({"model_type": "lfm2_moe", "use_expert_bias": False}, "sigmoid", False),
         ({"router_bias": True}, "softmax", False),  # of the linear layer: part of the logits
         ({"scoring_func": "Softmax"}, "softmax", False),
+        ({"model_type": "smallthinker", "moe_primary_router_apply_softmax": False}, "sigmoid", False),
+        ({"model_type": "smallthinker", "moe_primary_router_apply_softmax": True}, "softmax", False),
     ],
 )
 def test_scoring_and_bias_by_any_of_their_names(tmp_path, keys, scoring, has_bias):
@@ -438,6 +443,7 @@ def test_malformed_values_of_any_field_end_in_one_line(tmp_path):
             {"peft_type": "LORA", "base_model_name_or_path": "a/b"},
             "an adapter of a/b; give the config.json of that model",
         ),
+        ({"speculators_model_type": "eagle3", "transformer_layer_config": BASE}, "a draft model of speculators"),
         ({"general.architecture": "deepseek2", "deepseek2.expert_count": 256}, "GGUF metadata are not read"),
         ({"metadata": {"general.architecture": {"value": "qwen3moe"}}}, "GGUF metadata are not read"),
     ],

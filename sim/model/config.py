@@ -57,6 +57,9 @@ def read_config(path: Path) -> ModelSpec:
     read = Reader(_language_model(content, where), where)
     name, implied = type_of(read.config)
     known = implied or Type()
+    if name.startswith("longcat") and "num_layers" in read.config:  # which have two attentions and one MoE each
+        read.use("num_hidden_layers")
+        read.config = {key: value for key, value in read.config.items() if key != "num_hidden_layers"}
     if read.flag("switch") is False:
         raise read.error(f"has no experts: {read.take('switch')[0]} is false")
     n_experts, expert_mask = _experts(read)
@@ -109,6 +112,8 @@ def _refuse_known(content: dict[str, Any], where: str) -> None:
         raise InputError(
             f"{where}: GGUF metadata are not read; give the config.json of the original model, or its name"
         )
+    if "speculators_model_type" in content:
+        raise InputError(f"{where}: a draft model of speculators; give the config.json of the model that verifies")
     if "peft_type" in content:
         base = shown(content.get("base_model_name_or_path"))
         raise InputError(f"{where}: an adapter of {base}; give the config.json of that model, or its name")
@@ -200,7 +205,8 @@ def _scoring(read: Reader, known: Type, name: str) -> tuple[str, bool]:
     key, scoring = read.take("scoring")
     if scoring is not None and not isinstance(scoring, str):
         raise read.error(f"{key}: the scoring function must be a name, not {shown(scoring)}")
-    sigmoid = read.flag("sigmoid")
+    sigmoid, softmax = read.flag("sigmoid"), read.flag("softmax")
+    sigmoid = sigmoid if softmax is None else not softmax
     if not scoring and sigmoid is not None:
         scoring = "sigmoid" if sigmoid else "softmax"
     has_bias = read.flag("has_bias")
