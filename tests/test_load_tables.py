@@ -144,6 +144,7 @@ def test_json_tables(tmp_path):
         {str(3 + i): {str(e): n for e, n in enumerate(row)} for i, row in enumerate(rows)},
         {"expert_counts": {str(3 + i): row for i, row in enumerate(rows)}},
         {"counts": rows, "layer_ids": [3, 4, 5]},
+        {"counts": rows[::-1], "layer_ids": [5, 4, 3]},  # in order, by which maps are exported
         {"layers": {str(3 + i): row for i, row in enumerate(rows)}},
         [{"layer_id": 3 + i, "counts": row} for i, row in enumerate(rows)],
         [{"layer": 3 + i, "expert": e, "count": n} for i, row in enumerate(rows) for e, n in enumerate(row)],
@@ -170,6 +171,10 @@ def test_json_tables(tmp_path):
         found = read_traffic(tmp_path / "x.json")
         np.testing.assert_array_equal(found.expert_counts, COUNTS * (steps or 1))
         assert (found.n_steps, found.layer_ids.tolist()) == (steps, [0, 1, 2])
+    ids = [{"3": row, "4": row[::-1]} for row in RNG.random((20, 8)).argsort(axis=1)[:, :2].tolist()]  # of 20 tokens
+    (tmp_path / "x.json").write_text(json.dumps([step | {"5": [6, 7]} for step in ids]))
+    with pytest.raises(InputError, match="may be loads or the experts of a token"):
+        read_traffic(tmp_path / "x.json")
     even = [[[4, 4, 0], [5, 1, 2]], [[3, 5, 0], [2, 2, 4]]]  # counts of two steps: a layer's add up to the same
     (tmp_path / "x.json").write_text(json.dumps(even))
     assert read_traffic(tmp_path / "x.json").expert_counts.tolist() == [[7, 9, 0], [7, 3, 6]]

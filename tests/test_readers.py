@@ -304,6 +304,8 @@ def test_loads_that_may_mean_something_else_are_noted(tmp_path, small, array, no
         ("x.npy", IDS.transpose(1, 0, 2), "are the axes exchanged"),
         ("x.npy", REVERSED, "a map of experts, and no loads"),
         ("x.npy", np.column_stack([REVERSED, [[3, 5]] * 3]), "a map of experts, and no loads"),
+        ("x.npy", [[0, 1, 1, 0, 3, 2, 3, 2], [3, 2, 2, 0, 0, 1, 3, 1]], "ranks of experts, and no loads"),
+        ("x.npz", {f"layers.{i}.router.expert_bias": row for i, row in enumerate(LOADS)}, "holds no loads by its name"),
         ("x.npz", {"logical_replica_count": LOADS}, "'logical_replica_count' holds no loads by its name"),
         ("x.npz", {"log2phy": LOADS[..., None]}, "'log2phy' holds no loads by its name, nor ids"),
         ("x.npz", {"expert_load_view": LOADS}, "counts physical experts, and no map"),

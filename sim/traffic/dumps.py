@@ -34,7 +34,7 @@ from sim.traffic.tables import layer_of_key
 _MAP = "last_physical_to_logical_map"
 _SAMPLE = 4096  # first rows of an array that tell what it is
 _LENGTHS = ("sequence_lengths", "seq_lens", "seqlens", "extend_seq_lens")
-_NO_LOADS = re.compile(r"map$|log2phy|phy2log|logcnt|replica|logit|prob(s|$|abilit)|weight|score")
+_NO_LOADS = re.compile(r"map$|log2phy|phy2log|logcnt|replica|logit|prob(s|$|abilit)|weight|score|bias$")
 _NAMES = f"loads go by {', '.join(COUNT_NAMES[:6])} ..., ids by {', '.join(TOKEN_NAMES[:4])} ..."
 STAT = "SGLang's recorder in mode stat"
 _DECODE = 2  # SGLang's ForwardMode of a step with one token of each request
@@ -190,7 +190,8 @@ def read_archive(archive: Archive, requests: Requests) -> CountTable | Requests:
     if counted:
         table = _array_counts(archive, counted[0])
         own = next((key for key in ("layer_ids", "layers") if key in names), None)
-        if own and archive.shape(own)[0] == table.counts.shape[-2:-1]:
+        own = own if own and archive.shape(own)[0] == table.counts.shape[-2:-1] else None
+        if own:
             table.layer_ids = archive.read(own).astype(np.int64)
         slots = next((archive.read(key) for key in MAP_NAMES if key in names), None)
         table.counts = logical_counts(counted[0], table.counts, slots, where)

@@ -22,6 +22,7 @@ from sim.traffic.counts import (
     CountTable,
     LoadCounts,
     add_tables,
+    are_counts,
     build_counts,
     doubts_about,
     of_experts,
@@ -362,6 +363,12 @@ def _loads(table: CountTable, where: str, name: str, model: ModelSpec | None, mo
     if counts.ndim in (2, 3) and layer_ids is None:
         axes = ("steps", "layers", "experts")[-counts.ndim :]
         notes[0] += _check_shape(counts.shape, model, where, axes, table.steps is None)
+    may_be_ids = model is None and counts.ndim == 3 and "{layer: [" in table.form and 4 * counts.max() < counts.size
+    if may_be_ids and not are_counts(counts):
+        raise InputError(
+            f"{where}: its lists, of {counts.shape[2]} numbers, may be loads or the experts of a token: give --model, or name "
+            "what they are (rows of tokens have layer, token and topk_ids; of loads layer and counts)"
+        )
     if model is not None:
         counts, told = of_experts(counts, model.n_experts, model.top_k, table.is_open)
         notes += told
