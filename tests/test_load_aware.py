@@ -2,17 +2,18 @@
 
 import dataclasses
 import json
+from contextlib import nullcontext
 
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import assert_same_tables, fails, run
+from conftest import assert_same_tables, fails, run, write
 from hypothesis import given
 from hypothesis import strategies as st
 from naive import scores as ref_scores
 from naive import slot_counts as ref_slot_counts
 
-from sim import InputError, load_model, load_workload, place, sweep
+from sim import InputError, ModelSpec, load_model, load_workload, place, sweep
 from sim.copies import assign_by_hash, assign_evenly, find_copies, pick_slots
 from sim.placement import place_fixed, placement_text
 from sim.router import draw_loads, draw_trials
@@ -236,6 +237,19 @@ def test_fit_on_another_record(trace, tmp_path, capsys):
     }.items():
         fails(capsys, [*words, *options, "--out", tmp_path / "b"], message)
     assert not (tmp_path / "b").exists()
+
+
+def test_a_map_or_loads_of_other_layers_than_the_record_are_refused(tmp_path):
+    model = ModelSpec("m", 4, 1, n_layers=4, moe_layer_ids=(1, 2, 3))
+    rows = [{"layer": layer, "token": t, "experts": [t % 4]} for layer in (2, 3) for t in range(8)]
+    record = load_workload(f"file:{write(tmp_path / 'x.jsonl', lines=rows)}", model)
+    options = {"ep_sizes": 2, "tokens": 2, "trials": 4, "bound_layers": 0}
+    for layers, message in (((2, 3), ""), ((1, 2), "has decoder layer 1 where workload file:x.jsonl has layer 2")):
+        loads, _ = build_counts("loads", "file:loads", np.array([[4, 3, 2, 1], [1, 2, 3, 4]]), np.array(layers))
+        linear = place("linear", model, 2).for_layers(layers)
+        for more in ({"placements": "eplb", "fit_on": loads}, {"placements": [linear]}):
+            with pytest.raises(InputError, match=message) if message else nullcontext():
+                make_plan(model, record, **options, **more)
 
 
 def test_real_routing_is_evened_out(shared):

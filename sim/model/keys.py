@@ -148,9 +148,9 @@ class Type(NamedTuple):
 
 
 # transformers 5.24.0 (configuration_*.py and modeling_*.py of each type); vLLM 0.33.0 for alice_ai, arctic, bailing_moe,
-# grok, interns*, k2_horizon, kimi_k2, longcat_flash_ngram, mimo_v2, minicpm, nomic_bert, pangu*, param2moe, step3 and step5; SGLang 0.5.23 for the
-# groups of bailing_moe_v2, gigachat3_5, llada2_moe, sdar_moe, xllm and xverse; vllm-ascend 0.9.1 for pangupromoe (one expert of
-# each of 8 groups); mlx-lm 0.32.2 for klear.
+# grok, interns*, k2_horizon, kimi_k2, longcat_flash_ngram, mimo_v2, minicpm, nomic_bert, pangu*, param2moe,
+# step3 and step5; SGLang 0.5.23 for the groups of bailing_moe_v2, gigachat3_5, llada2_moe, sdar_moe, xllm and xverse;
+# vllm-ascend 0.9.1 for pangupromoe (one expert of each of 8 groups); mlx-lm 0.32.2 for klear; llama.cpp for smallthinker.
 _ENCODER = "its encoder has MoE layers of its own, which are not counted"
 _RULES = (
     (Type("sigmoid", True, {"first_k_dense_replace": 3}, (8, 4)), "deepseek_v3 deepseek_v32 dots_vlm kimi_k2 beam"),
