@@ -153,6 +153,29 @@ def test_case_e01_rows_are_decoder_layers_for_sglang_and_keys_for_tensorrt_llm(c
     assert lines[2:5] == [f"  {layer}: {row}" for layer, row in zip((1, 2, 3), ref, strict=True)]
 
 
+@pytest.mark.parametrize("form", ["vllm", "vllm-ascend"])
+def test_an_engine_that_takes_layers_by_their_place_gets_no_map_of_some_in_between(cases, tmp_path, capsys, form):
+    words = [
+        "export",
+        "--model",
+        cases / "e01-one-dense-layer.json",
+        "--placement",
+        "eplb",
+        "--ep",
+        "4",
+        "--format",
+        form,
+    ]
+    loads = tmp_path / "x.csv"
+    for first, message in ((1, ""), (2, "layers 2 to 3 alone would go to layers 1 to 2")):
+        loads.write_text("layer,0,1,2,3,4,5,6,7\n" + "".join(f"{first + i},8,7,6,5,4,3,2,1\n" for i in (0, 1)))
+        command = [*words, "--fit-on", loads, "--out", tmp_path / f"{first}.json"]
+        if message:
+            fails(capsys, command, message)
+        else:
+            assert run(*command) == 0
+
+
 def test_first_layer_places_the_layers_of_a_model_that_does_not_know_its_own(tmp_path):
     config = tmp_path / "config.json"
     config.write_text('{"num_local_experts": 8, "num_experts_per_tok": 2}')
