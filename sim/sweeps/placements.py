@@ -23,7 +23,7 @@ from sim.placement import (
     split_name,
     strategy_name,
 )
-from sim.traffic import RecordedTraffic, SyntheticTraffic, Workload, read_traffic
+from sim.traffic import LoadCounts, RecordedTraffic, SyntheticTraffic, Workload, read_traffic
 from sim.traffic.split import load_of
 
 MAX_TOKENS = 2**24
@@ -142,8 +142,8 @@ def place_pair(
     return place_fixed(name, model, ep_size, ranks_per_node)
 
 
-def check_same_layers(what: str, ids: Iterable[int], workload: Workload, model: ModelSpec) -> None:
-    """Refuse what is of other decoder layers than recorded traffic, where both are known."""
+def check_same_layers(what: str, ids: Iterable[int], workload: Workload | LoadCounts, model: ModelSpec) -> None:
+    """Refuse what is of other decoder layers than recorded traffic or measured loads, where both are known."""
     mine, other, moe = list(getattr(workload, "layer_ids", ())), list(ids), set(model.moe_layer_ids)
     if mine and other and mine != other and moe.issuperset(mine) and moe.issuperset(other):
         odd = next(place for place, pair in enumerate(zip(other, mine, strict=False)) if pair[0] != pair[1])
