@@ -77,7 +77,7 @@ class Requests:
     n_same_id: int = 0
     n_null_tokens: int = 0
     n_later: int = 0
-    n_unfit: int = 0
+    n_untold: int = 0
     n_ids: int = 0
     _of_key: dict[Any, int] = field(default_factory=dict)
     _other_phase: dict[Any, int] = field(default_factory=dict)
@@ -157,10 +157,6 @@ class Requests:
         if self.n_later:
             found.append(
                 f"{self.n_later} answers lack ids of the first tokens of their prompts, by their counts (usage)"
-            )
-        if self.n_unfit:
-            found.append(
-                f"{self.n_unfit} answers have other ids than they count tokens (usage): prompts are not told apart"
             )
         if self.n_null_tokens:
             found.append(f"{self.n_null_tokens} tokens without routing (null) are left out")
@@ -248,6 +244,7 @@ def add_answer(requests: Requests, held: Any, here: str, phase: str) -> bool:
         prompts = _prompts(choices, request[0][2], [parts[-1][1] for _, parts, _ in request], requests)
         if not prompts:
             requests.share(choices)
+            requests.n_untold += bool(choices)
         for place, (key, whole, _) in enumerate(choices):
             taken, left = whole, 0
             if prompts:
@@ -289,9 +286,7 @@ def _prompts(
     if any(not np.array_equal(ids[:n], choices[0][1][:n]) for (_, ids, _), n in zip(choices, heads, strict=True)):
         return []
     n_last = sum(heads) + made - sum(len(ids) for _, ids, _ in choices)
-    fits = max(heads) == prompt - start and 0 <= n_last <= len(choices)
-    requests.n_unfit += not fits
-    return heads if fits else []
+    return heads if max(heads) == prompt - start and 0 <= n_last <= len(choices) else []
 
 
 Part = tuple[Any, dict[str, Any]]

@@ -233,6 +233,10 @@ def _read_files(paths: list[Path], requests: Requests, phase: str) -> CountTable
         what = "ranks" if kind in ("pt", "statistics") else "files"
         return add_tables(successive(tables) if tables[0].form == STAT else tables, where, what)
     requests.form = "; ".join(forms) + ("" if len(paths) == 1 else f", {len(paths)} files")
+    if requests.n_untold:
+        requests.form += (
+            f"; {requests.n_untold} have no token counts (usage) that fit their ids: prompts are read with them"
+        )
     if requests.n_other_phase:
         other = "prefill" if phase == "decode" else "decode"
         if not requests.arrays:
