@@ -140,7 +140,7 @@ def test_json_tables(tmp_path):
         {str(3 + i): row for i, row in enumerate(rows)},
         {f"layer_{3 + i}": row for i, row in enumerate(rows)},
         {f"model.layers.{3 + i}.mlp": row for i, row in enumerate(rows)},
-        {"0": None, **{str(3 + i): row for i, row in reversed(list(enumerate(rows)))}},
+        {"0": None, "1": [], **{str(3 + i): row for i, row in reversed(list(enumerate(rows)))}},
         {str(3 + i): {str(e): n for e, n in enumerate(row)} for i, row in enumerate(rows)},
         {"expert_counts": {str(3 + i): row for i, row in enumerate(rows)}},
         {"counts": rows, "layer_ids": [3, 4, 5]},

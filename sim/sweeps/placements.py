@@ -143,9 +143,12 @@ def place_pair(
 
 
 def check_same_layers(what: str, ids: Iterable[int], workload: Workload | LoadCounts, model: ModelSpec) -> None:
-    """Refuse what is of other decoder layers than recorded traffic or measured loads, where both are known."""
+    """Refuse what is of other decoder layers than recorded traffic or measured loads, where both are known (0, 1, ... may be
+    those that nobody named).
+    """
     mine, other, moe = list(getattr(workload, "layer_ids", ())), list(ids), set(model.moe_layer_ids)
-    if mine and other and mine != other and moe.issuperset(mine) and moe.issuperset(other):
+    are_named = mine and list(range(len(mine))) not in (mine, other) and moe.issuperset(mine) and moe.issuperset(other)
+    if are_named and other and mine != other:
         odd = next(place for place, pair in enumerate(zip(other, mine, strict=False)) if pair[0] != pair[1])
         raise InputError(
             f"{what} has decoder layer {other[odd]} where workload {workload.name} has layer {mine[odd]}: keep the same layers"

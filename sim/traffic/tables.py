@@ -433,10 +433,10 @@ def depth_of(held: Any) -> int:
 
 def _table_of_layers(held: dict[str, Any], where: str) -> CountTable | None:
     """Counts of {layer: [count of each expert]} or {layer: {expert: count}}; a layer may have them under a known name."""
-    of_layer = {layer_of_key(key): row for key, row in held.items() if row is not None}
+    of_layer = {layer_of_key(key): row for key, row in held.items() if row not in (None, [], {})}
     if not of_layer or None in map(layer_of_key, held):
         return None
-    if len(of_layer) < sum(row is not None for row in held.values()):
+    if len(of_layer) < sum(row not in (None, [], {}) for row in held.values()):
         raise InputError(f"{where}: a layer stands there twice")
     rows = list(of_layer.values())
     if all(isinstance(row, dict) for row in rows):  # {layer: {expert_counts: ..., and what describes them}}
