@@ -255,6 +255,18 @@ def test_requests_and_tokens_without_routing_are_left_out_and_counted(tmp_path):
     same(found, notes=tuple(f"{told} are left out" for told in left))
 
 
+@pytest.mark.parametrize("order", [[0, 1, 2], [2, 0, 1], [2, 0]])
+def test_the_layers_of_ids_are_those_that_an_array_beside_them_numbers(tmp_path, order):
+    model = ModelSpec("m", 8, 2, n_layers=6, moe_layer_ids=(1, 3, 5))
+    ids, layers = np.concatenate(REQUESTS)[:, order], np.array([1, 3, 5])[order]
+    for names in ({"topk_ids": ids, "sequence_lengths": [10, 12]}, {"routed_experts": ids}):
+        found = read_traffic(write(tmp_path / "x.npz", **names, layer_ids=layers), model)
+        assert found.layer_ids.tolist() == sorted(layers)
+        np.testing.assert_array_equal(found.topk_ids, ids[:, np.argsort(order)].transpose(1, 0, 2))
+    with pytest.raises(InputError, match="layer_ids must number each layer"):
+        read_traffic(write(tmp_path / "x.npz", routed_experts=ids, layer_ids=np.full(len(order), 3)))
+
+
 @pytest.mark.parametrize("n_layers", [3, 4])  # of 4 the first is dense, but for padding
 def test_padding_by_the_first_experts_in_every_layer_is_left_out(tmp_path, n_layers):
     """SkyRL's `replay_padding_row`: routing that is replayed in training is padded with arange(top_k)."""
