@@ -166,7 +166,12 @@ def test_json_tables(tmp_path):
     history = {
         "load_history": [{"step": i, "logical_expert_load": rows} for i in range(2)]
     }  # of openevolve's EPLB task
-    for value, steps in ((rows, None), ({"logical_count": [rows, rows]}, 2), (history, 2)):
+    for value, steps in (
+        (rows, None),
+        ({"logical_count": [rows, rows]}, 2),
+        (history, 2),
+        ({"counts": rows, "layers": 3}, None),
+    ):
         (tmp_path / "x.json").write_text(json.dumps(value))
         found = read_traffic(tmp_path / "x.json")
         np.testing.assert_array_equal(found.expert_counts, COUNTS * (steps or 1))

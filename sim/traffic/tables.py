@@ -380,15 +380,16 @@ def _named_table(held: dict[str, Any], where: str) -> CountTable | None:
     counts = logical_counts(name, _regular(inner, where), None if slots is None else _regular(slots, where), where)
     ids = held.get("layer_ids", held.get("layers"))
     is_told = isinstance(ids, list) and len(ids) == counts.shape[-2] and set(map(type, ids)) == {int}
-    return CountTable(
-        counts, f"JSON with counts under '{name}'", _ids(np.array(ids, float), "layers", where) if is_told else None
-    )
+    unread = "; not read: its layers" if isinstance(ids, list) and not is_told else ""
+    form = f"JSON with counts under '{name}'{unread}"
+    return CountTable(counts, form, _ids(np.array(ids, float), "layers", where) if is_told else None)
 
 
 def _is_row(held: dict[str, Any]) -> bool:
     """Whether the keys of an object of JSON name the columns of a table, with one number for the layer."""
     of_column = {column_role(key): value for key, value in held.items()}
-    return None not in of_column and type(of_column.get("layer")) in (int, float)
+    has_one = type(of_column.get("layer")) in (int, float) and depth_of(of_column.get("count")) < 2
+    return has_one and None not in of_column
 
 
 def _table_of_rows(held: list[Any], where: str) -> CountTable | None:
