@@ -71,7 +71,10 @@ def read_placement(path: Path, model: ModelSpec, ep_size: int) -> Placement:
             rows = known[key]
             if not isinstance(rows, list) or not rows or not all(isinstance(row, list) for row in rows):
                 raise InputError(f"{file.where}: {key} must be a list of layers, each a list of experts")
-            return file.of_slots(*file.by_place(rows))
+            rows, layer_ids, notes = file.by_place(rows)
+            if layer_ids and len(known[key]) == len(layer_ids) <= max(layer_ids):
+                notes += ("its rows are taken for the MoE layers in order; SGLang takes row i for decoder layer i",)
+            return file.of_slots(rows, layer_ids, notes)
     if "layer_list" in known:
         return _from_ascend(known, file)
     if not isinstance(content, list) or not content:
