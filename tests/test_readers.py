@@ -313,6 +313,7 @@ def test_loads_that_may_mean_something_else_are_noted(tmp_path, small, array, no
         ("x.npy", np.tile(LOADS, (100, 1)), "300 layers"),
         ("x.npy", np.tile(IDS.transpose(1, 0, 2), (1, 20, 1)), "are the axes exchanged"),
         ("x.npy", IDS.astype(np.float32), "must be of whole numbers, not float32"),
+        ("x.npy", np.where(IDS > 5, -1, IDS), "tokens lack an expert in some layer (-1): zero-compute experts"),
         ("x.csv", "layer,e0,e1\n0,50%,3\n", "some of its numbers have a percent sign"),
         ("x.csv", "layer;e0;e1\n0;1,234;5,678\n", "commas in its numbers, of thousands or decimals?"),
         ("x.csv", "expert,layer_0,count\n0,1,2\n", "a column for each layer goes with a row for each expert"),

@@ -260,6 +260,11 @@ def build_record(
         notes.append(f"{dense.sum()} dense layers ({_fillers(routed[0, dense, 0])}) are left out")
         routed = routed[:, ~dense]
     lacking = (routed == -1).any(axis=(1, 2)) if routed.min(initial=0) < 0 else np.zeros(len(routed), bool)
+    if 2 * lacking.sum() > len(routed):
+        raise InputError(
+            f"{where}: {lacking.sum()} of {len(routed)} tokens lack an expert in some layer (-1): zero-compute experts, "
+            "or dropped pairs? The others alone are other traffic"
+        )
     if lacking.any():
         notes.append(f"{lacking.sum()} tokens that lack an expert in a layer (-1) are left out")
         routed = routed[~lacking]
