@@ -26,6 +26,10 @@ _MARKERS = ("o", "^", "s", "D", "v", "P", "X")
 _POINTS: dict[str, Any] = {
     "linestyle": "", "markersize": 2.5, "alpha": 0.5, "markeredgewidth": 0, "rasterized": True
 }  # fmt: skip
+_EXCHANGES = {
+    "token": "a token once to each rank", "pair": "once for each expert", "gather": "all-gather and reduce-scatter",
+    "reduce": "all-reduce",
+}  # fmt: skip
 _BAND = 1.2  # predicted within 20 % of measured
 
 
@@ -217,4 +221,5 @@ def measured_exchange(layers: pd.DataFrame) -> Figure:
 def _layer_title(figure: Figure, layers: pd.DataFrame, text: str) -> None:
     first = layers.iloc[0]
     about = f"{first.model}, EP {first.ep_size} on {first.ep_size} x {first.gpu}, {first['dtype']}, {layers.step.nunique()} steps"
-    title_figure(figure, f"{text}\n{about}")
+    kinds = "; ".join(f"{name}: {_EXCHANGES[name]}" for name in dict.fromkeys(layers.exchange))
+    title_figure(figure, f"{text}\n{about}\n{kinds}")
