@@ -87,7 +87,7 @@ def _sorted_loads(ax: Any, about: Description) -> None:
     ax.set_ylim(0, 1.05 * relative.max())
     ax.set_xlabel("experts by falling load, %")
     ax.set_ylabel("load / mean")
-    title_panel(ax, "Skew", "grey: layers; blue: their mean; dotted: mean, an eighth")
+    title_panel(ax, "Skew", "grey: layers; blue: their mean; dotted: 1, 12.5 %")
 
 
 def _by_index(ax: Any, about: Description) -> None:
