@@ -110,7 +110,7 @@ def gain_by_traffic(table: pd.DataFrame) -> Figure:
         figure,
         f"What placements save over {row.baseline} by kind of traffic, EP {ep_size}: of the busiest rank's load (imbalance),\n"
         f"and of a layer's time by exchange ({row.gpu}, {row['dtype']})\n"
-        "*: recorded; bars: 95 %, paired, over layers, cut off where layers are few",
+        f"*: recorded; bars: 95 %, paired, over layers; those of fewer than {_FEW_DRAWS} layers may run off the panel",
     )
     handles = [
         Line2D(
@@ -161,6 +161,8 @@ def advice_by_tokens(gains: pd.DataFrame, reference: str, reference_text: str = 
     current = base.baseline.iloc[0]
     looks.setdefault(current, look(current))
     balance.plot(base.tokens, base.baseline_imbalance, **looks[current])
+    ends = base.baseline_imbalance_low, base.baseline_imbalance_high
+    band(balance, base.tokens, *ends, looks[current]["color"])
     for name in names:
         mine = rows[rows.placement == name]
         style: dict[str, Any] = looks[name]

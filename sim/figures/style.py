@@ -185,8 +185,8 @@ def sideways(ax: Axes, i: int, n: int, apart: float = 2.5) -> Transform:
 
 def panels(n: int, columns: int, height: float, *, sharey: bool | Literal["row"] = True) -> tuple[Figure, list[Axes]]:
     """A figure of README width with `n` panels in rows of `columns`, each row `height` inches high."""
-    columns = min(columns, n)
     rows = -(-n // columns)
+    columns = -(-n // rows)  # 4 panels are 2 by 2, not 3 and 1
     figure = Figure(figsize=(_BASE_WIDTH, 0.9 + height * rows), layout="constrained")
     axes = figure.subplots(rows, columns, sharey=sharey, squeeze=False)
     flat = [ax for row in axes for ax in row]

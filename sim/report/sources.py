@@ -181,7 +181,11 @@ def answer_of_sweep(result: SweepResult) -> str:
     )
     text += "In the largest steps: "
     few = largest.iloc[np.unique(np.linspace(0, len(largest) - 1, min(4, len(largest))).round().astype(int))]
-    return text + ", ".join(f"{_change(row['mean'])} at EP {row.ep_size}" for _, row in few.iterrows()) + "."
+    parts = (
+        f"{_change(row['mean']).removesuffix(' %')} ± {50 * (row.mean_high - row.mean_low):.1f} % at EP {row.ep_size}"
+        for _, row in few.iterrows()
+    )
+    return text + ", ".join(parts) + "."
 
 
 def _change(ratio: float) -> str:
