@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from sim.errors import InputError, counted, shown
-from sim.files import is_there, read_json, read_text, whole_files
+from sim.files import is_there, model_label, read_json, read_text, whole_files
 from sim.stats import CELL, Design, Histogram, Moments, mean_interval, probability_interval
 
 if TYPE_CHECKING:
@@ -234,7 +234,7 @@ class SweepResult:
     def __repr__(self) -> str:
         first, n = self.summary.iloc[0], self.summary[CELL].nunique()
         return (
-            f"SweepResult: {Path(first.model).name}, {first.workload} traffic, {counted(n.placement, 'placement')} x "
+            f"SweepResult: {model_label(first.model)}, {first.workload} traffic, {counted(n.placement, 'placement')} x "
             f"{counted(n.ep_size, 'EP size')} x {counted(n.tokens, 'step size')}, {self.summary.trials.max()} trials"
         )
 

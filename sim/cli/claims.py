@@ -31,8 +31,18 @@ def run_claims(arguments: Namespace) -> None:
         table = claims(workload, **options)
     identity = {"workload": workload.name, "law": workload.law, **options}
     del identity["threads"]
-    show = _print_markdown if arguments.markdown else _print_blocks
-    answer(arguments.out, arguments, lambda: show(table), {"claims": table}, identity)
+    answer(
+        arguments.out,
+        arguments,
+        lambda: print_table_of(table, identity, arguments.markdown),
+        {"claims": table},
+        identity,
+    )
+
+
+def print_table_of(table: Any, about: dict[str, Any], markdown: bool) -> None:
+    """Print claims and their verdicts."""
+    (_print_markdown if markdown else _print_blocks)(table)
 
 
 def _needs(row: Any) -> str:

@@ -4,9 +4,17 @@ import re
 from argparse import ArgumentParser, Namespace
 from typing import Any
 
-from sim.cli.inputs import identity_of, read_inputs, say_about_maps, say_about_times, step_options
+from sim.cli.inputs import (
+    SEVERAL_EXCHANGES,
+    identity_of,
+    read_inputs,
+    say_about_maps,
+    say_about_times,
+    step_options,
+)
 from sim.cli.terminal import add_output, answer, estimate, print_table, say, shown_progress
 from sim.errors import InputError
+from sim.files import model_label
 from sim.options import GpuOptions, RestOptions, StepOptions, TimeOptions, TrafficOptions
 from sim.options.declare import add_options, given, section_of
 from sim.options.kinds import NAMES
@@ -36,7 +44,7 @@ def add_gain(parser: ArgumentParser) -> None:
     )
     add_options(parser, TrafficOptions)
     add_options(parser, StepOptions, ep_sizes="8,16", tokens="1..16384")
-    add_options(parser, TimeOptions)
+    add_options(parser, TimeOptions, helps={"exchange": SEVERAL_EXCHANGES})
     add_options(parser, RestOptions)
     add_output(parser, "gain.csv and the figures", figures=True)
 
@@ -62,7 +70,7 @@ def run_gain(arguments: Namespace) -> None:
         gains = predict_gain(model, workload, gpus, **chosen, **options)
     identity = identity_of(model, workload, options, gpus, **chosen)
     answer(
-        arguments.out, arguments, lambda: _print(gains, arguments.markdown), {"gain": gains}, identity,
+        arguments.out, arguments, lambda: print_table_of(gains, identity, arguments.markdown), {"gain": gains}, identity,
         lambda: _figures(gains),
     )  # fmt: skip
 
@@ -79,11 +87,12 @@ def _figures(gains: Any) -> dict[str, Any]:
     }
 
 
-def _print(gains: Any, markdown: bool) -> None:
+def print_table_of(gains: Any, about: dict[str, Any], markdown: bool) -> None:
+    """Print gains, their notes and break-even."""
     row, names = gains.iloc[0], ", ".join(dict.fromkeys(gains.placement))
     exchanges = ", ".join(dict.fromkeys(gains.exchange))
     title = (
-        f"{row.model} in {row['dtype']}, {row.workload} traffic, exchange {exchanges}: time of {names} against "
+        f"{model_label(row.model)} in {row['dtype']}, {row.workload} traffic, exchange {exchanges}: time of {names} against "
         f"{row.baseline}\nlayer: experts of the slowest rank, dispatch and combine, mean and 99th percentile; saved: share "
         "of the layer's time (experts: of the experts' alone)"
     )

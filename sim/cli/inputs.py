@@ -8,6 +8,10 @@ from sim.errors import InputError
 from sim.options import LAYER_CORRELATION, StepOptions, TimeOptions
 from sim.options.declare import given
 
+SEVERAL_EXCHANGES = (
+    "one or several, with commas, of pair, token, gather, reduce, none and backends of these kinds (epsim gpus)"
+)
+
 
 def read_inputs(arguments: Namespace) -> tuple[Any, Any]:
     """The model, and the traffic with what its options say of it."""

@@ -232,11 +232,13 @@ def run_gpus(arguments: Namespace) -> None:
 
 
 def _check(arguments: Namespace) -> None:
-    from sim.cost.refit import predicted_against_measured
+    import pandas as pd
 
-    check = predicted_against_measured()
-    if not print_rows(check, arguments):
-        _print_check(check, arguments.markdown)
+    from sim.cost.refit import exchanges_of_others, predicted_against_measured
+
+    check, others = predicted_against_measured(), exchanges_of_others()
+    if not print_rows(pd.concat([check, others.assign(fitted=False)], ignore_index=True), arguments):
+        _print_check(check, others, arguments.markdown)
     if arguments.plot is not None:
         from sim.figures import save
         from sim.figures.measured import published_kernels
@@ -245,8 +247,7 @@ def _check(arguments: Namespace) -> None:
         say_written(f"written to {arguments.plot}", arguments)
 
 
-def _print_check(check: Any, markdown: bool) -> None:
-    from sim.cost.refit import exchanges_of_others
+def _print_check(check: Any, others: Any, markdown: bool) -> None:
     from sim.cost.tables import measured
 
     keys = ["part", "gpu", "dtype", "source"]
@@ -261,7 +262,6 @@ def _print_check(check: Any, markdown: bool) -> None:
         "EP size (experts) or tokens per rank (exchange); moe_decode: no fit saw it"
     )
     print_lines(title, heads, lines, markdown, align="<<<<>>>>>", keys=4)
-    others = exchanges_of_others()
     lines = [
         [*of, str(len(rows)), *(f"{rows.error.quantile(q):+.0%}" for q in (0, 0.5, 1))]
         for of, rows in others.groupby(keys, sort=False)
