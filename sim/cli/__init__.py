@@ -47,6 +47,7 @@ _SUBJECTS = {
         "workloads": ("lists", "traffic presets, and how uneven each is"),
         "placements": ("lists", "placements, and when vLLM runs another one"),
         "gpus": ("lists", "GPUs and kinds of exchange that times can be computed for"),
+        "columns": ("lists", "columns of the tables, with units and meaning"),
     },
 }
 VERBS = {verb: about for verbs in _SUBJECTS.values() for verb, about in verbs.items()}

@@ -128,7 +128,8 @@ def _print_answer(asked: Any, about: dict[str, Any], markdown: bool) -> None:
     where["horizon"] = f"any layer of any of {about.get('horizon_steps')} steps"
     title = (
         f"{model_label(row.model)}, {row.workload} traffic: what to set, so that it is exceeded in "
-        f"{where[row.scope]} with a probability of at most {about['risk']:g}{'' if row.deployments == 'all' else ', in 95 % of deployments'}"
+        f"{where[row.scope]} with a probability of at most "
+        f"{about['risk']:g}{'' if row.deployments == 'all' else ', in 95 % of deployments'}"
     )
     print_lines(title, [*heads, "DeepEP tokens", f"DeepEP {unit}"], lines, markdown, align=">><", keys=3)
     if markdown:

@@ -31,9 +31,28 @@ def read_file(path: Any, model: Any, phase: str | None) -> Any:
 
     from sim.traffic import read_traffic
 
-    traffic = read_traffic(Path(str(path).removeprefix("file:")), model, "decode" if phase is None else phase)
+    path, phase = Path(str(path).removeprefix("file:")), "decode" if phase is None else phase
+    try:
+        traffic = read_traffic(path, model, phase)
+    except InputError as error:
+        if model is None or f"model {model.name} has" not in str(error):
+            raise
+        end = "" if str(error).endswith("?") else "."
+        raise InputError(f"{error}{end} {_models_like(read_traffic(path, None, phase))}") from None
     note(*traffic.notes)
     return traffic
+
+
+def _models_like(traffic: Any) -> str:
+    """Which presets have the shape of a file."""
+    from sim.model import load_model, model_names
+
+    shape = [traffic.n_experts, *([traffic.topk_ids.shape[2]] if hasattr(traffic, "topk_ids") else [])]
+    alike = [model for model in map(load_model, model_names()) if [model.n_experts, model.top_k][: len(shape)] == shape]
+    alike = [model for model in alike if model.n_moe_layers == traffic.n_layers] or alike
+    names = ", ".join(model.name for model in alike[:6]) + ", ..." * (len(alike) > 6)
+    what = f"{shape[0]} experts" + (f", top-{shape[1]}" if len(shape) > 1 else "")
+    return f"With {what}: {names or 'no preset'}; or give the model's config.json (--model)"
 
 
 def check_there(rows: Any, wanted: dict[str, list[Any] | None], where: str) -> None:

@@ -1,7 +1,9 @@
 """The lists: models, traffic presets, placements, and GPUs with their check against published times."""
 
 import textwrap
+import tomllib
 from argparse import ArgumentParser, Namespace
+from importlib import resources
 from typing import Any
 
 from sim.cli.terminal import (
@@ -14,7 +16,7 @@ from sim.cli.terminal import (
     say_written,
     shown_progress,
 )
-from sim.errors import InputError
+from sim.errors import InputError, unknown
 from sim.options import TrafficOptions
 from sim.options.declare import add_options
 from sim.options.kinds import Listed, NewFile, Whole
@@ -172,6 +174,47 @@ def run_placements(arguments: Namespace) -> None:
         f"default. These are linear: {', '.join(LINEAR_BACKENDS)}. moonep refuses to start with round_robin.",
     ):
         say(text)
+
+
+def add_columns(parser: ArgumentParser) -> None:
+    """List the columns of the tables that verbs write, and print as --csv and --json, with units and meaning."""
+    parser.add_argument("name", nargs="?", metavar="NAME", help="a column, or a table: summary, tail, capacity, gain, advice, "
+        "depends, steps, claims, decay (default: all)")  # fmt: skip
+    add_output(parser)
+
+
+def run_columns(arguments: Namespace) -> None:
+    """Run `epsim columns`."""
+    tables = tomllib.loads(resources.files("sim.cli").joinpath("columns.toml").read_text(encoding="utf-8"))
+    abouts = {table: columns.pop("_about") for table, columns in tables.items()}
+    rows = [
+        {"table": table, "column": name, "unit": unit, "meaning": meaning}
+        for table, columns in tables.items() for name, (unit, meaning) in columns.items()
+    ]  # fmt: skip
+    if arguments.name is not None:
+        asked = arguments.name.removesuffix(".csv")
+        column = asked.removesuffix("_low").removesuffix("_high")
+        names = [asked, column, f"{column}_mean", column.removeprefix("baseline_")]
+        wanted = {asked, "keys"} if asked in tables else set()
+        rows = [row for row in rows if row["table"] in wanted or row["column"] in names]
+        if not rows:
+            raise unknown("table or column", asked, [*tables, *(name for of in tables.values() for name in of)])
+    if print_rows(rows, arguments):
+        return
+    if arguments.markdown:
+        print_lines("", list(rows[0]), [list(row.values()) for row in rows], markdown=True, align="<<<<")
+        return
+    say("NAME_low and NAME_high are the ends of the 95 % interval of NAME, or of NAME_mean, in its unit.")
+    for table in dict.fromkeys(row["table"] for row in rows):
+        print()
+        say(abouts[table], "" if table == "keys" else f"{table}.csv: ", "    ")
+        for row in rows:
+            if row["table"] == table:
+                first = f"  {row['column']:<19} "
+                if len(first) > 22:
+                    print(first.rstrip())
+                    first = " " * 22
+                say((f"({row['unit']}) " if row["unit"] else "") + row["meaning"], first, " " * 22)
 
 
 def add_gpus(parser: ArgumentParser) -> None:

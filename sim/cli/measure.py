@@ -227,8 +227,8 @@ def _ranks(arguments: Namespace) -> tuple[str, dict[str, _Table], Callable[[], d
     gpu = None if arguments.gpu is None else load_gpu(arguments.gpu)
     rows = _chosen(with_predictions(read_measured(arguments.show), gpu), arguments)
     first = rows.iloc[0]
-    about = f"{model_label(first.model)} on {first.device}, predicted for {first.gpu}: {len(rows)} ranks in "
-        f"{rows.step.nunique()} steps"
+    about = f"{model_label(first.model)} on {first.device}, predicted for {first.gpu}: "
+    about += f"{len(rows)} ranks in {rows.step.nunique()} steps"
     about += "".join(f"\n  {dtype}: {kernel}" for dtype, kernel in rows.groupby("dtype").kernel.first().items())
     tables = {
         "error": _Table("Error of the prediction as it stands, predicted / measured - 1", lambda: errors(rows), {

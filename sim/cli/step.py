@@ -108,7 +108,8 @@ def print_table_of(steps: Any, about: dict[str, Any], markdown: bool) -> None:
     row = steps.iloc[0]
     title = (
         f"{model_label(row.model)} in {row['dtype']} on {row.gpu}, {row.workload} traffic, exchange {row.exchange}: what a "
-        "step through all layers would log\nmean with its 95 % interval over layer sets (none with one), quantiles over steps; sd between layer "
+        "step through all layers would log\n"
+        "mean with its 95 % interval over layer sets (none with one), quantiles over steps; sd between layer "
         "sets (deployments), and of one set's steps"
     )
     columns = _CELL | {

@@ -61,7 +61,8 @@ def _of_ages(arguments: Namespace, model: Any, data: Any, chosen: dict[str, Any]
     def show() -> None:
         title = (
             f"{halves.name}, {model_label(model.name)}: max / mean rank load of placements that are fitted on one of "
-            f"{n_windows} windows and scored on it or on a later one\nage: from the fitted window to the scored one, in file order; of each window one "
+            f"{n_windows} windows and scored on it or on a later one\n"
+            "age: from the fitted window to the scored one, in file order; of each window one "
             f"half is fitted, one scored: {halves.about}"
         )
         columns = _CELL | {

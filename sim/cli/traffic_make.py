@@ -126,8 +126,7 @@ def run_match(arguments: Namespace) -> None:
         return
     title = (
         f"{model_label(model.name)}, linear placement at EP {ep_size}, {tokens} tokens per step: mean over layers of max / mean "
-        "rank load "
-        f"(± 95 %, over layers), beside {x:g}"
+        f"rank load (± 95 %, over layers), beside {x:g}"
     )
     columns: dict[str, Any] = {
         "workload": "name",
