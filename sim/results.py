@@ -274,7 +274,10 @@ def read_table(folder: Path, name: str, verb: str) -> tuple[pd.DataFrame, dict[s
     """What `write_table` wrote, and its provenance. Raises InputError where it is missing, damaged or changed."""
     path = folder / f"{name}.csv"
     if not is_there(path.with_suffix(".json")):
-        raise InputError(f"{folder} holds nothing that epsim {verb} wrote ({name}.json is missing)")
+        what = (
+            f"holds nothing that epsim {verb} wrote ({name}.json is missing)" if is_there(folder) else "does not exist"
+        )
+        raise InputError(f"{folder} {what}")
     about = read_json(path.with_suffix(".json"), str(path.with_suffix(".json")))
     text = read_text(path, str(path))
     digests = about.get("sha256") if isinstance(about, dict) else None

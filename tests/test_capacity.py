@@ -304,7 +304,9 @@ def test_the_verb_prints_and_writes(tmp_path, capsys):
     assert main([*words.split(), "--capacity-factor", "1.25", "--out", str(tmp_path / "cap")]) == 0
     printed = capsys.readouterr().out.rpartition("\nwritten to")[0]
     said = " ".join(printed.split())
-    assert said.startswith("deepseek-v3, chat traffic: what to set, so that it is exceeded in any layer of any of 1728000 steps")
+    assert said.startswith(
+        "deepseek-v3, chat traffic: what to set, so that it is exceeded in any layer of any of 1728000 steps"
+    )
     assert "Received tokens by scope: the capacity that is exceeded with a probability of at most 0.001" in said
     assert "num_max_dispatch_tokens_per_rank" in said
     assert "Capacity factor 1.25" in said
@@ -326,8 +328,8 @@ def test_the_verb_prints_and_writes(tmp_path, capsys):
         (["--horizon", "0h"], "--horizon '0h': expected a time"),
         (["--horizon", "1s", "--steps-per-second", "0.1"], "--horizon: it has no step"),
         (["--steps-per-second", "-3"], "--steps-per-second -3"),
-        (["--risk", "0"], "--risk 0.0: must be a probability above 0 and below 1"),
-        (["--risk", "1"], "--risk 1.0: must be a probability above 0 and below 1"),
+        (["--risk", "0"], "--risk 0: must be a probability above 0 and below 1"),
+        (["--risk", "1"], "--risk 1: must be a probability above 0 and below 1"),
         (["--deployments", "1"], "--deployments 1: must be a whole number from 2 to 100000"),
         (["--steps-per-second", "5"], "--steps-per-second goes with --horizon"),
         (["--layer-correlation", "0.5"], "--layer-correlation 0.5: must be a number from 1 to 10000"),

@@ -93,6 +93,7 @@ def run_capacity(arguments: Namespace) -> None:
 
 def print_table_of(table: Any, about: dict[str, Any], markdown: bool) -> None:
     """Print what to set, then each quantity by scope, of a table and the options that made it."""
+    table = table.sort_values(["ep_size", "tokens"], kind="stable")
     given = (table.risk / about["risk"] - 1).abs() < 1e-9  # other rows are of --capacity-factor
     asked = table[given]
     _print_answer(asked, about, markdown)

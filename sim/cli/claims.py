@@ -13,7 +13,13 @@ from sim.options.kinds import NAMES
 def add_claims(parser: ArgumentParser) -> None:
     """Try published performance claims under some traffic: the computed figure with its interval, the verdict, and why."""
     add = parser.add_argument
-    add("ids", nargs="*", type=NAMES, metavar="ID", help="some of the claims (default: all)")
+    add(
+        "ids",
+        nargs="*",
+        type=NAMES,
+        metavar="ID",
+        help="some of the claims, or the number of a pull request, as in 15517 (default: all)",
+    )
     add("--workload", default="chat", metavar="WORKLOAD", help="decode traffic, a preset or .toml file (default: chat)")
     add_options(parser, ClaimOptions, plausible_share="80%")
     add_output(parser, "claims.csv")
@@ -63,7 +69,7 @@ def _print_blocks(table: Any) -> None:
             first = f"  {name:<9} "
             say(text, first, " " * len(first))
         print()
-    kinds = table.verdict.str.replace(r" when.*", "", regex=True).value_counts()
+    kinds = table.verdict.str.replace(r"only when.*", "on a condition", regex=True).value_counts()
     listed = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
     say(f"{table.workload.iloc[0]} traffic, {counted(len(table), 'claim')}: {listed}; intervals are 95 %")
 

@@ -50,14 +50,14 @@ def run_show(arguments: Namespace) -> None:
     from sim.placement import ALIASES
     from sim.results import read_result
 
-    for name in _OTHERS:
-        if is_there(arguments.folder / f"{name}.json"):
-            _show_other(arguments, name)
-            return
-    result = read_result(arguments.folder)
     named = None if arguments.placement is None else [ALIASES.get(name, name) for name in arguments.placement]
     chosen = {"ep_size": arguments.ep_sizes, "tokens": arguments.tokens}
     chosen["placement"] = None if named is None else list(dict.fromkeys(named))
+    for name in _OTHERS:
+        if is_there(arguments.folder / f"{name}.json"):
+            _show_other(arguments, name, chosen)
+            return
+    result = read_result(arguments.folder)
     check_there(result.summary, chosen, "the sweep")
     rows = rows_of(result.summary, chosen)
     if arguments.worst or arguments.tail:
@@ -69,7 +69,7 @@ def run_show(arguments: Namespace) -> None:
     printer(result, arguments.markdown, chosen)
 
 
-def _show_other(arguments: Namespace, name: str) -> None:
+def _show_other(arguments: Namespace, name: str, chosen: dict[str, Any]) -> None:
     """Show a table that another verb wrote."""
     from sim.results import read_table
 
@@ -79,7 +79,6 @@ def _show_other(arguments: Namespace, name: str) -> None:
     if arguments.worst or arguments.tail:
         raise InputError(f"--worst and --tail go with a sweep; {folder} holds {name}.csv of epsim {verb}")
     table, about = read_table(folder, name, verb)
-    chosen = {"ep_size": arguments.ep_sizes, "tokens": arguments.tokens, "placement": arguments.placement}
     chosen = {column: values for column, values in chosen.items() if values is not None}
     for column in chosen:
         if column not in table:

@@ -5,6 +5,7 @@ from typing import Any
 
 from sim.cli.terminal import note, note_compiling
 from sim.errors import InputError
+from sim.files import model_label
 from sim.options import LAYER_CORRELATION, StepOptions, TimeOptions
 from sim.options.declare import given
 
@@ -96,14 +97,14 @@ def law_of(traffic: Any) -> dict[str, Any]:
 def say_about_inputs(model: Any, workload: Any) -> None:
     """Notes on a model that was not verified, and on traffic that was fitted to another one."""
     if model.unverified:
-        note(f"{model.name}: not read from the checkpoint itself: {'; '.join(model.unverified)}")
+        note(f"{model_label(model.name)}: not read from the checkpoint itself: {'; '.join(model.unverified)}")
     if model.caveat:
-        note(f"{model.name}: {model.caveat}")
+        note(f"{model_label(model.name)}: {model.caveat}")
     fitted_to = getattr(workload, "fitted_to", "")
     alike = ("deepseek-r1", "deepseek-v3")  # one router
     same = model.name.startswith(alike) if fitted_to.startswith(alike) else model.name == fitted_to
     if fitted_to and not same:
-        note(f"{workload.name} traffic is fitted to {fitted_to}; on {model.name} it is an assumption")
+        note(f"{workload.name} traffic is fitted to {fitted_to}; on {model_label(model.name)} it is an assumption")
     if getattr(workload, "whole_requests", False) and hasattr(workload, "request_sigma"):
         note(
             f"{workload.name}: the tokens of a request share an effect of sd {workload.request_sigma:g} (request_sigma) on each "
@@ -129,7 +130,7 @@ def say_about_times(model: Any, workload: Any, gpus: list[Any], options: dict[st
     if options["dtype"] not in model.routed_dtype:
         stored = f"its experts are stored as {model.routed_dtype}"
         stored = "how its experts are stored is not known" if model.routed_dtype == "unknown" else stored
-        note(f"{model.name}: {stored}, times and memory are for {options['dtype']} (--dtype)")
+        note(f"{model_label(model.name)}: {stored}, times and memory are for {options['dtype']} (--dtype)")
     has_network = options["exchange"] not in ("none", ["none"]) and not options["network_gb_per_s"]
     for gpu in gpus:
         if gpu.unverified:

@@ -1,5 +1,6 @@
 """Published claims examined: set-up, computation and verdict of each. No verdict is written by hand."""
 
+import re
 import tomllib
 from collections.abc import Callable
 from functools import cache
@@ -51,6 +52,14 @@ def _entries() -> dict[str, dict[str, Any]]:
     return tomllib.loads(resources.files("sim.verdicts").joinpath("claims.toml").read_text(encoding="utf-8"))
 
 
+def _of_number(number: Any) -> list[str]:
+    """Claims whose source is the pull request or issue of this number."""
+    digits = str(number).removeprefix("#")
+    return [
+        name for name, entry in _entries().items() if digits.isdigit() and re.search(rf"#{digits}\b", entry["source"])
+    ]
+
+
 @takes(ClaimOptions)
 def claims(
     workload: Workload | str | Path = "chat", *, only: str | list[str] | None = None, **options: Any
@@ -62,7 +71,7 @@ def claims(
     workload : Workload, str or Path
         Synthetic decode traffic; prefill claims add the request effect of the preset 'prefill' to it.
     only : str or list of str
-        Ids of those to examine (default: all; see CLAIMS).
+        Ids of those to examine, or the number of a pull request or issue, as in '15517' (default: all; see CLAIMS).
     **options
 
     Returns
@@ -88,6 +97,7 @@ def claims(
     names = [only] if isinstance(only, str) else list(CLAIMS) if only is None else only
     if not isinstance(names, list) or not names:
         raise InputError(f"`only` {shown(names)}: must be ids of claims, at least one")
+    names = [claim for name in names for claim in _of_number(name) or [name]]
     for name in names:
         if name not in CLAIMS:
             raise unknown("claim", shown(name), CLAIMS)
