@@ -37,7 +37,7 @@ class SweepResult:
     Attributes
     ----------
     summary : DataFrame
-        One row per cell: model, workload, placement, EP size, tokens.
+        One row per cell: model, workload, placement, EP size, tokens. `epsim columns summary` has all columns with units.
         An estimate has its 95 % interval beside it: `imbalance_mean`, `imbalance_mean_low`, `imbalance_mean_high`.
     tail : DataFrame
         One row per cell and event: probability of the worst cases.

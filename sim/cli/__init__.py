@@ -24,7 +24,7 @@ from sim.errors import InputError, RunError, unknown
 _SUBJECTS = {
     "How uneven, and how often": {
         "sweep": ("sweep", "sample routed tokens, score placements by EP size and tokens per step"),
-        "show": ("finished", "print the answer of a sweep again, or its worst cases"),
+        "show": ("finished", "print an answer again: of sweep (or its worst cases), gain, step, capacity, claims"),
         "plot": ("finished", "draw the figures of sweeps"),
         "report": ("finished", "write a page to explore sweeps and advice in a browser"),
         "combine": ("finished", "add sweeps of different seeds or machines"),

@@ -93,8 +93,8 @@ def print_table_of(gains: Any, about: dict[str, Any], markdown: bool) -> None:
     exchanges = ", ".join(dict.fromkeys(gains.exchange))
     title = (
         f"{model_label(row.model)} in {row['dtype']}, {row.workload} traffic, exchange {exchanges}: time of {names} against "
-        f"{row.baseline}\nlayer: experts of the slowest rank, dispatch and combine, mean and 99th percentile; saved: share "
-        "of the layer's time (experts: of the experts' alone)"
+        f"{row.baseline}\nsaved: share of the layer's time (experts: of the experts' alone); layer: experts of the slowest rank, "
+        "dispatch and combine, mean and 99th percentile"
     )
     if (gains.placement == "in_step").any():
         title += (
@@ -105,18 +105,20 @@ def print_table_of(gains: Any, about: dict[str, Any], markdown: bool) -> None:
         "GPU": "gpu",
         "EP": "ep_size",
         "tokens": "tokens",
-        "layer us": "baseline_layer_us:.0f",
-        "p99 us": "baseline_layer_us_p99:.0f",
-        "exchange us": lambda row: f"{row.baseline_exchange_us:.0f}" + ("*" if row.extrapolated else ""),
-        "layer us new": "layer_us:.0f",
-        "p99 us new": "layer_us_p99:.0f",
         "saved (95 %)": layer_saved,
         "experts saved": "experts_saved:+z.1%",
+    }
+    if gains.moe_share.notna().any():
+        columns |= {"step saved": "step_saved:+z.1%", "MoE share": "moe_share:.0%"}
+    columns |= {
+        "layer us": "baseline_layer_us:.0f",
+        "layer us new": "layer_us:.0f",
+        "exchange us": lambda row: f"{row.baseline_exchange_us:.0f}" + ("*" if row.extrapolated else ""),
+        "p99 us": "baseline_layer_us_p99:.0f",
+        "p99 us new": "layer_us_p99:.0f",
         "MoE ms/step": "baseline_step_ms:.1f",
         "new": "step_ms:.1f",
     }
-    if gains.moe_share.notna().any():
-        columns |= {"MoE share": "moe_share:.0%", "step saved": "step_saved:+z.1%"}
     n = len(varying)
     print_table(title, gains.itertuples(), columns, markdown, align="<" * (1 + n), keys=3 + n)
     if markdown:

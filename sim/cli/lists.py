@@ -179,7 +179,7 @@ def run_placements(arguments: Namespace) -> None:
 def add_columns(parser: ArgumentParser) -> None:
     """List the columns of the tables that verbs write, and print as --csv and --json, with units and meaning."""
     parser.add_argument("name", nargs="?", metavar="NAME", help="a column, or a table: summary, tail, capacity, gain, advice, "
-        "depends, steps, claims, decay (default: all)")  # fmt: skip
+        "depends, steps, replay, claims, decay, traffic (default: all)")  # fmt: skip
     add_output(parser)
 
 

@@ -70,12 +70,13 @@ def _of_ages(arguments: Namespace, model: Any, data: Any, chosen: dict[str, Any]
             f"age {unit}": _unless_linear(lambda row: f"{getattr(row, f'age_{unit}'):,.0f}"),
             "pairs": "pairs",
         }
+        if not arguments.markdown:
+            for name in _fitted_names(table):
+                _say_ages(name, table[table.placement == name], unit)
+            print()
         print_table(title, table.itertuples(), columns | _FIGURES, arguments.markdown, align="<", keys=4)
-        if arguments.markdown:
-            return
-        _explain("window", halves.fitted.shape[1])
-        for name in _fitted_names(table):
-            _say_ages(name, table[table.placement == name], unit)
+        if not arguments.markdown:
+            _explain("window", halves.fitted.shape[1])
 
     about = {"model": model.name, "file": halves.name, "digest": halves.digest, "windows": n_windows, **chosen}
 
@@ -109,11 +110,13 @@ def _of_files(arguments: Namespace, model: Any, data: Any, chosen: dict[str, Any
         "fitted on": lambda row: "any" if row.placement == "linear" else row.fitted,
         "scored on": "scored",
     }
+    if not arguments.markdown:
+        for name in _fitted_names(table):
+            _say_files(name, table[table.placement == name])
+        print()
     print_table(title, table.itertuples(), columns | _FIGURES, arguments.markdown, align="<><<", keys=4)
     if not arguments.markdown:
         _explain("file", first.fitted.shape[1])
-        for name in _fitted_names(table):
-            _say_files(name, table[table.placement == name])
 
 
 def _fitted_names(table: Any) -> list[str]:
@@ -132,7 +135,6 @@ def _explain(part: str, n_layers: int) -> None:
         f"fresh, linear: on the same scored halves, fresh being fitted on the other half of the scored {part}; excess: linear's "
         f"imbalance - 1; gain lost: of fresh's gain over linear, above 100 % it is worse than linear; 95 %: {over}"
     )
-    print()
 
 
 def _say_ages(name: str, rows: Any, unit: str) -> None:
