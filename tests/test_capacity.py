@@ -290,7 +290,6 @@ def test_slots_that_do_not_divide_are_left_out_and_named():
         ("linear", 64),
         ("eplb+32", 32),
     }
-    assert found.slots == {"linear": 256, "eplb+32": 288}
     assert found.notes == [
         "left out: strategy eplb+32 at ep_size 64: 256 experts + 32 redundant slots do not divide by 64 ranks; eplb+64 does"
     ]

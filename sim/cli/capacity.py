@@ -80,15 +80,10 @@ def run_capacity(arguments: Namespace) -> None:
         of = f"{model_label(model.name)}, {workload.name} traffic"
         return {"capacity": capacity_curves(found.curves, options["risk"], of)} if len(found.curves) else {}
 
-    tables = {"capacity": found.table}
     answer(
-        arguments.out,
-        arguments,
-        lambda: print_table_of(found.table, identity, arguments.markdown),
-        tables,
-        identity,
-        figures,
-    )
+        arguments.out, arguments, lambda: print_table_of(found.table, identity, arguments.markdown),
+        {"capacity": found.table}, identity, figures,
+    )  # fmt: skip
 
 
 def print_table_of(table: Any, about: dict[str, Any], markdown: bool) -> None:
@@ -128,9 +123,8 @@ def _print_answer(asked: Any, about: dict[str, Any], markdown: bool) -> None:
     row, where = last.iloc[0], {"layer": "one layer of a step", "step": "any layer of a step"}
     where["horizon"] = f"any layer of any of {about.get('horizon_steps')} steps"
     title = (
-        f"{model_label(row.model)}, {row.workload} traffic: what to set, so that it is exceeded in "
-        f"{where[row.scope]} with a probability of at most "
-        f"{about['risk']:g}{'' if row.deployments == 'all' else ', in 95 % of deployments'}"
+        f"{model_label(row.model)}, {row.workload} traffic: what to set, so that it is exceeded in {where[row.scope]} with a "
+        f"probability of at most {about['risk']:g}{'' if row.deployments == 'all' else ', in 95 % of deployments'}"
     )
     print_lines(title, [*heads, "DeepEP tokens", f"DeepEP {unit}"], lines, markdown, align=">><", keys=3)
     if markdown:

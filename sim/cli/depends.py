@@ -4,7 +4,8 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
-from sim.cli.inputs import SEVERAL_EXCHANGES, check_there, law_of, rows_of, say_about_times, step_options
+from sim.cli.gain import SEVERAL_EXCHANGES
+from sim.cli.inputs import check_there, law_of, rows_of, say_about_times, step_options
 from sim.cli.terminal import add_output, answer, estimate, note, pivoted, print_lines, say, shown_progress
 from sim.errors import InputError, counted
 from sim.options import GpuOptions, StepOptions, TimeOptions, TrafficOptions

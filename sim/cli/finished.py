@@ -18,11 +18,9 @@ from sim.options.kinds import NAMES, WHOLE_NUMBERS, Folder, NewFile
 _MAX_ROWS, _MAX_LINES = 28, 40
 _FEW = 3  # placements that are all shown where nobody chooses
 _KEYS = ["placement", "ep_size", "tokens"]
-_OTHERS = {
-    "capacity": "capacity", "gain": "gain", "steps": "step", "claims": "claims", "depends": "depends", "advice": "advise",
-}  # fmt: skip
-"""Tables of other verbs, by name."""
-_SHOWN_BY = {"depends": "epsim depends --show {}", "advise": "epsim report {}"}
+_OTHERS = {"capacity": "capacity", "gain": "gain", "steps": "step", "claims": "claims"}
+"""Tables of other verbs that are shown again, by name."""
+_ELSEWHERE = {"depends": "epsim depends --show", "advice": "epsim report"}
 _SHORT = {"round_robin": "r_robin", "linear_legacy": "legacy", "node_aware": "node_aw"}
 
 
@@ -53,10 +51,12 @@ def run_show(arguments: Namespace) -> None:
     named = None if arguments.placement is None else [ALIASES.get(name, name) for name in arguments.placement]
     chosen = {"ep_size": arguments.ep_sizes, "tokens": arguments.tokens}
     chosen["placement"] = None if named is None else list(dict.fromkeys(named))
-    for name in _OTHERS:
-        if is_there(arguments.folder / f"{name}.json"):
-            _show_other(arguments, name, chosen)
-            return
+    found = next((name for name in (*_OTHERS, *_ELSEWHERE) if is_there(arguments.folder / f"{name}.json")), "")
+    if found in _ELSEWHERE:
+        raise InputError(f"{arguments.folder} holds {found}.csv, which {_ELSEWHERE[found]} {arguments.folder} shows")
+    if found:
+        _show_other(arguments, found, chosen)
+        return
     result = read_result(arguments.folder)
     check_there(result.summary, chosen, "the sweep")
     rows = rows_of(result.summary, chosen)
@@ -73,16 +73,10 @@ def _show_other(arguments: Namespace, name: str, chosen: dict[str, Any]) -> None
     """Show a table that another verb wrote."""
     from sim.results import read_table
 
-    folder, verb = arguments.folder, _OTHERS[name]
-    if verb in _SHOWN_BY:
-        raise InputError(f"{folder} holds {name}.csv of epsim {verb}, which {_SHOWN_BY[verb].format(folder)} shows")
+    verb = _OTHERS[name]
     if arguments.worst or arguments.tail:
-        raise InputError(f"--worst and --tail go with a sweep; {folder} holds {name}.csv of epsim {verb}")
-    table, about = read_table(folder, name, verb)
-    chosen = {column: values for column, values in chosen.items() if values is not None}
-    for column in chosen:
-        if column not in table:
-            raise InputError(f"`{column}`: {folder / name}.csv has no such column")
+        raise InputError(f"--worst and --tail go with a sweep; {arguments.folder} holds {name}.csv of epsim {verb}")
+    table, about = read_table(arguments.folder, name, verb)
     check_there(table, chosen, f"{name}.csv")
     rows = rows_of(table, chosen)
     if not print_rows(rows, arguments):

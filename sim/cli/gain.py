@@ -4,14 +4,7 @@ import re
 from argparse import ArgumentParser, Namespace
 from typing import Any
 
-from sim.cli.inputs import (
-    SEVERAL_EXCHANGES,
-    identity_of,
-    read_inputs,
-    say_about_maps,
-    say_about_times,
-    step_options,
-)
+from sim.cli.inputs import identity_of, read_inputs, say_about_maps, say_about_times, step_options
 from sim.cli.terminal import add_output, answer, estimate, print_table, say, shown_progress
 from sim.errors import InputError
 from sim.files import model_label
@@ -24,6 +17,9 @@ EXTRAPOLATED_TEXT = (
     "256 tokens a rank and on H800 of 128 at EP 8 to 256; deepep_high_throughput on one node of H100, H200, B200, B300, GB200 "
     "and GB300 up to 16,384; and token, gather and reduce on 2 and 4 H100s (4 H200s: within 10 % in the median)"
 )
+SEVERAL_EXCHANGES = (
+    "one or several, with commas, of pair, token, gather, reduce, none and backends of these kinds (epsim gpus)"
+)
 _IN_STEP_TEXT = (
     "in_step: the best split of each step's pairs over the copies of {}, by the busiest rank's load, as LPLB and others balance "
     "within the step; its times are without what the balancer takes. Balancers that copy experts within the step (UltraEP, "
@@ -34,14 +30,10 @@ _IN_STEP_TEXT = (
 def add_gain(parser: ArgumentParser) -> None:
     """Predict the time that one placement saves over another, per layer and per step, by tokens, EP size and GPU."""
     add_options(parser, GpuOptions, only=("gpus", "baseline"))
-    section_of(parser, GpuOptions.title).add_argument(
-        "--placement",
-        type=NAMES,
-        default="round_robin",
-        metavar="LIST",
-        help="placements that are compared with it (default: round_robin); also 'perfect balance', whose experts none can beat, "
-        "and in_step: the best split of each step's pairs over the copies of the one that has the most (--balancer-us)",
-    )
+    add = section_of(parser, GpuOptions.title).add_argument
+    add("--placement", type=NAMES, default="round_robin", metavar="LIST", help="compared with it (default: round_robin); "
+        "also 'perfect balance', whose experts none can beat, and in_step: the best split of each step's pairs over the copies "
+        "of the one that has the most (--balancer-us)")  # fmt: skip
     add_options(parser, TrafficOptions)
     add_options(parser, StepOptions, ep_sizes="8,16", tokens="1..16384")
     add_options(parser, TimeOptions, helps={"exchange": SEVERAL_EXCHANGES})

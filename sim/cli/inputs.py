@@ -9,10 +9,6 @@ from sim.files import model_label
 from sim.options import LAYER_CORRELATION, StepOptions, TimeOptions
 from sim.options.declare import given
 
-SEVERAL_EXCHANGES = (
-    "one or several, with commas, of pair, token, gather, reduce, none and backends of these kinds (epsim gpus)"
-)
-
 
 def read_inputs(arguments: Namespace) -> tuple[Any, Any]:
     """The model, and the traffic with what its options say of it."""
@@ -50,16 +46,15 @@ def _models_like(traffic: Any) -> str:
 
     shape = [traffic.n_experts, *([traffic.topk_ids.shape[2]] if hasattr(traffic, "topk_ids") else [])]
     alike = [model for model in map(load_model, model_names()) if [model.n_experts, model.top_k][: len(shape)] == shape]
-    alike = [model for model in alike if model.n_moe_layers == traffic.n_layers] or alike
-    names = ", ".join(model.name for model in alike[:6]) + ", ..." * (len(alike) > 6)
-    what = f"{shape[0]} experts" + (f", top-{shape[1]}" if len(shape) > 1 else "")
-    return f"With {what}: {names or 'no preset'}; or give the model's config.json (--model)"
+    names = [model.name for model in alike if model.n_moe_layers == traffic.n_layers] or [model.name for model in alike]
+    named = ", ".join([*names[:6], "..."] if len(names) > 6 else names) or "no preset"
+    return f"With {', top-'.join([f'{shape[0]} experts', *map(str, shape[1:])])}: {named}; or give its config.json (--model)"
 
 
 def check_there(rows: Any, wanted: dict[str, list[Any] | None], where: str) -> None:
     """Refuse a value of a column that a table does not have; None wants all."""
     for column, values in wanted.items():
-        there = list(dict.fromkeys(rows[column]))
+        there = list(dict.fromkeys(rows[column])) if column in rows else [f"no column {column}"]
         for value in values or []:
             if value not in there:
                 raise InputError(f"`{column}` {value}: {where} has {', '.join(map(str, there))}")

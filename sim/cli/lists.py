@@ -52,13 +52,8 @@ def run_models(arguments: Namespace) -> None:
 def add_workloads(parser: ArgumentParser) -> None:
     """List the traffic presets: how uneven each is, what it stands for, its source, and how near it is to published figures."""
     add_options(parser, TrafficOptions, only=("model",))
-    parser.add_argument(
-        "--ep",
-        type=Listed(of=Whole(1, 2**15)),
-        default="8,16,32,64",
-        metavar="LIST",
-        help="EP sizes (default: 8,16,32,64)",
-    )
+    add, sizes = parser.add_argument, "8,16,32,64"
+    add("--ep", type=Listed(of=Whole(1, 2**15)), default=sizes, metavar="LIST", help=f"EP sizes (default: {sizes})")
     add_output(parser)
 
 
@@ -205,28 +200,20 @@ def run_columns(arguments: Namespace) -> None:
         print_lines("", list(rows[0]), [list(row.values()) for row in rows], markdown=True, align="<<<<")
         return
     say("NAME_low and NAME_high are the ends of the 95 % interval of NAME, or of NAME_mean, in its unit.")
-    for table in dict.fromkeys(row["table"] for row in rows):
-        print()
-        say(abouts[table], "" if table == "keys" else f"{table}.csv: ", "    ")
-        for row in rows:
-            if row["table"] == table:
-                first = f"  {row['column']:<19} "
-                if len(first) > 22:
-                    print(first.rstrip())
-                    first = " " * 22
-                say((f"({row['unit']}) " if row["unit"] else "") + row["meaning"], first, " " * 22)
+    for i, row in enumerate(rows):
+        if not i or row["table"] != rows[i - 1]["table"]:
+            print()
+            say(abouts[row["table"]], "" if row["table"] == "keys" else f"{row['table']}.csv: ", "    ")
+        unit = f"({row['unit']}) " if row["unit"] else ""
+        say(f"{row['column']:<25} {unit}{row['meaning']}", "  ", " " * 28)
 
 
 def add_gpus(parser: ArgumentParser) -> None:
     """List GPUs and kinds of exchange, with the sources of their numbers; or check predicted times against published ones."""
     add = parser.add_argument
     add("--check", action="store_true", help="how far predicted times are from published ones instead")
-    add(
-        "--plot",
-        type=NewFile(endings=(".png", ".svg")),
-        metavar="FILE",
-        help="with --check: draw them too, as .png or .svg",
-    )
+    figure = NewFile(endings=(".png", ".svg"))
+    add("--plot", type=figure, metavar="FILE", help="with --check: draw them too, as .png or .svg")
     add_output(parser)
 
 

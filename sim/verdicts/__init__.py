@@ -52,14 +52,6 @@ def _entries() -> dict[str, dict[str, Any]]:
     return tomllib.loads(resources.files("sim.verdicts").joinpath("claims.toml").read_text(encoding="utf-8"))
 
 
-def _of_number(number: Any) -> list[str]:
-    """Claims whose source is the pull request or issue of this number."""
-    digits = str(number).removeprefix("#")
-    return [
-        name for name, entry in _entries().items() if digits.isdigit() and re.search(rf"#{digits}\b", entry["source"])
-    ]
-
-
 @takes(ClaimOptions)
 def claims(
     workload: Workload | str | Path = "chat", *, only: str | list[str] | None = None, **options: Any
@@ -97,7 +89,8 @@ def claims(
     names = [only] if isinstance(only, str) else list(CLAIMS) if only is None else only
     if not isinstance(names, list) or not names:
         raise InputError(f"`only` {shown(names)}: must be ids of claims, at least one")
-    names = [claim for name in names for claim in _of_number(name) or [name]]
+    told = {name: re.findall(r"#(\d+)", entry["source"]) for name, entry in _entries().items()}
+    names = [one for name in names for one in [of for of in told if str(name).lstrip("#") in told[of]] or [name]]
     for name in names:
         if name not in CLAIMS:
             raise unknown("claim", shown(name), CLAIMS)
