@@ -363,7 +363,7 @@ def test_gain_prints_and_writes(tmp_path, capsys):
         ("gain --exchange nccl", "--exchange 'nccl' is not known"),
         ("gain --exchange pair,moonep", "--exchange moonep: it balances within the step"),
         ("gain --moe-share 40% --step-ms 20", "give one of them"),
-        ("gain --moe-share 140%", "--moe-share 1.4"),
+        ("gain --moe-share 140%", "--moe-share 140%: must be a share"),
         ("gain --step-ms 0.1 --steps 1 --layer-sets 1 --ep 8 --tokens 1", "--step-ms: 0.1 ms is below the"),
         ("gain --step-ms 0", "--step-ms 0: must be a time above 0"),
         ("gain --step-ms 2e6", "--step-ms 2e6: must be a time above 0, and at most 1000 seconds"),
