@@ -283,6 +283,8 @@ def read_table(folder: Path, name: str, verb: str) -> tuple[pd.DataFrame, dict[s
     digests = about.get("sha256") if isinstance(about, dict) else None
     if not isinstance(digests, dict) or hashlib.sha256(text.encode()).hexdigest() != digests.get(path.name):
         raise InputError(f"{path} is damaged or was changed: it is not what epsim {verb} wrote")
+    if digests.get(name) != digest_of(about.get(name)):
+        raise InputError(f"{path.with_suffix('.json')} is damaged or was changed: it is not what epsim {verb} wrote")
     try:
         return pd.read_csv(io.StringIO(text)), about
     except ValueError as error:

@@ -46,12 +46,13 @@ def run_show(arguments: Namespace) -> None:
     """Run `epsim show`."""
     from sim.files import is_there
     from sim.placement import ALIASES
-    from sim.results import read_result
+    from sim.results import PROVENANCE, read_result
 
     named = None if arguments.placement is None else [ALIASES.get(name, name) for name in arguments.placement]
     chosen = {"ep_size": arguments.ep_sizes, "tokens": arguments.tokens}
     chosen["placement"] = None if named is None else list(dict.fromkeys(named))
-    found = next((name for name in (*_OTHERS, *_ELSEWHERE) if is_there(arguments.folder / f"{name}.json")), "")
+    others = () if is_there(arguments.folder / PROVENANCE) else (*_OTHERS, *_ELSEWHERE)
+    found = next((name for name in others if is_there(arguments.folder / f"{name}.json")), "")
     if found in _ELSEWHERE:
         raise InputError(f"{arguments.folder} holds {found}.csv, which {_ELSEWHERE[found]} {arguments.folder} shows")
     if found:

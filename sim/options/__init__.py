@@ -60,7 +60,7 @@ TABLES_OF_RANKS, TABLES_OF_LAYERS = ("error", "constants", "missed", "gain"), ("
 """Tables of measured ranks, and of measured layers."""
 
 
-_MODEL = "preset (epsim models) or path of a Hugging Face config.json"
+_MODEL = "preset (epsim models), its Hugging Face id, or a config.json or the folder that it is in"
 _WORKLOAD = (
     "preset (epsim workloads), file:TRACE of recorded routing, or a .toml file, as epsim traffic fit writes it of recorded "
     "routing or load counts"
