@@ -35,11 +35,11 @@ def add_step(parser: ArgumentParser) -> None:
     add_options(parser, LayerOptions)
     add_options(parser, GpuOptions, only=("gpu",))
     add_options(parser, TimeOptions)
-    add_output(parser, "steps.csv")
     add = section_of(parser, "your log").add_argument
     add("--log", type=Path, metavar="FILE", help="vLLM's or SGLang's lines with balancedness, or a number a line")
     add("--log-metric", type=Choice(names=tuple(_SHORT)), default="balancedness_vllm", metavar="NAME",
         help=f"what the log holds: {', '.join(_SHORT)} (default: balancedness_vllm)")  # fmt: skip
+    add_output(parser, "steps.csv")
 
 
 def run_step(arguments: Namespace) -> None:
