@@ -1,7 +1,6 @@
 """What placements save, in time: by tokens per step, GPU and EP size, by kind of traffic, and on your own traffic."""
 
 from itertools import cycle, product
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +23,7 @@ from sim.figures.style import (
     title_figure,
     title_panel,
 )
+from sim.files import model_label
 
 _GPU_LOOKS: list[dict[str, Any]] = [
     {"color": color, "linestyle": dashes, "marker": marker, "markersize": 3}
@@ -130,7 +130,7 @@ def _two_lines(name: str) -> str:
 def _title(figure: Figure, gains: pd.DataFrame, exchanges: str) -> None:
     row = gains.iloc[0]
     name, ends = row.placement, (gains.tokens.min(), gains.tokens.max())
-    lines = [f"{row.model} in {row['dtype']}, {row.workload} traffic; bands: 95 %, paired"]
+    lines = [f"{model_label(row.model)} in {row['dtype']}, {row.workload} traffic; bands: 95 %, paired"]
     if gains.crossover_tokens.between(*ends).any():
         lines.insert(0, f"upright lines: {_CROSSOVER}")
     if name == "in_step":
@@ -189,7 +189,7 @@ def advice_by_tokens(gains: pd.DataFrame, reference: str, reference_text: str = 
     row = rows.iloc[0]
     title_figure(
         figure,
-        f"{Path(row.model).name} in {row['dtype']}, EP {row.ep_size} on {row.gpu}, exchange: {row.exchange}\n"
+        f"{model_label(row.model)} in {row['dtype']}, EP {row.ep_size} on {row.gpu}, exchange: {row.exchange}\n"
         f"{row.workload[-90:]}; eplb is {row.split[-90:]}\n{bands}",
     )
     copied = "".join(rows.copies_of[rows.placement == "in_step"].head(1))

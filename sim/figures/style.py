@@ -17,7 +17,7 @@ from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 from matplotlib.transforms import ScaledTranslation, Transform
 
 from sim.errors import counted
-from sim.files import whole_files
+from sim.files import model_label, whole_files
 from sim.placement import split_name
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; dashes and markers do it in greyscale.
@@ -235,7 +235,7 @@ def set_title(figure: Figure, result: Sweep, text: str, *notes: str, ranges: str
     """Title with the model, the traffic, what shows the 95 % intervals, and notes below in lines that fit."""
     row = result.summary.iloc[0]
     draws = f"{row.trials:,} trials" + ("" if row.trials == row.draws else f" of {row.draws:,} layer draws")
-    about = f"{Path(row.model).name}, {row.workload} traffic, {draws}, {ranges}: 95 %"
+    about = f"{model_label(row.model)}, {row.workload} traffic, {draws}, {ranges}: 95 %"
     lines = [text, about, *textwrap.wrap("; ".join(note for note in notes if note), 122)]
     title_figure(figure, "\n".join(lines))
 
