@@ -111,10 +111,10 @@ def run(*words):
 
 def fails(capsys, words, *parts, status=2):
     """The command fails with one line that has the parts, and no traceback."""
-    assert run(*words) == status
+    assert run(*words) == status, words
     lines = capsys.readouterr().err.strip().splitlines()
     errors = [line for line in lines if not line.startswith("note:")]
-    assert len(errors) == 1, lines
+    assert len(errors) == 1, (words, lines)
     assert errors[0].startswith("epsim")
     for part in parts:
         assert str(part) in errors[0]

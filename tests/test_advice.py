@@ -387,9 +387,9 @@ def test_load_counts_are_advised_on_too(toy_files, capsys):
     assert "eplb is fitted on hot.npz" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
+def test_bad_usage_is_one_line_and_status_2(toy_files, capsys):
+    before = set(toy_files.iterdir())
+    for words, message in (
         (["--ep", "4,8"], "--ep 4,8: advice is for one EP size"),
         (["--ep", "1"], "--ep 1: there is nothing to place on one rank"),
         (["--ep", "17"], "--ep 17: EP size must lie from 1 to the 16 experts"),
@@ -418,12 +418,9 @@ def test_load_counts_are_advised_on_too(toy_files, capsys):
             ["--placement", "linear,in_step", "--tokens", "8"],
             "--placement in_step splits the pairs of a step over copies",
         ),
-    ],
-)
-def test_bad_usage_is_one_line_and_status_2(words, message, toy_files, capsys):
-    before = set(toy_files.iterdir())
-    fails(capsys, [*TOY_ADVICE, *words, "--out", "never"], message)
-    assert set(toy_files.iterdir()) == before
+    ):
+        fails(capsys, [*TOY_ADVICE, *words, "--out", "never"], message)
+        assert set(toy_files.iterdir()) == before
 
 
 @pytest.mark.slow

@@ -313,9 +313,9 @@ def test_the_verb_prints_and_writes(tmp_path, capsys):
     assert (tmp_path / "cap" / "capacity.png").stat().st_size > 10_000
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
+def test_bad_usage_is_one_line_and_status_2(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for words, message in (
         (["--capacity-factor", "0.9"], "--capacity-factor 0.9: must be a number from 1 to 10000"),
         (["--horizon", "0"], "--horizon '0': expected a time"),
         (["--horizon", "0h"], "--horizon '0h': expected a time"),
@@ -331,12 +331,9 @@ def test_the_verb_prints_and_writes(tmp_path, capsys):
         (["--workload", "prefill", "--horizon", "1h"], "a horizon: the tokens of a request are not independent"),
         (["--dummy-tokens", "3", "--layer-correlation"], "--layer-correlation: dummy tokens are identical"),
         (["--dummy-tokens", "3", "--risk", "1e-8"], "--risk 1e-08 takes 368887944 steps of 64 tokens under linear"),
-    ],
-)
-def test_bad_usage_is_one_line_and_status_2(words, message, capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    fails(capsys, ["capacity", "--ep", "8", "--tokens", "64", *words, "--out", "new"], message)
-    assert not (tmp_path / "new").exists()
+    ):
+        fails(capsys, ["capacity", "--ep", "8", "--tokens", "64", *words, "--out", "new"], message)
+        assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.slow

@@ -118,9 +118,8 @@ def test_the_command(capsys, tmp_path):
     assert capsys.readouterr().out.startswith("| id | claim |")
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
+def test_bad_usage_is_one_line_and_status_2(capsys):
+    for words, message in (
         ("claims qpm-9", "claim 'qpm-9' is not known; did you mean qpm-8"),
         ("claims --workload chatty", "--workload 'chatty' is not known"),
         ("claims --effort 0", "--effort 0"),
@@ -128,10 +127,8 @@ def test_the_command(capsys, tmp_path):
         ("claims --plausible-share 0", "--plausible-share 0"),
         ("claims --threads 0", "--threads 0"),
         ("claims --seed -1", "--seed -1"),
-    ],
-)
-def test_bad_usage_is_one_line_and_status_2(words, message, capsys):
-    fails(capsys, words.split(), message)
+    ):
+        fails(capsys, words.split(), message)
 
 
 def test_records_are_refused(tmp_path):

@@ -75,16 +75,13 @@ def test_a_worker_that_is_killed_loses_and_doubles_nothing(by_threads, tmp_path)
     assert {name: (tmp_path / "out" / name).read_bytes() for name in TABLES} == by_threads
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
+def test_bad_clusters_are_one_line_and_leave_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sim.sweeps.executors._ANSWER_S", 1)
+    for options, message in (
         (["--executor", "dask", "--scheduler", "tcp://127.0.0.1:1"], "no Dask scheduler answers there"),
         (["--executor", "dask", "--scheduler", "nonsense"], "no Dask scheduler answers there"),
         (["--scheduler", "tcp://127.0.0.1:1"], "--scheduler goes with --executor dask"),
         (["--executor", "ray"], "--executor"),
-    ],
-)
-def test_bad_clusters_are_one_line_and_leave_nothing(options, message, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("sim.sweeps.executors._ANSWER_S", 1)
-    fails(capsys, [*COMMAND, *options, "--out", tmp_path / "out"], message)
-    assert not (tmp_path / "out").exists()
+    ):
+        fails(capsys, [*COMMAND, *options, "--out", tmp_path / "out"], message)
+        assert not (tmp_path / "out").exists()

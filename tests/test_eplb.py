@@ -213,9 +213,8 @@ def test_distance_from_the_optimum_on_small_cases():
     assert np.max(excess["eplb_refined"]) == pytest.approx(0.059, abs=5e-3)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
+def test_bad_arguments():
+    for options, message in (
         ({"loads": None}, "`strategy` eplb needs `loads`"),
         ({"loads": np.ones(255)}, r"must have shape \[256\], one number per expert, not \[255\]"),
         ({"loads": np.ones((2, 256))}, r"not \[2, 256\]"),
@@ -236,9 +235,7 @@ def test_distance_from_the_optimum_on_small_cases():
         ({"strategy": "round_robin+16", "loads": None}, "redundant slots go with linear, eplb"),
         ({"strategy": "file:x.json", "redundant": 16, "loads": None}, "a file has its own redundant slots"),
         ({"ep_size": 12}, "256 experts [+] 0 redundant slots do not divide by 12 ranks; eplb[+]8 does"),
-    ],
-)
-def test_bad_arguments(options, message):
-    options = {"strategy": "eplb", "ep_size": 16, "loads": np.ones(256)} | options
-    with pytest.raises(InputError, match=message):
-        place(options.pop("strategy"), V3, options.pop("ep_size"), **options)
+    ):
+        options = {"strategy": "eplb", "ep_size": 16, "loads": np.ones(256)} | options
+        with pytest.raises(InputError, match=message):
+            place(options.pop("strategy"), V3, options.pop("ep_size"), **options)

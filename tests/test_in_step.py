@@ -307,13 +307,10 @@ def test_its_map_is_exported_where_layers_may_differ(tmp_path, capsys):
         assert not out.exists()
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
+def test_a_budget_that_cannot_be_is_refused_in_one_line(capsys):
+    for words, message in (
         ("sweep --placement eplb_budget", "needs redundant slots that it can spend, as in eplb_budget+32"),
         ("sweep --ep 320 --placement eplb_budget+32", "as in eplb+64"),
         ("capacity --placement eplb_budget+16", "--placement eplb_budget+16: its layers differ in slots"),
-    ],
-)
-def test_a_budget_that_cannot_be_is_refused_in_one_line(words, message, capsys):
-    fails(capsys, words.split(), message)
+    ):
+        fails(capsys, words.split(), message)

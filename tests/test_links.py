@@ -106,9 +106,8 @@ def test_a_sweep_writes_a_file_for_each_cell(tmp_path, capsys):
         assert str(held["placement"]) == "eplb+8"
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
+def test_wrong_use_is_one_line_and_writes_nothing(tmp_path, capsys):
+    for words, message in (
         (["--source-imbalance", "2"], "--source-imbalance goes with --rank-traffic"),
         (["--rank-traffic", "--source-imbalance", "9"], "--source-imbalance 9: must be from 1 to the EP size, 8"),
         (["--rank-traffic", "--source-imbalance", "1,2"], "--source-imbalance: 2 shares go with EP size 2, not 8"),
@@ -117,12 +116,10 @@ def test_a_sweep_writes_a_file_for_each_cell(tmp_path, capsys):
         (["--rank-traffic", "--precision", "1%"], "rank traffic goes with --trials, not with a precision"),
         (["--rank-traffic", "--dummy-tokens", "4"], "--rank-traffic: dummy tokens are counted by their experts"),
         (["--rank-traffic", "--ep", "256", "--tokens", "65536"], "would hold"),
-    ],
-)
-def test_wrong_use_is_one_line_and_writes_nothing(words, message, tmp_path, capsys):
-    trials = [] if "--precision" in words else ["--trials", "5"]
-    fails(capsys, ["sweep", "--ep", "8", "--tokens", "16", *trials, "--out", tmp_path / "out", *words], message)
-    assert not (tmp_path / "out").exists()
+    ):
+        trials = [] if "--precision" in words else ["--trials", "5"]
+        fails(capsys, ["sweep", "--ep", "8", "--tokens", "16", *trials, "--out", tmp_path / "out", *words], message)
+        assert not (tmp_path / "out").exists()
 
 
 def test_unknown_width_leaves_bytes_out(tmp_path):

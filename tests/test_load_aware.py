@@ -275,9 +275,8 @@ def test_a_precision_goes_on_with_fresh_layers_and_their_own_fits():
     pd.testing.assert_frame_equal(by_precision.summary[columns], by_trials.summary[columns])
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
+def test_bad_arguments():
+    for change, message in (
         ({"ep_sizes": [12]}, "`strategy` eplb at `ep_size` 12: .* do not divide by 12 ranks"),
         ({"fit_tokens": 0}, "`fit_tokens` 0"),
         ({"fit_tokens": 2**25}, "`fit_tokens` 33554432"),
@@ -286,11 +285,9 @@ def test_a_precision_goes_on_with_fresh_layers_and_their_own_fits():
         ({"fit_on": "mixed", "fit_tokens": None}, "`fit_on` mixed: goes with recorded or fitted traffic"),
         ({"replica_choice": "hash"}, "`replica_choice` 'hash' is not known"),
         ({"replica_choice": "vllm_hash", "tokens": 2**21}, "at most 1048576 tokens"),
-    ],
-)
-def test_bad_arguments(change, message):
-    with pytest.raises(InputError, match=message):
-        make_plan(V3, CHAT, **SMALL | change)
+    ):
+        with pytest.raises(InputError, match=message):
+            make_plan(V3, CHAT, **SMALL | change)
 
 
 def test_fitted_traffic_is_balanced_by_other_traffic_of_its_layers(tmp_path):

@@ -335,9 +335,8 @@ def test_params_json_in_a_folder(tmp_path):
     assert (model.hidden_size, model.moe_intermediate_size) == (64, 128)
 
 
-@pytest.mark.parametrize(
-    "keys",
-    [
+def test_layers_with_different_numbers_are_refused_by_name(tmp_path):
+    for keys in (
         {"n_routed_experts_per_layer": [0, 256, 192]},
         {"layers_num_experts": [8, 4] * 6},
         {"layer_expert_counts": [8, 4] * 6},
@@ -347,11 +346,11 @@ def test_params_json_in_a_folder(tmp_path):
         {"reap_pruning": {"n_routed_experts_per_layer": [8, 4] * 6}},
         {"block_configs": [{"ffn": {"moe": {"num_local_experts": n}}} for n in (8, 4)] * 6},
         {"num_experts_per_tok": [2, 1] * 6},
-    ],
-)
-def test_layers_with_different_numbers_are_refused_by_name(tmp_path, keys):
-    with pytest.raises(InputError, match=r"_per_layer|layers?_\w+|num_local_experts|block_configs|num_experts_per_tok"):
-        load_config(tmp_path, BASE | keys)
+    ):
+        with pytest.raises(
+            InputError, match=r"_per_layer|layers?_\w+|num_local_experts|block_configs|num_experts_per_tok"
+        ):
+            load_config(tmp_path, BASE | keys)
 
 
 def test_zero_experts_and_hash_layers_are_caveats(tmp_path):
@@ -390,9 +389,8 @@ def test_malformed_values_of_any_field_end_in_one_line(tmp_path):
             assert len(told) < 700
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
+def test_configs_that_cannot_be_right_are_refused(tmp_path):
+    for content, message in (
         ("[" * 100_000, "not JSON|has no experts|not a JSON object"),
         ('{"a":' * 900 + "{}" + "}" * 900, "has no experts|not JSON"),
         ({f"part{i}": {"deep": {}} for i in range(10_000)} | {f"moe_{i}": i for i in range(10_000)}, "has no experts"),
@@ -431,11 +429,9 @@ def test_malformed_values_of_any_field_end_in_one_line(tmp_path):
         ({"num_experts": 8, "num_experts_per_tok": 2, "scoring_func": 3}, "must be a name"),
         (BASE | {"enable_moe_block": False}, "has no experts: enable_moe_block is false"),
         (BASE | {"use_expert_bias": "yes"}, "use_expert_bias must be true or false"),
-    ],
-)
-def test_configs_that_cannot_be_right_are_refused(tmp_path, content, message):
-    with pytest.raises(InputError, match=message):
-        load_config(tmp_path, content)
+    ):
+        with pytest.raises(InputError, match=message):
+            load_config(tmp_path, content)
 
 
 # The configs of ../shared/cases

@@ -217,24 +217,21 @@ def test_rows_of_a_file_become_the_layers_that_the_engine_takes_them_for(tmp_pat
     assert notes_on(found) == [f"file:{path}: {text}" for text in found.notes]
 
 
-@pytest.mark.parametrize(
-    ("form", "n_rows", "message"),
-    [
+def test_a_map_of_other_layers_than_the_models_is_not_taken_in_silence(tmp_path):
+    model = layered(4, tuple(range(8)), 8)
+    path = tmp_path / "map"
+    for form, n_rows, message in (
         *((form, 13, OTHER) for form in ("sglang", "ranks", "trtllm", "vllm-ascend")),
         ("sglang", 3, "3 layers for the 8 MoE layers of layered: taken in turn"),
         ("trtllm", 3, "taken in turn; TensorRT-LLM stops at layer 3, which is not there"),
         ("vllm-ascend", 3, "3 layers for the 8 MoE layers of layered: taken in turn"),
-    ],
-)
-def test_a_map_of_other_layers_than_the_models_is_not_taken_in_silence(tmp_path, form, n_rows, message):
-    model = layered(4, tuple(range(8)), 8)
-    path = tmp_path / "map"
-    path.write_text(MAPS[form](list(range(n_rows)), ROWS[:1] * n_rows))
-    if n_rows > 8:
-        with pytest.raises(InputError, match=re.escape(message)):
-            read_placement(path, model, 2)
-    else:
-        assert message in " ".join(read_placement(path, model, 2).notes)
+    ):
+        path.write_text(MAPS[form](list(range(n_rows)), ROWS[:1] * n_rows))
+        if n_rows > 8:
+            with pytest.raises(InputError, match=re.escape(message)):
+                read_placement(path, model, 2)
+        else:
+            assert message in " ".join(read_placement(path, model, 2).notes)
 
 
 def test_tensorrt_llms_start_without_assignments(tmp_path):
@@ -324,9 +321,9 @@ ASCEND = (
 )
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
+def test_bad_files(tmp_path):
+    path = tmp_path / "map"
+    for content, message in (
         (MAP % "[[0, 1, 2, 0], [0, 1, 2]]", "layer 1 has 3 slots, the first layer has 4"),
         (MAP % "[[0, 1, 2]]", "its 3 slots must be from the model's 3 experts to 32771, and divide by `ep_size` 2"),
         (MAP % "[[0, 1, 1, 0]]", "layer 0: expert 2 of the model's 3 has no slot"),
@@ -374,15 +371,12 @@ ASCEND = (
         ("num_slots: 4\ninitial_global_assignments:\n", "must be {layer: [expert of each slot]}, not {}"),
         ("num_slots: 4\ninitial_global_assignments: {3: [0, 1, 2, 0], 3: []}\n", "the key '3' stands twice"),
         ("num_slots: 4\ninitial_global_assignments: {3: &a [0, 1]}\n", "line 2: expected a map {layer: [experts]}"),
-    ],
-)  # fmt: skip
-def test_bad_files(tmp_path, content, message):
-    path = tmp_path / "map"
-    path.write_text(content)
-    with pytest.raises(InputError) as error:
-        read_placement(path, plain(3), 2)
-    assert message in str(error.value)
-    assert "\n" not in str(error.value)
+    ):  # fmt: skip
+        path.write_text(content)
+        with pytest.raises(InputError) as error:
+            read_placement(path, plain(3), 2)
+        assert message in str(error.value)
+        assert "\n" not in str(error.value)
 
 
 def test_slots_of_a_map_are_ranks_in_order():

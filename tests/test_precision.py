@@ -93,9 +93,8 @@ def test_out_of_time_the_same_command_goes_on(tmp_path, capsys):
     assert not (tmp_path / "a/.partial").exists()
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
+def test_bad_precisions_are_refused_by_name():
+    for change, message in (
         ({"trials": 100}, "`trials` and a precision exclude each other"),
         ({"precision": 0}, "`precision` 0"),
         ({"precision": 1.5}, "`precision` 1.5"),
@@ -103,11 +102,9 @@ def test_out_of_time_the_same_command_goes_on(tmp_path, capsys):
         ({"max_trials": 0}, "`max_trials` 0"),
         ({"precision": None, "max_trials": 5}, "`max_trials` goes with"),
         ({"bound_layers": -1}, "`bound_layers` -1"),
-    ],
-)
-def test_bad_precisions_are_refused_by_name(change, message):
-    with pytest.raises(InputError, match=message):
-        make_plan("deepseek-v3", "chat", **GRID | {"precision": 0.01} | change)
+    ):
+        with pytest.raises(InputError, match=message):
+            make_plan("deepseek-v3", "chat", **GRID | {"precision": 0.01} | change)
 
 
 @pytest.fixture(scope="module")

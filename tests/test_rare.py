@@ -204,16 +204,13 @@ def test_what_one_layer_carries_is_refused():
     assert all("one layer carries" in reason for _, _, reason in result.refused)
 
 
-@pytest.mark.parametrize(
-    ("workload", "why"),
-    [
+def test_traffic_without_estimates_says_why():
+    for workload, why in (
         (SyntheticTraffic("u"), "not drawn"),
         (SyntheticTraffic("d", popularity="lognormal", sigma=1.0, dummy_tokens=2), "dummy"),
         (SyntheticTraffic("r", popularity="lognormal", sigma=1.0, request_sigma=1.0, tokens_per_request=8), "requests"),
         (SyntheticTraffic("t", popularity="tilted", request_sigma=1.0), "tilted"),
-    ],
-)
-def test_traffic_without_estimates_says_why(workload, why):
-    assert why in no_rare_events_because(workload, 16)
-    with pytest.raises(ValueError, match=why):
-        rare_tail(ONE_EACH, workload, np.arange(4), 16, imbalance=[2.0])
+    ):
+        assert why in no_rare_events_because(workload, 16)
+        with pytest.raises(ValueError, match=why):
+            rare_tail(ONE_EACH, workload, np.arange(4), 16, imbalance=[2.0])

@@ -265,17 +265,16 @@ def test_a_log_is_laid_beside(tmp_path, capsys):
     assert "your log: 5 values" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [("", "holds no numbers"), ("1\n\nx\n", "line 3 does not end"), ("0.5\nnan\n", "nan is no value"), ("-1\n", "-1 is no value"),
-     ("0.5\n1.5\n", "1.5 is no value of balancedness_vllm: they are numbers from 0 to 1")],
-)  # fmt: skip
-def test_bad_logs_are_refused(tmp_path, text, message):
-    (tmp_path / "log").write_text(text)
-    with pytest.raises(InputError, match=message):
-        read_log(tmp_path / "log", "balancedness_vllm")
-    (tmp_path / "log").write_text("1.5\n")  # a time may be above 1
-    assert read_log(tmp_path / "log", "moe_ms").values.tolist() == [1.5]
+def test_bad_logs_are_refused(tmp_path):
+    for text, message in (
+        ("", "holds no numbers"), ("1\n\nx\n", "line 3 does not end"), ("0.5\nnan\n", "nan is no value"),
+        ("-1\n", "-1 is no value"), ("0.5\n1.5\n", "1.5 is no value of balancedness_vllm: they are numbers from 0 to 1"),
+    ):  # fmt: skip
+        (tmp_path / "log").write_text(text)
+        with pytest.raises(InputError, match=message):
+            read_log(tmp_path / "log", "balancedness_vllm")
+        (tmp_path / "log").write_text("1.5\n")  # a time may be above 1
+        assert read_log(tmp_path / "log", "moe_ms").values.tolist() == [1.5]
 
 
 @pytest.mark.parametrize("verb", ["step", "gain --markdown"])
@@ -350,9 +349,9 @@ def test_gain_prints_and_writes(tmp_path, capsys):
     assert {path.name for path in tmp_path.iterdir()} == {"gain.csv", "gain.json", "gain_by_tokens.png"}
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
+def test_bad_usage_is_one_line_and_status_2(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for words, message in (
         ("gain --gpu h21", "gpu 'h21' is not known"),
         ("gain --dtype int4", "dtype int4"),
         ("gain --gpu h20 --dtype fp4", "gpu h20 has no fp4 peak"),
@@ -377,11 +376,8 @@ def test_gain_prints_and_writes(tmp_path, capsys):
         ("step --log-metric moe", "--log-metric 'moe' is not known"),
         ("step --log /absent", "does not exist"),
         ("gain --model mixtral-8x7b --tokens 1 --phase decode", "--phase goes with a recorded workload"),
-    ],
-)
-def test_bad_usage_is_one_line_and_status_2(words, message, capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    fails(capsys, words.split(), message)
+    ):
+        fails(capsys, words.split(), message)
     assert not list(tmp_path.iterdir())
 
 

@@ -228,9 +228,8 @@ def test_committed_results_are_as_precise_as_promised(workload):
     assert max(path.stat().st_size for path in folder.iterdir() if path.suffix != ".parquet") < 3_000_000
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
+def test_bad_arguments_are_refused():
+    for change, message in (
         ({"tokens": []}, "`tokens` needs at least one"),
         ({"tokens": [1.5]}, "`tokens` 1.5"),
         ({"ep_sizes": [257]}, "`ep_sizes` 257: EP size must lie from 1 to the 256"),
@@ -245,11 +244,9 @@ def test_committed_results_are_as_precise_as_promised(workload):
         ({"placements": 5}, "`placements` 5"),
         ({"thresholds": "12"}, "`thresholds` 12"),
         ({"trials": 10**9, "draws": 1, "tokens": 2**20}, "sums over draws 64-bit ones"),
-    ],
-)
-def test_bad_arguments_are_refused(change, message):
-    with pytest.raises(InputError, match=message):
-        make_plan("deepseek-v3", "chat", **SMALL | change)
+    ):
+        with pytest.raises(InputError, match=message):
+            make_plan("deepseek-v3", "chat", **SMALL | change)
 
 
 def test_an_unknown_scoring_is_refused_where_it_matters():
@@ -295,9 +292,8 @@ def test_rows_of_an_array_are_layers():
     assert result.summary.max_load_mean.iloc[0] == np.mean(loads)
 
 
-@pytest.mark.parametrize(
-    ("placements", "message"),
-    [
+def test_values_that_are_no_placement_of_the_model_are_refused():
+    for placements, message in (
         ([np.arange(32) % 4], "`placements` array is given for 4 ranks, not for `ep_sizes` 8"),
         ([np.arange(32) % 16], "`placements` array is on 16 ranks, which `ep_sizes` 4, 8 does not have"),
         ([np.arange(30) % 4], "`placements` array is of 30 experts, model gpt-oss-20b has 32"),
@@ -305,11 +301,9 @@ def test_rows_of_an_array_are_layers():
         ([np.arange(32) - 1], "`placements` array: ranks must be from 0"),
         ([np.ones(32)], "must be a name, a Placement, or the rank of each expert"),
         ([[[0, 1], [0]]], "must be a name, a Placement, or the rank of each expert"),
-    ],
-)
-def test_values_that_are_no_placement_of_the_model_are_refused(placements, message):
-    with pytest.raises(InputError, match=message):
-        make_plan(GPT, "chat", placements=placements, **ONE)
+    ):
+        with pytest.raises(InputError, match=message):
+            make_plan(GPT, "chat", placements=placements, **ONE)
 
 
 # Bounds that fail
