@@ -57,8 +57,7 @@ def test_a_token_of_the_fan_out_goes_to_one_copy_of_each_expert_and_to_all_equal
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("choice", ["even", "vllm_hash"])
-@pytest.mark.parametrize("draws", [None, 7])
+@pytest.mark.parametrize(("choice", "draws"), [("even", 7), ("vllm_hash", None)])
 def test_summary_equals_a_plain_recomputation(choice, draws):
     result = sweep(V3, CHAT, **SMALL, draws=draws, replica_choice=choice)
     rows = result.summary.set_index(["placement", "ep_size", "tokens"])

@@ -90,16 +90,16 @@ def test_two_ranks_are_idle_as_the_exact_integral_says():
 
 
 @pytest.mark.slow
-def test_short_budgets_cover_in_200_seeds():
-    """400 layers, P from 1e-2 to 1e-5: at least 93 % of the intervals, less two standard errors of 200 seeds."""
+def test_short_budgets_cover_in_100_seeds():
+    """400 layers, P from 1e-2 to 1e-5: at least 93 % of the intervals, less two standard errors of 100 seeds."""
     exact = {x: exact_on_one_rank(0.4, (1, 1, 1, 1), 32, round(8 * x)) for x in (2.5, 3.0, 3.5)}
     hits = {x: [] for x in exact}
-    for seed in range(200):
+    for seed in range(100):
         result = rare_tail(ONE_EACH, lognormal(0.4), np.arange(4), 32, imbalance=list(exact), n_layers=400, seed=seed)
         for row in result.rows:
             hits[row.threshold].append(row.low <= exact[row.threshold] <= row.high)
     for x, found in hits.items():
-        assert len(found) > 100, x
+        assert len(found) > 50, x
         assert np.mean(found) > 0.93 - 2 * np.sqrt(0.93 * 0.07 / len(found)), x
 
 
@@ -142,7 +142,7 @@ def test_estimates_agree_with_sampling_where_both_see(workload):
     model, traffic, n = (
         ModelSpec("small", 24, 3, 4, 2, "sigmoid", "top2_sum", has_bias=True),
         load_workload(workload),
-        60_000,
+        30_000,
     )
     steps = np.array([1, 8, 96])
     counts, _ = draw_trials(model, traffic, 3, range(n), n, steps)
@@ -152,7 +152,7 @@ def test_estimates_agree_with_sampling_where_both_see(workload):
         for i, tokens in enumerate(steps.tolist()):
             result = rare_tail(
                 model, traffic, rank, tokens, imbalance=[1.5, 2, 2.5, 3], idle_ranks=[1, 2], one_rank=True, floor=1e-5,
-                n_layers=2000,
+                n_layers=1000,
             )  # fmt: skip
             most, idle = loads[:, i].max(axis=1), (loads[:, i] == 0).sum(axis=1)
             assert result.rows
