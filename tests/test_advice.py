@@ -398,7 +398,6 @@ def test_bad_usage_is_one_line_and_status_2(toy_files, capsys):
         (["--redundant", "-4"], "--redundant -4"),
         (["--data-parallel", "0"], "--data-parallel 0: must be a whole number from 1"),
         (["--worth", "0"], "--worth 0: must be from"),
-        (["--worth", "much"], "--worth 'much': expected a share"),
         (["--moe-share", "40%", "--step-ms", "10", "--tokens", "8"], "--moe-share and --step-ms say the same"),
         (["--step-ms", "1e-3", "--tokens", "8"], "--step-ms: 0.001 ms is below the"),
         (["--step-ms", "50"], "--step-ms is the time of steps of one size"),
@@ -413,7 +412,6 @@ def test_bad_usage_is_one_line_and_status_2(toy_files, capsys):
         (["--tokens", ""], "--tokens '': expected whole numbers"),
         (["--phase", ""], "--phase must be one of decode, prefill, not ''"),
         (["--redundant", "16384"], "--redundant 16384: must be a whole number from 1 to 8192"),
-        (["--step-ms", "1e30"], "at most 1000 seconds"),
         (
             ["--placement", "linear,in_step", "--tokens", "8"],
             "--placement in_step splits the pairs of a step over copies",

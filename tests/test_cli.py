@@ -117,7 +117,6 @@ def test_plot_draws_every_figure_and_of_two_the_same_bytes_twice(folder, capsys)
     fails(capsys, ["plot", folder, "--figures", "exceedence"], "figure 'exceedence'", "did you mean exceedance")
     fails(capsys, ["plot", folder, "--tokens", "5"], "--tokens 5", "1, 16")
     fails(capsys, ["plot", folder, "--format", "pdf"], "--format 'pdf'", "png, svg")
-    fails(capsys, ["plot", folder, "--deepest", "2"], "--deepest 2", "from 1e-300 to 0.1")
 
 
 def test_bad_usage_is_one_line_and_status_2(capsys, monkeypatch):
@@ -133,12 +132,7 @@ def test_bad_usage_is_one_line_and_status_2(capsys, monkeypatch):
         (["--ep", "8,x"], ["--ep 'x'", "whole numbers"]),
         (["--ep", "64..8"], ["--ep '64..8'", "goes up"]),
         (["--tokens", "0"], ["--tokens 0", "from 1"]),
-        (["--trials", "0"], ["--trials 0", "from 1"]),
-        (["--trials", "many"], ["--trials 'many'"]),
         (["--draws", "50000"], ["--draws 50000"]),
-        (["--threads", "0"], ["--threads 0"]),
-        (["--thresholds", "0.5"], ["--thresholds"]),
-        (["--thresholds", "nan"], ["--thresholds"]),
         (["--phase", "prefill"], ["--phase", "chat"]),
         (["--tokens-per-rank", "4", "--tokens", "4"], ["--tokens-per-rank", "--tokens"]),
         (["--workload", "file:absent.npz"], ["absent.npz", "does not exist"]),

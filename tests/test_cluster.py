@@ -81,7 +81,6 @@ def test_bad_clusters_are_one_line_and_leave_nothing(tmp_path, capsys, monkeypat
         (["--executor", "dask", "--scheduler", "tcp://127.0.0.1:1"], "no Dask scheduler answers there"),
         (["--executor", "dask", "--scheduler", "nonsense"], "no Dask scheduler answers there"),
         (["--scheduler", "tcp://127.0.0.1:1"], "--scheduler goes with --executor dask"),
-        (["--executor", "ray"], "--executor"),
     ):
         fails(capsys, [*COMMAND, *options, "--out", tmp_path / "out"], message)
         assert not (tmp_path / "out").exists()

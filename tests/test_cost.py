@@ -312,8 +312,8 @@ def test_expert_times_of_an_ep_size_that_was_left_out(check):
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bf16", "fp8"])
 def test_measured_times_of_an_ep_size_that_was_left_out(dtype):
-    """H100 and H200, a tenth of the rows of results/measured, each by a fit without its GPU's EP size: median within 4 %."""
-    rows = measured_rows(dtype).iloc[::10]
+    """H100 and H200, a fifth of the rows of results/measured, each by a fit without its GPU's EP size: median within 4 %."""
+    rows = measured_rows(dtype).iloc[::5]
     error = np.abs(experts_left_out(rows, MEASURED_KERNELS[dtype]) / rows.measured_us - 1)
     assert (error.groupby([rows.gpu, rows.ep_size]).median() <= 0.06).all()
     assert (error.groupby(rows.gpu).median() <= 0.04).all()

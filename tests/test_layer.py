@@ -182,7 +182,7 @@ def is_there(pid):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("what", "ranks", "message"),
-    [("die", 3, "rank 1 ended with exit status -9"), ("fail", 2, "rank 1: OutOfMemoryError: made up")],
+    [("die", 4, "rank 1 ended with exit status -9"), ("fail", 2, "rank 1: OutOfMemoryError: made up")],
 )
 def test_a_rank_that_dies_or_fails_ends_the_others_within_30_s(tiny, what, ranks, message):
     steps, pids, began = layers_of(tiny, ep_size=ranks), [], time.monotonic()

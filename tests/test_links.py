@@ -112,7 +112,6 @@ def test_wrong_use_is_one_line_and_writes_nothing(tmp_path, capsys):
         (["--rank-traffic", "--source-imbalance", "9"], "--source-imbalance 9: must be from 1 to the EP size, 8"),
         (["--rank-traffic", "--source-imbalance", "1,2"], "--source-imbalance: 2 shares go with EP size 2, not 8"),
         (["--rank-traffic", "--source-imbalance", "0,0,0,0,0,0,0,0"], "one share at least must be above 0"),
-        (["--rank-traffic", "--source-imbalance", "a"], "--source-imbalance a: must be a number"),
         (["--rank-traffic", "--precision", "1%"], "rank traffic goes with --trials, not with a precision"),
         (["--rank-traffic", "--dummy-tokens", "4"], "--rank-traffic: dummy tokens are counted by their experts"),
         (["--rank-traffic", "--ep", "256", "--tokens", "65536"], "would hold"),
