@@ -49,9 +49,8 @@ def test_an_id_is_one_id():
     assert len(set(ids)) == len(ids)
 
 
-@pytest.mark.parametrize(
-    ("preset", "names"),
-    [
+def test_hugging_face_ids_with_the_usual_endings():
+    for preset, names in (
         ("deepseek-v3", "DeepSeek-V3 deepseek-ai/DeepSeek-V3-0324 DeepSeek-V3-Base"),
         ("deepseek-v3", "nvidia/DeepSeek-V3-0324-NVFP4 mlx/DeepSeek-V3-4bit"),
         ("deepseek-r1", "deepseek-ai/DeepSeek-R1-0528 nvidia/DeepSeek-R1-0528-NVFP4-v2 nvidia/DeepSeek-R1-FP4"),
@@ -81,12 +80,10 @@ def test_an_id_is_one_id():
         ("ernie-4.5-21b-a3b", "baidu/ERNIE-4.5-21B-A3B-Thinking"),
         ("gpt-oss-20b", "unsloth/gpt-oss-20b-BF16"),
         ("beam-1.0-501b", "reflection/Beam-1.0-501B-A23B"),
-    ],
-)
-def test_hugging_face_ids_with_the_usual_endings(preset, names):
-    for name in names.split():
-        assert load_model(name).name == preset, name
-        assert load_model(name.upper()).name == preset, name
+    ):
+        for name in names.split():
+            assert load_model(name).name == preset, name
+            assert load_model(name.upper()).name == preset, name
 
 
 def test_other_models_are_not_taken_for_a_preset():

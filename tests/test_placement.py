@@ -87,11 +87,7 @@ def test_group_aware_is_round_robin():
 
 
 def test_ep_size_out_of_range():
-    for ep_size in (
-        0,
-        -1,
-        257,
-    ):
+    for ep_size in (0, -1, 257):
         with pytest.raises(InputError, match=f"`ep_size` {ep_size}: EP size must lie from 1 to the 256"):
             place("linear", V3, ep_size)
 

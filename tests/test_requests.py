@@ -70,11 +70,7 @@ def test_logits_of_requests_are_held_for_some_trials_at_a_time(monkeypatch):
 
 
 def test_the_command_line_says_which_number_does_not_fit(capsys):
-    for verb in (
-        "sweep",
-        "gain",
-        "step",
-    ):
+    for verb in ("sweep", "gain", "step"):
         words = [verb, "--tokens-per-request", "3", "--ep", "8", "--tokens", "8"]
         fails(capsys, words, "--tokens 8: --tokens-per-request 3 must divide the tokens of a step")
 

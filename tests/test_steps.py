@@ -148,23 +148,20 @@ def test_gains_are_u_shaped():
     assert rows.loc[("h20", 1)].layer_saved > rows.loc[("h200", 1)].layer_saved
 
 
-@pytest.mark.parametrize(
-    ("model", "gpus", "dtype"),
-    [
+def test_times_are_for_the_type_that_the_experts_are_stored_in_where_the_gpus_compute_in_it():
+    options = {"ep_sizes": 4, "tokens": [64], **SMALL, "layer_sets": 1, "most_steps": 1}
+    for model, gpus, dtype in (
         ("deepseek-v3", "h200", "fp8"),
         ("mixtral-8x7b", "h200", "bf16"),
         ("gpt-oss-20b", "b200", "fp4"),
         ("gpt-oss-20b", ["b200", "h200"], "fp8"),  # which does not compute in fp4
-    ],
-)
-def test_times_are_for_the_type_that_the_experts_are_stored_in_where_the_gpus_compute_in_it(model, gpus, dtype):
-    options = {"ep_sizes": 4, "tokens": [64], **SMALL, "layer_sets": 1, "most_steps": 1}
-    by_default, given = (predict_gain(model, "chat", gpus, **options, **more) for more in ({}, {"dtype": dtype}))
-    pd.testing.assert_frame_equal(by_default, given)
-    if isinstance(gpus, str):
-        assert predict_steps(model, "chat", gpus, placements="linear", **options)["dtype"].unique() == [dtype]
-        loads = {"pairs": 8, "distinct_experts": 8, "local_experts": 8}
-        assert expert_time_us(model, gpus, **loads) == expert_time_us(model, gpus, **loads, dtype=dtype)
+    ):
+        by_default, given = (predict_gain(model, "chat", gpus, **options, **more) for more in ({}, {"dtype": dtype}))
+        pd.testing.assert_frame_equal(by_default, given)
+        if isinstance(gpus, str):
+            assert predict_steps(model, "chat", gpus, placements="linear", **options)["dtype"].unique() == [dtype]
+            loads = {"pairs": 8, "distinct_experts": 8, "local_experts": 8}
+            assert expert_time_us(model, gpus, **loads) == expert_time_us(model, gpus, **loads, dtype=dtype)
 
 
 def test_equal_layouts_save_nothing():
