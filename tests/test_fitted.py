@@ -190,12 +190,7 @@ def test_a_workload_passes_through(path):
 
 
 def test_a_file_that_says_nothing_is_no_workload(tmp_path):
-    for text in (
-        "",
-        "# nothing\n",
-        'about = "mine"\n',
-        "[prefill]\nrequest_sigma = 0.5\n",
-    ):
+    for text in ("", "# nothing\n", 'about = "mine"\n', "[prefill]\nrequest_sigma = 0.5\n"):
         (tmp_path / "empty.toml").write_text(text)
         with pytest.raises(InputError, match=r"empty\.toml says nothing of the traffic"):
             load_workload(tmp_path / "empty.toml")

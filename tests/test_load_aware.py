@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import assert_same_tables, fails, run
+from conftest import fails, run
 from hypothesis import given
 from hypothesis import strategies as st
 from naive import scores as ref_scores
@@ -16,7 +16,7 @@ from sim import InputError, load_model, load_workload, place, sweep
 from sim.copies import assign_by_hash, assign_evenly, find_copies, pick_slots
 from sim.placement import place_fixed, placement_text
 from sim.router import draw_loads, draw_trials
-from sim.sweeps import Journal, combine, executors, make_plan, run_plan
+from sim.sweeps import make_plan
 from sim.traffic import FittedLayers, LoadCounts, SyntheticTraffic
 from sim.traffic.counts import build_counts
 
@@ -126,22 +126,6 @@ def test_identity_has_what_the_tables_depend_on():
     assert (
         make_plan(V3, CHAT, **SMALL | {"placements": ["eplb"]}).identity["layouts"][0].startswith("eplb, fitted on 500")
     )
-
-
-@pytest.mark.slow
-def test_resume_and_combine(tmp_path):
-    plan = make_plan(V3, CHAT, **SMALL)
-    whole = run_plan(plan, executors.threads(1), journal=Journal(tmp_path, plan))
-    files = sorted((tmp_path / ".partial").glob("*.npz"))
-    for path in files[::2]:
-        path.unlink()
-    assert_same_tables(whole, run_plan(plan, executors.threads(1), journal=Journal(tmp_path, plan)))
-    other = sweep(V3, CHAT, **SMALL | {"seed": 5})
-    both = combine([("a", whole), ("b", other)])
-    weights = (whole.summary.imbalance_mean + other.summary.imbalance_mean) / 2
-    np.testing.assert_allclose(both.summary.imbalance_mean, weights)
-    with pytest.raises(InputError, match="does not belong"):
-        combine([("a", whole), ("b", sweep(V3, CHAT, **SMALL | {"seed": 5, "fit_tokens": 400}))])
 
 
 def test_a_map_from_a_file_is_the_same_placement(tmp_path):
