@@ -92,16 +92,6 @@ def test_spreads_over_small_groups_equal_the_routers(scoring, n_group, size, kep
     assert set(found) <= set(exact)
 
 
-def test_a_uniform_sweep_of_small_groups_has_exact_rows():
-    """E = 8 in four groups: the shape whose bounds used to end in ArithmeticError."""
-    model = grouped(8, 4, 2, 2, True)
-    tail = sweep(model, "uniform", ep_sizes=[2], tokens=[1, 4], placements=["linear"], trials=1000).tail
-    rows = both_methods(tail, 10 / 1000)
-    assert {"exact"} <= set(rows.method_theory)
-    half = norm.isf(FALSE_ALARM / (2 * len(rows))) * np.sqrt(rows.probability / 1000) + 10 / 1000
-    assert ((rows.probability - rows.probability_theory).abs() <= half).all() or (rows.method_theory == "bound").any()
-
-
 @pytest.mark.slow
 @given(
     st.lists(st.floats(0, 1), min_size=2, max_size=9).filter(lambda p: sum(p) > 0.01),

@@ -200,7 +200,6 @@ def test_bad_loads_are_refused():
         ({"pairs": 10**400}, "pairs .*must be numbers"),
         ({"pairs": "many"}, "pairs many: must be numbers"),
         ({"pairs": None}, "pairs nan"),
-        ({"distinct_experts": np.nan}, "distinct_experts nan"),
         ({"distinct_experts": -0.5}, "distinct_experts -0.5"),
         ({"distinct_experts": 9}, "distinct_experts 9 with pairs 8: each takes at least one pair"),
         ({"distinct_experts": 0}, "distinct_experts 0 with pairs 8: pairs need an expert"),

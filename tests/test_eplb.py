@@ -217,7 +217,6 @@ def test_bad_arguments():
     for options, message in (
         ({"loads": None}, "`strategy` eplb needs `loads`"),
         ({"loads": np.ones(255)}, r"must have shape \[256\], one number per expert, not \[255\]"),
-        ({"loads": np.ones((2, 256))}, r"not \[2, 256\]"),
         ({"loads": [[1.0], [1.0, 2.0]]}, "layers must have the same number of experts"),
         ({"loads": ["a"] * 256}, "must be numbers"),
         ({"loads": [1.0] * 255 + [float("nan")]}, "expert 255 is nan; loads must be finite"),
@@ -228,7 +227,6 @@ def test_bad_arguments():
         ({"redundant": -1}, "`redundant` -1"),
         ({"redundant": 10**9}, "`redundant` 1000000000"),
         ({"strategy": "eplb+x"}, "redundant slots are a whole number"),
-        ({"strategy": "eplb+-8"}, "redundant slots are a whole number"),
         ({"strategy": "eplb+16", "redundant": 32}, "another number of redundant slots"),
         ({"strategy": "elpb+16"}, "did you mean eplb"),
         ({"strategy": "linear"}, "linear takes no `loads`"),

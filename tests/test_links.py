@@ -8,7 +8,7 @@ import pytest
 from conftest import fails
 
 import sim
-from sim import InputError, load_model, load_workload, place, score_tokens
+from sim import load_model, load_workload, place, score_tokens
 from sim.cli import main
 from sim.cost.links import source_tokens
 from sim.router import draw_trials
@@ -126,8 +126,3 @@ def test_unknown_width_leaves_bytes_out(tmp_path):
     config.write_text('{"model_type": "x", "num_local_experts": 8, "num_experts_per_tok": 2, "num_hidden_layers": 2}')
     cell = sim.rank_traffic(str(config), "uniform", ep_sizes=2, tokens=4, placements="linear", trials=3)["linear", 2, 4]
     assert not [name for name in cell if "bytes" in name or name == "hidden_size"]
-
-
-def test_refused_without_single_tokens():
-    with pytest.raises(InputError, match="rank_traffic`: dummy tokens"):
-        sim.rank_traffic(TOY, load_workload("chat", dummy_tokens=2), ep_sizes=2, tokens=4, placements="linear")

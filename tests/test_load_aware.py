@@ -14,7 +14,6 @@ from naive import slot_counts as ref_slot_counts
 
 from sim import InputError, load_model, load_workload, place, sweep
 from sim.copies import assign_by_hash, assign_evenly, find_copies, pick_slots
-from sim.placement import place_fixed, placement_text
 from sim.router import draw_loads, draw_trials
 from sim.sweeps import make_plan
 from sim.traffic import FittedLayers, LoadCounts, SyntheticTraffic
@@ -128,15 +127,6 @@ def test_identity_has_what_the_tables_depend_on():
     )
 
 
-def test_a_map_from_a_file_is_the_same_placement(tmp_path):
-    slots = place_fixed("linear+16", V3, 16, 8)
-    (tmp_path / "map.json").write_text(placement_text(slots, "vllm", 16))
-    a = sweep(V3, CHAT, **SMALL | {"placements": "linear+16", "ep_sizes": 16, "fit_tokens": None})
-    b = sweep(V3, CHAT, **SMALL | {"placements": f"file:{tmp_path / 'map.json'}", "ep_sizes": 16, "fit_tokens": None})
-    columns = [name for name in a.summary.columns if name not in ("placement", "baseline")]
-    pd.testing.assert_frame_equal(a.summary[columns], b.summary[columns])
-
-
 def test_bounds_past_sampling_leave_replicas_out():
     result = sweep(V3, CHAT, **SMALL | {"placements": ["linear", "eplb", "eplb+16"], "bound_layers": 4})
     beyond = result.tail[result.tail.given != ""]
@@ -246,16 +236,6 @@ def test_counts_from_outside_are_checked(tmp_path, capsys, monkeypatch):
         words = ["export", "--model", "gpt-oss-20b", "--placement", "eplb", "--ep", "4", "--fit-on", "x.npz"]
         fails(capsys, [*words, "--format", "vllm", "--out", tmp_path / "out"], message)
     assert not list(tmp_path.iterdir())
-
-
-def test_a_precision_goes_on_with_fresh_layers_and_their_own_fits():
-    options = {"ep_sizes": 16, "tokens": [16], "placements": ["linear", "eplb+16"], "fit_tokens": 200}
-    by_precision = sweep(V3, CHAT, **options, precision=0.007, max_trials=3000)
-    trials = int(by_precision.summary.trials[0])
-    assert trials > 1024  # more than one stage
-    by_trials = sweep(V3, CHAT, **options, trials=trials)
-    columns = [name for name in by_trials.summary.columns if name != "stopped"]
-    pd.testing.assert_frame_equal(by_precision.summary[columns], by_trials.summary[columns])
 
 
 def test_bad_arguments():

@@ -149,7 +149,6 @@ def test_bad_placement_files(tmp_path):
         ("[]", "must be a list"),
         ("{}", "must be a list"),
         ("[[0, 1, 1, 0], 3]", "layer 1"),
-        ("nonsense", "is not JSON"),
         ("[" * 100_000, "is not JSON"),
     ):
         path.write_text(content)

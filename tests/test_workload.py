@@ -153,9 +153,6 @@ GOOD = np.tile([0, 1], (6, 1, 1))
 def test_bad_records_are_refused(tmp_path):
     """Other ids and unsound files: test_readers."""
     for ids, lengths, message in (
-        (GOOD - 2, [6], "from 0 to 32767"),
-        (GOOD[:, 0], [6], "shape"),
-        (GOOD.astype(float), [6], "whole numbers"),
         (GOOD, [5], "add up to the 6 tokens"),
         (GOOD, [7, -1], "at least 1"),
         (GOOD, [[6]], "at least 1"),
