@@ -162,8 +162,9 @@ def test_json_tables(tmp_path):
     assert read_traffic(tmp_path / "x.json").expert_counts.tolist() == [[7, 9, 0], [7, 3, 6]]
 
 
-def test_bad_json_tables_are_refused(tmp_path):
-    for value, message in (
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
         ({"0": [1, 2], "1": [1]}, "not equally long"),
         ({"0": [1, True]}, "counts must be numbers, found True"),
         ({"0": [1, "a"]}, "counts must be numbers"),
@@ -179,10 +180,12 @@ def test_bad_json_tables_are_refused(tmp_path):
         ([{"0": [1, 2]}, {"0": None}], "have no counts"),
         ({"0": None, "3": [[1, 2], [3, 4]]}, "one step"),
         ({"layer": 0, "counts": [1, 2], "slot": 3}, "no key 'routed_experts'"),
-    ):
-        (tmp_path / "x.json").write_text(json.dumps(value))
-        with pytest.raises(InputError, match=message):
-            read_traffic(tmp_path / "x.json")
+    ],
+)
+def test_bad_json_tables_are_refused(tmp_path, value, message):
+    (tmp_path / "x.json").write_text(json.dumps(value))
+    with pytest.raises(InputError, match=message):
+        read_traffic(tmp_path / "x.json")
 
 
 def test_csv_files_of_ranks_are_added_up(tmp_path):

@@ -24,6 +24,7 @@ def test_each_way_of_saying_which_layers_are_moe(tmp_path):
         ({"moe_layer_freq": [0] * 10 + [1, 1]}, [10, 11]),
         ({"moe_layer_freq": [0] * 10 + [1, 1, 1], "num_nextn_predict_layers": 1}, [10, 11]),
         ({"moe_layer_freq": "([0]*10+[1]*2)"}, [10, 11]),  # Megatron
+        ({"moe_layer_freq": "[0, 1]*6"}, ODD),
         ({"decoder_sparse_step": 2}, ODD),  # Qwen
         ({"decoder_sparse_step": 2, "mlp_only_layers": [1, 3]}, [5, 7, 9, 11]),
         ({"interleave_moe_layer_step": 4}, [3, 7, 11]),  # Llama 4
@@ -151,8 +152,9 @@ def test_a_type_that_is_not_known_says_what_is_assumed(tmp_path):
         assert load_config(tmp_path, by_class).scoring == "sigmoid"
 
 
-def test_scoring_and_bias_by_any_of_their_names(tmp_path):
-    for keys, scoring, has_bias in (
+@pytest.mark.parametrize(
+    ("keys", "scoring", "has_bias"),
+    [
         ({"score_function": "sigmoid"}, "sigmoid", False),
         ({"model_type": "dots1", "scoring_func": "noaux_tc"}, "sigmoid", True),  # the method under the wrong key
         ({"score_func": "sigmoid", "topk_method": "noaux_tc"}, "sigmoid", True),
@@ -165,22 +167,28 @@ def test_scoring_and_bias_by_any_of_their_names(tmp_path):
         ({"expert_selection_fn": "sigmoid"}, "sigmoid", False),
         ({"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True}, "sigmoid", True),
         ({"model_type": "lfm2_moe", "use_expert_bias": False}, "sigmoid", False),
-        ({"router_bias": True, "scoring_func": "Softmax"}, "softmax", False),  # of the linear layer: part of the logits
-    ):
-        model = load_config(tmp_path, BASE | keys)
-        assert (model.scoring, model.has_bias) == (scoring, has_bias)
-        assert model.group_score == ("top2_sum" if has_bias else "max")
+        ({"router_bias": True}, "softmax", False),  # of the linear layer: part of the logits
+        ({"scoring_func": "Softmax"}, "softmax", False),
+    ],
+)
+def test_scoring_and_bias_by_any_of_their_names(tmp_path, keys, scoring, has_bias):
+    model = load_config(tmp_path, BASE | keys)
+    assert (model.scoring, model.has_bias) == (scoring, has_bias)
+    assert model.group_score == ("top2_sum" if has_bias else "max")
 
 
-def test_groups_are_those_of_the_top_k_method(tmp_path):
-    for keys, n_group, group_score in (
+@pytest.mark.parametrize(
+    ("keys", "n_group", "group_score"),
+    [
         ({"n_group": 4, "topk_group": 2, "topk_method": "group_limited_greedy"}, 4, "max"),
         ({"n_group": 4, "topk_group": 2, "topk_method": "noaux_tc"}, 4, "top2_sum"),
         ({"n_group": 4, "topk_group": 2, "topk_method": "greedy"}, 1, "max"),
         ({"n_group": None, "topk_group": None}, 1, "max"),
-    ):
-        model = load_config(tmp_path, BASE | keys)
-        assert (model.n_group, model.group_score, model.has_bias) == (n_group, group_score, group_score == "top2_sum")
+    ],
+)
+def test_groups_are_those_of_the_top_k_method(tmp_path, keys, n_group, group_score):
+    model = load_config(tmp_path, BASE | keys)
+    assert (model.n_group, model.group_score, model.has_bias) == (n_group, group_score, group_score == "top2_sum")
 
 
 def test_an_expert_without_a_gate_has_two_matrices(tmp_path):
@@ -362,13 +370,15 @@ def test_malformed_values_of_any_field_end_in_one_line(tmp_path):
             assert len(told) < 700
 
 
-def test_configs_that_cannot_be_right_are_refused(tmp_path):
-    for content, message in (
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
         ("[" * 100_000, "not JSON|has no experts|not a JSON object"),
         ('{"a":' * 900 + "{}" + "}" * 900, "has no experts|not JSON"),
         ({f"part{i}": {"deep": {}} for i in range(10_000)} | {f"moe_{i}": i for i in range(10_000)}, "has no experts"),
         (BASE | {"moe_layers": "0-9999 " * 9000}, "at most 10000 layer numbers"),
         ("3", "not a JSON object"),
+        ("null", "not a JSON object"),
         (BASE | {"num_hidden_layers": 10**9}, "num_hidden_layers must be a whole number from 1 to 10000"),
         (BASE | {"num_hidden_layers": True}, "num_hidden_layers must be"),
         (BASE | {"num_hidden_layers": "12"}, "num_hidden_layers must be"),
@@ -386,6 +396,7 @@ def test_configs_that_cannot_be_right_are_refused(tmp_path):
         (BASE | {"expert_layer_period": 2, "expert_layer_offset": 2}, "expert_layer_offset must be"),
         ({"hidden_size": 4096, "num_hidden_layers": 32}, "has no experts"),
         ({"num_experts": 8}, "has no top-k"),
+        ({"num_experts": 0, "num_experts_per_tok": 2}, "not a mixture of experts: num_experts is 0"),
         ({"num_experts": 1, "num_experts_per_tok": 1}, "not a mixture of experts: num_experts is 1"),
         ({"num_experts": 8, "num_experts_per_tok": "2"}, "num_experts_per_tok must be a whole number .* not '2'"),
         ({"num_experts": 8, "num_experts_per_tok": 2, "n_group": {}}, "n_group must be a whole number"),
@@ -400,9 +411,11 @@ def test_configs_that_cannot_be_right_are_refused(tmp_path):
         ({"num_experts": 8, "num_experts_per_tok": 2, "scoring_func": 3}, "must be a name"),
         (BASE | {"enable_moe_block": False}, "has no experts: enable_moe_block is false"),
         (BASE | {"use_expert_bias": "yes"}, "use_expert_bias must be true or false"),
-    ):
-        with pytest.raises(InputError, match=message):
-            load_config(tmp_path, content)
+    ],
+)
+def test_configs_that_cannot_be_right_are_refused(tmp_path, content, message):
+    with pytest.raises(InputError, match=message):
+        load_config(tmp_path, content)
 
 
 # The configs of ../shared/cases
