@@ -90,11 +90,16 @@ def deployments():
     return plan, sample_deployments(plan, 58, 20, 2)
 
 
+@pytest.fixture(scope="module")
+def swept():
+    return sim.sweep(V3, "chat", **GRID, trials=2000, seed=9, replica_choice="vllm_hash")
+
+
 @pytest.mark.slow
-def test_means_are_those_of_a_sweep(deployments):
+def test_means_are_those_of_a_sweep(deployments, swept):
     """Mean tokens that a rank receives, from laws by mean load, against all tokens of sampled steps, within 1 %."""
     plan, found = deployments
-    summary = sim.sweep(V3, "chat", **GRID, trials=400).summary
+    summary = swept.summary
     for (placement, ep_size), of_pair in zip(plan.grid.pairs, found, strict=True):
         row = summary[(summary.placement == placement) & (summary.ep_size == ep_size)].iloc[0]
         assert 256 * of_pair["received"].mean == pytest.approx(row.received_tokens_mean, rel=0.01)
@@ -104,14 +109,14 @@ def test_means_are_those_of_a_sweep(deployments):
 
 
 @pytest.mark.slow
-def test_probabilities_hold_against_sampled_steps(deployments):
+def test_probabilities_hold_against_sampled_steps(deployments, swept):
     """P(some rank of a layer has more than a capacity), layers drawn afresh, against a sweep of other layers.
 
     Not below it by more than 4 standard errors of both (one false alarm in 30,000 a line), nor above it by more than these and
     15 %, or under EPLB, whose ranks are nearly alike, three quarters: there the sum over groups of ranks is loose.
     """
     plan, found = deployments
-    counts = sim.sweep(V3, "chat", **GRID, trials=2000, seed=9, replica_choice="vllm_hash").counts
+    counts = swept.counts
     metrics = {"received": "received_tokens_max", "pairs": "max_load"}
     for quantity, ((placement, ep_size), of_pair) in product(metrics, zip(plan.grid.pairs, found, strict=True)):
         of_cell = counts[(counts.placement == placement) & (counts.ep_size == ep_size)].sort_values("value")

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import ROOT, fails
+from devices import serve_fault
 
 from sim.cli import main
 from sim.cost import load_gpu
@@ -155,20 +156,6 @@ def test_a_layer_that_cannot_be_measured_is_refused_in_one_line(tiny):
 
 
 # Ranks that end together, without PyTorch
-
-
-def serve_fault(rank, steps, device, rendezvous, end):
-    """A made-up rank: rank 1 does on request what goes wrong on a real one."""
-    end.send((True, {"pid": os.getpid()}))
-    while (question := end.recv()) is not None:
-        if rank == 1 and question[0] == "die":
-            os.kill(os.getpid(), signal.SIGKILL)
-        elif rank == 1 and question[0] == "fail":
-            end.send((False, "OutOfMemoryError: made up"))
-        elif question[0] == "ping":
-            end.send((True, rank))
-        else:
-            time.sleep(600)  # waits, as in a collective whose other rank is gone
 
 
 def is_there(pid):

@@ -119,7 +119,7 @@ def test_alias_tables_hold_the_shares_of_their_weights():
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize(("sigma", "group_sigma"), [(0.65, 0.4), (2.0, 1.0)])
 def test_same_law_as_route_on_fully_drawn_logits(name, sigma, group_sigma):
-    model, n = MODELS[name], 40_000
+    model, n = MODELS[name], 30_000
     mu = sigma * np.random.default_rng(11).standard_normal(model.n_experts)
     comp = features(sample(mu, model, group_sigma, n)[0], model.n_experts, model.n_group)
     ref = features(full(mu, model, group_sigma, n, seed=12), model.n_experts, model.n_group)
