@@ -122,9 +122,9 @@ def test_other_keys_that_speak_of_experts_are_named(tmp_path):
     assert "moe_router_bias True (not understood)" in told
     assert "lottery" not in told
     assert model.n_moe_layers == 12
-    many = load_config(tmp_path, BASE | {f"moe_{i}": i for i in range(1, 100_000)})
+    many = load_config(tmp_path, BASE | {f"moe_{i}": i for i in range(1, 10_000)})
     assert len(many.unverified) < 30
-    assert "99979 more keys" in many.unverified[-1]
+    assert "9979 more keys" in many.unverified[-1]
 
 
 def test_a_list_of_layers_wins_and_what_disagrees_is_named(tmp_path):
