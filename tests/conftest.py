@@ -44,7 +44,9 @@ def pytest_configure(config):
         subprocess.run([sys.executable, ROOT / "tests/compile.py"], env=environment, cwd=ROOT, check=True)
 
 
-LONGEST = "notebooks sampler traffic bounds capacity cluster sweep rare cost advice figures layer cuda cli".split()
+LONGEST = (
+    "notebooks traffic bounds cost capacity sampler cuda sweep advice cluster readme rare cli layer figures precision claims"
+).split()
 
 
 def pytest_collection_modifyitems(items):
