@@ -2,6 +2,7 @@
 
 from argparse import ArgumentParser, _SubParsersAction
 from importlib import import_module
+from pathlib import Path
 
 from conftest import fails
 
@@ -36,7 +37,9 @@ def options():
         parsers = {f"{verb} {name}": of for name, of in below[0].items()} if below else {verb: parser}
         for words, of in parsers.items():
             for action in of._actions:
-                if action.option_strings and isinstance(action.type, kinds.Kind):
+                if not isinstance(action.type, kinds.Kind):  # a name or a path is checked where it is known
+                    assert action.nargs == 0 or action.type in (None, Path), (words, action)
+                elif action.option_strings:
                     yield words, action.option_strings[-1], action.type
 
 
