@@ -102,9 +102,9 @@ def test_a_header_of_numbers_is_a_header_and_a_row_of_counts_is_none(tmp_path):
         assert any("taken for the decimal point" in note for note in read_traffic(path).notes)
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
+def test_tables_with_slips_are_refused_by_line_and_name(tmp_path, capsys):
+    path = tmp_path / "x.csv"
+    for text, message in (
         ("layer,expert_0,rest\n0,1,2\n", "'rest' is not known"),
         ("expert_0,expert_1,total\n1,2,3\n", "'total' is not known"),
         ("layer_id,expert_id,count_all_topk,count_top1\n0,1,2,3\n", "'count_all_topk' is not known"),
@@ -126,12 +126,9 @@ def test_a_header_of_numbers_is_a_header_and_a_row_of_counts_is_none(tmp_path):
         ("0,0,0,9\n0,0,1,7\n0,0,2,5\n0,1,0,9\n", "4 columns without names, of which 3 number its rows"),
         ("layer,e0,e1\n0,1_900,2\n", "line 2: '1_900' is not a number"),
         ("layer,e0,e1\n0,99999999999999999999,2\n", "line 2: counts above 2**53"),
-    ],
-)
-def test_tables_with_slips_are_refused_by_line_and_name(tmp_path, capsys, text, message):
-    path = tmp_path / "x.csv"
-    path.write_text(text)
-    fails(capsys, ["traffic", "show", path], message)
+    ):
+        path.write_text(text)
+        fails(capsys, ["traffic", "show", path], message)
 
 
 def test_json_tables(tmp_path):

@@ -336,9 +336,8 @@ def test_another_model_is_said_with_both_numbers_only_where_it_is_one(tmp_path, 
     assert "another model" not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("value", "message"),
-    [
+def test_bad_answers_are_refused_by_name_and_nothing_is_unpickled(tmp_path):
+    for value, message in (
         ({"routed_experts": [[[True, 2]]]}, "whole numbers"),
         ({"routed_experts": [[[1, 2], 3]]}, "whole numbers"),
         ({"routed_experts": {"shape": [1, 1, 2], "dtype": "int32"}}, "without 'data'"),
@@ -355,12 +354,10 @@ def test_another_model_is_said_with_both_numbers_only_where_it_is_one(tmp_path, 
         ({"hello": "world"}, "no key 'routed_experts'"),
         ({"routed_experts": npy(np.array([{"a": 1}]), object)}, "whole numbers, not object"),
         ({"routed_experts": raw(npy_header({"descr": "|u1", "fortran_order": False, "shape": (2**40, 3, 2)}), "u1")}, "cut off"),
-    ],
-)  # fmt: skip
-def test_bad_answers_are_refused_by_name_and_nothing_is_unpickled(tmp_path, value, message):
-    with pytest.raises(InputError, match=message) as error:
-        read_traffic(write(tmp_path / "x.jsonl", lines=[value]), SMALL)
-    assert "\n" not in str(error.value)
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=message) as error:
+            read_traffic(write(tmp_path / "x.jsonl", lines=[value]), SMALL)
+        assert "\n" not in str(error.value)
 
 
 # Rows of tokens
@@ -428,9 +425,8 @@ def test_what_a_killed_server_left_is_read_with_a_note(tmp_path):
         read_traffic(tmp_path / "x.jsonl")
 
 
-@pytest.mark.parametrize(
-    ("lines", "message"),
-    [
+def test_rows_that_do_not_tell_tokens_apart_are_refused(tmp_path):
+    for lines, message in (
         (["layer,token,expert", "0,0,1", "0,0,2", "0,1,3", "0,2,1", "0,2,2"], "token 1 has 1 experts, where others have 2"),
         (["layer,token,expert", "0,0,1", "0,1,2", "0,0,3", "0,1,0"], "do not stand together"),
         (["layer,token,topk_ids", "0,0,1 2", "1,1,1 2", "0,0,1 3", "1,0,1 2"], "a token stands twice in one layer"),
@@ -444,12 +440,10 @@ def test_what_a_killed_server_left_is_read_with_a_note(tmp_path):
         (['{"layer": 0, "topk_ids": [1, 2]}', '{"layer": 0}'], "line 2: its keys are not those of the first row"),
         (['{"layer": 0, "topk_ids": [1, true]}'], "must be whole numbers"),
         (['{"layer": [0], "topk_ids": [1, 2]}'], "layer must be whole numbers"),
-    ],
-)  # fmt: skip
-def test_rows_that_do_not_tell_tokens_apart_are_refused(tmp_path, lines, message):
-    (tmp_path / "x.txt").write_text("\n".join(lines))
-    with pytest.raises(InputError, match=message):
-        read_traffic(tmp_path / "x.txt")
+    ):  # fmt: skip
+        (tmp_path / "x.txt").write_text("\n".join(lines))
+        with pytest.raises(InputError, match=message):
+            read_traffic(tmp_path / "x.txt")
 
 
 # Trace sets: a file for each request
@@ -612,9 +606,8 @@ def test_unfilled_steps_of_the_ring_buffer_are_dropped(torch_files):
     np.testing.assert_array_equal(read_traffic(path.parent).expert_counts, found.expert_counts)
 
 
-@pytest.mark.parametrize(
-    ("held", "message"),
-    [
+def test_other_torch_files_are_refused_by_name(torch_files):
+    for held, message in (
         ({"last_physical_to_logical_map": Tensor(MAP)}, "holds no tensor that is known"),
         ({"a": 1, "b": Tensor(COUNTS)}, "holds no tensor that is known"),
         ({"records": [{"global_physical_count": Tensor(COUNTS)}]}, "needs last_physical_to_logical_map"),
@@ -628,11 +621,9 @@ def test_unfilled_steps_of_the_ring_buffer_are_dropped(torch_files):
         (recorded({"topk_ids_of_layer": Tensor(np.full((3, 2, 8), -1))}), "no tokens"),
         ([1, 2], "holds no tensor, but a list"),
         (pickle.UnpicklingError("code"), "not unpickled"),
-    ],
-)  # fmt: skip
-def test_other_torch_files_are_refused_by_name(torch_files, held, message):
-    with pytest.raises(InputError, match=message):
-        read_traffic(torch_files("x.pt", held))
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=message):
+            read_traffic(torch_files("x.pt", held))
 
 
 def test_tensors_of_a_torch_file_are_read_as_arrays_are(torch_files):
