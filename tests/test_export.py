@@ -70,7 +70,6 @@ def test_export_of_static_placements_and_conversion(tmp_path):
         (["--placement", "random"], "there is none to export"),
         (["--placement", "linear", "--format", "vlm"], "did you mean vllm"),
         (["--placement", "linear", "--first-layer", "3"], "vllm does not name layers"),
-        (["--placement", "linear", "--out", "."], "is a folder"),
     ],
 )
 def test_bad_exports_are_one_line_and_leave_nothing(trace, tmp_path, capsys, monkeypatch, words, message):
@@ -89,7 +88,7 @@ def test_a_pipe_or_a_device_is_not_replaced_and_a_failed_write_is_status_1(tmp_p
     os.mkfifo(pipe)
     fails(capsys, [*words, pipe], "is not a regular file: it would be replaced")
     assert pipe.is_fifo()
-    fails(capsys, [*words, "/proc/epsim/x"], "cannot write", status=1)
+    fails(capsys, [*words, "/proc/x"], "cannot write", status=1)
 
 
 @pytest.fixture

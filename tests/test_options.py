@@ -23,7 +23,8 @@ def wrong_values(kind):
     elif isinstance(of, kinds.Choice):
         yield "none-of-these"
     elif isinstance(of, kinds.NewFile):
-        yield from ("x.wrong", "absent/x" + of.endings[0])
+        yield "absent/x" + "".join(of.endings[:1])
+        yield from ("x.wrong",) if of.endings else (".",)
     elif isinstance(of, kinds.Folder):
         yield from ("a.file", " ")
 

@@ -26,7 +26,7 @@ def run_export(arguments: Namespace) -> None:
     from sim.model import load_model
     from sim.placement import FORMATS, decoder_layers, how_to_load, notes_on, placement_text, why_linear
 
-    form, path = arguments.format, Path(arguments.out)
+    form, path = arguments.format, arguments.out
     if form not in FORMATS:
         raise unknown("--format", form, FORMATS)
     if form in ("sglang", "vllm-ascend") and path.suffix != ".json":
@@ -115,8 +115,6 @@ def _write_checked(path: Path, text: str, placement: "Placement", model: "ModelS
     from sim.files import whole_files
     from sim.placement import read_placement
 
-    if path.is_dir() or not path.name:
-        raise InputError(f"--out {path} is a folder, not a file")
     with whole_files(path) as (temporary,):
         temporary.write_text(text, encoding="utf-8")
         found = read_placement(temporary, model, placement.ep_size)

@@ -15,6 +15,7 @@ A message about a parameter names it in backquotes, as in "`ep_sizes` 300: ...".
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from sim.errors import InputError
@@ -35,6 +36,7 @@ from sim.options.kinds import (
     Kind,
     Listed,
     Measured,
+    NewFile,
     Number,
     PerRank,
     Placements,
@@ -469,7 +471,7 @@ class ExportOptions(Options):
     placement: str = option(Kind(metavar="P"), "a placement (epsim placements), as in eplb+32")
     ep_size: int = option(Whole(metavar="R"), "EP size", flag="--ep")
     format: str = option(Kind(metavar="F"), "vllm, sglang, trtllm or vllm-ascend")
-    out: str = option(FILE, "file to write")
+    out: Path = option(NewFile(), "file to write")
     fit_on: str | None = optional(
         FILE,
         "traffic that eplb is fitted on, layer by layer: recorded routing or load counts (as epsim traffic reads them)",

@@ -193,15 +193,16 @@ class Folder(Kind):
 
 @dataclass(frozen=True)
 class NewFile(Kind):
-    """Name of a file that is written, with one of some endings, in a folder that is there."""
+    """Name of a file that is written, with one of some endings or any, in a folder that is there."""
 
     metavar: str = field(default="FILE", kw_only=True)
     endings: tuple[str, ...] = ()
 
     def read(self, text: str) -> Path:
         path = Path(text)
-        if path.suffix.lower() not in self.endings or path.is_dir():
-            raise ArgumentTypeError(f"'{text}': must be the name of a {' or '.join(self.endings)} file")
+        if path.is_dir() or (self.endings and path.suffix.lower() not in self.endings):
+            ending = f"{' or '.join(self.endings)} " if self.endings else ""
+            raise ArgumentTypeError(f"'{text}': must be the name of a {ending}file")
         if not path.parent.is_dir():
             raise ArgumentTypeError(f"{text}: the folder {path.parent} does not exist")
         return path
