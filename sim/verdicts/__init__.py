@@ -5,6 +5,7 @@ import tomllib
 from collections.abc import Callable
 from functools import cache
 from importlib import resources
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -89,8 +90,9 @@ def claims(
     names = [only] if isinstance(only, str) else list(CLAIMS) if only is None else only
     if not isinstance(names, list) or not names:
         raise InputError(f"`only` {shown(names)}: must be ids of claims, at least one")
-    told = {name: re.findall(r"#(\d+)", entry["source"]) for name, entry in _entries().items()}
-    names = [one for name in names for one in [of for of in told if str(name).lstrip("#") in told[of]] or [name]]
+    numbers = {claim: re.findall(r"#(\d+)", entry["source"]) for claim, entry in _entries().items()}
+    found = [[claim for claim in numbers if str(name).lstrip("#") in numbers[claim]] or [name] for name in names]
+    names = list(dict.fromkeys(chain(*found)))
     for name in names:
         if name not in CLAIMS:
             raise unknown("claim", shown(name), CLAIMS)
