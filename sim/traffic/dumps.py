@@ -237,10 +237,13 @@ def _add_ids(requests: Requests, archive: Archive, name: str) -> Requests:
 
 
 def _layers_beside(archive: Archive, shape: tuple[int, ...]) -> str | None:
-    """Name of the array with the number of each layer, where one of that shape stands beside."""
-    return next(
-        (key for key in ("layer_ids", "layers") if key in archive.names and archive.shape(key)[0] == shape), None
-    )
+    """Name of the array with a number of each layer, where one of that shape stands beside."""
+    for key in ("layer_ids", "layers"):
+        if key in archive.names and archive.shape(key)[0] == shape and archive.shape(key)[1].kind in "iu":
+            numbers = archive.read(key)
+            if numbers.min() >= 0 and len(np.unique(numbers)) == len(numbers):
+                return key
+    return None
 
 
 def _add_layers(
@@ -251,10 +254,8 @@ def _add_layers(
     if own:
         numbers = archive.read(own).astype(np.int64)
         layers = np.sort(numbers).tolist()
-        if requests.layer_ids not in (None, layers) or layers[0] < 0 or len(set(layers)) < len(layers):
-            raise InputError(
-                f"{archive.where}: {own} must number each layer, as in all files: {shown(numbers.tolist())}"
-            )
+        if requests.layer_ids not in (None, layers):
+            raise InputError(f"{archive.where}: {own} has other layers than the files before it: {shown(layers)}")
         requests.layer_ids, ids = layers, ids[:, np.argsort(numbers)]
     requests.add(ids, archive.where, lengths=lengths)
     return own
