@@ -197,9 +197,9 @@ def test_a_phase_takes_its_own_tokens_of_an_answer_that_counts_them(tmp_path):
         assert "decode steps; 3 tokens of prefill are left out (--phase prefill reads them)" in decode.notes[0]
         assert "prefill steps; 7 tokens of decode are left out" in prefill.notes[0]
     for prompt, made, kept, told in (
-        (9, 11, ids, "lack"),
-        (30, 8, ids[3:], "lack"),
-        (3, 3, ids, "prompts are read with them"),
+        (9, 11, ids, "first ids of their prompts"),
+        (30, 8, ids[3:], "first ids of their prompts"),
+        (3, 3, ids, "prompt and completion are read together"),
     ):
         write(
             path,
@@ -263,8 +263,9 @@ def test_the_layers_of_ids_are_those_that_an_array_beside_them_numbers(tmp_path,
         found = read_traffic(write(tmp_path / "x.npz", **names, layer_ids=layers), model)
         assert found.layer_ids.tolist() == sorted(layers)
         np.testing.assert_array_equal(found.topk_ids, ids[:, np.argsort(order)].transpose(1, 0, 2))
-    with pytest.raises(InputError, match="layer_ids must number each layer"):
-        read_traffic(write(tmp_path / "x.npz", routed_experts=ids, layer_ids=np.full(len(order), 3)))
+    for no_numbers in (np.full(len(order), 3), np.array(["model.layers.3.mlp"] * len(order))):
+        found = read_traffic(write(tmp_path / "x.npz", routed_experts=ids, layers=no_numbers))
+        assert "not read: layers" in found.notes[0]
 
 
 @pytest.mark.parametrize("n_layers", [3, 4])  # of 4 the first is dense, but for padding

@@ -79,7 +79,9 @@ class _Parser(ArgumentParser):
         words = []
         for action in self._actions:
             if not action.option_strings:
-                words.append({"+": "{} ...", "*": "[{} ...]"}.get(str(action.nargs), "{}").format(action.metavar))
+                words.append(
+                    {"+": "{} ...", "*": "[{} ...]", "?": "[{}]"}.get(str(action.nargs), "{}").format(action.metavar)
+                )
             elif action.required:
                 words.append(f"{action.option_strings[-1]} {action.metavar}")
         self.usage = " ".join([self.prog.replace("%", "%%"), *words, "[options]"])

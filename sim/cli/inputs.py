@@ -34,8 +34,11 @@ def read_file(path: Any, model: Any, phase: str | None) -> Any:
     except InputError as error:
         if model is None or f"model {model.name} has" not in str(error):
             raise
-        end = "" if str(error).endswith("?") else "."
-        raise InputError(f"{error}{end} {_models_like(read_traffic(path, None, phase))}") from None
+        try:
+            alike = _models_like(read_traffic(path, None, phase))
+        except InputError:  # it needs a model to be read at all
+            raise error from None
+        raise InputError(f"{error}{'' if str(error).endswith('?') else '.'} {alike}") from None
     note(*traffic.notes)
     return traffic
 

@@ -112,9 +112,9 @@ def _refuse_known(content: dict[str, Any], where: str) -> None:
         raise InputError(
             f"{where}: GGUF metadata are not read; give the config.json of the original model, or its name"
         )
-    if "speculators_model_type" in content:
+    if content.get("speculators_model_type"):
         raise InputError(f"{where}: a draft model of speculators; give the config.json of the model that verifies")
-    if "peft_type" in content:
+    if content.get("peft_type"):
         base = shown(content.get("base_model_name_or_path"))
         raise InputError(f"{where}: an adapter of {base}; give the config.json of that model, or its name")
 

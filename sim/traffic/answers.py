@@ -155,9 +155,7 @@ class Requests:
         if self.n_same_id:
             found.append(f"{self.n_same_id} have the id of another, and other routing: each is a sequence of its own")
         if self.n_later:
-            found.append(
-                f"{self.n_later} answers lack ids of the first tokens of their prompts, by their counts (usage)"
-            )
+            found.append(f"answers without the first ids of their prompts, by token counts (usage): {self.n_later}")
         if self.n_null_tokens:
             found.append(f"{self.n_null_tokens} tokens without routing (null) are left out")
         return found

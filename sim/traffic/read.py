@@ -235,7 +235,7 @@ def _read_files(paths: list[Path], requests: Requests, phase: str) -> CountTable
     requests.form = "; ".join(forms) + ("" if len(paths) == 1 else f", {len(paths)} files")
     if requests.n_untold:
         requests.form += (
-            f"; {requests.n_untold} have no token counts (usage) that fit their ids: prompts are read with them"
+            f"; {requests.n_untold} without token counts (usage) that fit: prompt and completion are read together"
         )
     if requests.n_other_phase:
         other = "prefill" if phase == "decode" else "decode"
