@@ -11,6 +11,7 @@ from scipy.stats import binom
 import sim
 from sim import InputError, load_model, load_workload, place
 from sim.cli import main
+from sim.cli.inputs import check_there
 from sim.cost.buffers import DEEPEP_LIMIT_BYTES, buffer_bytes, deepep_low_latency_bytes, size_buffers
 from sim.cost.deployments import QUANTITIES, sample_deployments
 from sim.sweeps.plan import make_plan
@@ -300,6 +301,8 @@ def test_slots_that_do_not_divide_are_left_out_and_named():
     assert found.notes == [
         "left out: strategy eplb+32 at ep_size 64: 256 experts + 32 redundant slots do not divide by 64 ranks; eplb+64 does"
     ]
+    with pytest.raises(InputError, match="no row with all"):  # as in epsim show
+        check_there(found.table, {"ep_size": [64], "placement": ["eplb+32"]}, "capacity.csv")
 
 
 @pytest.mark.slow

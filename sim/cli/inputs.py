@@ -55,12 +55,14 @@ def _models_like(traffic: Any) -> str:
 
 
 def check_there(rows: Any, wanted: dict[str, list[Any] | None], where: str) -> None:
-    """Refuse a value of a column that a table does not have; None wants all."""
+    """Refuse a value of a column that a table does not have, and values that no row has together; None wants all."""
     for column, values in wanted.items():
         there = list(dict.fromkeys(rows[column])) if column in rows else [f"no column {column}"]
         for value in values or []:
             if value not in there:
                 raise InputError(f"`{column}` {value}: {where} has {', '.join(map(str, there))}")
+    if rows_of(rows, wanted).empty:
+        raise InputError(f"{where} has no row with all that was asked for")
 
 
 def rows_of(rows: Any, wanted: dict[str, list[Any] | None]) -> Any:

@@ -57,7 +57,9 @@ def read_config(path: Path) -> ModelSpec:
     read = Reader(_language_model(content, where), where)
     name, implied = type_of(read.config)
     known = implied or Type()
-    if name.startswith("longcat") and "num_layers" in read.config:  # which have two attentions and one MoE each
+    if (
+        name.startswith("longcat") and "num_layers" in read.config
+    ):  # num_hidden_layers counts its attentions, two in each
         read.use("num_hidden_layers")
         read.config = {key: value for key, value in read.config.items() if key != "num_hidden_layers"}
     if read.flag("switch") is False:
