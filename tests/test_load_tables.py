@@ -143,6 +143,7 @@ def test_json_tables(tmp_path):
         {"counts": rows, "layer_ids": [3, 4, 5]},
         {"counts": rows[::-1], "layer_ids": [5, 4, 3]},  # in order, by which maps are exported
         {"layers": {str(3 + i): row for i, row in enumerate(rows)}},
+        [{"layer": f"model.layers.{3 + i}.mlp", "counts": row} for i, row in enumerate(rows)],
         [{"layer_id": 3 + i, "counts": row} for i, row in enumerate(rows)],
         [{"layer": 3 + i, "expert": e, "count": n} for i, row in enumerate(rows) for e, n in enumerate(row)],
     ]

@@ -27,10 +27,10 @@ _SHORT = {"round_robin": "r_robin", "linear_legacy": "legacy", "node_aware": "no
 def add_show(parser: ArgumentParser) -> None:
     """Print the answer of a sweep: per EP size and step the placements, each against the first.
 
-    Or again what epsim capacity, gain, step or claims wrote.
+    Or that of epsim capacity, gain, step or claims.
     """
     add = parser.add_argument
-    add("folder", type=Path, metavar="DIR", help="folder that one of these wrote (--out)")
+    add("folder", type=Path, metavar="DIR", help="folder that --out of one of these wrote")
     add("--ep", dest="ep_sizes", type=WHOLE_NUMBERS, metavar="LIST", help="some of the EP sizes")
     add("--tokens", type=WHOLE_NUMBERS, metavar="LIST", help="some of the step sizes")
     add("--placement", type=NAMES, metavar="LIST", help="placements, compared with the first of them (default: all of up to "

@@ -386,10 +386,11 @@ def _named_table(held: dict[str, Any], where: str) -> CountTable | None:
 
 
 def _is_row(held: dict[str, Any]) -> bool:
-    """Whether the keys of an object of JSON name the columns of a table, with one number for the layer."""
+    """Whether the keys of an object of JSON name the columns of a table, with one layer: a number, or a name that has it."""
     of_column = {column_role(key): value for key, value in held.items()}
-    has_one = type(of_column.get("layer")) in (int, float) and depth_of(of_column.get("count")) < 2
-    return has_one and None not in of_column
+    layer = of_column.get("layer")
+    is_one = layer_of_key(layer) is not None if isinstance(layer, str) else type(layer) in (int, float)
+    return is_one and depth_of(of_column.get("count")) < 2 and None not in of_column
 
 
 def _table_of_rows(held: list[Any], where: str) -> CountTable | None:
@@ -402,6 +403,8 @@ def _table_of_rows(held: list[Any], where: str) -> CountTable | None:
         is_list = column_role(key) == "count" and isinstance(held[0][key], list)
         names += map(str, range(len(held[0][key]))) if is_list else [column_role(key) or ""]
     _check_columns(names, where)
+    of_layer = next(key for key in keys if column_role(key) == "layer")
+    held = [row | {of_layer: layer_of_key(row[of_layer])} if isinstance(row[of_layer], str) else row for row in held]
     rows = [[cell for key in keys for cell in (row[key] if isinstance(row[key], list) else [row[key]])] for row in held]
     table = _regular(rows, where)
     if table.shape[1] != len(names):
