@@ -112,6 +112,28 @@ def test_backends_stand_for_kinds():
         exchange(kind="nccl")
 
 
+def test_one_rank_exchanges_nothing_and_no_tokens_take_the_floor():
+    """A rank alone sorts its pairs all the same, where the exchange's kernels do not."""
+    for kind in (*KINDS, *BACKENDS):
+        one = exchange(gpu="h200", ep_size=1, tokens_per_rank=[0, 64], kind=kind)
+        sorts = "pairs" in exchange_profile(exchange_kind(kind), "h200", kind).copies if kind != "none" else False
+        assert one.total_us[0] == 0
+        assert (one.total_us[1] > 0) == sorts
+        none, few = exchange(gpu="h200", ep_size=8, tokens_per_rank=[0, 1], kind=kind).total_us
+        assert (0 < none <= few < 1.1 * none) or kind == "none"
+
+
+def test_large_messages_of_nccl_have_a_floor_of_their_own_on_blackwell():
+    """By hand, 16 MiB on 4 GB200s: a floor of 45.1 us from 8 MiB on, bent with the links by 1.5; at 2 MiB a quarter of the way
+    from 12.9 us.
+    """
+    alone = dataclasses.replace(exchange_profile("gather", "gb200"), copies=())
+    for mib, floor_us in ((16, 45.1), (2, 12.9 + (45.1 - 12.9) / 4)):
+        tokens, link_us = mib * 2**20 / 14336 / 4, mib * 2**20 * 3 / 4 / (900e3 * 0.622)
+        times = exchange(gpu="gb200", ep_size=4, kind="gather", tokens_per_rank=tokens, profile=alone)
+        assert times.dispatch_us == pytest.approx((floor_us**1.5 + link_us**1.5) ** (1 / 1.5), rel=1e-6)
+
+
 def test_a_backend_whose_kernels_were_measured_has_its_own_times():
     """DeepEP's normal kernels, 4,096 tokens on B200: 515 and 882 us, pairs sorted beside them. Others go by their kind."""
     one = {"gpu": "b200", "ep_size": 8, "tokens_per_rank": 4096, "dtype": "fp8"}
@@ -124,6 +146,18 @@ def test_a_backend_whose_kernels_were_measured_has_its_own_times():
     assert times.dispatch_us - alone.dispatch_us == pytest.approx(16 * (1 + 4 / 128) * copy_us)
     assert times.combine_us - alone.combine_us == pytest.approx((8 + received) * 2 * copy_us)
     assert exchange(**one | {"dtype": "bf16"}, kind="deepep_high_throughput").dispatch_us < 1.5 * times.dispatch_us
+    # Low latency: 256 tokens on H100 in 62.6 us of dispatch and 129.5 of combine, 12 of them the floor; BF16 is twice the bytes;
+    # beyond a node 7/8 of them go over 50 GB/s; on other GPUs and other backends of those kernels as on H100.
+    kernels = {"gpu": "h100", "ep_size": 8, "tokens_per_rank": 256, "kind": "deepep_low_latency"}
+    fp8 = exchange(**kernels, dtype="fp8")
+    assert (fp8.dispatch_us, fp8.combine_us) == (pytest.approx(62.6, rel=0.05), pytest.approx(129.5, rel=0.05))
+    assert not fp8.extrapolated
+    assert exchange(**kernels, pairs=2100).extrapolated
+    assert exchange(**kernels).dispatch_us - 12 == pytest.approx((fp8.dispatch_us - 12) * 2 / (1 + 4 / 128))
+    beyond = exchange(**kernels | {"ep_size": 64}, dtype="fp8")
+    assert beyond.dispatch_us == pytest.approx(23.9 + 256 * 8 * 7392 * 7 / 8 / (50e3 * 0.949))
+    assert beyond.extrapolated
+    assert exchange(**kernels | {"gpu": "h20", "kind": "nixl_ep"}, dtype="fp8").total_us == fp8.total_us
     for gpu, backend in (("h800", "deepep_high_throughput"), ("b200", "deepep_v2")):
         ours = exchange(**one | {"gpu": gpu}, kind=backend).total_us
         assert ours == exchange(**one | {"gpu": gpu}, kind="token").total_us

@@ -13,8 +13,9 @@ from sim.options.kinds import NAMES
 
 EXTRAPOLATED_TEXT = (
     "* exchange computed, not measured: measured are pair without imbalance, on one node of H100, H200, B200 and GB200 up to "
-    "256 tokens a rank and on H800 of 128 at EP 8 to 256; deepep_high_throughput on one node of H100, H200, B200, B300, GB200 "
-    "and GB300 up to 16,384; and token, gather and reduce on 2 and 4 H100s (4 H200s: within 10 % in the median)"
+    "256 tokens a rank and on H800 of 128 at EP 8 to 256; deepep_low_latency without imbalance and deepep_high_throughput on "
+    "one node of H100, H200, B200, B300, GB200 and GB300 up to 1,024 and 16,384; and token, gather and reduce on 2 and 4 H100s "
+    "(4 H200s: within 10 % in the median)"
 )
 _IN_STEP_TEXT = (
     "in_step: the best split of each step's pairs over the copies of {}, by the busiest rank's load, as LPLB and others balance "

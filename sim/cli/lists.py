@@ -216,14 +216,21 @@ def run_gpus(arguments: Namespace) -> None:
         say(f"{gpu.name}: {gpu.source}", "  ", "    ")
     kernels = "; ".join(f"{dtype}, {grouped_gemm_profile(dtype).name}" for dtype in DTYPES)
     say(f"Expert times: {kernels}.")
-    own = {name: [gpu for of in exchange_profiles() if of.kind == name for gpu in of.gpus] for name in BACKENDS}
-    own = {name: gpus for name, gpus in own.items() if gpus}
+    own: dict[tuple[str, ...], list[str]] = {}
+    for of in exchange_profiles():
+        own.setdefault(of.backends, []).extend(of.gpus if of.backends else ())
     print("Exchanges (--exchange), by kind or backend:")
     for kind, about in KINDS.items():
-        backends = [backend + ("*" if backend in own else "") for backend, of in BACKENDS.items() if of == kind]
+        backends = [
+            name + ("*" if any(name in of for of in own) else "") for name, of in BACKENDS.items() if of == kind
+        ]
         say(f"{kind}: {about}" + (f" ({', '.join(backends)})" if backends else ""), "  ", "    ")
-    listed = "; ".join(f"{name} on {', '.join(of)}" for name, of in own.items())
+    listed = "; ".join(f"{', '.join(names)} on {', '.join(of)}" for names, of in own.items() if of)
     say(f"* has times of its own, {listed}; all others are taken to have those of their kind.")
+    say(
+        "pair itself has DeepEP low latency's times launched call by call from Python, 1.5 to 5 times those of its kernels "
+        "within a node: name the backend for a decode in CUDA graphs."
+    )
     say(f"Not among them: {'; '.join(f'{name}: {why}' for name, why in REFUSED.items())}.")
     say(
         "Your own GPU: a .toml file with hbm_tb_per_s, bf16_tflops, scale_up_gb_per_s, and fp8_tflops, fp4_tflops, "
@@ -258,7 +265,7 @@ def _print_check(check: Any, markdown: bool) -> None:
     title = (
         "Predicted against published times of DeepSeek-V3, absolute errors.\n"
         "Fitted: by the constants that epsim uses. Held out: by a fit without the row's\n"
-        "EP size (experts) or tokens per rank (exchange); moe_decode: no fit saw it"
+        "EP size (experts, low_latency_network) or tokens per rank; moe_decode: no fit saw it"
     )
     print_lines(title, heads, lines, markdown, align="<<<<>>>>>", keys=4)
     others = exchanges_of_others()
@@ -267,7 +274,7 @@ def _print_check(check: Any, markdown: bool) -> None:
         for of, rows in others.groupby(keys, sort=False)
     ]
     print()
-    title = "Predicted against exchange times of other versions and backends, which no fit saw"
+    title = "Predicted against exchange times of other versions, backends and shapes, which no fit saw"
     heads = ["part", "gpu", "type", "published table", "rows", "least", "median", "most"]
     print_lines(title, heads, lines, markdown, align="<<<<>>>>", keys=4)
     if not markdown:

@@ -48,12 +48,14 @@ they have low-latency kernels alone (srt/layers/moe/token_dispatcher at 0202c26 
 hybridep: Megatron's flex dispatcher (`moe_flex_dispatcher_backend`) and DeepEP PR #420.
 """
 DEFAULT_EXCHANGE = "pair"
-"""Where nobody says, the kind that was measured: DeepEP's low-latency kernels, with which round_robin runs in vLLM."""
-DISPATCHED_FP8 = ("token", "fp8")
-"""Kind and type of experts whose tokens are quantised before they are sent. vLLM does so for DeepEP high-throughput where weights
-are quantised in blocks (`is_block_quantized`, as DeepSeek-V3's), and sends BF16 for all other types, NVFP4 among them; combine is
-BF16 always (vllm/model_executor/layers/fused_moe/deepep_ht_prepare_finalize.py, `prepare_async` and `_finalize`). Other backends
-of the kind are taken to do the same. `gather` is counted in BF16, whatever an engine quantises before it: not checked.
+"""Where nobody says, the kind that round_robin runs with in vLLM: DeepEP low latency, launched call by call. Its kernels alone,
+as a CUDA graph replays them, are `deepep_low_latency`.
+"""
+DISPATCHED_FP8 = ("token", "pair")
+"""Kinds whose tokens are quantised before they are sent, for experts in fp8. vLLM does so for DeepEP where weights are quantised
+in blocks (`is_block_quantized`, as DeepSeek-V3's; low latency: `use_fp8_dispatch`), and sends BF16 for all other types, NVFP4
+among them; combine is BF16 always (vllm/model_executor/layers/fused_moe/prepare_finalize/deepep_ht.py and deepep_ll.py). Other
+backends of the kinds are taken to do the same. `gather` is counted in BF16, whatever an engine quantises before it: not checked.
 """
 _NPU = "of Ascend NPUs, not modelled"
 REFUSED = {
@@ -115,9 +117,13 @@ def exchange_time_us(
     packed, sorted by expert, and summed; which does not become less with fewer ranks, as the links' work does. The constants
     of `exchange_profile(kind, gpu, backend)` say what they were fitted to, and `epsim gpus --check` how far others' times are
     from them: `token` are NCCL's, which TensorRT-LLM's all-to-all over NVLink keeps to; DeepEP's high-throughput kernels have
-    their own, for they are slower, on Blackwell up to twice. Newer low-latency kernels than those of `pair` take half the
-    time to dispatch within a node. Dispatch of `pair` is counted in FP8 with scales, and
-    so is that of `token` for experts in fp8; all else in BF16. What each kind moves, out of and into the busiest rank:
+    their own, for they are slower, on Blackwell up to twice. `pair` is DeepEP low latency called from Python, the host's
+    launches included: an upper bound for a decode in CUDA graphs, whose kernels alone (`deepep_low_latency`, and NIXL's and
+    Mooncake's, which come from them) take a fifth to two thirds of it. Launches and ranks that come late are not in these:
+    tests of whole calls take some 5 to 15 us more in each direction. `gather` on 8 B200s or B300s takes up to twice as long
+    for 16 to 32 MiB with NCCL 2.27.3 and 2.29.2. Dispatch of `token`, and of DeepEP's kernels by name, is counted in FP8 with
+    scales for experts in fp8; `pair` as it was measured, whatever the type; all else in BF16. What each kind moves, out of and
+    into the busiest rank:
 
     - token: `received_tokens` over NVLink; over the network a token once to each node that needs it.
     - pair: `pairs`, over both.
@@ -218,7 +224,7 @@ def exchange_time_us(
     }[kind]
     if profile is None:
         profile = exchange_profile(kind, gpu.name, backend)
-        if (kind, dtype) == DISPATCHED_FP8:
+        if kind in DISPATCHED_FP8 and dtype == "fp8":
             dispatch, combine = profile.scale_up_fraction
             profile = replace(
                 profile,
@@ -235,10 +241,14 @@ def exchange_time_us(
         link_us = np.maximum(up_us, out * value_bytes / (out_gb_per_s * 1e3))
         floor_us = profile.floor_us[direction] * np.maximum(tokens, 1.0) ** -profile.floor_falls[direction]
         passes = 2 if kind == "reduce" else 1  # an all-reduce is a reduce-scatter and an all-gather
-        floor_us = floor_us + profile.hop_us * passes * (on_node - 1)
+        floor_us = (
+            floor_us + profile.hop_us * passes * (on_node - 1) + profile.network_floor_us[direction] * (off_node > 0)
+        )
+        is_large = np.minimum(everything * value_bytes / profile.large_bytes, 1)
+        floor_us = floor_us + is_large * np.maximum(profile.large_floor_us - floor_us, 0)
         p = profile.sharpness
         copy_us = copied[direction] * value_bytes * copy_us_per_byte
-        times.append((floor_us**p + link_us**p) ** (1 / p) + copy_us)
+        times.append(np.where(ep > 1, (floor_us**p + link_us**p) ** (1 / p), 0) + copy_us)
     if kind == "reduce":  # nothing is dispatched, but pairs are sorted
         sort_us = copied[0] * width * profile.bytes_per_value[0] * copy_us_per_byte
         times = [np.zeros(ep.shape), times[1] + sort_us]
@@ -257,7 +267,9 @@ def _copied_rows(
     nothing = np.zeros(ep.shape)
     of_pairs = (2 * pairs, pairs + (received if kind == "token" else 0)) if "pairs" in copies else (nothing, nothing)
     of_tokens = (2 * received, received + tokens) if kind == "token" else (nothing, ep * tokens)
-    return [a + b for a, b in zip(of_pairs, of_tokens, strict=True)] if "tokens" in copies else list(of_pairs)
+    if "tokens" not in copies:
+        return list(of_pairs)
+    return [a + np.where(ep > 1, b, 0) for a, b in zip(of_pairs, of_tokens, strict=True)]
 
 
 def _is_measured(
