@@ -54,6 +54,9 @@ def test_exchanges_by_hand():
     link_us = 8192 * 7 / 8 * row / (450e3 * 0.625)
     assert gather.dispatch_us == pytest.approx(7.2 + 7 * 1.9 + link_us + 2 * 8192 * copy_us, rel=1e-6)
     assert gather.combine_us == pytest.approx(7.2 + 7 * 1.9 + link_us + (8192 + 8192) * copy_us, rel=1e-6)
+    of_fp8 = exchange(**one, kind="gather", dtype="fp8")
+    assert of_fp8.dispatch_us - 20.5 == pytest.approx((gather.dispatch_us - 20.5) * 7392 / 14336)
+    assert of_fp8.combine_us == gather.combine_us
     reduce = exchange(**one, kind="reduce")
     assert reduce.dispatch_us == 0
     link_us = 2 * 8192 * 7 / 8 * row / (450e3 * 0.766)

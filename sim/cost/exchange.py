@@ -51,11 +51,12 @@ DEFAULT_EXCHANGE = "pair"
 """Where nobody says, the kind that round_robin runs with in vLLM: DeepEP low latency, launched call by call. Its kernels alone,
 as a CUDA graph replays them, are `deepep_low_latency`.
 """
-DISPATCHED_FP8 = ("token", "pair")
-"""Kinds whose tokens are quantised before they are sent, for experts in fp8. vLLM does so for DeepEP where weights are quantised
-in blocks (`is_block_quantized`, as DeepSeek-V3's; low latency: `use_fp8_dispatch`), and sends BF16 for all other types, NVFP4
-among them; combine is BF16 always (vllm/model_executor/layers/fused_moe/prepare_finalize/deepep_ht.py and deepep_ll.py). Other
-backends of the kinds are taken to do the same. `gather` is counted in BF16, whatever an engine quantises before it: not checked.
+DISPATCHED_FP8 = ("token", "pair", "gather")
+"""Kinds whose tokens are quantised before they are sent, for experts in fp8. vLLM does so (fused_moe/prepare_finalize) for DeepEP
+where weights are quantised in blocks, as DeepSeek-V3's (deepep_ht.py: `is_block_quantized`; deepep_ll.py: `use_fp8_dispatch`) and
+before its all-gather (naive_dp_ep.py: `_quantize_and_setup_dispatch`), but for experts that want BF16. Combine is BF16 always.
+Other backends are taken to do the same. fp4 is counted in BF16, as DeepEP and weights of 4 bits alone have it: where inputs are
+NVFP4 too, FlashInfer's backends and the all-gather send 0.28 of that.
 """
 _NPU = "of Ascend NPUs, not modelled"
 REFUSED = {
@@ -121,9 +122,8 @@ def exchange_time_us(
     launches included: an upper bound for a decode in CUDA graphs, whose kernels alone (`deepep_low_latency`, and NIXL's and
     Mooncake's, which come from them) take a fifth to two thirds of it. Launches and ranks that come late are not in these:
     tests of whole calls take some 5 to 15 us more in each direction. `gather` on 8 B200s or B300s takes up to twice as long
-    for 16 to 32 MiB with NCCL 2.27.3 and 2.29.2. Dispatch of `token`, and of DeepEP's kernels by name, is counted in FP8 with
-    scales for experts in fp8; `pair` as it was measured, whatever the type; all else in BF16. What each kind moves, out of and
-    into the busiest rank:
+    for 16 to 32 MiB with NCCL 2.27.3 and 2.29.2. Dispatch is counted in FP8 with scales for experts in fp8 (DISPATCHED_FP8), all
+    else in BF16; `pair` itself as it was measured, whatever the type. What each kind moves, out of and into the busiest rank:
 
     - token: `received_tokens` over NVLink; over the network a token once to each node that needs it.
     - pair: `pairs`, over both.

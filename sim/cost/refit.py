@@ -318,12 +318,13 @@ def _experts(rows: pd.DataFrame, source: str, dtype: str) -> pd.DataFrame:
 def _exchanges(rows: pd.DataFrame, source: str) -> pd.DataFrame:
     """Without sorting pairs by expert and summing them, which is not in the published times; NCCL's are without any copies."""
     table, times = measured()[source], pd.Series(0.0, rows.index)
-    backend, dtype = table["exchange"], table["dtype"]
+    backend, dtype, top_k = table["exchange"], table["dtype"], load_model(table["model"]).top_k
     for (gpu, phase), part in rows.groupby(["gpu", "phase"]):
         alone = replace(exchange_profile("gather", str(gpu)), copies=()) if source.startswith("nccl") else None
         both = exchange_time_us(
             table["model"], str(gpu), kind=backend, ep_size=part.ep_size, tokens_per_rank=part.tokens, dtype=dtype,
             ranks_per_node=table.get("ranks_per_node", 8), profile=alone, sorts_pairs=False,
+            received_tokens=part.tokens * np.minimum(top_k, part.ep_size) if table.get("spread") else None,
         )  # fmt: skip
         times[part.index] = both.dispatch_us if phase == "dispatch" else both.combine_us
     rows = rows.rename(columns={"phase": "part"}).drop(columns="sent")
