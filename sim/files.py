@@ -63,6 +63,17 @@ def is_folder(path: Path) -> bool:
     return os.path.isdir(path)  # noqa: PTH112
 
 
+def model_label(name: str) -> str:
+    """What titles call a model: its name; of a config.json the folder that it is in, of another file the file's name."""
+    path = Path(name)
+    if path.name not in ("config.json", "params.json"):
+        return path.name
+    folder = path.parent.resolve() if path.is_file() else path.parent
+    if folder.parent.name == "snapshots":  # Hugging Face's cache: models--ORG--NAME/snapshots/HASH
+        return folder.parents[1].name.rpartition("--")[2]
+    return folder.name or path.name
+
+
 def check_regular(path: Path, where: str) -> None:
     """Refuse pipes, devices and folders: opening or reading one may never end. What is missing is left to the reader."""
     if is_there(path) and not path.is_file():

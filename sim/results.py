@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from sim.errors import InputError, counted, shown
-from sim.files import is_there, read_json, read_text, whole_files
+from sim.files import is_there, model_label, read_json, read_text, whole_files
 from sim.stats import CELL, Design, Histogram, Moments, mean_interval, probability_interval
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class SweepResult:
     Attributes
     ----------
     summary : DataFrame
-        One row per cell: model, workload, placement, EP size, tokens.
+        One row per cell: model, workload, placement, EP size, tokens. `epsim columns summary` has all columns with units.
         An estimate has its 95 % interval beside it: `imbalance_mean`, `imbalance_mean_low`, `imbalance_mean_high`.
     tail : DataFrame
         One row per cell and event: probability of the worst cases.
@@ -234,7 +234,7 @@ class SweepResult:
     def __repr__(self) -> str:
         first, n = self.summary.iloc[0], self.summary[CELL].nunique()
         return (
-            f"SweepResult: {Path(first.model).name}, {first.workload} traffic, {counted(n.placement, 'placement')} x "
+            f"SweepResult: {model_label(first.model)}, {first.workload} traffic, {counted(n.placement, 'placement')} x "
             f"{counted(n.ep_size, 'EP size')} x {counted(n.tokens, 'step size')}, {self.summary.trials.max()} trials"
         )
 
@@ -274,12 +274,17 @@ def read_table(folder: Path, name: str, verb: str) -> tuple[pd.DataFrame, dict[s
     """What `write_table` wrote, and its provenance. Raises InputError where it is missing, damaged or changed."""
     path = folder / f"{name}.csv"
     if not is_there(path.with_suffix(".json")):
-        raise InputError(f"{folder} holds nothing that epsim {verb} wrote ({name}.json is missing)")
+        what = (
+            f"holds nothing that epsim {verb} wrote ({name}.json is missing)" if is_there(folder) else "does not exist"
+        )
+        raise InputError(f"{folder} {what}")
     about = read_json(path.with_suffix(".json"), str(path.with_suffix(".json")))
     text = read_text(path, str(path))
     digests = about.get("sha256") if isinstance(about, dict) else None
     if not isinstance(digests, dict) or hashlib.sha256(text.encode()).hexdigest() != digests.get(path.name):
         raise InputError(f"{path} is damaged or was changed: it is not what epsim {verb} wrote")
+    if digests.get(name) != digest_of(about.get(name)):
+        raise InputError(f"{path.with_suffix('.json')} is damaged or was changed: it is not what epsim {verb} wrote")
     try:
         return pd.read_csv(io.StringIO(text)), about
     except ValueError as error:

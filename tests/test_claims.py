@@ -112,7 +112,7 @@ def test_the_command(capsys, tmp_path):
     assert main(f"claims idle-half one-rank --out {tmp_path}".split()) == 0
     out = capsys.readouterr().out
     assert "idle-half: holds only when a batch has at most 16 tokens" in out
-    assert "2 claims: 2 holds only" in out
+    assert "2 claims: 2 holds on a condition" in out
     assert {path.name for path in tmp_path.iterdir()} == {"claims.csv", "claims.json"}
     assert main(["claims", "idle-half", "--markdown"]) == 0
     assert capsys.readouterr().out.startswith("| id | claim |")

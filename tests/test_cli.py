@@ -225,7 +225,7 @@ def test_recorded_routing_from_the_command_line(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.slow
 def test_lists_and_help(capsys):
-    for verb in ("models", "placements", "gpus"):
+    for verb in ("models", "placements", "gpus", "columns"):
         assert main([verb, "--json"]) == 0
         assert len(json.loads(capsys.readouterr().out)) >= 8
     for verb in ("models", "workloads", "placements"):
@@ -249,6 +249,14 @@ def test_lists_and_help(capsys):
     fails(capsys, ["sweep", "--trails", "5"], "--trails does not go with epsim sweep; did you mean --trials?")
     fails(capsys, ["traffic", "shw", "x"], "show", "fit", "decay")
     fails(capsys, ["traffic"], "epsim traffic: error: needs show|fit|decay")
+
+
+def test_every_column_of_the_committed_tables_has_a_unit_and_a_meaning(capsys):
+    for path in (ROOT / "results").glob("*/*.csv"):
+        for name in pd.read_csv(path, nrows=0):
+            assert main(["columns", name, "--json"]) == 0, f"{path.name}: {name}"
+            assert all(row["meaning"] for row in json.loads(capsys.readouterr().out))
+    fails(capsys, ["columns", "imbalence"], "did you mean imbalance")
 
 
 @pytest.mark.parametrize(

@@ -178,7 +178,7 @@ def test_gain_prints_the_break_even(capsys, tmp_path):
         ["gain", "--placement", "round_robin,in_step"],
         "--placement in_step splits the pairs of a step over copies",
     )
-    fails(capsys, ["gain", "--balancer-us", "-1"], "--balancer-us -1.0: must be a number from 0")
+    fails(capsys, ["gain", "--balancer-us", "-1"], "--balancer-us -1: must be a number from 0")
     fails(capsys, ["gain", "--balancer-us", "5"], "--balancer-us goes with --placement in_step")
     fails(capsys, ["gain", "--baseline", "in_step"], "--baseline 'in_step' is not known")
 

@@ -24,7 +24,7 @@ from sim.errors import InputError, RunError, unknown
 _SUBJECTS = {
     "How uneven, and how often": {
         "sweep": ("sweep", "sample routed tokens, score placements by EP size and tokens per step"),
-        "show": ("finished", "print the answer of a sweep again, or its worst cases"),
+        "show": ("finished", "print an answer again: of sweep (or its worst cases), gain, step, capacity, claims"),
         "plot": ("finished", "draw the figures of sweeps"),
         "report": ("finished", "write a page to explore sweeps and advice in a browser"),
         "combine": ("finished", "add sweeps of different seeds or machines"),
@@ -47,6 +47,7 @@ _SUBJECTS = {
         "workloads": ("lists", "traffic presets, and how uneven each is"),
         "placements": ("lists", "placements, and when vLLM runs another one"),
         "gpus": ("lists", "GPUs and kinds of exchange that times can be computed for"),
+        "columns": ("lists", "columns of the tables, with units and meaning"),
     },
 }
 VERBS = {verb: about for verbs in _SUBJECTS.values() for verb, about in verbs.items()}

@@ -18,6 +18,7 @@ from sim.cli.terminal import (
     shown_progress,
 )
 from sim.errors import InputError, counted
+from sim.files import model_label
 from sim.options import GpuOptions, PlacedOptions, RestOptions, StepOptions, TimeOptions, TrafficOptions
 from sim.options.declare import add_options, given, section_of
 from sim.options.kinds import NAMES, Whole
@@ -38,7 +39,7 @@ Then: epsim advise --model MODEL --workload file:trace.jsonl --ep R --gpu GPU"""
 def add_advise(parser: ArgumentParser) -> None:
     """Should I turn it on for my traffic? Compare placements on recorded routing or measured loads, and judge them.
 
-    For one EP size, by default at 1, 8, 64 and 512 tokens per step on each rank.
+    For one EP size.
     """
     add_options(parser, TrafficOptions, only=("model", "phase", "dummy_tokens"))
     add = section_of(parser, TrafficOptions.title).add_argument
@@ -54,7 +55,8 @@ def add_advise(parser: ArgumentParser) -> None:
     add("--redundant", type=Whole(), metavar="R", help="compare eplb with 0, R and 2R redundant slots, and a budget of R for "
         "each layer (default: the EP size)")  # fmt: skip
     add_options(parser, PlacedOptions, only=("fit_on",))
-    add_options(parser, StepOptions, ep_sizes="16", tokens=None, most_steps="128", layer_sets="8")
+    add_options(parser, StepOptions, ep_sizes="16", tokens=None, most_steps="128", layer_sets="8", helps={
+        "tokens": "tokens per step over the whole EP group (default: 1, 8, 64 and 512 on each rank)"})  # fmt: skip
     add = section_of(parser, TimeOptions.title).add_argument
     add("--exchange", dest="backend", default="allgather_reducescatter", metavar="NAME", help="all2all backend, or a kind of "
         "exchange (epsim gpus; default: allgather_reducescatter, as in vLLM)")  # fmt: skip
@@ -170,7 +172,9 @@ def _print(advice: Any, arguments: Namespace) -> None:
     if arguments.markdown:
         _print_table(advice, arguments)
         return
-    say(f"{row.model} in {row['dtype']}, EP {row.ep_size} on {row.gpu}, {row.workload}, against {row.baseline}")
+    say(
+        f"{model_label(row.model)} in {row['dtype']}, EP {row.ep_size} on {row.gpu}, {row.workload}, against {row.baseline}"
+    )
     first, *lines = verdict_text(advice).splitlines()
     say(f"Verdict: {first}")
     is_assumed = arguments.moe_share is None and arguments.step_us is None

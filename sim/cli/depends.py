@@ -4,6 +4,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
+from sim.cli.gain import SEVERAL_EXCHANGES
 from sim.cli.inputs import check_there, law_of, rows_of, say_about_times, step_options
 from sim.cli.terminal import add_output, answer, estimate, note, pivoted, print_lines, say, shown_progress
 from sim.errors import InputError, counted
@@ -19,7 +20,8 @@ def add_depends(parser: ArgumentParser) -> None:
 
     One kind of traffic at one EP size takes some ten seconds, all presets several minutes.
     """
-    add_options(parser, GpuOptions, only=("gpu", "baseline", "least_saved"), least_saved="1%")
+    add_options(parser, GpuOptions, only=("gpu", "baseline", "least_saved"), least_saved="1%",
+        helps={"least_saved": "smallest change that counts: of a layer's time, or of the busiest rank's load"})  # fmt: skip
     add = section_of(parser, GpuOptions.title).add_argument
     add("--placement", dest="placements", type=NAMES, metavar="LIST", help="placements that are compared with it; +R is one "
         "redundant slot on each rank (default: round_robin,eplb,eplb+R)")  # fmt: skip
@@ -30,8 +32,10 @@ def add_depends(parser: ArgumentParser) -> None:
         help="also recorded routing or load counts of a model, and optionally another file to fit eplb on; left out, with a "
         "note, where a file is not there (may be repeated)")  # fmt: skip
     steps = {"ep_sizes": _EP_SIZES, "tokens": _TOKENS, "most_steps": "64", "layer_sets": "16"}
-    add_options(parser, StepOptions, without="tokens_per_rank", **steps)
-    add_options(parser, TimeOptions, only=("exchange", "network_gb_per_s"), exchange="pair,token")
+    add_options(parser, StepOptions, without="tokens_per_rank", **steps,
+        helps={"tokens": "tokens per step over the whole EP group"})  # fmt: skip
+    add_options(parser, TimeOptions, only=("exchange", "network_gb_per_s"), exchange="pair,token",
+        helps={"exchange": SEVERAL_EXCHANGES})  # fmt: skip
     add = section_of(parser, TimeOptions.title).add_argument
     add("--dtype", default="fp8", help="type of weights and inputs, of all models: fp8, bf16 or fp4 (default: fp8)")
     add_output(parser, "depends.csv and the figure", figures=True)

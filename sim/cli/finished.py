@@ -3,12 +3,14 @@
 import math
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from sim.cli.inputs import check_there, rows_of
 from sim.cli.terminal import add_output, print_lines, print_rows
 from sim.errors import InputError
+from sim.files import model_label
 from sim.options import PlotOptions
 from sim.options.declare import add_options, given
 from sim.options.kinds import NAMES, WHOLE_NUMBERS, Folder, NewFile
@@ -16,13 +18,19 @@ from sim.options.kinds import NAMES, WHOLE_NUMBERS, Folder, NewFile
 _MAX_ROWS, _MAX_LINES = 28, 40
 _FEW = 3  # placements that are all shown where nobody chooses
 _KEYS = ["placement", "ep_size", "tokens"]
+_OTHERS = {"capacity": "capacity", "gain": "gain", "steps": "step", "claims": "claims"}
+"""Tables of other verbs that are shown again, by name."""
+_ELSEWHERE = {"depends": "epsim depends --show", "advice": "epsim report"}
 _SHORT = {"round_robin": "r_robin", "linear_legacy": "legacy", "node_aware": "node_aw"}
 
 
 def add_show(parser: ArgumentParser) -> None:
-    """Print the answer of a sweep: per EP size and step the placements, each against the first."""
+    """Print the answer of a sweep: per EP size and step the placements, each against the first.
+
+    Or again what epsim capacity, gain, step or claims wrote.
+    """
     add = parser.add_argument
-    add("folder", type=Path, metavar="DIR", help="folder that epsim sweep wrote")
+    add("folder", type=Path, metavar="DIR", help="folder that one of these wrote (--out)")
     add("--ep", dest="ep_sizes", type=WHOLE_NUMBERS, metavar="LIST", help="some of the EP sizes")
     add("--tokens", type=WHOLE_NUMBERS, metavar="LIST", help="some of the step sizes")
     add("--placement", type=NAMES, metavar="LIST", help="placements, compared with the first of them (default: all of up to "
@@ -36,13 +44,21 @@ def add_show(parser: ArgumentParser) -> None:
 
 def run_show(arguments: Namespace) -> None:
     """Run `epsim show`."""
+    from sim.files import is_there
     from sim.placement import ALIASES
-    from sim.results import read_result
+    from sim.results import PROVENANCE, read_result
 
-    result = read_result(arguments.folder)
     named = None if arguments.placement is None else [ALIASES.get(name, name) for name in arguments.placement]
     chosen = {"ep_size": arguments.ep_sizes, "tokens": arguments.tokens}
     chosen["placement"] = None if named is None else list(dict.fromkeys(named))
+    others = () if is_there(arguments.folder / PROVENANCE) else (*_OTHERS, *_ELSEWHERE)
+    found = next((name for name in others if is_there(arguments.folder / f"{name}.json")), "")
+    if found in _ELSEWHERE:
+        raise InputError(f"{arguments.folder} holds {found}.csv, which {_ELSEWHERE[found]} {arguments.folder} shows")
+    if found:
+        _show_other(arguments, found, chosen)
+        return
+    result = read_result(arguments.folder)
     check_there(result.summary, chosen, "the sweep")
     rows = rows_of(result.summary, chosen)
     if arguments.worst or arguments.tail:
@@ -54,9 +70,23 @@ def run_show(arguments: Namespace) -> None:
     printer(result, arguments.markdown, chosen)
 
 
+def _show_other(arguments: Namespace, name: str, chosen: dict[str, Any]) -> None:
+    """Show a table that another verb wrote."""
+    from sim.results import read_table
+
+    verb = _OTHERS[name]
+    if arguments.worst or arguments.tail:
+        raise InputError(f"--worst and --tail go with a sweep; {arguments.folder} holds {name}.csv of epsim {verb}")
+    table, about = read_table(arguments.folder, name, verb)
+    check_there(table, chosen, f"{name}.csv")
+    rows = rows_of(table, chosen)
+    if not print_rows(rows, arguments):
+        import_module(f"sim.cli.{verb}").print_table_of(rows, about[name], arguments.markdown)
+
+
 def _about(result: Any) -> str:
     first = result.summary.iloc[0]
-    return f"{first.model}, {first.workload} traffic"
+    return f"{model_label(first.model)}, {first.workload} traffic"
 
 
 def print_result(result: Any, markdown: bool, chosen: dict[str, Any] | None = None) -> None:

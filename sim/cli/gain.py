@@ -7,6 +7,7 @@ from typing import Any
 from sim.cli.inputs import identity_of, read_inputs, say_about_maps, say_about_times, step_options
 from sim.cli.terminal import add_output, answer, estimate, print_table, say, shown_progress
 from sim.errors import InputError
+from sim.files import model_label
 from sim.options import GpuOptions, RestOptions, StepOptions, TimeOptions, TrafficOptions
 from sim.options.declare import add_options, given, section_of
 from sim.options.kinds import NAMES
@@ -16,6 +17,9 @@ EXTRAPOLATED_TEXT = (
     "256 tokens a rank and on H800 of 128 at EP 8 to 256; deepep_low_latency without imbalance and deepep_high_throughput on "
     "one node of H100, H200, B200, B300, GB200 and GB300 up to 1,024 and 16,384; and token, gather and reduce on 2 and 4 H100s "
     "(4 H200s: within 10 % in the median)"
+)
+SEVERAL_EXCHANGES = (
+    "one or several, with commas, of pair, token, gather, reduce, none and backends of these kinds (epsim gpus)"
 )
 _IN_STEP_TEXT = (
     "in_step: the best split of each step's pairs over the copies of {}, by the busiest rank's load, as LPLB and others balance "
@@ -27,17 +31,13 @@ _IN_STEP_TEXT = (
 def add_gain(parser: ArgumentParser) -> None:
     """Predict the time that one placement saves over another, per layer and per step, by tokens, EP size and GPU."""
     add_options(parser, GpuOptions, only=("gpus", "baseline"))
-    section_of(parser, GpuOptions.title).add_argument(
-        "--placement",
-        type=NAMES,
-        default="round_robin",
-        metavar="LIST",
-        help="placements that are compared with it (default: round_robin); also 'perfect balance', whose experts none can beat, "
-        "and in_step: the best split of each step's pairs over the copies of the one that has the most (--balancer-us)",
-    )
+    add = section_of(parser, GpuOptions.title).add_argument
+    add("--placement", type=NAMES, default="round_robin", metavar="LIST", help="compared with it (default: round_robin); "
+        "also 'perfect balance', whose experts none can beat, and in_step: the best split of each step's pairs over the copies "
+        "of the one that has the most (--balancer-us)")  # fmt: skip
     add_options(parser, TrafficOptions)
     add_options(parser, StepOptions, ep_sizes="8,16", tokens="1..16384")
-    add_options(parser, TimeOptions)
+    add_options(parser, TimeOptions, helps={"exchange": SEVERAL_EXCHANGES})
     add_options(parser, RestOptions)
     add_output(parser, "gain.csv and the figures", figures=True)
 
@@ -63,7 +63,7 @@ def run_gain(arguments: Namespace) -> None:
         gains = predict_gain(model, workload, gpus, **chosen, **options)
     identity = identity_of(model, workload, options, gpus, **chosen)
     answer(
-        arguments.out, arguments, lambda: _print(gains, arguments.markdown), {"gain": gains}, identity,
+        arguments.out, arguments, lambda: print_table_of(gains, identity, arguments.markdown), {"gain": gains}, identity,
         lambda: _figures(gains),
     )  # fmt: skip
 
@@ -80,13 +80,14 @@ def _figures(gains: Any) -> dict[str, Any]:
     }
 
 
-def _print(gains: Any, markdown: bool) -> None:
+def print_table_of(gains: Any, about: dict[str, Any], markdown: bool) -> None:
+    """Print gains, their notes and break-even."""
     row, names = gains.iloc[0], ", ".join(dict.fromkeys(gains.placement))
     exchanges = ", ".join(dict.fromkeys(gains.exchange))
     title = (
-        f"{row.model} in {row['dtype']}, {row.workload} traffic, exchange {exchanges}: time of {names} against "
-        f"{row.baseline}\nlayer: experts of the slowest rank, dispatch and combine, mean and 99th percentile; saved: share "
-        "of the layer's time (experts: of the experts' alone)"
+        f"{model_label(row.model)} in {row['dtype']}, {row.workload} traffic, exchange {exchanges}: time of {names} against "
+        f"{row.baseline}\nsaved: share of the layer's time (experts: of the experts' alone); layer: experts of the slowest rank, "
+        "dispatch and combine, mean and 99th percentile"
     )
     if (gains.placement == "in_step").any():
         title += (
@@ -97,18 +98,20 @@ def _print(gains: Any, markdown: bool) -> None:
         "GPU": "gpu",
         "EP": "ep_size",
         "tokens": "tokens",
-        "layer us": "baseline_layer_us:.0f",
-        "p99 us": "baseline_layer_us_p99:.0f",
-        "exchange us": lambda row: f"{row.baseline_exchange_us:.0f}" + ("*" if row.extrapolated else ""),
-        "layer us new": "layer_us:.0f",
-        "p99 us new": "layer_us_p99:.0f",
         "saved (95 %)": layer_saved,
         "experts saved": "experts_saved:+z.1%",
+    }
+    if gains.moe_share.notna().any():
+        columns |= {"step saved": "step_saved:+z.1%", "MoE share": "moe_share:.0%"}
+    columns |= {
+        "layer us": "baseline_layer_us:.0f",
+        "layer us new": "layer_us:.0f",
+        "exchange us": lambda row: f"{row.baseline_exchange_us:.0f}" + ("*" if row.extrapolated else ""),
+        "p99 us": "baseline_layer_us_p99:.0f",
+        "p99 us new": "layer_us_p99:.0f",
         "MoE ms/step": "baseline_step_ms:.1f",
         "new": "step_ms:.1f",
     }
-    if gains.moe_share.notna().any():
-        columns |= {"MoE share": "moe_share:.0%", "step saved": "step_saved:+z.1%"}
     n = len(varying)
     print_table(title, gains.itertuples(), columns, markdown, align="<" * (1 + n), keys=3 + n)
     if markdown:

@@ -5,6 +5,7 @@ from typing import Any
 
 from sim.cli.terminal import note, note_compiling
 from sim.errors import InputError
+from sim.files import model_label
 from sim.options import LAYER_CORRELATION, StepOptions, TimeOptions
 from sim.options.declare import given
 
@@ -27,15 +28,33 @@ def read_file(path: Any, model: Any, phase: str | None) -> Any:
 
     from sim.traffic import read_traffic
 
-    traffic = read_traffic(Path(str(path).removeprefix("file:")), model, "decode" if phase is None else phase)
+    path, phase = Path(str(path).removeprefix("file:")), "decode" if phase is None else phase
+    try:
+        traffic = read_traffic(path, model, phase)
+    except InputError as error:
+        if model is None or f"model {model.name} has" not in str(error):
+            raise
+        end = "" if str(error).endswith("?") else "."
+        raise InputError(f"{error}{end} {_models_like(read_traffic(path, None, phase))}") from None
     note(*traffic.notes)
     return traffic
+
+
+def _models_like(traffic: Any) -> str:
+    """Which presets have the shape of a file."""
+    from sim.model import load_model, model_names
+
+    shape = [traffic.n_experts, *([traffic.topk_ids.shape[2]] if hasattr(traffic, "topk_ids") else [])]
+    alike = [model for model in map(load_model, model_names()) if [model.n_experts, model.top_k][: len(shape)] == shape]
+    names = [model.name for model in alike if model.n_moe_layers == traffic.n_layers] or [model.name for model in alike]
+    named = ", ".join([*names[:6], "..."] if len(names) > 6 else names) or "no preset"
+    return f"With {', top-'.join([f'{shape[0]} experts', *map(str, shape[1:])])}: {named}; or give its config.json (--model)"
 
 
 def check_there(rows: Any, wanted: dict[str, list[Any] | None], where: str) -> None:
     """Refuse a value of a column that a table does not have; None wants all."""
     for column, values in wanted.items():
-        there = list(dict.fromkeys(rows[column]))
+        there = list(dict.fromkeys(rows[column])) if column in rows else [f"no column {column}"]
         for value in values or []:
             if value not in there:
                 raise InputError(f"`{column}` {value}: {where} has {', '.join(map(str, there))}")
@@ -73,14 +92,14 @@ def law_of(traffic: Any) -> dict[str, Any]:
 def say_about_inputs(model: Any, workload: Any) -> None:
     """Notes on a model that was not verified, and on traffic that was fitted to another one."""
     if model.unverified:
-        note(f"{model.name}: not read from the checkpoint itself: {'; '.join(model.unverified)}")
+        note(f"{model_label(model.name)}: not read from the checkpoint itself: {'; '.join(model.unverified)}")
     if model.caveat:
-        note(f"{model.name}: {model.caveat}")
+        note(f"{model_label(model.name)}: {model.caveat}")
     fitted_to = getattr(workload, "fitted_to", "")
     alike = ("deepseek-r1", "deepseek-v3")  # one router
     same = model.name.startswith(alike) if fitted_to.startswith(alike) else model.name == fitted_to
     if fitted_to and not same:
-        note(f"{workload.name} traffic is fitted to {fitted_to}; on {model.name} it is an assumption")
+        note(f"{workload.name} traffic is fitted to {fitted_to}; on {model_label(model.name)} it is an assumption")
     if getattr(workload, "whole_requests", False) and hasattr(workload, "request_sigma"):
         note(
             f"{workload.name}: the tokens of a request share an effect of sd {workload.request_sigma:g} (request_sigma) on each "
@@ -106,7 +125,7 @@ def say_about_times(model: Any, workload: Any, gpus: list[Any], options: dict[st
     if options["dtype"] not in model.routed_dtype:
         stored = f"its experts are stored as {model.routed_dtype}"
         stored = "how its experts are stored is not known" if model.routed_dtype == "unknown" else stored
-        note(f"{model.name}: {stored}, times and memory are for {options['dtype']} (--dtype)")
+        note(f"{model_label(model.name)}: {stored}, times and memory are for {options['dtype']} (--dtype)")
     has_network = options["exchange"] not in ("none", ["none"]) and not options["network_gb_per_s"]
     for gpu in gpus:
         if gpu.unverified:

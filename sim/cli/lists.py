@@ -1,7 +1,9 @@
 """The lists: models, traffic presets, placements, and GPUs with their check against published times."""
 
 import textwrap
+import tomllib
 from argparse import ArgumentParser, Namespace
+from importlib import resources
 from typing import Any
 
 from sim.cli.terminal import (
@@ -14,7 +16,7 @@ from sim.cli.terminal import (
     say_written,
     shown_progress,
 )
-from sim.errors import InputError
+from sim.errors import InputError, unknown
 from sim.options import TrafficOptions
 from sim.options.declare import add_options
 from sim.options.kinds import Listed, NewFile, Whole
@@ -50,13 +52,8 @@ def run_models(arguments: Namespace) -> None:
 def add_workloads(parser: ArgumentParser) -> None:
     """List the traffic presets: how uneven each is, what it stands for, its source, and how near it is to published figures."""
     add_options(parser, TrafficOptions, only=("model",))
-    parser.add_argument(
-        "--ep",
-        type=Listed(of=Whole(1, 2**15)),
-        default="8,16,32,64",
-        metavar="LIST",
-        help="EP sizes (default: 8,16,32,64)",
-    )
+    add, sizes = parser.add_argument, "8,16,32,64"
+    add("--ep", type=Listed(of=Whole(1, 2**15)), default=sizes, metavar="LIST", help=f"EP sizes (default: {sizes})")
     add_output(parser)
 
 
@@ -174,16 +171,49 @@ def run_placements(arguments: Namespace) -> None:
         say(text)
 
 
+def add_columns(parser: ArgumentParser) -> None:
+    """List the columns of the tables that verbs write, and print as --csv and --json, with units and meaning."""
+    parser.add_argument("name", nargs="?", metavar="NAME", help="a column, or a table: summary, tail, capacity, gain, advice, "
+        "depends, steps, replay, claims, decay, traffic (default: all)")  # fmt: skip
+    add_output(parser)
+
+
+def run_columns(arguments: Namespace) -> None:
+    """Run `epsim columns`."""
+    tables = tomllib.loads(resources.files("sim.cli").joinpath("columns.toml").read_text(encoding="utf-8"))
+    abouts = {table: columns.pop("_about") for table, columns in tables.items()}
+    rows = [
+        {"table": table, "column": name, "unit": unit, "meaning": meaning}
+        for table, columns in tables.items() for name, (unit, meaning) in columns.items()
+    ]  # fmt: skip
+    if arguments.name is not None:
+        asked = arguments.name.removesuffix(".csv")
+        column = asked.removesuffix("_low").removesuffix("_high")
+        names = [asked, column, f"{column}_mean", column.removeprefix("baseline_")]
+        wanted = {asked, "keys"} if asked in tables else set()
+        rows = [row for row in rows if row["table"] in wanted or row["column"] in names]
+        if not rows:
+            raise unknown("table or column", asked, [*tables, *(name for of in tables.values() for name in of)])
+    if print_rows(rows, arguments):
+        return
+    if arguments.markdown:
+        print_lines("", list(rows[0]), [list(row.values()) for row in rows], markdown=True, align="<<<<")
+        return
+    say("NAME_low and NAME_high are the ends of the 95 % interval of NAME, or of NAME_mean, in its unit.")
+    for i, row in enumerate(rows):
+        if not i or row["table"] != rows[i - 1]["table"]:
+            print()
+            say(abouts[row["table"]], "" if row["table"] == "keys" else f"{row['table']}.csv: ", "    ")
+        unit = f"({row['unit']}) " if row["unit"] else ""
+        say(f"{row['column']:<25} {unit}{row['meaning']}", "  ", " " * 28)
+
+
 def add_gpus(parser: ArgumentParser) -> None:
     """List GPUs and kinds of exchange, with the sources of their numbers; or check predicted times against published ones."""
     add = parser.add_argument
     add("--check", action="store_true", help="how far predicted times are from published ones instead")
-    add(
-        "--plot",
-        type=NewFile(endings=(".png", ".svg")),
-        metavar="FILE",
-        help="with --check: draw them too, as .png or .svg",
-    )
+    figure = NewFile(endings=(".png", ".svg"))
+    add("--plot", type=figure, metavar="FILE", help="with --check: draw them too, as .png or .svg")
     add_output(parser)
 
 
@@ -239,11 +269,13 @@ def run_gpus(arguments: Namespace) -> None:
 
 
 def _check(arguments: Namespace) -> None:
-    from sim.cost.refit import predicted_against_measured
+    import pandas as pd
 
-    check = predicted_against_measured()
-    if not print_rows(check, arguments):
-        _print_check(check, arguments.markdown)
+    from sim.cost.refit import exchanges_of_others, predicted_against_measured
+
+    check, others = predicted_against_measured(), exchanges_of_others()
+    if not print_rows(pd.concat([check, others.assign(fitted=False)], ignore_index=True), arguments):
+        _print_check(check, others, arguments.markdown)
     if arguments.plot is not None:
         from sim.figures import save
         from sim.figures.measured import published_kernels
@@ -252,8 +284,7 @@ def _check(arguments: Namespace) -> None:
         say_written(f"written to {arguments.plot}", arguments)
 
 
-def _print_check(check: Any, markdown: bool) -> None:
-    from sim.cost.refit import exchanges_of_others
+def _print_check(check: Any, others: Any, markdown: bool) -> None:
     from sim.cost.tables import measured
 
     keys = ["part", "gpu", "dtype", "source"]
@@ -268,7 +299,6 @@ def _print_check(check: Any, markdown: bool) -> None:
         "EP size (experts, low_latency_network) or tokens per rank; moe_decode: no fit saw it"
     )
     print_lines(title, heads, lines, markdown, align="<<<<>>>>>", keys=4)
-    others = exchanges_of_others()
     lines = [
         [*of, str(len(rows)), *(f"{rows.error.quantile(q):+.0%}" for q in (0, 0.5, 1))]
         for of, rows in others.groupby(keys, sort=False)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from sim.cli.inputs import check_there, rows_of
 from sim.cli.terminal import add_output, note, note_compiling, print_rows, print_table, say_notes
 from sim.errors import InputError, unknown
+from sim.files import model_label
 from sim.options import TABLES_OF_LAYERS, TABLES_OF_RANKS, MeasuredOptions, MeasureOptions, TrafficOptions
 from sim.options.declare import add_options
 
@@ -226,9 +227,8 @@ def _ranks(arguments: Namespace) -> tuple[str, dict[str, _Table], Callable[[], d
     gpu = None if arguments.gpu is None else load_gpu(arguments.gpu)
     rows = _chosen(with_predictions(read_measured(arguments.show), gpu), arguments)
     first = rows.iloc[0]
-    about = (
-        f"{first.model} on {first.device}, predicted for {first.gpu}: {len(rows)} ranks in {rows.step.nunique()} steps"
-    )
+    about = f"{model_label(first.model)} on {first.device}, predicted for {first.gpu}: "
+    about += f"{len(rows)} ranks in {rows.step.nunique()} steps"
     about += "".join(f"\n  {dtype}: {kernel}" for dtype, kernel in rows.groupby("dtype").kernel.first().items())
     tables = {
         "error": _Table("Error of the prediction as it stands, predicted / measured - 1", lambda: errors(rows), {
@@ -279,7 +279,7 @@ def _layers(arguments: Namespace) -> tuple[str, dict[str, _Table], Callable[[], 
     layers = _chosen(layers if gpu is None else read_layers(arguments.show, gpu), arguments)
     first = layers.iloc[0]
     about = (
-        f"{first.model} in {first['dtype']}, EP {first.ep_size} on {first.gpu}: {len(layers)} layers in "
+        f"{model_label(first.model)} in {first['dtype']}, EP {first.ep_size} on {first.gpu}: {len(layers)} layers in "
         f"{layers.step.nunique()} steps"
     )
     cell = {"exchange": "exchange", "workload": "workload", "tokens": "tokens"}

@@ -7,6 +7,7 @@ from typing import Any
 from sim.cli.inputs import identity_of, read_inputs, say_about_layers, say_about_maps, say_about_times, step_options
 from sim.cli.terminal import add_output, answer, note, print_lines, print_table, say, shown_progress
 from sim.errors import InputError, counted
+from sim.files import model_label
 from sim.options import GpuOptions, LayerOptions, StepOptions, SweepOptions, TimeOptions, TrafficOptions
 from sim.options.declare import add_options, section_of
 from sim.options.kinds import Choice
@@ -28,16 +29,17 @@ def add_step(parser: ArgumentParser) -> None:
     add("--traffic", metavar="FILE", help="recorded routing, in place of --workload: also replay whole steps, all layers of the "
         "same tokens, beside independent layers: time, its autocorrelation, the worst layer, "
         "and what --layer-correlation is")  # fmt: skip
-    add_options(parser, SweepOptions, only=("placements",), placements="linear,round_robin")
+    add_options(parser, SweepOptions, only=("placements",), placements="linear,round_robin",
+        helps={"placements": "placements (epsim placements)"})  # fmt: skip
     add_options(parser, StepOptions, ep_sizes="8,16", tokens="64,4096")
     add_options(parser, LayerOptions)
     add_options(parser, GpuOptions, only=("gpu",))
     add_options(parser, TimeOptions)
-    add_output(parser, "steps.csv")
     add = section_of(parser, "your log").add_argument
     add("--log", type=Path, metavar="FILE", help="vLLM's or SGLang's lines with balancedness, or a number a line")
     add("--log-metric", type=Choice(names=tuple(_SHORT)), default="balancedness_vllm", metavar="NAME",
         help=f"what the log holds: {', '.join(_SHORT)} (default: balancedness_vllm)")  # fmt: skip
+    add_output(parser, "steps.csv")
 
 
 def run_step(arguments: Namespace) -> None:
@@ -76,9 +78,10 @@ def run_step(arguments: Namespace) -> None:
     compared = None if log is None else compare_log(steps, arguments.log_metric, log.values)
 
     def show() -> None:
-        _print_steps(steps, arguments.markdown)
         if compared is not None:
             _print_log(compared, arguments)
+            print()
+        print_table_of(steps, identity, arguments.markdown)
         if replayed is not None:
             _print_replay(replayed, arguments)
 
@@ -100,11 +103,13 @@ def _in_digits(name: str) -> Any:
     return lambda row: _digits(getattr(row, name))
 
 
-def _print_steps(steps: Any, markdown: bool) -> None:
+def print_table_of(steps: Any, about: dict[str, Any], markdown: bool) -> None:
+    """Print what steps would log."""
     row = steps.iloc[0]
     title = (
-        f"{row.model} in {row['dtype']} on {row.gpu}, {row.workload} traffic, exchange {row.exchange}: what a step through all "
-        "layers would log\nmean with its 95 % interval over layer sets (none with one), quantiles over steps; sd between layer "
+        f"{model_label(row.model)} in {row['dtype']} on {row.gpu}, {row.workload} traffic, exchange {row.exchange}: what a "
+        "step through all layers would log\n"
+        "mean with its 95 % interval over layer sets (none with one), quantiles over steps; sd between layer "
         "sets (deployments), and of one set's steps"
     )
     columns = _CELL | {
@@ -123,13 +128,13 @@ def _print_steps(steps: Any, markdown: bool) -> None:
 def _print_log(table: Any, arguments: Namespace) -> None:
     row = table.iloc[0]
     title = (
-        f"\nyour log: {counted(row.log_steps, 'value')} of {arguments.log_metric}, mean {_digits(row.log_mean)}; inside: share "
-        "of them between p1 and p99 of the simulated steps; sds apart: its mean from the simulated one, in standard deviations "
-        "between deployments"
+        f"your log: {counted(row.log_steps, 'value')} of {arguments.log_metric}, mean {_digits(row.log_mean)}, beside simulated "
+        "steps\ninside: share of your values between their p1 and p99; sds apart: your mean from theirs, in standard deviations "
+        "of one deployment from another; your log agrees within two of these; unclear: its own noise may be the difference"
     )
     columns = _CELL | {
         "simulated mean": _in_digits("mean"), "p1": _in_digits("p01"), "p99": _in_digits("p99"), "inside": "inside:.0%",
-        "sds apart": "sds_apart:+.1f",
+        "sds apart": "sds_apart:+.1f", "your log": lambda row: row.verdict or "-",
     }  # fmt: skip
     print_table(title, table.itertuples(), columns, arguments.markdown, align=">><", keys=3)
 

@@ -15,6 +15,7 @@ from sim.cli.finished import print_result
 from sim.cli.inputs import say_about_inputs
 from sim.cli.terminal import add_output, note, note_compiling, print_rows, say_notes, say_written, shown_progress
 from sim.errors import InputError, counted
+from sim.files import model_label
 from sim.options import LinkOptions, RunOptions, SweepOptions, TrafficOptions
 from sim.options.declare import add_options, given, section_of
 from sim.options.kinds import Folder
@@ -121,7 +122,7 @@ def _folder(out: Path | None, plan: "Plan") -> Path:
     """Folder of a result; by default one that no other sweep has."""
     from sim.results import short_id
 
-    names = {"model": _slug(plan.model.name), "workload": _slug(plan.workload.name)}
+    names = {"model": _slug(model_label(plan.model.name).removesuffix(".json")), "workload": _slug(plan.workload.name)}
     if out is None:
         return Path("results") / f"{names['model']}-{names['workload']}-{short_id(plan.identity)}"
     text = str(out)

@@ -7,6 +7,7 @@ from typing import Any
 from sim.cli.inputs import read_file
 from sim.cli.terminal import add_output, answer, estimate, print_rows, print_table, say, shown_progress
 from sim.errors import InputError, counted
+from sim.files import model_label
 from sim.options import FigureOptions, FileOptions, PlacedOptions
 from sim.options.declare import add_options
 
@@ -14,7 +15,8 @@ from sim.options.declare import add_options
 def add_decay(parser: ArgumentParser) -> None:
     """Fit a load-aware placement on a part of the file and score it on later ones, or on another file."""
     parser.add_argument("file", type=Path, metavar="FILE", help="recorded routing or load counts (epsim traffic show)")
-    add_options(parser, PlacedOptions, only=("ep_sizes", "placements", "ranks_per_node"), placements="eplb")
+    add_options(parser, PlacedOptions, only=("ep_sizes", "placements", "ranks_per_node"), placements="eplb",
+        helps={"placements": "load-aware ones, fitted and scored beside linear: eplb, eplb_refined, eplb+N, ..."})  # fmt: skip
     add_options(parser, FileOptions, only=("model", "phase", "against", "plot", "n_windows", "seed"))
     add_options(parser, FigureOptions)
     add_output(parser)
@@ -58,8 +60,9 @@ def _of_ages(arguments: Namespace, model: Any, data: Any, chosen: dict[str, Any]
 
     def show() -> None:
         title = (
-            f"{halves.name}, {model.name}: max / mean rank load of placements that are fitted on one of {n_windows} windows and "
-            "scored on it or on a later one\nage: from the fitted window to the scored one, in file order; of each window one "
+            f"{halves.name}, {model_label(model.name)}: max / mean rank load of placements that are fitted on one of "
+            f"{n_windows} windows and scored on it or on a later one\n"
+            "age: from the fitted window to the scored one, in file order; of each window one "
             f"half is fitted, one scored: {halves.about}"
         )
         columns = _CELL | {
@@ -67,19 +70,20 @@ def _of_ages(arguments: Namespace, model: Any, data: Any, chosen: dict[str, Any]
             f"age {unit}": _unless_linear(lambda row: f"{getattr(row, f'age_{unit}'):,.0f}"),
             "pairs": "pairs",
         }
+        if not arguments.markdown:
+            for name in _fitted_names(table):
+                _say_ages(name, table[table.placement == name], unit)
+            print()
         print_table(title, table.itertuples(), columns | _FIGURES, arguments.markdown, align="<", keys=4)
-        if arguments.markdown:
-            return
-        _explain("window", halves.fitted.shape[1])
-        for name in _fitted_names(table):
-            _say_ages(name, table[table.placement == name], unit)
+        if not arguments.markdown:
+            _explain("window", halves.fitted.shape[1])
 
     about = {"model": model.name, "file": halves.name, "digest": halves.digest, "windows": n_windows, **chosen}
 
     def figures() -> dict[str, Any]:
         from sim.figures.traffic import decay_by_age
 
-        return {"decay": decay_by_age(table, halves.name, model.name, unit)}
+        return {"decay": decay_by_age(table, halves.name, model_label(model.name), unit)}
 
     answer(arguments.plot, arguments, show, {"decay": table}, about, figures)
 
@@ -99,18 +103,20 @@ def _of_files(arguments: Namespace, model: Any, data: Any, chosen: dict[str, Any
         return
     about = first.about if first.about == second.about else f"{first.name} {first.about}, {second.name} {second.about}"
     title = (
-        f"{model.name}: max / mean rank load of placements that are fitted on one file and scored on it or on another\n"
-        f"of each file one half is fitted, one scored: {about}"
+        f"{model_label(model.name)}: max / mean rank load of placements that are fitted on one file and scored on it or "
+        f"on another\nof each file one half is fitted, one scored: {about}"
     )
     columns = _CELL | {
         "fitted on": lambda row: "any" if row.placement == "linear" else row.fitted,
         "scored on": "scored",
     }
+    if not arguments.markdown:
+        for name in _fitted_names(table):
+            _say_files(name, table[table.placement == name])
+        print()
     print_table(title, table.itertuples(), columns | _FIGURES, arguments.markdown, align="<><<", keys=4)
     if not arguments.markdown:
         _explain("file", first.fitted.shape[1])
-        for name in _fitted_names(table):
-            _say_files(name, table[table.placement == name])
 
 
 def _fitted_names(table: Any) -> list[str]:
@@ -129,7 +135,6 @@ def _explain(part: str, n_layers: int) -> None:
         f"fresh, linear: on the same scored halves, fresh being fitted on the other half of the scored {part}; excess: linear's "
         f"imbalance - 1; gain lost: of fresh's gain over linear, above 100 % it is worse than linear; 95 %: {over}"
     )
-    print()
 
 
 def _say_ages(name: str, rows: Any, unit: str) -> None:

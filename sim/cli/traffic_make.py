@@ -7,6 +7,7 @@ from typing import Any
 from sim.cli.inputs import read_inputs, say_about_inputs
 from sim.cli.terminal import add_output, note, note_compiling, print_rows, print_table, say, shown_progress
 from sim.errors import InputError, counted
+from sim.files import model_label
 from sim.options import MadeOptions, MatchOptions, TrafficOptions
 from sim.options.declare import add_options
 from sim.options.kinds import NewFile
@@ -124,8 +125,8 @@ def run_match(arguments: Namespace) -> None:
     if print_rows(rows, arguments):
         return
     title = (
-        f"{model.name}, linear placement at EP {ep_size}, {tokens} tokens per step: mean over layers of max / mean rank load "
-        f"(± 95 %, over layers), beside {x:g}"
+        f"{model_label(model.name)}, linear placement at EP {ep_size}, {tokens} tokens per step: mean over layers of max / mean "
+        f"rank load (± 95 %, over layers), beside {x:g}"
     )
     columns: dict[str, Any] = {
         "workload": "name",

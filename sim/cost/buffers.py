@@ -36,9 +36,7 @@ class Capacities(NamedTuple):
 
     table: pd.DataFrame
     curves: pd.DataFrame  # largest step: placement, ep_size, tokens, quantity, scope, deployments, factor, probability
-    n_layers: int
     notes: list[str]  # cells that were left out, and why
-    slots: dict[str, int]  # of a layer, by placement
 
 
 @takes(CapacityOptions)
@@ -92,7 +90,6 @@ def size_buffers(
     workload = workload if isinstance(workload, Workload) else load_workload(workload, model)
     groups, notes = _that_fit(model, chosen)
     plans = [_plan(model, workload, chosen, sizes, placements) for sizes, placements in groups]
-    slots = {name: _slots(plan, i) for plan in plans for i, (name, _) in enumerate(plan.grid.pairs)}
     n_layers = plans[0].workload.n_layers or model.n_moe_layers
     if not n_layers:
         raise InputError(f"model {model.name}: a deployment needs the number of MoE layers, which is not known")
@@ -104,10 +101,10 @@ def size_buffers(
             raise InputError(f"{what}: {reason}, and only capacities of one layer of one step can be sampled")
         notes.append(f"{reason}: sampled, of one layer of one step; steps and horizons lie beyond sampling")
         sampled = pd.concat([_sample(plan, chosen, notes) for plan in plans], ignore_index=True)
-        return Capacities(sampled, pd.DataFrame(), n_layers, list(dict.fromkeys(notes)), slots)
+        return Capacities(sampled, pd.DataFrame(), list(dict.fromkeys(notes)))
     parts = [_size(plan, chosen, n_layers, curves) for plan in plans]
     table, points = (pd.concat(part, ignore_index=True) for part in zip(*parts, strict=True))
-    return Capacities(table, points, n_layers, notes, slots)
+    return Capacities(table, points, notes)
 
 
 def _that_fit(model: ModelSpec, chosen: CapacityOptions) -> tuple[list[tuple[list[int], list[Any]]], list[str]]:

@@ -40,6 +40,7 @@ _BALANCEDNESS = re.compile(
 )
 """The step's own value in a line of an engine's log; averages over passes (last_10_average_balancedness) or over
 layers (lmdeploy's avg_balancedness), and vLLM's option log_balancedness, are not."""
+_BARE = re.compile(r"[-+]?[\d.]+(e[-+]?\d+)?", re.IGNORECASE)
 _COLOUR = re.compile(r"\x1b\[[\d;]*[A-Za-z]")
 _SOURCE = re.compile(r"EngineCore\w*|for model [^\s:]+|\bDP\d+\b|\bTP\d+\b")
 """Which engine or rank a line is of, and which model."""
@@ -368,7 +369,7 @@ def read_log(path: Path, metric: str) -> StepLog:
     where = f"--log {path}"
     engine: list[float] = []
     plain: list[float] = []
-    n_lines = n_idle = n_sglang = n_several = n_cut = longest = 0
+    n_lines = n_idle = n_sglang = n_several = n_cut = n_bare = longest = 0
     bad_line, place, n_columns = 0, -1, 1  # of a plain log
     sources: set[str] = set()
     with reading(where, "log"), open_stream(path, where) as file:
@@ -390,7 +391,9 @@ def read_log(path: Path, metric: str) -> StepLog:
                         engine.append(float(values[0]))
                     except ValueError:
                         raise InputError(f"{where}: line {number}: '{shown(values[0])}' is no balancedness") from None
-            elif not engine and not bad_line:
+                continue
+            n_bare += _BARE.fullmatch(line) is not None
+            if not engine and not bad_line:
                 try:
                     cells = line.replace(",", " ").replace(";", " ").split()
                     n_columns = max(n_columns, len(cells))
@@ -414,6 +417,7 @@ def read_log(path: Path, metric: str) -> StepLog:
         notes.append(
             f"{path}: {len(engine)} lines of {name} with balancedness, {n_lines - n_engine} other lines skipped"
         )
+        notes += [f"{n_bare} of these are bare numbers, not taken: a log is either lines or numbers"] if n_bare else []
         notes += [f"{n_several} lines have several values: the first is taken"] if n_several else []
         notes += [f"{n_idle} idle steps (max_tokens=0) are left out"] if n_idle else []
         if not metric.startswith("balancedness"):
@@ -447,9 +451,14 @@ def compare_log(steps: pd.DataFrame, metric: str, log: np.ndarray) -> pd.DataFra
     """A user's log beside the simulated distributions of a metric: one row per cell.
 
     `log_mean` is the log's; `inside` the share of its values between the cell's p01 and p99; `sds_apart` how far its mean
-    lies from the cell's, in standard deviations of one deployment against another (nan where that is not known).
+    lies from the cell's, in standard deviations of one deployment against another (nan where that is not known); `verdict`
+    whether it agrees (within two of these), is unclear (within two, its own noise included), or lies above or below.
     """
     rows = steps[steps.metric == metric].reset_index(drop=True)
     inside = [float(np.mean((log >= row.p01) & (log <= row.p99))) for row in rows.itertuples()]
-    apart = (log.mean() - rows["mean"]) / rows.sd_between_sets.where(rows.sd_between_sets > 0)
-    return rows.assign(log_steps=len(log), log_mean=log.mean(), inside=inside, sds_apart=apart)
+    away, between = log.mean() - rows["mean"], rows.sd_between_sets.where(rows.sd_between_sets > 0)
+    own = (log.std(ddof=1) if len(log) > 1 else rows.sd_within_set) / len(log) ** 0.5
+    within = [between.isna(), away.abs() <= 2 * between, away.abs() <= 2 * np.hypot(between, own), away > 0]
+    verdict = np.select(within, ["", "agrees", "unclear", "above"], "below")
+    told = {"inside": inside, "sds_apart": away / between, "verdict": verdict}
+    return rows.assign(log_steps=len(log), log_mean=log.mean(), **told)

@@ -37,6 +37,7 @@ from sim.figures.style import (
 _STEPS = {"small": 8, "middle": 256, "large": 8192}
 _MOST_CHANGE = 0.1  # a change beyond is marked at the edge, so that it does not hide the others
 _UNEVEN = 0.02
+_MOST_MARKERS = 32
 _FEW_PAIRS = 16  # a p99 of fewer jumps by whole pairs, and is not drawn
 
 
@@ -92,9 +93,9 @@ def _draw_ratios(
     label_outer(axes, x_label, "")
     for row, what in enumerate(("mean", "p99")):
         _ratio_axes(axes[row * n : (row + 1) * n])
-        axes[row * n].set_ylabel(f"busiest rank, {what}:\nchange over {baseline}")
+        axes[row * n].set_ylabel(f"busiest rank, {what}:\nchange from {baseline}")
     few = f"a p99 of fewer than {_FEW_PAIRS} pairs jumps, and is not drawn" if ratios.p99.isna().any() else ""
-    far = f"triangle at the top: more than +{100 * _MOST_CHANGE:g} %" if beyond else ""
+    far = f"cut off at +{100 * _MOST_CHANGE:g} %, triangle: beyond" if beyond else ""
     text = f"{head}: load of the busiest rank relative to {baseline} (below 0 is better)"
     set_title(figure, result, text, few, far, *notes)
     add_legend(figure, result, [name for _, _, names in columns for name in names])
@@ -115,14 +116,15 @@ def _draw_ratio(ax: Axes, rows: pd.DataFrame, what: str, name: str, place: tuple
         **{"linestyle": "", "marker": "^", "markersize": 6, "color": style["color"], "markerfacecolor": "white"},
         transform=sideways(ax, *place, apart=1.5),
     )
-    return bool(over.any())
+    return bool((over | (high > _MOST_CHANGE)).any())
 
 
 def _ratio_axes(axes: Sequence[Axes]) -> None:
-    """One y for a row of panels, in %: from the largest saving of a line to 0 and what is above."""
-    drawn = np.concatenate([np.asarray(line.get_ydata(), float) for ax in axes for line in ax.get_lines()])
-    low, high = float(np.nanmin(drawn, initial=0.0)), float(np.nanmax(drawn, initial=0.0))
-    axes[0].set_ylim(1.1 * low - 0.005, min(max(1.3 * high, 0.02), _MOST_CHANGE))
+    """One y for a row of panels, in %: lines with their bands, and 0."""
+    ends = [(ax.dataLim.intervaly, *(line.get_ydata() for line in ax.get_lines())) for ax in axes]
+    drawn = np.concatenate([np.asarray(part, float) for of_panel in ends for part in of_panel])
+    low, high = (float(end(drawn[np.isfinite(drawn)], initial=0.0)) for end in (np.min, np.max))
+    axes[0].set_ylim(1.1 * low - 0.005, min(max(1.15 * high, 0.02), _MOST_CHANGE))
     for ax in axes:
         ax.axhline(0, color="#888888", linewidth=0.8, zorder=0)
         ax.yaxis.set_major_locator(MaxNLocator(nbins=6))
@@ -168,13 +170,19 @@ def load_by_rank(result: Sweep) -> Figure | None:
     for ax, ep_size in zip(axes, sizes, strict=True):
         for name, rows in loads[ep_size].items():
             style = look(name)
-            ax.plot(rows["rank"], rows.load, **style | {"markersize": 3 if ep_size <= 48 else 0, "linewidth": 0.8})
+            width = 2.4 if name == studied[0] else 0.8  # of equal lines, both are seen
+            every = -(-ep_size // _MOST_MARKERS)  # with a marker on the last rank, which may be the hot one
+            ax.plot(
+                rows["rank"],
+                rows.load,
+                **style | {"markersize": 3, "linewidth": width, "markevery": ((ep_size - 1) % every, every)},
+            )
             band(ax, rows["rank"], rows.low, rows.high, style["color"])
         ax.axhline(1, color="#888888", linewidth=0.8, zorder=0)
         title_panel(ax, f"EP {ep_size}")
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
-    label_outer(axes, "rank", "mean load / average")
-    text = f"Who is hot: mean load of each rank, {int(result.summary.tokens.max())} tokens per step"
+    label_outer(axes, "rank", "load / mean of ranks")
+    text = f"Who is hot: load of each rank, mean over {int(result.summary.tokens.max())}-token steps"
     left = [size for size in ep_sizes_of(result) if size not in loads]
     even = f"even, and not drawn: EP {', '.join(map(str, left))}" if left else ""
     set_title(figure, result, text, even, twins_text(result, sizes))

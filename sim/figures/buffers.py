@@ -21,6 +21,7 @@ from sim.figures.style import (
 
 _TITLES = {"received": "tokens on a rank", "pairs": "rows of a rank", "expert_rows": "rows of an expert"}
 _LEAST = 1e-8
+_RISK: dict[str, Any] = {"color": "#D55E00", "linewidth": 0.8, "linestyle": "-", "zorder": 0}
 
 
 @styled
@@ -55,10 +56,10 @@ def capacity_curves(curves: pd.DataFrame, risk: float, of: str) -> Figure:
                         line.factor, line.probability, color=look(placement)["color"], linestyle=dashes, linewidth=width
                     )
                     if dashes == "-":
-                        safe.append(f"{placement} {np.ceil(100 * _factor_at(line, risk)) / 100:.2f}")
+                        safe.append(f"{placement} {_factor_at(line, risk):.2f}")
             title_panel(ax, f"EP {size}: {what}\n")
             ax.text(0, 1.02, ", ".join(safe), transform=ax.transAxes, fontsize=7.5, va="bottom")
-            ax.axhline(risk, color="#888888", linewidth=1.0, zorder=0)
+            ax.axhline(risk, **_RISK)
             probability_axis(ax, min(_LEAST, risk / 10))
             ax.set_xlim(left=min(1.0, ax.get_xlim()[0]))
     label_outer(axes, "capacity / balanced load", "P(exceeded)")
@@ -67,10 +68,11 @@ def capacity_curves(curves: pd.DataFrame, risk: float, of: str) -> Figure:
     title_figure(
         figure,
         f"How much more than the balanced load must fit? {of}, {text} tokens per step\n"
-        f"over each panel: the factor at which the solid line falls to the risk that was asked for, {risk:g} (grey line)",
+        "over each panel: the factor at which the solid line meets the risk (intervals: the table); rows: (token, expert) pairs",
     )
     handles = [Line2D([], [], color=look(name)["color"], label=label(name)) for name in placements]
     handles += [Line2D([], [], color="#777777", linestyle=dashes, label=text) for dashes, text in shown.values()]
+    handles.append(Line2D([], [], label=f"risk: {risk:g}", **_RISK))
     legend_below(figure, handles, 2)
     return figure
 

@@ -1,7 +1,6 @@
 """What placements save, in time: by tokens per step, GPU and EP size, by kind of traffic, and on your own traffic."""
 
 from itertools import cycle, product
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +23,7 @@ from sim.figures.style import (
     title_figure,
     title_panel,
 )
+from sim.files import model_label
 
 _GPU_LOOKS: list[dict[str, Any]] = [
     {"color": color, "linestyle": dashes, "marker": marker, "markersize": 3}
@@ -110,7 +110,7 @@ def gain_by_traffic(table: pd.DataFrame) -> Figure:
         figure,
         f"What placements save over {row.baseline} by kind of traffic, EP {ep_size}: of the busiest rank's load (imbalance),\n"
         f"and of a layer's time by exchange ({row.gpu}, {row['dtype']})\n"
-        "*: recorded; bars: 95 %, paired, over layers, cut off where layers are few",
+        f"*: recorded; bars: 95 %, paired, over layers; those of fewer than {_FEW_DRAWS} layers may run off the panel",
     )
     handles = [
         Line2D(
@@ -130,7 +130,7 @@ def _two_lines(name: str) -> str:
 def _title(figure: Figure, gains: pd.DataFrame, exchanges: str) -> None:
     row = gains.iloc[0]
     name, ends = row.placement, (gains.tokens.min(), gains.tokens.max())
-    lines = [f"{row.model} in {row['dtype']}, {row.workload} traffic; bands: 95 %, paired"]
+    lines = [f"{model_label(row.model)} in {row['dtype']}, {row.workload} traffic; bands: 95 %, paired"]
     if gains.crossover_tokens.between(*ends).any():
         lines.insert(0, f"upright lines: {_CROSSOVER}")
     if name == "in_step":
@@ -161,6 +161,8 @@ def advice_by_tokens(gains: pd.DataFrame, reference: str, reference_text: str = 
     current = base.baseline.iloc[0]
     looks.setdefault(current, look(current))
     balance.plot(base.tokens, base.baseline_imbalance, **looks[current])
+    ends = base.baseline_imbalance_low, base.baseline_imbalance_high
+    band(balance, base.tokens, *ends, looks[current]["color"])
     for name in names:
         mine = rows[rows.placement == name]
         style: dict[str, Any] = looks[name]
@@ -187,7 +189,7 @@ def advice_by_tokens(gains: pd.DataFrame, reference: str, reference_text: str = 
     row = rows.iloc[0]
     title_figure(
         figure,
-        f"{Path(row.model).name} in {row['dtype']}, EP {row.ep_size} on {row.gpu}, exchange: {row.exchange}\n"
+        f"{model_label(row.model)} in {row['dtype']}, EP {row.ep_size} on {row.gpu}, exchange: {row.exchange}\n"
         f"{row.workload[-90:]}; eplb is {row.split[-90:]}\n{bands}",
     )
     copied = "".join(rows.copies_of[rows.placement == "in_step"].head(1))

@@ -23,8 +23,13 @@ from sim.figures.style import (
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = ("o", "^", "s", "D", "v", "P", "X")
+_DASHES = ("-", "--", "-.", ":", "-", "--", "-.")
 _POINTS: dict[str, Any] = {
     "linestyle": "", "markersize": 2.5, "alpha": 0.5, "markeredgewidth": 0, "rasterized": True
+}  # fmt: skip
+_EXCHANGES = {
+    "token": "a token once to each rank", "pair": "once for each expert", "gather": "all-gather and reduce-scatter",
+    "reduce": "all-reduce",
 }  # fmt: skip
 _BAND = 1.2  # predicted within 20 % of measured
 
@@ -100,13 +105,14 @@ def measured_gain(
 
 def _draw_gain(ax: Axes, rows: pd.DataFrame, style: dict[str, Any], shift: float) -> None:
     x, color = rows.tokens * shift, style["color"]
-    ax.plot(rows.tokens, 100 * rows.predicted, color=color, linewidth=1.2)
-    ax.plot(x, 100 * rows.measured, **style, linestyle="", markersize=3.5)
+    ax.plot(rows.tokens, 100 * rows.predicted, color=color, linestyle=style["linestyle"], linewidth=1.2)
+    ax.plot(x, 100 * rows.measured, **style | {"linestyle": ""}, markersize=3.5)
     ax.vlines(x, 100 * rows.measured_low, 100 * rows.measured_high, color=color, linewidth=1)
 
 
 def _styles() -> list[dict[str, Any]]:
-    return [{"color": color, "marker": marker} for color, marker in zip(_COLOURS, _MARKERS, strict=True)]
+    looks = zip(_COLOURS, _MARKERS, _DASHES, strict=True)
+    return [{"color": color, "marker": marker, "linestyle": dashes} for color, marker, dashes in looks]
 
 
 def _kernel(rows: pd.DataFrame) -> str:
@@ -123,7 +129,7 @@ def _title(figure: Figure, predicted: pd.DataFrame, text: str) -> None:
 
 def _legend(figure: Figure, names: list[str], *, lines: bool) -> None:
     handles = [
-        Line2D([], [], label=name, **style, linestyle="-" if lines else "")
+        Line2D([], [], label=name, **style | ({} if lines else {"linestyle": ""}))
         for name, style in zip(names, _styles(), strict=False)
     ]
     legend_below(figure, handles)
@@ -217,4 +223,5 @@ def measured_exchange(layers: pd.DataFrame) -> Figure:
 def _layer_title(figure: Figure, layers: pd.DataFrame, text: str) -> None:
     first = layers.iloc[0]
     about = f"{first.model}, EP {first.ep_size} on {first.ep_size} x {first.gpu}, {first['dtype']}, {layers.step.nunique()} steps"
-    title_figure(figure, f"{text}\n{about}")
+    kinds = "; ".join(f"{name}: {_EXCHANGES[name]}" for name in dict.fromkeys(layers.exchange))
+    title_figure(figure, f"{text}\n{about}\n{kinds}")

@@ -17,7 +17,7 @@ from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 from matplotlib.transforms import ScaledTranslation, Transform
 
 from sim.errors import counted
-from sim.files import whole_files
+from sim.files import model_label, whole_files
 from sim.placement import split_name
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; dashes and markers do it in greyscale.
@@ -185,8 +185,8 @@ def sideways(ax: Axes, i: int, n: int, apart: float = 2.5) -> Transform:
 
 def panels(n: int, columns: int, height: float, *, sharey: bool | Literal["row"] = True) -> tuple[Figure, list[Axes]]:
     """A figure of README width with `n` panels in rows of `columns`, each row `height` inches high."""
-    columns = min(columns, n)
     rows = -(-n // columns)
+    columns = -(-n // rows)  # 4 panels are 2 by 2, not 3 and 1
     figure = Figure(figsize=(_BASE_WIDTH, 0.9 + height * rows), layout="constrained")
     axes = figure.subplots(rows, columns, sharey=sharey, squeeze=False)
     flat = [ax for row in axes for ax in row]
@@ -235,7 +235,7 @@ def set_title(figure: Figure, result: Sweep, text: str, *notes: str, ranges: str
     """Title with the model, the traffic, what shows the 95 % intervals, and notes below in lines that fit."""
     row = result.summary.iloc[0]
     draws = f"{row.trials:,} trials" + ("" if row.trials == row.draws else f" of {row.draws:,} layer draws")
-    about = f"{Path(row.model).name}, {row.workload} traffic, {draws}, {ranges}: 95 %"
+    about = f"{model_label(row.model)}, {row.workload} traffic, {draws}, {ranges}: 95 %"
     lines = [text, about, *textwrap.wrap("; ".join(note for note in notes if note), 122)]
     title_figure(figure, "\n".join(lines))
 

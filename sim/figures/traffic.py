@@ -4,7 +4,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
@@ -36,13 +35,7 @@ def load_map(name: str, about: Description) -> Figure:
     ax = figure.subplots()
     relative = about.load / about.load.mean(axis=1, keepdims=True)
     most = max(float(np.quantile(relative, 0.995)), 1.1)
-    image = ax.imshow(
-        relative,
-        aspect="auto",
-        interpolation="nearest",
-        cmap="PuOr_r",
-        norm=TwoSlopeNorm(1.0, 0.0, most),
-    )
+    image = ax.imshow(relative, aspect="auto", interpolation="nearest", cmap="cividis", vmin=0.0, vmax=most)
     ax.grid(visible=False)
     ax.set_xlabel("expert")
     ax.set_ylabel("layer")
@@ -94,7 +87,7 @@ def _sorted_loads(ax: Any, about: Description) -> None:
     ax.set_ylim(0, 1.05 * relative.max())
     ax.set_xlabel("experts by falling load, %")
     ax.set_ylabel("load / mean")
-    title_panel(ax, "Skew", "grey: layers; blue: their mean")
+    title_panel(ax, "Skew", "grey: layers; blue: their mean; dotted: 1, 12.5 %")
 
 
 def _by_index(ax: Any, about: Description) -> None:
@@ -176,7 +169,7 @@ def _drift(ax: Any, about: Description) -> None:
     ax.set_xlim(0, most)
     ax.set_ylim(0, most)
     for set_label, name in zip((ax.set_xlabel, ax.set_ylabel), about.drift.names, strict=True):
-        set_label(f"load / mean, {name.removeprefix('file:')[-24:]}")
+        set_label(f"load / mean, {name.removeprefix('file:')[-32:]}")
     title_panel(ax, "Drift", f"{about.drift.distance.mean():.1%} of the load moves; a dot per layer and expert")
 
 

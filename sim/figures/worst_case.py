@@ -39,6 +39,7 @@ DEEPEST = 1e-6
 _OVERLAP = 0.1  # what goes beyond sampling is drawn from here down
 _PANELS = 6
 _LEAST = 1e-9  # of unlucky steps
+_MARKS = "filled: exact or between bounds; hollow: sampled; arrow: never seen, upper bound; no point: impossible, or too rare"
 
 
 @styled
@@ -79,7 +80,7 @@ def exceedance(result: Sweep, tokens: int = 64, deepest: float = DEEPEST) -> Fig
         result,
         f"Worst cases: how often the imbalance reaches x, {tokens_text({size: steps[size] for size in sizes})} (log axes)",
         _meaning_of_lines(result, theory, kinds),
-        f"left out: {untypical} curves of layers that are not typical, as they are off what was sampled"
+        f"left out: {counted(untypical, 'curve')} of bounds, given layers that are off what was sampled"
         if untypical
         else "",
         twins_text(result, sizes),
@@ -181,7 +182,7 @@ def unlucky_steps(result: Sweep) -> Figure | None:
         figure,
         result,
         "Unlucky steps: all load on one rank; at least half of the ranks idle",
-        "filled: exact or between bounds; hollow: sampled; arrow: never seen, upper bound; no point: cannot happen",
+        _MARKS,
         ranges="bars",
     )
     add_legend(figure, result, names)
@@ -244,7 +245,7 @@ def worst_case_by_ep(result: Sweep, tokens: int = 64, deepest: float = DEEPEST) 
         figure,
         result,
         text,
-        "filled: exact or between bounds; hollow: sampled; arrow: never seen, upper bound",
+        _MARKS,
         ranges="bars",
     )
     add_legend(figure, result, names)
@@ -284,6 +285,7 @@ def idle_ranks(result: Sweep, tokens: int = 8) -> Figure | None:
         figure,
         result,
         f"{text}, {tokens_text({size: steps[size] for size in sizes})}",
+        "a line ends where more were never seen",
         twins_text(result, sizes),
         chosen_sizes(result, sizes),
     )

@@ -41,7 +41,7 @@ _OF_REQUESTS = (
     *("local_share", "context_tokens", "context_shares", "passage_share", "passage_tokens", "strength_sd"),
 )
 _MOST_SEQUENCES = 20_000
-_LAYERS_OF_STRENGTH = 4
+_LAYERS_OF_STRENGTH, _OF_STRENGTH = 4, 4096  # and requests that they are fitted on, while strengths are tried
 _LEAST_CORRELATION = 1e-3
 _LEAST_LOCAL = 0.001  # so that effects are of one strength, as they are fitted, also where nothing decays
 _MOST_SIGMA = 5.0
@@ -85,8 +85,8 @@ def fit_traffic(
     """Fit traffic to the measured loads of each layer, and to the correlation within sequences where tokens are known.
 
     Popularity is such that the router picks each expert as often as measured (see `fit_layer`). The request effect varies as
-    the experts do that sequences favour. With several experts a token, the picks of two tokens of a sequence covary as
-    measured (`match_covariance`); with one, requests differ in strength (`fit_strength_sd`). Strength, local share and the
+    the experts do that sequences favour; with several experts a token, the picks of two tokens of a sequence covary as
+    measured (`match_covariance`). Requests differ in strength as blocks do (`fit_strength_sd`). Strength, local share and the
     lengths of contexts are such that the correlation within blocks of 2 to 256 tokens is the measured one (`fit_decay`).
     Tokens are of several kinds where these predict which experts other sequences take together (`fit_kinds`); routers with
     groups have none.
@@ -120,8 +120,7 @@ def fit_traffic(
     n_layers = len(load)
     kinds: list[Kinds] | None = None
     layers = [1.0] * n_layers, [f"{i} of {n_layers}" for i in range(1, n_layers + 1)]
-    differs = model.top_k == 1  # with several experts a token, requests of one strength predict other sequences as well
-    of_strength = 3 * min(_LAYERS_OF_STRENGTH / n_layers, 1.0) if differs else 0.0
+    of_strength = 3 * min(_LAYERS_OF_STRENGTH / n_layers, 1.0) if isinstance(data, RecordedTraffic) else 0.0
     parts = {"correlation": 0.2, "kinds": 0.3, "strength": of_strength, "layers": 1.0}  # of the time, about
     with phase("correlation", parts):
         effect_of, decay = _request_effects(model, data, wanted, group_sigma, notes)
@@ -130,24 +129,26 @@ def fit_traffic(
     common: dict[str, Any] = {"name": Path(data.name.removeprefix("file:")).stem, "fitted_to": model.name}
     common |= {"source": about, "popularity": "fitted", "group_sigma": group_sigma}
 
-    def fit_one(layer: int, strength_sd: float) -> LayerFit:
+    def fit_one(layer: int, strength_sd: float, n_requests: int | None = None) -> LayerFit:
         effect = None if effect_of is None else effect_of(layer)._replace(strength_sd=strength_sd)
         of_tokens = None if kinds is None else kinds[layer]
-        return fit_layer(model, layer, wanted[layer], effect, of_tokens, seed=seed, group_sigma=group_sigma)
+        return fit_layer(
+            model, layer, wanted[layer], effect, of_tokens, seed=seed, group_sigma=group_sigma, n_requests=n_requests
+        )
 
     with ThreadPoolExecutor(threads or usable_processors()) as pool:
         if isinstance(data, RecordedTraffic) and not model.is_grouped:
             with phase("kinds", parts):
                 kinds = fit_kinds(data, model.n_experts, lambda of, numbers: track(pool.map(of, numbers), *layers))
         strength_sd = 0.0
-        if differs and decay is not None and isinstance(data, RecordedTraffic):
+        if decay is not None and isinstance(data, RecordedTraffic):
             some = evenly(n_layers, _LAYERS_OF_STRENGTH)
             traffic_of = partial(_prefill, data=data, decay=decay, common=common)
             with phase("strength", parts):
                 strength_sd = fit_strength_sd(
                     model,
                     replace(data, topk_ids=data.topk_ids[some]),
-                    lambda sd: traffic_of(list(pool.map(fit_one, some, repeat(sd)))),
+                    lambda sd: traffic_of(list(pool.map(fit_one, some, repeat(sd), repeat(_OF_STRENGTH)))),
                     seed,
                 )
         with phase("layers", parts):

@@ -25,6 +25,7 @@ from scipy.special import expit, logit
 from sim.fit.correlation import BLOCKS, LEAST_SEQUENCES, evenly, run_starts
 from sim.fit.fitting import GROUP_SIGMA, FittedTraffic, fit_traffic, without_shared_prefix
 from sim.fit.staleness import imbalances
+from sim.fit.strength import EP_SIZES
 from sim.kernels import kernel, usable_processors
 from sim.model import ModelSpec
 from sim.placement import place
@@ -36,7 +37,6 @@ from sim.streams import REPLAY, stream_key, uniforms
 from sim.traffic import LoadCounts, RecordedTraffic, SyntheticTraffic
 from sim.traffic.counts import build_counts
 
-EP_SIZES = (4, 8, 16, 32, 64)
 MOST_LAYERS = 24
 """Layers that are held out by default: their mean is known well by then, and a fit takes seconds for each."""
 FIGURES = ("imbalance", "received", "ranks_per_token")

@@ -210,7 +210,7 @@ def _without_others(slope: np.ndarray, top_k: int) -> np.ndarray:
 
 def fit_layer(
     model: ModelSpec, layer: int, p: np.ndarray, effect: RequestEffect | None, kinds: Kinds | None = None, *, seed: int,
-    group_sigma: float,
+    group_sigma: float, n_requests: int | None = None,
 ) -> LayerFit:  # fmt: skip
     """Fit the popularity of a layer with its kinds of tokens, if any, and, if it has one, with its request effect too (see
     `fit_popularity`), and check what is written of it: mu to 4 digits.
@@ -224,7 +224,7 @@ def fit_layer(
     phases: tuple[RequestEffect | None, ...] = (None,) if effect is None else (None, effect)
     found, rms = [], []
     for of_phase in phases:
-        popularity = fit_popularity(noise, p, of_phase)
+        popularity = fit_popularity(noise, p, of_phase, n_requests)
         share = check.picks(np.round(popularity.mu, 4), check.draw(of_phase), popularity.strength)[0]
         rms.append(float(np.sqrt(p @ (share / p - 1) ** 2 / p.sum())))
         found.append(popularity)

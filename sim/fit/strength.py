@@ -6,12 +6,15 @@ import numpy as np
 
 from sim.fit.correlation import count_runs, fitted_blocks
 from sim.model import ModelSpec
+from sim.placement import place
 from sim.router import draw_trials
 from sim.traffic import RecordedTraffic, SyntheticTraffic
 
-_TRIALS = 1024  # of a layer
-_TRIED = (0.0, 0.2, 0.4, 0.7)
-_LEAST = 0.05  # less is not told from none
+EP_SIZES = (4, 8, 16, 32, 64)
+"""EP sizes that fits are judged at, where a rank has 2 experts or more."""
+_TRIALS = 2048  # of a layer
+_TRIED, _STEP = (0.0, 0.15, 0.3, 0.45, 0.6, 0.75), 0.15
+_LEAST_GAIN = 0.1  # of the distance: less may be chance
 
 
 def fit_strength_sd(
@@ -19,8 +22,10 @@ def fit_strength_sd(
 ) -> float:
     """Standard deviation, between requests, of the logarithm of their strength, to 2 digits.
 
-    The more requests differ, the less there is of the usual request in a given correlation between tokens. So strengths are
-    spread, at that correlation, until the busiest expert of a block has as many tokens in the mean as measured.
+    The more requests differ, the less there is of the usual request in a given correlation between tokens, and the more of a
+    few extreme ones. So strengths are spread, at that correlation, until the busiest rank of a block, under linear placement,
+    has as many tokens as measured: by the mean absolute difference of quantiles (the Wasserstein distance) over their mean,
+    averaged over layers and EP sizes, ranks of one expert among them.
 
     Parameters
     ----------
@@ -32,19 +37,33 @@ def fit_strength_sd(
     n_tokens, first = fitted_blocks(data)
     if not len(first):
         return 0.0
-    counts = np.empty((len(first), model.n_experts), np.int32)
-    measured = []
+    sizes = [*(size for size in EP_SIZES if 2 * size <= model.n_experts), model.n_experts]
+    on_rank = [np.eye(size)[place("linear", model, size).rank_of_expert] for size in sizes]
+    levels = (np.arange(len(first)) + 0.5) / len(first)
+
+    def quantiles(counts: np.ndarray) -> np.ndarray:
+        """Of the load of the busiest rank, in units of the mean load, float64 [sizes, blocks]."""
+        loads = [(counts @ ranks).max(axis=1) * ranks.shape[1] for ranks in on_rank]
+        return np.quantile(loads, levels, axis=1).T / (n_tokens * model.top_k)
+
+    counts, measured = np.empty((len(first), model.n_experts), np.int32), []
     for layer in data.topk_ids:
         count_runs(layer, first, n_tokens, counts)
-        measured.append(counts.max(axis=1).mean())
-    wanted, n_layers = np.mean(measured), len(measured)
-    low = at_low = 0.0
-    for high in _TRIED:
-        trials = range(n_layers * _TRIALS)
-        counts, _ = draw_trials(model, fit_at(high), seed, trials, n_layers, np.array([n_tokens]))
-        at_high = counts.max(axis=2).mean()
-        if at_high <= wanted:
-            found = low + (at_low - wanted) / (at_low - at_high) * (high - low) if high > 0 else 0.0
-            return round(float(found), 2) if found >= _LEAST else 0.0
-        low, at_low = high, at_high
-    return low
+        measured.append(quantiles(counts))
+    off: list[float] = []
+    for sd in _TRIED:
+        trials = range(data.n_layers * _TRIALS)
+        drawn, _ = draw_trials(model, fit_at(sd), seed, trials, data.n_layers, np.array([n_tokens]))
+        of_layers = drawn.reshape(_TRIALS, data.n_layers, -1).transpose(1, 0, 2)
+        simulated = [quantiles(of_layer) for of_layer in of_layers]
+        distance = np.abs(np.array(simulated) - measured).mean(axis=(0, 2)) / np.mean(measured, axis=(0, 2))
+        off.append(float(distance.mean()))
+        if off[-1] > min(off):
+            break
+    least = int(np.argmin(off))
+    if off[least] > (1 - _LEAST_GAIN) * off[0]:
+        return 0.0
+    if least == len(off) - 1:
+        return _TRIED[least]
+    below, at, above = off[least - 1 : least + 2]  # a parabola through the three
+    return round(_TRIED[least] + _STEP / 2 * (below - above) / (below - 2 * at + above), 2)

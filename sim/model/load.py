@@ -87,7 +87,9 @@ def load_model(name_or_path: str | Path | ModelSpec) -> ModelSpec:
         model = _from_preset(preset, assumed)
         return replace(model, routed_dtype=_stored_as(name) or model.routed_dtype)
     more = " (or the path of a config.json; `epsim models` lists the presets)"
-    if name.count("/") == 1:
+    if path.parent.is_dir() and path.parent.name:
+        more = " (or the path of a config.json: there is no such file or folder)"
+    elif name.count("/") == 1:
         more = f" (another model: `hf download {name} config.json --local-dir DIR`, then --model DIR)"
     raise unknown("`model`", name.rpartition("/")[2], _presets(), more)
 

@@ -60,7 +60,7 @@ TABLES_OF_RANKS, TABLES_OF_LAYERS = ("error", "constants", "missed", "gain"), ("
 """Tables of measured ranks, and of measured layers."""
 
 
-_MODEL = "preset (epsim models) or path of a Hugging Face config.json"
+_MODEL = "preset (epsim models), its Hugging Face id, or a config.json or the folder that it is in"
 _WORKLOAD = (
     "preset (epsim workloads), file:TRACE of recorded routing, or a .toml file, as epsim traffic fit writes it of recorded "
     "routing or load counts"
@@ -281,7 +281,7 @@ class GpuOptions(Options):
     baseline: str = option(NAME, "placement to compare with", default="linear")
     least_saved: float = option(
         Share(),
-        "smallest saved share that counts: of a step in advise, of a layer in depends",
+        "smallest saved share of a step that is worth a trial",
         flag="--worth",
         default=0.01,
     )
@@ -294,8 +294,7 @@ class TimeOptions(Options):
     title = "times"
     exchange: str = option(
         NAME,
-        "dispatch and combine: pair, token, gather, reduce or none, or a backend that is one of them (epsim gpus; gain and "
-        "depends take several, with commas)",
+        "dispatch and combine: pair, token, gather, reduce or none, or a backend that is one of them (epsim gpus)",
         default="pair",
     )
     dtype: str | None = optional(

@@ -4,7 +4,7 @@ import functools
 import inspect
 import textwrap
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -98,10 +98,11 @@ def add_options(
     *,
     only: Sequence[str] | None = None,
     without: str = "",
+    helps: Mapping[str, str] | None = None,
     **lines: str | None,
 ) -> None:
-    """Add options of a class to a parser, `only` some or all `without` one; `lines` are defaults of this verb, as they would be
-    typed, None for none. What has no default must be given.
+    """Add options of a class to a parser, `only` some or all `without` one; `helps` are texts and `lines` defaults of this verb,
+    these as they would be typed, None for none. What has no default must be given.
     """
     there = declarations(group)
     flags = {name: flag_of(name, declared) for name, (declared, _) in there.items()}
@@ -112,7 +113,7 @@ def add_options(
         value = lines.get(name, None if default is MISSING or isinstance(declared.kind, PerRank) else default)
         typed = ",".join(f"{item:g}" for item in value) if isinstance(value, tuple) else value
         typed = f"{value:g}" if isinstance(value, float) else typed
-        text = declared.help
+        text = (helps or {}).get(name, declared.help)
         if typed is not None and "default:" not in text:
             text = f"{text[:-1]}; default: {typed})" if text.endswith(")") else f"{text} (default: {typed})"
         if isinstance(declared.kind, Flag):

@@ -32,7 +32,7 @@ class Kind:
         """The value that a text of the command line stands for. Raises ArgumentTypeError."""
         value = self.read(text)
         if (problem := self.problem(value)) is not None:
-            raise ArgumentTypeError(f"{shown(value)}: {problem}")
+            raise ArgumentTypeError(f"{shown(text)}: {problem}")
         return value
 
     def check(self, name: str, value: Any) -> Any:

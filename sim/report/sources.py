@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from sim.errors import InputError, counted
-from sim.files import is_there, read_json
+from sim.files import is_there, model_label, read_json
 from sim.results import PROVENANCE, SweepResult, read_result, read_table
 
 _LABELS = {
@@ -60,8 +60,8 @@ def _of_sweep(folder: Path) -> dict[str, Any]:
     cells = result.summary.merge(ratios, on=_KEYS, how="left")
     first = result.summary.iloc[0]
     return {
-        "name": f"{Path(first.model).name}, {first.workload} traffic",
-        "model": Path(first.model).name,
+        "name": f"{model_label(first.model)}, {first.workload} traffic",
+        "model": model_label(first.model),
         "answer": answer_of_sweep(result),
         "baseline": str(first.baseline),
         **_cells(cells),
@@ -100,10 +100,10 @@ def _of_split(folder: Path, rows: pd.DataFrame, about: dict[str, Any]) -> dict[s
     for name in [name for name in base if name.endswith(("_low", "_high")) and f"baseline_{name}" not in rows]:
         base[name] = base.get(name.rpartition("_")[0], np.nan)
     cells = pd.concat([base, rows[~other]], ignore_index=True)
-    name = f"{Path(first.model).name}, advice on {first.gpu}, {first.exchange}: {first.split}"
+    name = f"{model_label(first.model)}, advice on {first.gpu}, {first.exchange}: {first.split}"
     return {
         "name": name,
-        "model": Path(first.model).name,
+        "model": model_label(first.model),
         "answer": _answer_of_advice(rows[~other], left),
         "baseline": str(first.baseline),
         **_cells(cells),
@@ -181,7 +181,11 @@ def answer_of_sweep(result: SweepResult) -> str:
     )
     text += "In the largest steps: "
     few = largest.iloc[np.unique(np.linspace(0, len(largest) - 1, min(4, len(largest))).round().astype(int))]
-    return text + ", ".join(f"{_change(row['mean'])} at EP {row.ep_size}" for _, row in few.iterrows()) + "."
+    parts = (
+        f"{_change(row['mean']).removesuffix(' %')} ± {50 * (row.mean_high - row.mean_low):.1f} % at EP {row.ep_size}"
+        for _, row in few.iterrows()
+    )
+    return text + ", ".join(parts) + "."
 
 
 def _change(ratio: float) -> str:

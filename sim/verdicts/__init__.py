@@ -1,5 +1,6 @@
 """Published claims examined: set-up, computation and verdict of each. No verdict is written by hand."""
 
+import re
 import tomllib
 from collections.abc import Callable
 from functools import cache
@@ -62,7 +63,7 @@ def claims(
     workload : Workload, str or Path
         Synthetic decode traffic; prefill claims add the request effect of the preset 'prefill' to it.
     only : str or list of str
-        Ids of those to examine (default: all; see CLAIMS).
+        Ids of those to examine, or the number of a pull request or issue, as in '15517' (default: all; see CLAIMS).
     **options
 
     Returns
@@ -88,6 +89,8 @@ def claims(
     names = [only] if isinstance(only, str) else list(CLAIMS) if only is None else only
     if not isinstance(names, list) or not names:
         raise InputError(f"`only` {shown(names)}: must be ids of claims, at least one")
+    told = {name: re.findall(r"#(\d+)", entry["source"]) for name, entry in _entries().items()}
+    names = [one for name in names for one in [of for of in told if str(name).lstrip("#") in told[of]] or [name]]
     for name in names:
         if name not in CLAIMS:
             raise unknown("claim", shown(name), CLAIMS)

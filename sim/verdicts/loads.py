@@ -152,6 +152,8 @@ def less_waiting(conditions: Conditions) -> Finding:
         (at.imbalance_change_mean, at.imbalance_change_mean_low, at.imbalance_change_mean_high),
         "change of the mean imbalance, EP 8, 64 tokens",
         verdict,
+        f"At EP 8 a group is a rank under linear, so a token's 8 experts lie on at most 4 ranks, {was.ranks_per_token_mean:.2f} "
+        f"on average; round_robin spreads them over {at.ranks_per_token_mean:.2f}, and the load with them. "
         f"The mean imbalance falls in {less.sum()} and rises in {more.sum()} of {less.size} cells (EP {_SIZES[0]} to "
         f"{_SIZES[-1]}, {_STEPS[0]} to {_STEPS[-1]} tokens), the others do not differ by their 95 % intervals; at EP 8 and 64 "
         f"tokens the other ranks wait {100 * (1 - was.balancedness_mean):.0f} % of the time under linear, "
