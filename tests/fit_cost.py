@@ -14,17 +14,7 @@ from scipy.optimize import least_squares
 from sim.cost.exchange import exchange_time_us
 from sim.cost.expert import tile_padded_rows
 from sim.cost.gpu import gpu_names, load_gpu
-from sim.cost.refit import (
-    EAGER_LINKS,
-    GATHER_LINKS,
-    NETWORK_LINKS,
-    exchange_rows,
-    expert_rows,
-    fit_experts,
-    fit_gather,
-    fit_links,
-    link_groups,
-)
+from sim.cost.refit import GATHER_LINKS, exchange_rows, expert_rows, fit_experts, fit_gather, fit_links, link_groups
 from sim.cost.tables import PAIR_SHARPNESS, exchange_profile, grouped_gemm_profile, measured
 from sim.measure.layer_compare import read_layers
 from sim.measure.table import read_measured
@@ -68,19 +58,21 @@ def fit_deepep():
     return np.exp(least_squares(misfit, np.log([31, 0.94, 0.89])).x)
 
 
-def fit_link_table(name):
-    """Floors, their falls and shares of the links of an exchange, by GPU, each of dispatch and combine."""
-    found, beyond = {}, "ranks_per_node" in measured()[name]
+def fit_one_node(name):
+    """Floors, their falls and shares of NVLink of exchanges on one node, by GPU, each of dispatch and combine."""
+    found = {}
     for part, how in link_groups(name):
         fit, phase = fit_links(part, **how), part.phase.iloc[0]
         for gpu in part.gpu.unique():
-            link = "scale_out" if beyond else "scale_up"
-            row_bytes = V3.hidden_size * {"dispatch": 1 + 4 / 128, "combine": 2}[phase]
-            row_us = row_bytes / (getattr(load_gpu(gpu), f"{link}_gb_per_s") * 1e3)
+            row_us = (
+                V3.hidden_size
+                * {"dispatch": 1 + 4 / 128, "combine": 2}[phase]
+                / (load_gpu(gpu).scale_up_gb_per_s * 1e3)
+            )
             found[gpu, phase] = {
                 "floor_us": fit.floor_us[gpu],
                 "floor_falls": fit.falls,
-                f"{link}_fraction": row_us / fit.row_us,
+                "scale_up_fraction": row_us / fit.row_us,
             }
     return found
 
@@ -155,15 +147,11 @@ def fit_all():
             found |= {f"{kernel}.{gpu}.{name}": share for gpu, share in shares.items()}
     found["h20.peak_fraction"] = fit_peak_fraction("deepgemm_h20")
     found |= {"h800.floor_us": floor, "h800.scale_up_fraction": up, "h800.scale_out_fraction": out}
-    for name, kind in (
-        (EAGER_LINKS, "pair"), ("low_latency_kernels", "deepep_low_latency"), (NETWORK_LINKS, "network"),
-        ("deepep_normal", "deepep_high_throughput"),
-    ):  # fmt: skip
-        for of, constants in fit_link_table(name).items():
+    for name, kind in (("low_latency_one_node", "pair"), ("deepep_normal", "deepep_high_throughput")):
+        for of, constants in fit_one_node(name).items():
             found |= {".".join((kind, *of, constant)): value for constant, value in constants.items()}
     floor_us, share = fit_gather(exchange_rows(GATHER_LINKS))
-    found |= {"gather.large_floor_us": floor_us, "gather.scale_up_fraction": share}
-    return found
+    return found | {"gather.large_floor_us": floor_us, "gather.scale_up_fraction": share}
 
 
 if __name__ == "__main__":

@@ -140,9 +140,7 @@ def test_a_backend_is_priced_by_its_own_times_where_it_has_some():
     wanted = {"h200": "deepep_high_throughput", "h800": "token", "my-gpu": "token"}
     assert {gpu: exchange_of("deepep_high_throughput", 8, gpu) for gpu in wanted} == wanted
     assert exchange_of("deepep_high_throughput", 1, "h200") == "reduce"
-    wanted = {"h200": "deepep_low_latency", "h800": "pair", "my-gpu": "deepep_low_latency"}
-    assert {gpu: exchange_of("deepep_low_latency", 8, gpu) for gpu in wanted} == wanted
-    kinds = {"allgather_reducescatter": "gather", "pair": "pair", "hybridep": "token", "none": "none"}
+    kinds = {"allgather_reducescatter": "gather", "deepep_low_latency": "pair", "hybridep": "token", "none": "none"}
     assert {name: exchange_of(name, 8, "h200") for name in kinds} == kinds
 
 

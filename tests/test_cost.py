@@ -256,24 +256,12 @@ def test_shipped_constants_are_the_fitted_ones():
             shipped |= {f"{dtype}.{gpu}.{share}": value for share, value in zip(of_shares, reached, strict=False)}
     shipped["h20.peak_fraction"] = load_gpu("h20").peak_fraction
     one_node = [("pair", name) for name in ("h100", "h200", "b200", "gb200")]
-    one_node += [
-        (of, name) for of in ("deepep_low_latency", "deepep_high_throughput") for name in ("h100", "b200", "gb200")
-    ]
-    for kind, name in one_node:
+    for kind, name in one_node + [("deepep_high_throughput", name) for name in ("h100", "b200", "gb200")]:
         own = exchange_profile(exchange_kind(kind), name, kind)
         for direction, phase in enumerate(("dispatch", "combine")):
             for constant in ("floor_us", "floor_falls", "scale_up_fraction"):
                 fp8 = own.fp8_share if (constant, phase) == ("scale_up_fraction", "dispatch") else 1
                 shipped[f"{kind}.{name}.{phase}.{constant}"] = getattr(own, constant)[direction] * fp8
-    of_network = exchange_profile("pair", "h100", "deepep_low_latency")
-    for direction, phase in enumerate(("dispatch", "combine")):
-        floor_us = of_network.floor_us[direction] + of_network.network_floor_us[direction]
-        of_phase = {
-            "floor_us": floor_us,
-            "floor_falls": 0,
-            "scale_out_fraction": of_network.scale_out_fraction[direction],
-        }
-        shipped |= {f"network.h100.{phase}.{constant}": value for constant, value in of_phase.items()}
     of_gather = exchange_profile("gather", "b200")
     shipped["gather.large_floor_us"] = of_gather.large_floor_us
     shipped["gather.scale_up_fraction"] = of_gather.scale_up_fraction[0]
@@ -379,30 +367,33 @@ def test_pair_exchanges_of_a_size_that_was_left_out(check):
 
 
 @pytest.mark.slow
-def test_exchanges_of_sizes_that_were_left_out(check):
-    """DeepEP's low-latency kernels on six GPUs, without the number of tokens: median at most 5 %, worst 15 %; beyond a node,
-    without the EP size: 8 and 31 %. NCCL's all-gather and reduce-scatter on Blackwell, without the size: 15 and 25 %.
-    """
-    for source, median, worst in (
-        ("low_latency_kernels", 0.05, 0.15), ("low_latency_network", 0.08, 0.31), ("nccl_blackwell", 0.15, 0.25),
-    ):  # fmt: skip
-        rows = check[check.source == source]
-        error = rows.held_out_error.abs()
-        assert (error.groupby([rows.part, rows.gpu]).median() <= median).all()
-        assert error.max() <= worst
+def test_all_gathers_of_a_size_that_was_left_out(check):
+    """NCCL's all-gather and reduce-scatter on Blackwell: median at most 15 %, worst 25 %."""
+    rows = check[check.source == "nccl_blackwell"]
+    error = rows.held_out_error.abs()
+    assert (error.groupby([rows.part, rows.gpu]).median() <= 0.15).all()
+    assert error.max() <= 0.25
 
 
-def test_exchanges_of_another_model_and_of_other_versions():
-    """No fit saw them. FlashInfer's two-sided kernels on up to 64 GB200s: -29 to +27 %, in the median within 13 % each way. Low
-    latency at Qwen3-235B's sizes: -9 to +32 %. NCCL 2.29 alone: on 4 Blackwell GPUs -10 to +28 %; on 8 of
-    them at half the time for 16 and 32 MiB, which 2.28 does not take; on 8 Hopper GPUs never more than 1 % too fast.
+def test_pair_is_an_upper_bound_of_low_latency_kernels_alone():
+    """Both ways together, of what pair says: 0.2 to 0.55 on one node, 0.4 to 0.95 on 16 to 64 H100s; a fit saw none of them."""
+    rows = exchanges_of_others()
+    for source, least, most in (("low_latency_kernels", 0.2, 0.55), ("low_latency_network", 0.4, 0.95)):
+        of_both = (
+            rows[rows.source == source].groupby(["gpu", "ep_size", "tokens"])[["measured_us", "predicted_us"]].sum()
+        )
+        assert (of_both.measured_us / of_both.predicted_us).between(least, most).all()
+
+
+def test_exchanges_of_other_versions():
+    """No fit saw them. FlashInfer's two-sided kernels on up to 64 GB200s: -29 to +27 %, in the median within 13 % each way. NCCL
+    2.29 alone: on 4 Blackwell GPUs -10 to +28 %; on 8 of them at half the time for 16 and 32 MiB, which 2.28 does not take; on
+    8 Hopper GPUs never more than 1 % too fast.
     """
     rows = exchanges_of_others()
     of_flashinfer = rows[rows.source == "flashinfer_two_sided"]
     assert of_flashinfer.error.between(-0.30, 0.27).all()
     assert of_flashinfer.error.groupby(of_flashinfer.part).median().abs().max() < 0.13
-    of_qwen3 = rows.error[rows.source == "low_latency_qwen3"]
-    assert -0.1 < of_qwen3.min() < of_qwen3.max() < 0.33
     of_nccl = rows[rows.source == "nccl_others"].copy()
     is_hopper, mib = of_nccl.gpu.str.startswith("h"), (of_nccl.tokens * of_nccl.ep_size * 14336 / 2**20).round(2)
     on_four = of_nccl.error[of_nccl.ep_size == 4]

@@ -200,8 +200,8 @@ def test_each_kind_of_exchange_has_rows_of_its_own():
     assert new["token"] > 1.1 * old["token"]
     assert (new[["gather", "reduce", "none"]] == old[["gather", "reduce", "none"]]).all()
     assert rows.experts_saved.nunique() == 1
-    by_name = gain(tokens=[8192], exchange=["deepep_v2", "allgather_reducescatter"])
-    of_kind = gain(tokens=[8192], exchange=["token", "gather"])
+    by_name = gain(tokens=[8192], exchange=["deepep_low_latency", "deepep_v2", "allgather_reducescatter"])
+    of_kind = gain(tokens=[8192], exchange=["pair", "token", "gather"])
     pd.testing.assert_frame_equal(by_name.drop(columns="exchange"), of_kind.drop(columns="exchange"))
 
 

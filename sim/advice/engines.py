@@ -21,7 +21,7 @@ def exchange_of(backend: str, data_parallel: int, gpu: str) -> str:
     kind = exchange_kind(backend, "backend")
     if backend in BACKENDS and data_parallel == 1:
         return "reduce"
-    return backend if kind != "none" and exchange_profile(kind, gpu, backend).backends else kind
+    return kind if kind == "none" else exchange_profile(kind, gpu, backend).kind
 
 
 class Engine(NamedTuple):

@@ -246,21 +246,14 @@ def run_gpus(arguments: Namespace) -> None:
         say(f"{gpu.name}: {gpu.source}", "  ", "    ")
     kernels = "; ".join(f"{dtype}, {grouped_gemm_profile(dtype).name}" for dtype in DTYPES)
     say(f"Expert times: {kernels}.")
-    own: dict[tuple[str, ...], list[str]] = {}
-    for of in exchange_profiles():
-        own.setdefault(of.backends, []).extend(of.gpus if of.backends else ())
+    own = {name: [gpu for of in exchange_profiles() if of.kind == name for gpu in of.gpus] for name in BACKENDS}
+    own = {name: gpus for name, gpus in own.items() if gpus}
     print("Exchanges (--exchange), by kind or backend:")
     for kind, about in KINDS.items():
-        backends = [
-            name + ("*" if any(name in of for of in own) else "") for name, of in BACKENDS.items() if of == kind
-        ]
+        backends = [backend + ("*" if backend in own else "") for backend, of in BACKENDS.items() if of == kind]
         say(f"{kind}: {about}" + (f" ({', '.join(backends)})" if backends else ""), "  ", "    ")
-    listed = "; ".join(f"{', '.join(names)} on {', '.join(of)}" for names, of in own.items() if of)
+    listed = "; ".join(f"{name} on {', '.join(of)}" for name, of in own.items())
     say(f"* has times of its own, {listed}; all others are taken to have those of their kind.")
-    say(
-        "pair itself has DeepEP low latency's times launched call by call from Python, 1.5 to 5 times those of its kernels "
-        "within a node: name the backend for a decode in CUDA graphs."
-    )
     say(f"Not among them: {'; '.join(f'{name}: {why}' for name, why in REFUSED.items())}.")
     say(
         "Your own GPU: a .toml file with hbm_tb_per_s, bf16_tflops, scale_up_gb_per_s, and fp8_tflops, fp4_tflops, "
@@ -296,7 +289,7 @@ def _print_check(check: Any, others: Any, markdown: bool) -> None:
     title = (
         "Predicted against published times of DeepSeek-V3, absolute errors.\n"
         "Fitted: by the constants that epsim uses. Held out: by a fit without the row's\n"
-        "EP size (experts, low_latency_network) or tokens per rank; moe_decode: no fit saw it"
+        "EP size (experts) or tokens per rank (exchange); moe_decode: no fit saw it"
     )
     print_lines(title, heads, lines, markdown, align="<<<<>>>>>", keys=4)
     lines = [
@@ -308,6 +301,11 @@ def _print_check(check: Any, others: Any, markdown: bool) -> None:
     heads = ["part", "gpu", "type", "published table", "rows", "least", "median", "most"]
     print_lines(title, heads, lines, markdown, align="<<<<>>>>", keys=4)
     if not markdown:
+        print()
+        say(
+            "pair: DeepEP low latency as launched from Python, an upper bound for decode in CUDA graphs; its kernels alone "
+            "take 0.2 to 0.55 of that within a node (low_latency_kernels, both ways together)."
+        )
         print("\nHeld out by more than 25 %, so take such cells as extrapolated:")
         for row in check[check.held_out_error.abs() > 0.25].itertuples():
             print(

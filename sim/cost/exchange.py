@@ -48,15 +48,13 @@ they have low-latency kernels alone (srt/layers/moe/token_dispatcher at 0202c26 
 hybridep: Megatron's flex dispatcher (`moe_flex_dispatcher_backend`) and DeepEP PR #420.
 """
 DEFAULT_EXCHANGE = "pair"
-"""Where nobody says, the kind that round_robin runs with in vLLM: DeepEP low latency, launched call by call. Its kernels alone,
-as a CUDA graph replays them, are `deepep_low_latency`.
-"""
-DISPATCHED_FP8 = ("token", "pair", "gather")
+"""Where nobody says, the kind that was measured: DeepEP low latency from Python, with which round_robin runs in vLLM."""
+DISPATCHED_FP8 = ("token", "gather")
 """Kinds whose tokens are quantised before they are sent, for experts in fp8. vLLM does so (fused_moe/prepare_finalize) for DeepEP
-where weights are quantised in blocks, as DeepSeek-V3's (deepep_ht.py: `is_block_quantized`; deepep_ll.py: `use_fp8_dispatch`) and
-before its all-gather (naive_dp_ep.py: `_quantize_and_setup_dispatch`), but for experts that want BF16. Combine is BF16 always.
-Other backends are taken to do the same. fp4 is counted in BF16, as DeepEP and weights of 4 bits alone have it: where inputs are
-NVFP4 too, FlashInfer's backends and the all-gather send 0.28 of that.
+high-throughput where weights are quantised in blocks, as DeepSeek-V3's (deepep_ht.py: `is_block_quantized`), and before its
+all-gather (naive_dp_ep.py: `_quantize_and_setup_dispatch`), but for experts that want BF16. Combine is BF16 always. Other
+backends of these kinds are taken to do the same. fp4 is counted in BF16, as DeepEP and weights of 4 bits alone have it: where
+inputs are NVFP4 too, FlashInfer's backends and the all-gather send 0.28 of that.
 """
 _NPU = "of Ascend NPUs, not modelled"
 REFUSED = {
@@ -118,12 +116,11 @@ def exchange_time_us(
     packed, sorted by expert, and summed; which does not become less with fewer ranks, as the links' work does. The constants
     of `exchange_profile(kind, gpu, backend)` say what they were fitted to, and `epsim gpus --check` how far others' times are
     from them: `token` are NCCL's, which TensorRT-LLM's all-to-all over NVLink keeps to; DeepEP's high-throughput kernels have
-    their own, for they are slower, on Blackwell up to twice. `pair` is DeepEP low latency called from Python, the host's
-    launches included: an upper bound for a decode in CUDA graphs, whose kernels alone (`deepep_low_latency`, and NIXL's and
-    Mooncake's, which come from them) take a fifth to two thirds of it. Launches and ranks that come late are not in these:
-    tests of whole calls take some 5 to 15 us more in each direction. `gather` on 8 B200s or B300s takes up to twice as long
-    for 16 to 32 MiB with NCCL 2.27.3 and 2.29.2. Dispatch is counted in FP8 with scales for experts in fp8 (DISPATCHED_FP8), all
-    else in BF16; `pair` itself as it was measured, whatever the type. What each kind moves, out of and into the busiest rank:
+    their own, for they are slower, on Blackwell up to twice. `pair` is DeepEP low latency as launched from Python, in BF16
+    (H800: its kernels in FP8): an upper bound for decode in CUDA graphs, for the kernels alone, in FP8, take 0.2 to 0.55 of it
+    within a node, both ways together, and 0.4 to 0.95 on 16 to 64 H100s. `gather` on 8 B200s or B300s takes up to twice as long
+    for 16 to 32 MiB with NCCL 2.27.3 and 2.29.2. Dispatch of `token` and `gather` is counted in FP8 with scales for experts in
+    fp8, else in BF16; `pair` as it was measured, whatever the type. What each kind moves, out of and into the busiest rank:
 
     - token: `received_tokens` over NVLink; over the network a token once to each node that needs it.
     - pair: `pairs`, over both.
@@ -241,9 +238,7 @@ def exchange_time_us(
         link_us = np.maximum(up_us, out * value_bytes / (out_gb_per_s * 1e3))
         floor_us = profile.floor_us[direction] * np.maximum(tokens, 1.0) ** -profile.floor_falls[direction]
         passes = 2 if kind == "reduce" else 1  # an all-reduce is a reduce-scatter and an all-gather
-        floor_us = (
-            floor_us + profile.hop_us * passes * (on_node - 1) + profile.network_floor_us[direction] * (off_node > 0)
-        )
+        floor_us = floor_us + profile.hop_us * passes * (on_node - 1)
         is_large = np.minimum(everything * value_bytes / profile.large_bytes, 1)
         floor_us = floor_us + is_large * np.maximum(profile.large_floor_us - floor_us, 0)
         p = profile.sharpness

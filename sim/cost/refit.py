@@ -16,9 +16,6 @@ from sim.cost.tables import PAIR_SHARPNESS, exchange_profile, grouped_gemm_profi
 from sim.model import load_model
 
 _RANDOM = "wideep_nvfp4"  # its experts are picked at random, the other tables' evenly
-EAGER_LINKS = "low_latency_one_node"
-"""Published times of an exchange that is launched call by call: those of the kind pair."""
-NETWORK_LINKS, GATHER_LINKS = "low_latency_network", "nccl_blackwell"
 _NEVER_ALONE = 0.1
 """Weight that holds a GPU's shares to the mean of its generation, where its own rows do not tell them."""
 
@@ -148,16 +145,14 @@ def experts_left_out(rows: pd.DataFrame, kernel: str = "fp8") -> np.ndarray:
     return times
 
 
-def exchange_rows(name: str = EAGER_LINKS) -> pd.DataFrame:
-    """Published times of an exchange: gpu, ep_size, tokens (per rank), phase, measured_us, and `sent`, the rows of a token that
-    leave its rank, or its node where there are several, for experts that are picked at random.
+def exchange_rows(name: str = "low_latency_one_node") -> pd.DataFrame:
+    """Published times of an exchange within a node: gpu, ep_size, tokens (per rank), phase, measured_us, and `sent`, the rows of
+    a token that go to experts that are picked at random.
     """
     table = measured()[name]
     wide = _frame(table, "gpu ep_size tokens dispatch combine")
     top_k, ep = load_model(table["model"]).top_k, wide.ep_size
-    rows = top_k if exchange_kind(table["exchange"]) == "pair" else ep * (1 - (1 - 1 / ep) ** top_k)
-    node = table.get("ranks_per_node", 8)
-    wide["sent"] = rows * (1 - np.where(ep > node, node, 1) / ep)
+    wide["sent"] = top_k if exchange_kind(table["exchange"]) == "pair" else ep * (1 - (1 - 1 / ep) ** top_k)
     return wide.melt(["gpu", "ep_size", "tokens", "sent"], var_name="phase", value_name="measured_us")
 
 
@@ -166,7 +161,7 @@ class LinkFit(NamedTuple):
 
     floor_us: dict[str, float]  # by GPU
     falls: float  # of the floor, with the tokens
-    row_us: float  # of a row that leaves its rank, or its node
+    row_us: float  # of a row that leaves its rank
     sharpness: float
 
 
@@ -174,7 +169,8 @@ def link_times(fit: LinkFit, rows: pd.DataFrame) -> np.ndarray:
     """Times of published rows of one phase with the constants of a fit."""
     p, tokens = fit.sharpness, rows.tokens.to_numpy(float)
     floor_us = rows.gpu.map(fit.floor_us).to_numpy(float) * tokens**-fit.falls
-    return (floor_us**p + (fit.row_us * rows.sent.to_numpy() * tokens) ** p) ** (1 / p)
+    moved = (rows.sent * (1 - 1 / rows.ep_size)).to_numpy() * tokens
+    return (floor_us**p + (fit.row_us * moved) ** p) ** (1 / p)
 
 
 def fit_links(rows: pd.DataFrame, *, falls: bool, sharpness: float = PAIR_SHARPNESS) -> LinkFit:
@@ -196,32 +192,28 @@ _TWINS = {"h200": "h100", "b300": "b200", "gb300": "gb200"}
 """GPUs with the links of another."""
 
 
-def link_groups(name: str) -> list[tuple[pd.DataFrame, dict[str, Any]]]:
-    """Rows of a table that are fitted together, and how: those of EAGER_LINKS by generation, whose combine falls with the tokens
-    on Blackwell; of kernels alone, whose floor and links add up, by the GPUs' links.
+def link_groups(name: str = "low_latency_one_node") -> list[tuple[pd.DataFrame, dict[str, Any]]]:
+    """Rows of a table that are fitted together, and how: those of pair by generation, whose combine falls with the tokens on
+    Blackwell; of DeepEP's normal kernels, whose floor and links add up, by the GPUs' links.
     """
     rows = exchange_rows(name)
-    is_eager, is_hopper = name == EAGER_LINKS, rows.gpu.str.startswith("h")
-    if not is_eager:
+    is_pair, is_hopper = (rows.sent == rows.sent.iloc[0]).all(), rows.gpu.str.startswith("h")
+    if not is_pair:
         rows["gpu"] = rows.gpu.replace(_TWINS)
     return [
-        (part, {"falls": phase == "combine" and not one} if is_eager else {"falls": False, "sharpness": 1.0})
+        (part, {"falls": phase == "combine" and not one} if is_pair else {"falls": False, "sharpness": 1.0})
         for phase in ("dispatch", "combine")
-        for one in ((True, False) if is_eager else rows.gpu.unique())
-        if len(part := rows[(rows.phase == phase) & ((is_hopper if is_eager else rows.gpu) == one)])
+        for one in ((True, False) if is_pair else rows.gpu.unique())
+        if len(part := rows[(rows.phase == phase) & ((is_hopper if is_pair else rows.gpu) == one)])
     ]
 
 
 def links_left_out(name: str) -> pd.Series:
-    """Times of each row of a table predicted by a fit without the rows of its number of tokens, and those of NETWORK_LINKS by one
-    without those of its EP size, in microseconds.
-    """
+    """Times of each row of a table predicted by a fit without the rows of its number of tokens, in microseconds."""
     times: list[pd.Series] = []
     for part, how in link_groups(name):
-        of = part.ep_size if name == NETWORK_LINKS else part.tokens
-        for value in of.unique():
-            out = part[of == value]
-            times.append(pd.Series(link_times(fit_links(part[of != value], **how), out), out.index))
+        for tokens, out in part.groupby("tokens"):
+            times.append(pd.Series(link_times(fit_links(part[part.tokens != tokens], **how), out), out.index))
     return pd.concat(times).sort_index()
 
 
@@ -260,14 +252,12 @@ def gathers_left_out() -> pd.Series:
 
 FITTED = {"wideep_experts": "fp8", "wideep_nvfp4": "fp4"}
 """Published tables of expert times that constants are fitted to, and their types."""
-_FITTED_LINKS = (EAGER_LINKS, "low_latency_kernels", NETWORK_LINKS, "deepep_normal")
+_FITTED_LINKS = ("low_latency_one_node", "deepep_normal")
+GATHER_LINKS = "nccl_blackwell"
 _OTHER_LINKS = [
-    "deepep_normal_others",
-    "flashinfer_two_sided",
-    "low_latency_others",
-    "low_latency_qwen3",
-    "nccl_others",
-]
+    "deepep_normal_others", "flashinfer_two_sided", "low_latency_others", "low_latency_kernels", "low_latency_network",
+    "low_latency_qwen3", "nccl_others",
+]  # fmt: skip
 
 
 def predicted_against_measured() -> pd.DataFrame:
@@ -279,8 +269,8 @@ def predicted_against_measured() -> pd.DataFrame:
         One row per measurement: part ('experts', 'dispatch', 'combine'), gpu, dtype, source (a table of measured.toml),
         ep_size, tokens (experts: of the whole EP group; exchange: per rank), pairs and distinct_experts (of a rank),
         measured_us, predicted_us, error (predicted / measured - 1), fitted (whether the constants saw the row) and
-        held_out_error: that of a fit without its EP size (experts, exchange beyond a node) or number of tokens (exchange), and
-        for rows that no fit saw the error itself.
+        held_out_error: that of a fit without its EP size (experts) or number of tokens (exchange), and for rows that no fit
+        saw the error itself.
     """
     model = load_model("deepseek-v3")
     tables = [_experts(expert_rows(name), name, dtype) for name, dtype in (FITTED | {"moe_decode": "fp8"}).items()]
@@ -318,7 +308,7 @@ def _experts(rows: pd.DataFrame, source: str, dtype: str) -> pd.DataFrame:
 def _exchanges(rows: pd.DataFrame, source: str) -> pd.DataFrame:
     """Without sorting pairs by expert and summing them, which is not in the published times; NCCL's are without any copies."""
     table, times = measured()[source], pd.Series(0.0, rows.index)
-    backend, dtype, top_k = table["exchange"], table["dtype"], load_model(table["model"]).top_k
+    backend, dtype, top_k = table["exchange"], table.get("dtype", "not named"), load_model(table["model"]).top_k
     for (gpu, phase), part in rows.groupby(["gpu", "phase"]):
         alone = replace(exchange_profile("gather", str(gpu)), copies=()) if source.startswith("nccl") else None
         both = exchange_time_us(

@@ -61,11 +61,9 @@ class Exchange:
     Attributes
     ----------
     kind : str
-        token, pair, gather or reduce.
+        token, pair, gather or reduce, or a backend whose kernels were measured apart.
     gpus : tuple of str
         Presets that it is for; empty: all others.
-    backends : tuple of str
-        Backends of the kind that run these kernels; empty: the kind, and all others.
     kernels : str
         Whose times the constants stand for.
     floor_us : pair of float
@@ -74,8 +72,6 @@ class Exchange:
         What a ring adds to the floor for each further rank of the node, in each of its two passes.
     large_floor_us, large_bytes : float
         The floor that a message of so many bytes has; it rises to that in proportion.
-    network_floor_us : pair of float
-        What a group beyond a node adds to the floor.
     floor_falls : pair of float
         The floor falls with the tokens per rank to this power.
     bytes_per_value : pair of float
@@ -104,12 +100,10 @@ class Exchange:
     floor_us: tuple[float, float]
     scale_up_fraction: tuple[float, float]
     source: str
-    backends: tuple[str, ...] = ()
     scale_out_fraction: tuple[float, float] = (0.860, 0.860)
     hop_us: float = 0.0
     large_floor_us: float = 0.0
     large_bytes: float = inf
-    network_floor_us: tuple[float, float] = (0.0, 0.0)
     floor_falls: tuple[float, float] = (0.0, 0.0)
     fp8_share: float = 1.0
     bytes_per_value: tuple[float, float] = (FP8_WITH_SCALES, 2.0)
@@ -148,12 +142,10 @@ def exchange_profiles() -> list[Exchange]:
 
 
 def exchange_profile(kind: str, gpu: str, backend: str = "") -> Exchange:
-    """Constants of a backend on a GPU where it has its own there, else of its kind there; else those for all other GPUs."""
-    of_kind = [profile for profile in exchange_profiles() if profile.kind == kind]
-    of_backend = [profile for profile in of_kind if backend in profile.backends]
-    of_kind = [profile for profile in of_kind if not profile.backends]
-    for_gpu = [profile for profile in of_backend + of_kind if gpu in profile.gpus]
-    return (for_gpu or [profile for profile in of_backend + of_kind if not profile.gpus])[0]
+    """Constants of a backend on a GPU where it has its own there, else of its kind: the GPU's, or those for all others."""
+    profiles = exchange_profiles()
+    own = [profile for name in (backend, kind) for profile in profiles if profile.kind == name and gpu in profile.gpus]
+    return own[0] if own else next(profile for profile in profiles if profile.kind == kind and not profile.gpus)
 
 
 def measured() -> dict[str, Any]:
