@@ -26,8 +26,7 @@ sweep: $(BIN)/epsim  ## the main job: DeepSeek-V3, four kinds of traffic, tables
 test: $(BIN)/epsim  ## lint, types and tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-	$(PYTEST)
+	$(BIN)/mypy & types=$$!; $(PYTEST); tests=$$?; wait $$types && exit $$tests
 
 quick: $(BIN)/epsim  ## the quick loop, without the slow tests
 	$(PYTEST) -q -x -m 'not slow'

@@ -44,7 +44,9 @@ def pytest_configure(config):
         subprocess.run([sys.executable, ROOT / "tests/compile.py"], env=environment, cwd=ROOT, check=True)
 
 
-LONGEST = "notebooks sampler traffic bounds capacity cluster sweep rare cost advice figures layer cuda cli".split()
+LONGEST = (
+    "notebooks traffic bounds cost capacity sampler cuda sweep advice cluster readme rare cli layer figures precision claims"
+).split()
 
 
 def pytest_collection_modifyitems(items):
@@ -111,10 +113,10 @@ def run(*words):
 
 def fails(capsys, words, *parts, status=2):
     """The command fails with one line that has the parts, and no traceback."""
-    assert run(*words) == status
+    assert run(*words) == status, words
     lines = capsys.readouterr().err.strip().splitlines()
     errors = [line for line in lines if not line.startswith("note:")]
-    assert len(errors) == 1, lines
+    assert len(errors) == 1, (words, lines)
     assert errors[0].startswith("epsim")
     for part in parts:
         assert str(part) in errors[0]

@@ -1,5 +1,8 @@
-"""A made-up device, and measurements of sampled steps on it: what the tests of `sim.measure` share."""
+"""Made-up devices, measurements of sampled steps on one, and ranks that fail: what the tests of `sim.measure` share."""
 
+import os
+import signal
+import time
 from functools import cache
 
 import numpy as np
@@ -74,3 +77,17 @@ def measured(tmp_path, backend=None, dtypes=("bf16", "fp8"), **changes):
     steps = changes.pop("steps_of", None) or usual_steps()
     measure(steps, backend or MadeUp(), H100, list(dtypes), out, say=lines.append, **changes)
     return out, lines
+
+
+def serve_fault(rank, steps, device, rendezvous, end):
+    """A made-up rank: rank 1 does on request what goes wrong on a real one."""
+    end.send((True, {"pid": os.getpid()}))
+    while (question := end.recv()) is not None:
+        if rank == 1 and question[0] == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif rank == 1 and question[0] == "fail":
+            end.send((False, "OutOfMemoryError: made up"))
+        elif question[0] == "ping":
+            end.send((True, rank))
+        else:
+            time.sleep(600)  # waits, as in a collective whose other rank is gone

@@ -10,15 +10,13 @@ from nbclient import NotebookClient
 FOLDER = Path(__file__).parent.parent / "notebooks"
 
 
-def execute(path):
-    """The notebook of a path, executed, without what changes from run to run."""
-    notebook = nbformat.read(path, as_version=4)
+def execute(notebook):
+    """Execute a notebook, and drop what changes from run to run."""
     client = NotebookClient(notebook, timeout=600, record_timing=False, resources={"metadata": {"path": str(FOLDER)}})
     asyncio.run(client.async_execute())  # in a loop of its own, that is closed, on any thread
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
     notebook.metadata.language_info = {"name": "python"}
-    return notebook
 
 
 def errors_of(notebook):
@@ -33,7 +31,8 @@ def errors_of(notebook):
 
 if __name__ == "__main__":
     for path in map(Path, sys.argv[1:]) if sys.argv[1:] else sorted(FOLDER.glob("*.ipynb")):
-        notebook = execute(path)
+        notebook = nbformat.read(path, as_version=4)
+        execute(notebook)
         if errors := errors_of(notebook):
             sys.exit(f"{path.name}: {errors[0]}")
         nbformat.write(notebook, path)

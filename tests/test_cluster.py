@@ -1,8 +1,7 @@
-"""The Dask executor: the rows of threads, whatever becomes of the workers. Each test runs in a process of its own."""
+"""The Dask executor: the rows of threads, whatever becomes of the workers, in a process of their own."""
 
 import subprocess
 import sys
-import textwrap
 
 import pytest
 from conftest import fails
@@ -16,15 +15,6 @@ COMMAND += ["--bound-layers", "3", "--fit-tokens", "100"]
 TABLES = ("summary.csv", "tail.csv", "counts.parquet")
 
 
-def python(code, *arguments):
-    """Run a script with the arguments; its output."""
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)], capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
-
-
 @pytest.fixture(scope="module")
 def by_threads(tmp_path_factory):
     folder = tmp_path_factory.mktemp("threads")
@@ -32,28 +22,21 @@ def by_threads(tmp_path_factory):
     return {name: (folder / name).read_bytes() for name in TABLES}
 
 
-@pytest.mark.slow
-def test_a_local_cluster_gives_the_rows_of_threads(by_threads, tmp_path):
-    python(
-        "import sys; from sim.cli import main\nif __name__ == '__main__': sys.exit(main(sys.argv[1:]))",
-        *COMMAND, "--executor", "dask", "--threads", 2, "--out", tmp_path,
-    )  # fmt: skip
-    assert {name: (tmp_path / name).read_bytes() for name in TABLES} == by_threads
-
-
-KILL = """
+BY_DASK = """
 import os, signal, sys, threading, time
 from pathlib import Path
-from distributed import Client, LocalCluster
+from distributed import LocalCluster
 from sim.cli import main
 
 if __name__ == "__main__":
-    out = Path(sys.argv[-1])
+    out, command = Path(sys.argv[1]), [*sys.argv[2:], "--executor", "dask"]
+    if status := main([*command, "--threads", "2", "--out", str(out / "local")]):
+        sys.exit(status)
     with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None, silence_logs=50) as cluster:
         killed = []
 
         def kill():
-            while len(list(out.glob(".partial/*.npz"))) < 3:
+            while len(list(out.glob("killed/.partial/*.npz"))) < 3:
                 time.sleep(0.002)
             worker = next(iter(cluster.workers.values()))
             pid = worker.pid
@@ -62,29 +45,30 @@ if __name__ == "__main__":
 
         thread = threading.Thread(target=kill, daemon=True)
         thread.start()
-        status = main([*sys.argv[1:-1], "--scheduler", cluster.scheduler_address, "--out", str(out)])
+        status = main([*command, "--scheduler", cluster.scheduler_address, "--out", str(out / "killed")])
         print("killed", len(killed))
     sys.exit(status)
 """
 
 
 @pytest.mark.slow
-def test_a_worker_that_is_killed_loses_and_doubles_nothing(by_threads, tmp_path):
-    printed = python(KILL, *COMMAND, "--executor", "dask", tmp_path / "out")
-    assert "killed 1" in printed
-    assert {name: (tmp_path / "out" / name).read_bytes() for name in TABLES} == by_threads
+def test_a_cluster_gives_the_rows_of_threads_and_a_worker_that_is_killed_loses_and_doubles_nothing(
+    by_threads, tmp_path
+):
+    words = [sys.executable, "-c", BY_DASK, tmp_path, *COMMAND]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "killed 1" in done.stdout
+    for folder in ("local", "killed"):
+        assert {name: (tmp_path / folder / name).read_bytes() for name in TABLES} == by_threads
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
+def test_bad_clusters_are_one_line_and_leave_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sim.sweeps.executors._ANSWER_S", 1)
+    for options, message in (
         (["--executor", "dask", "--scheduler", "tcp://127.0.0.1:1"], "no Dask scheduler answers there"),
         (["--executor", "dask", "--scheduler", "nonsense"], "no Dask scheduler answers there"),
         (["--scheduler", "tcp://127.0.0.1:1"], "--scheduler goes with --executor dask"),
-        (["--executor", "ray"], "--executor"),
-    ],
-)
-def test_bad_clusters_are_one_line_and_leave_nothing(options, message, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("sim.sweeps.executors._ANSWER_S", 1)
-    fails(capsys, [*COMMAND, *options, "--out", tmp_path / "out"], message)
-    assert not (tmp_path / "out").exists()
+    ):
+        fails(capsys, [*COMMAND, *options, "--out", tmp_path / "out"], message)
+        assert not (tmp_path / "out").exists()

@@ -83,9 +83,9 @@ def test_what_is_written_is_shown_again_and_refused_when_changed(tmp_path, capsy
     fails(capsys, ["depends", "--show", out], "was changed")
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
+def test_bad_usage_is_one_line_and_status_2(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for words, message in (
         (["--trace", "gpt-oss-20b"], "takes MODEL FILE, or MODEL FILE FIT_ON"),
         (["--show", "results/depends", "--out", "x"], "--out goes without --show"),
         (["--show", "results/depends", "--ep", "7"], "--ep 7: "),
@@ -95,11 +95,8 @@ def test_what_is_written_is_shown_again_and_refused_when_changed(tmp_path, capsy
         (["--placement", "eplb+X", *WORDS], "--placement eplb+X: redundant slots are a whole number"),
         (["--trace", "gpt-oss", "absent.npz"], "--trace gpt-oss absent.npz: model 'gpt-oss' is not known"),
         (["--placement", "round_robin", "--ep", "256", "--tokens", "64"], "--ep 256: no rank has several experts"),
-    ],
-)
-def test_bad_usage_is_one_line_and_status_2(words, message, capsys, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    fails(capsys, ["depends", *([] if "--show" in words else ["--workload", "chat"]), *words], message)
+    ):
+        fails(capsys, ["depends", *([] if "--show" in words else ["--workload", "chat"]), *words], message)
 
 
 def test_committed_rows_are_computed_again_to_the_last_digit(capsys):

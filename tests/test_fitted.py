@@ -108,9 +108,9 @@ def test_bounds_of_a_fitted_workload_hold_what_is_sampled(path):
         assert bounds.low[x] - error < sampled[x] < bounds.high[x] + error
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
+def test_bad_tables_are_refused(tmp_path):
+    path = tmp_path / "bad.toml"
+    for text, message in (
         ("mu = [[1.0, nan]]", "-50 to 50"),
         ("mu = [[1.0, 51.0]]", "-50 to 50"),
         ("mu = [[1.0, 2.0], [1.0]]", "equally long"),
@@ -124,13 +124,10 @@ def test_bounds_of_a_fitted_workload_hold_what_is_sampled(path):
         ("mu = [[1.0, 2.0]]\nrequest_sd = [[1.0, -1.0]]", "not be negative"),
         ("mu = [[1.0, 2.0]]\nprefill = 3", "prefill must be a table"),
         ("mu = [[1.0, 2.0]]\nlayers = 3", "not known"),
-    ],
-)
-def test_bad_tables_are_refused(tmp_path, text, message):
-    path = tmp_path / "bad.toml"
-    path.write_text('popularity = "fitted"\n' + text)
-    with pytest.raises(InputError, match=message):
-        load_workload(path)
+    ):
+        path.write_text('popularity = "fitted"\n' + text)
+        with pytest.raises(InputError, match=message):
+            load_workload(path)
 
 
 def test_popularity_from_arrays_is_a_workload(tmp_path):
@@ -153,9 +150,8 @@ def test_popularity_from_arrays_is_a_workload(tmp_path):
     assert set(result.summary.draws) == {2}
 
 
-@pytest.mark.parametrize(
-    ("popularity", "message"),
-    [
+def test_bad_popularity_is_refused():
+    for popularity, message in (
         ("chat", "not chat; load_workload takes names"),
         ([1.0, -1.0], "not negative"),
         ([1.0, np.nan], "finite"),
@@ -165,11 +161,9 @@ def test_popularity_from_arrays_is_a_workload(tmp_path):
         ([], "must be numbers"),
         (np.ones((2, 2, 2)), "must be numbers"),
         (3.0, "must be numbers"),
-    ],
-)
-def test_bad_popularity_is_refused(popularity, message):
-    with pytest.raises(InputError, match=message):
-        synthetic_traffic(popularity)
+    ):
+        with pytest.raises(InputError, match=message):
+            synthetic_traffic(popularity)
 
 
 def test_arrays_in_other_places_point_to_synthetic_traffic():
@@ -195,8 +189,8 @@ def test_a_workload_passes_through(path):
         load_workload(load_workload("chat"), sgma=0.9)
 
 
-@pytest.mark.parametrize("text", ["", "# nothing\n", 'about = "mine"\n', "[prefill]\nrequest_sigma = 0.5\n"])
-def test_a_file_that_says_nothing_is_no_workload(tmp_path, text):
-    (tmp_path / "empty.toml").write_text(text)
-    with pytest.raises(InputError, match=r"empty\.toml says nothing of the traffic"):
-        load_workload(tmp_path / "empty.toml")
+def test_a_file_that_says_nothing_is_no_workload(tmp_path):
+    for text in ("", "# nothing\n", 'about = "mine"\n', "[prefill]\nrequest_sigma = 0.5\n"):
+        (tmp_path / "empty.toml").write_text(text)
+        with pytest.raises(InputError, match=r"empty\.toml says nothing of the traffic"):
+            load_workload(tmp_path / "empty.toml")

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import ROOT, fails
+from devices import serve_fault
 
 from sim.cli import main
 from sim.cost import load_gpu
@@ -140,9 +141,8 @@ def test_what_goes_first_changes_from_step_to_step_and_steps_are_outermost(tiny)
     assert [cells[i].exchanges[0] for i in (0, 4, 8)] == ALL[:3]
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
+def test_a_layer_that_cannot_be_measured_is_refused_in_one_line(tiny):
+    for changes, message in (
         ({"ep_size": 3, "placements": ["linear"]}, "`ep_sizes` 3: must divide the experts"),
         ({"tokens": [8, 65], "placements": ["linear"]}, "`ep_sizes` 4: must divide the `tokens`, 65"),
         ({"exchanges": ["tokens"]}, "--exchange 'tokens' is not known; did you mean token"),
@@ -150,28 +150,12 @@ def test_what_goes_first_changes_from_step_to_step_and_steps_are_outermost(tiny)
         ({"placements": ["round"]}, "`strategy` 'round' is not known"),
         ({"steps": 0}, "`steps` 0"),
         ({"dtype": "fp4", "placements": ["linear"]}, "--dtype 'fp4' is not known"),
-    ],
-)
-def test_a_layer_that_cannot_be_measured_is_refused_in_one_line(tiny, changes, message):
-    with pytest.raises(InputError, match=message):
-        layers_of(tiny, **changes)
+    ):
+        with pytest.raises(InputError, match=message):
+            layers_of(tiny, **changes)
 
 
 # Ranks that end together, without PyTorch
-
-
-def serve_fault(rank, steps, device, rendezvous, end):
-    """A made-up rank: rank 1 does on request what goes wrong on a real one."""
-    end.send((True, {"pid": os.getpid()}))
-    while (question := end.recv()) is not None:
-        if rank == 1 and question[0] == "die":
-            os.kill(os.getpid(), signal.SIGKILL)
-        elif rank == 1 and question[0] == "fail":
-            end.send((False, "OutOfMemoryError: made up"))
-        elif question[0] == "ping":
-            end.send((True, rank))
-        else:
-            time.sleep(600)  # waits, as in a collective whose other rank is gone
 
 
 def is_there(pid):
@@ -258,9 +242,8 @@ def test_layers_are_compared_with_their_parts_and_with_each_other(tmp_path):
         assert row.exchange_gain == 0
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
+def test_a_table_of_layers_that_is_wrong_is_refused_in_one_line(tmp_path):
+    for change, message in (
         (lambda rows: rows.pop(), "a layer needs all its ranks"),
         (lambda rows: rows.append(rows[0]), "is measured twice"),
         (lambda rows: rows[3].update(layer_us=0), "line 5: times must be above 0"),
@@ -269,16 +252,14 @@ def test_layers_are_compared_with_their_parts_and_with_each_other(tmp_path):
         (lambda rows: rows[3].update(received=65), "received must be from 0 to tokens"),
         (lambda rows: rows[3].update(gpu="h"), "column gpu must be the same"),
         (lambda rows: rows.clear(), "first line|no rows"),
-    ],
-)
-def test_a_table_of_layers_that_is_wrong_is_refused_in_one_line(tmp_path, change, message):
-    if message.startswith("first"):
-        (tmp_path / "layers.csv").write_text(",".join(LAYER_COLUMNS) + "\n")
-        path = tmp_path / "layers.csv"
-    else:
-        path = made_up(tmp_path, change)
-    with pytest.raises(InputError, match=message):
-        read_layers(path)
+    ):
+        if message.startswith("first"):
+            (tmp_path / "layers.csv").write_text(",".join(LAYER_COLUMNS) + "\n")
+            path = tmp_path / "layers.csv"
+        else:
+            path = made_up(tmp_path, change)
+        with pytest.raises(InputError, match=message):
+            read_layers(path)
 
 
 def test_a_figure_of_layers_names_the_type_that_was_measured(tmp_path):

@@ -64,6 +64,16 @@ def test_every_layout_of_a_table_gives_the_same_counts_and_layers(tmp_path):
     assert n == 35
 
 
+@pytest.mark.parametrize("head", ["1,2,3\n", ",1,2,3\n"])
+def test_exchanged_axes_are_refused_where_a_dense_layer_is_a_column_of_zeros(tmp_path, head):
+    loads = RNG.multinomial(1600, np.arange(1, 9) / 36, size=3).T  # of layers 1 to 3
+    index = [[e] if head.startswith(",") else [] for e in range(8)]
+    rows = [",".join(map(str, [*left, *row])) for left, row in zip(index, loads.tolist(), strict=True)]
+    (tmp_path / "x.csv").write_text(head + "\n".join(rows))
+    with pytest.raises(InputError, match="its columns all add up to 1600, its rows do not: are the axes exchanged"):
+        read_traffic(tmp_path / "x.csv")
+
+
 def test_experts_without_a_row_have_no_load(tmp_path):
     path = tmp_path / "x.csv"
     path.write_text("layer_id,expert_id,count\n3,0,7\n3,2,1\n4,1,5\n")
@@ -92,9 +102,9 @@ def test_a_header_of_numbers_is_a_header_and_a_row_of_counts_is_none(tmp_path):
         assert any("taken for the decimal point" in note for note in read_traffic(path).notes)
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
+def test_tables_with_slips_are_refused_by_line_and_name(tmp_path, capsys):
+    path = tmp_path / "x.csv"
+    for text, message in (
         ("layer,expert_0,rest\n0,1,2\n", "'rest' is not known"),
         ("expert_0,expert_1,total\n1,2,3\n", "'total' is not known"),
         ("layer_id,expert_id,count_all_topk,count_top1\n0,1,2,3\n", "'count_all_topk' is not known"),
@@ -116,12 +126,9 @@ def test_a_header_of_numbers_is_a_header_and_a_row_of_counts_is_none(tmp_path):
         ("0,0,0,9\n0,0,1,7\n0,0,2,5\n0,1,0,9\n", "4 columns without names, of which 3 number its rows"),
         ("layer,e0,e1\n0,1_900,2\n", "line 2: '1_900' is not a number"),
         ("layer,e0,e1\n0,99999999999999999999,2\n", "line 2: counts above 2**53"),
-    ],
-)
-def test_tables_with_slips_are_refused_by_line_and_name(tmp_path, capsys, text, message):
-    path = tmp_path / "x.csv"
-    path.write_text(text)
-    fails(capsys, ["traffic", "show", path], message)
+    ):
+        path.write_text(text)
+        fails(capsys, ["traffic", "show", path], message)
 
 
 def test_json_tables(tmp_path):
@@ -130,10 +137,11 @@ def test_json_tables(tmp_path):
         {str(3 + i): row for i, row in enumerate(rows)},
         {f"layer_{3 + i}": row for i, row in enumerate(rows)},
         {f"model.layers.{3 + i}.mlp": row for i, row in enumerate(rows)},
-        {"0": None, **{str(3 + i): row for i, row in reversed(list(enumerate(rows)))}},
+        {"0": None, "1": [], **{str(3 + i): row for i, row in reversed(list(enumerate(rows)))}},
         {str(3 + i): {str(e): n for e, n in enumerate(row)} for i, row in enumerate(rows)},
         {"expert_counts": {str(3 + i): row for i, row in enumerate(rows)}},
         {"counts": rows, "layer_ids": [3, 4, 5]},
+        {"counts": rows[::-1], "layer_ids": [5, 4, 3]},  # in order, by which maps are exported
         {"layers": {str(3 + i): row for i, row in enumerate(rows)}},
         [{"layer_id": 3 + i, "counts": row} for i, row in enumerate(rows)],
         [{"layer": 3 + i, "expert": e, "count": n} for i, row in enumerate(rows) for e, n in enumerate(row)],
@@ -155,11 +163,20 @@ def test_json_tables(tmp_path):
     history = {
         "load_history": [{"step": i, "logical_expert_load": rows} for i in range(2)]
     }  # of openevolve's EPLB task
-    for value, steps in ((rows, None), ({"logical_count": [rows, rows]}, 2), (history, 2)):
+    for value, steps in (
+        (rows, None),
+        ({"logical_count": [rows, rows]}, 2),
+        (history, 2),
+        ({"counts": rows, "layers": 3}, None),
+    ):
         (tmp_path / "x.json").write_text(json.dumps(value))
         found = read_traffic(tmp_path / "x.json")
         np.testing.assert_array_equal(found.expert_counts, COUNTS * (steps or 1))
         assert (found.n_steps, found.layer_ids.tolist()) == (steps, [0, 1, 2])
+    ids = [{"3": row, "4": row[::-1]} for row in RNG.random((20, 8)).argsort(axis=1)[:, :2].tolist()]  # of 20 tokens
+    (tmp_path / "x.json").write_text(json.dumps([step | {"5": [6, 7]} for step in ids]))
+    with pytest.raises(InputError, match="may be loads or the experts of a token"):
+        read_traffic(tmp_path / "x.json")
     even = [[[4, 4, 0], [5, 1, 2]], [[3, 5, 0], [2, 2, 4]]]  # counts of two steps: a layer's add up to the same
     (tmp_path / "x.json").write_text(json.dumps(even))
     assert read_traffic(tmp_path / "x.json").expert_counts.tolist() == [[7, 9, 0], [7, 3, 6]]
@@ -182,7 +199,7 @@ def test_json_tables(tmp_path):
         ([{"0": [1, 2]}, {"1": [1, 2]}], "differ in their layers"),
         ([{"0": [1, 2]}, {"0": None}], "have no counts"),
         ({"0": None, "3": [[1, 2], [3, 4]]}, "one step"),
-        ({"layer": 0, "counts": [1, 2], "slot": 3}, "no key 'routed_experts'"),
+        ({"layer": 0, "counts": [1, 2], "slot": 3}, "not known beside a layer: slot"),
     ],
 )
 def test_bad_json_tables_are_refused(tmp_path, value, message):

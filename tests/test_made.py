@@ -94,20 +94,17 @@ def test_presets_are_listed_with_their_imbalance_and_what_they_miss(capsys):
     assert f"the worst of 24 layers: EP 8 2.40 to 2.80, here {found[0].mean:.2f} ± {found[0].half:.2f}" in out
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
+def test_bad_usage_is_one_line_and_status_2(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    base = "traffic make --model gpt-oss-20b --workload gpt-oss-20b --tokens 64 --sequences 4".split()
+    for words, message in (
         (["--imbalance", "2"], "--imbalance and --ep go together"),
         (["--tokens", "5", "--sequences", "6"], "--sequences 6: must be a whole number from 1 to 5"),
         (["--out", "trace.txt"], "must be the name of a .npz file"),
         (["--workload", "file:absent.npz"], "absent.npz"),
         (["--model", "deepseek-v3"], "is fitted to 32 experts"),
-    ],
-)
-def test_bad_usage_is_one_line_and_status_2(words, message, tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    base = "traffic make --model gpt-oss-20b --workload gpt-oss-20b --tokens 64 --sequences 4".split()
-    fails(capsys, [*base, "--out", "t.npz", *words], message)
+    ):
+        fails(capsys, [*base, "--out", "t.npz", *words], message)
     assert not list(tmp_path.iterdir())
 
 

@@ -46,7 +46,8 @@ def test_what_is_written_is_read_back_as_the_layers_of_the_model(tmp_path_factor
     assert found.layer_ids == (
         model.moe_layer_ids if found.n_rows > 1 or (model.n_layers > 1 and form == "sglang") else None
     )
-    assert not found.notes
+    of_decoder = form != "vllm" or len(ids) == 1 or model.moe_layer_ids == tuple(range(len(ids)))
+    assert bool(found.notes) != of_decoder
 
 
 def test_the_formats_are_as_the_engines_have_them():
@@ -184,7 +185,12 @@ ROWS = [[3, 2, 1, 0], [0, 1, 2, 3], [1, 0, 3, 2], [0, 2, 1, 3], [2, 0, 1, 3]]
     ("form", "ids", "wanted", "note"),
     [
         ("sglang", range(4), [1, 3], ""),  # decoder layers of a model whose layers 1 and 3 have experts
-        ("sglang", range(2), [0, 1], ""),  # as many as MoE layers
+        (
+            "sglang",
+            range(2),
+            [0, 1],
+            "SGLang takes row i for decoder layer i",
+        ),  # as many as MoE layers, as vLLM has them
         ("sglang", range(5), [1, 3], DRAFT),
         ("sglang", range(3), None, "has 3 layers; layered has 4 decoder layers, 2 of them with experts"),
         ("ranks", range(4), [1, 3], ""),
@@ -217,24 +223,23 @@ def test_rows_of_a_file_become_the_layers_that_the_engine_takes_them_for(tmp_pat
     assert notes_on(found) == [f"file:{path}: {text}" for text in found.notes]
 
 
-@pytest.mark.parametrize(
-    ("form", "n_rows", "message"),
-    [
+def test_a_map_of_other_layers_than_the_models_is_not_taken_in_silence(tmp_path):
+    model = layered(4, tuple(range(8)), 8)
+    path = tmp_path / "map"
+    for form, n_rows, message in (
         *((form, 13, OTHER) for form in ("sglang", "ranks", "trtllm", "vllm-ascend")),
+        *((form, 1, "one layer is taken for all 8 MoE layers of layered") for form in MAPS),
+        ("trtllm", 1, "TensorRT-LLM stops at layer 1, which is not there"),
         ("sglang", 3, "3 layers for the 8 MoE layers of layered: taken in turn"),
         ("trtllm", 3, "taken in turn; TensorRT-LLM stops at layer 3, which is not there"),
         ("vllm-ascend", 3, "3 layers for the 8 MoE layers of layered: taken in turn"),
-    ],
-)
-def test_a_map_of_other_layers_than_the_models_is_not_taken_in_silence(tmp_path, form, n_rows, message):
-    model = layered(4, tuple(range(8)), 8)
-    path = tmp_path / "map"
-    path.write_text(MAPS[form](list(range(n_rows)), ROWS[:1] * n_rows))
-    if n_rows > 8:
-        with pytest.raises(InputError, match=re.escape(message)):
-            read_placement(path, model, 2)
-    else:
-        assert message in " ".join(read_placement(path, model, 2).notes)
+    ):
+        path.write_text(MAPS[form](list(range(n_rows)), ROWS[:1] * n_rows))
+        if n_rows > 8:
+            with pytest.raises(InputError, match=re.escape(message)):
+                read_placement(path, model, 2)
+        else:
+            assert message in " ".join(read_placement(path, model, 2).notes)
 
 
 def test_tensorrt_llms_start_without_assignments(tmp_path):
@@ -290,8 +295,18 @@ def test_yaml_in_block_and_flow_style(tmp_path):
 
 
 def test_vllm_ascend_takes_devices_in_the_order_of_the_list_and_says_what_goes_wrong(tmp_path):
-    """`expert_file_to_tensor` (eplb/core/eplb_utils.py, vllm-ascend 0.23): rank r is place r, whatever its device_id."""
+    """`expert_file_to_tensor` (eplb/core/eplb_utils.py, vllm-ascend 0.23): rank r is place r, and layer i place i, whatever
+    their ids, which need not be there."""
     path = tmp_path / "map.json"
+    content = json.loads(MAPS["vllm-ascend"]([5, 3], ROWS[:2]))
+    for in_order in (False, True):
+        path.write_text(json.dumps(content))
+        found = read_placement(path, replace(plain(4), n_moe_layers=2), 2)
+        assert found.experts.tolist() == ROWS[:2]
+        assert bool(found.notes) != in_order
+        for layer in content["layer_list"]:
+            layer["device_list"] = [{"device_expert": device["device_expert"]} for device in layer["device_list"]]
+        content["layer_list"] = [{"device_list": layer["device_list"]} for layer in content["layer_list"]]
     content = json.loads(MAPS["vllm-ascend"]([0], ROWS[:1]))
     content["layer_list"][0]["device_list"].reverse()
     path.write_text(json.dumps(content))
@@ -302,7 +317,7 @@ def test_vllm_ascend_takes_devices_in_the_order_of_the_list_and_says_what_goes_w
     assert "holds an expert twice" in read_placement(path, plain(2), 2).notes[0]
     for n_moe, told in ((2, "starts as without a file"), (3, "(Invalid EPLB Table): the file needs all 3")):
         model = replace(plain(2), n_layers=n_moe, n_moe_layers=n_moe, moe_layer_ids=tuple(range(n_moe)))
-        assert read_placement(path, model, 2).notes[0].endswith(told)
+        assert any(note.endswith(told) for note in read_placement(path, model, 2).notes)
 
 
 def test_a_map_in_a_torch_file_is_that_of_sglang(tmp_path, monkeypatch):
@@ -324,32 +339,27 @@ ASCEND = (
 )
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
+def test_bad_files(tmp_path):
+    path = tmp_path / "map"
+    for content, message in (
         (MAP % "[[0, 1, 2, 0], [0, 1, 2]]", "layer 1 has 3 slots, the first layer has 4"),
         (MAP % "[[0, 1, 2]]", "its 3 slots must be from the model's 3 experts to 32771, and divide by `ep_size` 2"),
         (MAP % "[[0, 1, 1, 0]]", "layer 0: expert 2 of the model's 3 has no slot"),
         (MAP % "[[0, 1, 2, 3]]", "layer 0: slot 3 must have an expert from 0 to 2, not 3"),
         (MAP % "[[0, 1, 2, -1]]", "not -1"),
-        (MAP % "[[0, 1, 2, NaN]]", "not nan"),
         (MAP % "[[0, 1, 2, 1.0]]", "not 1.0"),
         (MAP % "[[0, 1, 2, true]]", "not True"),
         (MAP % "[]", "must be a list of layers"),
         (MAP % "[0, 1, 2, 0]", "must be a list of layers, each a list of experts"),
-        (MAP % "[3]", "must be a list of layers, each a list of experts"),
-        (MAP % "{}", "must be a list of layers"),
         (MAP % "[[0, 1, 2, 0]", "is not JSON"),
         (ASCEND % (2, 2, "[0, 1]", 1), "as many layers as moe_layer_count says"),
         (ASCEND % (1, 4, "[0, 1]", 1), "must have the devices 0 to 1 of `ep_size` 2"),
         (ASCEND % (1, 2, "[0, 1]", 2), "must have the devices 0 to 1"),
         (ASCEND % (1, 2, "[0, 1]", 0), "must have the devices 0 to 1"),
-        (ASCEND % (1, 2, "[0, 1]", '"1"'), "must have the devices 0 to 1"),
         (ASCEND % (1, 2, "[0, 1]", "[1]"), "must have the devices 0 to 1"),
         (ASCEND % (1, 2, "3", 1), "each device must have a device_expert, a list"),
         (ASCEND % (1, 2, "[0, 1, 2]", 1), "a list of equally many experts"),
         (ASCEND % ("true", 2, "[0, 1]", 1), "as many layers as moe_layer_count says"),
-        (ASCEND % (1, "true", "[0, 1]", 1), "must have the devices 0 to 1"),
         (ASCEND % (1, 2, "[0, true]", 1), "not True"),
         ('{"layer_list": []}', "at least one"),
         ('{"moe_layer_count": 1, "layer_list": [3]}', "needs a layer_id of its own"),
@@ -374,15 +384,12 @@ ASCEND = (
         ("num_slots: 4\ninitial_global_assignments:\n", "must be {layer: [expert of each slot]}, not {}"),
         ("num_slots: 4\ninitial_global_assignments: {3: [0, 1, 2, 0], 3: []}\n", "the key '3' stands twice"),
         ("num_slots: 4\ninitial_global_assignments: {3: &a [0, 1]}\n", "line 2: expected a map {layer: [experts]}"),
-    ],
-)  # fmt: skip
-def test_bad_files(tmp_path, content, message):
-    path = tmp_path / "map"
-    path.write_text(content)
-    with pytest.raises(InputError) as error:
-        read_placement(path, plain(3), 2)
-    assert message in str(error.value)
-    assert "\n" not in str(error.value)
+    ):  # fmt: skip
+        path.write_text(content)
+        with pytest.raises(InputError) as error:
+            read_placement(path, plain(3), 2)
+        assert message in str(error.value)
+        assert "\n" not in str(error.value)
 
 
 def test_slots_of_a_map_are_ranks_in_order():

@@ -34,10 +34,12 @@ def test_each_cell_stops_when_it_is_precise_enough():
 
 
 def test_a_precise_row_is_the_row_of_a_plain_sweep_of_as_many_trials():
-    """Stages and the company of other cells change nothing."""
-    result = sweep("deepseek-v3", "chat", **GRID, precision=0.015)
+    """Stages and the company of other cells change nothing; later stages fit EPLB to layers of their own."""
+    grid = GRID | {"placements": [*GRID["placements"], "eplb+64"], "fit_tokens": 200}
+    result = sweep("deepseek-v3", "chat", **grid, precision=0.015)
+    assert result.summary.trials.max() > 1024  # more than one stage
     for trials, rows in result.summary.groupby("trials"):
-        plain = sweep("deepseek-v3", "chat", **GRID, trials=int(trials)).summary.drop(columns="stopped")
+        plain = sweep("deepseek-v3", "chat", **grid, trials=int(trials)).summary.drop(columns="stopped")
         same = plain.merge(rows.drop(columns="stopped"))
         assert len(same) == len(rows)
 
@@ -93,9 +95,8 @@ def test_out_of_time_the_same_command_goes_on(tmp_path, capsys):
     assert not (tmp_path / "a/.partial").exists()
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
+def test_bad_precisions_are_refused_by_name():
+    for change, message in (
         ({"trials": 100}, "`trials` and a precision exclude each other"),
         ({"precision": 0}, "`precision` 0"),
         ({"precision": 1.5}, "`precision` 1.5"),
@@ -103,11 +104,9 @@ def test_out_of_time_the_same_command_goes_on(tmp_path, capsys):
         ({"max_trials": 0}, "`max_trials` 0"),
         ({"precision": None, "max_trials": 5}, "`max_trials` goes with"),
         ({"bound_layers": -1}, "`bound_layers` -1"),
-    ],
-)
-def test_bad_precisions_are_refused_by_name(change, message):
-    with pytest.raises(InputError, match=message):
-        make_plan("deepseek-v3", "chat", **GRID | {"precision": 0.01} | change)
+    ):
+        with pytest.raises(InputError, match=message):
+            make_plan("deepseek-v3", "chat", **GRID | {"precision": 0.01} | change)
 
 
 @pytest.fixture(scope="module")

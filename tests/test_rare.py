@@ -49,18 +49,22 @@ def agree(row, p, p_error=0.0, comparisons=1):
     return abs(np.log(row.probability / p)) < wide * np.hypot(half, p_error / p)
 
 
-@pytest.mark.parametrize(
-    ("counts", "tokens"), [((3, 2, 1, 0, 2), 3), ((10, 5, 0, 3, 1), 4), ((0, 0, 7), 3), ((0, 4, 0), 2), ((2, 1, 1), 4)]
-)
-def test_the_law_without_replacement_equals_enumeration(counts, tokens):
-    largest = tokens * (len(counts) - 1)
-    law, scratch = np.empty(largest + 1), np.empty((2, tokens + 1, largest + 1))
-    fill_sum_law(np.array(counts), tokens, law, *scratch)
-    ref = np.zeros(largest + 1)
-    for taken in product(*(range(min(n, tokens) + 1) for n in counts)):
-        if sum(taken) == tokens:
-            ref[sum(j * i for j, i in enumerate(taken))] += np.prod([comb(*pair) for pair in zip(counts, taken)])  # noqa: B905
-    np.testing.assert_allclose(law, ref / ref.sum(), atol=1e-15)
+def test_the_law_without_replacement_equals_enumeration():
+    for counts, tokens in (
+        ((3, 2, 1, 0, 2), 3),
+        ((10, 5, 0, 3, 1), 4),
+        ((0, 0, 7), 3),
+        ((0, 4, 0), 2),
+        ((2, 1, 1), 4),
+    ):
+        largest = tokens * (len(counts) - 1)
+        law, scratch = np.empty(largest + 1), np.empty((2, tokens + 1, largest + 1))
+        fill_sum_law(np.array(counts), tokens, law, *scratch)
+        ref = np.zeros(largest + 1)
+        for taken in product(*(range(min(n, tokens) + 1) for n in counts)):
+            if sum(taken) == tokens:
+                ref[sum(j * i for j, i in enumerate(taken))] += np.prod([comb(*pair) for pair in zip(counts, taken)])  # noqa: B905
+        np.testing.assert_allclose(law, ref / ref.sum(), atol=1e-15)
 
 
 @pytest.mark.parametrize("held", [(1, 1, 1, 1), (2, 1, 1)])
@@ -90,16 +94,16 @@ def test_two_ranks_are_idle_as_the_exact_integral_says():
 
 
 @pytest.mark.slow
-def test_short_budgets_cover_in_200_seeds():
-    """400 layers, P from 1e-2 to 1e-5: at least 93 % of the intervals, less two standard errors of 200 seeds."""
+def test_short_budgets_cover_in_100_seeds():
+    """400 layers, P from 1e-2 to 1e-5: at least 93 % of the intervals, less two standard errors of 100 seeds."""
     exact = {x: exact_on_one_rank(0.4, (1, 1, 1, 1), 32, round(8 * x)) for x in (2.5, 3.0, 3.5)}
     hits = {x: [] for x in exact}
-    for seed in range(200):
+    for seed in range(100):
         result = rare_tail(ONE_EACH, lognormal(0.4), np.arange(4), 32, imbalance=list(exact), n_layers=400, seed=seed)
         for row in result.rows:
             hits[row.threshold].append(row.low <= exact[row.threshold] <= row.high)
     for x, found in hits.items():
-        assert len(found) > 100, x
+        assert len(found) > 50, x
         assert np.mean(found) > 0.93 - 2 * np.sqrt(0.93 * 0.07 / len(found)), x
 
 
@@ -142,7 +146,7 @@ def test_estimates_agree_with_sampling_where_both_see(workload):
     model, traffic, n = (
         ModelSpec("small", 24, 3, 4, 2, "sigmoid", "top2_sum", has_bias=True),
         load_workload(workload),
-        60_000,
+        30_000,
     )
     steps = np.array([1, 8, 96])
     counts, _ = draw_trials(model, traffic, 3, range(n), n, steps)
@@ -152,7 +156,7 @@ def test_estimates_agree_with_sampling_where_both_see(workload):
         for i, tokens in enumerate(steps.tolist()):
             result = rare_tail(
                 model, traffic, rank, tokens, imbalance=[1.5, 2, 2.5, 3], idle_ranks=[1, 2], one_rank=True, floor=1e-5,
-                n_layers=2000,
+                n_layers=1000,
             )  # fmt: skip
             most, idle = loads[:, i].max(axis=1), (loads[:, i] == 0).sum(axis=1)
             assert result.rows
@@ -204,16 +208,13 @@ def test_what_one_layer_carries_is_refused():
     assert all("one layer carries" in reason for _, _, reason in result.refused)
 
 
-@pytest.mark.parametrize(
-    ("workload", "why"),
-    [
+def test_traffic_without_estimates_says_why():
+    for workload, why in (
         (SyntheticTraffic("u"), "not drawn"),
         (SyntheticTraffic("d", popularity="lognormal", sigma=1.0, dummy_tokens=2), "dummy"),
         (SyntheticTraffic("r", popularity="lognormal", sigma=1.0, request_sigma=1.0, tokens_per_request=8), "requests"),
         (SyntheticTraffic("t", popularity="tilted", request_sigma=1.0), "tilted"),
-    ],
-)
-def test_traffic_without_estimates_says_why(workload, why):
-    assert why in no_rare_events_because(workload, 16)
-    with pytest.raises(ValueError, match=why):
-        rare_tail(ONE_EACH, workload, np.arange(4), 16, imbalance=[2.0])
+    ):
+        assert why in no_rare_events_because(workload, 16)
+        with pytest.raises(ValueError, match=why):
+            rare_tail(ONE_EACH, workload, np.arange(4), 16, imbalance=[2.0])

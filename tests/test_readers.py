@@ -104,9 +104,8 @@ def test_bad_arrays_are_refused_in_one_line(tmp_path, capsys, name, array, messa
     assert set(tmp_path.iterdir()) == before
 
 
-@pytest.mark.parametrize(
-    ("name", "text", "message"),
-    [
+def test_bad_text_is_refused_in_one_line(tmp_path, capsys):
+    for name, text, message in (
         ("x.csv", "1,2\nx,3\n", "line 2: 'x' is not a number"),
         ("x.csv", "1,inf\n", "found infinity"),
         ("x.csv", "layer,e0,e1\n0,1,2\n0,3,4\n", "2 rows are not one for each of 1 layers"),
@@ -140,12 +139,10 @@ def test_bad_arrays_are_refused_in_one_line(tmp_path, capsys, name, array, messa
         ("x.npy", "\x93NUMPY", "not a sound .npy"),
         ("x.bin", "1,2", "the ending must be one of"),
         ("x.txt", "INFO 08-11 starting up\n", "neither counts nor a name for each column"),
-    ],
-)  # fmt: skip
-def test_bad_text_is_refused_in_one_line(tmp_path, capsys, name, text, message):
-    path = tmp_path / name
-    path.write_bytes(text if isinstance(text, bytes) else text.encode("latin-1"))
-    fails(capsys, ["traffic", "show", path], message)
+    ):  # fmt: skip
+        path = tmp_path / name
+        path.write_bytes(text if isinstance(text, bytes) else text.encode("latin-1"))
+        fails(capsys, ["traffic", "show", path], message)
 
 
 def test_torn_and_boasting_files_are_refused_before_they_are_read(tmp_path, capsys):
@@ -297,13 +294,14 @@ def test_loads_that_may_mean_something_else_are_noted(tmp_path, small, array, no
     np.testing.assert_allclose(shares, total / total.sum(axis=1, keepdims=True), atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
+def test_exchanged_axes_and_physical_experts_are_refused(tmp_path, capsys, small):
+    for name, content, message in (
         ("x.npy", LOADS.T, "are the axes exchanged"),
         ("x.npy", IDS.transpose(1, 0, 2), "are the axes exchanged"),
         ("x.npy", REVERSED, "a map of experts, and no loads"),
         ("x.npy", np.column_stack([REVERSED, [[3, 5]] * 3]), "a map of experts, and no loads"),
+        ("x.npy", [[0, 1, 1, 0, 3, 2, 3, 2], [3, 2, 2, 0, 0, 1, 3, 1]], "ranks of experts, and no loads"),
+        ("x.npz", {f"layers.{i}.router.expert_bias": row for i, row in enumerate(LOADS)}, "holds no loads by its name"),
         ("x.npz", {"logical_replica_count": LOADS}, "'logical_replica_count' holds no loads by its name"),
         ("x.npz", {"log2phy": LOADS[..., None]}, "'log2phy' holds no loads by its name, nor ids"),
         ("x.npz", {"expert_load_view": LOADS}, "counts physical experts, and no map"),
@@ -311,6 +309,7 @@ def test_loads_that_may_mean_something_else_are_noted(tmp_path, small, array, no
         ("x.npy", np.tile(LOADS, (100, 1)), "300 layers"),
         ("x.npy", np.tile(IDS.transpose(1, 0, 2), (1, 20, 1)), "are the axes exchanged"),
         ("x.npy", IDS.astype(np.float32), "must be of whole numbers, not float32"),
+        ("x.npy", np.where(IDS > 5, -1, IDS), "tokens lack an expert in some layer (-1): zero-compute experts"),
         ("x.csv", "layer,e0,e1\n0,50%,3\n", "some of its numbers have a percent sign"),
         ("x.csv", "layer;e0;e1\n0;1,234;5,678\n", "commas in its numbers, of thousands or decimals?"),
         ("x.csv", "expert,layer_0,count\n0,1,2\n", "a column for each layer goes with a row for each expert"),
@@ -320,39 +319,36 @@ def test_loads_that_may_mean_something_else_are_noted(tmp_path, small, array, no
         ("x.npz", {"counts": LOADS, "phy2log": REVERSED[:2]}, "it must be [layers, slots]"),
         ("x.csv", "layer,token,expert,count\n0,0,1,2\n", "'token' is not known"),
         ("x.json", '{"0": [1, 2], "0": [3, 4]}', "the key '0' stands twice"),
-    ],
-)
-def test_exchanged_axes_and_physical_experts_are_refused(tmp_path, capsys, small, name, content, message):
-    path = tmp_path / name
-    if isinstance(content, str):
-        path.write_text(content)
-    elif isinstance(content, dict):
-        np.savez(path, **content)
-    else:
-        np.save(path, content)
-    fails(capsys, ["traffic", "show", path, "--model", small], message)
-    fails(capsys, ["sweep", "--model", small, "--workload", f"file:{path}", "--ep", "2", "--tokens", "4"], str(path))
+    ):
+        path = tmp_path / name
+        if isinstance(content, str):
+            path.write_text(content)
+        elif isinstance(content, dict):
+            np.savez(path, **content)
+        else:
+            np.save(path, content)
+        fails(capsys, ["traffic", "show", path, "--model", small], message)
+        fails(
+            capsys, ["sweep", "--model", small, "--workload", f"file:{path}", "--ep", "2", "--tokens", "4"], str(path)
+        )
 
 
-@pytest.mark.parametrize(
-    ("array", "note"),
-    [
+def test_an_array_that_only_a_model_can_tell_says_what_its_axes_were_taken_for(tmp_path, small):
+    for array, note in (
         (
             IDS.transpose(1, 0, 2),
             "shape [3, 20, 2] is taken for [tokens, layers, top_k]: of [layers, tokens, top_k] exchange",
         ),
         (LOADS[:, None], "shape [3, 1, 8] is taken for [steps, layers, experts]: of [layers, steps, experts] exchange"),
         (LOADS, "shape [3, 8] is taken for [layers, experts]: loads of ranks, and ids"),
-    ],
-)
-def test_an_array_that_only_a_model_can_tell_says_what_its_axes_were_taken_for(tmp_path, small, array, note):
-    np.save(tmp_path / "x.npy", array)
-    assert note in read_traffic(tmp_path / "x.npy").notes[0]
-    if array.ndim == 3:
-        with pytest.raises(InputError, match="are the axes exchanged"):
-            read_traffic(tmp_path / "x.npy", small)
-    else:
-        assert "without --model" not in read_traffic(tmp_path / "x.npy", small).notes[0]
+    ):
+        np.save(tmp_path / "x.npy", array)
+        assert note in read_traffic(tmp_path / "x.npy").notes[0]
+        if array.ndim == 3:
+            with pytest.raises(InputError, match="are the axes exchanged"):
+                read_traffic(tmp_path / "x.npy", small)
+        else:
+            assert "without --model" not in read_traffic(tmp_path / "x.npy", small).notes[0]
 
 
 @pytest.mark.parametrize("filler", [-1, 0, 8, 65535])

@@ -160,9 +160,8 @@ def test_normals_are_standard_and_addressed_by_row():
     np.testing.assert_array_equal(normals(KEY, CONTEXT, 0, (10, 101), 700), z[700:710].astype(np.float32))
 
 
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
+def test_bad_decays_are_refused():
+    for fields, message in (
         ({"local_share": 1.5}, "local_share must be a number from 0 to 1"),
         ({"local_share": [0.5, 0.5]}, "one for each layer"),
         ({"context_tokens": 3}, "context_tokens must be a list of 1 to 8"),
@@ -170,11 +169,9 @@ def test_normals_are_standard_and_addressed_by_row():
         ({"context_tokens": [3.0]}, "a share for each"),
         ({"context_shares": [0.5, 0.6]}, "sum to 1"),
         ({"context_shares": [0.5, "a"]}, "numbers from 0 to 1"),
-    ],
-)
-def test_bad_decays_are_refused(fields, message):
-    with pytest.raises(InputError, match=message):
-        synthetic_traffic(request_sigma=1.0, **fields)
+    ):
+        with pytest.raises(InputError, match=message):
+            synthetic_traffic(request_sigma=1.0, **fields)
 
 
 # The fit.

@@ -92,20 +92,17 @@ def test_masking_is_minus_infinity_not_zero():
     assert (ids // 4 == ids[0, 0] // 4).all()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
+def test_routers_that_upstream_gets_wrong_cannot_be_described():
+    for arguments, message in (
         ({"n_experts": 10, "top_k": 2, "n_group": 4, "topk_group": 2}, "not divisible"),
         ({"n_experts": 16, "top_k": 9, "n_group": 4, "topk_group": 2}, "above the 8 experts"),
         ({"n_experts": 8, "top_k": 2, "n_group": 8, "topk_group": 4}, "no top 2"),
         ({"n_experts": 16, "top_k": 2, "n_group": 4, "topk_group": 5}, "topk_group 5 is above"),
         ({"n_experts": 16, "top_k": 17}, "above the 16 experts"),
         ({"n_experts": 16, "top_k": 0}, "at least 1"),
-    ],
-)
-def test_routers_that_upstream_gets_wrong_cannot_be_described(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        spec(**arguments)
+    ):
+        with pytest.raises(ValueError, match=message):
+            spec(**arguments)
 
 
 def test_bad_logits_are_refused():

@@ -97,7 +97,7 @@ def one_by_one(mu, model, group_sigma, n_tokens, first=0):
 @pytest.mark.parametrize(("sigma", "group_sigma"), [(0.8, 0.4), (4.0, 0.0)])
 def test_tokens_are_those_of_the_one_by_one_form_bit_for_bit(name, sigma, group_sigma):
     """Sharp layers end in the exact scans after many repeats."""
-    model, n_tokens = MODELS[name], 2000
+    model, n_tokens = MODELS[name], 600  # two batches and a part of one
     mu = np.random.default_rng(4).normal(0, sigma, model.n_experts)
     found = one_by_one(mu, model, group_sigma, n_tokens)
     np.testing.assert_array_equal(found, sample(mu, model, group_sigma, n_tokens)[0])
@@ -117,9 +117,9 @@ def test_alias_tables_hold_the_shares_of_their_weights():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize(("sigma", "group_sigma"), [(0.0, 0.0), (0.65, 0.4), (2.0, 1.0)])
+@pytest.mark.parametrize(("sigma", "group_sigma"), [(0.65, 0.4), (2.0, 1.0)])
 def test_same_law_as_route_on_fully_drawn_logits(name, sigma, group_sigma):
-    model, n = MODELS[name], 40_000
+    model, n = MODELS[name], 30_000
     mu = sigma * np.random.default_rng(11).standard_normal(model.n_experts)
     comp = features(sample(mu, model, group_sigma, n)[0], model.n_experts, model.n_group)
     ref = features(full(mu, model, group_sigma, n, seed=12), model.n_experts, model.n_group)
@@ -198,9 +198,11 @@ def test_requests_change_where_they_should():
     assert (counts.sum(axis=2) == 8 * np.array([100, 200, 250])).all()
 
 
-@pytest.mark.parametrize("name", ["v3", "ungrouped", "softmax-top2"])
+@pytest.mark.parametrize("name", ["v3", "v2", "ungrouped", "softmax-top2", "exact fit"])
 def test_a_token_has_the_experts_of_its_context_bit_for_bit(name):
-    """Two requests of 150 tokens in 8 contexts: the m-th token of a context has the m-th row of that context's words."""
+    """Two requests of 150 tokens in 8 contexts: the m-th token of a context has the m-th row of that context's words, which are
+    its own; so it has the law of a token of one context.
+    """
     model, rng = MODELS[name], np.random.default_rng(6)
     mu, contexts = rng.normal(0, 1, (16, model.n_experts)), rng.integers(0, 8, 300).astype(np.uint8)
     comp, counts = sample(mu, model, 0.4, tokens=[1, 70, 200, 300], contexts=contexts, per_request=150)
@@ -211,20 +213,6 @@ def test_a_token_has_the_experts_of_its_context_bit_for_bit(name):
     np.testing.assert_array_equal(comp, ref)
     for step, count in zip([1, 70, 200, 300], counts, strict=True):
         np.testing.assert_array_equal(count, np.bincount(ref[:step].ravel(), minlength=model.n_experts))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["v3", "v2", "ungrouped", "exact fit"])
-def test_tokens_of_each_context_have_the_law_of_route_on_its_logits(name):
-    """One request of 8 contexts that change from token to token; a family of 8 x features at the bound."""
-    model, n, rng = MODELS[name], 160_000, np.random.default_rng(21)
-    mu, contexts = rng.normal(0, 1, (8, model.n_experts)), rng.integers(0, 8, n).astype(np.uint8)
-    ids = sample(mu, model, 0.4, n, contexts=contexts)[0]
-    z = []
-    for context, row in enumerate(mu):
-        comp = features(ids[contexts == context], model.n_experts, model.n_group)
-        z.append(z_scores(comp, features(full(row, model, 0.4, 20_000, seed=context), model.n_experts, model.n_group)))
-    assert np.abs(z).max() < z_bound(np.size(z))
 
 
 BATCHES, N_BATCH = 40, 50_000
@@ -242,10 +230,12 @@ def test_two_million_tokens_spread_over_groups_by_the_exact_law(name):
     """Chi-square against the probabilities by integration, false-alarm rate 1e-4: uniform traffic, tokens independent."""
     model, found = MODELS[name], {}
     for ids in many_tokens(np.zeros(model.n_experts), model):
-        in_group = (ids[:, :, None] // model.group_size == np.arange(model.n_group)).sum(axis=1)
-        falling = -np.sort(-in_group, axis=1)[:, : model.topk_group]
-        for spread, n in zip(*np.unique(falling, axis=0, return_counts=True), strict=True):
-            found[tuple(spread.tolist())] = found.get(tuple(spread.tolist()), 0) + n
+        taken = 1 << 4 * (ids // model.group_size).astype(np.int64)  # of a group so many sixteenths
+        for code, n in zip(*np.unique(taken.sum(axis=1), return_counts=True), strict=True):
+            spread = tuple(sorted((int(code >> 4 * g & 15) for g in range(model.n_group)), reverse=True))[
+                : model.topk_group
+            ]
+            found[spread] = found.get(spread, 0) + n
     shape = model.n_group, model.group_size, model.topk_group, model.top_k
     exact = spread_over_groups(*shape, model.group_score == "top2_sum", model.scoring, X0)
     n_tokens, rare = BATCHES * N_BATCH, {spread for spread, p in exact.items() if p * BATCHES * N_BATCH < 20}
@@ -282,13 +272,13 @@ def test_two_million_ungrouped_tokens_are_plackett_luce_in_order(weights):
     [([0.0] * 12, 0.4), (np.linspace(-1.5, 1.5, 12), 0.0), ([6.0, 0, 0, 0, 0, 5.0, 0, 0, 0, 0, 0, 8.0], 0.4)],
 )
 @pytest.mark.parametrize(("top_k", "group_score"), [(4, "top2_sum"), (3, "max"), (6, "top2_sum")])
-def test_sets_of_a_million_tokens_are_as_often_as_by_route(mu, group_sigma, top_k, group_score):
+def test_sets_of_300_000_tokens_are_as_often_as_by_route(mu, group_sigma, top_k, group_score):
     """Two-sample chi-square over all sets of experts, false-alarm rate 1e-4: twelve experts in three groups, two kept,
     some of them dominant; with top_k below, at and above the experts that kept groups begin with.
     """
     model = ModelSpec("small", 12, top_k, 3, 2, "sigmoid", group_score)
     found = np.zeros((2, 2**12))
-    for batch in range(20):
+    for batch in range(6):
         for row, ids in enumerate(
             (
                 sample(mu, model, group_sigma, N_BATCH, seed=batch)[0],

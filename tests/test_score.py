@@ -146,35 +146,29 @@ def test_two_layers_and_a_wide_block_by_hand():
     assert sim.score(place("eplb+1", ModelSpec("one", 1, 1), 2, loads=[1.0]), [7]).loads.tolist() == [4, 3]
 
 
-@pytest.mark.parametrize(
-    ("counts", "message"),
-    [
+def test_bad_counts():
+    for counts, message in (
         ([1, 2, 3], r"`counts` must have shape \[..., 4\] under linear, not \[3\]"),
         ([1.0, 2, 3, 4], "`counts` must be an array of whole numbers"),
         ([True, False, True, True], "`counts` must be an array of whole numbers"),
         ([1, 2, 3, -4], "`counts` must lie from 0 to 9007199254740992, not -4"),
         ([[1, 2], [3]], "`counts` must be an array of whole numbers"),
         (3, r"not \[\]"),
-    ],
-)
-def test_bad_counts(counts, message):
-    with pytest.raises(InputError, match=message):
-        sim.score(place("linear", ModelSpec("four", 4, 1), 2), counts)
+    ):
+        with pytest.raises(InputError, match=message):
+            sim.score(place("linear", ModelSpec("four", 4, 1), 2), counts)
 
 
-@pytest.mark.parametrize(
-    ("ids", "ranks_per_node", "message"),
-    [
+def test_bad_ids():
+    for ids, ranks_per_node, message in (
         ([[0, 4]], 8, "`ids` must lie from 0 to 3, not 4"),
         ([[0, -1]], 8, "not -1"),
         ([[True, False]], 8, "`ids` must be an array of whole numbers"),
         ([0, 1], 8, r"`ids` must have shape \[tokens, top_k\] under linear, not \[2\]"),
         ([[0, 1]], 0, "`ranks_per_node` 0"),
-    ],
-)
-def test_bad_ids(ids, ranks_per_node, message):
-    with pytest.raises(InputError, match=message):
-        sim.score_tokens(place("linear", ModelSpec("four", 4, 1), 2), ids, ranks_per_node)
+    ):
+        with pytest.raises(InputError, match=message):
+            sim.score_tokens(place("linear", ModelSpec("four", 4, 1), 2), ids, ranks_per_node)
 
 
 def test_a_placement_with_a_row_per_layer_wants_counts_and_ids_of_its_layers():

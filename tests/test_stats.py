@@ -55,13 +55,17 @@ def test_quantile_is_the_order_statistic(values, q):
     assert n.tolist() == [sum(v >= x for v in values) for x in at]
 
 
-@pytest.mark.parametrize(("n", "q"), [(50, 0.5), (1000, 0.95), (4000, 0.99), (37, 0.99)])
-def test_quantile_interval_takes_binomial_ranks(n, q):
+@pytest.mark.parametrize(("n", "q"), [(37, 0.99), (200, 0.5), (1000, 0.5), (400, 0.95), (4000, 0.95), (4000, 0.99)])
+def test_quantile_interval_takes_binomial_ranks_and_so_holds_the_truth_as_often_as_it_says(n, q):
+    """Of values that do not repeat: so many lie at or below the truth as the binomial says. Ranks are whole numbers, so up to
+    96.2 % is right.
+    """
     value, low, high = quantile_interval(Histogram(np.arange(1, n + 1), np.ones(n, int)), q, n)
     assert value == int(np.ceil(q * n - 1e-9))
     assert low == max(binom.ppf(0.025, n, q), 1)
     if binom.ppf(0.975, n, q) < n:
         assert high == binom.ppf(0.975, n, q) + 1
+        assert 0.95 <= binom.cdf(high - 1, n, q) - binom.cdf(low - 1, n, q) < 0.963
     else:
         assert np.isnan(high)
 
@@ -109,19 +113,6 @@ def test_quantile_intervals_of_many_histograms_are_those_of_each():
     many = quantile_intervals(values, cumulated, edges[:-1], edges[1:], 0.95, blocks)
     ref = [quantile_interval(Histogram(*one), 0.95, n) for one, n in zip(each, blocks, strict=True)]
     np.testing.assert_array_equal(np.transpose(many), ref)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("n", "q"), [(200, 0.5), (1000, 0.5), (400, 0.95), (4000, 0.95), (4000, 0.99)])
-def test_quantile_intervals_hold_the_truth_as_often_as_they_say(n, q):
-    """Independent blocks whose values hardly repeat. Ranks are whole numbers, so up to 96.2 % is right; seeds are many
-    enough to tell that from 97 %."""
-    truth, held, n_seeds = int(np.floor(q * 2**30)), 0, 5 * SEEDS
-    for seed in range(n_seeds):
-        x = np.sort(np.random.default_rng(seed).integers(0, 2**30, n))
-        _, low, high = quantile_interval(Histogram(x, np.ones(n, int)), q, n)
-        held += low <= truth <= high
-    assert 0.93 < held / n_seeds < 0.97
 
 
 @pytest.mark.parametrize("draws", [40, 200])

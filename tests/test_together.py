@@ -189,19 +189,16 @@ def test_kinds_are_fitted_where_they_are_and_only_there(tmp_path):
     assert fit_kinds(tokens_of(PLAIN, traffic, 1000, length=50), 16) is None
 
 
-@pytest.mark.parametrize(
-    ("shares", "effects", "message"),
-    [
+def test_bad_tables_of_kinds_are_refused():
+    for shares, effects, message in (
         ([[1.0]], None, "go together"),
         ([[0.5, 0.4]], np.zeros((1, 2, 16)), "sum to 1"),
         ([[1.0]], np.zeros((1, 2, 16)), "layers and experts of mu"),
         ([[1.0]], np.zeros((1, 1, 8)), "layers and experts of mu"),
         ([[1.5, -0.5]], np.zeros((1, 2, 16)), "not be negative"),
-    ],
-)
-def test_bad_tables_of_kinds_are_refused(shares, effects, message):
-    with pytest.raises(InputError, match=message):
-        FittedLayers.of(np.zeros((1, 16)), kind_shares=shares, kind_effects=effects)
+    ):
+        with pytest.raises(InputError, match=message):
+            FittedLayers.of(np.zeros((1, 16)), kind_shares=shares, kind_effects=effects)
 
 
 def test_show_prints_and_exports_what_goes_together(tmp_path, capsys):

@@ -182,7 +182,8 @@ def test_streamed_answers_are_counted_once(tmp_path):
 
 
 def test_a_phase_takes_its_own_tokens_of_an_answer_that_counts_them(tmp_path):
-    """vLLM counts in `usage`, SGLang beside the ids; the last token made is not routed. Other counts are of other ids."""
+    """vLLM counts in `usage`, SGLang beside the ids; the last token made is not routed. Fewer ids lack the first of the prompt
+    (vLLM's routed_experts_prompt_start), other counts are of other ids: both are said."""
     ids, chunks = REQUESTS[0], (3, 6, 10)  # a streamed answer with a prompt of 3 tokens
     usage = [{"prompt_tokens": 3, "completion_tokens": n - 2} for n in chunks]
     parts = [ids[:n].tolist() for n in chunks]
@@ -195,8 +196,18 @@ def test_a_phase_takes_its_own_tokens_of_an_answer_that_counts_them(tmp_path):
         same(prefill, [ids[:3]], prefill.notes[1:])
         assert "decode steps; 3 tokens of prefill are left out (--phase prefill reads them)" in decode.notes[0]
         assert "prefill steps; 7 tokens of decode are left out" in prefill.notes[0]
-    write(path, lines=[{"usage": {"prompt_tokens": 9, "completion_tokens": 11}, "routed_experts": ids.tolist()}])
-    same(read_traffic(path), [ids])
+    for prompt, made, kept, told in (
+        (9, 11, ids, "lack"),
+        (30, 8, ids[3:], "lack"),
+        (3, 3, ids, "prompts are read with them"),
+    ):
+        write(
+            path,
+            lines=[{"usage": {"prompt_tokens": prompt, "completion_tokens": made}, "routed_experts": ids.tolist()}],
+        )
+        found = read_traffic(path)
+        same(found, [kept], found.notes[1:])
+        assert told in "".join(found.notes)
     other = np.concatenate([ids[:3], REQUESTS[1]])  # two choices of one request, with the prompt in each or by itself
     usage = {"prompt_tokens": 3, "completion_tokens": 7 + 12 + 2}
     for prompt, choices in ((None, (ids, other)), (ids[:3].tolist(), (ids[3:], other[3:]))):
@@ -242,6 +253,33 @@ def test_requests_and_tokens_without_routing_are_left_out_and_counted(tmp_path):
         "6 tokens without routing (all 0)",
     )
     same(found, notes=tuple(f"{told} are left out" for told in left))
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2], [2, 0, 1], [2, 0]])
+def test_the_layers_of_ids_are_those_that_an_array_beside_them_numbers(tmp_path, order):
+    model = ModelSpec("m", 8, 2, n_layers=6, moe_layer_ids=(1, 3, 5))
+    ids, layers = np.concatenate(REQUESTS)[:, order], np.array([1, 3, 5])[order]
+    for names in ({"topk_ids": ids, "sequence_lengths": [10, 12]}, {"routed_experts": ids}):
+        found = read_traffic(write(tmp_path / "x.npz", **names, layer_ids=layers), model)
+        assert found.layer_ids.tolist() == sorted(layers)
+        np.testing.assert_array_equal(found.topk_ids, ids[:, np.argsort(order)].transpose(1, 0, 2))
+    with pytest.raises(InputError, match="layer_ids must number each layer"):
+        read_traffic(write(tmp_path / "x.npz", routed_experts=ids, layer_ids=np.full(len(order), 3)))
+
+
+@pytest.mark.parametrize("n_layers", [3, 4])  # of 4 the first is dense, but for padding
+def test_padding_by_the_first_experts_in_every_layer_is_left_out(tmp_path, n_layers):
+    """SkyRL's `replay_padding_row`: routing that is replayed in training is padded with arange(top_k)."""
+    ids = np.concatenate([np.zeros((10, n_layers - 3, 2), int), REQUESTS[0]], axis=1)
+    np.save(tmp_path / "x.npy", np.concatenate([np.tile([0, 1], (25, n_layers, 1)), ids]))
+    found = read_traffic(tmp_path / "x.npy", SMALL)
+    same(found, REQUESTS[:1], found.notes[1:])
+    assert found.notes[1] == "25 tokens that take experts 0 to 1 in every layer, as padding does, are left out"
+    top_1 = np.concatenate([np.zeros((25, 3, 1), int), REQUESTS[0][..., :1] % 7 + 1])
+    assert read_traffic(write(tmp_path / "z.npz", routed_experts=top_1)).n_tokens == 10
+    stride = (np.arange(32)[:, None] * 2 + [0, 1]) % 8  # simulated routing: all layers alike, and no padding
+    path = write(tmp_path / "y.npz", routed_experts=np.repeat(stride[:, None], 3, axis=1))
+    assert read_traffic(path).n_tokens == 32
 
 
 @pytest.mark.parametrize(
@@ -298,9 +336,8 @@ def test_another_model_is_said_with_both_numbers_only_where_it_is_one(tmp_path, 
     assert "another model" not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("value", "message"),
-    [
+def test_bad_answers_are_refused_by_name_and_nothing_is_unpickled(tmp_path):
+    for value, message in (
         ({"routed_experts": [[[True, 2]]]}, "whole numbers"),
         ({"routed_experts": [[[1, 2], 3]]}, "whole numbers"),
         ({"routed_experts": {"shape": [1, 1, 2], "dtype": "int32"}}, "without 'data'"),
@@ -317,12 +354,10 @@ def test_another_model_is_said_with_both_numbers_only_where_it_is_one(tmp_path, 
         ({"hello": "world"}, "no key 'routed_experts'"),
         ({"routed_experts": npy(np.array([{"a": 1}]), object)}, "whole numbers, not object"),
         ({"routed_experts": raw(npy_header({"descr": "|u1", "fortran_order": False, "shape": (2**40, 3, 2)}), "u1")}, "cut off"),
-    ],
-)  # fmt: skip
-def test_bad_answers_are_refused_by_name_and_nothing_is_unpickled(tmp_path, value, message):
-    with pytest.raises(InputError, match=message) as error:
-        read_traffic(write(tmp_path / "x.jsonl", lines=[value]), SMALL)
-    assert "\n" not in str(error.value)
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=message) as error:
+            read_traffic(write(tmp_path / "x.jsonl", lines=[value]), SMALL)
+        assert "\n" not in str(error.value)
 
 
 # Rows of tokens
@@ -390,9 +425,8 @@ def test_what_a_killed_server_left_is_read_with_a_note(tmp_path):
         read_traffic(tmp_path / "x.jsonl")
 
 
-@pytest.mark.parametrize(
-    ("lines", "message"),
-    [
+def test_rows_that_do_not_tell_tokens_apart_are_refused(tmp_path):
+    for lines, message in (
         (["layer,token,expert", "0,0,1", "0,0,2", "0,1,3", "0,2,1", "0,2,2"], "token 1 has 1 experts, where others have 2"),
         (["layer,token,expert", "0,0,1", "0,1,2", "0,0,3", "0,1,0"], "do not stand together"),
         (["layer,token,topk_ids", "0,0,1 2", "1,1,1 2", "0,0,1 3", "1,0,1 2"], "a token stands twice in one layer"),
@@ -406,12 +440,10 @@ def test_what_a_killed_server_left_is_read_with_a_note(tmp_path):
         (['{"layer": 0, "topk_ids": [1, 2]}', '{"layer": 0}'], "line 2: its keys are not those of the first row"),
         (['{"layer": 0, "topk_ids": [1, true]}'], "must be whole numbers"),
         (['{"layer": [0], "topk_ids": [1, 2]}'], "layer must be whole numbers"),
-    ],
-)  # fmt: skip
-def test_rows_that_do_not_tell_tokens_apart_are_refused(tmp_path, lines, message):
-    (tmp_path / "x.txt").write_text("\n".join(lines))
-    with pytest.raises(InputError, match=message):
-        read_traffic(tmp_path / "x.txt")
+    ):  # fmt: skip
+        (tmp_path / "x.txt").write_text("\n".join(lines))
+        with pytest.raises(InputError, match=message):
+            read_traffic(tmp_path / "x.txt")
 
 
 # Trace sets: a file for each request
@@ -574,9 +606,8 @@ def test_unfilled_steps_of_the_ring_buffer_are_dropped(torch_files):
     np.testing.assert_array_equal(read_traffic(path.parent).expert_counts, found.expert_counts)
 
 
-@pytest.mark.parametrize(
-    ("held", "message"),
-    [
+def test_other_torch_files_are_refused_by_name(torch_files):
+    for held, message in (
         ({"last_physical_to_logical_map": Tensor(MAP)}, "holds no tensor that is known"),
         ({"a": 1, "b": Tensor(COUNTS)}, "holds no tensor that is known"),
         ({"records": [{"global_physical_count": Tensor(COUNTS)}]}, "needs last_physical_to_logical_map"),
@@ -590,11 +621,9 @@ def test_unfilled_steps_of_the_ring_buffer_are_dropped(torch_files):
         (recorded({"topk_ids_of_layer": Tensor(np.full((3, 2, 8), -1))}), "no tokens"),
         ([1, 2], "holds no tensor, but a list"),
         (pickle.UnpicklingError("code"), "not unpickled"),
-    ],
-)  # fmt: skip
-def test_other_torch_files_are_refused_by_name(torch_files, held, message):
-    with pytest.raises(InputError, match=message):
-        read_traffic(torch_files("x.pt", held))
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=message):
+            read_traffic(torch_files("x.pt", held))
 
 
 def test_tensors_of_a_torch_file_are_read_as_arrays_are(torch_files):

@@ -5,6 +5,7 @@ from typing import NamedTuple
 from sim.errors import InputError
 from sim.fit import fit_traffic
 from sim.model import ModelSpec
+from sim.sweeps.placements import check_same_layers
 from sim.traffic import LoadCounts, RecordedTraffic, Workload
 from sim.traffic.split import MeasuredTraffic, halves_of_counts
 
@@ -44,6 +45,7 @@ def splits_of(
     if isinstance(traffic, LoadCounts):
         if other is None:
             return _of_counts(model, traffic, seed, threads)
+        check_same_layers(f"`fit_on` {other.name.removeprefix('file:')}", other.layer_ids.tolist(), traffic, model)
         return [_synthetic(model, f"fitted on {other.name.removeprefix('file:')}", traffic, other, seed, threads)]
     if other is not None:
         return [Split(f"fitted on {other.name.removeprefix('file:')}", traffic, other)]

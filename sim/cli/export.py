@@ -38,6 +38,11 @@ def run_export(arguments: Namespace) -> None:
     note(*notes_on(placement))
     moe, ids = model.moe_layer_ids, placement.layer_ids or ()
     named = ids == moe or ids != tuple(range(len(ids)))  # others are numbers of rows, not of decoder layers
+    if form in ("vllm", "vllm-ascend") and set(ids) < set(moe) and ids != moe[: len(ids)]:
+        raise InputError(
+            f"--format {form}: takes MoE layers by their place, so {_listed(ids)} alone would go to {_listed(moe[: len(ids)])}: "
+            f"give loads of {_listed(moe)}"
+        )
     if moe and len(ids) != len(moe):
         note(f"the map has {_listed(ids)}, {model.name} has {len(moe)} MoE layers; engines need a row for each")
     elif moe and ids != moe and model.n_layers:

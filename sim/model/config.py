@@ -53,9 +53,13 @@ def read_config(path: Path) -> ModelSpec:
     content = read_json(path, where)
     if not isinstance(content, dict):
         raise InputError(f"{where} is not a JSON object")
+    _refuse_known(content, where)
     read = Reader(_language_model(content, where), where)
     name, implied = type_of(read.config)
     known = implied or Type()
+    if name.startswith("longcat") and "num_layers" in read.config:  # which have two attentions and one MoE each
+        read.use("num_hidden_layers")
+        read.config = {key: value for key, value in read.config.items() if key != "num_hidden_layers"}
     if read.flag("switch") is False:
         raise read.error(f"has no experts: {read.take('switch')[0]} is false")
     n_experts, expert_mask = _experts(read)
@@ -99,6 +103,20 @@ def read_config(path: Path) -> ModelSpec:
         source=(str(path),),
         caveat=caveat_of(known.n_zero if n_zero is None else n_zero, n_hash, top_k, known.caveat),
     )
+
+
+def _refuse_known(content: dict[str, Any], where: str) -> None:
+    """Refuse by name what stands beside a model's config and is none."""
+    metadata = content.get("metadata")
+    if "general.architecture" in content | (metadata if isinstance(metadata, dict) else {}):
+        raise InputError(
+            f"{where}: GGUF metadata are not read; give the config.json of the original model, or its name"
+        )
+    if "speculators_model_type" in content:
+        raise InputError(f"{where}: a draft model of speculators; give the config.json of the model that verifies")
+    if "peft_type" in content:
+        base = shown(content.get("base_model_name_or_path"))
+        raise InputError(f"{where}: an adapter of {base}; give the config.json of that model, or its name")
 
 
 def caveat_of(n_zero: int, n_hash: int, top_k: int, more: str = "") -> str:
@@ -187,7 +205,8 @@ def _scoring(read: Reader, known: Type, name: str) -> tuple[str, bool]:
     key, scoring = read.take("scoring")
     if scoring is not None and not isinstance(scoring, str):
         raise read.error(f"{key}: the scoring function must be a name, not {shown(scoring)}")
-    sigmoid = read.flag("sigmoid")
+    sigmoid, softmax = read.flag("sigmoid"), read.flag("softmax")
+    sigmoid = sigmoid if softmax is None else not softmax
     if not scoring and sigmoid is not None:
         scoring = "sigmoid" if sigmoid else "softmax"
     has_bias = read.flag("has_bias")
@@ -223,6 +242,9 @@ def _groups(read: Reader, known: Type, name: str, n_experts: int) -> tuple[int, 
         read.notes.append(
             f"n_group, topk_group (not in config.json; {n_group} and {topk_group} as {name} has by default)"
         )
+    elif n_group and n_group > 1 and topk_group is None and "moe_router_num_groups" in read.config:
+        read.notes.append("topk_group (not in config.json; Megatron limits no groups without moe_router_group_topk)")
+        return 1, 1
     elif n_group and n_group > 1 and topk_group is None:
         is_default = n_group == known.groups[0]
         topk_group, why = (known.groups[1], f"as {name} has by default") if is_default else (1, "assumed")

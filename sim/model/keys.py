@@ -32,6 +32,7 @@ _SPELLINGS = {
     ),
     # true or false
     "sigmoid": "moe_router_use_sigmoid router_use_sigmoid use_sigmoid_routing",
+    "softmax": "moe_primary_router_apply_softmax",
     "has_bias": (
         "use_routing_bias use_moe_router_bias moe_router_enable_expert_bias use_expert_bias "
         "moe_use_aux_free use_load_balancing_bias router_enable_expert_bias enable_expert_bias "
@@ -55,7 +56,7 @@ _SPELLINGS = {
     "width": (
         "moe_intermediate_size expert_ffn_hidden_size moe_ffn_hidden_size expert_hidden_dim moe_inter_dim "
         "expert_intermediate_size moe_intermediate_dim expert_intermediate_dim expert_hidden_size "
-        "moe_hidden_dim expert_dim expert_ffn_dim expert_inner_dim moe_expert_inner_dim"
+        "moe_hidden_dim expert_dim expert_ffn_dim expert_inner_dim moe_expert_inner_dim moe_inter_size"
     ),
     # of an expert where there is no other
     "any_width": "ffn_hidden_size intermediate_size hidden_dim inter_dim n_inner d_ff decoder_ffn_dim",
@@ -147,9 +148,9 @@ class Type(NamedTuple):
 
 
 # transformers 5.24.0 (configuration_*.py and modeling_*.py of each type); vLLM 0.33.0 for alice_ai, arctic, bailing_moe,
-# grok, interns*, k2_horizon, kimi_k2, mimo_v2, minicpm, nomic_bert, pangu*, param2moe, step3 and step5; SGLang 0.5.23 for the
-# groups of bailing_moe_v2, gigachat3_5, llada2_moe, sdar_moe, xllm and xverse; vllm-ascend 0.9.1 for pangupromoe (one expert of
-# each of 8 groups); mlx-lm 0.32.2 for klear.
+# grok, interns*, k2_horizon, kimi_k2, longcat_flash_ngram, mimo_v2, minicpm, nomic_bert, pangu*, param2moe,
+# step3 and step5; SGLang 0.5.23 for the groups of bailing_moe_v2, gigachat3_5, llada2_moe, sdar_moe, xllm and xverse;
+# vllm-ascend 0.9.1 for pangupromoe (one expert of each of 8 groups); mlx-lm 0.32.2 for klear; llama.cpp for smallthinker.
 _ENCODER = "its encoder has MoE layers of its own, which are not counted"
 _RULES = (
     (Type("sigmoid", True, {"first_k_dense_replace": 3}, (8, 4)), "deepseek_v3 deepseek_v32 dots_vlm kimi_k2 beam"),
@@ -169,13 +170,13 @@ _RULES = (
         "minimax_m3 minimax_m3_vl muse_spark solar_open xllm",
     ),
     (Type("sigmoid", True, {"layers_block_type": None}, matrices=2), "nemotron_h"),  # the file must say
-    (Type("sigmoid", False), "flint pangupromoev2 pangu_ultra_moe"),
+    (Type("sigmoid", False), "flint pangupromoev2 pangu_ultra_moe smallthinker"),
     (Type("sigmoid", False, {"first_k_dense_replace": 1}), "step5"),
     (Type("sigmoid", False, n_shared=1), "llama4"),
     (Type("sqrtsoftplus", True, {"num_hash_layers": 3}), "deepseek_v4"),
     (Type("sqrtsoftplus", True), "deepseek_v41"),
     (Type("softmax", True, {"moe_layer_start_index": 1}), "ernie4_5_moe ernie4_5_moe_vl ernie4_5_vl_moe"),
-    (Type("softmax", True, n_zero=256), "longcat_flash"),
+    (Type("softmax", True, n_zero=256), "longcat_flash longcat_flash_ngram"),
     (Type("softmax", True, n_zero=1), "zaya"),
     (Type("sparsemixer"), "phimoe"),
     (Type(layers={"expert_layer_period": 2, "expert_layer_offset": 1}), "jamba"),
@@ -222,7 +223,8 @@ def type_of(config: dict[str, Any]) -> tuple[str, Type | None]:
             if known in _SQUEEZED:
                 return _SQUEEZED[known], TYPES[_SQUEEZED[known]]
     if not told and not named and "n_activated_experts" in config:  # DeepSeek's own inference code
-        told = "deepseek_v3" if config.get("score_func") == "sigmoid" else "deepseek_v2"
+        by_score = {"sigmoid": "deepseek_v3", "sqrtsoftplus": "deepseek_v4"}
+        told = by_score.get(str(config.get("score_func")), "deepseek_v2")
     return told, TYPES.get(told)
 
 

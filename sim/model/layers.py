@@ -130,9 +130,9 @@ def _named(read: Reader, n_layers: int, drafts: int, counts: list[int]) -> tuple
         said.append((key, {i for i, is_moe in enumerate(flags[:n_layers]) if is_moe}))
 
     key, ids = read.take("moe_ids")
-    if isinstance(ids, int) and not isinstance(ids, bool):
-        read.odd(key)  # a number of layers does not tell which
-    elif ids not in (None, []):
+    if ids == [] or (isinstance(ids, int) and not isinstance(ids, bool)):
+        read.odd(key)  # no layer, or a number of them, does not tell which
+    elif ids is not None:
         said.append((key, _ids(read, key, ids, n_layers, drafts)))
     if words := _words(read):
         key, listed = words
@@ -184,6 +184,7 @@ def _taken_away(read: Reader, n_layers: int, drafts: int, type_name: str) -> lis
             rules.append((key, set(every_layer[read.checked(key, dense) :])))
     for field in ("every", "step"):
         key, n = read.take(field)
+        n = int(n) if isinstance(n, str) and re.fullmatch("[0-9]{1,4}", n) else n  # Megatron's command line
         if isinstance(n, str | list):
             rules.append((key, _mask(read, key, n, n_layers, drafts)))
         elif n is not None:
@@ -227,8 +228,9 @@ def _fit(read: Reader, key: str, length: int, n_layers: int, drafts: int) -> int
 def _mask(read: Reader, key: str, value: Any, n_layers: int, drafts: int) -> set[int]:
     """Layers whose flag is 1, of a list or of Megatron's text such as ([0]*3+[1]*58)."""
     if isinstance(value, str):
-        parts = re.findall(r"\[([01, ]*)\](?:\*(\d{1,4}))?", value) if len(value) <= MAX_LAYERS else []
-        if not parts or re.sub(r"\[[01, ]*\](\*\d{1,4})?", "", value).strip(" ()+"):
+        text = "".join(value.split()) if len(value) <= MAX_LAYERS else ""
+        parts = re.findall(r"\[([01,]*)\](?:\*(\d{1,4}))?", text)
+        if not parts or re.sub(r"\[[01,]*\](\*\d{1,4})?", "", text).strip("()+"):
             raise read.error(f"{key} must be a whole number or a 0 or 1 for each layer, not {shown(value)}")
         each = (int(flag) for flags, n in parts for flag in re.findall("[01]", flags) * int(n or 1))
         value = list(islice(each, MAX_LAYERS + 1))

@@ -71,7 +71,10 @@ def read_placement(path: Path, model: ModelSpec, ep_size: int) -> Placement:
             rows = known[key]
             if not isinstance(rows, list) or not rows or not all(isinstance(row, list) for row in rows):
                 raise InputError(f"{file.where}: {key} must be a list of layers, each a list of experts")
-            return file.of_slots(*file.by_place(rows))
+            rows, layer_ids, notes = file.by_place(rows)
+            if layer_ids and len(known[key]) == len(layer_ids) <= max(layer_ids):
+                notes += ("its rows are taken for the MoE layers in order; SGLang takes row i for decoder layer i",)
+            return file.of_slots(rows, layer_ids, notes)
     if "layer_list" in known:
         return _from_ascend(known, file)
     if not isinstance(content, list) or not content:
@@ -81,7 +84,9 @@ def read_placement(path: Path, model: ModelSpec, ep_size: int) -> Placement:
             "physical_to_logical_map (vLLM, SGLang), initial_global_assignments or num_slots (TensorRT-LLM) or layer_list "
             f"(vllm-ascend){found}"
         )
-    rows, layer_ids, notes = file.by_place(content if isinstance(content[0], list) else [content])
+    is_one = not isinstance(content[0], list)
+    rows, layer_ids, notes = file.by_place([content] if is_one else content)
+    notes = () if is_one else notes
     if ep_size == model.n_experts:
         notes += (
             "read as the rank of each expert; a map with the expert of each slot stands under physical_to_logical_map",
@@ -233,8 +238,9 @@ class _File(NamedTuple):
         layers, fewer than MoE layers are taken in turn, and of more only draft layers may lie past the decoder.
         """
         moe, ids, n_layers = self.model.moe_layer_ids, tuple(rows), decoder_layers(self.model)
-        if len(ids) == 1 or not moe:
-            return rows, None, ()
+        if not moe or len(ids) == 1:
+            note = f"its one layer is taken for all {len(moe)} MoE layers of {self.model.name}"
+            return rows, None, (note,) if len(moe) > 1 else ()
         if not set(moe) <= set(ids):
             note = f"{len(ids)} layers for the {len(moe)} MoE layers of {self.model.name}: taken in turn"
             return rows, ids if set(ids) <= set(moe) else None, (note,)
@@ -320,7 +326,7 @@ def _from_trtllm(content: dict[str, Any], file: _File) -> Placement:
             )
     moe, ids = model.moe_layer_ids, tuple(rows)
     missing = sorted(set(moe) - set(ids))
-    if len(ids) == 1 or not missing:
+    if not moe or not missing:
         return file.of_slots(*file.by_layer(rows))
     if len(ids) > len(moe):
         raise InputError(
@@ -341,9 +347,10 @@ def _from_ascend(content: dict[str, Any], file: _File) -> Placement:
     rows, count = content["layer_list"], content.get("moe_layer_count")
     if not isinstance(rows, list) or not rows or not _is_whole(count) or count != len(rows):
         raise InputError(f"{where}: layer_list must have as many layers as moe_layer_count says, and at least one")
-    ids: list[Any] = [row.get("layer_id") if isinstance(row, dict) else None for row in rows]
+    ids: list[Any] = [row.get("layer_id", i) if isinstance(row, dict) else None for i, row in enumerate(rows)]
     if not all(_is_whole(layer) and layer >= 0 for layer in ids) or len(set(ids)) < len(ids):
         raise InputError(f"{where}: each layer of layer_list needs a layer_id of its own, a whole number")
+    of_place = ids != sorted(ids)
     read = [_device_experts(row, file.ep_size, f"{where}, layer {layer}") for layer, row in zip(ids, rows, strict=True)]
     if 0 < len(moe) <= len(ids):
         ids = [*moe, *range(decoder_layers(file.model), decoder_layers(file.model) + len(ids) - len(moe))]
@@ -357,6 +364,8 @@ def _from_ascend(content: dict[str, Any], file: _File) -> Placement:
             else ""
         )
         notes += (f"vllm-ascend has no map for MoE layer {len(ids)} (from 0), which starts as without a file{stops}",)
+    if of_place:
+        notes += ("layers are taken in the order of the list, as vllm-ascend does, not by layer_id",)
     if not all(in_order for _, in_order in read):
         notes += ("devices are taken in the order of the list, as vllm-ascend does, not by device_id",)
     if placement.idle_copies.any():
@@ -366,9 +375,10 @@ def _from_ascend(content: dict[str, Any], file: _File) -> Placement:
 
 def _device_experts(row: dict[str, Any], ep_size: int, at: str) -> tuple[list[Any], bool]:
     """Experts of a layer's slots, device by device as they are listed, and whether that is by their ids."""
-    listed, count = row.get("device_list"), row.get("device_count")
+    listed = row.get("device_list")
     devices = [device for device in listed if isinstance(device, dict)] if isinstance(listed, list) else []
-    ids: list[Any] = [device.get("device_id") for device in devices]
+    count = row.get("device_count", len(devices))  # the engine reads neither this nor ids
+    ids: list[Any] = [device.get("device_id", i) for i, device in enumerate(devices)]
     held: list[Any] = [device.get("device_expert") for device in devices]
     if not _is_whole(count) or count != ep_size or not all(map(_is_whole, ids)) or sorted(ids) != [*range(ep_size)]:
         raise InputError(f"{at}: must have the devices 0 to {ep_size - 1} of `ep_size` {ep_size}")
@@ -387,7 +397,8 @@ def _check_ids(row: Any, n: int, one: str, what: str, at: str) -> None:
         raise InputError(f"{at} must be a list, not {shown(row)}")
     for i, value in enumerate(row):
         if not _is_whole(value) or not 0 <= value < n:
-            raise InputError(f"{one} {i} must have {what} from 0 to {n - 1}, not {shown(value)}")
+            told = f"'{shown(value)}'" if isinstance(value, str) else shown(value)
+            raise InputError(f"{one} {i} must have {what} from 0 to {n - 1}, not {told}")
 
 
 def parse_assignments(text: str, where: str) -> dict[str, Any]:

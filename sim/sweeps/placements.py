@@ -23,7 +23,7 @@ from sim.placement import (
     split_name,
     strategy_name,
 )
-from sim.traffic import RecordedTraffic, SyntheticTraffic, Workload, read_traffic
+from sim.traffic import LoadCounts, RecordedTraffic, SyntheticTraffic, Workload, read_traffic
 from sim.traffic.split import load_of
 
 MAX_TOKENS = 2**24
@@ -142,6 +142,19 @@ def place_pair(
     return place_fixed(name, model, ep_size, ranks_per_node)
 
 
+def check_same_layers(what: str, ids: Iterable[int], workload: Workload | LoadCounts, model: ModelSpec) -> None:
+    """Refuse what is of other decoder layers than recorded traffic or measured loads, where both are known (0, 1, ... may be
+    those that nobody named).
+    """
+    mine, other, moe = list(getattr(workload, "layer_ids", ())), list(ids), set(model.moe_layer_ids)
+    are_named = mine and list(range(len(mine))) not in (mine, other) and moe.issuperset(mine) and moe.issuperset(other)
+    if are_named and other and mine != other:
+        odd = next(place for place, pair in enumerate(zip(other, mine, strict=False)) if pair[0] != pair[1])
+        raise InputError(
+            f"{what} has decoder layer {other[odd]} where workload {workload.name} has layer {mine[odd]}: keep the same layers"
+        )
+
+
 def layout_id(name: str, placement: Placement | None, fit: str, replica_choice: str) -> str:
     """What tells the layout of a pair from another's: a digest of a fixed placement, or how each draw gets its own."""
     if placement is None:
@@ -198,6 +211,7 @@ def fitted_on(names: list[str], model: ModelSpec, workload: Workload, tokens: in
     loads = check_loads(load_of(data, model.n_experts), model.n_experts, about, layers=True)
     if len(loads) != workload.n_layers:
         raise InputError(f"{about} has {len(loads)} layers, workload {workload.name} has {workload.n_layers}")
+    check_same_layers(about, data.layer_ids.tolist(), workload, model)
     # synthetic traffic names what it is fitted to
     if data.digest in (getattr(workload, "digest", "") or workload.source).split():
         raise InputError(f"{about} is the traffic that is scored; leave it out to fit on other tokens")

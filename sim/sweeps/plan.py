@@ -15,7 +15,7 @@ from sim.placement import BUDGET, LayerCost, Placement, check_ep_size, is_load_a
 from sim.results import SCHEMA
 from sim.router import check_pair, routing_law
 from sim.sweeps.grid import Grid
-from sim.sweeps.placements import FittedOn, fitted_on, layout_id, place_pair, read_placements
+from sim.sweeps.placements import FittedOn, check_same_layers, fitted_on, layout_id, place_pair, read_placements
 from sim.traffic import RecordedTraffic, SyntheticTraffic, Workload, load_workload
 
 RARE = 1e-3
@@ -139,7 +139,7 @@ def make_plan(
     placed = [
         place_pair(name, model, size, chosen.ranks_per_node, given, fit.loads, layer_cost) for name, size in pairs
     ]
-    _check_layers(pairs, placed, fit.scored)
+    _check_layers(pairs, placed, fit.scored, model)
     grid = _grid(model, fit, chosen, pairs, placed)
     _check_requests(grid.steps, fit.scored)
     plan = Plan(
@@ -281,10 +281,14 @@ def _check_requests(steps: np.ndarray, workload: Workload) -> None:
             raise InputError(f"`tokens` {step}: at most {_MOST_REQUESTS} requests in a step, {n} tokens each")
 
 
-def _check_layers(pairs: list[tuple[str, int]], placed: list[Placement | None], workload: Workload) -> None:
-    """A placement with a row per layer must have as many rows as the recorded layers that it is applied to."""
+def _check_layers(
+    pairs: list[tuple[str, int]], placed: list[Placement | None], workload: Workload, model: ModelSpec
+) -> None:
+    """A placement with a row per layer must have as many rows as the recorded layers that it is applied to, and be of these."""
     for (placement, _), of_pair in zip(pairs, placed, strict=True):
         if workload.n_layers is not None and of_pair is not None and len(of_pair.ranks) not in (1, workload.n_layers):
             raise InputError(
                 f"placement {placement} has {len(of_pair.ranks)} layers, workload {workload.name} has {workload.n_layers}"
             )
+        if of_pair is not None and of_pair.n_rows > 1:
+            check_same_layers(f"placement {placement}", of_pair.layer_ids or (), workload, model)

@@ -76,6 +76,8 @@ class Requests:
     n_repeated: int = 0
     n_same_id: int = 0
     n_null_tokens: int = 0
+    n_later: int = 0
+    n_untold: int = 0
     n_ids: int = 0
     _of_key: dict[Any, int] = field(default_factory=dict)
     _other_phase: dict[Any, int] = field(default_factory=dict)
@@ -152,6 +154,10 @@ class Requests:
             )
         if self.n_same_id:
             found.append(f"{self.n_same_id} have the id of another, and other routing: each is a sequence of its own")
+        if self.n_later:
+            found.append(
+                f"{self.n_later} answers lack ids of the first tokens of their prompts, by their counts (usage)"
+            )
         if self.n_null_tokens:
             found.append(f"{self.n_null_tokens} tokens without routing (null) are left out")
         return found
@@ -235,9 +241,10 @@ def add_answer(requests: Requests, held: Any, here: str, phase: str) -> bool:
                 raise InputError(f"{here}: the prompt has other layers x top_k than the completion")
             else:
                 choices.append((key, np.concatenate(ids) if len(ids) > 1 else ids[0], n_prompt))
-        prompts = _prompts(choices, request[0][2], [parts[-1][1] for _, parts, _ in request])
+        prompts = _prompts(choices, request[0][2], [parts[-1][1] for _, parts, _ in request], requests)
         if not prompts:
             requests.share(choices)
+            requests.n_untold += bool(choices)
         for place, (key, whole, _) in enumerate(choices):
             taken, left = whole, 0
             if prompts:
@@ -256,10 +263,13 @@ Choice = tuple[Any, np.ndarray, int]
 """Of one of a request's choices: what tells it, its ids, and how many of them are of a prompt that stands by itself."""
 
 
-def _prompts(choices: list[Choice], counted: dict[str, Any] | None, beside: list[dict[str, Any]]) -> list[int]:
+def _prompts(
+    choices: list[Choice], counted: dict[str, Any] | None, beside: list[dict[str, Any]], requests: Requests
+) -> list[int]:
     """Tokens of the prompt at the head of each choice's ids, where an engine's counts are of these ids; else none. Choices
-    repeat the prompt, but for one that stands by itself; SGLang leaves its first `routed_experts_start_len` tokens out. The last
-    token that was made is not routed, but for engines that route one ahead.
+    repeat the prompt, but for one that stands by itself; SGLang leaves its first `routed_experts_start_len` tokens out, vLLM the
+    first `routed_experts_prompt_start`, which only the number of ids tells. The last token that was made is not routed, but for
+    engines that route one ahead.
     """
     prompt, made = ((counted or {}).get(name) for name in ("prompt_tokens", "completion_tokens"))
     if not choices or not (type(prompt) is type(made) is int and prompt > 0 < made):
@@ -267,8 +277,12 @@ def _prompts(choices: list[Choice], counted: dict[str, Any] | None, beside: list
     start = max((n for n in (held.get(_START) for held in beside) if type(n) is int), default=0)
     if not 0 <= start <= prompt:
         return []
-    heads = [n for _, _, n in choices]
-    heads = heads if any(heads) else [prompt - start] * len(choices)
+    heads, n_left = [n for _, _, n in choices], len(choices[0][1]) - (made - 1)
+    if not any(heads) and len(choices) == 1 and not start and 0 <= n_left < prompt:  # vLLM does not say its start
+        start, requests.n_later = prompt - n_left, requests.n_later + 1
+        heads = [n_left]
+    elif not any(heads):
+        heads = [prompt - start] * len(choices)
     if any(not np.array_equal(ids[:n], choices[0][1][:n]) for (_, ids, _), n in zip(choices, heads, strict=True)):
         return []
     n_last = sum(heads) + made - sum(len(ids) for _, ids, _ in choices)

@@ -130,6 +130,8 @@ def build_counts(
     numbers = np.arange(counts.shape[1]) if layer_ids is None else np.asarray(layer_ids)
     if numbers.min() < 0 or len(np.unique(numbers)) < len(numbers):
         raise InputError(f"{where}: layers must be numbered from 0 on, each by a number of its own")
+    if (np.diff(numbers) < 0).any():
+        counts, numbers = counts[:, np.argsort(numbers)], np.sort(numbers)
     used = counts.any(axis=(0, 2))
     if not used.any():
         raise InputError(f"{where}: every count is 0")
@@ -230,9 +232,12 @@ def of_experts(counts: np.ndarray, n_experts: int, top_k: int, is_open: bool) ->
 
 def _check_axes(total: np.ndarray, where: str) -> None:
     """Refuse loads [layers, experts] that are [experts, layers], or a map: a run's layers all have the same sum."""
-    n_layers, width = total.shape
+    width = total.shape[1]
     of_layer, of_expert = total.sum(axis=1), total.sum(axis=0)
-    if n_layers > 1 and np.ptp(of_expert) < 1e-9 * of_expert.max() < np.ptp(of_layer) and np.ptp(total, axis=1).any():
+    used = total[:, of_expert > 0]  # where axes are exchanged, a dense layer is a column of zeros
+    of_expert = of_expert[of_expert > 0]
+    is_level = min(used.shape) > 1 and np.ptp(of_expert) < 1e-9 * of_expert[0] < np.ptp(of_layer)
+    if is_level and np.ptp(used, axis=1).any():
         raise InputError(
             f"{where}: its columns all add up to {of_expert[0]:g}, its rows do not: are the axes exchanged? Loads are "
             "[layers, experts]: a row for each layer"
@@ -241,8 +246,10 @@ def _check_axes(total: np.ndarray, where: str) -> None:
     steps = np.diff(ordered, axis=1)
     last = ordered[0, -1]
     has_all = not ordered[:, 0].any() and (ordered[:, -1] == last).all() and set(np.unique(steps)) <= {0, 1}
-    if 2 * last > width > 3 and has_all:
+    if has_all and 2 * last > width > 3:
         raise InputError(f"{where}: each row has all numbers from 0 to {last:g}: a map of experts, and no loads")
+    if has_all and width > 3 and (ordered == ordered[0]).all() and np.ptp(np.bincount(ordered[0].astype(int))) < 2:
+        raise InputError(f"{where}: each row has 0 to {last:g}, each as often: ranks of experts, and no loads")
 
 
 def doubts_about(data: LoadCounts) -> list[str]:

@@ -34,7 +34,7 @@ from sim.traffic.tables import layer_of_key
 _MAP = "last_physical_to_logical_map"
 _SAMPLE = 4096  # first rows of an array that tell what it is
 _LENGTHS = ("sequence_lengths", "seq_lens", "seqlens", "extend_seq_lens")
-_NO_LOADS = re.compile(r"map$|log2phy|phy2log|logcnt|replica|logit|prob(s|$|abilit)|weight|score")
+_NO_LOADS = re.compile(r"map$|log2phy|phy2log|logcnt|replica|logit|prob(s|$|abilit)|weight|score|bias$")
 _NAMES = f"loads go by {', '.join(COUNT_NAMES[:6])} ..., ids by {', '.join(TOKEN_NAMES[:4])} ..."
 STAT = "SGLang's recorder in mode stat"
 _DECODE = 2  # SGLang's ForwardMode of a step with one token of each request
@@ -78,9 +78,9 @@ def read_tensors(held: Any, path: Path, where: str, requests: Requests) -> Count
     if not arrays and not isinstance(held, dict):
         raise InputError(f"{where} holds no tensor, but a {type(held).__name__}")
     if isinstance(held, dict) and not (arrays and are_known(arrays)):
+        or_else = "; or SGLang's records" if path.suffix == ".pt" else ""
         raise InputError(
-            f"{where} holds no tensor that is known ({_NAMES}; or SGLang's records): it has "
-            f"{shown(', '.join(map(str, held)))}"
+            f"{where} holds no tensor that is known ({_NAMES}{or_else}): it has {shown(', '.join(map(str, held)))}"
         )
     file = io.BytesIO()
     np.savez(file, allow_pickle=False, **arrays)
@@ -182,15 +182,14 @@ def read_archive(archive: Archive, requests: Requests) -> CountTable | Requests:
         name, lengths = tokens[0] if tokens else "topk_ids", archive.read(ends)
         ids, lengths = archive.read_ids(name), np.diff(lengths) if ends == "cu_seqlens" else lengths
         check_shapes(where, ids, lengths)
-        requests.add(ids, where, lengths=lengths)
-        requests.form = f"arrays {name} [tokens, layers, top_k] and {ends}{_not_read(names, {name, ends})}"
+        own = _add_layers(requests, archive, ids, lengths)
+        requests.form = f"arrays {name} [tokens, layers, top_k] and {ends}{_not_read(names, {name, ends, own})}"
         return requests
     if tokens:
         return _add_ids(requests, archive, tokens[0])
     if counted:
         table = _array_counts(archive, counted[0])
-        own = next((key for key in ("layer_ids", "layers") if key in names), None)
-        if own and archive.shape(own)[0] == table.counts.shape[-2:-1]:
+        if own := _layers_beside(archive, table.counts.shape[-2:-1]):
             table.layer_ids = archive.read(own).astype(np.int64)
         slots = next((archive.read(key) for key in MAP_NAMES if key in names), None)
         table.counts = logical_counts(counted[0], table.counts, slots, where)
@@ -229,12 +228,36 @@ def _add_ids(requests: Requests, archive: Archive, name: str) -> Requests:
         axes, ids, lengths = f"requests, {axes}", ids.reshape(-1, *shape[2:]), np.full(shape[0], shape[1])
     elif name in TOKEN_NAMES and PROMPT in archive.names:
         ids = np.concatenate([archive.read_ids(PROMPT), ids])
-    requests.add(ids, archive.where, lengths=lengths)
     is_named = name in TOKEN_NAMES or name == BY_LAYER
+    own = _add_layers(requests, archive, ids, lengths, is_named)
     named = f" named {name}" if is_named else ""
-    others = _not_read(archive.names, {name, PROMPT}) if is_named else ""
+    others = _not_read(archive.names, {name, PROMPT, own}) if is_named else ""
     requests.form = f"an array of expert ids [{axes}]{named}: {'a request each' if is_batch else 'one request'}{others}"
     return requests
+
+
+def _layers_beside(archive: Archive, shape: tuple[int, ...]) -> str | None:
+    """Name of the array with the number of each layer, where one of that shape stands beside."""
+    return next(
+        (key for key in ("layer_ids", "layers") if key in archive.names and archive.shape(key)[0] == shape), None
+    )
+
+
+def _add_layers(
+    requests: Requests, archive: Archive, ids: np.ndarray, lengths: np.ndarray | None, is_named: bool = True
+) -> str | None:
+    """Take ids [tokens, layers, top_k], in the order of their layers where an array beside them numbers these: its name."""
+    own = _layers_beside(archive, ids.shape[1:2]) if is_named else None
+    if own:
+        numbers = archive.read(own).astype(np.int64)
+        layers = np.sort(numbers).tolist()
+        if requests.layer_ids not in (None, layers) or layers[0] < 0 or len(set(layers)) < len(layers):
+            raise InputError(
+                f"{archive.where}: {own} must number each layer, as in all files: {shown(numbers.tolist())}"
+            )
+        requests.layer_ids, ids = layers, ids[:, np.argsort(numbers)]
+    requests.add(ids, archive.where, lengths=lengths)
+    return own
 
 
 def _of_layers(archive: Archive, requests: Requests) -> CountTable | Requests:

@@ -22,6 +22,7 @@ from sim.traffic.counts import (
     CountTable,
     LoadCounts,
     add_tables,
+    are_counts,
     build_counts,
     doubts_about,
     of_experts,
@@ -29,7 +30,7 @@ from sim.traffic.counts import (
 from sim.traffic.dumps import STAT, are_known, read_archive, read_statistics, read_tensors, read_torch, successive
 from sim.traffic.recorded import MOST_LAYERS, PHASES, RecordedTraffic, build_record
 from sim.traffic.rows import add_csv, add_json, roles_of_json
-from sim.traffic.tables import read_csv, table_of_json
+from sim.traffic.tables import column_role, read_csv, table_of_json
 
 _KINDS = {
     ".npz": "archive", ".npy": "archive", ".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".tsv": "csv",
@@ -232,6 +233,10 @@ def _read_files(paths: list[Path], requests: Requests, phase: str) -> CountTable
         what = "ranks" if kind in ("pt", "statistics") else "files"
         return add_tables(successive(tables) if tables[0].form == STAT else tables, where, what)
     requests.form = "; ".join(forms) + ("" if len(paths) == 1 else f", {len(paths)} files")
+    if requests.n_untold:
+        requests.form += (
+            f"; {requests.n_untold} have no token counts (usage) that fit their ids: prompts are read with them"
+        )
     if requests.n_other_phase:
         other = "prefill" if phase == "decode" else "decode"
         if not requests.arrays:
@@ -309,6 +314,13 @@ def _other_json(
             n_keyed += 1
         else:
             n_keyed += add_answer(requests, held, at, phase)
+    row = first[0] if isinstance(first, list) and first else first
+    roles = {key: column_role(key) for key in row} if isinstance(row, dict) else {}
+    if not n_keyed and "layer" in roles.values() and None in roles.values():
+        odd = shown(", ".join(key for key, role in roles.items() if role is None))
+        raise InputError(
+            f"{here}: not known beside a layer: {odd}; a row has layer, expert and count, or layer and counts"
+        )
     if not n_keyed:
         raise InputError(
             f"{where} has no key 'routed_experts', is no table of loads {{layer: [count of each expert]}}, and has no rows of "
@@ -355,6 +367,12 @@ def _loads(table: CountTable, where: str, name: str, model: ModelSpec | None, mo
     if counts.ndim in (2, 3) and layer_ids is None:
         axes = ("steps", "layers", "experts")[-counts.ndim :]
         notes[0] += _check_shape(counts.shape, model, where, axes, table.steps is None)
+    may_be_ids = model is None and counts.ndim == 3 and "{layer: [" in table.form and 4 * counts.max() < counts.size
+    if may_be_ids and not are_counts(counts):
+        raise InputError(
+            f"{where}: its lists, of {counts.shape[2]} numbers, may be loads or the experts of a token: give --model, or name "
+            "what they are (rows of tokens have layer, token and topk_ids; of loads layer and counts)"
+        )
     if model is not None:
         counts, told = of_experts(counts, model.n_experts, model.top_k, table.is_open)
         notes += told

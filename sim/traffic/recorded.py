@@ -244,19 +244,27 @@ def build_record(
     empty = (ids == ids[..., :1]).all(axis=2) if top_k > 1 else ids[..., 0] == -1
     if ids.shape[1] == 1:  # one id alone, several times, is a slip; of several layers it is what fills them
         empty &= ids[..., 0] <= 0
-    alone = empty.all(axis=1)
+    alone, dummy = empty.all(axis=1), _dummies(ids, empty)
+    if dummy.any():
+        same = f"experts 0 to {top_k - 1}" if top_k > 1 else "expert 0"
+        notes.append(f"{dummy.sum()} tokens that take {same} in every layer, as padding does, are left out")
     if alone.all():
         raise InputError(f"{where} holds no tokens with routing: {_fillers(ids[..., 0])}")
-    routed = ids
     if alone.any():
-        routed = ids[~alone]
         notes.append(f"{alone.sum()} tokens without routing ({_fillers(ids[alone, :, 0])}) are left out")
+    alone |= dummy
+    routed = ids[~alone] if alone.any() else ids
     dense = empty[~alone].all(axis=0)
     dense[dense] = (routed[:, dense] == routed[:1, dense, :1]).all(axis=(0, 2))
     if dense.any():
         notes.append(f"{dense.sum()} dense layers ({_fillers(routed[0, dense, 0])}) are left out")
         routed = routed[:, ~dense]
     lacking = (routed == -1).any(axis=(1, 2)) if routed.min(initial=0) < 0 else np.zeros(len(routed), bool)
+    if 2 * lacking.sum() > len(routed):
+        raise InputError(
+            f"{where}: {lacking.sum()} of {len(routed)} tokens lack an expert in some layer (-1): zero-compute experts, "
+            "or dropped pairs? The others alone are other traffic"
+        )
     if lacking.any():
         notes.append(f"{lacking.sum()} tokens that lack an expert in a layer (-1) are left out")
         routed = routed[~lacking]
@@ -283,6 +291,26 @@ def build_record(
     return RecordedTraffic(
         name, phase, by_layer, starts, _digest(by_layer, starts), source=source, layer_ids=numbers, notes=tuple(notes)
     )
+
+
+def _dummies(ids: np.ndarray, empty: np.ndarray) -> np.ndarray:
+    """Tokens with experts 0, 1, ..., top_k - 1 in all layers that have routing, bool [tokens]: what routing replay pads with
+    (SkyRL's `replay_padding_row`), and what a router gives where all logits are equal. None where other tokens may come to that
+    by chance, or take the same experts in all layers too, as simulated routing does.
+    """
+    top_k, dummy = ids.shape[2], np.zeros(len(ids), bool)
+    first = (ids[..., 0] == 0) & (ids[..., -1] == top_k - 1)
+    found = np.flatnonzero((first | empty).all(axis=1) & first.any(axis=1))
+    found = found[((ids[found] == np.arange(top_k)).all(axis=2) | empty[found]).all(axis=1)]
+    layers, others = first[found].all(axis=0), np.logical_not(empty.all(axis=1))
+    others[found] = False
+    if not found.size or layers.sum() < 2 or not others.any():
+        return dummy
+    n_others, others_ids = others.sum(), ids[others][:, layers]
+    by_chance = n_others * ((first[others][:, layers].sum(axis=0) + 1) / (n_others + 1)).prod()
+    is_alike = (others_ids == others_ids[:, :1]).all(axis=(1, 2)).mean() > 0.1
+    dummy[found] = not is_alike and len(found) > 20 * by_chance
+    return dummy
 
 
 def _fillers(ids: np.ndarray) -> str:

@@ -139,7 +139,8 @@ def _add_rows(
     codes = {role: _coded(column, role, key_of[role]) for role, column in columns.items()}
     if "rank" in codes and len(codes["rank"][1]) > 1:
         raise InputError(
-            f"{where}: rows of {len(codes['rank'][1])} ranks, which may have the same tokens: keep those of one"
+            f"{where}: rows of {len(codes['rank'][1])} ranks, which may have the same tokens: keep those of one (or, where they "
+            "are places in a token's top k, name the column otherwise)"
         )
     tokens, lengths, layers = _tokens(narrow_ids(experts, where), widths, codes, is_pair, f"{where}: ")
     if requests.layer_ids not in (None, layers):

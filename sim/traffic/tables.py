@@ -171,7 +171,7 @@ def _name_fault(path: Path, where: str, first: int, width: int, wanted: dict[int
                 raise InputError(f"{where}, line {number}: {len(cells)} columns where the first line has {width}")
 
 
-def _column(name: str) -> str | None:
+def column_role(name: str) -> str | None:
     """What a column holds by its name: a role, an expert by its number, '' for what only describes the others; None: unknown."""
     name = re.sub(r"[ .\-]+", "_", str(name).lower())
     role = next((role for role, pattern in ROLES.items() if re.fullmatch(pattern, name)), None)
@@ -190,7 +190,7 @@ def _header(cells: list[str], here: str) -> tuple[list[str] | None, list[str]]:
     if None not in numbers:
         return None, []
     names, notes = _names(cells, here), []
-    if names[0] == "layer" and _column(cells[0]) is None:
+    if names[0] == "layer" and column_role(cells[0]) is None:
         notes.append("its first column, which has no name, is taken for the layer")
     beside = [cell for cell, name in zip(cells, names, strict=True) if cell and not name]
     return names, notes + ([f"columns that are not read: {shown(', '.join(beside))}"] if beside else [])
@@ -198,7 +198,7 @@ def _header(cells: list[str], here: str) -> tuple[list[str] | None, list[str]]:
 
 def _names(cells: list[str], here: str) -> list[str]:
     """What each column holds; what only describes the others needs a layer's column beside it."""
-    names = [_column(cell) for cell in cells]
+    names = [column_role(cell) for cell in cells]
     of_layer = [None if number_of(cell) is not None else layer_of_key(cell) for cell in cells]
     names = [name if layer is None else f"{_LAYER}{layer}" for name, layer in zip(names, of_layer, strict=True)]
     is_told = "layer" in names or any(layer is not None for layer in of_layer)
@@ -380,33 +380,34 @@ def _named_table(held: dict[str, Any], where: str) -> CountTable | None:
     counts = logical_counts(name, _regular(inner, where), None if slots is None else _regular(slots, where), where)
     ids = held.get("layer_ids", held.get("layers"))
     is_told = isinstance(ids, list) and len(ids) == counts.shape[-2] and set(map(type, ids)) == {int}
-    return CountTable(
-        counts, f"JSON with counts under '{name}'", _ids(np.array(ids, float), "layers", where) if is_told else None
-    )
+    unread = "; not read: its layers" if isinstance(ids, list) and not is_told else ""
+    form = f"JSON with counts under '{name}'{unread}"
+    return CountTable(counts, form, _ids(np.array(ids, float), "layers", where) if is_told else None)
 
 
 def _is_row(held: dict[str, Any]) -> bool:
     """Whether the keys of an object of JSON name the columns of a table, with one number for the layer."""
-    of_column = {_column(key): value for key, value in held.items()}
-    return None not in of_column and type(of_column.get("layer")) in (int, float)
+    of_column = {column_role(key): value for key, value in held.items()}
+    has_one = type(of_column.get("layer")) in (int, float) and depth_of(of_column.get("count")) < 2
+    return has_one and None not in of_column
 
 
 def _table_of_rows(held: list[Any], where: str) -> CountTable | None:
     """Counts of objects whose keys name the columns of a table; a list stands for a column of each expert."""
-    keys = [key for key in held[0] if _column(key)]
-    if any([key for key in row if _column(key)] != keys for row in held):
+    keys = [key for key in held[0] if column_role(key)]
+    if any([key for key in row if column_role(key)] != keys for row in held):
         return None
     names: list[str] = []
     for key in keys:
-        is_list = _column(key) == "count" and isinstance(held[0][key], list)
-        names += map(str, range(len(held[0][key]))) if is_list else [_column(key) or ""]
+        is_list = column_role(key) == "count" and isinstance(held[0][key], list)
+        names += map(str, range(len(held[0][key]))) if is_list else [column_role(key) or ""]
     _check_columns(names, where)
     rows = [[cell for key in keys for cell in (row[key] if isinstance(row[key], list) else [row[key]])] for row in held]
     table = _regular(rows, where)
     if table.shape[1] != len(names):
         raise InputError(f"{where}: a list of counts stands where a number should")
     found = _table_of_columns(table.astype(float), names, where, "JSON")
-    beside = [key for key in held[0] if not _column(key)]
+    beside = [key for key in held[0] if not column_role(key)]
     found.notes += [f"keys that are not read: {shown(', '.join(beside))}"] if beside else []
     return found
 
@@ -433,10 +434,10 @@ def depth_of(held: Any) -> int:
 
 def _table_of_layers(held: dict[str, Any], where: str) -> CountTable | None:
     """Counts of {layer: [count of each expert]} or {layer: {expert: count}}; a layer may have them under a known name."""
-    of_layer = {layer_of_key(key): row for key, row in held.items() if row is not None}
+    of_layer = {layer_of_key(key): row for key, row in held.items() if row not in (None, [], {})}
     if not of_layer or None in map(layer_of_key, held):
         return None
-    if len(of_layer) < sum(row is not None for row in held.values()):
+    if len(of_layer) < sum(row not in (None, [], {}) for row in held.values()):
         raise InputError(f"{where}: a layer stands there twice")
     rows = list(of_layer.values())
     if all(isinstance(row, dict) for row in rows):  # {layer: {expert_counts: ..., and what describes them}}
