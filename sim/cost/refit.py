@@ -217,6 +217,10 @@ def links_left_out(name: str) -> pd.Series:
     return pd.concat(times).sort_index()
 
 
+GATHER_LINKS = "nccl_blackwell"
+"""Published times of NCCL's all-gather and reduce-scatter."""
+
+
 def gather_times(large_floor_us: float, share: float, rows: pd.DataFrame) -> np.ndarray:
     """Times of NCCL's all-gather or reduce-scatter alone on Blackwell, with some constants."""
     of_gpu, times = exchange_profile("gather", "b200"), np.empty(len(rows))
@@ -253,7 +257,6 @@ def gathers_left_out() -> pd.Series:
 FITTED = {"wideep_experts": "fp8", "wideep_nvfp4": "fp4"}
 """Published tables of expert times that constants are fitted to, and their types."""
 _FITTED_LINKS = ("low_latency_one_node", "deepep_normal")
-GATHER_LINKS = "nccl_blackwell"
 _OTHER_LINKS = [
     "deepep_normal_others", "flashinfer_two_sided", "low_latency_others", "low_latency_kernels", "low_latency_network",
     "low_latency_qwen3", "nccl_others",
@@ -308,7 +311,7 @@ def _experts(rows: pd.DataFrame, source: str, dtype: str) -> pd.DataFrame:
 def _exchanges(rows: pd.DataFrame, source: str) -> pd.DataFrame:
     """Without sorting pairs by expert and summing them, which is not in the published times; NCCL's are without any copies."""
     table, times = measured()[source], pd.Series(0.0, rows.index)
-    backend, dtype, top_k = table["exchange"], table.get("dtype", "not named"), load_model(table["model"]).top_k
+    backend, dtype, top_k = table["exchange"], table["dtype"], load_model(table["model"]).top_k
     for (gpu, phase), part in rows.groupby(["gpu", "phase"]):
         alone = replace(exchange_profile("gather", str(gpu)), copies=()) if source.startswith("nccl") else None
         both = exchange_time_us(
