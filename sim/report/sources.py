@@ -31,11 +31,8 @@ _LABELS = {
     "step_saved": "share of a step's time saved over the baseline",
     "layer_us": "time of a layer (us)",
     "exchange_us": "time of the exchange (us)",
-    "imbalance": "imbalance (busiest rank's load / mean): mean",
-    "idle_ranks": "idle ranks: mean",
-    "ranks_per_token": "ranks that a token is sent to: mean",
-    "nodes_per_token": "nodes that a token is sent to: mean",
 }
+_LABELS |= {of: _LABELS[f"{of}_mean"] for of in ("imbalance", "idle_ranks", "ranks_per_token", "nodes_per_token")}
 _KEYS = ["placement", "ep_size", "tokens"]
 _TAIL = ["threshold", "probability", "low", "high", "method"]
 _POINTS = 24  # of a sampled curve

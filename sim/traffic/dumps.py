@@ -189,8 +189,7 @@ def read_archive(archive: Archive, requests: Requests) -> CountTable | Requests:
         return _add_ids(requests, archive, tokens[0])
     if counted:
         table = _array_counts(archive, counted[0])
-        if own := _layers_beside(archive, table.counts.shape[-2:-1]):
-            table.layer_ids = archive.read(own).astype(np.int64)
+        own, table.layer_ids = _layers_beside(archive, table.counts.shape[-2:-1])
         slots = next((archive.read(key) for key in MAP_NAMES if key in names), None)
         table.counts = logical_counts(counted[0], table.counts, slots, where)
         table.form += _not_read(names, {counted[0], own, *MAP_NAMES})
@@ -236,23 +235,22 @@ def _add_ids(requests: Requests, archive: Archive, name: str) -> Requests:
     return requests
 
 
-def _layers_beside(archive: Archive, shape: tuple[int, ...]) -> str | None:
-    """Name of the array with a number of each layer, where one of that shape stands beside."""
+def _layers_beside(archive: Archive, shape: tuple[int, ...]) -> tuple[str | None, np.ndarray | None]:
+    """Name and numbers, int64 [layers], of an array of that shape that numbers each layer; None where there is none."""
     for key in ("layer_ids", "layers"):
         if key in archive.names and archive.shape(key)[0] == shape and archive.shape(key)[1].kind in "iu":
-            numbers = archive.read(key)
+            numbers = archive.read(key).astype(np.int64)
             if numbers.min() >= 0 and len(np.unique(numbers)) == len(numbers):
-                return key
-    return None
+                return key, numbers
+    return None, None
 
 
 def _add_layers(
     requests: Requests, archive: Archive, ids: np.ndarray, lengths: np.ndarray | None, is_named: bool = True
 ) -> str | None:
     """Take ids [tokens, layers, top_k], in the order of their layers where an array beside them numbers these: its name."""
-    own = _layers_beside(archive, ids.shape[1:2]) if is_named else None
-    if own:
-        numbers = archive.read(own).astype(np.int64)
+    own, numbers = _layers_beside(archive, ids.shape[1:2]) if is_named else (None, None)
+    if numbers is not None:
         layers = np.sort(numbers).tolist()
         if requests.layer_ids not in (None, layers):
             raise InputError(f"{archive.where}: {own} has other layers than the files before it: {shown(layers)}")

@@ -343,10 +343,9 @@ def table_of_json(held: Any, where: str) -> CountTable | None:
     [steps][layers][experts], also under one of COUNT_NAMES; objects whose keys name the columns of a table, or a list of them;
     a list of steps, each in one of these forms.
     """
-    if isinstance(held, dict) and _is_row(held):
-        held = [held]
-    if isinstance(held, dict):
+    if isinstance(held, dict) and not _is_row(held):
         return _named_table(held, where) or _table_of_layers(held, where)
+    held = [held] if isinstance(held, dict) else held
     if not isinstance(held, list) or not held:
         return None
     if all(isinstance(row, dict) and row for row in held):
@@ -380,16 +379,14 @@ def _named_table(held: dict[str, Any], where: str) -> CountTable | None:
     counts = logical_counts(name, _regular(inner, where), None if slots is None else _regular(slots, where), where)
     ids = held.get("layer_ids", held.get("layers"))
     is_told = isinstance(ids, list) and len(ids) == counts.shape[-2] and set(map(type, ids)) == {int}
-    unread = "; not read: its layers" if isinstance(ids, list) and not is_told else ""
-    form = f"JSON with counts under '{name}'{unread}"
+    form = f"JSON with counts under '{name}'{'' if is_told or not isinstance(ids, list) else '; not read: its layers'}"
     return CountTable(counts, form, _ids(np.array(ids, float), "layers", where) if is_told else None)
 
 
 def _is_row(held: dict[str, Any]) -> bool:
     """Whether the keys of an object of JSON name the columns of a table, with one layer: a number, or a name that has it."""
     of_column = {column_role(key): value for key, value in held.items()}
-    layer = of_column.get("layer")
-    is_one = layer_of_key(layer) is not None if isinstance(layer, str) else type(layer) in (int, float)
+    is_one = type(of_column.get("layer")) in (int, float) or layer_of_key(of_column.get("layer", "")) is not None
     return is_one and depth_of(of_column.get("count")) < 2 and None not in of_column
 
 
