@@ -14,6 +14,7 @@ from naive import scores as ref_scores
 from naive import slot_counts as ref_slot_counts
 
 from sim import InputError, ModelSpec, load_model, load_workload, place, sweep
+from sim.advice.splits import splits_of
 from sim.copies import assign_by_hash, assign_evenly, find_copies, pick_slots
 from sim.router import draw_loads, draw_trials
 from sim.sweeps import make_plan
@@ -223,6 +224,9 @@ def test_a_map_or_loads_of_other_layers_than_the_record_are_refused(tmp_path):
         for more in ({"placements": "eplb", "fit_on": loads}, {"placements": [linear]}):
             with pytest.raises(InputError, match=message) if message else nullcontext():
                 make_plan(model, record, **options, **more)
+    three, _ = build_counts("loads", "file:loads", np.array([[4, 3, 2, 1]] * 3), np.array([1, 2, 3]))
+    with pytest.raises(InputError, match="has 2 layers, workload file:loads has 3"):  # the first two of them
+        splits_of(model, three, loads, seed=0)
 
 
 def test_real_routing_is_evened_out(shared):

@@ -45,7 +45,9 @@ def splits_of(
     if isinstance(traffic, LoadCounts):
         if other is None:
             return _of_counts(model, traffic, seed, threads)
-        check_same_layers(f"`fit_on` {other.name.removeprefix('file:')}", other.layer_ids.tolist(), traffic, model)
+        check_same_layers(
+            f"`fit_on` {other.name.removeprefix('file:')}", other.n_layers, other.layer_ids.tolist(), traffic, model
+        )
         return [_synthetic(model, f"fitted on {other.name.removeprefix('file:')}", traffic, other, seed, threads)]
     if other is not None:
         return [Split(f"fitted on {other.name.removeprefix('file:')}", traffic, other)]

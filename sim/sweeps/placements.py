@@ -142,17 +142,22 @@ def place_pair(
     return place_fixed(name, model, ep_size, ranks_per_node)
 
 
-def check_same_layers(what: str, ids: Iterable[int], workload: Workload | LoadCounts, model: ModelSpec) -> None:
-    """Refuse what is of other decoder layers than recorded traffic or measured loads, where both are known (0, 1, ... may be
-    those that nobody named).
+def check_same_layers(
+    what: str, n_layers: int, ids: Iterable[int] | None, workload: Workload | LoadCounts, model: ModelSpec
+) -> None:
+    """Refuse what has another number of layers than recorded traffic or measured loads, or, where both say which decoder layers
+    they have (0, 1, ... may be those that nobody named), other ones.
     """
-    mine, other, moe = list(getattr(workload, "layer_ids", ())), list(ids), set(model.moe_layer_ids)
-    are_named = mine and list(range(len(mine))) not in (mine, other) and moe.issuperset(mine) and moe.issuperset(other)
-    if are_named and other and mine != other:
-        odd = next(place for place, pair in enumerate(zip(other, mine, strict=False)) if pair[0] != pair[1])
-        raise InputError(
-            f"{what} has decoder layer {other[odd]} where workload {workload.name} has layer {mine[odd]}: keep the same layers"
-        )
+    if workload.n_layers not in (None, n_layers):
+        raise InputError(f"{what} has {n_layers} layers, workload {workload.name} has {workload.n_layers}")
+    mine, other, moe = list(getattr(workload, "layer_ids", ())), list(ids or ()), set(model.moe_layer_ids)
+    if list(range(len(mine))) in (mine, other) or not (moe.issuperset(mine) and moe.issuperset(other)):
+        return
+    for layer, wanted in zip(other, mine, strict=False):
+        if layer != wanted:
+            raise InputError(
+                f"{what} has decoder layer {layer} where workload {workload.name} has layer {wanted}: keep the same layers"
+            )
 
 
 def layout_id(name: str, placement: Placement | None, fit: str, replica_choice: str) -> str:
@@ -209,9 +214,7 @@ def fitted_on(names: list[str], model: ModelSpec, workload: Workload, tokens: in
         data.check_model(model.n_experts, model.top_k, model.name)
     about = f"`fit_on` {data.name.removeprefix('file:')}"
     loads = check_loads(load_of(data, model.n_experts), model.n_experts, about, layers=True)
-    if len(loads) != workload.n_layers:
-        raise InputError(f"{about} has {len(loads)} layers, workload {workload.name} has {workload.n_layers}")
-    check_same_layers(about, data.layer_ids.tolist(), workload, model)
+    check_same_layers(about, len(loads), data.layer_ids.tolist(), workload, model)
     # synthetic traffic names what it is fitted to
     if data.digest in (getattr(workload, "digest", "") or workload.source).split():
         raise InputError(f"{about} is the traffic that is scored; leave it out to fit on other tokens")

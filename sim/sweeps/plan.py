@@ -139,7 +139,9 @@ def make_plan(
     placed = [
         place_pair(name, model, size, chosen.ranks_per_node, given, fit.loads, layer_cost) for name, size in pairs
     ]
-    _check_layers(pairs, placed, fit.scored, model)
+    for (name, _), of_pair in zip(pairs, placed, strict=True):
+        if of_pair is not None and of_pair.n_rows > 1:
+            check_same_layers(f"placement {name}", of_pair.n_rows, of_pair.layer_ids, fit.scored, model)
     grid = _grid(model, fit, chosen, pairs, placed)
     _check_requests(grid.steps, fit.scored)
     plan = Plan(
@@ -279,16 +281,3 @@ def _check_requests(steps: np.ndarray, workload: Workload) -> None:
             raise InputError(f"`tokens` {step}: `tokens_per_request` {n} must divide the tokens of a step")
         if has_effect and step > _MOST_REQUESTS * n:
             raise InputError(f"`tokens` {step}: at most {_MOST_REQUESTS} requests in a step, {n} tokens each")
-
-
-def _check_layers(
-    pairs: list[tuple[str, int]], placed: list[Placement | None], workload: Workload, model: ModelSpec
-) -> None:
-    """A placement with a row per layer must have as many rows as the recorded layers that it is applied to, and be of these."""
-    for (placement, _), of_pair in zip(pairs, placed, strict=True):
-        if workload.n_layers is not None and of_pair is not None and len(of_pair.ranks) not in (1, workload.n_layers):
-            raise InputError(
-                f"placement {placement} has {len(of_pair.ranks)} layers, workload {workload.name} has {workload.n_layers}"
-            )
-        if of_pair is not None and of_pair.n_rows > 1:
-            check_same_layers(f"placement {placement}", of_pair.layer_ids or (), workload, model)
