@@ -240,7 +240,7 @@ def _layers_beside(archive: Archive, shape: tuple[int, ...]) -> tuple[str | None
     for key in ("layer_ids", "layers"):
         if key in archive.names and archive.shape(key)[0] == shape and archive.shape(key)[1].kind in "iu":
             numbers = archive.read(key).astype(np.int64)
-            if numbers.min() >= 0 and len(np.unique(numbers)) == len(numbers):
+            if numbers.min(initial=0) >= 0 and np.unique(numbers).size == numbers.size:
                 return key, numbers
     return None, None
 
