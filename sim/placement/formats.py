@@ -303,8 +303,8 @@ def _from_trtllm(content: dict[str, Any], file: _File) -> Placement:
         )
         placement = _from_trtllm(content | {"layer_updates_per_iter": 0}, file)
         return replace(placement, notes=(*placement.notes, note))
-    if not _is_whole(n_slots) or n_slots < 1:
-        raise InputError(f"{where}: num_slots must be a whole number from 1 on, not {shown(n_slots)}")
+    if not _is_whole(n_slots) or not 1 <= n_slots < 2**16:
+        raise InputError(f"{where}: num_slots must be a whole number from 1 to {2**16 - 1}, not {shown(n_slots)}")
     if given is None:
         if n_slots % ep_size:
             raise InputError(f"{where}: num_slots {n_slots} does not divide by `ep_size` {ep_size}")
