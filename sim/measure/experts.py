@@ -22,22 +22,12 @@ ACTIVATION_TOLERANCE = {"bf16": 1e-2, "fp8": 4e-2}
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes that a backend must hold.
+    """Sizes that a backend must hold."""
 
-    Attributes
-    ----------
-    width, inner : int
-        Width of a token, and of what passes between an expert's two GEMMs.
-    local_experts : int
-        The most experts of a rank.
-    pairs : int
-        The most pairs of a rank.
-    """
-
-    width: int
-    inner: int
-    local_experts: int
-    pairs: int
+    width: int  # of a token
+    inner: int  # of what passes between an expert's two GEMMs
+    local_experts: int  # the most of a rank
+    pairs: int  # the most of a rank
 
     @classmethod
     def of(cls, model: ModelSpec, local_experts: int, pairs: int) -> "Shape":
@@ -55,19 +45,11 @@ class Shape:
 
 @dataclass(frozen=True)
 class Timing:
-    """Time of one layer on one rank.
+    """Time of one layer on one rank."""
 
-    Attributes
-    ----------
-    time_us, spread_us : float
-        Median over the replays, and their interquartile range.
-    layers, replays : int
-        Layers with weights of their own that a replay chains, and the replays that were timed.
-    """
-
-    time_us: float
-    spread_us: float
-    layers: int
+    time_us: float  # median over the replays
+    spread_us: float  # their interquartile range
+    layers: int  # with weights of their own, that a replay chains
     replays: int
 
     @classmethod
@@ -115,19 +97,10 @@ def round_fp8(values: np.ndarray) -> np.ndarray:
 
 
 def reference_layer(x: np.ndarray, counts: np.ndarray, gate_up: np.ndarray, down: np.ndarray, dtype: str) -> np.ndarray:
-    """A rank's experts in float32, with what passes between the two GEMMs rounded to `dtype`.
+    """A rank's experts in float32, with what passes between the two GEMMs rounded to `dtype`: float32 [pairs, width].
 
-    Parameters
-    ----------
-    x : float32 [pairs, width]
-        Rows of the first expert, then of the second, and so on.
-    counts : int [experts]
-    gate_up : float32 [experts, 2 * inner, width]
-    down : float32 [experts, width, inner]
-
-    Returns
-    -------
-    float32 [pairs, width]
+    x float32 [pairs, width], rows of the first expert, then of the second, and so on; counts int [experts]; gate_up float32
+    [experts, 2 * inner, width]; down float32 [experts, width, inner].
     """
     out = np.empty_like(x)
     last = 0

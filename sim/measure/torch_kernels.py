@@ -35,12 +35,8 @@ def first_right(
     tolerance: float = float("inf"),
     say: Say = lambda _: None,
 ) -> tuple[str, Any]:
-    """The first of the named kernels that runs with an error within the tolerance; says why others are passed over.
-
-    Raises
-    ------
-    BackendError
-        None does.
+    """The first of the named kernels that runs with an error within the tolerance; says why others are passed over. Raises
+    BackendError where none does.
     """
     why = ""
     for name, kernel in choices:
