@@ -36,13 +36,7 @@ _BAND = 1.2  # predicted within 20 % of measured
 
 @styled
 def predicted_against_measured(predicted: pd.DataFrame) -> Figure:
-    """Predicted against measured time of each rank, a panel per type, a colour per EP size.
-
-    Parameters
-    ----------
-    predicted : DataFrame
-        From `sim.measure.compare.with_predictions`.
-    """
+    """Predicted against measured time of each rank (`with_predictions`), a panel per type, a colour per EP size."""
     dtypes, sizes = sorted(predicted.dtype.unique()), sorted(predicted.ep_size.unique())
     figure, axes = panels(len(dtypes), 2, 3.6)
     both = predicted[["time_us", "predicted_us"]].to_numpy()
@@ -70,15 +64,8 @@ def predicted_against_measured(predicted: pd.DataFrame) -> Figure:
 def measured_gain(
     predicted: pd.DataFrame, gains: pd.DataFrame, baseline: str = "linear", other: str = "round_robin"
 ) -> Figure:
-    """Gain of one placement over another against tokens per step: measured (markers, 95 % bars) and predicted (lines), a
-    row of panels per type, a column per EP size, a colour per workload.
-
-    Parameters
-    ----------
-    predicted : DataFrame
-        From `sim.measure.compare.with_predictions`.
-    gains : DataFrame
-        From `sim.measure.compare.gains` of these two placements.
+    """Gain of one placement over another (`sim.measure.compare.gains`) against tokens per step: measured (markers, 95 % bars) and
+    predicted (lines), a row of panels per type, a column per EP size, a colour per workload.
     """
     dtypes, sizes = sorted(gains.dtype.unique()), sorted(gains.ep_size.unique())[:6]
     workloads = list(dict.fromkeys(predicted.workload))
@@ -167,15 +154,8 @@ def published_kernels(check: pd.DataFrame) -> Figure:
 
 @styled
 def measured_layer_gain(layers: pd.DataFrame, gains: pd.DataFrame, baseline: str = "linear") -> Figure:
-    """Gain of placements over a baseline in the time of a layer against tokens per step, with 95 % intervals: a row of
-    panels per workload, a column per exchange.
-
-    Parameters
-    ----------
-    layers : DataFrame
-        From `sim.measure.layer_compare.read_layers`.
-    gains : DataFrame
-        From `sim.measure.layer_compare.layer_gains` over this baseline.
+    """Gain of placements over a baseline in the time of a layer (`layer_gains`) against tokens per step, with 95 % intervals: a
+    row of panels per workload, a column per exchange.
     """
     exchanges, workloads = list(dict.fromkeys(layers.exchange)), list(dict.fromkeys(layers.workload))
     placements = list(dict.fromkeys(gains.placement))
