@@ -22,7 +22,6 @@ def add_claims(parser: ArgumentParser) -> None:
 
 
 def run_claims(arguments: Namespace) -> None:
-    """Run `epsim claims`."""
     from sim.traffic import load_workload
     from sim.verdicts import claims
 

@@ -42,7 +42,6 @@ def add_measure(parser: ArgumentParser) -> None:
 
 
 def run_measure(arguments: Namespace) -> None:
-    """Run `epsim measure`."""
     if arguments.show is not None:
         for option in ("out", "layer"):
             if getattr(arguments, option):

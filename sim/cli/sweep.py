@@ -54,7 +54,6 @@ def add_sweep(parser: ArgumentParser) -> None:
 
 
 def run_sweep(arguments: Namespace) -> None:
-    """Run `epsim sweep`."""
     run_options = RunOptions(**given(arguments, RunOptions))
     _check_run(run_options, arguments)
     from sim.kernels import usable_processors

@@ -91,10 +91,6 @@ def build_bounds(plan: Plan, tally: Tally, n_threads: int) -> tuple[pd.DataFrame
     """Rows of tail.csv with method 'exact' (both bounds agree) or 'bound' (probability and high are the upper bound).
 
     A bound that cannot be computed is left out, with a note: what was sampled must not be lost for it.
-
-    Returns
-    -------
-    (rows, notes)
     """
     if no_bounds_because(plan):
         return pd.DataFrame(), []
@@ -176,16 +172,13 @@ def _uniform_router(plan: Plan, workload: SyntheticTraffic) -> UniformRouter | N
 
 
 def _rows_of_pair(plan: Plan, pair: int, source: Source) -> dict[int, list[Row]]:
-    """Rows of each step of a pair."""
     grid, events = plan.grid, events_of(plan.grid)
     known = impossible_events(grid, events) | certain_events(grid, events)
     rows: dict[int, list[Row]] = {}
-    for cell in range(len(grid.cells)):
-        if grid.cells[cell][0] == pair:
-            rows[grid.cells[cell][1]] = [
-                *_imbalance_rows(plan, cell, source),
-                *_other_rows(events, known, int(grid.tokens_of_cell[cell]), cell, source),
-            ]
+    for cell, (of, step) in enumerate(grid.cells):
+        if of == pair:
+            others = _other_rows(events, known, int(grid.tokens_of_cell[cell]), cell, source)
+            rows[step] = [*_imbalance_rows(plan, cell, source), *others]
     if isinstance(source, DrawnLayers):
         source.forget_sums()
     return rows
@@ -264,13 +257,7 @@ def work_of_rare(plan: Plan) -> float:
 
 
 def build_rare(plan: Plan, tally: Tally, n_threads: int) -> tuple[pd.DataFrame, list[str]]:
-    """Rows of tail.csv from `plan.tail_floor` on, of all cells that have any.
-
-    Returns
-    -------
-    (rows, notes)
-        Notes say where the method cannot vouch for a row, and why.
-    """
+    """Rows of tail.csv from `plan.tail_floor` on, of all cells that have any, and notes on those that it cannot vouch for."""
     if plan.tail_floor is None:
         return pd.DataFrame(), []
     if not isinstance(plan.workload, SyntheticTraffic):

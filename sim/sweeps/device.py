@@ -91,12 +91,8 @@ def _is_fixed(plan: Plan) -> bool:
 
 
 def run_chunk_on_device(plan: Plan, stage: Stage, draws: range) -> Tally:
-    """As `sim.sweeps.chunk.run_chunk`, on the current CUDA device.
-
-    Raises
-    ------
-    InputError
-        What `check_plan` refuses; a router, or histograms, too large for a device.
+    """As `sim.sweeps.chunk.run_chunk`, on the current CUDA device. Raises InputError for what `check_plan` refuses, and a router,
+    or histograms, too large for a device.
     """
     check_plan(plan)
     assert isinstance(plan.workload, SyntheticTraffic)

@@ -158,22 +158,9 @@ class Scored(NamedTuple):
 
 
 class StepScorer:
-    """Samples steps and scores them under some cells of a plan.
+    """Samples steps and scores them under some cells of a plan, int64, ascending, as `tokens` per step of theirs then are.
 
-    Parameters
-    ----------
-    plan : Plan
-    cells : int64, ascending
-        Cells of the grid.
-    groups : list of Group
-        `place_pairs` of the cells' pairs, on consecutive draws.
-    n_draws : int
-        Trial t belongs to layer draw t % n_draws.
-
-    Attributes
-    ----------
-    tokens : int64 [steps]
-        Tokens per step of the cells, ascending.
+    `groups` are those of `place_pairs` of the cells' pairs, on consecutive draws; trial t belongs to layer draw t % n_draws.
     """
 
     def __init__(self, plan: Plan, cells: np.ndarray, groups: list[Group], n_draws: int) -> None:
