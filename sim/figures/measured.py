@@ -4,7 +4,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
@@ -75,8 +74,11 @@ def measured_gain(
         ax.axhline(0, color="#888888", linewidth=0.8)
         of_panel = gains[(gains.dtype == dtype) & (gains.ep_size == size)]
         for i, (workload, style) in enumerate(zip(workloads, _styles(), strict=False)):
-            shift = 2 ** (0.2 * (i - (len(workloads) - 1) / 2))  # side by side, so that bars stay apart
-            _draw_gain(ax, of_panel[of_panel.workload == workload].sort_values("tokens"), style, shift)
+            rows, color = of_panel[of_panel.workload == workload].sort_values("tokens"), style["color"]
+            x = rows.tokens * 2 ** (0.2 * (i - (len(workloads) - 1) / 2))  # side by side, so that bars stay apart
+            ax.plot(rows.tokens, 100 * rows.predicted, color=color, linestyle=style["linestyle"], linewidth=1.2)
+            ax.plot(x, 100 * rows.measured, **style | {"linestyle": ""}, markersize=3.5)
+            ax.vlines(x, 100 * rows.measured_low, 100 * rows.measured_high, color=color, linewidth=1)
         log2_ticks(ax, sorted(gains.tokens.unique()))
         title_panel(ax, f"{dtype}, EP {size}")
     label_outer(axes, "tokens per step", "gain (%)")
@@ -88,13 +90,6 @@ def measured_gain(
     )
     _legend(figure, workloads, lines=True)
     return figure
-
-
-def _draw_gain(ax: Axes, rows: pd.DataFrame, style: dict[str, Any], shift: float) -> None:
-    x, color = rows.tokens * shift, style["color"]
-    ax.plot(rows.tokens, 100 * rows.predicted, color=color, linestyle=style["linestyle"], linewidth=1.2)
-    ax.plot(x, 100 * rows.measured, **style | {"linestyle": ""}, markersize=3.5)
-    ax.vlines(x, 100 * rows.measured_low, 100 * rows.measured_high, color=color, linewidth=1)
 
 
 def _styles() -> list[dict[str, Any]]:

@@ -312,7 +312,8 @@ def _find_levels(problem: Problem, floor: float, last: int) -> tuple[Levels, int
     while len(levels) < _MOST_LEVELS:
         level = np.full(_PILOT, len(levels) - 1)
         pilot.append(_sample(problem, levels, level, events, f"pilot {len(levels)}"))
-        layers = _pooled(problem, levels, pilot)
+        pilot = [weighed(problem, levels, part) for part in pilot]
+        layers = Layers(*(np.concatenate(arrays) for arrays in zip(*pilot, strict=True)))
         weight = np.exp(layers.log_weight(np.full(len(levels), _PILOT)))
         worth = weight[:, None] * np.maximum(layers.alone, 0)
         with np.errstate(invalid="ignore", divide="ignore"):
@@ -328,12 +329,6 @@ def _find_levels(problem: Problem, floor: float, last: int) -> tuple[Levels, int
         if aim == len(events) - 1 or (not problem.idle and events[aim] >= last):
             break
     return levels, below
-
-
-def _pooled(problem: Problem, levels: Levels, pilot: list[Layers]) -> Layers:
-    """All pilot layers together, weighed by the proposals of all levels."""
-    pilot[:] = [weighed(problem, levels, part) for part in pilot]
-    return Layers(*(np.concatenate(arrays) for arrays in zip(*pilot, strict=True)))
 
 
 def _estimate(

@@ -281,29 +281,14 @@ def never_falls(series: list[np.ndarray] | np.ndarray) -> bool:
 
 @dataclass
 class CountTable:
-    """Counts as a file holds them, before they are checked.
+    """Counts as a file holds them, before they are checked."""
 
-    Attributes
-    ----------
-    counts : array [layers, experts] or [steps, layers, experts]
-    form : str
-        What it was recognised as.
-    layer_ids : int64 [layers], optional
-        The file's own, where it has any.
-    steps : array [steps], optional
-        The file's own numbers of steps: what files of several ranks are added up by.
-    is_open : bool
-        Whether the largest expert that occurs tells the number of experts: there may be more.
-    notes : list of str
-        What was left out.
-    """
-
-    counts: np.ndarray
-    form: str
-    layer_ids: np.ndarray | None = None
-    steps: np.ndarray | None = None
-    is_open: bool = False
-    notes: list[str] = field(default_factory=list)
+    counts: np.ndarray  # [layers, experts] or [steps, layers, experts]
+    form: str  # what it was recognised as
+    layer_ids: np.ndarray | None = None  # int64 [layers], the file's own, where it has any
+    steps: np.ndarray | None = None  # [steps], the file's own numbers: what files of several ranks are added up by
+    is_open: bool = False  # whether the largest expert that occurs tells the number of experts: there may be more
+    notes: list[str] = field(default_factory=list)  # what was left out
 
 
 def add_tables(tables: list[CountTable], where: str, what: str = "files") -> CountTable:
