@@ -126,9 +126,7 @@ class Conclusion(NamedTuple):
     effect: str  # SAVES, LEVEL or COSTS
     holds: list[str]  # traffic that shows it at every EP size
     range: tuple[float, float]  # of the saved share in these; nan without any
-    others: dict[
-        str, dict[str, list[int]]
-    ]  # by what is shown instead, other traffic and the EP sizes where; [] for all
+    others: dict[str, dict[str, list[int]]]  # by what is shown instead, traffic and the EP sizes where; [] for all
     n_traffic: int
 
 

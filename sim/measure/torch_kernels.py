@@ -8,6 +8,7 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any, NamedTuple
 
+from sim.files import first_line
 from sim.measure.experts import BackendError, Say
 
 Tensor = Any
@@ -43,7 +44,7 @@ def first_right(
         try:
             found = error(kernel)
         except Exception as reason:  # a kernel that the library lacks, or Triton without a compiler: the next may work
-            why = (str(reason).splitlines() or [type(reason).__name__])[0][:200]
+            why = first_line(reason)
         else:
             if found <= tolerance:
                 return name, kernel

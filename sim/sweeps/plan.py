@@ -57,9 +57,7 @@ class Plan:
     precision: Precision | None
     bound_layers: int  # layer draws that bounds past sampling are taken over; 0 for no bounds
     tail_floor: float | None  # probability down to which tails over all layers are estimated (`sim.theory.rare_tail`)
-    layer_cost: LayerCost | None = (
-        None  # what a budget of copies is spent by, where it is not the load of the busiest rank
-    )
+    layer_cost: LayerCost | None = None  # what a budget of copies is spent by; None: the load of the busiest rank
 
     @property
     def identity(self) -> dict[str, object]:
