@@ -14,7 +14,7 @@ from scipy.optimize import least_squares
 from sim.cost.exchange import exchange_time_us
 from sim.cost.expert import tile_padded_rows
 from sim.cost.gpu import gpu_names, load_gpu
-from sim.cost.refit import expert_rows, fit_experts, fit_links, link_groups
+from sim.cost.refit import GATHER_LINKS, exchange_rows, expert_rows, fit_experts, fit_gather, fit_links, link_groups
 from sim.cost.tables import PAIR_SHARPNESS, exchange_profile, grouped_gemm_profile, measured
 from sim.measure.layer_compare import read_layers
 from sim.measure.table import read_measured
@@ -150,7 +150,8 @@ def fit_all():
     for name, kind in (("low_latency_one_node", "pair"), ("deepep_normal", "deepep_high_throughput")):
         for of, constants in fit_one_node(name).items():
             found |= {".".join((kind, *of, constant)): value for constant, value in constants.items()}
-    return found
+    floor_us, share = fit_gather(exchange_rows(GATHER_LINKS))
+    return found | {"gather.large_floor_us": floor_us, "gather.scale_up_fraction": share}
 
 
 if __name__ == "__main__":

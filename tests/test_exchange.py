@@ -54,6 +54,9 @@ def test_exchanges_by_hand():
     link_us = 8192 * 7 / 8 * row / (450e3 * 0.625)
     assert gather.dispatch_us == pytest.approx(7.2 + 7 * 1.9 + link_us + 2 * 8192 * copy_us, rel=1e-6)
     assert gather.combine_us == pytest.approx(7.2 + 7 * 1.9 + link_us + (8192 + 8192) * copy_us, rel=1e-6)
+    of_fp8 = exchange(**one, kind="gather", dtype="fp8")
+    assert of_fp8.dispatch_us - 20.5 == pytest.approx((gather.dispatch_us - 20.5) * 7392 / 14336)
+    assert of_fp8.combine_us == gather.combine_us
     reduce = exchange(**one, kind="reduce")
     assert reduce.dispatch_us == 0
     link_us = 2 * 8192 * 7 / 8 * row / (450e3 * 0.766)
@@ -110,6 +113,28 @@ def test_backends_stand_for_kinds():
             exchange(kind=name)
     with pytest.raises(InputError, match="'nccl' is not known"):
         exchange(kind="nccl")
+
+
+def test_one_rank_exchanges_nothing_and_no_tokens_take_the_floor():
+    """A rank alone sorts its pairs all the same, where the exchange's kernels do not."""
+    for kind in (*KINDS, *BACKENDS):
+        one = exchange(gpu="h200", ep_size=1, tokens_per_rank=[0, 64], kind=kind)
+        sorts = "pairs" in exchange_profile(exchange_kind(kind), "h200", kind).copies if kind != "none" else False
+        assert one.total_us[0] == 0
+        assert (one.total_us[1] > 0) == sorts
+        none, few = exchange(gpu="h200", ep_size=8, tokens_per_rank=[0, 1], kind=kind).total_us
+        assert (0 < none <= few < 1.1 * none) or kind == "none"
+
+
+def test_large_messages_of_nccl_have_a_floor_of_their_own_on_blackwell():
+    """By hand, 16 MiB on 4 GB200s: a floor of 45.1 us from 8 MiB on, bent with the links by 1.5; at 2 MiB a quarter of the way
+    from 12.9 us.
+    """
+    alone = dataclasses.replace(exchange_profile("gather", "gb200"), copies=())
+    for mib, floor_us in ((16, 45.1), (2, 12.9 + (45.1 - 12.9) / 4)):
+        tokens, link_us = mib * 2**20 / 14336 / 4, mib * 2**20 * 3 / 4 / (900e3 * 0.622)
+        times = exchange(gpu="gb200", ep_size=4, kind="gather", tokens_per_rank=tokens, profile=alone)
+        assert times.dispatch_us == pytest.approx((floor_us**1.5 + link_us**1.5) ** (1 / 1.5), rel=1e-6)
 
 
 def test_a_backend_whose_kernels_were_measured_has_its_own_times():

@@ -8,7 +8,7 @@ from sim.cli.inputs import identity_of, read_inputs, say_about_maps, say_about_t
 from sim.cli.terminal import add_output, answer, estimate, print_table, say, shown_progress
 from sim.errors import InputError
 from sim.files import model_label
-from sim.options import GpuOptions, RestOptions, StepOptions, TimeOptions, TrafficOptions
+from sim.options import EXCHANGES, GpuOptions, RestOptions, StepOptions, TimeOptions, TrafficOptions
 from sim.options.declare import add_options, given, section_of
 from sim.options.kinds import NAMES
 
@@ -17,9 +17,7 @@ EXTRAPOLATED_TEXT = (
     "256 tokens a rank and on H800 of 128 at EP 8 to 256; deepep_high_throughput on one node of H100, H200, B200, B300, GB200 "
     "and GB300 up to 16,384; and token, gather and reduce on 2 and 4 H100s (4 H200s: within 10 % in the median)"
 )
-SEVERAL_EXCHANGES = (
-    "one or several, with commas, of pair, token, gather, reduce, none and backends of these kinds (epsim gpus)"
-)
+SEVERAL_EXCHANGES = f"one or several, with commas, of {EXCHANGES}"
 _IN_STEP_TEXT = (
     "in_step: the best split of each step's pairs over the copies of {}, by the busiest rank's load, as LPLB and others balance "
     "within the step; its times are without what the balancer takes. Balancers that copy experts within the step (UltraEP, "

@@ -48,12 +48,13 @@ they have low-latency kernels alone (srt/layers/moe/token_dispatcher at 0202c26 
 hybridep: Megatron's flex dispatcher (`moe_flex_dispatcher_backend`) and DeepEP PR #420.
 """
 DEFAULT_EXCHANGE = "pair"
-"""Where nobody says, the kind that was measured: DeepEP's low-latency kernels, with which round_robin runs in vLLM."""
-DISPATCHED_FP8 = ("token", "fp8")
-"""Kind and type of experts whose tokens are quantised before they are sent. vLLM does so for DeepEP high-throughput where weights
-are quantised in blocks (`is_block_quantized`, as DeepSeek-V3's), and sends BF16 for all other types, NVFP4 among them; combine is
-BF16 always (vllm/model_executor/layers/fused_moe/deepep_ht_prepare_finalize.py, `prepare_async` and `_finalize`). Other backends
-of the kind are taken to do the same. `gather` is counted in BF16, whatever an engine quantises before it: not checked.
+"""Where nobody says, the kind that was measured: DeepEP low latency from Python, with which round_robin runs in vLLM."""
+DISPATCHED_FP8 = ("token", "gather")
+"""Kinds whose tokens are quantised before they are sent, for experts in fp8. vLLM does so (fused_moe/prepare_finalize) for DeepEP
+high-throughput where weights are quantised in blocks, as DeepSeek-V3's (deepep_ht.py: `is_block_quantized`), and before its
+all-gather (naive_dp_ep.py: `_quantize_and_setup_dispatch`), but for experts that want BF16. Combine is BF16 always. Other
+backends of these kinds are taken to do the same. fp4 is counted in BF16, as DeepEP and weights of 4 bits alone have it: where
+inputs are NVFP4 too, FlashInfer's backends and the all-gather send 0.28 of that.
 """
 _NPU = "of Ascend NPUs, not modelled"
 REFUSED = {
@@ -115,9 +116,11 @@ def exchange_time_us(
     packed, sorted by expert, and summed; which does not become less with fewer ranks, as the links' work does. The constants
     of `exchange_profile(kind, gpu, backend)` say what they were fitted to, and `epsim gpus --check` how far others' times are
     from them: `token` are NCCL's, which TensorRT-LLM's all-to-all over NVLink keeps to; DeepEP's high-throughput kernels have
-    their own, for they are slower, on Blackwell up to twice. Newer low-latency kernels than those of `pair` take half the
-    time to dispatch within a node. Dispatch of `pair` is counted in FP8 with scales, and
-    so is that of `token` for experts in fp8; all else in BF16. What each kind moves, out of and into the busiest rank:
+    their own, for they are slower, on Blackwell up to twice. `pair` is DeepEP low latency as launched from Python, in BF16
+    (H800: its kernels in FP8): an upper bound for decode in CUDA graphs, for the kernels alone, in FP8, take 0.2 to 0.55 of it
+    within a node, both ways together, and 0.4 to 0.95 on 16 to 64 H100s. `gather` on 8 B200s or B300s takes up to twice as long
+    for 16 to 32 MiB with NCCL 2.27.3 and 2.29.2. Dispatch of `token` and `gather` is counted in FP8 with scales for experts in
+    fp8, else in BF16; `pair` as it was measured, whatever the type. What each kind moves, out of and into the busiest rank:
 
     - token: `received_tokens` over NVLink; over the network a token once to each node that needs it.
     - pair: `pairs`, over both.
@@ -218,7 +221,7 @@ def exchange_time_us(
     }[kind]
     if profile is None:
         profile = exchange_profile(kind, gpu.name, backend)
-        if (kind, dtype) == DISPATCHED_FP8:
+        if kind in DISPATCHED_FP8 and dtype == "fp8":
             dispatch, combine = profile.scale_up_fraction
             profile = replace(
                 profile,
@@ -236,9 +239,11 @@ def exchange_time_us(
         floor_us = profile.floor_us[direction] * np.maximum(tokens, 1.0) ** -profile.floor_falls[direction]
         passes = 2 if kind == "reduce" else 1  # an all-reduce is a reduce-scatter and an all-gather
         floor_us = floor_us + profile.hop_us * passes * (on_node - 1)
+        is_large = np.minimum(everything * value_bytes / profile.large_bytes, 1)
+        floor_us = floor_us + is_large * np.maximum(profile.large_floor_us - floor_us, 0)
         p = profile.sharpness
         copy_us = copied[direction] * value_bytes * copy_us_per_byte
-        times.append((floor_us**p + link_us**p) ** (1 / p) + copy_us)
+        times.append(np.where(ep > 1, (floor_us**p + link_us**p) ** (1 / p), 0) + copy_us)
     if kind == "reduce":  # nothing is dispatched, but pairs are sorted
         sort_us = copied[0] * width * profile.bytes_per_value[0] * copy_us_per_byte
         times = [np.zeros(ep.shape), times[1] + sort_us]
@@ -257,7 +262,9 @@ def _copied_rows(
     nothing = np.zeros(ep.shape)
     of_pairs = (2 * pairs, pairs + (received if kind == "token" else 0)) if "pairs" in copies else (nothing, nothing)
     of_tokens = (2 * received, received + tokens) if kind == "token" else (nothing, ep * tokens)
-    return [a + b for a, b in zip(of_pairs, of_tokens, strict=True)] if "tokens" in copies else list(of_pairs)
+    if "tokens" not in copies:
+        return list(of_pairs)
+    return [a + np.where(ep > 1, b, 0) for a, b in zip(of_pairs, of_tokens, strict=True)]
 
 
 def _is_measured(

@@ -2,6 +2,7 @@
 out in turn; and what the model predicts for each of their rows.
 """
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,7 +12,7 @@ from scipy.optimize import least_squares
 from sim.cost.exchange import exchange_kind, exchange_time_us
 from sim.cost.expert import ExpertRates, counted_rows, expert_rates, expert_time_us, reached_fractions, time_ranks
 from sim.cost.gpu import load_gpu
-from sim.cost.tables import PAIR_SHARPNESS, grouped_gemm_profile, measured
+from sim.cost.tables import PAIR_SHARPNESS, exchange_profile, grouped_gemm_profile, measured
 from sim.model import load_model
 
 _RANDOM = "wideep_nvfp4"  # its experts are picked at random, the other tables' evenly
@@ -216,10 +217,50 @@ def links_left_out(name: str) -> pd.Series:
     return pd.concat(times).sort_index()
 
 
+GATHER_LINKS = "nccl_blackwell"
+"""Published times of NCCL's all-gather and reduce-scatter."""
+
+
+def gather_times(large_floor_us: float, share: float, rows: pd.DataFrame) -> np.ndarray:
+    """Times of NCCL's all-gather or reduce-scatter alone on Blackwell, with some constants."""
+    of_gpu, times = exchange_profile("gather", "b200"), np.empty(len(rows))
+    own = replace(of_gpu, large_floor_us=large_floor_us, scale_up_fraction=(share, share), copies=())
+    for gpu in rows.gpu.unique():
+        mine = (rows.gpu == gpu).to_numpy()
+        sizes = {"ep_size": rows.ep_size[mine], "tokens_per_rank": rows.tokens[mine]}
+        times[mine] = exchange_time_us(load_model("deepseek-v3"), gpu, kind="gather", profile=own, **sizes).dispatch_us
+    return times
+
+
+def fit_gather(rows: pd.DataFrame) -> tuple[float, float]:
+    """Floor of large messages and share of NVLink, to those of 8 MiB and more, with the least soft absolute log error."""
+    rows = rows[rows.tokens * rows.ep_size > 585]  # of 14,336 bytes
+
+    def misfit(x: np.ndarray) -> np.ndarray:
+        floor_us, share = np.exp(x)
+        return np.log(gather_times(floor_us, share, rows) / rows.measured_us.to_numpy())
+
+    floor_us, share = np.exp(least_squares(misfit, np.log([45, 0.6]), loss="soft_l1", f_scale=0.1).x)
+    return float(floor_us), float(share)
+
+
+def gathers_left_out() -> pd.Series:
+    """Times of each row of GATHER_LINKS predicted by a fit without the messages of its size, in microseconds."""
+    rows, times = exchange_rows(GATHER_LINKS), []
+    size = (rows.tokens * rows.ep_size).round(-1)
+    for value in size.unique():
+        out = rows[size == value]
+        times.append(pd.Series(gather_times(*fit_gather(rows[size != value]), out), out.index))
+    return pd.concat(times).sort_index()
+
+
 FITTED = {"wideep_experts": "fp8", "wideep_nvfp4": "fp4"}
 """Published tables of expert times that constants are fitted to, and their types."""
 _FITTED_LINKS = ("low_latency_one_node", "deepep_normal")
-_OTHER_LINKS = ("deepep_normal_others", "flashinfer_two_sided", "low_latency_others")
+_OTHER_LINKS = [
+    "deepep_normal_others", "flashinfer_two_sided", "low_latency_others", "low_latency_kernels", "low_latency_network",
+    "low_latency_qwen3", "nccl_others",
+]  # fmt: skip
 
 
 def predicted_against_measured() -> pd.DataFrame:
@@ -236,13 +277,15 @@ def predicted_against_measured() -> pd.DataFrame:
     """
     model = load_model("deepseek-v3")
     tables = [_experts(expert_rows(name), name, dtype) for name, dtype in (FITTED | {"moe_decode": "fp8"}).items()]
-    tables += [_exchanges(exchange_rows(name), name) for name in (*_FITTED_LINKS, "deepep_low_latency")]
+    tables += [_exchanges(exchange_rows(name), name) for name in (*_FITTED_LINKS, GATHER_LINKS, "deepep_low_latency")]
     rows = pd.concat(tables, ignore_index=True)
     rows["error"] = rows.predicted_us / rows.measured_us - 1
     rows["fitted"] = rows.source != "moe_decode"
     rows["held_out_error"] = rows.error.where(~rows.fitted)
     left_out = {name: experts_left_out(expert_rows(name), dtype) for name, dtype in FITTED.items()}
-    for source, times in (left_out | {name: links_left_out(name).to_numpy() for name in _FITTED_LINKS}).items():
+    left_out |= {name: links_left_out(name).to_numpy() for name in _FITTED_LINKS}
+    left_out[GATHER_LINKS] = gathers_left_out().to_numpy()
+    for source, times in left_out.items():
         mine = rows.source == source
         rows.loc[mine, "held_out_error"] = times / rows.measured_us[mine] - 1
     is_expert = rows.part == "experts"
@@ -266,13 +309,15 @@ def _experts(rows: pd.DataFrame, source: str, dtype: str) -> pd.DataFrame:
 
 
 def _exchanges(rows: pd.DataFrame, source: str) -> pd.DataFrame:
-    """Without sorting pairs by expert and summing them, which is not in the published times."""
+    """Without sorting pairs by expert and summing them, which is not in the published times; NCCL's are without any copies."""
     table, times = measured()[source], pd.Series(0.0, rows.index)
-    backend, dtype = table["exchange"], table.get("dtype", "not named")
+    backend, dtype, top_k = table["exchange"], table["dtype"], load_model(table["model"]).top_k
     for (gpu, phase), part in rows.groupby(["gpu", "phase"]):
+        alone = replace(exchange_profile("gather", str(gpu)), copies=()) if source.startswith("nccl") else None
         both = exchange_time_us(
             table["model"], str(gpu), kind=backend, ep_size=part.ep_size, tokens_per_rank=part.tokens, dtype=dtype,
-            ranks_per_node=table.get("ranks_per_node", 8), sorts_pairs=False,
+            ranks_per_node=table.get("ranks_per_node", 8), profile=alone, sorts_pairs=False,
+            received_tokens=part.tokens * np.minimum(top_k, part.ep_size) if table.get("spread") else None,
         )  # fmt: skip
         times[part.index] = both.dispatch_us if phase == "dispatch" else both.combine_us
     rows = rows.rename(columns={"phase": "part"}).drop(columns="sent")

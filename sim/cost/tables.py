@@ -70,6 +70,8 @@ class Exchange:
         Time of a direction with hardly any traffic.
     hop_us : float
         What a ring adds to the floor for each further rank of the node, in each of its two passes.
+    large_floor_us, large_bytes : float
+        The floor that a message of so many bytes has; it rises to that in proportion.
     floor_falls : pair of float
         The floor falls with the tokens per rank to this power.
     bytes_per_value : pair of float
@@ -100,6 +102,8 @@ class Exchange:
     source: str
     scale_out_fraction: tuple[float, float] = (0.860, 0.860)
     hop_us: float = 0.0
+    large_floor_us: float = 0.0
+    large_bytes: float = inf
     floor_falls: tuple[float, float] = (0.0, 0.0)
     fp8_share: float = 1.0
     bytes_per_value: tuple[float, float] = (FP8_WITH_SCALES, 2.0)

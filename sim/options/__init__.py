@@ -287,6 +287,12 @@ class GpuOptions(Options):
     )
 
 
+EXCHANGES = (
+    "pair (DeepEP low latency as launched from Python, an upper bound for decode in CUDA graphs), token, gather, reduce, none "
+    "and backends of these kinds (epsim gpus)"
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class TimeOptions(Options):
     """What turns loads into times."""
@@ -294,7 +300,7 @@ class TimeOptions(Options):
     title = "times"
     exchange: str = option(
         NAME,
-        "dispatch and combine: pair, token, gather, reduce or none, or a backend that is one of them (epsim gpus)",
+        f"dispatch and combine, one of {EXCHANGES}",
         default="pair",
     )
     dtype: str | None = optional(
