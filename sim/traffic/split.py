@@ -39,12 +39,9 @@ def cut_in_order(data: MeasuredTraffic, n_experts: int) -> tuple[np.ndarray, np.
 
 
 def halves_of_counts(data: LoadCounts, seed: int) -> tuple[tuple[LoadCounts, LoadCounts], tuple[str, str]]:
-    """Two halves of load counts, and what each is in words: by the order of the steps, or of one table at random.
-
-    Raises
-    ------
-    InputError
-        A layer has no load in a half; one table of counts that are no whole numbers, or 1e9 and more in a layer.
+    """Two halves of load counts, and what each is in words: by the order of the steps, or of one table at random. Raises
+    InputError where a layer has no load in a half, and for one table of counts that are no whole numbers, or 1e9 and more in a
+    layer.
     """
     if len(data.counts) > 1:
         middle = len(data.counts) // 2
