@@ -70,6 +70,12 @@ class Plan:
         return values | ({"precision": list(self.precision)} if self.precision else {})
 
     @property
+    def synthetic(self) -> SyntheticTraffic:
+        """The workload, where nothing else can be."""
+        assert isinstance(self.workload, SyntheticTraffic)
+        return self.workload
+
+    @property
     def n_layers(self) -> int:
         """Layers of a deployment, 0 where they are not known; of drawn ones those are so many draws in a row."""
         return self.workload.n_layers or self.model.n_moe_layers
