@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
@@ -63,22 +62,6 @@ class BackendError(RuntimeError):
     """Nothing that this device offers computes a type's experts, and computes them right."""
 
 
-class Backend(Protocol):
-    """A device that computes experts and takes the time."""
-
-    device: str
-    versions: str
-
-    def prepare(self, dtype: str, say: Say) -> str:
-        """Make the weights, choose and check the kernels: their name; say what was passed over. Raises BackendError."""
-
-    def time_layer(self, dtype: str, counts: np.ndarray) -> Timing:
-        """Time a layer whose local experts get `counts` tokens, int [experts]."""
-
-    def calibrate(self, dtype: str) -> dict[str, float]:
-        """What the device reaches at best, and what an empty layer takes."""
-
-
 def round_bf16(values: np.ndarray) -> np.ndarray:
     """Float32 rounded to BF16, half to even; finite values."""
     bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
@@ -137,7 +120,7 @@ class NumpyExperts:
         return f"numpy, a loop over experts in float32, rounded to {dtype}"
 
     def time_layer(self, dtype: str, counts: np.ndarray) -> Timing:
-        """Time a layer."""
+        """Time a layer whose local experts get `counts` tokens, int [experts]."""
         x = self._x[: counts.sum()]
         return Timing.of(
             ProcessorTimer().times_us(lambda: reference_layer(x, counts, self._gate_up, self._down, dtype)), 1

@@ -9,10 +9,14 @@ from typing import Any
 
 from sim.cost import Gpu
 from sim.errors import InputError
-from sim.measure.experts import Backend, Say
+from sim.measure.experts import NumpyExperts, Say
 from sim.measure.steps import MeasuredLayer, Measurement
 from sim.measure.table import TILE_ROWS, Rows, growing_table
+from sim.measure.torch_experts import TorchExperts
 from sim.results import version_of
+
+Backend = NumpyExperts | TorchExperts
+"""A device that computes experts and takes the time."""
 
 
 def measure(
