@@ -1,6 +1,7 @@
 """Execute the notebooks and write them with their outputs: what `make notebooks` runs."""
 
 import asyncio
+import re
 import sys
 from pathlib import Path
 
@@ -14,8 +15,13 @@ def execute(notebook):
     """Execute a notebook, and drop what changes from run to run."""
     client = NotebookClient(notebook, timeout=600, record_timing=False, resources={"metadata": {"path": str(FOLDER)}})
     asyncio.run(client.async_execute())  # in a loop of its own, that is closed, on any thread
-    for cell in notebook.cells:
+    for number, cell in enumerate(notebook.cells):
         cell.metadata.pop("execution", None)
+        for output in cell.get("outputs", []):
+            for kind, text in output.get("data", {}).items():
+                if kind in ("text/plain", "text/html"):  # addresses, and the random ids of styled tables
+                    text = re.sub(r"(?<=T_)[0-9a-f]{5}(?=[_\W])", str(number), text)
+                    output["data"][kind] = re.sub(r" at 0x[0-9a-f]+", "", text)
     notebook.metadata.language_info = {"name": "python"}
 
 
