@@ -38,14 +38,13 @@ def splits_of(
     Load counts are scored as tokens of synthetic traffic that is fitted to them (`fit_traffic`). Raises InputError for one
     sequence, and for counts that cannot be split, or that no router of the model gives.
     """
-    name = "" if other is None else other.name.removeprefix("file:")
     if isinstance(traffic, LoadCounts):
         if other is None:
             return _of_counts(model, traffic, seed, threads)
-        check_same_layers(f"`fit_on` {name}", other.layer_ids.tolist(), traffic, model)
-        return [_synthetic(model, f"fitted on {name}", traffic, other, seed, threads)]
+        check_same_layers(f"`fit_on` {other.name.removeprefix('file:')}", other.layer_ids.tolist(), traffic, model)
+        return [_synthetic(model, f"fitted on {other.name.removeprefix('file:')}", traffic, other, seed, threads)]
     if other is not None:
-        return [Split(f"fitted on {name}", traffic, other)]
+        return [Split(f"fitted on {other.name.removeprefix('file:')}", traffic, other)]
     if not isinstance(traffic, RecordedTraffic):
         return [Split("fitted on other tokens of the same layers", traffic, None)]
     even, odd = traffic.halves()
