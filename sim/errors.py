@@ -46,9 +46,7 @@ def counted(n: int, noun: str) -> str:
 
 def shown(value: Any) -> str:
     """A value as a message shows it: a string as it is, others by their repr, cut to a readable length."""
-    text = value if isinstance(value, str) else f"(of type {type(value).__name__})" if _is_long(value) else repr(value)
+    if isinstance(value, int) and value.bit_length() > 10_000:  # beyond what Python turns into digits
+        return f"(of type {type(value).__name__})"
+    text = value if isinstance(value, str) else repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def _is_long(value: Any) -> bool:
-    return isinstance(value, int) and value.bit_length() > 10_000  # beyond what Python turns into digits

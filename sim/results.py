@@ -334,11 +334,6 @@ def digest_of(identity: Any) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
-def short_id(identity: Any) -> str:
-    """Digest of an identity short enough for the name of a folder: 8 hexadecimal digits."""
-    return digest_of(identity)[:8]
-
-
 def provenance(what: dict[str, Any], digests: dict[str, str]) -> dict[str, Any]:
     """What made a result: its identity, versions, command and time; and the digests of its identity and its files."""
     packages = ("epsim", "numpy", "numba", "pandas", "scipy")

@@ -177,10 +177,8 @@ def exponential(word):
 
 
 _TURN = np.float32(2 * np.pi * 2.0**-32)
-_S = tuple(np.float32(c) for c in (-1 / 6, 1 / 120, -1 / 5040, 1 / 362880))
-_C = tuple(np.float32(c) for c in (-1 / 2, 1 / 24, -1 / 720, 1 / 40320))
-_S1, _S2, _S3, _S4 = _S
-_C1, _C2, _C3, _C4 = _C
+_S1, _S2, _S3, _S4 = (np.float32(c) for c in (-1 / 6, 1 / 120, -1 / 5040, 1 / 362880))
+_C1, _C2, _C3, _C4 = (np.float32(c) for c in (-1 / 2, 1 / 24, -1 / 720, 1 / 40320))
 _EIGHTH, _30 = np.uint32(1 << 29), np.uint32(30)
 
 
@@ -203,8 +201,7 @@ def normal_pair(word_radius, word_angle):
 
 _LOG2E = np.float32(1 / np.log(2))
 _LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
-_E = tuple(np.float32(c) for c in (1 / 2, 1 / 6, 1 / 24, 1 / 120, 1 / 720, 1 / 5040))
-_E2, _E3, _E4, _E5, _E6, _E7 = _E
+_E2, _E3, _E4, _E5, _E6, _E7 = (np.float32(c) for c in (1 / 2, 1 / 6, 1 / 24, 1 / 120, 1 / 720, 1 / 5040))
 
 
 @kernel(forceinline=True)

@@ -58,32 +58,13 @@ def saved_by_traffic(
     Load-aware placements are fitted as advice fits them (the first of `splits_of`): of synthetic traffic on other tokens of the
     same layers, of recorded routing on every second sequence, of load counts on a half at random, or on the other file.
 
-    Parameters
-    ----------
-    subjects : sequence of Subject
-    gpu : Gpu, str or Path
-    ep_sizes : sequence of int
-        Those of more ranks than a model has experts are left out for it; where there are as many, so are placements without
-        redundant slots: every rank has one expert, wherever it is.
-    exchange : sequence of str
-        Kinds of exchange, or backends.
-    placements : sequence of str
-        `+R` in a name stands for one redundant slot on each rank.
-    baseline : str
-    **options
-        tokens, dtype and the like, as in `sim.predict_gain`.
+    EP sizes of more ranks than a model has experts are left out for it; where there are as many, so are placements without
+    redundant slots: every rank has one expert, wherever it is. `+R` in the name of a placement stands for one redundant slot on
+    each rank; `options` are those of `sim.predict_gain`.
 
-    Returns
-    -------
-    DataFrame
-        A row for each subject, EP size, number of tokens, placement and measure, which is `imbalance` or the name of an exchange:
-        `saved` is the share of the busiest rank's load, or of the layer's time under that exchange, that the placement has less
-        than the baseline, with its paired 95 % interval over layers, and `baseline` what it is a share of (us for times).
-
-    Raises
-    ------
-    InputError
-        As `sim.predict_gain`.
+    A row for each subject, EP size, number of tokens, placement and measure, which is `imbalance` or the name of an exchange, has
+    in `saved` the share of the busiest rank's load, or of the layer's time under that exchange, that the placement has less
+    than the baseline, with its paired 95 % interval over layers, and in `of` what it is a share of (us for times).
     """
     for name in [baseline, *placements]:
         if name not in (IN_STEP, PERFECT):
@@ -145,9 +126,7 @@ class Conclusion(NamedTuple):
     effect: str  # SAVES, LEVEL or COSTS
     holds: list[str]  # traffic that shows it at every EP size
     range: tuple[float, float]  # of the saved share in these; nan without any
-    others: dict[
-        str, dict[str, list[int]]
-    ]  # by what is shown instead, other traffic and the EP sizes where; [] for all
+    others: dict[str, dict[str, list[int]]]  # by what is shown instead, traffic and the EP sizes where; [] for all
     n_traffic: int
 
 

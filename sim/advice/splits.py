@@ -35,12 +35,8 @@ def splits_of(
 
     Another file, if there is one, is what is fitted. Else recorded sequences are split in turn, the other way round, and
     by their order in the file; steps of load counts by their order and the other way round; one table of counts at random.
-    Load counts are scored as tokens of synthetic traffic that is fitted to them (`fit_traffic`).
-
-    Raises
-    ------
-    InputError
-        One sequence; counts that cannot be split, or that no router of the model gives.
+    Load counts are scored as tokens of synthetic traffic that is fitted to them (`fit_traffic`). Raises InputError for one
+    sequence, and for counts that cannot be split, or that no router of the model gives.
     """
     if isinstance(traffic, LoadCounts):
         if other is None:

@@ -15,14 +15,10 @@ def verdict_text(advice: Advice) -> str:
     why = advice.why if len(rows) else "no engine runs any of these placements"
     lines = [advice.verdict + (f": {why}" if why else "")]
     for row in rows.itertuples():
-        name = row.placement if row.verdict == WORTH else f"best: {row.placement}"
-        lines.append(f"{row.tokens:>{wide}}: {row.verdict} ({name}, {_ends(row.step_saved_low, row.step_saved_high)})")
+        name, low = row.placement if row.verdict == WORTH else f"best: {row.placement}", row.step_saved_low
+        ends = f"{100 * low:z.1f} to {percent(row.step_saved_high)}" if low == low else "one layer has no interval"
+        lines.append(f"{row.tokens:>{wide}}: {row.verdict} ({name}, {ends})")
     return "\n".join(lines)
-
-
-def _ends(low: float, high: float) -> str:
-    """Ends of the step's saved share."""
-    return f"{100 * low:z.1f} to {percent(high)}" if low == low else "one layer has no interval"
 
 
 def not_run(advice: Advice) -> dict[str, str]:

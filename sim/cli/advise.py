@@ -67,7 +67,6 @@ def add_advise(parser: ArgumentParser) -> None:
 
 
 def run_advise(arguments: Namespace) -> None:
-    """Run `epsim advise`."""
     from sim.advice import advise
     from sim.cost import load_gpu
     from sim.model import load_model

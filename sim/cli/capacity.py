@@ -48,7 +48,6 @@ def add_capacity(parser: ArgumentParser) -> None:
 
 
 def run_capacity(arguments: Namespace) -> None:
-    """Run `epsim capacity`."""
     from sim.cost.buffers import size_buffers
     from sim.router import routing_law
 

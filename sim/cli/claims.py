@@ -22,7 +22,6 @@ def add_claims(parser: ArgumentParser) -> None:
 
 
 def run_claims(arguments: Namespace) -> None:
-    """Run `epsim claims`."""
     from sim.traffic import load_workload
     from sim.verdicts import claims
 
@@ -40,7 +39,9 @@ def run_claims(arguments: Namespace) -> None:
 def print_table_of(table: Any, about: dict[str, Any], markdown: bool) -> None:
     """Print claims and their verdicts, one by one, or as a table in Markdown."""
     if markdown:
-        _print_markdown(table)
+        columns: dict[str, Any] = {"id": "id", "claim": "claim", "computed (95 %)": "computed"}
+        columns |= {"needs of the step": _needs, "verdict": lambda row: f"**{row.verdict}**"}
+        print_table("", table.itertuples(), columns, markdown, align="<<<<<")
         return
     for row in table.itertuples():
         print(f"{row.id}: {row.verdict}")
@@ -62,9 +63,3 @@ def _needs(row: Any) -> str:
         return "-"
     ends = [f"{100 * value:.0f}" if value < 100 else "inf" for value in (row.needed_share_low, row.needed_share_high)]
     return f"{100 * row.needed_share:.0f} % ({ends[0]} to {ends[1]})" if row.needed_share < 100 else "more than all"
-
-
-def _print_markdown(table: Any) -> None:
-    columns: dict[str, Any] = {"id": "id", "claim": "claim", "computed (95 %)": "computed", "needs of the step": _needs}
-    columns["verdict"] = lambda row: f"**{row.verdict}**"
-    print_table("", table.itertuples(), columns, markdown=True, align="<<<<<")

@@ -46,7 +46,6 @@ def add_depends(parser: ArgumentParser) -> None:
 
 
 def run_depends(arguments: Namespace) -> None:
-    """Run `epsim depends`."""
     if arguments.show is None:
         table, identity = _compute(arguments)
     elif arguments.out is not None:

@@ -22,7 +22,6 @@ def add_export(parser: ArgumentParser) -> None:
 
 
 def run_export(arguments: Namespace) -> None:
-    """Run `epsim export`."""
     from sim.model import load_model
     from sim.placement import FORMATS, decoder_layers, how_to_load, notes_on, placement_text, why_linear
 

@@ -43,7 +43,6 @@ def add_show(parser: ArgumentParser) -> None:
 
 
 def run_show(arguments: Namespace) -> None:
-    """Run `epsim show`."""
     from sim.files import is_there
     from sim.placement import ALIASES
     from sim.results import PROVENANCE, read_result
@@ -268,7 +267,6 @@ def add_combine(parser: ArgumentParser) -> None:
 
 
 def run_combine(arguments: Namespace) -> None:
-    """Run `epsim combine`."""
     from sim.files import writable_folder
     from sim.results import read_identity, read_result, write_result
     from sim.sweeps import combine
@@ -294,7 +292,6 @@ def add_plot(parser: ArgumentParser) -> None:
 
 
 def run_plot(arguments: Namespace) -> None:
-    """Run `epsim plot`."""
     options = PlotOptions(**given(arguments, PlotOptions))
     from sim.errors import unknown
     from sim.figures import FIGURES, draw, save_as
@@ -328,7 +325,6 @@ def add_report(parser: ArgumentParser) -> None:
 
 
 def run_report(arguments: Namespace) -> None:
-    """Run `epsim report`."""
     from sim.report import write_report
 
     page = write_report(arguments.folders, arguments.out)

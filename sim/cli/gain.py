@@ -40,7 +40,6 @@ def add_gain(parser: ArgumentParser) -> None:
 
 
 def run_gain(arguments: Namespace) -> None:
-    """Run `epsim gain`."""
     from sim.cost import load_gpu
     from sim.cost.gain import predict_gain
 

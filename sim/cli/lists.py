@@ -28,7 +28,6 @@ def add_models(parser: ArgumentParser) -> None:
 
 
 def run_models(arguments: Namespace) -> None:
-    """Run `epsim models`."""
     from sim.model import load_model, model_names
 
     models = list(map(load_model, model_names()))
@@ -58,7 +57,6 @@ def add_workloads(parser: ArgumentParser) -> None:
 
 
 def run_workloads(arguments: Namespace) -> None:
-    """Run `epsim workloads`."""
     import pandas as pd
 
     from sim.traffic import load_workload, workload_names
@@ -144,7 +142,6 @@ def add_placements(parser: ArgumentParser) -> None:
 
 
 def run_placements(arguments: Namespace) -> None:
-    """Run `epsim placements`."""
     from sim.placement import LINEAR_BACKENDS, ROUND_ROBIN_BACKENDS, STRATEGIES
 
     if print_rows(({"placement": name, "about": text} for name, text in STRATEGIES.items()), arguments):
@@ -179,7 +176,6 @@ def add_columns(parser: ArgumentParser) -> None:
 
 
 def run_columns(arguments: Namespace) -> None:
-    """Run `epsim columns`."""
     tables = tomllib.loads(resources.files("sim.cli").joinpath("columns.toml").read_text(encoding="utf-8"))
     abouts = {table: columns.pop("_about") for table, columns in tables.items()}
     rows = [
@@ -218,7 +214,6 @@ def add_gpus(parser: ArgumentParser) -> None:
 
 
 def run_gpus(arguments: Namespace) -> None:
-    """Run `epsim gpus`."""
     from sim.cost import gpu_names, load_gpu
     from sim.cost.exchange import BACKENDS, KINDS, REFUSED
     from sim.cost.gpu import DTYPES

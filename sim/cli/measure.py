@@ -42,7 +42,6 @@ def add_measure(parser: ArgumentParser) -> None:
 
 
 def run_measure(arguments: Namespace) -> None:
-    """Run `epsim measure`."""
     if arguments.show is not None:
         for option in ("out", "layer"):
             if getattr(arguments, option):
@@ -318,12 +317,8 @@ def _layers(arguments: Namespace) -> tuple[str, dict[str, _Table], Callable[[], 
 
 
 def _gpu_of(arguments: Namespace, layers: Any) -> Any:
-    """The GPU that predicts the layers: the one named, or the measured one; None where that one or the model is no preset.
-
-    Raises
-    ------
-    InputError
-        It is asked for by name, and is not there.
+    """The GPU that predicts the layers: the one named, or the measured one; None where that one or the model is no preset. Raises
+    InputError where it is asked for, and is not there.
     """
     from sim.cost import load_gpu
     from sim.model import model_names

@@ -43,7 +43,6 @@ def add_step(parser: ArgumentParser) -> None:
 
 
 def run_step(arguments: Namespace) -> None:
-    """Run `epsim step`."""
     from sim.cost import load_gpu
     from sim.cost.step_log import compare_log, predict_steps, read_log
 

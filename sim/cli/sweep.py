@@ -54,7 +54,6 @@ def add_sweep(parser: ArgumentParser) -> None:
 
 
 def run_sweep(arguments: Namespace) -> None:
-    """Run `epsim sweep`."""
     run_options = RunOptions(**given(arguments, RunOptions))
     _check_run(run_options, arguments)
     from sim.kernels import usable_processors
@@ -120,11 +119,11 @@ def run_sweep(arguments: Namespace) -> None:
 
 def _folder(out: Path | None, plan: "Plan") -> Path:
     """Folder of a result; by default one that no other sweep has."""
-    from sim.results import short_id
+    from sim.results import digest_of
 
     names = {"model": _slug(model_label(plan.model.name).removesuffix(".json")), "workload": _slug(plan.workload.name)}
     if out is None:
-        return Path("results") / f"{names['model']}-{names['workload']}-{short_id(plan.identity)}"
+        return Path("results") / f"{names['model']}-{names['workload']}-{digest_of(plan.identity)[:8]}"
     text = str(out)
     for name, value in names.items():
         text = text.replace(f"{{{name}}}", value)
@@ -228,7 +227,9 @@ def _check_same(folder: Path, held: dict[str, Any] | None, wanted: dict[str, Any
             raise InputError(
                 f"`out` {folder} holds a sweep of another version of epsim; choose another folder, or delete that one"
             )
-        raise InputError(f"`out` {folder} holds another sweep ({_difference(held, wanted)}); choose another folder")
+        key = next(key for key in [*wanted, *held] if held.get(key) != wanted.get(key))
+        differs = f"{key} {held.get(key)!r}, not {wanted.get(key)!r}"[:200]
+        raise InputError(f"`out` {folder} holds another sweep ({differs}); choose another folder")
 
 
 def _outcome(result: "SweepResult", seconds: float) -> str:
@@ -252,11 +253,6 @@ def _slug(name: str) -> str:
     """Name for a folder: a path is cut to its last part."""
     last = Path(name.removeprefix("file:")).stem if "/" in name or name.startswith("file:") else name
     return re.sub(r"[^A-Za-z0-9.]+", "-", last).strip("-").lower() or "model"
-
-
-def _difference(held: dict[str, Any], wanted: dict[str, Any]) -> str:
-    key = next(key for key in [*wanted, *held] if held.get(key) != wanted.get(key))
-    return f"{key} {held.get(key)!r}, not {wanted.get(key)!r}"[:200]
 
 
 def _say_notes(plan: "Plan") -> None:

@@ -23,7 +23,6 @@ def add_decay(parser: ArgumentParser) -> None:
 
 
 def run_decay(arguments: Namespace) -> None:
-    """Run `epsim traffic decay`."""
     from sim.model import load_model
 
     model = load_model(arguments.model)

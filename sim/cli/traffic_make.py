@@ -24,7 +24,6 @@ def add_make(parser: ArgumentParser) -> None:
 
 
 def run_make(arguments: Namespace) -> None:
-    """Run `epsim traffic make`."""
     from sim.fit.made import LARGE_STEP, make_traffic, match, trace_imbalance
     from sim.progress import phase
     from sim.traffic import SyntheticTraffic
@@ -88,7 +87,6 @@ def add_match(parser: ArgumentParser) -> None:
 
 
 def run_match(arguments: Namespace) -> None:
-    """Run `epsim traffic match`."""
     from concurrent.futures import ThreadPoolExecutor
 
     import pandas as pd

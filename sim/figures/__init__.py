@@ -11,26 +11,17 @@ from sim.figures.balance import against_baseline, fan_out_trade, imbalance_by_to
 from sim.figures.style import Sweep, save, save_as
 from sim.figures.worst_case import exceedance, idle_ranks, unlucky_steps, worst_case_by_ep
 
-FIGURES: dict[str, Callable[..., Figure | None]] = {
-    "against_baseline": against_baseline,
-    "exceedance": exceedance,
-    "worst_case_by_ep": worst_case_by_ep,
-    "idle_ranks": idle_ranks,
-    "unlucky_steps": unlucky_steps,
-    "imbalance_by_tokens": imbalance_by_tokens,
-    "load_by_rank": load_by_rank,
-    "fan_out_trade": fan_out_trade,
-}
+_DRAWN: tuple[Callable[..., Figure | None], ...] = (
+    *(against_baseline, exceedance, worst_case_by_ep, idle_ranks),
+    *(unlucky_steps, imbalance_by_tokens, load_by_rank, fan_out_trade),
+)
+FIGURES = {draw.__name__: draw for draw in _DRAWN}
 """Figures of a sweep by name. One that would show nothing of this sweep is None."""
 
 
 def draw(name: str, result: Sweep, **options: Any) -> Figure | None:
-    """Draw a figure of a sweep by its name; None where it would show nothing.
-
-    Raises
-    ------
-    InputError
-        There is no such figure, or it has no such option.
+    """Draw a figure of a sweep by its name; None where it would show nothing. Raises InputError where there is no such figure, or
+    it has no such option.
     """
     if name not in FIGURES:
         raise unknown("figure", name, FIGURES)

@@ -161,7 +161,7 @@ def load_by_rank(result: Sweep) -> Figure | None:
     for ep_size in ep_sizes_of(result):
         names = [name for name in distinct_placements(result, ep_size)[0] if name in studied]
         of_size = {name: result.rank_loads(name, ep_size) for name in names}
-        if any(_is_uneven(rows) for rows in of_size.values()):
+        if any(((rows.low > 1 + _UNEVEN) | (rows.high < 1 - _UNEVEN)).any() for rows in of_size.values()):
             loads[ep_size] = of_size
     if not loads:
         return None
@@ -188,11 +188,6 @@ def load_by_rank(result: Sweep) -> Figure | None:
     set_title(figure, result, text, even, twins_text(result, sizes))
     add_legend(figure, result, studied)
     return figure
-
-
-def _is_uneven(rows: pd.DataFrame) -> bool:
-    """Whether the interval of some rank's load is more than 2 % away from 1."""
-    return bool(((rows.low > 1 + _UNEVEN) | (rows.high < 1 - _UNEVEN)).any())
 
 
 @styled

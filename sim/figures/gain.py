@@ -74,12 +74,8 @@ _EP_SIZE = 16  # that is drawn, or the nearest there is
 
 @styled
 def gain_by_traffic(table: pd.DataFrame) -> Figure:
-    """What placements save by kind of traffic, at one EP size: a row of panels per number of tokens, a column per measure.
-
-    Parameters
-    ----------
-    table : DataFrame
-        From `sim.advice.dependence.saved_by_traffic`.
+    """What placements save by kind of traffic (`saved_by_traffic`), at one EP size: a row of panels per number of tokens, a
+    column per measure.
     """
     ep_size = nearest(table.ep_size.unique(), _EP_SIZE)
     table = table[table.ep_size == ep_size]

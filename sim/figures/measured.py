@@ -4,7 +4,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
@@ -36,13 +35,7 @@ _BAND = 1.2  # predicted within 20 % of measured
 
 @styled
 def predicted_against_measured(predicted: pd.DataFrame) -> Figure:
-    """Predicted against measured time of each rank, a panel per type, a colour per EP size.
-
-    Parameters
-    ----------
-    predicted : DataFrame
-        From `sim.measure.compare.with_predictions`.
-    """
+    """Predicted against measured time of each rank (`with_predictions`), a panel per type, a colour per EP size."""
     dtypes, sizes = sorted(predicted.dtype.unique()), sorted(predicted.ep_size.unique())
     figure, axes = panels(len(dtypes), 2, 3.6)
     both = predicted[["time_us", "predicted_us"]].to_numpy()
@@ -70,15 +63,8 @@ def predicted_against_measured(predicted: pd.DataFrame) -> Figure:
 def measured_gain(
     predicted: pd.DataFrame, gains: pd.DataFrame, baseline: str = "linear", other: str = "round_robin"
 ) -> Figure:
-    """Gain of one placement over another against tokens per step: measured (markers, 95 % bars) and predicted (lines), a
-    row of panels per type, a column per EP size, a colour per workload.
-
-    Parameters
-    ----------
-    predicted : DataFrame
-        From `sim.measure.compare.with_predictions`.
-    gains : DataFrame
-        From `sim.measure.compare.gains` of these two placements.
+    """Gain of one placement over another (`sim.measure.compare.gains`) against tokens per step: measured (markers, 95 % bars) and
+    predicted (lines), a row of panels per type, a column per EP size, a colour per workload.
     """
     dtypes, sizes = sorted(gains.dtype.unique()), sorted(gains.ep_size.unique())[:6]
     workloads = list(dict.fromkeys(predicted.workload))
@@ -88,8 +74,11 @@ def measured_gain(
         ax.axhline(0, color="#888888", linewidth=0.8)
         of_panel = gains[(gains.dtype == dtype) & (gains.ep_size == size)]
         for i, (workload, style) in enumerate(zip(workloads, _styles(), strict=False)):
-            shift = 2 ** (0.2 * (i - (len(workloads) - 1) / 2))  # side by side, so that bars stay apart
-            _draw_gain(ax, of_panel[of_panel.workload == workload].sort_values("tokens"), style, shift)
+            rows, color = of_panel[of_panel.workload == workload].sort_values("tokens"), style["color"]
+            x = rows.tokens * 2 ** (0.2 * (i - (len(workloads) - 1) / 2))  # side by side, so that bars stay apart
+            ax.plot(rows.tokens, 100 * rows.predicted, color=color, linestyle=style["linestyle"], linewidth=1.2)
+            ax.plot(x, 100 * rows.measured, **style | {"linestyle": ""}, markersize=3.5)
+            ax.vlines(x, 100 * rows.measured_low, 100 * rows.measured_high, color=color, linewidth=1)
         log2_ticks(ax, sorted(gains.tokens.unique()))
         title_panel(ax, f"{dtype}, EP {size}")
     label_outer(axes, "tokens per step", "gain (%)")
@@ -101,13 +90,6 @@ def measured_gain(
     )
     _legend(figure, workloads, lines=True)
     return figure
-
-
-def _draw_gain(ax: Axes, rows: pd.DataFrame, style: dict[str, Any], shift: float) -> None:
-    x, color = rows.tokens * shift, style["color"]
-    ax.plot(rows.tokens, 100 * rows.predicted, color=color, linestyle=style["linestyle"], linewidth=1.2)
-    ax.plot(x, 100 * rows.measured, **style | {"linestyle": ""}, markersize=3.5)
-    ax.vlines(x, 100 * rows.measured_low, 100 * rows.measured_high, color=color, linewidth=1)
 
 
 def _styles() -> list[dict[str, Any]]:
@@ -167,15 +149,8 @@ def published_kernels(check: pd.DataFrame) -> Figure:
 
 @styled
 def measured_layer_gain(layers: pd.DataFrame, gains: pd.DataFrame, baseline: str = "linear") -> Figure:
-    """Gain of placements over a baseline in the time of a layer against tokens per step, with 95 % intervals: a row of
-    panels per workload, a column per exchange.
-
-    Parameters
-    ----------
-    layers : DataFrame
-        From `sim.measure.layer_compare.read_layers`.
-    gains : DataFrame
-        From `sim.measure.layer_compare.layer_gains` over this baseline.
+    """Gain of placements over a baseline in the time of a layer (`layer_gains`) against tokens per step, with 95 % intervals: a
+    row of panels per workload, a column per exchange.
     """
     exchanges, workloads = list(dict.fromkeys(layers.exchange)), list(dict.fromkeys(layers.workload))
     placements = list(dict.fromkeys(gains.placement))

@@ -50,7 +50,7 @@ def exceedance(result: Sweep, tokens: int = 64, deepest: float = DEEPEST) -> Fig
     steps = tokens_near(result, tokens)
     sizes = differing_sizes(result, (8, 16, 24, 32, 64, 128), _PANELS) or ep_sizes_of(result)[:_PANELS]
     figure, axes = panels(len(sizes), 3, 2.3)
-    theory = _theory_rows(result, "imbalance")
+    theory = _theory_rows(result.tail)
     of_cell = dict(list(theory[theory.tokens == theory.ep_size.map(steps)].groupby(CELL)))
     drawn: list[str] = []
     kinds: set[str] = set()
@@ -90,12 +90,11 @@ def exceedance(result: Sweep, tokens: int = 64, deepest: float = DEEPEST) -> Fig
     return figure
 
 
-def _theory_rows(result: Sweep, metric: str) -> pd.DataFrame:
-    """Rows of the tail that go beyond sampling, and that say something; where a cell has estimates over all layers, nothing
-    that holds for some layers only.
+def _theory_rows(tail: pd.DataFrame) -> pd.DataFrame:
+    """Rows of the imbalance's tail that go beyond sampling, and that say something; where a cell has estimates over all layers,
+    nothing that holds for some layers only.
     """
-    tail = result.tail
-    tail = tail[(tail.metric == metric) & (tail.method != "sampled") & (tail.high > 0) & (tail.low < 1)]
+    tail = tail[(tail.metric == "imbalance") & (tail.method != "sampled") & (tail.high > 0) & (tail.low < 1)]
     estimated = tail[CELL].merge(tail.loc[tail.method == "rare", CELL].drop_duplicates(), how="left", indicator=True)
     return tail[(tail.given == "") | (estimated._merge == "left_only").to_numpy()]
 

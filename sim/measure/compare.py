@@ -3,6 +3,8 @@
 The unit of replication is a step: an independent layer draw, which all cells of the table share.
 """
 
+from collections.abc import Iterable
+
 import numpy as np
 import pandas as pd
 from scipy.optimize import least_squares
@@ -22,22 +24,11 @@ _FELT = 0.01  # a constant that moves no time by more than this share of its own
 
 
 def with_predictions(rows: pd.DataFrame, gpu: Gpu | None = None) -> pd.DataFrame:
-    """Measured rows with what the model says of them.
+    """Rows of `read_measured` with what the model says of them, by the numbers of `gpu` (default: the preset that they name).
 
-    Parameters
-    ----------
-    rows : DataFrame
-        From `read_measured`.
-    gpu : Gpu
-        Whose numbers predict; the preset that the rows name by default.
-
-    Returns
-    -------
-    DataFrame
-        The rows with predicted_us, error (predicted / measured - 1), memory_us and compute_us (ideal times), bound:
-        'compute' where that is longer in the model and some expert needs more than a tile, else 'memory', fixed_us (idle
-        experts and spread), and the model's
-        bandwidth_fraction and peak_fraction for this GPU.
+    New are predicted_us, error (predicted / measured - 1), memory_us and compute_us (ideal times), bound: 'compute' where that
+    is longer in the model and some expert needs more than a tile, else 'memory', fixed_us (idle experts and spread), and the
+    model's bandwidth_fraction and peak_fraction for this GPU.
     """
     model = load_model(rows.model.iloc[0])
     gpu = gpu or load_gpu(rows.gpu.iloc[0])
@@ -77,18 +68,8 @@ def kernel_that_ran(dtype: str, name: str) -> str:
 
 
 def errors(predicted: pd.DataFrame) -> pd.DataFrame:
-    """Error of the prediction by type and by what bounds the rank.
-
-    Parameters
-    ----------
-    predicted : DataFrame
-        From `with_predictions`.
-
-    Returns
-    -------
-    DataFrame
-        One row per dtype and bound: ranks (rows), steps, error_mean with its 95 % interval over steps (_low, _high),
-        error_p10, error_p50, error_p90, and within_20 (share of rows with an error of at most 20 %).
+    """Error of the prediction, of rows `with_predictions`, a row per dtype and bound: ranks (rows), steps, error_mean with its
+    95 % interval over steps, quantiles, and within_20, the share of ranks with an error of at most 20 %.
     """
     table = []
     for (dtype, bound), part in predicted.groupby(["dtype", "bound"]):
@@ -105,24 +86,10 @@ def gains(predicted: pd.DataFrame, baseline: str = "linear", other: str = "round
     """Gain of one placement over another in the mean time of a layer, paired over steps.
 
     gain = time of the baseline / time of the other - 1, of sums over steps; its 95 % interval from the variation between
-    steps (ratio estimator, Student). A step counts where both placements were measured.
-
-    Returns
-    -------
-    DataFrame
-        One row per dtype, workload, ep_size and tokens: steps, measured, measured_low, measured_high (nan with one step),
-        predicted (of the same ranks of the same steps), difference (measured - predicted) with _low and _high, which knows
-        more than the two apart, and baseline_us, other_us, the mean times.
-
-    Raises
-    ------
-    InputError
-        A placement that was not measured.
+    steps (ratio estimator, Student). A step counts where both placements were measured. `predicted` is of the same ranks of
+    the same steps, so that the interval of the difference knows more than the two apart.
     """
-    there = sorted(set(predicted.placement))
-    for name in (baseline, other):
-        if name not in there:
-            raise InputError(f"`placements` {name}: measured were {', '.join(there)}")
+    check_measured(sorted(set(predicted.placement)), (baseline, other))
     slowest = predicted.groupby([*CELL, "step", "placement"])[["time_us", "predicted_us"]].max()
     wide = slowest.unstack("placement")[[(c, p) for c in ("time_us", "predicted_us") for p in (baseline, other)]]
     table = []
@@ -138,14 +105,16 @@ def gains(predicted: pd.DataFrame, baseline: str = "linear", other: str = "round
     return pd.DataFrame(table, columns=[*CELL, *names])
 
 
-def missed(predicted: pd.DataFrame) -> pd.DataFrame:
-    """How often a rank that was picked at random was the slowest of a layer: by so much the choice of ranks may miss.
+def check_measured(there: list[str], names: Iterable[str]) -> None:
+    """Refuse a placement that is not among the measured ones."""
+    for name in names:
+        if name not in there:
+            raise InputError(f"`placements` {name}: measured were {', '.join(there)}")
 
-    Returns
-    -------
-    DataFrame
-        One row per dtype: layers (that have a random rank), missed (where it was slowest), and excess_max, the largest
-        share by which it exceeded the ranks that were picked.
+
+def missed(predicted: pd.DataFrame) -> pd.DataFrame:
+    """Of the layers with a rank that was picked at random, those where it was slowest, and excess_max, the largest share by which
+    it exceeded the ranks that were picked: by so much the choice of ranks may miss.
     """
     wide = predicted.groupby([*CELL, "step", "placement", "chosen"]).time_us.max().unstack("chosen")
     wide = wide.reindex(columns=["busiest", "random"]).dropna()
@@ -161,13 +130,8 @@ CONSTANTS = ("launch_us", "bandwidth_fraction", "peak_fraction")
 def constants(predicted: pd.DataFrame) -> pd.DataFrame:
     """The constants that these rows alone would give, beside the model's.
 
-    Least squares of the logarithms of predicted over measured times; intervals from leaving out one step at a time.
-
-    Returns
-    -------
-    DataFrame
-        One row per dtype and constant: model, fitted, low, high (95 %; nan with one step, and where no row depends on
-        the constant).
+    Least squares of the logarithms of predicted over measured times; 95 % intervals from leaving out one step at a time, nan with
+    one step, and where no row depends on the constant.
     """
     table = []
     for dtype, part in predicted.groupby("dtype"):

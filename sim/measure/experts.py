@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
@@ -22,22 +21,12 @@ ACTIVATION_TOLERANCE = {"bf16": 1e-2, "fp8": 4e-2}
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes that a backend must hold.
+    """Sizes that a backend must hold."""
 
-    Attributes
-    ----------
-    width, inner : int
-        Width of a token, and of what passes between an expert's two GEMMs.
-    local_experts : int
-        The most experts of a rank.
-    pairs : int
-        The most pairs of a rank.
-    """
-
-    width: int
-    inner: int
-    local_experts: int
-    pairs: int
+    width: int  # of a token
+    inner: int  # of what passes between an expert's two GEMMs
+    local_experts: int  # the most of a rank
+    pairs: int  # the most of a rank
 
     @classmethod
     def of(cls, model: ModelSpec, local_experts: int, pairs: int) -> "Shape":
@@ -55,19 +44,11 @@ class Shape:
 
 @dataclass(frozen=True)
 class Timing:
-    """Time of one layer on one rank.
+    """Time of one layer on one rank."""
 
-    Attributes
-    ----------
-    time_us, spread_us : float
-        Median over the replays, and their interquartile range.
-    layers, replays : int
-        Layers with weights of their own that a replay chains, and the replays that were timed.
-    """
-
-    time_us: float
-    spread_us: float
-    layers: int
+    time_us: float  # median over the replays
+    spread_us: float  # their interquartile range
+    layers: int  # with weights of their own, that a replay chains
     replays: int
 
     @classmethod
@@ -79,22 +60,6 @@ class Timing:
 
 class BackendError(RuntimeError):
     """Nothing that this device offers computes a type's experts, and computes them right."""
-
-
-class Backend(Protocol):
-    """A device that computes experts and takes the time."""
-
-    device: str
-    versions: str
-
-    def prepare(self, dtype: str, say: Say) -> str:
-        """Make the weights, choose and check the kernels: their name; say what was passed over. Raises BackendError."""
-
-    def time_layer(self, dtype: str, counts: np.ndarray) -> Timing:
-        """Time a layer whose local experts get `counts` tokens, int [experts]."""
-
-    def calibrate(self, dtype: str) -> dict[str, float]:
-        """What the device reaches at best, and what an empty layer takes."""
 
 
 def round_bf16(values: np.ndarray) -> np.ndarray:
@@ -115,19 +80,10 @@ def round_fp8(values: np.ndarray) -> np.ndarray:
 
 
 def reference_layer(x: np.ndarray, counts: np.ndarray, gate_up: np.ndarray, down: np.ndarray, dtype: str) -> np.ndarray:
-    """A rank's experts in float32, with what passes between the two GEMMs rounded to `dtype`.
+    """A rank's experts in float32, with what passes between the two GEMMs rounded to `dtype`: float32 [pairs, width].
 
-    Parameters
-    ----------
-    x : float32 [pairs, width]
-        Rows of the first expert, then of the second, and so on.
-    counts : int [experts]
-    gate_up : float32 [experts, 2 * inner, width]
-    down : float32 [experts, width, inner]
-
-    Returns
-    -------
-    float32 [pairs, width]
+    x float32 [pairs, width], rows of the first expert, then of the second, and so on; counts int [experts]; gate_up float32
+    [experts, 2 * inner, width]; down float32 [experts, width, inner].
     """
     out = np.empty_like(x)
     last = 0
@@ -164,7 +120,7 @@ class NumpyExperts:
         return f"numpy, a loop over experts in float32, rounded to {dtype}"
 
     def time_layer(self, dtype: str, counts: np.ndarray) -> Timing:
-        """Time a layer."""
+        """Time a layer whose local experts get `counts` tokens, int [experts]."""
         x = self._x[: counts.sum()]
         return Timing.of(
             ProcessorTimer().times_us(lambda: reference_layer(x, counts, self._gate_up, self._down, dtype)), 1

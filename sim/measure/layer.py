@@ -68,12 +68,8 @@ class Ranks:
             self._ends.append(here)
 
     def ask(self, *question: Any) -> list[Any]:
-        """Send all ranks the name of a method of `TorchLayer` and its arguments; their answers, rank by rank.
-
-        Raises
-        ------
-        RunError
-            A rank failed, ended, or did not answer in time.
+        """Send all ranks the name of a method of `TorchLayer` and its arguments; their answers, rank by rank. Raises RunError
+        where a rank failed, ended, or did not answer in time.
         """
         for rank, end in enumerate(self._ends):
             try:
@@ -171,13 +167,7 @@ def _end_with_parent() -> None:
 
 
 def gpus_for(ep_size: int | None, device: str) -> int:
-    """The EP size: as many GPUs as asked for, or all that there are.
-
-    Raises
-    ------
-    InputError
-        No PyTorch, or too few GPUs.
-    """
+    """The EP size: as many GPUs as asked for, or all that there are. Raises InputError without PyTorch, or with too few."""
     if find_spec("torch") is None:
         raise InputError("--layer needs PyTorch, which is not installed: pip install 'epsim[gpu]'")
     there = max(2, ep_size or 2) if device == "cpu" else int(cuda_torch().cuda.device_count())
@@ -192,30 +182,14 @@ def gpus_for(ep_size: int | None, device: str) -> int:
 def measure_layers(
     steps: LayerSteps, device: str, out: Path, *, time_limit_s: float = float("inf"), say: Say = print
 ) -> None:
-    """Measure layers on all ranks at once, and write their table and FILE.json beside it.
+    """Measure layers on all ranks at once, and write their table, the CSV file `out`, and FILE.json beside it.
 
     Nothing is timed before every exchange and placement gave what a plain computation gives. Layers of a cell, which
-    differ in exchange and placement, are kept together, or none of them.
+    differ in exchange and placement, are kept together, or none of them. `device` is 'cuda' (NCCL, rank r on GPU r) or 'cpu'
+    (gloo, for tests at toy sizes). No cell begins `time_limit_s` after the call.
 
-    Parameters
-    ----------
-    steps : LayerSteps
-    device : str
-        'cuda' (NCCL, rank r on GPU r) or 'cpu' (gloo, for tests at toy sizes).
-    out : Path
-        CSV file; until the end its rows lie in `NAME.partial.csv` beside it.
-    time_limit_s : float
-        Begin no cell after so many seconds, counted from the call.
-    say : callable
-        Takes lines of progress.
-
-    Raises
-    ------
-    InputError
-        The file is there already, GPUs of different kinds, or no time for anything.
-    RunError
-        A rank failed or died, or the run was told to end (SIGTERM, SIGHUP); the others are ended, and rows that were written
-        are kept under the partial name.
+    Raises InputError where the file is there already, or GPUs are of different kinds; RunError where a rank failed or died, or
+    the run was told to end (SIGTERM, SIGHUP): the others are ended, and rows that were written are kept in `NAME.partial.csv`.
     """
     started = time.monotonic()
     with growing_table(out, LAYER_COLUMNS) as table, saying_why(table, out):

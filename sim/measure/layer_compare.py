@@ -15,6 +15,7 @@ from sim.cost.expert import expert_rates, time_ranks
 from sim.cost.inputs import expert_width
 from sim.cost.tables import MEASURED_KERNELS, exchange_profile
 from sim.errors import InputError
+from sim.measure.compare import check_measured
 from sim.measure.layer import LAYER_COLUMNS
 from sim.measure.layer_plan import EXCHANGES
 from sim.measure.table import check_rows, read_header, read_typed
@@ -35,25 +36,10 @@ def is_of_layers(path: Path) -> bool:
 
 
 def read_layers(path: Path, gpu: Gpu | None = None) -> pd.DataFrame:
-    """Read measured layers, finished or partial.
+    """Read measured layers of one model, GPU and EP size, finished or partial. Raises InputError.
 
-    Parameters
-    ----------
-    path : Path
-    gpu : Gpu
-        Whose numbers predict the layers' times; nothing is predicted by default.
-
-    Returns
-    -------
-    DataFrame
-        One row per layer (exchange, workload, tokens, step, placement): the layer_us, experts_us, exchange_us, pairs and
-        received of the rank that had the most of each; with model, gpu, dtype, ep_size. With a `gpu` also
-        predicted_experts_us and predicted_exchange_us, as the cost model has them.
-
-    Raises
-    ------
-    InputError
-        The file is missing, too large, or holds anything but measured layers of one model, GPU and EP size.
+    A row per layer (exchange, workload, tokens, step, placement) has the layer_us, experts_us, exchange_us, pairs and received of
+    the rank that had the most of each; and with a `gpu` predicted_experts_us and predicted_exchange_us by its numbers.
     """
     where = f"measured layers {path}"
     rows = read_typed(path, where, LAYER_COLUMNS, same=("model", "gpu", "dtype", "ep_size"))
@@ -107,13 +93,8 @@ def _exchange_us(layers: pd.DataFrame, gpu: Gpu) -> pd.Series:
 
 
 def sums(layers: pd.DataFrame) -> pd.DataFrame:
-    """Measured layers against the sum of their parts, the slowest rank's experts and the exchange.
-
-    Returns
-    -------
-    DataFrame
-        One row per exchange, workload and tokens: steps, layer_us, experts_us, exchange_us (means over steps and
-        placements), excess (layer / (experts + exchange) - 1, of sums) with its 95 % interval over steps (_low, _high).
+    """Measured layers against the sum of their parts, the slowest rank's experts and the exchange: means over steps and
+    placements, and excess (layer / (experts + exchange) - 1, of sums) with its 95 % interval over steps.
     """
     table = []
     for setting, part in layers.groupby(_SETTING, sort=False):
@@ -125,20 +106,9 @@ def sums(layers: pd.DataFrame) -> pd.DataFrame:
 
 
 def predicted_gains(layers: pd.DataFrame, baseline: str = "linear", others: Sequence[str] = ()) -> pd.DataFrame:
-    """Gains of measured layers beside those that the cost model predicts for the same ranks of the same steps.
-
-    Parameters
-    ----------
-    layers : DataFrame
-        From `read_layers` with a GPU.
-    baseline, others
-        As in `layer_gains`.
-
-    Returns
-    -------
-    DataFrame
-        Rows and gains of `layer_gains`, with predicted (gain), difference (measured - predicted), predicted_us (mean time of
-        the baseline's layers) and error (predicted_us / baseline_us - 1).
+    """`layer_gains` of layers that were read with a GPU, beside those that the cost model predicts for the same ranks of the same
+    steps: predicted (gain), difference (measured - predicted), predicted_us (mean time of the baseline's layers) and error
+    (predicted_us / baseline_us - 1).
     """
     predicted = layers.assign(layer_us=layers.predicted_experts_us + layers.predicted_exchange_us)
     found, model = (layer_gains(table, baseline, others) for table in (layers, predicted))
@@ -153,32 +123,10 @@ def predicted_gains(layers: pd.DataFrame, baseline: str = "linear", others: Sequ
 def layer_gains(layers: pd.DataFrame, baseline: str = "linear", others: Sequence[str] = ()) -> pd.DataFrame:
     """Gain of placements over a baseline in the mean time of a measured layer, paired over steps.
 
-    gain = time of the baseline / time of the other - 1, of sums over steps; its 95 % interval from the variation between
-    steps (ratio estimator, Student). A step counts where both placements were measured.
-
-    Parameters
-    ----------
-    layers : DataFrame
-        From `read_layers`.
-    baseline : str
-    others : sequence of str
-        All other placements by default.
-
-    Returns
-    -------
-    DataFrame
-        One row per exchange, workload, tokens and placement: steps, gain with its interval (_low, _high), experts_gain (of
-        the slowest rank's experts alone), exchange_gain, and baseline_us, other_us, the mean times of the layer.
-
-    Raises
-    ------
-    InputError
-        A placement that was not measured.
+    As `sim.measure.compare.gains`; of all other placements by default. experts_gain is that of the slowest rank's experts alone.
     """
     there = list(dict.fromkeys(layers.placement))
-    for name in (baseline, *others):
-        if name not in there:
-            raise InputError(f"`placements` {name}: measured were {', '.join(there)}")
+    check_measured(there, (baseline, *others))
     table = []
     for setting, part in layers.groupby(_SETTING, sort=False):
         wide = part.pivot_table(index="step", columns="placement", values=_TIMES)

@@ -29,19 +29,10 @@ EXCHANGES = tuple(kind for kind in KINDS if kind != "none")
 
 @dataclass(frozen=True, eq=False)
 class Routed:
-    """Tokens of one step, with the slots that compute them.
+    """Tokens of one step, with the slots that compute them; rank r holds the r-th block of slots."""
 
-    Attributes
-    ----------
-    slots : int64 [tokens, top_k]
-        Slot of each pair; rank r holds the r-th block of slots.
-    weights : float32 [tokens, top_k]
-        What the router multiplies each pair's result by.
-    ep_size, slots_per_rank : int
-    """
-
-    slots: np.ndarray
-    weights: np.ndarray
+    slots: np.ndarray  # int64 [tokens, top_k], of each pair
+    weights: np.ndarray  # float32 [tokens, top_k], what the router multiplies each pair's result by
     ep_size: int
     slots_per_rank: int
 
@@ -81,33 +72,17 @@ class Routed:
 
 
 class RankPlan(NamedTuple):
-    """One rank's part of a layer.
+    """One rank's part of a layer: `send` is empty where whole tensors are exchanged, `home` where the exchange itself sums."""
 
-    Attributes
-    ----------
-    send : int64 [sent]
-        Own token in each row that is sent, destination by destination; empty where whole tensors are exchanged.
-    send_splits, receive_splits : list of int, one for each rank
-        Rows to and from each rank, in the dispatch; the combine returns them.
-    rows : int64 [pairs]
-        Received row of each pair, slot by slot.
-    ends : int32 [slots of the rank]
-        Where each slot's pairs end.
-    back, back_weights : int32 and float32 [rows to return, n]
-        Pairs (-1: none) whose weighted sum each row that goes back is.
-    home, home_weights : int32 and float32 [own tokens, n]
-        Returned rows (-1: none) whose weighted sum each own token is; empty where the exchange itself sums.
-    """
-
-    send: np.ndarray
-    send_splits: list[int]
-    receive_splits: list[int]
-    rows: np.ndarray
-    ends: np.ndarray
-    back: np.ndarray
-    back_weights: np.ndarray
-    home: np.ndarray
-    home_weights: np.ndarray
+    send: np.ndarray  # int64 [sent], own token in each row that is sent, destination by destination
+    send_splits: list[int]  # rows to each rank, in the dispatch; the combine returns them
+    receive_splits: list[int]  # rows from each rank
+    rows: np.ndarray  # int64 [pairs], received row of each pair, slot by slot
+    ends: np.ndarray  # int32 [slots of the rank], where each slot's pairs end
+    back: np.ndarray  # int32 [rows to return, n], pairs (-1: none) whose weighted sum each row that goes back is
+    back_weights: np.ndarray  # float32
+    home: np.ndarray  # int32 [own tokens, n], returned rows (-1: none) whose weighted sum each own token is
+    home_weights: np.ndarray  # float32
 
 
 def plan_rank(routed: Routed, exchange: str, rank: int) -> RankPlan:
@@ -173,31 +148,17 @@ class Cell(NamedTuple):
 class LayerSteps:
     """Sampled steps of whole layers; a step is an independent layer draw, whose tokens all placements share.
 
-    Attributes
-    ----------
-    model : ModelSpec
-    ep_size : int
-    tokens : list of int
-        Tokens per step over the EP group, ascending: a shorter step is the beginning of a longer one.
-    ids : dict of int16 [steps, most tokens, top_k]
-        Experts of each token, by workload.
-    placed : dict of Placement
-        By (workload, placement): of all steps, or of each step where it is fitted to other tokens of its layer.
-    exchanges : list of str
-    weights : float32 [most tokens, top_k]
-        Weights of the router, the same in all steps.
-    seed : int
-    dtype : str
-        Type of the weights, and of the tokens that are dispatched: 'bf16' or 'fp8'.
+    `tokens` ascend: a shorter step is the beginning of a longer one. A placement is of all steps, or of each where it is fitted
+    to other tokens of its layer. `dtype` is that of the weights, and of the tokens that are dispatched.
     """
 
     model: ModelSpec
     ep_size: int
-    tokens: list[int]
-    ids: dict[str, np.ndarray]
-    placed: dict[tuple[str, str], Placement]
+    tokens: list[int]  # per step over the EP group
+    ids: dict[str, np.ndarray]  # by workload, int16 [steps, most tokens, top_k]
+    placed: dict[tuple[str, str], Placement]  # by workload and placement
     exchanges: list[str]
-    weights: np.ndarray
+    weights: np.ndarray  # float32 [most tokens, top_k], of the router, the same in all steps
     seed: int
     dtype: str = "bf16"
 
@@ -228,11 +189,7 @@ class LayerSteps:
         return Routed(slots.reshape(ids.shape).astype(np.int64), self.weights[:tokens], self.ep_size, slots_per_rank)
 
     def cells(self) -> Iterator[Cell]:
-        """What is measured, in order.
-
-        Steps are outermost, so that a run that is cut short has measured all cells alike. The placement and the exchange
-        that go first change from step to step: the clocks of a warm chip must not favour one.
-        """
+        """What is measured, in the order of `Measurement.compared`; the exchange that goes first changes, too."""
         for step in range(self.n_steps):
             placements, exchanges = (turned(names, step) for names in (self.placements, self.exchanges))
             for tokens in self.tokens:
@@ -254,13 +211,7 @@ def sample_layers(
 ) -> LayerSteps:
     """Sample steps of each workload token by token, and place the experts; every step has a fresh layer.
 
-    The tokens are those that `plan_measurement` counts under the same seed.
-
-    Raises
-    ------
-    InputError
-        As `plan_measurement`; also an EP size that divides the experts or some number of tokens with a remainder, a placement
-        with unequal ranks, an unknown exchange or type, and traffic that is not synthetic.
+    The tokens are those that `plan_measurement` counts under the same seed. Raises InputError.
     """
     if dtype not in DTYPES:
         raise unknown("--dtype", dtype, DTYPES)

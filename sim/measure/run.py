@@ -4,16 +4,19 @@ import gc
 import platform
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from sim.cost import Gpu
 from sim.errors import InputError
-from sim.measure.experts import Backend, Say
+from sim.measure.experts import NumpyExperts, Say
 from sim.measure.steps import MeasuredLayer, Measurement
 from sim.measure.table import TILE_ROWS, Rows, growing_table
+from sim.measure.torch_experts import TorchExperts
 from sim.results import version_of
+
+Backend = NumpyExperts | TorchExperts
+"""A device that computes experts and takes the time."""
 
 
 def measure(
@@ -26,34 +29,13 @@ def measure(
     time_limit_s: float = float("inf"),
     say: Say = print,
 ) -> dict[str, Any]:
-    """Measure steps and append their rows to a table.
+    """Measure steps and append their rows to the CSV file `out`, until the end `NAME.partial.csv`; the numbers of `gpu` predict
+    which ranks are busiest. What the device reaches, by type: kernel, and what `calibrate` gives.
 
     A type whose kernels do not come out right, or that fails later, is left out with a line that says why; the others go
     on. Layers that differ in their placement are measured one after the other, or none of them.
 
-    Parameters
-    ----------
-    steps : Measurement
-    backend : Backend
-    gpu : Gpu
-        Whose numbers predict which ranks are busiest.
-    dtypes : sequence of str
-    out : Path
-        CSV file; until the end its rows lie in `NAME.partial.csv` beside it.
-    time_limit_s : float
-        Stop after so many seconds, counted from the call.
-    say : callable
-        Takes lines of progress.
-
-    Returns
-    -------
-    dict
-        What the device reaches, by type: kernel, and what `calibrate` gives.
-
-    Raises
-    ------
-    InputError
-        The file is there already, or no type can be measured.
+    Raises InputError where the file is there already, or no type can be measured.
     """
     started, versions = time.monotonic(), f"{software()}; {backend.versions}"
     fixed = {
@@ -67,8 +49,12 @@ def measure(
         reached = _prepared(backend, dtypes, say)
         if not reached:
             raise InputError("--dtype: nothing that was asked for can be measured on this device (see above)")
-        with _no_collection():
+        gc.collect()
+        gc.disable()  # in the middle of a capture or a timing
+        try:
             _measure_all(steps, backend, gpu, reached, fixed, table, started + time_limit_s, say)
+        finally:
+            gc.enable()
         if not table.written:
             raise InputError("nothing was measured: --time-limit was reached first, or every type failed (see above)")
     say(f"{table.written} rows in {time.monotonic() - started:.0f} s")
@@ -137,17 +123,6 @@ def _measured(backend: Backend, dtype: str, layer: MeasuredLayer) -> Iterator[di
             "layers": timing.layers,
             "replays": timing.replays,
         }
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """No garbage collection in the middle of a capture or a timing."""
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
 
 
 def software() -> str:

@@ -41,25 +41,15 @@ class MeasuredLayer(NamedTuple):
 class Measurement:
     """Sampled steps; a step is an independent layer draw, and all placements and EP sizes share its tokens.
 
-    Attributes
-    ----------
-    model : ModelSpec
-    tokens : list of int
-        Tokens per step over the EP group, ascending: a shorter step is the beginning of a longer one.
-    counts : dict of int32 [steps, len(tokens), n_experts]
-        Tokens that take each expert, by workload.
-    groups : dict of (Group, int)
-        By (workload, placement, EP size): the group of placements laid out for all steps, and the place in it.
-    most_pairs : int
-        Pairs of the busiest rank of all.
-    seed : int
+    `tokens` ascend: a shorter step is the beginning of a longer one. `groups`, by workload, placement and EP size, has the group
+    of placements laid out for all steps, and the place in it.
     """
 
     model: ModelSpec
-    tokens: list[int]
-    counts: dict[str, np.ndarray]
+    tokens: list[int]  # per step over the EP group
+    counts: dict[str, np.ndarray]  # by workload, int32 [steps, len(tokens), n_experts]: tokens that take each expert
     groups: dict[tuple[str, str, int], tuple[Group, int]]
-    most_pairs: int
+    most_pairs: int  # of the busiest rank of all
     seed: int
 
     @property
@@ -152,23 +142,9 @@ def plan_measurement(
     steps: int,
     seed: int = 0,
 ) -> Measurement:
-    """Sample steps of each workload and place the experts; every step has a fresh layer.
+    """Sample steps of each workload and place the experts; every step has a fresh layer. Raises InputError.
 
-    Parameters
-    ----------
-    model, workloads
-        As in `sim.sweep`.
-    ep_sizes, tokens : sequence of int
-        EP sizes, and tokens per step over the whole EP group.
-    placements : sequence of str
-        'random' is one permutation for all steps; load-aware ones are fitted, step by step, to other tokens of the layer.
-    steps : int
-        Independent layer draws, 1 to 10,000.
-
-    Raises
-    ------
-    InputError
-        Unknown names, numbers out of range, or a workload that does not go with the model.
+    Placement 'random' is one permutation for all steps; load-aware ones are fitted, step by step, to other tokens of the layer.
     """
     model = load_model(model)
     whole_number("`steps`", steps, 1, 10_000)

@@ -52,12 +52,7 @@ def partial_path(path: Path) -> Path:
 @contextmanager
 def growing_table(path: Path, columns: Iterable[str] = COLUMNS) -> Iterator["Rows"]:
     """A table that takes its name when the block ends well. A run that fails, or is killed, leaves its rows, whole ones,
-    under the partial name; one without rows leaves nothing.
-
-    Raises
-    ------
-    InputError
-        One of the two names is taken.
+    under the partial name; one without rows leaves nothing. Raises InputError where one of the two names is taken.
     """
     partial = partial_path(path)
     for there in (path, partial):
@@ -95,17 +90,8 @@ class Rows:
 
 
 def read_measured(path: Path) -> pd.DataFrame:
-    """Read measured times, finished or partial.
-
-    Returns
-    -------
-    DataFrame
-        The COLUMNS; files written before tiles were counted have none of those.
-
-    Raises
-    ------
-    InputError
-        The file is missing, too large, or holds anything but measured times of one model and one GPU.
+    """Read measured times of one model and one GPU, finished or partial: the COLUMNS, without tiles in files written before these
+    were counted. Raises InputError.
     """
     where = f"measured times {path}"
     there = read_header(path, where)

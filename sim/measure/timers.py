@@ -5,7 +5,7 @@ a copy, and one large dense matrix product.
 import time
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -16,13 +16,6 @@ _FEWEST, _MOST = 3, 15
 _COPIED_BYTES = 2 << 30
 _SIDE = 8192  # of the matrices whose product is timed
 Work = Callable[[], Any]
-
-
-class Timer(Protocol):
-    """Takes the time of work that may be done again and again."""
-
-    def times_us(self, work: Work, times: int | None = None) -> list[float]:
-        """Times of repetitions: of so many, or as many as its own clock asks for (not for work that waits for others)."""
 
 
 class ProcessorTimer:
@@ -58,8 +51,8 @@ class GraphTimer:
         self._keeper = self._capture(lambda: self._torch.zeros(1, device="cuda"))  # keeps the memory of the pool
 
     def times_us(self, work: Work, times: int | None = None) -> list[float]:
-        """Times of replays, one right after the other, so that the device never waits for the next; `work` has run once
-        already, since kernels must be loaded before they are captured.
+        """Times of replays, one right after the other, so that the device never waits for the next: of so many, or as many as its
+        own clock asks for (not for work that waits for others). `work` has run once already: kernels must be loaded before.
         """
         graph = self._capture(work)
         with self._torch.cuda.stream(self._stream):
@@ -94,14 +87,11 @@ class GraphTimer:
         return [1e3 * a.elapsed_time(b) for a, b in pairwise(events)]
 
 
-def cuda_torch() -> Any:
-    """PyTorch on a machine with a CUDA device.
+Timer = ProcessorTimer | GraphTimer
 
-    Raises
-    ------
-    InputError
-        PyTorch is not installed, or sees no device.
-    """
+
+def cuda_torch() -> Any:
+    """PyTorch on a machine with a CUDA device. Raises InputError where it is not installed, or sees no device."""
     instead = "(--device cpu runs the same path at toy sizes)"
     try:
         import torch

@@ -68,7 +68,9 @@ class TorchExperts:
         torch.manual_seed(seed)
 
     def prepare(self, dtype: str, say: Say) -> str:
-        """Fill the pool, and take the first activation and the first GEMM that come out right; their names."""
+        """Fill the pool, and take the first activation and the first GEMM that come out right: their names; say what was passed
+        over. Raises BackendError.
+        """
         with self._torch.inference_mode():
             self._experts[dtype] = self._make_experts(dtype)
             try:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any, NamedTuple
 
+from sim.files import first_line
 from sim.measure.experts import BackendError, Say
 
 Tensor = Any
@@ -35,19 +36,15 @@ def first_right(
     tolerance: float = float("inf"),
     say: Say = lambda _: None,
 ) -> tuple[str, Any]:
-    """The first of the named kernels that runs with an error within the tolerance; says why others are passed over.
-
-    Raises
-    ------
-    BackendError
-        None does.
+    """The first of the named kernels that runs with an error within the tolerance; says why others are passed over. Raises
+    BackendError where none does.
     """
     why = ""
     for name, kernel in choices:
         try:
             found = error(kernel)
         except Exception as reason:  # a kernel that the library lacks, or Triton without a compiler: the next may work
-            why = (str(reason).splitlines() or [type(reason).__name__])[0][:200]
+            why = first_line(reason)
         else:
             if found <= tolerance:
                 return name, kernel

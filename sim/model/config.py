@@ -30,24 +30,11 @@ _GATED = ("silu", "swish", "swiglu", "swigluoai", "situ", "geglu", "reglu", "glu
 
 
 def read_config(path: Path) -> ModelSpec:
-    """Describe the model of a config file.
+    """Describe the model of a config.json or params.json; the language model may lie in it at any depth.
 
-    Parameters
-    ----------
-    path : Path
-        A config.json or params.json. The language model may lie in it at any depth.
-
-    Returns
-    -------
-    ModelSpec
-        `unverified` names what was assumed because the file does not say it, and each key that speaks of MoE, experts,
-        routing, sparse or dense layers and was not understood.
-
-    Raises
-    ------
-    InputError
-        The file is missing, unreadable, or describes no mixture of experts; a value of a known key is out of range; or
-        layers have different numbers of experts, which is not modelled.
+    `unverified` names what was assumed because the file does not say it, and each key that speaks of MoE, experts, routing,
+    sparse or dense layers and was not understood. Raises InputError where the file is missing, unreadable, or describes no
+    mixture of experts, a value of a known key is out of range, or layers have different numbers of experts (not modelled).
     """
     where = f"model config {path}"
     content = read_json(path, where)

@@ -17,33 +17,12 @@ _DENSE_WORDS = {"dense", "mlp", "ffn", "none", "identity", "linear", "no", "op",
 def moe_layers(
     read: Reader, implied: Mapping[str, Any] | None = None, type_name: str = "", counts: list[int] | None = None
 ) -> tuple[int, tuple[int, ...]]:
-    """Which decoder layers are MoE, from every way of saying it that is in use.
+    """Layers of the decoder without draft layers, 0 if unknown, and which of them are MoE, ascending, () if unknown: from every
+    way of saying it that is in use. What is assumed, contradicted or not understood goes to the `notes` of `read`.
 
-    Parameters
-    ----------
-    read : Reader
-        The config. What is assumed, contradicted or not understood goes to its `notes`.
-    implied : dict, optional
-        Keys that the config class of the type has by default; None for a type that is not known.
-    type_name : str
-        Name of the type, for the notes.
-    counts : list of int, optional
-        Experts of each layer, 0 for a dense one.
+    `implied` are keys that the config class of the type has by default, None for a type that is not known; `counts` the experts
+    of each layer, 0 for a dense one. Raises InputError where a value is malformed or out of range, or no layer is MoE.
 
-    Returns
-    -------
-    n_layers : int
-        Layers of the decoder without draft layers; 0 if unknown.
-    moe_layer_ids : tuple of int
-        Ascending; () if unknown, with the reason in `notes`.
-
-    Raises
-    ------
-    InputError
-        A value is malformed or out of range, or no layer is MoE.
-
-    Notes
-    -----
     Rules of vLLM 0.33.0 and transformers 5.24.0: lists name layers; leading dense layers, steps, periods and masks each
     take layers away. `moe_layer_freq` counts from layer 0 (layer % n == 0), steps from 1 ((layer + 1) % n == 0).
     """

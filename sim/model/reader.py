@@ -11,14 +11,8 @@ _FREE_TO_DIFFER = ("activation", "any_width", "has_bias", "types", "pattern")
 
 
 class Reader:
-    """The keys of one config: each is taken once, and what is left and speaks of experts is told.
-
-    Attributes
-    ----------
-    where : str
-        Begins the message of an error.
-    notes : list of str
-        What was assumed or not understood, for `ModelSpec.unverified`.
+    """The keys of one config: each is taken once, and what is left and speaks of experts is told. `where` begins the message of
+    an error; `notes` say what was assumed or not understood, for `ModelSpec.unverified`.
     """
 
     def __init__(self, config: dict[str, Any], where: str) -> None:

@@ -16,30 +16,14 @@ from sim.options.kinds import Flag, Kind, Measured, PerRank
 
 @dataclass(frozen=True)
 class Option:
-    """What one field declares.
+    """What one field declares."""
 
-    Attributes
-    ----------
-    kind : Kind
-        Type and range.
-    help : str
-        For `--help` and for docstrings.
-    flag : str
-        On the command line; empty for the field's own name.
-    identifies : bool
-        Whether the value as it is belongs to what identifies a result.
-    is_last : bool
-        Whether it stands behind the others in a help, as few need it.
-    alias : str
-        Another name of it on the command line.
-    """
-
-    kind: Kind
-    help: str
-    flag: str = ""
-    identifies: bool = False
-    is_last: bool = False
-    alias: str = ""
+    kind: Kind  # type and range
+    help: str  # for `--help` and for docstrings
+    flag: str = ""  # on the command line; empty for the field's own name
+    identifies: bool = False  # whether the value as it is belongs to what identifies a result
+    is_last: bool = False  # stands behind the others in a help, as few need it
+    alias: str = ""  # another name of it on the command line
 
 
 def option(kind: Kind, help: str, *, default: Any = MISSING, **more: Any) -> Any:

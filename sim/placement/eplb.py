@@ -302,18 +302,8 @@ def spend(costs: np.ndarray, budget: int) -> np.ndarray:
 
 def spread_copies(placement: Placement, loads: np.ndarray) -> Placement:
     """The placement without two copies of an expert on one rank: such a copy changes places with a slot of another rank, or
-    becomes a copy of another expert, whichever leaves the heaviest rank lightest.
-
-    Parameters
-    ----------
-    placement : Placement
-        Equal numbers of slots on each rank.
-    loads : float64 [rows, n_experts]
-
-    Raises
-    ------
-    InputError
-        A layer's heaviest rank would get heavier.
+    becomes a copy of another expert, whichever leaves the heaviest rank lightest. Ranks have equal numbers of slots; loads are
+    float64 [rows, n_experts]. Raises InputError where a layer's heaviest rank would get heavier.
     """
     experts = placement.experts.copy()
     for row in np.flatnonzero(placement.idle_copies):
@@ -385,12 +375,8 @@ def _lightest(after: np.ndarray) -> tuple[tuple[float, float], int]:
 
 
 def check_loads(loads: Any, n_experts: int, where: str, layers: bool = False) -> np.ndarray:
-    """Loads of experts as float64 [n_experts], or with `layers` [layers, n_experts].
-
-    Raises
-    ------
-    InputError
-        They are not numbers, not finite, negative, or of another shape.
+    """Loads of experts as float64 [n_experts], or with `layers` [layers, n_experts]. Raises InputError where they are not
+    numbers, not finite, negative, or of another shape.
     """
     try:
         table = np.asarray(loads)

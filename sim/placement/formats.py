@@ -53,11 +53,8 @@ def read_placement(path: Path, model: ModelSpec, ep_size: int) -> Placement:
 
     Rows of dense layers are left out, and with a note those past the decoder (of a draft model). One row serves all layers.
 
-    Raises
-    ------
-    InputError
-        The file is missing, damaged or too large; a layer differs in width, lacks an expert, or has one that the model has
-        not; slots do not divide by the ranks; its layers are not the model's.
+    Raises InputError where the file is missing, damaged or too large; a layer differs in width, lacks an expert, or has one that
+    the model has not; slots do not divide by the ranks; its layers are not the model's.
     """
     file = _File(f"placement file {path}", f"file:{path}", model, ep_size)
     content = _content(path, file.where)
@@ -116,22 +113,11 @@ def _content(path: Path, where: str) -> Any:
 
 
 def placement_text(placement: Placement, form: str, n_layers: int = 0) -> str:
-    """The text of a placement file.
+    """The text of a placement file in one of FORMATS. Without `layer_ids` the rows are layers 0, 1, ... An 'sglang' map has a row
+    for each of n_layers decoder layers; fewer than there are MoE layers count for nothing.
 
-    Parameters
-    ----------
-    placement : Placement
-        All MoE layers, with equal numbers of slots on each rank. Without `layer_ids` its rows are layers 0, 1, ...
-    form : str
-        One of FORMATS.
-    n_layers : int
-        Decoder layers of the model: the rows of an 'sglang' map. Fewer than there are MoE layers count for nothing.
-
-    Raises
-    ------
-    InputError
-        Ranks hold different numbers of slots, which none of these formats can say; layers do, which only vllm-ascend's can; or
-        for vllm-ascend a rank holds an expert twice.
+    Raises InputError where ranks hold different numbers of slots, which none of these formats can say; layers do, which only
+    vllm-ascend's can; or for vllm-ascend a rank holds an expert twice.
     """
     ep_size, layers = placement.ep_size, placement.experts.tolist()
     held = np.array([np.bincount(row, minlength=ep_size) for row in placement.ranks])

@@ -332,16 +332,8 @@ def why_linear(model: ModelSpec, ep_size: int, backend: str = "", parallel_ranks
     """Why vLLM 0.33 falls back to linear where round_robin is asked for, with a warning in its log; empty if it does not.
 
     It also does so with redundant experts and with EPLB (`determine_expert_placement_strategy`,
-    model_executor/layers/fused_moe/expert_map_manager.py; the backend matters where `use_all2all_kernels` holds).
-
-    Parameters
-    ----------
-    model : ModelSpec
-    ep_size : int
-    backend : str
-        All2all backend; '' where it is not known.
-    parallel_ranks : int
-        Ranks of data, prefill context or sequence parallelism; the backend matters where there are several.
+    model_executor/layers/fused_moe/expert_map_manager.py). The all2all backend, '' where it is not known, matters where there are
+    several ranks of data, prefill context or sequence parallelism (`use_all2all_kernels`).
     """
     if not model.is_grouped:
         return f"the router of {model.name} has no expert groups (n_group = 1)"

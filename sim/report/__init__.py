@@ -22,25 +22,10 @@ MAX_BYTES = 6_000_000
 
 
 def write_report(folders: Sequence[Path | str], path: Path | str) -> Path:
-    """Write a page of what `epsim sweep` and `epsim advise` wrote into folders.
+    """Write a page of what `epsim sweep` and `epsim advise` wrote into folders; the page, replaced if it is there.
 
-    Parameters
-    ----------
-    folders : sequence of Path or str
-    path : Path or str
-        The page, replaced if it is there.
-
-    Returns
-    -------
-    Path
-        The page.
-
-    Raises
-    ------
-    InputError
-        A folder holds neither, or something damaged; Vega-Altair is not installed; the page would be larger than 6 MB.
-    OSError
-        The page cannot be written.
+    Raises InputError where a folder holds neither, or something damaged, where Vega-Altair is not installed, and where the page
+    would be too large; OSError.
     """
     path = Path(path)
     page = build_page([source for folder in folders for source in read_sources(Path(folder))]).encode()

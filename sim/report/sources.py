@@ -173,10 +173,8 @@ def answer_of_sweep(result: SweepResult) -> str:
     most = rows.loc[rows["mean"].idxmin()]
     largest = rows[rows.tokens == rows.groupby("ep_size").tokens.transform("max")].sort_values("ep_size")
     text = f"{best} instead of {baseline} changes the busiest rank's mean load by {_change(most['mean'])} at best "
-    text += (
-        f"(95 %: {_change(most.mean_low)} to {_change(most.mean_high)}; EP {most.ep_size}, {_tokens(most.tokens)}). "
-    )
-    text += "In the largest steps: "
+    text += f"(95 %: {_change(most.mean_low)} to {_change(most.mean_high)}; "
+    text += f"EP {most.ep_size}, {counted(most.tokens, 'token')} per step). In the largest steps: "
     few = largest.iloc[np.unique(np.linspace(0, len(largest) - 1, min(4, len(largest))).round().astype(int))]
     parts = (
         f"{_change(row['mean']).removesuffix(' %')} ± {50 * (row.mean_high - row.mean_low):.1f} % at EP {row.ep_size}"
@@ -188,10 +186,6 @@ def answer_of_sweep(result: SweepResult) -> str:
 def _change(ratio: float) -> str:
     text = f"{100 * (ratio - 1):.1f}"
     return "0 %" if float(text) == 0 else f"{float(text):+.1f} %".replace("-", "\N{MINUS SIGN}")
-
-
-def _tokens(tokens: int) -> str:
-    return f"{counted(tokens, 'token')} per step"
 
 
 def _answer_of_advice(rows: pd.DataFrame, left: list[str]) -> str:

@@ -29,12 +29,8 @@ def routing_law(model: ModelSpec, workload: Workload) -> dict[str, object]:
 
 
 def check_pair(model: ModelSpec, workload: Workload) -> None:
-    """Refuse a model and a workload that do not go together.
-
-    Raises
-    ------
-    InputError
-        A record or a fitted table of another model, kinds of tokens or an unknown scoring with a grouped router.
+    """Refuse a model and a workload that do not go together: a record or a fitted table of another model, kinds of tokens or an
+    unknown scoring with a grouped router. Raises InputError.
     """
     if isinstance(workload, RecordedTraffic):
         workload.check_model(model.n_experts, model.top_k, model.name)
@@ -87,21 +83,9 @@ def draw_trials(
     A trial is a stream of tokens, and its step of T tokens is the first T of them, whatever other steps are asked for.
     The correction bias is taken as zero: its work, evening out the load in training, is in the popularity already.
 
-    Parameters
-    ----------
-    trials : range or int64 [trials]
-        Their numbers.
-    tokens : int64 [steps], ascending
-        Tokens per step.
-    n_ids : int
-        Single tokens to return of each trial (recorded prefill: at most 1).
-
-    Returns
-    -------
-    counts : int32 [trials, steps, n_experts]
-        Tokens that take each expert, dummy tokens among them.
-    ids : int16 [trials, n_ids, top_k]
-        Experts of the first tokens.
+    `trials` are their numbers, a range or int64; tokens int64 [steps], ascending, are those of a step. Returned are the tokens
+    that take each expert, dummy tokens among them, int32 [trials, steps, n_experts], and the experts of the first tokens, int16
+    [trials, n_ids, top_k] (of recorded prefill at most one).
     """
     key, trials = token_key(model, workload, seed), np.asarray(trials, np.int64)
     counts = np.empty((len(trials), len(tokens), model.n_experts), np.int32)
@@ -119,14 +103,10 @@ def draw_trials(
 
 
 def draw_loads(model: ModelSpec, workload: SyntheticTraffic, seed: int, draws: range, n_tokens: int) -> np.ndarray:
-    """Loads that a balancer may be fitted on: other tokens, from the layers of some draws.
+    """Loads that a balancer may be fitted on: how many of n_tokens other tokens, from the layers of some draws, take each expert,
+    float64 [draws, n_experts].
 
     The popularity is that of the draw, the tokens (and their requests) come from a stream that no trial uses.
-
-    Returns
-    -------
-    float64 [draws, n_experts]
-        Tokens, of `n_tokens`, that take each expert.
     """
     key, numbers = token_key(model, workload, seed), np.asarray(draws, np.int64)
     mu = workload.draw_popularity(key, numbers, model.n_experts)
@@ -186,20 +166,11 @@ def _route(
 def route_layers(
     model: ModelSpec, workload: SyntheticTraffic, seed: int, what: str, mu: np.ndarray, first: int, n_tokens: int
 ) -> np.ndarray:
-    """Route tokens through layers of given popularity, by the group effects and the noise of a workload.
+    """Route tokens through layers of given popularity mu float64 [layers, n_experts], request effects included, by the group
+    effects and the noise of a workload: int16 [layers, n_tokens, top_k].
 
-    Parameters
-    ----------
-    what : str
-        Names the stream: tokens of different names, and those of trials, are independent.
-    mu : float64 [layers, n_experts]
-        Popularity of each expert, request effects included.
-    first : int
-        Number of the first layer in the stream.
-
-    Returns
-    -------
-    int16 [layers, n_tokens, top_k]
+    `what` names the stream (tokens of different names, and those of trials, are independent), `first` is the number of the first
+    layer in it.
     """
     counts = np.empty((len(mu), 1, model.n_experts), np.int32)
     ids = np.empty((len(mu), n_tokens, model.top_k), np.int16)

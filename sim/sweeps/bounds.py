@@ -91,15 +91,10 @@ def build_bounds(plan: Plan, tally: Tally, n_threads: int) -> tuple[pd.DataFrame
     """Rows of tail.csv with method 'exact' (both bounds agree) or 'bound' (probability and high are the upper bound).
 
     A bound that cannot be computed is left out, with a note: what was sampled must not be lost for it.
-
-    Returns
-    -------
-    (rows, notes)
     """
     if no_bounds_because(plan):
         return pd.DataFrame(), []
     grid, n_layers = plan.grid, min(plan.bound_layers, plan.draws or plan.trials)
-    assert isinstance(plan.workload, SyntheticTraffic)
     layouts = [(layout, ep_size) for layout, (_, ep_size) in zip(grid.layouts, grid.pairs, strict=True)]
     plain = [p for p in range(len(layouts)) if not plan.has_replicas[p]]
     first = {layouts[p]: p for p in reversed(plain)}  # equal placements have equal rows
@@ -115,7 +110,7 @@ def build_bounds(plan: Plan, tally: Tally, n_threads: int) -> tuple[pd.DataFrame
         rows_of = map_on(pool, lambda p: _try_rows(plan, p, sources[p]), largest_first, sizes)
     found = dict(zip(largest_first, rows_of, strict=True))
     keys, rows_out = cell_keys(grid, tally), []
-    all_layers = plan.workload.popularity == "none" or plan.workload.n_layers == n_layers
+    all_layers = plan.synthetic.popularity == "none" or plan.workload.n_layers == n_layers
     for cell, (pair, step) in enumerate(grid.cells):
         source = first.get(layouts[pair])
         rows = None if source is None else found.get(source)
@@ -142,8 +137,7 @@ def _table(rows: list[tuple[object, ...]]) -> pd.DataFrame:
 
 def _sources(plan: Plan, pairs: list[int], n_layers: int, n_threads: int) -> dict[int, Source]:
     """Where the bounds of pairs come from, of those that have any."""
-    assert isinstance(plan.workload, SyntheticTraffic)
-    router = _uniform_router(plan, plan.workload)
+    router = _uniform_router(plan)
     sources: dict[int, Source] = {}
     for p in pairs:
         placement = plan.placements[p]
@@ -167,25 +161,22 @@ def _reason(error: Exception) -> str:
     return f"they could not be computed ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
 
 
-def _uniform_router(plan: Plan, workload: SyntheticTraffic) -> UniformRouter | None:
+def _uniform_router(plan: Plan) -> UniformRouter | None:
     """The router under uniform traffic; None where experts or tokens are not alike."""
-    model = plan.model
+    model, workload = plan.model, plan.synthetic
     if workload.popularity != "none" or (model.is_grouped and workload.group_sigma > 0):
         return None
     return UniformRouter.of(model, X0)
 
 
 def _rows_of_pair(plan: Plan, pair: int, source: Source) -> dict[int, list[Row]]:
-    """Rows of each step of a pair."""
     grid, events = plan.grid, events_of(plan.grid)
     known = impossible_events(grid, events) | certain_events(grid, events)
     rows: dict[int, list[Row]] = {}
-    for cell in range(len(grid.cells)):
-        if grid.cells[cell][0] == pair:
-            rows[grid.cells[cell][1]] = [
-                *_imbalance_rows(plan, cell, source),
-                *_other_rows(events, known, int(grid.tokens_of_cell[cell]), cell, source),
-            ]
+    for cell, (of, step) in enumerate(grid.cells):
+        if of == pair:
+            others = _other_rows(events, known, int(grid.tokens_of_cell[cell]), cell, source)
+            rows[step] = [*_imbalance_rows(plan, cell, source), *others]
     if isinstance(source, DrawnLayers):
         source.forget_sums()
     return rows
@@ -264,13 +255,7 @@ def work_of_rare(plan: Plan) -> float:
 
 
 def build_rare(plan: Plan, tally: Tally, n_threads: int) -> tuple[pd.DataFrame, list[str]]:
-    """Rows of tail.csv from `plan.tail_floor` on, of all cells that have any.
-
-    Returns
-    -------
-    (rows, notes)
-        Notes say where the method cannot vouch for a row, and why.
-    """
+    """Rows of tail.csv from `plan.tail_floor` on, of all cells that have any, and notes on those that it cannot vouch for."""
     if plan.tail_floor is None:
         return pd.DataFrame(), []
     if not isinstance(plan.workload, SyntheticTraffic):
@@ -313,8 +298,7 @@ def _no_rare_rows_because(plan: Plan, cell: int) -> str | None:
         return "the copy of an expert that a token goes to depends on the other tokens"
     if placement is None or placement.n_rows > 1:
         return "the placement differs between layers"
-    assert isinstance(plan.workload, SyntheticTraffic)
-    return no_rare_events_because(plan.workload, int(plan.grid.tokens_of_cell[cell]))
+    return no_rare_events_because(plan.synthetic, int(plan.grid.tokens_of_cell[cell]))
 
 
 def _of_cell(plan: Plan, cell: int, n_threads: int) -> RareTail:
@@ -322,13 +306,12 @@ def _of_cell(plan: Plan, cell: int, n_threads: int) -> RareTail:
     pair, ep_size = grid.cells[cell][0], int(grid.ep_size_of_cell[cell])
     placement = plan.placements[pair]
     assert placement is not None
-    assert isinstance(plan.workload, SyntheticTraffic)
     assert plan.tail_floor is not None
     open_events = (events.cell == cell) & ~impossible_events(grid, events) & ~certain_events(grid, events)
     names, thresholds = np.array(events.name)[open_events], np.array(events.threshold)[open_events]
     return rare_tail(
         plan.model,
-        plan.workload,
+        plan.synthetic,
         placement.expert_ranks[0],
         int(grid.tokens_of_cell[cell]),
         imbalance=sorted({x for x in (*grid.thresholds, *FINE_LADDER) if 1 < x <= ep_size}),

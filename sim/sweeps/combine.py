@@ -16,18 +16,10 @@ _ADDS = ("seed", "trials", "draws", "precision", "parts")  # what may differ
 
 
 def combine(results: list[tuple[str, SweepResult]]) -> SweepResult:
-    """The sum of sweeps that differ in their seeds.
+    """The sum of at least two sweeps, by name, that differ in their seeds; each may be a sum itself.
 
-    Parameters
-    ----------
-    results : list of (name, SweepResult)
-        At least two; each may be a sum itself.
-
-    Raises
-    ------
-    InputError
-        They do not belong together: another version, grid, model, traffic or placement; a seed twice (the same draws
-        would count twice); or recorded traffic (its layers are the same in both).
+    Raises InputError where they do not belong together: another version, grid, model, traffic or placement; a seed twice (the
+    same draws would count twice); or recorded traffic (its layers are the same in both).
     """
     if len(results) < 2:
         raise InputError("combine needs at least two sweeps")

@@ -91,15 +91,11 @@ def _is_fixed(plan: Plan) -> bool:
 
 
 def run_chunk_on_device(plan: Plan, stage: Stage, draws: range) -> Tally:
-    """As `sim.sweeps.chunk.run_chunk`, on the current CUDA device.
-
-    Raises
-    ------
-    InputError
-        What `check_plan` refuses; a router, or histograms, too large for a device.
+    """As `sim.sweeps.chunk.run_chunk`, on the current CUDA device. Raises InputError for what `check_plan` refuses, and a router,
+    or histograms, too large for a device.
     """
     check_plan(plan)
-    assert isinstance(plan.workload, SyntheticTraffic)
+    workload = plan.synthetic
     grid, model, cells = plan.grid, plan.model, np.array(stage.cells)
     n_placed = 1 if _is_fixed(plan) else len(draws)
     pairs = np.unique(grid.pair_of_cell[cells])
@@ -123,8 +119,8 @@ def run_chunk_on_device(plan: Plan, stage: Stage, draws: range) -> Tally:
         warnings.simplefilter("ignore")  # numba's word on small grids
         kernel_of(router)[n_blocks, router.n_threads, stream, 4 * (cells_at + 4 * most_cells)](
             draws.start, len(draws), parts, stage.trials.start, stage.trials.stop, stage.draws,
-            cuda.to_device(token_key(model, plan.workload, plan.seed), stream), *grouped_topk(model, plan.workload)[-2:],
-            put(_popularity(plan.workload, model.n_experts)), put(job), put(Places(*group.layouts, group.rows.astype(np.int32))),
+            cuda.to_device(token_key(model, workload, plan.seed), stream), *grouped_topk(model, workload)[-2:],
+            put(_popularity(workload, model.n_experts)), put(job), put(Places(*group.layouts, group.rows.astype(np.int32))),
             cells_at, most_cells, bins_there, values_there, sums_there,
         )  # fmt: skip
     bins = bins_there.copy_to_host(stream=stream)

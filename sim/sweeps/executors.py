@@ -129,12 +129,8 @@ def _on_pool(
 
 @contextmanager
 def gpus(plan: Plan) -> Iterator[Executor]:
-    """Compute the chunks of a plan on the NVIDIA GPUs of this machine: one on a thread, several by a process each.
-
-    Raises
-    ------
-    InputError
-        There is no GPU, or no numba to use it; or the plan has what is not computed there.
+    """Compute the chunks of a plan on the NVIDIA GPUs of this machine: one on a thread, several by a process each. Raises
+    InputError where there is no GPU, or no numba to use it, or the plan has what is not computed there.
     """
     n_gpus = 0
     with suppress(ImportError):  # a numba without a CUDA target of its own
@@ -165,14 +161,16 @@ def gpus(plan: Plan) -> Iterator[Executor]:
 def dask_cluster(scheduler: str | None, n_workers: int) -> Iterator[Executor]:
     """Compute chunks on the workers of a Dask scheduler; without an address on a local cluster of `n_workers` processes.
 
-    A chunk whose worker dies is computed again by another; its sums are taken once, when its future ends.
-
-    Raises
-    ------
-    InputError
-        The `cluster` extra is not installed; the scheduler does not answer, has no workers, or workers that run another
-        version of epsim (whose rows would differ).
+    A chunk whose worker dies is computed again by another; its sums are taken once, when its future ends. Raises InputError where
+    the `cluster` extra is not installed, or the scheduler does not answer, has no workers, or workers that run another version of
+    epsim (whose rows would differ).
     """
+
+    def compute(plan: Plan, stage: Stage, chunks: list[range]) -> Iterator[tuple[range, Tally]]:
+        n_workers = max(sum(client.nthreads().values()), 1)
+        with client.get_executor(pure=False, retries=_RETRIES) as pool:
+            yield from _on_pool(pool, n_workers, run_chunk, plan, stage, chunks)
+
     try:
         from distributed import LocalCluster
     except ImportError:
@@ -191,19 +189,10 @@ def dask_cluster(scheduler: str | None, n_workers: int) -> Iterator[Executor]:
         try:
             with _connect(scheduler) as client:
                 _check_workers(client, scheduler)
-                yield _on_cluster(client)
+                yield Executor(compute)
         finally:
             if local is not None:
                 local.close()
-
-
-def _on_cluster(client: Any) -> Executor:
-    def compute(plan: Plan, stage: Stage, chunks: list[range]) -> Iterator[tuple[range, Tally]]:
-        n_workers = max(sum(client.nthreads().values()), 1)
-        with client.get_executor(pure=False, retries=_RETRIES) as pool:
-            yield from _on_pool(pool, n_workers, run_chunk, plan, stage, chunks)
-
-    return Executor(compute)
 
 
 def _connect(scheduler: str) -> Any:

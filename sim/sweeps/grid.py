@@ -18,39 +18,21 @@ _SINCE = {"dummy_tokens": 0, "received": False}  # fields that an identity has o
 
 @dataclass(frozen=True)
 class Grid:
-    """All pairs (placement, EP size) at each number of tokens per step.
-
-    Attributes
-    ----------
-    model, workload : str
-        Names.
-    top_k : int
-    placements, ep_sizes, tokens, thresholds
-        As in `sim.sweep`; tokens per step over the whole EP group, or, with `per_rank`, per step and rank.
-    layouts : tuple of str
-        What tells the layout of a pair from another's, see `layout_id`.
-    largest_rank : tuple of int
-        Most physical experts that a rank of each pair holds in any layer.
-    ranks_per_node : int
-    dummy_tokens : int
-        Padding tokens per step, as run by idle data-parallel ranks: all of them identical.
-    received : bool
-        Whether the tokens that ranks and nodes receive are counted, on all tokens of a step.
-    """
+    """All pairs (placement, EP size) at each number of tokens per step, as in `sim.sweep`."""
 
     model: str
     workload: str
     top_k: int
     placements: tuple[str, ...]
     ep_sizes: tuple[int, ...]
-    tokens: tuple[int, ...]
+    tokens: tuple[int, ...]  # per step over the whole EP group, or, with `per_rank`, per step and rank
     per_rank: bool
     thresholds: tuple[float, ...]
-    layouts: tuple[str, ...]
-    largest_rank: tuple[int, ...]
+    layouts: tuple[str, ...]  # what tells the layout of a pair from another's, see `layout_id`
+    largest_rank: tuple[int, ...]  # most physical experts that a rank of each pair holds in any layer
     ranks_per_node: int
-    dummy_tokens: int = 0
-    received: bool = False
+    dummy_tokens: int = 0  # padding per step, as run by idle data-parallel ranks: all of them identical
+    received: bool = False  # whether the tokens that ranks and nodes receive are counted, on all tokens of a step
 
     @classmethod
     def of(cls, identity: dict[str, Any]) -> "Grid":

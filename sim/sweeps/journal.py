@@ -33,14 +33,7 @@ class Journal:
     Sums are integers and chunks are fixed by the plan, so it does not matter which process wrote a file, nor when: a
     killed sweep loses the chunks in flight and nothing else, and two runs of one sweep do not disturb each other. Every
     file carries the digest of its sweep, so that files are of use even where the head, which says what sweep it is, is
-    damaged.
-
-    Attributes
-    ----------
-    notes : list of str
-        What was found damaged, for the user.
-    goes_on : bool
-        Whether chunks of the sweep were there.
+    damaged. `notes` say what was found damaged, `goes_on` whether chunks of the sweep were there.
     """
 
     def __init__(self, folder: Path, plan: Plan, chunk_size: ChunkSize = CPU_CHUNKS) -> None:

@@ -38,18 +38,11 @@ Given = dict[tuple[str, int], Placement]
 def read_placements(
     placements: PlacementLike | Iterable[PlacementLike], model: ModelSpec, ep_sizes: Sequence[int]
 ) -> tuple[list[str], Given]:
-    """Names of placements, in order, and those that were given as such.
+    """Names of placements, in order, and those that were given as such: a Placement, or the rank of each expert, [n_experts] or
+    [layers, n_experts], named 'array'. Several of one name on different EP sizes are one placement of the grid; of one EP size
+    they are numbered.
 
-    Parameters
-    ----------
-    placements : str, Placement, int array, or a list of these
-        Names of `STRATEGIES`; placements; or the rank of each expert, [n_experts] or [layers, n_experts], named 'array'.
-        Several of one name on different EP sizes are one placement of the grid; of one EP size they are numbered.
-
-    Raises
-    ------
-    InputError
-        A name that is not known, a placement that is not one of this model, or none for one of the EP sizes.
+    Raises InputError for a name that is not known, a placement that is not one of this model, or none for one of the EP sizes.
     """
     values: list[Any] = [placements]
     if isinstance(placements, Iterable) and not isinstance(placements, str | np.ndarray):

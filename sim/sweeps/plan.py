@@ -35,46 +35,29 @@ class Precision(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """A checked sweep.
+    """A checked sweep; what is not said here is as in `SweepOptions`.
 
-    Attributes
-    ----------
-    grid : Grid
-        Its cells.
-    model, workload, trials, draws, seed, ranks_per_node
-        As in `sim.sweep`; under a precision, `trials` are the most, and `draws` None where every trial is a draw.
-    placements : list of Placement
-        Of each pair, of one layer or of several that draws take in turn; None where each draw has its own (random, fitted).
-    fit_tokens : int
-        Other tokens of each draw that load-aware placements are fitted on; 0 where none is fitted to draws.
-    fit : str
-        What load-aware placements are fitted on, in words; empty without any.
-    replica_choice : str
-        As in `SweepOptions`.
-    precision : Precision, optional
-    bound_layers : int
-        Layer draws that bounds past sampling are taken over; 0 for no bounds.
-    tail_floor : float, optional
-        Probability down to which tails over all layers are estimated (`sim.theory.rare_tail`).
-    layer_cost : LayerCost, optional
-        What a budget of copies is spent by, where it is not the load of the busiest rank.
+    `placements` are those of each pair of the grid, of one layer or of several that draws take in turn; None where each draw has
+    its own (random, fitted).
     """
 
     grid: Grid
     model: ModelSpec
     workload: Workload
     placements: list[Placement | None]
-    fit_tokens: int
-    fit: str
+    fit_tokens: (
+        int  # other tokens of each draw that load-aware placements are fitted on; 0 where none is fitted to draws
+    )
+    fit: str  # what load-aware placements are fitted on, in words; empty without any
     replica_choice: str
-    trials: int
-    draws: int | None
+    trials: int  # under a precision the most
+    draws: int | None  # None where every trial is a draw
     seed: int
     ranks_per_node: int
     precision: Precision | None
-    bound_layers: int
-    tail_floor: float | None
-    layer_cost: LayerCost | None = None
+    bound_layers: int  # layer draws that bounds past sampling are taken over; 0 for no bounds
+    tail_floor: float | None  # probability down to which tails over all layers are estimated (`sim.theory.rare_tail`)
+    layer_cost: LayerCost | None = None  # what a budget of copies is spent by; None: the load of the busiest rank
 
     @property
     def identity(self) -> dict[str, object]:
@@ -85,6 +68,12 @@ class Plan:
         values |= {"replica_choice": self.replica_choice} if any(self.has_replicas) else {}
         values |= {"tail_floor": self.tail_floor} if self.tail_floor is not None else {}
         return values | ({"precision": list(self.precision)} if self.precision else {})
+
+    @property
+    def synthetic(self) -> SyntheticTraffic:
+        """The workload, where nothing else can be."""
+        assert isinstance(self.workload, SyntheticTraffic)
+        return self.workload
 
     @property
     def n_layers(self) -> int:

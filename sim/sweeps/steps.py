@@ -25,7 +25,6 @@ from sim.placement import (
 from sim.router import draw_loads, draw_trials
 from sim.scoring import Layouts, fan_out, lay_out, receivers, score_blocks, score_received
 from sim.sweeps.plan import Plan
-from sim.traffic import SyntheticTraffic
 
 
 class Group(NamedTuple):
@@ -79,8 +78,7 @@ def place_pairs(plan: Plan, draws: range, pairs: Sequence[int]) -> list[Group]:
     drawn = [p for p in pairs if plan.placements[p] is None]
     loads = None
     if any(is_load_aware(plan.grid.pairs[p][0]) for p in drawn):
-        assert isinstance(plan.workload, SyntheticTraffic)
-        loads = draw_loads(plan.model, plan.workload, plan.seed, draws, plan.fit_tokens)
+        loads = draw_loads(plan.model, plan.synthetic, plan.seed, draws, plan.fit_tokens)
     plain = [p for p in pairs if not plan.has_replicas[p]]
     groups = [_plain_group(plan, draws, plain, loads)] if plain else []
     return groups + [_replica_group(plan, draws, p, loads) for p in pairs if plan.has_replicas[p]]
@@ -109,8 +107,7 @@ def _budget_of_deployment(plan: Plan, pair: int, deployment: int) -> np.ndarray:
     """Expert of each slot of the layers of a deployment, int16 [layers, slots]: so many draws in a row as there are layers."""
     (name, ep_size), n_layers, n_experts = plan.grid.pairs[pair], plan.n_layers, plan.model.n_experts
     draws = range(deployment * n_layers, (deployment + 1) * n_layers)
-    assert isinstance(plan.workload, SyntheticTraffic)
-    loads = draw_loads(plan.model, plan.workload, plan.seed, draws, plan.fit_tokens)
+    loads = draw_loads(plan.model, plan.synthetic, plan.seed, draws, plan.fit_tokens)
     per_rank = most_slots(name, n_experts, ep_size) // ep_size  # the same for all deployments
     return balance_budget(
         loads, plan.model, ep_size, plan.ranks_per_node, split_name(name)[1], plan.layer_cost, per_rank
@@ -158,22 +155,9 @@ class Scored(NamedTuple):
 
 
 class StepScorer:
-    """Samples steps and scores them under some cells of a plan.
+    """Samples steps and scores them under some cells of a plan, int64, ascending, as `tokens` per step of theirs then are.
 
-    Parameters
-    ----------
-    plan : Plan
-    cells : int64, ascending
-        Cells of the grid.
-    groups : list of Group
-        `place_pairs` of the cells' pairs, on consecutive draws.
-    n_draws : int
-        Trial t belongs to layer draw t % n_draws.
-
-    Attributes
-    ----------
-    tokens : int64 [steps]
-        Tokens per step of the cells, ascending.
+    `groups` are those of `place_pairs` of the cells' pairs, on consecutive draws; trial t belongs to layer draw t % n_draws.
     """
 
     def __init__(self, plan: Plan, cells: np.ndarray, groups: list[Group], n_draws: int) -> None:

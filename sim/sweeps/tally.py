@@ -16,42 +16,29 @@ _COMPACT_AT = 4_000_000
 
 @dataclass
 class Tally:
-    """Sums over the draws of one or more chunks; of a cell that was not scored, zeros.
+    """Sums over the draws of one or more chunks, int64; of a cell that was not scored, zeros.
 
-    Attributes
-    ----------
-    keys, counts : int64 [distinct]
-        Histograms: key = (cell * metrics + metric) << 32 | value; keys ascend and are distinct once compacted.
-    design : int64 [cells, 3]
-        Blocks, draws, and the sum over draws of the square of a draw's blocks.
-    metric, metric_square, metric_weighted, metric_cross : int64 [cells, metrics of the grid]
-        Sums over draws of Y, Y**2, n * Y and Y * Y of the first placement's cell, Y the draw's sum of the metric.
-    event_square, event_weighted : int64 [events]
-        The same for the number of blocks of a draw in which an event happened.
-    reached, reached_square, reached_weighted : int64 [cells, 2]
-        The same for the ranks and nodes that a trial's first token reaches.
-    received, received_square, received_weighted : int64 [cells, 2]
-        The same for the tokens that all ranks, and all nodes, receive; [cells, 0] where they are not counted.
-    load, load_square, load_weighted : int64 [ranks of all pairs]
-        The same for the load of each rank at the pair's largest step.
+    With Y a draw's sum of what is counted and n its blocks, a square is the sum over draws of Y**2, weighted of n * Y, and cross
+    of Y * Y of the first placement's cell. Histograms have key = (cell * metrics + metric) << 32 | value; keys ascend and are
+    distinct once compacted.
     """
 
     keys: np.ndarray
     counts: np.ndarray
-    design: np.ndarray
-    metric: np.ndarray
+    design: np.ndarray  # [cells, 3]: blocks, draws, and the sum over draws of the square of a draw's blocks
+    metric: np.ndarray  # [cells, metrics of the grid]
     metric_square: np.ndarray
     metric_weighted: np.ndarray
     metric_cross: np.ndarray
-    event_square: np.ndarray
+    event_square: np.ndarray  # [events], of the blocks in which an event happened
     event_weighted: np.ndarray
-    reached: np.ndarray
+    reached: np.ndarray  # [cells, 2], the ranks and nodes that a trial's first token reaches
     reached_square: np.ndarray
     reached_weighted: np.ndarray
-    received: np.ndarray
+    received: np.ndarray  # [cells, 2], the tokens that all ranks, and all nodes, receive; [cells, 0] where not counted
     received_square: np.ndarray
     received_weighted: np.ndarray
-    load: np.ndarray
+    load: np.ndarray  # [ranks of all pairs], of each rank at the pair's largest step
     load_square: np.ndarray
     load_weighted: np.ndarray
 

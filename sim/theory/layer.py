@@ -22,13 +22,7 @@ Choices = dict[tuple[tuple[int, ...], tuple[tuple[tuple[int, ...], int], ...]], 
 
 
 class UniformLayer:
-    """Experts of a layer on ranks, under uniform traffic; tokens are independent.
-
-    Parameters
-    ----------
-    router : UniformRouter
-    rank_of_expert : int [n_experts]
-    """
+    """Experts of a layer on ranks, rank_of_expert int [n_experts], under uniform traffic; tokens are independent."""
 
     def __init__(self, router: UniformRouter, rank_of_expert: np.ndarray) -> None:
         self.router = router

@@ -88,7 +88,7 @@ def _cells(popularity: Popularity) -> Cells:
     )
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Problem:
     """A placed layer and steps of some tokens."""
 
@@ -109,25 +109,21 @@ class Problem:
     taken: np.ndarray = field(init=False)  # float64 [rows, cells], p(mu)
 
     def __post_init__(self) -> None:
-        def let(name: str, value: object) -> None:
-            object.__setattr__(self, name, value)
-
         n_experts = self.model.n_experts
-        let("popularity", Popularity(self.workload, n_experts))
-        let("cells", _cells(self.popularity))
-        let("n_ranks", int(self.rank.max()) + 1)
-        let("largest", self.tokens * min(self.model.top_k, int(np.bincount(self.rank).max())))
-        let("group", np.arange(n_experts) // (n_experts // self.model.n_group))
+        self.popularity = Popularity(self.workload, n_experts)
+        self.cells = _cells(self.popularity)
+        self.n_ranks = int(self.rank.max()) + 1
+        self.largest = self.tokens * min(self.model.top_k, int(np.bincount(self.rank).max()))
+        self.group = np.arange(n_experts) // (n_experts // self.model.n_group)
         held = np.zeros((self.n_ranks, self.model.n_group), np.int64)
         np.add.at(held, (self.rank, self.group), 1)
-        let("near", held > 0)
-        alike = np.arange(self.n_ranks)
+        self.near = held > 0
+        self.alike = np.arange(self.n_ranks)
         if not self.popularity.tilted:
-            alike = np.unique(np.sort(held, axis=1), axis=0, return_inverse=True)[1].ravel()
-        let("alike", alike)
+            self.alike = np.unique(np.sort(held, axis=1), axis=0, return_inverse=True)[1].ravel()
         shift, scale = self.popularity.rows
         weight = np.exp(shift[:, None] + scale[:, None] * self.cells.node)
-        let("taken", -np.expm1(-self._rate() * weight))
+        self.taken = -np.expm1(-self._rate() * weight)
 
     def _rate(self) -> float:
         """tau with which experts of average layers take top_k places together."""

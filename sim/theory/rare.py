@@ -7,11 +7,8 @@ do, it is the sum over r of E[1_A / N]. Three ideas make it cheap to estimate at
   them without replacement, by a hypergeometric dynamic programme over the tokens' numbers of experts on the rank. It is
   unbiased, which a convolution of the sampled law of single tokens is not. What the union takes off, E[1_A (1 - 1/N)], is
   small and comes from disjoint steps of the same tokens.
-- **Layers come from a tilted proposal**, independent per expert given the target rank: the density of the popularity mu
-  times (1 + p(mu) (e**theta - 1))**T, p = 1 - exp(-tau e**mu), which is the moment generating function of the expert's
-  tokens in a step, were they independent. It covers both one very hot expert and all of a rank's a little hot. One theta
-  for the rank's own experts, one for others of its groups, one for the rest. The density is constant on cells of the
-  popularity's quantile, so that weights are exact.
+- **Layers come from a tilted proposal** (`sim.theory.proposals`), independent per expert given the target rank. It covers both
+  one very hot expert and all of a rank's a little hot.
 - **theta comes from multilevel cross-entropy** (Rubinstein and Kroese 2004): each level aims at the rarest load that the
   levels before it see with enough layers. The pilot is discarded. The final layers are spread over all levels, the nominal
   one included, with the weights of the balance heuristic (Veach and Guibas 1995), and the variance is stratified by level.
@@ -99,39 +96,14 @@ def rare_tail(
     seed: int = 0,
     n_threads: int = 1,
 ) -> RareTail:
-    """Probabilities over all layers that a step is so bad, by importance sampling, down to a floor.
+    """Probabilities over all layers that a step is so bad, by importance sampling: from `floor` to 1/2, and the reasons for those
+    that the method cannot vouch for. They do not depend on the number of threads.
 
-    Parameters
-    ----------
-    model : ModelSpec
-    workload : SyntheticTraffic
-        With a drawn popularity, log-normal or tilted; see `no_rare_events_because`.
-    rank_of_expert : int [n_experts]
-        A placement without replicas, the same for all layers.
-    tokens : int
-        Tokens of a step.
-    imbalance : sequence of float
-        Thresholds of max load over mean load.
-    idle_ranks : sequence of int
-        Thresholds of the number of idle ranks.
-    one_rank : bool
-        Whether to estimate that all of a step's load falls on one rank.
-    floor : float
-        Rows of smaller probabilities are left out.
-    n_layers : int, optional
-        Layers of the final sample of each kind of event (default: 20,000, fewer for steps of more than 800 tokens).
-    seed, n_threads : int
-        The rows do not depend on the number of threads.
+    The placement, rank_of_expert int [n_experts], has no replicas and is the same for all layers. `imbalance` are thresholds of
+    max load over mean load, `idle_ranks` of their number; `one_rank`: all of a step's load on one. `n_layers` are those of the
+    final sample of each kind of event (default: 20,000, fewer for steps of more than 800 tokens).
 
-    Returns
-    -------
-    RareTail
-        Rows of probabilities from `floor` to 1/2, and reasons for those that the method cannot vouch for.
-
-    Raises
-    ------
-    ValueError
-        The workload has no rare-event estimates (`no_rare_events_because`), or the floor is below FLOOR.
+    Raises ValueError where the workload has no such estimates (`no_rare_events_because`), or the floor is below FLOOR.
     """
     reason = no_rare_events_because(workload, tokens)
     if reason is not None or not FLOOR <= floor < 1:
@@ -340,7 +312,8 @@ def _find_levels(problem: Problem, floor: float, last: int) -> tuple[Levels, int
     while len(levels) < _MOST_LEVELS:
         level = np.full(_PILOT, len(levels) - 1)
         pilot.append(_sample(problem, levels, level, events, f"pilot {len(levels)}"))
-        layers = _pooled(problem, levels, pilot)
+        pilot = [weighed(problem, levels, part) for part in pilot]
+        layers = Layers(*(np.concatenate(arrays) for arrays in zip(*pilot, strict=True)))
         weight = np.exp(layers.log_weight(np.full(len(levels), _PILOT)))
         worth = weight[:, None] * np.maximum(layers.alone, 0)
         with np.errstate(invalid="ignore", divide="ignore"):
@@ -356,12 +329,6 @@ def _find_levels(problem: Problem, floor: float, last: int) -> tuple[Levels, int
         if aim == len(events) - 1 or (not problem.idle and events[aim] >= last):
             break
     return levels, below
-
-
-def _pooled(problem: Problem, levels: Levels, pilot: list[Layers]) -> Layers:
-    """All pilot layers together, weighed by the proposals of all levels."""
-    pilot[:] = [weighed(problem, levels, part) for part in pilot]
-    return Layers(*(np.concatenate(arrays) for arrays in zip(*pilot, strict=True)))
 
 
 def _estimate(

@@ -146,18 +146,10 @@ def fill_tails(laws, n_tokens, least, out):
 
 
 def tails(laws: np.ndarray, n_tokens: int, least: int) -> np.ndarray:
-    """P(a sum of `n_tokens` independent numbers is at least `least`), for each law.
+    """P(a sum of `n_tokens` independent numbers is at least `least`), float64 [n], for each law of these numbers: laws float64
+    [n, largest + 1], probabilities of 0, 1, ...
 
-    Parameters
-    ----------
-    laws : float64 [n, largest + 1]
-        Probabilities of 0, 1, ..., each row with a sum of 1.
-    n_tokens, least : int
-
-    Returns
-    -------
-    float64 [n]
-        Relative errors near 1e-12, however small the probability; 0 only for what cannot be, else at least TINY.
+    Relative errors are near 1e-12, however small the probability; 0 only for what cannot be, else at least TINY.
     """
     laws = np.ascontiguousarray(laws, np.float64)
     out = np.empty(len(laws))
@@ -227,10 +219,6 @@ class TailsOfSums:
 
     All products are of positive numbers, so small answers keep their digits, and what falls below the smallest float does
     not count beside TINY. Tokens are taken in two halves, so that the longest polynomials are never multiplied out.
-
-    Parameters
-    ----------
-    laws : float64 [n, largest + 1]
     """
 
     def __init__(self, laws: np.ndarray) -> None:

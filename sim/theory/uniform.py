@@ -91,29 +91,12 @@ def arrangements(counts: tuple[int, ...]) -> int:
 def spread_over_groups(
     n_group: int, group_size: int, topk_group: int, top_k: int, both: bool, scoring: str, x0: float
 ) -> dict[tuple[int, ...], float]:
-    """Probability of each spread of a token's experts over groups, under uniform traffic.
+    """Probability of each spread of a token's experts over groups, under uniform traffic: by falling numbers of experts in the
+    topk_group kept groups (zeros included), that some kept groups give these, in any order.
 
-    Parameters
-    ----------
-    n_group, group_size, topk_group, top_k : int
-        The router's shape; top_k <= topk_group * group_size.
-    both : bool
-        Whether a group's score is the sum of its two best (it then has at least two experts), or its best alone.
-    scoring : str
-        'sigmoid' or 'softmax'.
-    x0 : float
-        Offset of the logits before the sigmoid.
-
-    Returns
-    -------
-    dict
-        Falling numbers of experts in the topk_group kept groups (zeros included) -> probability that some kept groups
-        give these, in any order. They add up to 1 within 3e-8.
-
-    Raises
-    ------
-    ArithmeticError
-        The probabilities do not add up to 1 within 1e-7.
+    A group's score is its best alone, or with `both` the sum of its two best (it then has at least two experts). `scoring` is
+    'sigmoid' or 'softmax', `x0` the offset of the logits before the sigmoid. The probabilities add up to 1 within 3e-8; raises
+    ArithmeticError where they do not within 1e-7.
     """
     kept = list(partitions(top_k, topk_group, group_size))
     if len(kept) == 1 and group_size == 1:
@@ -273,14 +256,8 @@ class _Group:
 
 
 class UniformRouter:
-    """A router under uniform traffic.
-
-    Attributes
-    ----------
-    n_group, group_size, top_k : int
-    counts : int64 [spreads, n_group]
-        Ways in which a token's experts spread over the groups, in every order of the groups.
-    probability : float64 [spreads]
+    """A router under uniform traffic: `counts` int64 [spreads, n_group] are the ways in which a token's experts spread over the
+    groups, in every order of the groups, of `probability` float64 [spreads].
     """
 
     def __init__(self, n_group: int, group_size: int, top_k: int, spreads: dict[tuple[int, ...], float]) -> None:
@@ -294,6 +271,7 @@ class UniformRouter:
         self.counts, self.probability = np.array(rows), np.array(probability)
         self._laws: dict[tuple[int, ...], np.ndarray] = {}
         self._misses: dict[tuple[int, ...], float] = {}
+        self._marginals: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     @classmethod
     def of(cls, model: ModelSpec, x0: float) -> "UniformRouter | None":
@@ -341,16 +319,11 @@ class UniformRouter:
     def misses(self, held: tuple[int, ...]) -> float:
         """P(a token has no expert among `held` experts of each group)."""
         if held not in self._misses:
-            self._misses[held] = self._sum_of_misses(held)
+            counts, missed = self.marginal(len(held))
+            for g, h in enumerate(held):
+                missed = missed * self._hypergeometric[h, 0][counts[:, g]]
+            self._misses[held] = float(missed.sum())
         return self._misses[held]
-
-    def _sum_of_misses(self, held: tuple[int, ...]) -> float:
-        counts, probability = self.marginal(len(held))
-        none = self._hypergeometric[:, 0]
-        missed = probability
-        for g, h in enumerate(held):
-            missed = missed * none[h][counts[:, g]]
-        return float(missed.sum())
 
     def marginal(self, n: int) -> tuple[np.ndarray, np.ndarray]:
         """Distinct counts in the first n groups, and their probabilities."""
@@ -359,18 +332,10 @@ class UniformRouter:
             self._marginals[n] = rows, np.bincount(inverse.ravel(), self.probability, len(rows))
         return self._marginals[n]
 
-    @cached_property
-    def _marginals(self) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-        return {}
-
 
 def _orders(counts: tuple[int, ...]) -> list[tuple[int, ...]]:
     """Distinct orders of some numbers."""
     if not counts:
         return [()]
-    return [(c, *rest) for c in sorted(set(counts)) for rest in _orders(_without(counts, c))]
-
-
-def _without(counts: tuple[int, ...], c: int) -> tuple[int, ...]:
-    i = counts.index(c)
-    return counts[:i] + counts[i + 1 :]
+    others = {c: counts[: (i := counts.index(c))] + counts[i + 1 :] for c in sorted(set(counts))}
+    return [(c, *rest) for c, left in others.items() for rest in _orders(left)]

@@ -41,38 +41,17 @@ _MOST_LAYERS = 4096
 
 @dataclass
 class Requests:
-    """Expert ids of requests, collected one by one; how many had none is counted.
+    """Expert ids of requests, collected one by one; how many had none is counted."""
 
-    Attributes
-    ----------
-    where : str
-        Begins the message of an error.
-    model : ModelSpec, optional
-        Tells the shape of ids that come without one.
-    arrays : list of int16 [tokens, layers, top_k]
-    lengths : list of int64 [sequences]
-        Of the sequences in each array.
-    layer_ids : list of int, optional
-        Decoder layers, where the file names them.
-    form : str
-        What the last file was recognised as.
-    passes : set
-        Forward passes, where the file numbers them.
-    torn : list of str
-        Notes on files that end within a line.
-    is_by_shape : bool
-        Whether nothing but their shape tells which axis of an array is tokens, and which layers.
-    """
-
-    where: str
-    model: ModelSpec | None = None
-    arrays: list[np.ndarray] = field(default_factory=list)
-    lengths: list[np.ndarray] = field(default_factory=list)
-    layer_ids: list[int] | None = None
-    form: str = ""
-    passes: set[Any] = field(default_factory=set)
-    torn: list[str] = field(default_factory=list)
-    is_by_shape: bool = False
+    where: str  # begins the message of an error
+    model: ModelSpec | None = None  # tells the shape of ids that come without one
+    arrays: list[np.ndarray] = field(default_factory=list)  # int16 [tokens, layers, top_k]
+    lengths: list[np.ndarray] = field(default_factory=list)  # of the sequences in each array, int64
+    layer_ids: list[int] | None = None  # decoder layers, where the file names them
+    form: str = ""  # what the last file was recognised as
+    passes: set[Any] = field(default_factory=set)  # forward passes, where the file numbers them
+    torn: list[str] = field(default_factory=list)  # notes on files that end within a line
+    is_by_shape: bool = False  # whether their shape alone tells which axis of an array is tokens, and which layers
     n_repeated: int = 0
     n_same_id: int = 0
     n_null_tokens: int = 0

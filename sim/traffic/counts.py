@@ -86,11 +86,8 @@ def build_counts(
 ) -> tuple[LoadCounts, int]:
     """Checked counts [layers, experts] or [steps, layers, experts], and how many layers without any were dropped.
 
-    Raises
-    ------
-    InputError
-        Shapes that are no table of counts, NaN, infinite or negative counts, axes that are exchanged, a map of experts;
-        `where` begins the message.
+    Raises InputError for shapes that are no table of counts, NaN, infinite or negative counts, axes that are exchanged, a map of
+    experts; `where` begins the message.
     """
     if counts.dtype.kind not in "iuf" or counts.ndim not in (2, 3) or 0 in counts.shape:
         raise InputError(
@@ -168,12 +165,8 @@ Entry = tuple[Any, Any, Any, np.ndarray]
 def tabulate(entries: list[Entry], where: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Counts [steps, layers, experts] of entries, and the numbers of the steps and layers that occur.
 
-    What is counted for the same step, layer and expert adds up: copies of an expert, ranks, files.
-
-    Raises
-    ------
-    InputError
-        An expert above 32767, too many counts, or a negative one, which a sum might hide.
+    What is counted for the same step, layer and expert adds up: copies of an expert, ranks, files. Raises InputError for an
+    expert above 32767, too many counts, or a negative one, which a sum might hide.
     """
     steps, layers = (np.unique(np.concatenate([np.ravel(entry[axis]) for entry in entries])) for axis in (0, 1))
     last = max(int(np.max(entry[2], initial=0)) for entry in entries)
@@ -282,38 +275,19 @@ def never_falls(series: list[np.ndarray] | np.ndarray) -> bool:
 
 @dataclass
 class CountTable:
-    """Counts as a file holds them, before they are checked.
+    """Counts as a file holds them, before they are checked."""
 
-    Attributes
-    ----------
-    counts : array [layers, experts] or [steps, layers, experts]
-    form : str
-        What it was recognised as.
-    layer_ids : int64 [layers], optional
-        The file's own, where it has any.
-    steps : array [steps], optional
-        The file's own numbers of steps: what files of several ranks are added up by.
-    is_open : bool
-        Whether the largest expert that occurs tells the number of experts: there may be more.
-    notes : list of str
-        What was left out.
-    """
-
-    counts: np.ndarray
-    form: str
-    layer_ids: np.ndarray | None = None
-    steps: np.ndarray | None = None
-    is_open: bool = False
-    notes: list[str] = field(default_factory=list)
+    counts: np.ndarray  # [layers, experts] or [steps, layers, experts]
+    form: str  # what it was recognised as
+    layer_ids: np.ndarray | None = None  # int64 [layers], the file's own, where it has any
+    steps: np.ndarray | None = None  # [steps], the file's own numbers: what files of several ranks are added up by
+    is_open: bool = False  # whether the largest expert that occurs tells the number of experts: there may be more
+    notes: list[str] = field(default_factory=list)  # what was left out
 
 
 def add_tables(tables: list[CountTable], where: str, what: str = "files") -> CountTable:
-    """The sum of the tables of several files (one for each rank), or of the ranks of one, by step, layer and expert.
-
-    Raises
-    ------
-    InputError
-        They differ in their experts, or in their layers where they do not number them.
+    """The sum of the tables of several files (one for each rank), or of the ranks of one, by step, layer and expert. Raises
+    InputError where they differ in their experts, or in their layers where they do not number them.
     """
     first = tables[0]
     if len(tables) == 1:

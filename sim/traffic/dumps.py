@@ -44,12 +44,8 @@ def read_torch(path: Path, where: str, requests: Requests) -> CountTable | Reque
     """Loads or tokens of a torch file: SGLang's expert distribution recorder, or tensors under names that are known.
 
     Of the recorder, mode stat has `logical_count`, mode per_pass `records` with `global_physical_count`, and mode per_token
-    `records` with `topk_ids_of_layer`; records are of physical experts, with `last_physical_to_logical_map`.
-
-    Raises
-    ------
-    InputError
-        A file without a known key, or with records that no mode has.
+    `records` with `topk_ids_of_layer`; records are of physical experts, with `last_physical_to_logical_map`. Raises InputError
+    for a file without a known key, or with records that no mode has.
     """
     held = read_pt(path, where)
     if not isinstance(held, dict) or not isinstance(held.get("records"), list):
@@ -302,12 +298,8 @@ def _array_counts(archive: Archive, name: str) -> CountTable:
 
 def read_statistics(path: Path, where: str, model: ModelSpec | None) -> CountTable:
     """Loads of a rank of TensorRT-LLM's EXPERT_STATISTIC_PATH: in rank*.safetensors an array [experts] for each
-    `iteration_layer`, beside a meta_info.json.
-
-    Raises
-    ------
-    InputError
-        A key or shape that these files do not have; no meta_info.json, or one of another model.
+    `iteration_layer`, beside a meta_info.json. Raises InputError for a key or shape that these files do not have, and without a
+    meta_info.json, or with one of another model.
     """
     held = read_json(path.with_name("meta_info.json"), f"{where}: meta_info.json")
     n_experts, top_k = (

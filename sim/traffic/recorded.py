@@ -221,11 +221,7 @@ def build_record(
     A router takes a token's experts once each, so a row of ids that are all one (or a lone -1) is no routing. Left out, with a
     note: columns that are -1 throughout; tokens without routing in any layer (padding; a prefix that was cached, or the last
     token of a request, which is not fed to the model); dense layers, which have none for any token; tokens that lack a layer.
-
-    Raises
-    ------
-    InputError
-        Shapes or ids that no router gives; `where` begins the message.
+    Raises InputError for shapes or ids that no router gives; `where` begins the message.
     """
     check_shapes(where, ids, lengths)
     if ids.min() < -1 or ids.max() > 2**15 - 1:

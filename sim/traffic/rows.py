@@ -109,12 +109,8 @@ def _add_rows(
     """Take the tokens of rows whose cells have these roles.
 
     Tokens are told apart by request, step and number; where numbers lack, or start again and do so alike in all layers, by
-    their order in the file. Without requests all are one sequence. The last tokens of a request may be cut off.
-
-    Raises
-    ------
-    InputError
-        Rows of several ranks; a token that stands twice, or lacks experts that others have.
+    their order in the file. Without requests all are one sequence. The last tokens of a request may be cut off. Raises InputError
+    for rows of several ranks, and for a token that stands twice, or lacks experts that others have.
     """
     parts: list[list[np.ndarray]] = []
     while some := list(islice(rows, _ROWS)):

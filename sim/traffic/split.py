@@ -39,12 +39,9 @@ def cut_in_order(data: MeasuredTraffic, n_experts: int) -> tuple[np.ndarray, np.
 
 
 def halves_of_counts(data: LoadCounts, seed: int) -> tuple[tuple[LoadCounts, LoadCounts], tuple[str, str]]:
-    """Two halves of load counts, and what each is in words: by the order of the steps, or of one table at random.
-
-    Raises
-    ------
-    InputError
-        A layer has no load in a half; one table of counts that are no whole numbers, or 1e9 and more in a layer.
+    """Two halves of load counts, and what each is in words: by the order of the steps, or of one table at random. Raises
+    InputError where a layer has no load in a half, and for one table of counts that are no whole numbers, or 1e9 and more in a
+    layer.
     """
     if len(data.counts) > 1:
         middle = len(data.counts) // 2
@@ -67,41 +64,21 @@ def _whole_layers(data: LoadCounts, counts: np.ndarray, what: str) -> LoadCounts
 
 
 class Halves(NamedTuple):
-    """Loads of traffic that is cut in two, one or more times.
+    """Loads of traffic that is cut in two disjoint parts, one or more times."""
 
-    Attributes
-    ----------
-    name, digest : str
-        Of the traffic.
-    fitted, scored : float64 [cuts, layers, n_experts]
-        Loads of the two halves of each cut: disjoint parts of the traffic.
-    about : str
-        What the halves are, in words.
-    """
-
-    name: str
+    name: str  # of the traffic
     digest: str
-    fitted: np.ndarray
+    fitted: np.ndarray  # float64 [cuts, layers, n_experts]
     scored: np.ndarray
-    about: str
+    about: str  # what the halves are, in words
 
 
 class Windows(NamedTuple):
-    """Windows of a file, in the order of the file.
+    """Windows of a file, in the order of the file."""
 
-    Attributes
-    ----------
-    halves : Halves
-        Those of each window.
-    middle : float64 [windows]
-        Tokens or steps of the file that lie before the middle of the window.
-    unit : str
-        'tokens' or 'steps', that of `middle`.
-    """
-
-    halves: Halves
-    middle: np.ndarray
-    unit: str
+    halves: Halves  # of each window
+    middle: np.ndarray  # float64 [windows], tokens or steps of the file that lie before the middle of the window
+    unit: str  # of `middle`, 'tokens' or 'steps'
 
 
 class Items(NamedTuple):
@@ -113,22 +90,10 @@ class Items(NamedTuple):
 
 
 def cut_windows(data: MeasuredTraffic, n_experts: int, n_windows: int) -> Windows:
-    """Cut traffic into windows of about equal load, and each into its even and its odd sequences (or steps).
+    """Cut traffic of a model with `n_experts` into 2 to 100 windows of about equal load, and each into its even and its odd
+    sequences (or steps). These are kept whole; steps without any load are left out.
 
-    Sequences and steps are kept whole; steps without any load are left out.
-
-    Parameters
-    ----------
-    data : RecordedTraffic or LoadCounts
-        Traffic of a model with `n_experts` (`read_traffic` with the model checks it).
-    n_experts : int
-    n_windows : int
-        2 to 100.
-
-    Raises
-    ------
-    InputError
-        There are fewer than two sequences, or steps, per window, or a layer has no load in a half.
+    Raises InputError where there are fewer than two of them per window, or a layer has no load in a half.
     """
     whole_number("`n_windows`", n_windows, 2, MOST_WINDOWS)
     items = sequences_or_steps(data, n_experts)
@@ -157,19 +122,8 @@ def cut_file(data: MeasuredTraffic, n_experts: int, *, seed: int = 0) -> Halves:
     The (token, expert) pairs of one table of counts are split at random, 16 times: such halves are more alike than those
     of other sequences would be.
 
-    Parameters
-    ----------
-    data : RecordedTraffic or LoadCounts
-        Traffic of a model with `n_experts` (`read_traffic` with the model checks it).
-    n_experts : int
-    seed : int
-        Of the random split.
-
-    Raises
-    ------
-    InputError
-        There is one sequence; a layer has no load in a half; counts to be split at random are no whole numbers, or 1e9 and
-        more in a layer.
+    Raises InputError where there is one sequence, a layer has no load in a half, or counts to be split at random are no whole
+    numbers, or 1e9 and more in a layer.
     """
     items = sequences_or_steps(data, n_experts)
     if len(items.weights) > 1:
@@ -191,18 +145,8 @@ def cut_file(data: MeasuredTraffic, n_experts: int, *, seed: int = 0) -> Halves:
 
 
 def split_at_random(counts: np.ndarray, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Split the (token, expert) pairs of each layer into halves of equal size at random (multivariate hypergeometric).
-
-    Parameters
-    ----------
-    counts : int64 [layers, experts]
-        Less than 1e9 in a layer.
-    random : Generator
-
-    Returns
-    -------
-    tuple of int64 [layers, experts]
-        The halves, whose sum is `counts`; of an odd number of pairs the second has one more.
+    """Split the (token, expert) pairs of each layer, int64 [layers, experts], less than 1e9 in a layer, into halves of equal size
+    at random (multivariate hypergeometric); of an odd number the second has one more.
     """
     first = np.stack([random.multivariate_hypergeometric(row, row.sum() // 2) for row in counts])
     return first, counts - first

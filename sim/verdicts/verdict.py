@@ -16,19 +16,7 @@ Estimate = tuple[float, float, float]
 
 @dataclass(frozen=True)
 class Conditions:
-    """Traffic and effort that claims are examined with.
-
-    Attributes
-    ----------
-    workload : SyntheticTraffic
-        Decode traffic.
-    seed : int
-    effort : float
-        1 for the published table; less is quicker, and intervals are wider.
-    plausible_share : float
-        Largest share of a step that routed experts and exchange may have, for a claim to be put down to them.
-    threads : int, optional
-    """
+    """Decode traffic and the `ClaimOptions` that claims are examined with."""
 
     workload: SyntheticTraffic
     seed: int
@@ -57,30 +45,14 @@ class Conditions:
 
 @dataclass(frozen=True)
 class Finding:
-    """Outcome for one claim.
+    """Outcome for one claim."""
 
-    Attributes
-    ----------
-    computed : str
-        The computed figure with its interval, for people.
-    estimate : Estimate
-        The same as numbers.
-    unit : str
-        What the estimate is of.
-    verdict : str
-        'holds', 'holds only when ...', 'does not follow' or 'not explained by load alone'.
-    why : str
-        One sentence or two, with numbers.
-    needed_share : Estimate
-        Of a claim about time: share of the step that routed experts and exchange would need; nan for other claims.
-    """
-
-    computed: str
-    estimate: Estimate
-    unit: str
-    verdict: str
-    why: str
-    needed_share: Estimate = (np.nan, np.nan, np.nan)
+    computed: str  # the figure with its interval, for people
+    estimate: Estimate  # the same as numbers
+    unit: str  # what the estimate is of
+    verdict: str  # HOLDS, HOLDS_ONLY ..., DOES_NOT_FOLLOW or NOT_BY_LOAD
+    why: str  # one sentence or two, with numbers
+    needed_share: Estimate = (np.nan, np.nan, np.nan)  # of the step, by experts and exchange, of a claim about time
 
 
 def time_saved(throughput_gain: float) -> float:
