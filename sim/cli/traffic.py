@@ -46,7 +46,9 @@ def _add_show(parser: ArgumentParser) -> None:
 def _add_fit(parser: ArgumentParser) -> None:
     """Fit a workload that has these loads."""
     parser.add_argument("file", type=Path, metavar="FILE", help=_FILE_HELP)
-    add_options(parser, FileOptions, only=("model", "phase", "hold_out", "half", "group_sigma", "threads", "seed"))
+    add_options(
+        parser, FileOptions, only=("model", "phase", "hold_out", "placement", "half", "group_sigma", "threads", "seed")
+    )
     out = NewFile(endings=(".toml",))
     parser.add_argument("--out", type=out, required=True, metavar="FILE.toml", help="the workload that is written")
 
@@ -190,8 +192,9 @@ def _run_fit(arguments: Namespace) -> None:
     from sim.model import load_model
     from sim.progress import phase
 
-    if arguments.half and not arguments.hold_out:
-        raise InputError("--half goes with --hold-out")
+    for given, name in ((arguments.half, "--half"), (arguments.placement != "linear", "--placement")):
+        if given and not arguments.hold_out:
+            raise InputError(f"{name} goes with --hold-out")
     model = load_model(arguments.model)
     data = read_file(arguments.file, model, arguments.phase)
     how = {"seed": arguments.seed, "threads": arguments.threads}
@@ -202,11 +205,12 @@ def _run_fit(arguments: Namespace) -> None:
     sizes = {"hold-out": 2.0 if arguments.hold_out else 0.0, "fit": 0.0 if arguments.half else 1.0}
     if arguments.hold_out:
         with shown_progress(), phase("hold-out", sizes):
-            held = hold_out(model, data, **how, most_layers=None if arguments.half else MOST_LAYERS)
+            most_layers = None if arguments.half else MOST_LAYERS
+            held = hold_out(model, data, **how, most_layers=most_layers, placement=arguments.placement)
         if held is None:
             note("there is too little to hold out: it takes 32 different sequences, or 4 steps of loads")
         else:
-            _print_held(held[1])
+            _print_held(held[1], arguments.placement)
             n_layers, n_held = len(data.layer_ids), held[0].decode.n_layers or 0
             if n_held < n_layers:
                 note(f"held out: {n_held} of the {n_layers} layers, at even distances")
@@ -249,7 +253,7 @@ _HELD = {
 }
 
 
-def _print_held(rows: list[Any]) -> None:
+def _print_held(rows: list[Any], placement: str) -> None:
     halves = "steps" if rows[0].phase == "steps" else "sequences"
     which = "the first half of the steps predicts the second" if halves == "steps" else "even predict odd ones"
     columns: dict[str, Any] = {
@@ -257,7 +261,7 @@ def _print_held(rows: list[Any]) -> None:
         "predicted": lambda row: f"{row.simulated.value:.3f}", "error": lambda row: _range(row.error, "+z.1%"),
         "halves": "halves:+z.1%", "both ways": lambda row: estimate(row.both_ways.value, row.both_ways.high, "+z.1%"),
     }  # fmt: skip
-    print(f"held-out {halves}, linear placement: {which}")
+    print(f"held-out {halves}, placement {placement}: {which}")
     by_part: dict[tuple[str, str, str], list[Any]] = {}
     for row in rows:
         by_part.setdefault((row.phase, row.figure, row.statistic), []).append(row)

@@ -28,7 +28,7 @@ from sim.fit.staleness import imbalances
 from sim.fit.strength import EP_SIZES
 from sim.kernels import kernel, usable_processors
 from sim.model import ModelSpec
-from sim.placement import place
+from sim.placement import Placement, place
 from sim.progress import phase as progress_phase
 from sim.progress import track
 from sim.router import draw_trials
@@ -40,7 +40,7 @@ from sim.traffic.counts import build_counts
 MOST_LAYERS = 24
 """Layers that are held out by default: their mean is known well by then, and a fit takes seconds for each."""
 FIGURES = ("imbalance", "received", "ranks_per_token")
-"""What is compared under linear placement: max / mean load of ranks; of the rank that receives the most tokens, their share of
+"""What is compared: max / mean load of ranks; of the rank that receives the most tokens, their share of
 the block's tokens; ranks that a token is sent to, which is also the mean share of a rank times the ranks."""
 STATISTICS = {"mean": None, "p95": 0.95, "p99": 0.99}
 """Of what is compared over blocks and layers; quantiles of imbalance alone."""
@@ -88,19 +88,21 @@ def hold_out(
     group_sigma: float = GROUP_SIGMA,
     threads: int | None = None,
     most_layers: int | None = MOST_LAYERS,
+    placement: str = "linear",
 ) -> tuple[FittedTraffic, list[Held]] | None:
     """Fit each half and predict the other: the even-numbered sequences and the odd ones, or the first and the last steps.
 
-    Of many layers `most_layers` are taken, at even distances; None takes all.
+    Of many layers `most_layers` are taken, at even distances; None takes all. `placement` is one that needs no loads.
 
     Real decode blocks are tokens drawn from all of a half, with equal chances; real prefill blocks are consecutive tokens of
     one sequence, with equal chances for each place where such a block lies. Rows are of the second half, predicted from the
     first, whose fit is returned. None where there is too little to hold out: fewer than 32 different sequences, or 4 steps.
     """
     sizes = [size for size in EP_SIZES if 2 * size <= model.n_experts] or [model.n_experts]
+    placements = [place(placement, model, size, seed=seed) for size in sizes]
     fit_half = partial(fit_traffic, model, seed=seed, group_sigma=group_sigma, threads=threads)
     if isinstance(data, LoadCounts):
-        return _hold_out_steps(model, data, sizes, seed, fit_half, most_layers)
+        return _hold_out_steps(model, data, placements, seed, fit_half, most_layers)
     chosen = evenly(data.n_layers, most_layers or data.n_layers)
     data = replace(data, topk_ids=data.topk_ids[chosen], layer_ids=data.layer_ids[chosen])
     n = data.n_sequences
@@ -120,7 +122,7 @@ def hold_out(
         or (None not in workloads and all((np.diff(half.starts) >= tokens).sum() >= LEAST_SEQUENCES for half in halves))
     ]
     with ThreadPoolExecutor(threads or usable_processors()) as pool, progress_phase("predictions", parts):
-        found = pool.map(lambda cell: _compare(model, halves, sizes, seed, *cell), cells)
+        found = pool.map(lambda cell: _compare(model, halves, placements, seed, *cell), cells)
         rows = list(track(found, [1.0] * len(cells), [f"{name} of {tokens} tokens" for name, tokens, _ in cells]))
     return fits[0], [row for of_cell in rows for row in of_cell]
 
@@ -137,16 +139,16 @@ def _fit_both(
 
 
 def _compare(
-    model: ModelSpec, halves: list[RecordedTraffic], sizes: list[int], seed: int, phase: str, n_tokens: int,
+    model: ModelSpec, halves: list[RecordedTraffic], placements: list[Placement], seed: int, phase: str, n_tokens: int,
     workloads: list[SyntheticTraffic],
 ) -> list[Held]:  # fmt: skip
     """Rows of one phase and block, of the second half as the fit to the first has it."""
-    rank_of = np.stack([place("linear", model, size).rank_of_expert for size in sizes]).astype(np.int64)
+    rank_of = np.stack([placement.rank_of_expert for placement in placements]).astype(np.int64)
     real = [_real_figures(half, phase, n_tokens, rank_of, seed) for half in halves]
     found = [_score(_simulated(model, workload, n_tokens, seed), rank_of) for workload in workloads]
     rows = []
     for i, figure in enumerate(FIGURES):
-        for j, size in enumerate(sizes):
+        for j, placement in enumerate(placements):
             of_halves = [_Figures(values[:, i, j], kept) for values, kept in real]
             of_fits = [values[i, j] for values in found]  # [layers, blocks]
             of_layers = [sum(x.mean(axis=1) for x in part) for part in (of_fits, [x.values[0] for x in of_halves])]
@@ -163,7 +165,7 @@ def _compare(
                     ratio = Estimate(both, np.nan, np.nan)
                 else:
                     continue
-                rows.append(_row(figure, name, phase, n_tokens, size, measured, predicted, ratio))
+                rows.append(_row(figure, name, phase, n_tokens, placement.ep_size, measured, predicted, ratio))
     return rows
 
 
@@ -322,7 +324,7 @@ def _simulated(model: ModelSpec, workload: SyntheticTraffic, n_tokens: int, seed
 def _hold_out_steps(
     model: ModelSpec,
     data: LoadCounts,
-    sizes: list[int],
+    placements: list[Placement],
     seed: int,
     fit_half: Callable[[LoadCounts], FittedTraffic],
     most_layers: int | None,
@@ -351,11 +353,11 @@ def _hold_out_steps(
         steps, of_step = np.unique(of_other, return_inverse=True)
         drawn.append(draw_trials(model, fit.decode, seed, range(8 * n_layers), n_layers, steps)[0][:, of_step])
     rows = []
-    for size in sizes:
-        linear = place("linear", model, size)
-        of_steps = [imbalances(linear, part.astype(float), size) for part in real]  # [steps, layers]
+    for placement in placements:
+        size = placement.ep_size
+        of_steps = [imbalances(placement, part.astype(float), size) for part in real]  # [steps, layers]
         of_fits = [
-            imbalances(linear, x.reshape(8, n_layers, -1, model.n_experts).swapaxes(1, 2).astype(float), size).mean(
+            imbalances(placement, x.reshape(8, n_layers, -1, model.n_experts).swapaxes(1, 2).astype(float), size).mean(
                 axis=0
             )
             for x in drawn

@@ -384,9 +384,8 @@ class FileOptions(Options):
     plot: Any = optional(Folder(), "draw figures there")
     all_layers: bool = option(Flag(), "a row for every layer", default=False)
     hold_out: bool = option(Flag(), "first fit each half and predict the rank imbalance of the other", default=False)
-    half: bool = option(
-        Flag(), "with `hold_out`: write the fit of the first half (even sequences, or first steps)", default=False
-    )
+    placement: str = option(Kind(metavar="P"), "with `hold_out`: placement that needs no loads", default="linear")
+    half: bool = option(Flag(), "with `hold_out`: write the fit of the first half", default=False)
     group_sigma: float | None = optional(
         Number(0, 5), "group effect of a grouped router, which loads do not tell (default: 0.4)"
     )
