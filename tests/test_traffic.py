@@ -12,7 +12,7 @@ from naive import picked_experts
 from scipy.stats import norm
 from test_readers import COUNTS
 
-from sim import InputError, load_model, load_workload, sweep
+from sim import InputError, load_model, load_workload, score, sweep
 from sim.cli import main
 from sim.figures.traffic import load_map, traffic_page
 from sim.fit import description as skew
@@ -342,16 +342,19 @@ def test_statistics_are_printed(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_held_out_steps_of_counts(tmp_path):
-    """Steps of a known law: the second half is predicted within its interval and 2 %."""
+    """Steps of a known law: the second half is predicted within its interval and 2 %, under the placement that is asked for."""
     model, workload = load_model("olmoe-1b-7b"), load_workload("chat")
     counts = np.stack(
         [draw_trials(model, workload, 0, range(s, s + 4), 4, np.array([1000]))[0][:, 0] for s in range(0, 48, 4)]
     )
     data, _ = build_counts("x", "file:x", counts)
-    _, rows = hold_out(model, data)
-    assert [row.ep_size for row in rows] == [4, 8, 16, 32]
-    for row in rows:
-        assert row.error.low - 0.02 < 0 < row.error.high + 0.02
+    for placement in ("linear", "random"):
+        _, rows = hold_out(model, data, placement=placement)
+        assert [row.ep_size for row in rows] == [4, 8, 16, 32]
+        for row in rows:
+            assert row.error.low - 0.02 < 0 < row.error.high + 0.02
+            placed = place(placement, model, row.ep_size)
+            assert row.real.value == pytest.approx(score(placed, counts[6:]).imbalance.mean())
     assert hold_out(model, build_counts("x", "file:x", counts[:3])[0]) is None
 
 
