@@ -54,7 +54,6 @@ class Popularity(NamedTuple):
     strength: float  # of the request effect
     correlation: float  # of two tokens' picks, that this gives
     rms: float  # of picks / wanted - 1 (or what the strength is off by, if more), on the random numbers of the fit
-    rounds: int
 
 
 class LayerFit(NamedTuple):
@@ -170,7 +169,7 @@ def fit_popularity(
     mu = target - target.mean()
     drawn, strength = noise.draw(effect), 1.0
     n = _FEW
-    best = Popularity(mu, strength, 0.0, np.inf, 0)
+    best = Popularity(mu, strength, 0.0, np.inf)
     for rounds in range(1, _MOST_ROUNDS + 1):
         share, slope, both = noise.picks(mu, drawn, strength, n)
         rms = float(np.sqrt(np.mean((share / p - 1) ** 2)))
@@ -179,7 +178,7 @@ def fit_popularity(
         if effect is not None and not (strength == _MOST_STRENGTH and found < effect.correlation):
             off = max(rms, abs(found / effect.correlation - 1))
         if n == most and off < best.rms:
-            best = Popularity(mu, strength, found, off, rounds)
+            best = Popularity(mu, strength, found, off)
         if n == most and off < _TOLERANCE:
             break
         n = most if off < _NEAR or rounds >= _MOST_ROUNDS // 2 else n
