@@ -120,8 +120,8 @@ def fit_traffic(
     n_layers = len(load)
     kinds: list[Kinds] | None = None
     layers = [1.0] * n_layers, [f"{i} of {n_layers}" for i in range(1, n_layers + 1)]
-    differs = isinstance(data, RecordedTraffic) and not model.is_grouped
-    of_strength = 3 * min(_LAYERS_OF_STRENGTH / n_layers, 1.0) if differs else 0.0
+    ungrouped = data if isinstance(data, RecordedTraffic) and not model.is_grouped else None
+    of_strength = 0.0 if ungrouped is None else 3 * min(_LAYERS_OF_STRENGTH / n_layers, 1.0)
     parts = {"correlation": 0.2, "kinds": 0.3, "strength": of_strength, "layers": 1.0}  # of the time, about
     with phase("correlation", parts):
         effect_of, decay = _request_effects(model, data, wanted, group_sigma, notes)
@@ -138,17 +138,17 @@ def fit_traffic(
         )
 
     with ThreadPoolExecutor(threads or usable_processors()) as pool:
-        if isinstance(data, RecordedTraffic) and not model.is_grouped:
+        if ungrouped is not None:
             with phase("kinds", parts):
-                kinds = fit_kinds(data, model.n_experts, lambda of, numbers: track(pool.map(of, numbers), *layers))
+                kinds = fit_kinds(ungrouped, model.n_experts, lambda of, numbers: track(pool.map(of, numbers), *layers))
         strength_sd = 0.0
-        if differs and decay is not None and isinstance(data, RecordedTraffic):
+        if ungrouped is not None and decay is not None:
             some = evenly(n_layers, _LAYERS_OF_STRENGTH)
-            traffic_of = partial(_prefill, data=data, decay=decay, common=common)
+            traffic_of = partial(_prefill, data=ungrouped, decay=decay, common=common)
             with phase("strength", parts):
                 strength_sd = fit_strength_sd(
                     model,
-                    replace(data, topk_ids=data.topk_ids[some]),
+                    replace(ungrouped, topk_ids=ungrouped.topk_ids[some]),
                     lambda sd: traffic_of(list(pool.map(fit_one, some, repeat(sd), repeat(_OF_STRENGTH)))),
                     seed,
                 )
